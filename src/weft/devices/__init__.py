@@ -1,0 +1,1 @@
+"""What Weft runs on: one file a device kind, behind the Protocol in ``base``."""

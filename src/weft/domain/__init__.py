@@ -1,0 +1,1 @@
+"""The nouns: what a node is made of, as frozen data with no behaviour and no I/O."""

@@ -1,0 +1,54 @@
+"""A request and a batch, as the policy sees them: numbers and handles, never bytes."""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+
+class Request(msgspec.Struct, frozen=True, array_like=True):
+    """One inference request.
+
+    ``arrived`` and ``deadline`` are ns on the node's monotonic clock. ``expires`` (0 = never)
+    is the client's own time-out: a request still queued then is answered with an error.
+    ``rows`` counts rows along the batch axis; requests batch together when ``shape`` and
+    ``version`` are equal. ``payload`` is a handle that only the shell can resolve.
+    """
+
+    id: int
+    service: str
+    arrived: int
+    deadline: int
+    priority: int = 1
+    rows: int = 1
+    version: str = ""
+    shape: str = ""
+    expires: int = 0
+    payload: int = 0
+
+
+class Batch(msgspec.Struct, frozen=True, array_like=True):
+    """Requests that execute together on one worker."""
+
+    id: int
+    service: str
+    version: str
+    requests: tuple[int, ...]
+    rows: int
+
+
+class Refusal(enum.Enum):
+    """Why a request is not answered with a result. The value goes on the wire."""
+
+    OVERLOADED = "the deadline cannot be met at the present load"
+    QUEUE_FULL = "the queue is full"
+    DEADLINE = "the deadline is shorter than the model's own execution time"
+    EXPIRED = "the client's time-out passed while the request was queued"
+    UNAVAILABLE = "no instance of the model is running"
+    WORKER_LOST = "the instance that executed the request died, twice"
+    FAILED = "the model failed on this input"
+    RESERVED = "capacity is owed to a job with a guaranteed share"
+    SHUTTING_DOWN = "the node is shutting down"
+    CANCELLED = "the client went away"
+    MEMORY = "no tensor memory is free"

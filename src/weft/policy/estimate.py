@@ -1,0 +1,97 @@
+"""What a batch will cost: execution times by compute units and rows, learned online.
+
+Means and mean deviations follow Jacobson's estimator for round-trip times ("Congestion
+Avoidance and Control", SIGCOMM 1988, appendix A): gains of 1/8 and 1/4, prediction = mean +
+2 deviations. Sizes never seen are interpolated between the nearest measured ones.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+_OUTLIER = 4
+"""A sample counts as at most this multiple of the mean: one theft of the core by the host
+must not make the predictor refuse traffic for seconds."""
+
+
+class ExecTable(msgspec.Struct):
+    """Execution times (ns) of one service: ``mean[units][rows]``, 0 where not measured."""
+
+    mean: dict[int, list[int]] = {}
+    dev: dict[int, list[int]] = {}
+
+    def observe(self, units: int, rows: int, ns: int) -> None:
+        """Learn from one execution of ``rows`` rows on ``units`` compute units."""
+        means = self.mean.setdefault(units, [])
+        devs = self.dev.setdefault(units, [])
+        if rows >= len(means):
+            grow = rows + 1 - len(means)
+            means.extend([0] * grow)
+            devs.extend([0] * grow)
+        mean = means[rows]
+        if mean == 0:
+            means[rows] = max(1, ns)
+            devs[rows] = ns // 8
+            return
+        error = min(ns, _OUTLIER * mean) - mean
+        means[rows] = max(1, mean + error // 8)
+        devs[rows] += (abs(error) - devs[rows]) // 4
+
+    def predict(self, units: int, rows: int) -> int:
+        """Expected upper ns for ``rows`` on ``units``; 0 if nothing was ever measured.
+
+        Unknown unit counts fall back to the nearest smaller measured one (slower, so safe),
+        else the nearest larger.
+        """
+        means = self.mean.get(units)
+        if means is None:
+            nearest = self._nearest_units(units)
+            if nearest == 0:
+                return 0
+            units, means = nearest, self.mean[nearest]
+        if rows < len(means) and means[rows]:
+            return means[rows] + 2 * self.dev[units][rows]
+        return self._interpolate(means, self.dev[units], rows)
+
+    def _nearest_units(self, units: int) -> int:
+        smaller = [u for u in self.mean if u <= units]
+        if smaller:
+            return max(smaller)
+        return min(self.mean, default=0)
+
+    @staticmethod
+    def _interpolate(means: list[int], devs: list[int], rows: int) -> int:
+        known = [n for n, mean in enumerate(means) if mean]
+        if not known:
+            return 0
+        below = max((n for n in known if n < rows), default=0)
+        above = min((n for n in known if n > rows), default=0)
+
+        def upper(n: int) -> int:
+            return means[n] + 2 * devs[n]
+
+        if below and above:
+            return upper(below) + (upper(above) - upper(below)) * (rows - below) // (above - below)
+        if above:
+            return upper(above)
+        lower = max((n for n in known if n < below), default=0)
+        if not lower:
+            return upper(below) * rows // below
+        slope = max(0, (means[below] - means[lower]) // (below - lower))
+        return upper(below) + slope * (rows - below)
+
+
+class Quantile(msgspec.Struct):
+    """A running quantile by stochastic approximation (Robbins and Monro, 1951): up by
+    ``step * p`` when a sample lies above, down by ``step * (1 - p)`` when below."""
+
+    step: int
+    permille: int = 950
+    value: int = 0
+
+    def add(self, sample: int) -> None:
+        """Learn one sample (same unit as ``step``)."""
+        if sample > self.value:
+            self.value += self.step * self.permille // 1000
+        else:
+            self.value = max(0, self.value - max(1, self.step * (1000 - self.permille) // 1000))

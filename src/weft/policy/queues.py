@@ -1,0 +1,163 @@
+"""Order and batching: which request is next, and which others go with it.
+
+Order: priority class, then least slack. A request's key is ``deadline - predicted execution +
+class × AGEING``, fixed when it is queued: a low-class request that has waited ``AGEING`` longer
+than a high-class newcomer goes first, so no class starves and the heap never needs re-sorting.
+
+Batches: the largest whose predicted end meets the tightest deadline in it. A request that
+cannot meet its deadline any more (its prediction turned out wrong) does not shrink a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from heapq import heapify, heappop, heappush
+
+from weft.domain.request import Request
+from weft.domain.units import S
+from weft.policy.state import DispatcherState, Lane, PartitionState, ServiceState
+
+AGEING = 1 * S
+_FAR = 1 << 62
+
+
+def enqueue(state: DispatcherState, service: ServiceState, request: Request) -> None:
+    """Put an admitted request into its lane and note the load it brings."""
+    state.queued[request.id] = request
+    lane_key = f"{request.version}|{request.shape}"
+    lane = service.lanes.get(lane_key)
+    if lane is None:
+        lane = service.lanes[lane_key] = Lane(version=request.version)
+    key = request.deadline + request.priority * AGEING - service.exec.predict(1, request.rows)
+    heappush(lane.heap, (key, request.arrived, request.id))
+    lane.live += 1
+    service.queued += 1
+    _account(service, request, request.rows)
+    if service.queued == 1:
+        for partition in service.partitions:
+            state.partitions[partition].waiting[service.name] = None
+
+
+def withdraw(state: DispatcherState, request_id: int) -> Request | None:
+    """Take a queued request out (cancelled, expired); None if it is not queued."""
+    request = state.queued.pop(request_id, None)
+    if request is None:
+        return None
+    service = state.services[request.service]
+    lane_key = f"{request.version}|{request.shape}"
+    lane = service.lanes[lane_key]
+    _left(state, service, lane_key, lane, request)
+    if len(lane.heap) > 64 and len(lane.heap) > 4 * lane.live:
+        lane.heap = [entry for entry in lane.heap if entry[2] in state.queued]
+        heapify(lane.heap)
+    return request
+
+
+def head(state: DispatcherState, lane: Lane) -> int:
+    """Key of the lane's first live entry; a very large number if there is none."""
+    heap, queued = lane.heap, state.queued
+    while heap:
+        if heap[0][2] in queued:
+            return heap[0][0]
+        heappop(heap)
+    return _FAR
+
+
+def choose_lane(state: DispatcherState, service: ServiceState) -> tuple[int, str]:
+    """The most urgent lane that has an idle worker: (key of its head, lane key); ("" if none)."""
+    best, chosen = _FAR, ""
+    for lane_key, lane in service.lanes.items():
+        if service.idle.get(lane.version or service.version):
+            key = head(state, lane)
+            if key < best:
+                best, chosen = key, lane_key
+    return best, chosen
+
+
+def choose_service(
+    state: DispatcherState, partition: PartitionState, held: Collection[str] = ()
+) -> tuple[str, str]:
+    """The service (and lane) that should run next on a partition, those in ``held`` aside;
+    ("", "") if none can."""
+    best, chosen, lane_of = _FAR, "", ""
+    for name in partition.waiting:
+        if name in held:
+            continue
+        key, lane_key = choose_lane(state, state.services[name])
+        if key < best:
+            best, chosen, lane_of = key, name, lane_key
+    return chosen, lane_of
+
+
+def take_batch(
+    state: DispatcherState, service: ServiceState, lane_key: str, units: int, now: int
+) -> list[Request]:
+    """Remove and return the requests of the next batch of a lane that has a live entry."""
+    lane = service.lanes[lane_key]
+    head(state, lane)
+    heap, predict = lane.heap, service.exec.predict
+    taken: list[Request] = []
+    rows, tightest = 0, _FAR
+    while heap:
+        request = state.queued.get(heap[0][2])
+        if request is None:
+            heappop(heap)
+            continue
+        total = rows + request.rows
+        if taken and total > service.max_batch:
+            break
+        limit = tightest
+        if now + predict(units, request.rows) <= request.deadline < limit:
+            limit = request.deadline
+        if taken and now + predict(units, total) > limit:
+            break
+        heappop(heap)
+        taken.append(request)
+        rows, tightest = total, limit
+    for request in taken:
+        del state.queued[request.id]
+        _left(state, service, lane_key, lane, request)
+    return taken
+
+
+def hold_until(state: DispatcherState, service: ServiceState, lane_key: str, units: int) -> int:
+    """Until when (ns) a batch may be held back for company; 0 if it should go now."""
+    if not service.max_queue_delay:
+        return 0
+    lane = service.lanes[lane_key]
+    head(state, lane)
+    rows = sum(state.queued[e[2]].rows for e in lane.heap if e[2] in state.queued)
+    enough = min(service.preferred, default=service.max_batch)
+    if rows >= enough:
+        return 0
+    first = state.queued[lane.heap[0][2]]
+    latest_start = first.deadline - service.exec.predict(units, enough)
+    return max(0, min(first.arrived + service.max_queue_delay, latest_start))
+
+
+def _left(
+    state: DispatcherState, service: ServiceState, lane_key: str, lane: Lane, request: Request
+) -> None:
+    lane.live -= 1
+    service.queued -= 1
+    _account(service, request, -request.rows)
+    if lane.live == 0:
+        del service.lanes[lane_key]
+    if service.queued == 0:
+        for partition in service.partitions:
+            state.partitions[partition].waiting.pop(service.name, None)
+
+
+def _account(service: ServiceState, request: Request, rows: int) -> None:
+    level = request.priority
+    service.rows[level] += rows
+    service.cost[level] = work_ns(service, 1, service.rows[level])
+
+
+def work_ns(service: ServiceState, units: int, rows: int) -> int:
+    """Predicted ns to execute ``rows`` rows of a service in the largest batches allowed."""
+    if rows == 0:
+        return 0
+    full, rest = divmod(rows, service.max_batch)
+    ns = full * service.exec.predict(units, service.max_batch) if full else 0
+    return ns + (service.exec.predict(units, rest) if rest else 0)

@@ -1,0 +1,188 @@
+"""Everything the dispatcher remembers, as plain data: one tree that can be encoded.
+
+A checkpoint of this tree at the head of each journal segment lets a replay start anywhere.
+Behaviour lives in the modules that decide: ``queues``, ``admission``, ``lending``,
+``dispatcher``.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+from weft.domain.plan import EMPTY_PLAN, Plan
+from weft.domain.request import Batch, Request
+from weft.domain.workload import PRIORITY_CLASSES
+from weft.policy.estimate import ExecTable, Quantile
+
+
+class Hold(enum.IntEnum):
+    """How a job stands to a partition; ``HOLD_TRANSITIONS`` holds every legal step."""
+
+    NONE = 0
+    GRANTING = 1
+    HELD = 2
+    CLOSING = 3
+    STOPPING = 4
+
+
+HOLD_TRANSITIONS: dict[Hold, dict[str, Hold]] = {
+    Hold.NONE: {"Grant": Hold.GRANTING},
+    Hold.GRANTING: {
+        "Granted": Hold.HELD,
+        "Revoke": Hold.CLOSING,
+        "JobExited": Hold.NONE,
+        "ActionFailed(Grant)": Hold.NONE,
+    },
+    Hold.HELD: {"Revoke": Hold.CLOSING, "JobExited": Hold.NONE},
+    Hold.CLOSING: {
+        "Revoked": Hold.NONE,
+        "JobExited": Hold.NONE,
+        "ActionFailed(Grant)": Hold.NONE,
+        "ActionFailed(Revoke)": Hold.STOPPING,
+    },
+    Hold.STOPPING: {"JobExited": Hold.NONE},
+}
+"""State → what happens → state; whatever is not listed is ignored as late news."""
+
+
+class Lane(msgspec.Struct):
+    """Requests of one service that may share a batch, as a heap of (key, arrival, id).
+
+    Entries of requests that were cancelled or expired stay until they surface."""
+
+    version: str
+    heap: list[tuple[int, int, int]] = []
+    live: int = 0
+
+
+class ServiceState(msgspec.Struct):
+    """One service: its bounds, queue, idle instances and what was learned of it."""
+
+    name: str
+    objective: int
+    max_batch: int
+    max_queue: int
+    preferred: tuple[int, ...]
+    max_queue_delay: int
+    strict: bool
+    p95: Quantile
+    exec: ExecTable
+    version: str = ""
+    lanes: dict[str, Lane] = {}
+    queued: int = 0
+    rows: list[int] = msgspec.field(default_factory=lambda: [0] * PRIORITY_CLASSES)
+    cost: list[int] = msgspec.field(default_factory=lambda: [0] * PRIORITY_CLASSES)
+    """Predicted ns of what is queued, by priority class (kept in step with ``rows``)."""
+    partitions: list[str] = []
+    idle: dict[str, list[str]] = {}
+    """Idle workers by version."""
+    workers: int = 0
+    last_arrival: int = 0
+    gap: int = 0
+    """Mean time between arrivals (ns, exponentially weighted)."""
+
+
+class WorkerState(msgspec.Struct):
+    """One model instance; ``partition`` is where it last ran."""
+
+    id: str
+    service: str
+    version: str
+    batch: int = 0
+    partition: str = ""
+    retiring: bool = False
+
+
+class Running(msgspec.Struct):
+    """A batch under way."""
+
+    batch: Batch
+    requests: list[Request]
+    worker: str
+    partition: str
+    started: int
+    expected_end: int
+    preempting: bool
+
+
+class PartitionState(msgspec.Struct):
+    """One partition: who may use it, who holds it, and what lending it was seen to cost."""
+
+    id: str
+    units: tuple[int, ...]
+    services: list[str]
+    owners: list[str]
+    lendable: bool
+    slice_ns: int
+    batch: int = 0
+    job: str = ""
+    hold: Hold = Hold.NONE
+    held_since: int = 0
+    slice_end: int = 0
+    idle_since: int = 0
+    wake: int = 0
+    retiring: bool = False
+    waiting: dict[str, None] = {}
+    """Services with requests queued that may run here, in order of becoming so."""
+    hot: int = 0
+    """Worst headroom seen in the present adjustment window: permille of the objective."""
+    adjust_at: int = 0
+    revoke_cost: int = 0
+    start_idle: int = 0
+    start_preempting: int = 0
+
+
+class JobShare(msgspec.Struct):
+    """One job's account of compute, in unit-nanoseconds."""
+
+    id: str
+    weight: int
+    """Weight in thousandths."""
+    guaranteed: int
+    """Guaranteed share of the device in millionths."""
+    limit: int
+    window: int
+    vtime: int = 0
+    held: list[str] = []
+    units: int = 0
+    since: int = 0
+    received: int = 0
+    carried: int = 0
+    """Debt carried over from earlier windows."""
+    blocked_until: int = 0
+
+
+class Reserve(msgspec.Struct):
+    """Tokens (unit-ns) that admission may spend while a guaranteed share is owed."""
+
+    tokens: int = 0
+    refilled: int = 0
+
+
+class DispatcherState(msgspec.Struct):
+    """The whole."""
+
+    now: int = 0
+    services: dict[str, ServiceState] = {}
+    workers: dict[str, WorkerState] = {}
+    partitions: dict[str, PartitionState] = {}
+    jobs: dict[str, JobShare] = {}
+    queued: dict[int, Request] = {}
+    retried: dict[int, None] = {}
+    """Accepted requests that lost a worker once."""
+    running: dict[int, Running] = {}
+    expiries: list[tuple[int, int]] = []
+    timers: list[tuple[int, str]] = []
+    armed: int = 0
+    next_batch: int = 1
+    plan: Plan = EMPTY_PLAN
+    pending: Plan | None = None
+    """A plan whose layout waits for partitions to fall idle."""
+    moving: bool = False
+    """Whether ``Repartition`` of the pending plan was ordered."""
+    successor: Plan | None = None
+    """A plan that came while the device was being repartitioned."""
+    draining: bool = False
+    reserve: Reserve = msgspec.field(default_factory=Reserve)

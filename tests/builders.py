@@ -1,0 +1,94 @@
+"""Small builders: what a test arranges, in a line each."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from weft.domain import actions as a
+from weft.domain import events as e
+from weft.domain.device import Partition, PreemptLevel
+from weft.domain.plan import Plan
+from weft.domain.request import Request
+from weft.domain.units import MS, S
+from weft.policy.dispatcher import Dispatcher
+from weft.policy.invariants import check
+
+
+def plan(
+    services: dict[str, tuple[int, ...]],
+    jobs: dict[str, tuple[int, ...]] | None = None,
+    version: int = 1,
+    **kwargs: Any,
+) -> Plan:
+    """One single-core partition ``p<core>`` per core named; service partitions are lendable."""
+    jobs = jobs or {}
+    cores = sorted({c for cs in (*services.values(), *jobs.values()) for c in cs})
+    names = {c: f"p{c}" for c in cores}
+    lendable = sorted({names[c] for cs in services.values() for c in cs})
+    return Plan(
+        version=version,
+        partitions=tuple(Partition(names[c], "cpu", (c,)) for c in cores),
+        services={s: tuple(names[c] for c in cs) for s, cs in services.items()},
+        jobs={j: tuple(names[c] for c in cs) for j, cs in jobs.items()},
+        lendable=tuple(kwargs.pop("lendable", lendable)),
+        **kwargs,
+    )
+
+
+class World:
+    """A dispatcher with a hand-driven clock; every event is followed by ``check``."""
+
+    def __init__(self, level: PreemptLevel = PreemptLevel.PRIORITY, units: int = 2) -> None:
+        self.d = Dispatcher(level, units)
+        self.now = 1 * S
+        self.next_id = 0
+
+    def send(self, event: e.Event, after: int = 0) -> list[a.Action]:
+        self.now += after
+        actions = self.d.handle(self.now, event)
+        check(self.d)
+        return actions
+
+    def service(self, name: str = "s", objective: int = 50 * MS, **kwargs: Any) -> World:
+        kwargs.setdefault("max_batch", 8)
+        kwargs.setdefault("max_queue", 100)
+        self.send(e.ServiceAdded(name, objective, **kwargs))
+        return self
+
+    def worker(
+        self, name: str = "w0", service: str = "s", version: str = "1", exec_ns: int = 2 * MS
+    ) -> World:
+        profile = tuple((u, n, exec_ns * (3 + n) // 4) for u in (1, 2) for n in (1, 2, 4, 8))
+        self.send(e.WorkerUp(name, service, version, profile))
+        return self
+
+    def job(self, name: str = "j", guaranteed: float = 0.0, weight: float = 1.0) -> list[a.Action]:
+        return self.send(e.JobReady(name, weight, guaranteed, self.d.total_units, 1 * S))
+
+    def arrive(
+        self, service: str = "s", slo: int = 50 * MS, after: int = 0, **kwargs: Any
+    ) -> list[a.Action]:
+        self.now += after
+        self.next_id += 1
+        request = Request(self.next_id, service, self.now, self.now + slo, **kwargs)
+        return self.send(e.Arrived(request))
+
+    def planned(self, *args: Any, **kwargs: Any) -> list[a.Action]:
+        """Send a plan and answer the repartition it may ask for."""
+        actions = self.send(e.Planned(plan(*args, **kwargs)))
+        for action in list(actions):
+            if isinstance(action, a.Repartition):
+                actions += self.send(e.Repartitioned(action.plan.version))
+        return actions
+
+
+def only(actions: list[a.Action], kind: type[Any]) -> list[Any]:
+    """The actions of one kind."""
+    return [x for x in actions if isinstance(x, kind)]
+
+
+def one(actions: list[a.Action], kind: type[Any]) -> Any:
+    """The single action of one kind."""
+    found = only(actions, kind)
+    assert len(found) == 1, f"wanted one {kind.__name__}, got {actions}"
+    return found[0]

@@ -1,0 +1,233 @@
+"""Random histories, failures included: the laws hold, every request is answered once."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+
+import msgspec
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.builders import plan
+from weft.domain import actions as a
+from weft.domain import events as e
+from weft.domain.device import PreemptLevel
+from weft.domain.plan import Plan
+from weft.domain.protocol import ANSWERS
+from weft.domain.request import Request
+from weft.domain.units import MS, S
+from weft.policy.dispatcher import Dispatcher
+from weft.policy.invariants import check
+from weft.policy.state import DispatcherState
+
+SERVICES = ("s0", "s1", "s2")
+JOBS = ("j0", "j1", "j2")
+
+
+class Chaos:
+    """A world that answers actions late, out of order, or with failures, as a seed decides."""
+
+    def __init__(self, seed: int, level: PreemptLevel, units: int) -> None:
+        self.random = random.Random(seed)
+        self.level, self.units = level, units
+        self.d = Dispatcher(level, units)
+        self.now = 1 * S
+        self.open: list[a.Action] = []
+        self.submitted: set[int] = set()
+        self.answered: Counter[int] = Counter()
+        self.workers: dict[str, tuple[str, str]] = {}
+        self.jobs: set[str] = set()
+        self.plan_version = 0
+        self.next = 0
+        self.history: list[tuple[int, e.Event, list[a.Action]]] = []
+
+    def send(self, event: e.Event) -> None:
+        actions = self.d.handle(self.now, event)
+        self.history.append((self.now, event, actions))
+        check(self.d)
+        for action in actions:
+            if isinstance(action, a.Complete):
+                self.answered.update(action.requests)
+            elif isinstance(action, a.Reject):
+                self.answered[action.request] += 1
+            else:
+                self.open.append(action)
+        assert max(self.answered.values(), default=0) <= 1, "a request was answered twice"
+
+    def random_plan(self) -> Plan:
+        self.plan_version += 1
+        cores = list(range(self.units))
+        services = {s: tuple(self.random.sample(cores, self.random.randint(1, self.units)))
+                    for s in SERVICES}
+        jobs = {j: (self.random.choice(cores),) for j in JOBS if self.random.random() < 0.3}
+        chosen = plan(services, jobs, version=self.plan_version)
+        if self.random.random() < 0.3:
+            # Another grouping of the cores: every partition changes.
+            merged = chosen.partitions[0]
+            whole = type(merged)("all", "cpu", tuple(cores))
+            return Plan(version=self.plan_version, partitions=(whole,),
+                        services={s: ("all",) for s in SERVICES}, jobs={}, lendable=("all",))
+        if self.random.random() < 0.2:
+            return plan(services, jobs, version=self.plan_version, lendable=())
+        return chosen
+
+    def answer(self) -> None:
+        """Answer one open action, perhaps with a failure."""
+        if not self.open:
+            return
+        action = self.open.pop(self.random.randrange(len(self.open)))
+        r = self.random
+        match action:
+            case a.Dispatch(batch=batch, worker=worker):
+                kind = r.choices(["done", "failed", "died"], [8, 1, 1])[0]
+                if kind == "done":
+                    self.send(e.BatchDone(batch.id, r.randrange(1, 20 * MS), r.randrange(MS)))
+                elif kind == "failed":
+                    self.send(e.BatchFailed(batch.id, "bad input"))
+                elif worker in self.workers:
+                    del self.workers[worker]
+                    self.send(e.WorkerDown(worker))
+            case a.Grant(job=job, partition=p):
+                if r.random() < 0.1:
+                    self.send(e.ActionFailed("Grant", p, job, "gone"))
+                else:
+                    self.send(e.Granted(job, p))
+            case a.Revoke(job=job, partition=p):
+                if r.random() < 0.1:
+                    self.send(e.ActionFailed("Revoke", p, job, "stuck"))
+                else:
+                    self.send(e.Revoked(job, p, r.randrange(MS)))
+            case a.StopJob(job=job):
+                self.exit_job(job)
+            case a.Repartition(plan=wanted):
+                if r.random() < 0.2:
+                    self.send(e.ActionFailed("Repartition", str(wanted.version), "", "busy"))
+                else:
+                    self.send(e.Repartitioned(wanted.version))
+            case a.WakeAt(at=at):
+                self.now = max(self.now, at)
+                self.send(e.Woke())
+
+    def exit_job(self, job: str) -> None:
+        if job in self.jobs:
+            self.jobs.discard(job)
+            self.send(e.JobExited(job))
+
+    def spontaneous(self) -> None:
+        """Something happens that nobody ordered."""
+        r = self.random
+        kind = r.choices(
+            ["arrive", "cancel", "job", "exit", "plan", "up", "down", "retire", "swap", "remove"],
+            [40, 4, 4, 2, 4, 5, 2, 1, 1, 0.5],
+        )[0]
+        if kind == "arrive":
+            self.next += 1
+            self.submitted.add(self.next)
+            slo = r.choice([1, 5, 50, 500]) * MS
+            self.send(e.Arrived(Request(
+                self.next, r.choice(SERVICES), self.now, self.now + slo, r.randrange(3),
+                r.choice([1, 1, 1, 2, 8]), r.choice(["", "", "", "1", "2"]), r.choice("ab"),
+                r.choice([0, 0, self.now + slo]),
+            )))
+        elif kind == "cancel" and self.next:
+            self.send(e.Cancelled(r.randrange(1, self.next + 1)))
+        elif kind == "job":
+            job = r.choice(JOBS)
+            self.jobs.add(job)
+            limit = r.randint(1, self.units)
+            self.send(e.JobReady(job, r.choice([0.5, 1, 2]), r.choice([0, 0, 0.2]), limit, S))
+        elif kind == "exit":
+            self.exit_job(r.choice(JOBS))
+        elif kind == "plan":
+            self.send(e.Planned(self.random_plan()))
+        elif kind == "up":
+            self.next += 1
+            name, service, version = f"w{self.next}", r.choice(SERVICES), r.choice("12")
+            if service in self.d.state.services:
+                self.workers[name] = (service, version)
+                self.send(e.WorkerUp(name, service, version, ((1, 1, MS), (1, 8, 4 * MS))))
+        elif kind == "down" and self.workers:
+            name = r.choice(sorted(self.workers))
+            del self.workers[name]
+            self.send(e.WorkerDown(name))
+        elif kind == "retire" and self.workers:
+            self.send(e.WorkerRetiring(r.choice(sorted(self.workers))))
+        elif kind == "swap":
+            self.send(e.VersionCurrent(r.choice(SERVICES), r.choice("12")))
+        elif kind == "remove":
+            name = r.choice(SERVICES)
+            self.send(e.ServiceRemoved(name))
+            self.send(e.ServiceAdded(name, 50 * MS, 8, 20))
+
+    def finish(self) -> None:
+        """Stop the noise, answer everything, and end all workers."""
+        for _ in range(3000):
+            if not [x for x in self.open if not isinstance(x, a.WakeAt)]:
+                break
+            self.open = [x for x in self.open if not isinstance(x, a.WakeAt)] or self.open
+            self.answer()
+        for name in sorted(self.workers):
+            self.send(e.WorkerDown(name))
+
+    def run(self, steps: int) -> None:
+        for name in SERVICES:
+            self.send(e.ServiceAdded(name, 50 * MS, 8, 20,
+                                     max_queue_delay=2 * MS if name == "s2" else 0))
+        self.send(e.Planned(self.random_plan()))
+        for _ in range(steps):
+            self.now += self.random.choice([0, 0, 10_000, MS, 20 * MS])
+            if self.random.random() < 0.5:
+                self.answer()
+            else:
+                self.spontaneous()
+        self.finish()
+
+
+worlds = st.tuples(
+    st.integers(0, 2**32),
+    st.sampled_from([PreemptLevel.GATE, PreemptLevel.PAUSE, PreemptLevel.PRIORITY]),
+    st.sampled_from([1, 2, 4]),
+)
+
+
+@given(worlds)
+@settings(max_examples=120, deadline=None)
+def test_laws_hold_and_every_accepted_request_is_answered_exactly_once(world) -> None:
+    chaos = Chaos(*world)
+    chaos.run(250)
+    assert set(chaos.answered) == chaos.submitted
+
+
+@given(worlds)
+@settings(max_examples=20, deadline=None)
+def test_the_same_events_give_the_same_actions(world) -> None:
+    first, second = Chaos(*world), Chaos(*world)
+    first.run(150)
+    second.run(150)
+    assert first.history == second.history
+
+
+@given(worlds, st.integers(1, 200))
+@settings(max_examples=30, deadline=None)
+def test_a_checkpoint_in_the_middle_changes_nothing(world, cut: int) -> None:
+    chaos = Chaos(*world)
+    chaos.run(150)
+    d = Dispatcher(chaos.level, chaos.units)
+    for index, (now, event, actions) in enumerate(chaos.history):
+        if index == cut:
+            encoded = msgspec.msgpack.encode(d.state)
+            state = msgspec.msgpack.decode(encoded, type=DispatcherState)
+            d = Dispatcher(chaos.level, chaos.units, state)
+        assert d.handle(now, event) == actions
+
+
+def test_every_answer_in_the_table_was_seen_in_random_histories() -> None:
+    seen: set[tuple[type, type]] = set()
+    for seed in range(60):
+        chaos = Chaos(seed, PreemptLevel.PRIORITY, 2)
+        chaos.run(250)
+        ordered = {type(x) for _, _, actions in chaos.history for x in actions}
+        happened = {type(event) for _, event, _ in chaos.history}
+        seen |= {(k, v) for k, vs in ANSWERS.items() for v in vs if k in ordered and v in happened}
+    assert seen == {(k, v) for k, vs in ANSWERS.items() for v in vs}
