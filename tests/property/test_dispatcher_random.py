@@ -58,16 +58,23 @@ class Chaos:
     def random_plan(self) -> Plan:
         self.plan_version += 1
         cores = list(range(self.units))
-        services = {s: tuple(self.random.sample(cores, self.random.randint(1, self.units)))
-                    for s in SERVICES}
+        services = {
+            s: tuple(self.random.sample(cores, self.random.randint(1, self.units)))
+            for s in SERVICES
+        }
         jobs = {j: (self.random.choice(cores),) for j in JOBS if self.random.random() < 0.3}
         chosen = plan(services, jobs, version=self.plan_version)
         if self.random.random() < 0.3:
             # Another grouping of the cores: every partition changes.
             merged = chosen.partitions[0]
             whole = type(merged)("all", "cpu", tuple(cores))
-            return Plan(version=self.plan_version, partitions=(whole,),
-                        services={s: ("all",) for s in SERVICES}, jobs={}, lendable=("all",))
+            return Plan(
+                version=self.plan_version,
+                partitions=(whole,),
+                services={s: ("all",) for s in SERVICES},
+                jobs={},
+                lendable=("all",),
+            )
         if self.random.random() < 0.2:
             return plan(services, jobs, version=self.plan_version, lendable=())
         return chosen
@@ -125,11 +132,21 @@ class Chaos:
             self.next += 1
             self.submitted.add(self.next)
             slo = r.choice([1, 5, 50, 500]) * MS
-            self.send(e.Arrived(Request(
-                self.next, r.choice(SERVICES), self.now, self.now + slo, r.randrange(3),
-                r.choice([1, 1, 1, 2, 8]), r.choice(["", "", "", "1", "2"]), r.choice("ab"),
-                r.choice([0, 0, self.now + slo]),
-            )))
+            self.send(
+                e.Arrived(
+                    Request(
+                        self.next,
+                        r.choice(SERVICES),
+                        self.now,
+                        self.now + slo,
+                        r.randrange(3),
+                        r.choice([1, 1, 1, 2, 8]),
+                        r.choice(["", "", "", "1", "2"]),
+                        r.choice("ab"),
+                        r.choice([0, 0, self.now + slo]),
+                    )
+                )
+            )
         elif kind == "cancel" and self.next:
             self.send(e.Cancelled(r.randrange(1, self.next + 1)))
         elif kind == "job":
@@ -172,8 +189,9 @@ class Chaos:
 
     def run(self, steps: int) -> None:
         for name in SERVICES:
-            self.send(e.ServiceAdded(name, 50 * MS, 8, 20,
-                                     max_queue_delay=2 * MS if name == "s2" else 0))
+            self.send(
+                e.ServiceAdded(name, 50 * MS, 8, 20, max_queue_delay=2 * MS if name == "s2" else 0)
+            )
         self.send(e.Planned(self.random_plan()))
         for _ in range(steps):
             self.now += self.random.choice([0, 0, 10_000, MS, 20 * MS])
