@@ -49,8 +49,9 @@ class StopJob(_Action, frozen=True):
 
 
 class Complete(_Action, frozen=True):
-    """Answer these requests with their results."""
+    """Answer the requests of a batch with their results."""
 
+    batch: int
     requests: tuple[int, ...]
 
 

@@ -236,7 +236,7 @@ class Dispatcher:
             lending.adjust_slice(state, partition, now)
         for request in running.requests:
             state.retried.pop(request.id, None)
-        self._out.append(a.Complete(self._cause, running.batch.requests))
+        self._out.append(a.Complete(self._cause, event.batch, running.batch.requests))
         self._after_batch(service, partition)
 
     def _batch_failed(self, event: e.BatchFailed) -> None:

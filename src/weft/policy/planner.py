@@ -29,7 +29,7 @@ class Tuning(msgspec.Struct, frozen=True):
     shrink_after: int = 10 * S
     horizon: int = 10 * S
     lend: bool = True
-    fixed: tuple[int, int] | None = None
+    split: tuple[int, int] | None = None
     """(cores, partition size) for services, never changed: a static split."""
     slice_min: int = 2 * MS
     slice_max: int = 200 * MS
@@ -68,8 +68,8 @@ class Planner:
 
     def _next_layout(self, snapshot: Snapshot) -> tuple[Layout, list[str]]:
         state, tuning = self.state, self.tuning
-        if tuning.fixed is not None:
-            return Layout(*tuning.fixed), ["the split is fixed by configuration"]
+        if tuning.split is not None:
+            return Layout(*tuning.split), ["the split is fixed by configuration"]
         now, current = snapshot.now, state.layout
         least = self._least_cores(snapshot)
         if current is None or (current.cores == 0) != (least == 0):

@@ -1,0 +1,68 @@
+"""The ``weft`` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from weft import __version__
+from weft.cli.commands import add_commands
+from weft.domain.errors import WeftError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code (0 done, 1 failed with one line on stderr, 2 usage)."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.func(args))
+    except WeftError as error:
+        print(f"weft: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone; what Python flushes at exit must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="weft",
+        description="Serve models under a latency objective and train on everything left over.",
+    )
+    parser.add_argument("--version", action="version", version=f"weft {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    serve = commands.add_parser("serve", help="run a node in the foreground")
+    serve.add_argument("config", type=Path, help="the node's YAML file")
+    serve.add_argument(
+        "--log",
+        default="warning",
+        choices=["debug", "info", "warning", "error"],
+        help="log from this level upwards (default: warning)",
+    )
+    serve.add_argument("--check", action="store_true", help="only check the configuration")
+    serve.set_defaults(func=_serve)
+    add_commands(commands)
+    return parser
+
+
+def _serve(args: argparse.Namespace) -> int:
+    import uvloop
+
+    from weft.cli import logs, wiring
+
+    config = wiring.read_config(args.config)
+    if args.check:
+        print(f"{args.config}: in order ({len(config.services)} services, {len(config.jobs)} jobs)")
+        return 0
+    logs.set_up(args.log)
+    uvloop.run(wiring.serve(config))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

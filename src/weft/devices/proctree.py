@@ -1,0 +1,193 @@
+"""Process trees as ``/proc`` shows them: who descends from whom, what they use, ending them.
+
+Everything here tolerates processes that vanish, appear or become zombies while it looks: what
+cannot be read is left out. A pid alone names a process only as long as it lives; keep its
+``start_time`` next to it and compare both.
+
+The job shim imports this file, so it imports next to nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+
+TYPE_CHECKING = False  # ``typing`` costs the shim more to import than all of this file
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+TICKS_PER_SECOND: int = os.sysconf("SC_CLK_TCK")
+PAGE_BYTES: int = os.sysconf("SC_PAGE_SIZE")
+
+
+class Stat:
+    """What matters of one ``/proc/<pid>/stat`` (proc(5)). Times are clock ticks."""
+
+    __slots__ = ("cpu_ticks", "parent", "pid", "reaped_ticks", "start", "state", "threads")
+
+    def __init__(self, pid: int, fields: list[bytes]) -> None:
+        self.pid = pid
+        self.state = fields[0]
+        self.parent = int(fields[1])
+        self.cpu_ticks = int(fields[11]) + int(fields[12])
+        self.reaped_ticks = int(fields[13]) + int(fields[14])
+        self.threads = int(fields[17])
+        self.start = int(fields[19])
+
+    @property
+    def is_dead(self) -> bool:
+        """Ended, waiting to be reaped. A leader that ended before its other threads is not."""
+        return self.state in (b"Z", b"X") and self.threads <= 1
+
+
+def _read(path: str) -> bytes:
+    """The whole of a small /proc file; empty if it cannot be read."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return b""
+    try:
+        parts = []
+        while part := os.read(fd, 65536):
+            parts.append(part)
+        return b"".join(parts)
+    except OSError:
+        return b""
+    finally:
+        os.close(fd)
+
+
+def _pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def stat(pid: int | str) -> Stat | None:
+    """One process, or None if there is none with this pid; ``"<tid>/task/<tid>"`` for a thread."""
+    # The name stands in brackets and may itself hold brackets and spaces: count from the last.
+    _, _, rest = _read(f"/proc/{pid}/stat").rpartition(b")")
+    fields = rest.split()
+    return Stat(int(str(pid).partition("/")[0]), fields) if len(fields) > 19 else None
+
+
+def start_time(pid: int) -> int:
+    """Start of a process in clock ticks after boot; 0 if it does not exist or is a zombie."""
+    found = stat(pid)
+    return found.start if found is not None and not found.is_dead else 0
+
+
+def scan() -> dict[int, Stat]:
+    """All processes there are; some 15 microseconds for each of them."""
+    stats = (stat(pid) for pid in _pids())
+    return {found.pid: found for found in stats if found is not None}
+
+
+def descendants(root: int, table: Mapping[int, Stat] | None = None) -> list[int]:
+    """Pids below ``root`` (not itself), parents first, zombies left out.
+
+    Orphans that went to another reaper are not found, so the root should be a subreaper
+    (``PR_SET_CHILD_SUBREAPER``). The kernel's own lists of children are not used: they are
+    exact only while the tree stands still, and not every kernel has them.
+    """
+    table = scan() if table is None else table
+    below: dict[int, list[int]] = {}
+    for found in table.values():
+        below.setdefault(found.parent, []).append(found.pid)
+    tree = [root]
+    for pid in tree:  # grows while it is walked
+        tree.extend(below.get(pid, ()))
+    return [pid for pid in tree[1:] if not table[pid].is_dead]
+
+
+def threads(pids: Iterable[int]) -> list[int]:
+    """Thread ids of these processes; scheduling and affinity are per thread."""
+    ids: list[int] = []
+    for pid in pids:
+        try:
+            ids.extend(int(name) for name in os.listdir(f"/proc/{pid}/task"))
+        except OSError:
+            continue
+    return ids
+
+
+def cpu_seconds(root: int, table: Mapping[int, Stat] | None = None) -> float:
+    """CPU seconds used by everything below ``root``, the dead that were waited for included.
+
+    The root's own time is left out. Processes whose parent ignores SIGCHLD are lost from the
+    sum when they end: the kernel adds them to nobody.
+    """
+    table = scan() if table is None else table
+    ticks = table[root].reaped_ticks if root in table else 0
+    for pid in descendants(root, table):
+        ticks += table[pid].cpu_ticks + table[pid].reaped_ticks
+    return ticks / TICKS_PER_SECOND
+
+
+def resident_bytes(pids: Iterable[int]) -> int:
+    """Sum of the resident set sizes of these processes.
+
+    Pages that several of them share (libraries, memory not yet written after a fork, shared
+    mappings) count once in each, so the sum is an upper bound: for a loader with many forked
+    workers it can be well above what the tree really occupies. The exact figure (PSS) would
+    cost milliseconds per process and look.
+    """
+    pages = 0
+    for pid in pids:
+        fields = _read(f"/proc/{pid}/statm").split()
+        if len(fields) > 1:
+            pages += int(fields[1])
+    return pages * PAGE_BYTES
+
+
+def marked(variable: str, value: str) -> list[int]:
+    """Processes that were started with ``variable=value`` in their environment.
+
+    Finds what lost its ancestors. Misses processes of other users (unless we are root) and
+    those that were started with a cleaned environment.
+    """
+    entry = b"\0" + f"{variable}={value}".encode() + b"\0"
+    me = os.getpid()
+    return [
+        pid
+        for pid in _pids()
+        if pid != me and entry in b"\0" + _read(f"/proc/{pid}/environ") + b"\0"
+    ]
+
+
+def send(pids: Iterable[int], *signals: signal.Signals) -> None:
+    """Send each signal to each process; those that are gone or not ours are skipped."""
+    for pid in pids:
+        for number in signals:
+            try:
+                os.kill(pid, number)
+            except OSError:
+                break
+
+
+def freeze(find: Callable[[], list[int]], passes: int = 10) -> None:
+    """SIGSTOP all that ``find`` returns, again until nobody new turns up (``passes`` at most)."""
+    stopped: set[int] = set()
+    for _ in range(passes):
+        new = [pid for pid in find() if pid not in stopped]
+        if not new:
+            return
+        send(new, signal.SIGSTOP)
+        stopped.update(new)
+
+
+def kill(find: Callable[[], list[int]], within_s: float = 5.0) -> list[int]:
+    """SIGKILL all that ``find`` returns until it returns none; the rest after ``within_s``.
+
+    They are frozen first, so that what forks faster than we look does not outrun us. What is
+    left cannot be killed: it sits in the kernel (a dead disk, a hung driver) or is not ours.
+    """
+    end = time.monotonic() + within_s
+    pause = 0.001
+    while left := find():
+        if time.monotonic() > end:
+            return left
+        send(left, signal.SIGSTOP)
+        send(find(), signal.SIGKILL)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+    return []

@@ -1,0 +1,240 @@
+"""A model instance: a process that executes batches, one at a time, until its socket closes.
+
+Started by the node as ``python -m weft.runtime.worker SOCKET_FD ARENA_FD``. Whatever happens
+in here, a crash of the engine included, ends this process alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from weft.domain.errors import ModelError
+from weft.engines.base import NUMPY, Array, Engine, open_engine
+from weft.runtime.arena import map_arena
+from weft.runtime.messages import (
+    LENGTH,
+    Done,
+    Failed,
+    FromWorker,
+    Item,
+    Open,
+    Opened,
+    OpenFailed,
+    Outputs,
+    Place,
+    Run,
+    ToWorker,
+    frame,
+)
+
+ALIGN = 64
+PROFILE_RUNS = 5
+PROFILE_BUDGET_NS = 2_000_000_000
+"""Profiling stops here: a slow model learns the rest from traffic."""
+_PR_SET_PDEATHSIG = 1
+
+
+class Worker:
+    """Socket, tensor memory and the model."""
+
+    def __init__(self, sock: socket.socket, arena: memoryview) -> None:
+        self._sock = sock
+        self._arena = arena
+        self._engine: Engine | None = None
+        self._decoder = msgspec.msgpack.Decoder(ToWorker)
+
+    def serve(self) -> None:
+        """Answer messages until the node goes away."""
+        while (message := self._receive()) is not None:
+            if isinstance(message, Open):
+                self._send(self._open(message))
+            else:
+                self._send(self._run(message))
+
+    def _receive(self) -> ToWorker | None:
+        head = self._read(LENGTH.size)
+        if head is None:
+            return None
+        body = self._read(LENGTH.unpack(head)[0])
+        return None if body is None else self._decoder.decode(body)
+
+    def _read(self, count: int) -> bytes | None:
+        data = self._sock.recv(count, socket.MSG_WAITALL)
+        return data if len(data) == count else None
+
+    def _send(self, message: FromWorker) -> None:
+        self._sock.sendall(frame(message))
+
+    # --- loading ----------------------------------------------------------------------------
+
+    def _open(self, order: Open) -> Opened | OpenFailed:
+        try:
+            self._engine = open_engine(Path(order.path), order.units)
+            profile = self._profile(self._engine, order)
+            accuracy = self._accuracy(self._engine, order) if order.check else None
+        except ModelError as error:
+            return OpenFailed(str(error))
+        return Opened(self._engine.meta, profile, accuracy)
+
+    def _profile(self, engine: Engine, order: Open) -> tuple[tuple[int, int, int], ...]:
+        """Warm every session and measure it: medians over a few runs per size."""
+        sizes = [1]
+        while engine.meta.batchable and sizes[-1] < order.max_batch:
+            sizes.append(min(order.max_batch, 2 * sizes[-1]))
+        measured: list[tuple[int, int, int]] = []
+        began = time.monotonic_ns()
+        for units in order.units:
+            for rows in sizes:
+                if measured and time.monotonic_ns() - began > PROFILE_BUDGET_NS:
+                    break
+                inputs = _made_up(engine, rows, order.shapes)
+                try:
+                    engine.run(units, inputs)
+                except ModelError:
+                    if measured or order.shapes:
+                        raise
+                    # Free axes besides the batch: one row of ones may be no legal input.
+                    return ()
+                times = [_timed(engine, units, inputs) for _ in range(PROFILE_RUNS)]
+                measured.append((units, rows, round(statistics.median(times))))
+        return tuple(measured)
+
+    def _accuracy(self, engine: Engine, order: Open) -> float:
+        """Share of the check data whose first output's largest class is the label."""
+        try:
+            with np.load(order.check, allow_pickle=False) as data:
+                labels = data["labels"]
+                inputs = {t.name: data[t.name] for t in engine.meta.inputs}
+        except Exception as error:  # zip, pickle, key and value errors alike
+            raise ModelError(f"{Path(order.check).name} cannot be read: {error}") from error
+        right = 0
+        step = order.max_batch if engine.meta.batchable else 1
+        for start in range(0, len(labels), step):
+            part = {name: array[start : start + step] for name, array in inputs.items()}
+            scores = engine.run(order.units[0], part)[0]
+            right += int((scores.argmax(axis=-1).ravel() == labels[start : start + step]).sum())
+        return right / max(1, len(labels))
+
+    # --- executing --------------------------------------------------------------------------
+
+    def _run(self, order: Run) -> Done | Failed:
+        assert self._engine is not None
+        started = time.monotonic_ns()
+        try:
+            inputs = self._gather(self._engine, order.items)
+            outputs = self._engine.run(order.units, inputs)
+        except (ModelError, ValueError, MemoryError) as error:
+            return Failed(order.batch, str(error) or type(error).__name__)
+        items = self._scatter(order.items, outputs)
+        ended = time.monotonic_ns()
+        return Done(order.batch, max(0, started - order.sent), ended - started, items)
+
+    def _gather(self, engine: Engine, items: tuple[Item, ...]) -> dict[str, Array]:
+        """One array an input: a view of the arena for one request, else rows joined."""
+        inputs: dict[str, Array] = {}
+        for index, meta in enumerate(engine.meta.inputs):
+            parts = [self._view(item.inputs[index], meta.datatype) for item in items]
+            inputs[meta.name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return inputs
+
+    def _view(self, place: Place, datatype: str) -> Array:
+        raw = self._arena[place.offset : place.offset + place.nbytes]
+        if datatype == "BYTES":
+            return _strings(raw, place.shape)
+        return np.frombuffer(raw, dtype=NUMPY[datatype]).reshape(place.shape)
+
+    def _scatter(self, items: tuple[Item, ...], outputs: list[Array]) -> tuple[Outputs, ...]:
+        results: list[Outputs] = []
+        row = 0
+        for item in items:
+            parts = outputs
+            if len(items) > 1:
+                parts = [output[row : row + item.rows] for output in outputs]
+                row += item.rows
+            results.append(self._store(item, parts))
+        return tuple(results)
+
+    def _store(self, item: Item, parts: list[Array]) -> Outputs:
+        places: list[Place] = []
+        spilled: list[bytes] = []
+        offset, end = item.out_offset, item.out_offset + item.out_bytes
+        for part in parts:
+            data = _packed(part)
+            size = len(data)
+            if offset + size > end:
+                places.append(Place(part.shape, -1, size))
+                spilled.append(bytes(data))
+                continue
+            self._arena[offset : offset + size] = data
+            places.append(Place(part.shape, offset, size))
+            offset += -(-size // ALIGN) * ALIGN
+        return Outputs(tuple(places), tuple(spilled))
+
+
+def _packed(array: Array) -> memoryview | bytes:
+    """The tensor's bytes, row-major; strings length-prefixed."""
+    if array.dtype == np.object_:
+        encoded = [str(x).encode() if not isinstance(x, bytes) else x for x in array.ravel()]
+        return b"".join(LENGTH.pack(len(x)) + x for x in encoded)
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _strings(raw: memoryview, shape: tuple[int, ...]) -> Array:
+    """Length-prefixed elements as an array of str (what ONNX Runtime takes)."""
+    found: list[str] = []
+    position = 0
+    while position < len(raw):
+        (length,) = LENGTH.unpack_from(raw, position)
+        position += LENGTH.size
+        found.append(bytes(raw[position : position + length]).decode("utf-8", "replace"))
+        position += length
+    return np.array(found, dtype=np.object_).reshape(shape)
+
+
+def _made_up(engine: Engine, rows: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
+    """Inputs of the right shape for the warm-up; free axes are 1 unless ``shapes`` says."""
+    random = np.random.default_rng(0)
+    inputs: dict[str, Array] = {}
+    for meta in engine.meta.inputs:
+        shape = [d if d >= 0 else 1 for d in shapes.get(meta.name, meta.shape)]
+        if engine.meta.batchable:
+            shape[0] = rows
+        if meta.datatype == "BYTES":
+            inputs[meta.name] = np.full(shape, "weft", dtype=np.object_)
+        elif meta.datatype.startswith("FP"):
+            inputs[meta.name] = random.random(shape).astype(NUMPY[meta.datatype])
+        else:
+            inputs[meta.name] = np.zeros(shape, dtype=NUMPY[meta.datatype])
+    return inputs
+
+
+def _timed(engine: Engine, units: int, inputs: dict[str, Array]) -> int:
+    began = time.monotonic_ns()
+    engine.run(units, inputs)
+    return time.monotonic_ns() - began
+
+
+def main() -> None:
+    """Entry point of the process."""
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit(0)
+    # Ctrl-C reaches the whole foreground group; ending workers is the node's business.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    Worker(sock, map_arena(int(sys.argv[2]))).serve()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,333 @@
+"""Measurements: what happened, by service, job and partition. Feeds snapshots and metrics.
+
+``observe`` sees every event with its actions, in order, and costs a few microseconds.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter, deque
+
+from weft.domain import actions as a
+from weft.domain import events as e
+from weft.domain.device import DeviceSpec
+from weft.domain.plan import Plan
+from weft.domain.request import Refusal, Request
+from weft.domain.snapshot import JobFacts, PartitionFacts, ServiceFacts, Snapshot
+from weft.domain.units import S
+from weft.domain.workload import JobSpec, ServiceSpec
+from weft.policy.forecast import Holt
+from weft.policy.state import DispatcherState
+
+LATENCY_BUCKETS_S = (
+    *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075),
+    *(0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0),
+)
+REVOKE_BUCKETS_S = (10e-6, 20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3)
+RECENT = 2000
+"""Latencies kept for quantiles, and for no longer than ``RECENT_NS``."""
+RECENT_NS = 30 * S
+
+
+class Histogram:
+    """Counts by upper bound (seconds), with sum."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def add(self, ns: int) -> None:
+        """Count one duration."""
+        seconds = ns / S
+        self.counts[bisect_left(self.bounds, seconds)] += 1
+        self.sum += seconds
+
+
+class Recent:
+    """The newest durations, for quantiles."""
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[int, int]] = deque(maxlen=RECENT)
+
+    def add(self, now: int, ns: int) -> None:
+        """Keep one duration."""
+        self._samples.append((now, ns))
+
+    def quantiles(self, now: int, *shares: float) -> list[int | None]:
+        """Quantiles in ns of what is recent at ``now``; None without samples."""
+        while self._samples and now - self._samples[0][0] > RECENT_NS:
+            self._samples.popleft()
+        ordered = sorted(ns for _, ns in self._samples)
+        if not ordered:
+            return [None for _ in shares]
+        return [ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in shares]
+
+
+class ServiceMeter:
+    """Counters of one service since the node started."""
+
+    def __init__(self) -> None:
+        self.arrived = 0
+        self.answered = 0
+        self.failed = 0
+        self.misses = 0
+        self.refused: Counter[str] = Counter()
+        self.latency = Histogram(LATENCY_BUCKETS_S)
+        self.recent = Recent()
+        self.batches = 0
+        self.batched_rows = 0
+        self.rows: Counter[int] = Counter()
+        self.queue_ns = 0
+        self.exec_ns = 0
+        self.latency_ns = 0
+        self.rate = Holt()
+        self.last_answer = 0
+        self._counted = 0
+
+    def tick(self, seconds: float) -> None:
+        """Close one interval of the arrival rate."""
+        self.rate.add((self.arrived - self._counted) / seconds)
+        self._counted = self.arrived
+
+
+class PartitionMeter:
+    """Busy time of one partition by workload (``service:x``, ``job:y``), in ns."""
+
+    def __init__(self) -> None:
+        self.busy: Counter[str] = Counter()
+        self.window: Counter[str] = Counter()
+        self.last_window: dict[str, float] = {}
+        self.switches = 0
+        self.revoke = Histogram(REVOKE_BUCKETS_S)
+        self.recent_revoke = Recent()
+        self.holder = ""
+        self.since = 0
+        self._last = ""
+
+    def hold(self, workload: str, now: int) -> None:
+        """A workload takes the partition ("" = idle)."""
+        if self.holder:
+            self.busy[self.holder] += now - self.since
+            self.window[self.holder] += now - self.since
+        if workload and workload != self._last:
+            self.switches += 1
+            self._last = workload
+        self.holder, self.since = workload, now
+
+
+class JobMeter:
+    """Grants of one job. ``held_ns`` is unit-nanoseconds."""
+
+    def __init__(self) -> None:
+        self.held_ns = 0
+        self.grants = 0
+        self.pauses = 0
+
+
+class Monitor:
+    """Keeps every meter; see the module's docstring."""
+
+    def __init__(self) -> None:
+        self.services: dict[str, ServiceMeter] = {}
+        self.partitions: dict[str, PartitionMeter] = {}
+        self.jobs: dict[str, JobMeter] = {}
+        self._open: dict[int, Request] = {}
+        self._running: dict[int, tuple[a.Dispatch, int]] = {}
+        self._granted: dict[tuple[str, str], int] = {}
+        self._last_tick = 0
+
+    # --- observing --------------------------------------------------------------------------
+
+    def observe(self, now: int, event: e.Event, actions: list[a.Action]) -> None:
+        """Learn from one step of the dispatcher."""
+        match event:
+            case e.Arrived(request=request):
+                self._open[request.id] = request
+                self.service(request.service).arrived += 1
+            case e.BatchDone(batch=batch, exec_ns=exec_ns):
+                self._batch_over(now, batch, exec_ns)
+            case e.BatchFailed(batch=batch):
+                self._batch_over(now, batch, 0)
+            case e.Revoked(job=job, partition=partition, took_ns=took):
+                meter = self.partition(partition)
+                meter.revoke.add(took)
+                meter.recent_revoke.add(now, took)
+                self._grant_over(now, job, partition)
+            case e.JobExited(job=job):
+                for held in [p for j, p in self._granted if j == job]:
+                    self._grant_over(now, job, held)
+            case e.WorkerDown(worker=worker):
+                for batch, (dispatch, _) in list(self._running.items()):
+                    if dispatch.worker == worker:
+                        self._batch_over(now, batch, 0)
+            case _:
+                pass
+        for action in actions:
+            self._act(now, action)
+
+    def _act(self, now: int, action: a.Action) -> None:
+        match action:
+            case a.Dispatch(batch=batch, partition=partition):
+                self._running[batch.id] = action, now
+                self.partition(partition).hold(f"service:{batch.service}", now)
+                meter = self.service(batch.service)
+                meter.batches += 1
+                meter.batched_rows += batch.rows
+                meter.rows[batch.rows] += 1
+                for request in batch.requests:
+                    meter.queue_ns += now - self._open[request].arrived
+            case a.Complete(requests=requests):
+                for request_id in requests:
+                    self._answered(now, self._open.pop(request_id))
+            case a.Reject(request=request_id, refusal=refusal):
+                refused = self._open.pop(request_id, None)
+                if refused is not None:
+                    meter = self.service(refused.service)
+                    meter.refused[refusal.name] += 1
+                    meter.failed += refusal == Refusal.FAILED
+            case a.Grant(job=job, partition=partition):
+                self._granted[job, partition] = now
+                self.job(job).grants += 1
+                self.partition(partition).hold(f"job:{job}", now)
+            case _:
+                pass
+
+    def _answered(self, now: int, request: Request) -> None:
+        meter = self.service(request.service)
+        latency = now - request.arrived
+        meter.answered += 1
+        meter.misses += now > request.deadline
+        meter.latency.add(latency)
+        meter.latency_ns += latency
+        meter.recent.add(now, latency)
+        meter.last_answer = now
+
+    def _batch_over(self, now: int, batch: int, exec_ns: int) -> None:
+        found = self._running.pop(batch, None)
+        if found is None:
+            return
+        dispatch, _ = found
+        self.service(dispatch.batch.service).exec_ns += exec_ns
+        self.partition(dispatch.partition).hold("", now)
+
+    def _grant_over(self, now: int, job: str, partition: str) -> None:
+        since = self._granted.pop((job, partition), None)
+        if since is None:
+            return
+        meter = self.job(job)
+        meter.held_ns += now - since
+        meter.pauses += not any(j == job for j, _ in self._granted)
+        occupied = self.partition(partition)
+        if occupied.holder == f"job:{job}":
+            occupied.hold("", now)
+
+    # --- meters -----------------------------------------------------------------------------
+
+    def service(self, name: str) -> ServiceMeter:
+        """The meter of a service, made at need."""
+        if name not in self.services:
+            self.services[name] = ServiceMeter()
+        return self.services[name]
+
+    def partition(self, name: str) -> PartitionMeter:
+        """The meter of a partition, made at need."""
+        if name not in self.partitions:
+            self.partitions[name] = PartitionMeter()
+        return self.partitions[name]
+
+    def job(self, name: str) -> JobMeter:
+        """The meter of a job, made at need."""
+        if name not in self.jobs:
+            self.jobs[name] = JobMeter()
+        return self.jobs[name]
+
+    def held_ns(self, job: str, now: int) -> int:
+        """Time granted to a job up to now, grants under way included."""
+        running = sum(now - since for (j, _), since in self._granted.items() if j == job)
+        return self.job(job).held_ns + running
+
+    # --- reading ----------------------------------------------------------------------------
+
+    def tick(self, now: int) -> None:
+        """Close an observation interval (about a second)."""
+        window = now - self._last_tick
+        if window <= 0:
+            return
+        for meter in self.services.values():
+            meter.tick(window / S)
+        for partition in self.partitions.values():
+            partition.hold(partition.holder, now)
+            partition.last_window = {w: ns / window for w, ns in partition.window.items()}
+            partition.window.clear()
+        self._last_tick = now
+
+    def snapshot(
+        self,
+        now: int,
+        device: DeviceSpec,
+        plan: Plan,
+        state: DispatcherState,
+        specs: dict[str, tuple[ServiceSpec, int]],
+        jobs: dict[str, tuple[JobSpec, float]],
+    ) -> Snapshot:
+        """Facts for the planner. ``specs`` maps a service to (spec, live instances), ``jobs`` a
+        job to (spec, progress rate)."""
+        return Snapshot(
+            now=now,
+            window=S,
+            device=device,
+            plan=plan,
+            services=tuple(
+                self._service_facts(now, spec, live, state)
+                for spec, live in specs.values()
+                if spec.name in state.services
+            ),
+            jobs=tuple(
+                JobFacts(
+                    id=spec.id,
+                    weight=spec.weight,
+                    guaranteed=spec.guaranteed,
+                    limit=spec.limit,
+                    rate=rate,
+                    held_ns=self.held_ns(spec.id, now),
+                )
+                for spec, rate in jobs.values()
+            ),
+            partitions=tuple(
+                PartitionFacts(name, dict(m.busy), 0, m.switches)
+                for name, m in self.partitions.items()
+            ),
+        )
+
+    def _service_facts(
+        self, now: int, spec: ServiceSpec, live: int, state: DispatcherState
+    ) -> ServiceFacts:
+        meter, known = self.service(spec.name), state.services[spec.name]
+        p50, p95, p99 = (q or 0 for q in meter.recent.quantiles(now, 0.5, 0.95, 0.99))
+        exec_ns = {
+            f"{units}x{rows}": ns
+            for units, means in known.exec.mean.items()
+            for rows, ns in enumerate(means)
+            if ns
+        }
+        return ServiceFacts(
+            name=spec.name,
+            objective=spec.slo.latency,
+            percentile=spec.slo.percentile,
+            guaranteed=spec.guaranteed,
+            limit=spec.limit,
+            max_batch=known.max_batch,
+            rate=meter.rate.level,
+            rate_trend=meter.rate.trend,
+            queued=known.queued,
+            p50=p50,
+            p95=p95,
+            p99=p99,
+            misses=meter.misses,
+            refused=sum(meter.refused.values()),
+            answered=meter.answered,
+            exec_ns=exec_ns,
+            instances=spec.instances,
+            live_instances=live,
+        )
