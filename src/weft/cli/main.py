@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from weft import __version__
+from weft.cli.bench.colocate import add_bench
 from weft.cli.commands import add_commands
 from weft.domain.errors import WeftError
 
@@ -47,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--check", action="store_true", help="only check the configuration")
     serve.set_defaults(func=_serve)
     add_commands(commands)
+    add_bench(commands)
     return parser
 
 

@@ -49,7 +49,7 @@ def read_config(path: Path) -> NodeConfig:
 
 def make_device(config: DeviceConfig) -> Device:
     """The device that the configuration names."""
-    return CpuDevice(config.id, config.cores, config.realtime)
+    return CpuDevice(config.id, config.cores, config.realtime, config.pin)
 
 
 async def serve(config: NodeConfig) -> None:

@@ -73,7 +73,8 @@ class CpuDevice:
     """Core sets of this machine.
 
     ``cores``: the cores to use (None: all this process may run on). ``realtime``: "auto" uses
-    SCHED_FIFO where allowed, "off" never, "require" raises EnvironmentProblem without.
+    SCHED_FIFO where allowed, "never" does not, "require" raises EnvironmentProblem without.
+    ``pin``: whether workers are bound to their partition's cores.
     """
 
     blocking = False
@@ -83,10 +84,12 @@ class CpuDevice:
         device_id: str = "cpu",
         cores: tuple[int, ...] | None = None,
         realtime: str = "auto",
+        pin: bool = True,
     ) -> None:
         self._id = device_id
         self._wanted = cores
         self._realtime_mode = realtime
+        self._pin = pin
         self._realtime = False
         self._cores: tuple[int, ...] = ()
         self._limits: list[str] = []
@@ -109,14 +112,16 @@ class CpuDevice:
             )
         self._cores = tuple(sorted(wanted))
         self._limits = []
-        self._realtime = self._realtime_mode != "off" and self._try_realtime()
+        self._realtime = self._realtime_mode != "never" and self._try_realtime()
         if self._realtime_mode == "require" and not self._realtime:
             raise EnvironmentProblem(
                 f"device {self._id}: real-time priority is required but not allowed; grant "
                 "CAP_SYS_NICE (or an rtprio limit of at least 20), or set realtime: auto"
             )
+        if not self._pin:
+            self._limits.append("workers are not pinned: partitions bind jobs only")
         if not self._realtime:
-            why = "switched off" if self._realtime_mode == "off" else "not allowed here"
+            why = "switched off" if self._realtime_mode == "never" else "not allowed here"
             self._limits.append(f"no real-time priority ({why}): waking on a busy core costs")
         if len(self._cores) == 1:
             self._limits.append("one core: jobs are stopped while a request runs")
@@ -248,7 +253,7 @@ class CpuDevice:
         found = self._workers.get(worker)
         if found is None:
             raise DeviceError(f"{worker}: not attached to {self._id}")
-        if found.cores == partition.units:
+        if found.cores == partition.units or not self._pin:
             return
         found.cores = partition.units
         for tid in found.threads:

@@ -24,13 +24,14 @@ _MISSING: Any = object()
 
 
 class DeviceConfig(msgspec.Struct, frozen=True):
-    """``kind`` cpu; ``cores`` None = all that this process may use; ``realtime`` auto, off or
-    require."""
+    """``kind`` cpu; ``cores`` None = all that this process may use; ``realtime`` auto, never or
+    require; ``pin`` false leaves it to the kernel where workers run (to compare with)."""
 
     kind: str = "cpu"
     id: str = "cpu"
     cores: tuple[int, ...] | None = None
     realtime: str = "auto"
+    pin: bool = True
 
 
 class PolicyConfig(msgspec.Struct, frozen=True):
@@ -242,7 +243,8 @@ def _device(section: _Section) -> DeviceConfig:
         kind=section.take("kind", _one_of(("cpu",))),
         id=section.take("id", _name, "cpu"),
         cores=section.take("cores", _cores, None),
-        realtime=section.take("realtime", _one_of(("auto", "off", "require")), "auto"),
+        realtime=section.take("realtime", _one_of(("auto", "never", "require")), "auto"),
+        pin=section.take("pin", _boolean, True),
     )
     section.done()
     return device
@@ -299,6 +301,7 @@ def _service(section: _Section) -> ServiceSpec:
         strict=section.take("strict", _boolean, False),
         refuse_nan=section.take("refuse_nan", _boolean, False),
         instances=section.take("instances", _integer(1, 256), 1),
+        threads=section.take("threads", _integer(0, 4096), 0),
         exec_timeout=section.take("exec_timeout", _duration, 30 * S),
     )
     section.done()

@@ -53,6 +53,8 @@ class ServiceSpec(msgspec.Struct, frozen=True):
     """If set, floating-point inputs that hold NaN or infinity are refused."""
     instances: int = 1
     """Model instances (worker processes) kept warm; each runs one batch at a time."""
+    threads: int = 0
+    """Compute units that one execution may use at most; 0 = all of its partition."""
     exec_timeout: int = 30 * S
     """A batch that executes longer than this is ended together with its worker."""
 

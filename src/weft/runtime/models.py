@@ -67,7 +67,8 @@ class Models:
             instances = self.services.get(name)
             if instances is None:
                 arena = Arena(name, self._arena_bytes)
-                instances = Instances(spec, self._units, arena, self._logs, self._shell)
+                units = tuple(u for u in self._units if u <= (spec.threads or u)) or (1,)
+                instances = Instances(spec, units, arena, self._logs, self._shell)
                 self.services[name] = instances
             try:
                 await instances.bring_up(files, settings)

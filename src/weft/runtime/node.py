@@ -305,11 +305,12 @@ class Node:
         """See Hands."""
         batch = action.batch
         self.device.bind_worker(action.worker, partition)
-        items = tuple(self._pending[r].item for r in batch.requests)
-        run = Run(batch.id, partition.compute, self._clock(), items)
         instances = self.models.services.get(batch.service)
-        if instances is not None:
-            instances.send(action.worker, run)
+        if instances is None:
+            return  # unloaded this very turn: WorkerDown is on its way
+        items = tuple(self._pending[r].item for r in batch.requests)
+        units = min(partition.compute, instances.spec.threads or partition.compute)
+        instances.send(action.worker, Run(batch.id, units, self._clock(), items))
 
     def on_complete(self, action: a.Complete) -> None:
         """See Hands."""

@@ -1,0 +1,64 @@
+"""The served model of the benchmark: a convolutional network of fixed random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+INPUT = (3, 64, 64)
+
+
+def write_model(path: Path) -> None:
+    """Write the ONNX file: 3x64x64 image in, 10 scores out, batch axis free."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    random = np.random.default_rng(7)
+    nodes, weights = [], []
+    name, channels = "image", INPUT[0]
+    for index, (width, stride) in enumerate(((32, 1), (48, 2), (64, 2), (96, 2))):
+        kernel = random.standard_normal((width, channels, 3, 3)) / (9 * channels) ** 0.5
+        weights.append(numpy_helper.from_array(kernel.astype(np.float32), f"w{index}"))
+        nodes.append(
+            helper.make_node(
+                "Conv",
+                [name, f"w{index}"],
+                [f"c{index}"],
+                strides=[stride, stride],
+                pads=[1, 1, 1, 1],
+            )
+        )
+        nodes.append(helper.make_node("Relu", [f"c{index}"], [f"r{index}"]))
+        name, channels = f"r{index}", width
+    head = random.standard_normal((channels, 10)).astype(np.float32)
+    weights.append(numpy_helper.from_array(head, "head"))
+    nodes.append(helper.make_node("GlobalAveragePool", [name], ["pooled"]))
+    nodes.append(helper.make_node("Flatten", ["pooled"], ["flat"]))
+    nodes.append(helper.make_node("MatMul", ["flat", "head"], ["scores"]))
+    graph = helper.make_graph(
+        nodes,
+        "colocate",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["n", *INPUT])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["n", 10])],
+        weights,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    opset = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), path)
+
+
+def request(model: str, port: int) -> bytes:
+    """The bytes of one HTTP inference request, image in binary form."""
+    image = np.random.default_rng(1).random((1, *INPUT), dtype=np.float32)
+    head = (
+        '{"inputs":[{"name":"image","datatype":"FP32","shape":[1,3,64,64],"parameters":'
+        f'{{"binary_data_size":{image.nbytes}}}}}],'
+        '"outputs":[{"name":"scores","parameters":{"binary_data":true}}]}'
+    ).encode()
+    body = head + image.tobytes()
+    return (
+        f"POST /v2/models/{model}/infer HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+        f"Content-Type: application/octet-stream\r\nInference-Header-Content-Length: {len(head)}"
+        f"\r\nContent-Length: {len(body)}\r\n\r\n"
+    ).encode() + body

@@ -1,0 +1,69 @@
+"""The training job of the benchmark: PyTorch, a small convolutional network, real steps.
+
+Counts its steps into a file of two 8-byte numbers (steps, monotonic ns of the last one), from
+which the benchmark computes a rate without asking the job for anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import struct
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import weft
+
+COUNTER = struct.Struct("<qq")
+
+
+def read_counter(path: Path) -> tuple[int, int]:
+    """(steps, ns of the last step); (0, 0) before the first."""
+    data = path.read_bytes()
+    if len(data) < COUNTER.size:
+        return 0, 0
+    steps, at = COUNTER.unpack(data[: COUNTER.size])
+    return int(steps), int(at)
+
+
+def main() -> None:
+    """Train until stopped."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--counter", type=Path, required=True)
+    parser.add_argument("--threads", type=int, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(32, 32, 3, stride=2, padding=1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(32 * 8 * 8, 10),
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    loss_of = nn.CrossEntropyLoss()
+    images = torch.randn(512, 3, 32, 32)
+    labels = torch.randint(0, 10, (512,))
+    args.counter.write_bytes(COUNTER.pack(0, 0))
+    with args.counter.open("r+b") as file, mmap.mmap(file.fileno(), COUNTER.size) as counter:
+        step = 0
+        while True:
+            at = (step * 32) % 512
+            optimizer.zero_grad()
+            loss = loss_of(model(images[at : at + 32]), labels[at : at + 32])
+            loss.backward()
+            optimizer.step()
+            step += 1
+            counter[:] = COUNTER.pack(step, time.monotonic_ns())
+            weft.report(step=step, loss=loss.item())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,253 @@
+"""Request bodies over ASGI: received within limits of size and time, and decompressed.
+
+The size limit holds while a body streams in, whatever its Content-Length said, and again
+for what a compressed body unfolds to. All bodies held at one time share a budget, so that
+many large uploads cannot exhaust memory together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import zlib
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from typing import Any
+
+import msgspec
+
+from weft.domain.errors import InvalidRequest, TooLarge
+from weft.domain.port import Refused
+from weft.domain.request import Refusal
+from weft.domain.units import MS
+from weft.serving.overdue import Overdue
+from weft.serving.refusals import HTTP_STATUS, refusal_headers
+from weft.serving.tensors import Limits, shown
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+Header = tuple[bytes, bytes]
+
+JSON_TYPE: Header = (b"content-type", b"application/json")
+
+_OFF_LOOP_BYTES = 256 * 1024  # decompressing more than this would hold the loop for too long
+_LINGER_S = 5.0
+_LINGER_IDLE_S = 0.5
+_BUSY_RETRY_NS = 100 * MS
+
+
+class Hangup(Exception):
+    """The client closed the connection; there is nobody to answer."""
+
+
+class SlowBody(Exception):
+    """The body did not arrive in time."""
+
+
+class BodyRefused(Exception):
+    """Bodies being received hold all the memory set aside for them."""
+
+    def __init__(self) -> None:
+        self.refused = Refused(
+            Refusal.MEMORY, _BUSY_RETRY_NS, "too many request bodies are held at this moment"
+        )
+        super().__init__(self.refused.message)
+
+
+class Head(msgspec.Struct):
+    """Those request headers that matter here; lengths in bytes, -1 if not stated."""
+
+    content_length: int = -1
+    encoding: bytes = b""
+    json_length: bytes | None = None
+    authorization: bytes = b""
+
+
+def parse_head(headers: Iterable[Header]) -> Head:
+    """Pick our headers out of an ASGI scope's (names are lower-case there)."""
+    head = Head()
+    for name, value in headers:
+        if name == b"content-length":
+            # The HTTP parser has checked it; chunked bodies have none.
+            head.content_length = int(value) if value.isdigit() else -1
+        elif name == b"inference-header-content-length":
+            head.json_length = value
+        elif name == b"content-encoding":
+            head.encoding = value.strip().lower()
+        elif name == b"authorization":
+            head.authorization = value
+    return head
+
+
+def authorised(head: Head, token: bytes) -> bool:
+    """Whether the request carries this bearer token; compared in constant time."""
+    scheme, _, given = head.authorization.partition(b" ")
+    return hmac.compare_digest(given.strip(), token) and scheme.lower() == b"bearer"
+
+
+class BodyReader:
+    """Receives bodies; one per server, because it holds the shared budget."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._buffered = 0
+        self._late = Overdue(limits.body_timeout_s)
+
+    @property
+    def buffered(self) -> int:
+        """Bytes of all bodies held at present."""
+        return self._buffered
+
+    def release(self, nbytes: int) -> None:
+        """Give back what ``read`` took from the budget."""
+        self._buffered -= nbytes
+
+    async def read(self, receive: Receive, head: Head) -> tuple[bytes, int]:
+        """The decompressed body, and the bytes to give back with ``release``.
+
+        Raises TooLarge, InvalidRequest (encoding), SlowBody, Hangup, BodyRefused; nothing is
+        to be given back then.
+        """
+        if head.content_length > self._limits.body_bytes:
+            raise self._too_large(f"Content-Length is {head.content_length}")
+        held = [0]
+        try:
+            body = await self._receive_in_time(receive, held)
+            if head.encoding and head.encoding != b"identity":
+                body = await self._decompress(body, head.encoding)
+                self._hold(held, len(body))
+        except BaseException:
+            self.release(held[0])
+            raise
+        return body, held[0]
+
+    async def _receive_in_time(self, receive: Receive, held: list[int]) -> bytes:
+        task = asyncio.current_task()
+        assert task is not None
+        late = False
+
+        def expire() -> None:
+            nonlocal late
+            late = True
+            task.cancel()
+
+        self._late.enter(task, expire)
+        try:
+            return await self._receive(receive, held)
+        except asyncio.CancelledError:
+            if late and task.uncancel() == 0:
+                raise SlowBody from None
+            raise
+        finally:
+            self._late.leave(task)
+
+    async def _receive(self, receive: Receive, held: list[int]) -> bytes:
+        chunks: list[bytes] = []
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise Hangup
+            chunk: bytes = message.get("body", b"")
+            self._hold(held, len(chunk))
+            if held[0] > self._limits.body_bytes:
+                raise self._too_large("the body is larger")
+            if not message.get("more_body", False):
+                break
+            chunks.append(chunk)
+        if not chunks:
+            return chunk
+        chunks.append(chunk)
+        return b"".join(chunks)
+
+    def _hold(self, held: list[int], more: int) -> None:
+        if self._buffered + more > self._limits.buffered_bytes:
+            raise BodyRefused
+        self._buffered += more
+        held[0] += more
+
+    def _too_large(self, what: str) -> TooLarge:
+        return TooLarge(
+            f"{what}; at most {self._limits.body_bytes} bytes are accepted in a request body"
+        )
+
+    async def _decompress(self, body: bytes, encoding: bytes) -> bytes:
+        if encoding not in (b"gzip", b"deflate"):
+            raise InvalidRequest(
+                f"Content-Encoding {shown(encoding.decode('latin-1'))} is not supported;"
+                " use gzip, deflate or none"
+            )
+        limit = self._limits.body_bytes
+        if len(body) > _OFF_LOOP_BYTES:
+            data = await asyncio.to_thread(_inflate, body, encoding, limit)
+        else:
+            data = _inflate(body, encoding, limit)
+        if data is None:
+            raise self._too_large("the decompressed body is larger")
+        return data
+
+
+def _inflate(body: bytes, encoding: bytes, limit: int) -> bytes | None:
+    """Decompress at most ``limit`` bytes; None if there are more. Raises InvalidRequest."""
+    name = encoding.decode()
+    inflater = zlib.decompressobj(wbits=31 if encoding == b"gzip" else 15)
+    try:
+        data = inflater.decompress(body, limit + 1)
+    except zlib.error as exc:
+        raise InvalidRequest(
+            f"the body is not {name} data as Content-Encoding says: {exc}"
+        ) from None
+    if len(data) > limit:
+        return None
+    if not inflater.eof or inflater.unused_data:
+        what = "is cut short" if not inflater.eof else "is followed by other bytes"
+        raise InvalidRequest(f"the body's {name} data {what}; send one complete {name} stream")
+    return data
+
+
+async def respond(
+    send: Send, status: int, body: bytes, headers: Iterable[Header] = (JSON_TYPE,)
+) -> None:
+    """Send a complete answer."""
+    start = [(b"content-length", b"%d" % len(body)), *headers]
+    await send({"type": "http.response.start", "status": status, "headers": start})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def respond_error(
+    send: Send, status: int, message: str, headers: Iterable[Header] = ()
+) -> None:
+    """Send ``{"error": message}``."""
+    await respond(send, status, error_body(message), (JSON_TYPE, *headers))
+
+
+async def respond_refused(send: Send, refused: Refused) -> None:
+    """Send a refusal with its reason and, where it may pass, the time to retry."""
+    status = HTTP_STATUS[refused.refusal]
+    await respond_error(send, status, refused.message, refusal_headers(refused))
+
+
+async def respond_unread(
+    send: Send, receive: Receive, status: int, message: str, headers: Iterable[Header] = ()
+) -> None:
+    """Answer a request whose body was not read, then close the connection.
+
+    Closing at once would reset the connection and could destroy the answer before the client
+    has read it. So what the client still sends is thrown away first, for some seconds at most.
+    """
+    body = error_body(message)
+    start = [(b"content-length", b"%d" % len(body)), (b"connection", b"close"), JSON_TYPE]
+    await send({"type": "http.response.start", "status": status, "headers": [*start, *headers]})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    try:
+        async with asyncio.timeout(_LINGER_S):
+            while (await asyncio.wait_for(receive(), _LINGER_IDLE_S)).get("more_body", False):
+                pass
+    except TimeoutError:
+        pass
+    await send({"type": "http.response.body", "body": b""})
+
+
+def error_body(message: str) -> bytes:
+    """The protocol's error document."""
+    return json.dumps({"error": message}).encode()

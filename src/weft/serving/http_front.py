@@ -1,0 +1,173 @@
+"""The HTTP server: uvicorn embedded in the node's running loop.
+
+uvicorn's protocol gives a client for ever to send its headers and lets them grow without
+bound; ``_Protocol`` bounds both. Bodies are bounded by ``weft.serving.bodies``, and an answer
+that a client does not read by TCP's own user time-out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Generator
+from typing import Any
+
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from weft.domain.errors import EnvironmentProblem
+
+BACKLOG = 2048
+KEEP_ALIVE_S = 75
+HEADER_TIMEOUT_S = 30.0
+HEADER_BYTES = 64 * 1024
+_UNREAD_ANSWER_MS = 60_000
+
+
+class HttpFront:
+    """Serves an ASGI application on one address.
+
+    ``connections`` is the most that are served at one time; one more is answered 503.
+    """
+
+    def __init__(self, app: Any, host: str, port: int, connections: int = 4096) -> None:
+        self._app = app
+        self._host = host
+        self._port = port
+        self._connections = connections
+        self._server: _Server | None = None
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> int:
+        """Listen and serve; returns the port (useful where 0 was asked for).
+
+        Raises EnvironmentProblem if the address cannot be bound.
+        """
+        sock = _bind(self._host, self._port)
+        config = uvicorn.Config(
+            self._app,
+            loop="none",
+            http=_Protocol,
+            ws="none",
+            lifespan="off",
+            interface="asgi3",
+            log_config=None,
+            log_level="critical",  # our failures are logged in rest; clients' are theirs
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            backlog=BACKLOG,
+            limit_concurrency=self._connections,
+            timeout_keep_alive=KEEP_ALIVE_S,
+        )
+        self._server = server = _Server(config)
+        self._task = asyncio.create_task(server.serve(sockets=[sock]), name="weft-http")
+        listening = asyncio.create_task(server.listening.wait())
+        try:
+            await asyncio.wait({self._task, listening}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            listening.cancel()
+        if self._task.done():
+            self._task.result()
+        port: int = sock.getsockname()[1]
+        return port
+
+    async def stop(self, grace: float) -> None:
+        """Stop listening, let requests in flight finish for ``grace`` seconds, then end them."""
+        server, task = self._server, self._task
+        if server is None or task is None:
+            return
+        self._server = self._task = None
+        server.config.timeout_graceful_shutdown = grace  # type: ignore[assignment]
+        server.should_exit = True
+        await task
+        # Those that were told to end need one turn of the loop to answer.
+        pending = list(server.server_state.tasks)
+        if pending:
+            await asyncio.wait(pending, timeout=1.0)
+        for connection in list(server.server_state.connections):
+            transport = getattr(connection, "transport", None)
+            if transport is not None:
+                transport.abort()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn's server, which says when it listens and leaves the process's signals alone."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        yield
+
+
+class _Protocol(HttpToolsProtocol):
+    """One connection, with bounds on the time and size of a request's headers."""
+
+    _head_timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_head_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._head_timer is not None:
+            self._head_bytes += len(data)
+        super().data_received(data)
+        if self._head_timer is not None and self._head_bytes > HEADER_BYTES:
+            self._stop_head_timer()
+            if not self.transport.is_closing():
+                self.send_400_response("The request's headers are too large.")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._await_head()
+
+    def on_headers_complete(self) -> None:
+        self._stop_head_timer()
+        super().on_headers_complete()
+
+    def _await_head(self) -> None:
+        if self._head_timer is None:
+            self._head_bytes = 0
+            self._head_timer = self.loop.call_later(HEADER_TIMEOUT_S, self.transport.close)
+
+    def _stop_head_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        sock = socket.socket(family, kind, proto)
+    except OSError as exc:
+        raise EnvironmentProblem(f"cannot resolve {host} for HTTP: {exc.strerror or exc}") from None
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Inherited by accepted connections: one that does not read its answer is ended.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_ANSWER_MS)
+        sock.bind(address)
+        sock.setblocking(False)
+    except OSError as exc:
+        sock.close()
+        raise EnvironmentProblem(
+            f"cannot listen for HTTP on {host}:{port}: {exc.strerror};"
+            " stop the program that holds the port or choose another"
+        ) from None
+    return sock

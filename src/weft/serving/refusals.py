@@ -1,0 +1,63 @@
+"""Which refusal or error becomes which HTTP status, and how a client learns when to retry."""
+
+from __future__ import annotations
+
+from weft.domain.errors import (
+    InvalidRequest,
+    ModelError,
+    NotFound,
+    TooLarge,
+    WeftError,
+)
+from weft.domain.port import Refused
+from weft.domain.request import Refusal
+from weft.domain.units import MS, S
+
+HTTP_STATUS: dict[Refusal, int] = {
+    Refusal.OVERLOADED: 429,
+    Refusal.QUEUE_FULL: 429,
+    Refusal.RESERVED: 429,
+    Refusal.MEMORY: 429,
+    Refusal.UNAVAILABLE: 503,
+    Refusal.SHUTTING_DOWN: 503,
+    Refusal.WORKER_LOST: 503,
+    Refusal.EXPIRED: 504,
+    Refusal.DEADLINE: 422,
+    Refusal.FAILED: 400,
+    Refusal.CANCELLED: 499,
+}
+"""429 and 503 invite a retry, later; 499 (the client closed the request) is seen by nobody."""
+
+_ERROR_STATUS: tuple[tuple[type[WeftError], int], ...] = (
+    (InvalidRequest, 400),
+    (NotFound, 404),
+    (TooLarge, 413),
+    (ModelError, 400),
+)
+
+
+def error_status(error: WeftError) -> int:
+    """HTTP status of an error that the node or a codec raised on purpose."""
+    for kind, status in _ERROR_STATUS:
+        if isinstance(error, kind):
+            return status
+    return 500
+
+
+def retry_after_ms(refused: Refused) -> int:
+    """Whole milliseconds, rounded up, after which to try again; 0 = never."""
+    return -(-refused.retry_after // MS)
+
+
+def refusal_headers(refused: Refused) -> list[tuple[bytes, bytes]]:
+    """HTTP headers that go with a refusal: its reason and, for 429 and 503, when to retry.
+
+    ``Retry-After`` can only say whole seconds; ``Weft-Retry-After-Ms`` says it precisely. A
+    refusal with no time to retry (``retry_after`` 0) gets neither.
+    """
+    headers = [(b"weft-refusal", refused.refusal.name.encode())]
+    if refused.retry_after > 0 and HTTP_STATUS[refused.refusal] in (429, 503):
+        seconds = -(-refused.retry_after // S)
+        headers.append((b"retry-after", b"%d" % seconds))
+        headers.append((b"weft-retry-after-ms", b"%d" % retry_after_ms(refused)))
+    return headers

@@ -1,0 +1,205 @@
+"""A node for front ends to talk to: y = 2x in numpy, and whatever a test tells it to do."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import uvloop
+
+from weft.domain.errors import InvalidRequest, ModelError, NotFound
+from weft.domain.port import (
+    IndexEntry,
+    InferCall,
+    InferResult,
+    JobStatus,
+    ModelMeta,
+    Refused,
+    TensorMeta,
+    TensorOut,
+)
+from weft.domain.workload import JobSpec
+from weft.serving.grpc_front import GrpcFront
+from weft.serving.http_front import HttpFront
+from weft.serving.regions import Regions
+from weft.serving.rest import build_app
+from weft.serving.tensors import Limits
+
+NUMPY = {"FP32": np.float32, "INT32": np.int32, "INT8": np.int8, "FP64": np.float64}
+
+
+class FakeNode:
+    """Models ``double`` (y = 2x), ``echo`` (any tensors, as they came) and ``sleepy`` (waits
+    until ``gate`` is set). ``refuse`` or ``fail``, if set, is every inference's outcome."""
+
+    def __init__(self) -> None:
+        self.refuse: Refused | None = None
+        self.fail: Exception | None = None
+        self.gate = asyncio.Event()
+        self.waiting = threading.Semaphore(0)
+        self.withdrawn = threading.Semaphore(0)
+        self.unreleased = 0
+        self.calls: list[InferCall] = []
+        self.loaded = {"double", "echo", "sleepy"}
+        self.submitted: list[JobSpec] = []
+
+    def is_ready(self) -> bool:
+        return "double" in self.loaded
+
+    def model_ready(self, name: str, version: str = "") -> bool:
+        return name in self.loaded and version in ("", "1")
+
+    def metadata(self, name: str, version: str = "") -> ModelMeta:
+        if not self.model_ready(name, version):
+            raise NotFound(f"model {name} {version} is not loaded")
+        x, y = (TensorMeta(n, "FP32", (-1, 4)) for n in "xy")
+        return ModelMeta(name, ("1",), "onnx", (x,), (y,))
+
+    def index(self) -> list[IndexEntry]:
+        return [
+            IndexEntry(name, "1", "READY" if name in self.loaded else "UNAVAILABLE", "")
+            for name in ("double", "echo", "sleepy")
+        ]
+
+    async def load(self, name: str) -> None:
+        if name == "broken":
+            raise ModelError("model broken: model.onnx is damaged; export it again")
+        if name not in ("double", "echo", "sleepy"):
+            raise NotFound(f"no model {name} in the repository")
+        self.loaded.add(name)
+
+    async def unload(self, name: str) -> None:
+        if name not in self.loaded:
+            raise NotFound(f"model {name} is not loaded")
+        self.loaded.discard(name)
+
+    async def infer(self, call: InferCall) -> InferResult | Refused:
+        self.calls.append(call)
+        if self.fail is not None:
+            raise self.fail
+        if self.refuse is not None:
+            return self.refuse
+        self.metadata(call.model, call.version)
+        if call.model == "sleepy":
+            self.waiting.release()
+            try:
+                await self.gate.wait()
+            except asyncio.CancelledError:
+                self.withdrawn.release()
+                raise
+        outputs = [self._output(call, item) for item in call.inputs]
+        wanted = [out for out in outputs if not call.outputs or out.name in call.outputs]
+        if len(wanted) < len(call.outputs):
+            raise InvalidRequest(f"model {call.model} has no such output")
+        self.unreleased += 1
+        return InferResult(call.model, "1", wanted, self._release)
+
+    def _release(self) -> None:
+        self.unreleased -= 1
+
+    def _output(self, call: InferCall, item: Any) -> TensorOut:
+        buffer = bytearray(item.nbytes)
+        if item.read_into is not None:
+            item.read_into(memoryview(buffer))
+        else:
+            buffer[:] = item.data
+        if call.model != "echo" and item.datatype in NUMPY:
+            array = np.frombuffer(buffer, NUMPY[item.datatype])
+            array *= 2
+        name = item.name if call.model == "echo" else "y"
+        return TensorOut(name, item.datatype, item.shape, memoryview(buffer))
+
+    def statistics(self, name: str, version: str = "") -> dict[str, Any]:
+        self.metadata(name, version)
+        return {
+            "version": "1",
+            "last_inference_ms": 5,
+            "inference_count": len(self.calls),
+            "execution_count": 1,
+            "success_count": 3,
+            "success_ns": 900,
+            "fail_count": 0,
+            "fail_ns": 0,
+            "queue_count": 3,
+            "queue_ns": 100,
+            "compute_input_ns": 1,
+            "compute_infer_ns": 2,
+            "compute_output_ns": 3,
+        }
+
+    def metrics(self) -> bytes:
+        return b"# TYPE weft_requests counter\nweft_requests 1\n"
+
+    def status(self) -> dict[str, Any]:
+        return {"node": "fake"}
+
+    def submit_job(self, spec: JobSpec) -> str:
+        self.submitted.append(spec)
+        return "j1"
+
+    def jobs(self) -> list[JobStatus]:
+        return [JobStatus("j1", "train", "running", ("python", "t.py"), 1.0, 0.0, 12.5, 0)]
+
+    def cancel_job(self, ref: str) -> str:
+        if ref not in ("j1", "train"):
+            raise NotFound(f"no job {ref!r}; see weft jobs")
+        return "j1"
+
+    hold_job = release_job = cancel_job
+
+    def job_log_path(self, ref: str) -> str:
+        self.cancel_job(ref)
+        return "/state/jobs/j1/log"
+
+
+@contextmanager
+def serving(limits: Limits | None = None, token: str | None = None) -> Iterator[Any]:
+    """Both front ends over a FakeNode, in a thread with a loop of its own.
+
+    Yields ``node``, ``http`` and ``grpc`` (host:port), ``regions``, and ``call``, which runs
+    a function on the loop.
+    """
+    limits = limits or Limits()
+    loop = uvloop.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    def run(coroutine: Any) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result(30)
+
+    async def start() -> Any:
+        node, regions = FakeNode(), Regions(limits.regions)
+        http = HttpFront(build_app(node, limits, token, regions), "127.0.0.1", 0)
+        rpc = GrpcFront(node, limits, regions, token)
+        ports = await http.start(), await rpc.start("127.0.0.1:0")
+        return SimpleNamespace(
+            node=node,
+            regions=regions,
+            http=f"127.0.0.1:{ports[0]}",
+            port=ports[0],
+            grpc=f"127.0.0.1:{ports[1]}",
+            fronts=(http, rpc),
+            run=run,
+            call=call,
+        )
+
+    def call(function: Callable[[], Any]) -> Any:
+        async def on_loop() -> Any:
+            return function()
+
+        return run(on_loop())
+
+    served = run(start())
+    try:
+        yield served
+    finally:
+        for front in served.fronts:
+            run(front.stop(1.0))
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
