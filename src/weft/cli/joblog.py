@@ -17,21 +17,23 @@ class JobLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._fd = -1
+        self._begun = False
 
     def read(self, lines: int | None = None) -> Iterator[bytes]:
         """The last ``lines`` lines (None: all), then whatever was added since the last call
         (where ``lines`` no longer counts); ends when there is nothing more at present."""
-        if self._fd < 0:
+        if not self._begun:
+            self._begun = True
             yield from self._first(lines)
         while True:
             if self._fd >= 0:
                 yield from _rest(self._fd)
             if not self._moved():
                 return
-            fd, self._fd = self._fd, os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-            if fd >= 0:
-                yield from _rest(fd)  # what came between reading and the move
-                os.close(fd)
+            old, self._fd = self._fd, _open(self._path)
+            if old >= 0:
+                yield from _rest(old)  # what came between reading and the move
+                os.close(old)
 
     def close(self) -> None:
         """Close the file."""
@@ -42,13 +44,12 @@ class JobLog:
     def _first(self, lines: int | None) -> Iterator[bytes]:
         """Position the newer file, and read the older one first if its lines are wanted."""
         older = self._path.with_name(self._path.name + ".1")
-        with contextlib.suppress(FileNotFoundError):
-            self._fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
-            if lines is not None:
-                start, found = _start_of_last(self._fd, lines)
-                os.lseek(self._fd, start, os.SEEK_SET)
-                lines = lines - found
-        if self._fd >= 0 and lines != 0:
+        self._fd = _open(self._path)
+        if self._fd >= 0 and lines is not None:
+            start, found = _start_of_last(self._fd, lines)
+            os.lseek(self._fd, start, os.SEEK_SET)
+            lines = lines - found
+        if lines != 0:
             with contextlib.suppress(FileNotFoundError), older.open("rb") as file:
                 if lines is not None:
                     file.seek(_start_of_last(file.fileno(), lines)[0])
@@ -61,6 +62,14 @@ class JobLog:
         except FileNotFoundError:
             return False
         return self._fd < 0 or now.st_ino != os.fstat(self._fd).st_ino
+
+
+def _open(path: Path) -> int:
+    """A file descriptor, -1 if there is no such file (at the moment)."""
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return -1
 
 
 def _rest(fd: int) -> Iterator[bytes]:

@@ -304,7 +304,7 @@ def explain_view(told: Explanation) -> RenderableType:
         plans += [f"    before: {p.before}", f"    after:  {p.after}"]
     refusals: list[str] = []
     for g in told.refusals:
-        counts = f"{g.count:,} times ({number(g.per_s, 2)}/s, {percent(g.share, 1)} of arrivals)"
+        counts = f"{g.count:,}× ({number(g.per_s, 2)}/s, {percent(g.share, 1)} of arrivals)"
         refusals += [f"{g.service}: {g.reason} {counts}, last {moment(g.last, asked)}"]
         refusals += [f"    {g.meaning}", f"    for example, {g.example}"][: 1 + bool(g.example)]
     _section(out, "Plans, newest first", plans)

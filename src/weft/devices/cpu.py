@@ -311,8 +311,7 @@ def _make_realtime(tid: int, priority: int) -> None:
 
 
 def _thread_ticks(tid: int) -> int:
-    # /proc/<tid>/stat would show the sum over the whole process.
-    found = proctree.stat(f"{tid}/task/{tid}")
+    found = proctree.thread_stat(tid)
     return found.cpu_ticks if found is not None else 0
 
 

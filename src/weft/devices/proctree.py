@@ -62,12 +62,21 @@ def _pids() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
-def stat(pid: int | str) -> Stat | None:
-    """One process, or None if there is none with this pid; ``"<tid>/task/<tid>"`` for a thread."""
+def stat(pid: int) -> Stat | None:
+    """One process, or None if there is none with this pid."""
+    return _stat(pid, f"/proc/{pid}/stat")
+
+
+def thread_stat(tid: int) -> Stat | None:
+    """One thread by itself; ``stat`` of its id would show the sum over its process."""
+    return _stat(tid, f"/proc/{tid}/task/{tid}/stat")
+
+
+def _stat(pid: int, path: str) -> Stat | None:
     # The name stands in brackets and may itself hold brackets and spaces: count from the last.
-    _, _, rest = _read(f"/proc/{pid}/stat").rpartition(b")")
+    _, _, rest = _read(path).rpartition(b")")
     fields = rest.split()
-    return Stat(int(str(pid).partition("/")[0]), fields) if len(fields) > 19 else None
+    return Stat(pid, fields) if len(fields) > 19 else None
 
 
 def start_time(pid: int) -> int:

@@ -60,6 +60,6 @@ def format_bytes(count: float) -> str:
     """A short human form: ``512B``, ``1.5MiB``."""
     for unit in ("B", "KiB", "MiB"):
         if abs(count) < 1024:
-            return f"{count:.3g}{unit}"
+            return f"{count:.4g}{unit}"
         count /= 1024
-    return f"{count:.3g}GiB"
+    return f"{count:.4g}GiB"

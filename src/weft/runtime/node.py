@@ -161,7 +161,7 @@ class Node:
         )
         self.jobs_supervisor = JobSupervisor(
             JobStore(self._state_dir / "jobs.sqlite"),
-            self._state_dir / "jobs",
+            self._state_dir,
             self._on_job_ready,
             self._on_job_exited,
             config.limits.jobs,

@@ -1,0 +1,46 @@
+# Everything runs in a virtual environment of its own; the first target to need it makes it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all lint bench bench-peers clean
+
+help:
+	@echo "make demo         the story in about two minutes: serve, drift, retrain, swap; draws a picture"
+	@echo "make test         all tests (about 5 minutes on 2 cores)"
+	@echo "make lint         ruff, mypy, import contracts, generated docs"
+	@echo "make bench        policy costs (1 minute), then weft bench colocate (about 15 minutes)"
+	@echo "make bench-peers  Weft, Triton, MLServer, LitServe side by side (about 30 minutes)"
+	@echo "make clean        remove what the other targets made"
+
+$(VENV)/test.stamp: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[demo,test,lint,bench]'
+	touch $@
+
+demo: $(VENV)/test.stamp
+	$(BIN)/python examples/digits/demo.py --out demo-out
+
+test: $(VENV)/test.stamp
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/test.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python docs/generate.py --check
+
+bench: $(VENV)/test.stamp
+	mkdir -p bench-out
+	$(BIN)/python benchmarks/policy.py --json bench-out/policy.json
+	$(BIN)/weft bench colocate --json bench-out/colocate.json --plot bench-out/colocate.png
+
+bench-peers: $(VENV)/test.stamp
+	$(BIN)/python benchmarks/peers/setup.py
+	$(BIN)/python benchmarks/peers/run.py --json bench-out/peers.json --plot bench-out/peers.png
+
+clean:
+	rm -rf $(VENV) demo-out bench-out build dist src/*.egg-info
+	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find src tests benchmarks examples docs -name __pycache__ -prune -exec rm -rf {} +

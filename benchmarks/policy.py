@@ -1,0 +1,153 @@
+"""Microseconds per event of the dispatcher with 1, 10 and 100 services, and per plan.
+
+Each figure is a median over interleaved rounds; samples go to the JSON file. A plain loop that
+appends to a list is measured in the same rounds, as a yardstick for the machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from weft.domain import actions as a
+from weft.domain import events as e
+from weft.domain.device import DeviceSpec, Partition, PreemptLevel
+from weft.domain.plan import EMPTY_PLAN, Plan
+from weft.domain.request import Request
+from weft.domain.snapshot import JobFacts, ServiceFacts, Snapshot
+from weft.domain.units import MS, S
+from weft.policy.dispatcher import Dispatcher
+from weft.policy.planner import Planner
+
+EVENTS = 20_000
+EXEC_NS = 100_000
+
+
+def dispatcher_us(services: int) -> float:
+    """Mean microseconds per event: arrivals on two cores, one of them lent to a job."""
+    d, now = Dispatcher(PreemptLevel.PRIORITY, 2), S
+    for i in range(services):
+        d.handle(now, e.ServiceAdded(f"s{i}", 50 * MS, 8, 100))
+        d.handle(now, e.WorkerUp(f"w{i}", f"s{i}", "1", ((1, 1, EXEC_NS), (1, 8, 4 * EXEC_NS))))
+    partitions = (Partition("p0", "cpu", (0,)), Partition("p1", "cpu", (1,)))
+    owners = {f"s{i}": ("p0",) for i in range(services)}
+    d.handle(now, e.Planned(Plan(1, partitions, owners, {"job": ("p1",)}, ("p0",))))
+    d.handle(now, e.Repartitioned(1))
+    d.handle(now, e.JobReady("job", 1.0, 0.0, 2, S))
+    handled, request = 0, 0
+    began = time.perf_counter_ns()
+    while handled < EVENTS:
+        now += 6 * EXEC_NS
+        request += 1
+        name = f"s{request * 7 % services}"
+        open_ = d.handle(now, e.Arrived(Request(request, name, now, now + 50 * MS)))
+        handled += 1
+        while open_:
+            answer = _answer(open_.pop(0), now)
+            if answer is not None:
+                open_ += d.handle(now, answer)
+                handled += 1
+    return (time.perf_counter_ns() - began) / handled / 1e3
+
+
+def _answer(action: a.Action, now: int) -> e.Event | None:
+    match action:
+        case a.Dispatch(batch=batch):
+            return e.BatchDone(batch.id, EXEC_NS, 5000)
+        case a.Revoke(job=job, partition=partition):
+            return e.Revoked(job, partition, 20_000)
+        case a.Grant(job=job, partition=partition):
+            return e.Granted(job, partition)
+        case a.WakeAt(at=at) if at <= now:
+            return e.Woke()
+        case _:
+            return None
+
+
+def planner_ms(cores: int, services: int) -> float:
+    """Milliseconds for one plan of a box."""
+    device = DeviceSpec(
+        id="cpu",
+        kind="cpu",
+        units=tuple(range(cores)),
+        memory=2**35,
+        shapes=tuple(range(1, cores + 1)),
+        preempt=PreemptLevel.PRIORITY,
+        resizes_live=True,
+        revoke_ns=20_000,
+        repartition_ns=MS,
+    )
+    facts = tuple(_service(f"s{i}", services) for i in range(services))
+    jobs = tuple(JobFacts(f"j{i}", 1.0, 0.0, 1.0, 1.0, 0) for i in range(8))
+    planner = Planner()
+    began = time.perf_counter_ns()
+    for step in range(20):
+        planner.plan(Snapshot(step * S, S, device, EMPTY_PLAN, facts, jobs))
+    return (time.perf_counter_ns() - began) / 20 / 1e6
+
+
+def _service(name: str, services: int) -> ServiceFacts:
+    return ServiceFacts(
+        name=name,
+        objective=50 * MS,
+        percentile=99.0,
+        guaranteed=0.0,
+        limit=1.0,
+        max_batch=8,
+        rate=400.0 / services,
+        rate_trend=1.0,
+        queued=0,
+        p50=0,
+        p95=0,
+        p99=0,
+        misses=0,
+        refused=0,
+        answered=0,
+        exec_ns={"1x1": 2 * MS, "1x8": 8 * MS},
+    )
+
+
+def yardstick_us() -> float:
+    """Microseconds of a fixed amount of plain Python."""
+    began = time.perf_counter_ns()
+    for _ in range(1000):
+        sum(range(100))
+    return (time.perf_counter_ns() - began) / 1000 / 1e3
+
+
+ARMS: dict[str, Callable[[], float]] = {
+    "yardstick_us": yardstick_us,
+    "event_us_1_service": lambda: dispatcher_us(1),
+    "event_us_10_services": lambda: dispatcher_us(10),
+    "event_us_100_services": lambda: dispatcher_us(100),
+    "plan_ms_2_cores_3_services": lambda: planner_ms(2, 3),
+    "plan_ms_64_cores_100_services": lambda: planner_ms(64, 100),
+}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    samples: dict[str, list[float]] = {name: [] for name in ARMS}
+    for _ in range(args.rounds):
+        for name, arm in ARMS.items():
+            samples[name].append(arm())
+    for name, values in samples.items():
+        low, high = min(values), max(values)
+        print(f"{name:<32}{statistics.median(values):>8.2f}   [{low:.2f}-{high:.2f}]")
+    if args.json:
+        machine = {"python": platform.python_version(), "kernel": platform.release()}
+        document = {"benchmark": "policy", "machine": machine, "samples": samples}
+        args.json.write_text(json.dumps(document))
+
+
+if __name__ == "__main__":
+    main()
