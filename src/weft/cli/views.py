@@ -283,7 +283,10 @@ def _note(job: dict[str, Any]) -> str:
     parts = [str(job["reason"])] if job.get("reason") else []
     if job.get("guaranteed"):
         parts.append(f"guaranteed {percent(job['guaranteed'])}")
-    parts += [f"{k}={v:.4g}" for k, v in sorted((job.get("metrics") or {}).items())[:3]]
+    metrics = sorted((job.get("metrics") or {}).items())[:3]
+    parts += [
+        f"{name}={DASH if value is None else format(value, '.4g')}" for name, value in metrics
+    ]
     return ", ".join(parts)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
+import resource
 import signal
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -22,6 +24,8 @@ from weft.serving.rest import build_app
 from weft.serving.tensors import Limits
 
 STOP_GRACE_S = 10.0
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 
 
 def read_config(path: Path) -> NodeConfig:
@@ -54,6 +58,7 @@ def make_device(config: DeviceConfig) -> Device:
 
 async def serve(config: NodeConfig) -> None:
     """Run a node until SIGTERM, SIGINT or ``weft`` tells it to stop; then drain and stop it."""
+    _tune_process()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -86,6 +91,17 @@ async def serve(config: NodeConfig) -> None:
         else:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
+
+
+def _tune_process() -> None:
+    """As many connections as the hard limit allows, and a heap that keeps large buffers: by
+    default the C library returns each request body to the kernel and faults it in again."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it, musl does not
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 128 * 2**20)
+        mallopt(_M_TRIM_THRESHOLD, 256 * 2**20)
 
 
 def _announce(node: Node) -> None:

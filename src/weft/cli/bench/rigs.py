@@ -94,9 +94,8 @@ class NodeRig:
         url = f"http://127.0.0.1:{self.port}/v2/models/bench/stats"
         with urllib.request.urlopen(url, timeout=10) as answer:
             stats = json.load(answer)["model_stats"][0]
-        return (
-            float(stats["inference_stats"]["compute_infer"]["ns"]) / 1e9 / stats["inference_count"]
-        )
+        executed_ns = float(stats["inference_stats"]["compute_infer"]["ns"])
+        return executed_ns / 1e9 / int(stats["inference_count"])
 
 
 class PlainJob:
