@@ -49,7 +49,7 @@ class NodeRig:
         cores = self._cores
         with (self.directory / "log").open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "weft.cli.main", "serve", "weft.yaml"],
+                [sys.executable, "-m", "weft", "serve", "weft.yaml"],
                 cwd=self.directory,
                 stdout=log,
                 stderr=log,
