@@ -28,13 +28,14 @@ from weft.sim.replay import replay
 from weft.telemetry.explain import explain
 from weft.telemetry.records import Entry, Gap, Header, PlanRecord, read, segments
 
-PIPE_COLUMNS = 200
-"""Width of what is written into a pipe, where nothing says how wide it is."""
+PIPE_COLUMNS = 2000
+"""Width of what is written into a pipe: nothing is to be cut or wrapped there."""
 FOLLOW_S = 0.2
 ASK_S = 1.0
 """Seconds between questions after a followed job's state."""
-DETAILED_SEGMENTS = 2
-"""Newest journal segments that ``explain`` reads whole; of older ones it reads the plans."""
+DETAILED_BYTES = 8 * 2**20
+"""How much of the newest journal segments ``explain`` reads whole, some 2 s a piece of this size;
+of older segments it reads the plans."""
 
 _ENDED = {state.value for state in JOB_ENDED}
 Command = Callable[[argparse.Namespace], int]
@@ -253,19 +254,29 @@ def _journal_directory(args: argparse.Namespace) -> Path:
 
 
 def _recent(directory: Path) -> Iterator[Entry]:
-    """The newest segments whole, plans only of older ones (which may be many)."""
+    """The newest segments whole, of older ones only the plans."""
     found = segments(directory) if directory.is_dir() else []
     if not found:
         raise JournalError(
             f"{directory}: no journal here; give its directory with --journal,"
             " or the node's with --state-dir"
         )
-    older = len(found) - DETAILED_SEGMENTS
-    for index, path in enumerate(found):
-        if index >= older:
-            yield from read(path)
-        elif path.exists():  # the node may delete its oldest meanwhile
+    detailed, size = len(found), 0
+    while detailed > 0 and size < DETAILED_BYTES:
+        detailed -= 1
+        size += _size_of(found[detailed])
+    for path in found[:detailed]:
+        if path.exists():  # the node may delete its oldest meanwhile
             yield from read(path, kinds=(Header, PlanRecord, Gap))
+    for path in found[detailed:]:
+        yield from read(path)
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 # --- output -----------------------------------------------------------------------------------

@@ -30,8 +30,12 @@ _GOOD_STATES = ("running", "READY", "succeeded")
 
 def plain(value: Any, style: str = "") -> Text:
     """Text as it is, without control characters; a dash for None."""
-    shown = DASH if value is None else str(value)
-    return Text("".join(c if c.isprintable() else "?" for c in shown), style=style)
+    return Text("".join(c if c.isprintable() else "?" for c in known(value)), style=style)
+
+
+def known(value: Any) -> str:
+    """A value as it is, or a dash."""
+    return DASH if value is None else str(value)
 
 
 def number(value: float | None, digits: int = 1) -> str:
@@ -81,9 +85,8 @@ def status_view(status: dict[str, Any]) -> RenderableType:
     device = status.get("device") or {}
     lines: list[RenderableType] = [_headline(status), _endpoints(status)]
     units = device.get("units") or []
-    lines.append(
-        plain(f"device {device.get('id')}: {len(units)} units, level {device.get('level')}")
-    )
+    name, level = known(device.get("id")), known(device.get("level"))
+    lines.append(plain(f"device {name}: {len(units)} units, level {level}"))
     lines += [plain(f"  without: {limit}", "dim") for limit in device.get("limits") or ()]
     lines += [Text(), _services(status)]
     jobs = status.get("jobs") or []
@@ -111,14 +114,14 @@ def _headline(status: dict[str, Any]) -> Text:
     line = Text("weft ", style="bold")
     line.append_text(plain(status.get("version")))
     line.append_text(plain(f"  {state}", "green" if state == "ready" else "yellow"))
-    since, pid = seconds(status.get("uptime_s")), status.get("pid")
+    since, pid = seconds(status.get("uptime_s")), known(status.get("pid"))
     line.append_text(plain(f"  up {since}, pid {pid}", "dim"))
     return line
 
 
 def _endpoints(status: dict[str, Any]) -> Text:
     parts = [f"{name} {status[name]}" for name in ("http", "grpc") if status.get(name)]
-    return plain("  ".join([*parts, f"state in {status.get('state_dir')}"]))
+    return plain("  ".join([*parts, f"state in {known(status.get('state_dir'))}"]))
 
 
 def _partitions(status: dict[str, Any]) -> RenderableType:
@@ -239,7 +242,7 @@ def _plan_line(status: dict[str, Any]) -> Text:
     reasons = plan.get("reasons") or []
     why = "; ".join(map(str, reasons)) or "no plan yet"
     age = seconds(plan.get("age_s"))
-    return plain(f"plan {plan.get('version')} ({age} old): {why}", "dim")
+    return plain(f"plan {known(plan.get('version'))} ({age} old): {why}", "dim")
 
 
 def _journal_lines(status: dict[str, Any]) -> list[Text]:
@@ -259,7 +262,7 @@ def jobs_view(jobs: list[dict[str, Any]]) -> RenderableType:
     """A line a job, oldest first."""
     if not jobs:
         return plain("no jobs", "dim")
-    counts = ("PROGRESS", "RATE/s", "HELD", "PAUSES", "RESTARTS")
+    counts = ("PROGRESS", "RATE/s", "GRANTED", "PAUSES", "RESTARTS")
     table = _table("JOB", "NAME", "STATE", "ON", *counts, "NOTE", right=counts)
     for job in jobs:
         progress = job.get("progress")
@@ -339,12 +342,17 @@ def _section(out: list[RenderableType], title: str, lines: list[str]) -> None:
         out += [Text(), plain(title, "bold"), *map(plain, lines)]
 
 
+def _count(count: int, noun: str) -> str:
+    return f"{count} {noun}" + "s" * (count != 1)
+
+
 def replay_view(report: Report, version: str) -> RenderableType:
     """What a replay found; ``version`` is that of this Weft."""
     out: list[RenderableType] = [
         plain(
             f"replayed {report.events:,} events, {report.actions:,} actions and {report.plans:,}"
-            f" plans from {report.segments} checkpoints of {report.runs} runs of the node"
+            f" plans from {_count(report.segments, 'checkpoint')} of"
+            f" {_count(report.runs, 'run')} of the node"
         )
     ]
     out += [plain(f"gap: {gap.records or 'some'} records: {gap.reason}") for gap in report.gaps]

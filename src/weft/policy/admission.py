@@ -19,6 +19,9 @@ from weft.policy.state import DispatcherState, PartitionState, ServiceState
 BURST = 50 * MS
 """Inference that may be admitted at once while a share is owed (per compute unit)."""
 RETRY_MIN = 1 * MS
+MARGIN = 8
+"""A predicted wait is taken 1/MARGIN longer: its errors are not independent (the whole box gets
+slower at times), so they do not average out over a queue."""
 
 
 def refuse(
@@ -33,6 +36,7 @@ def refuse(
         return Refusal.QUEUE_FULL, max(RETRY_MIN, _queued_work(service))
     budget = request.deadline - now
     wait, own, partition = _best_finish(state, service, request, now)
+    wait += wait // MARGIN
     if own > budget:
         return Refusal.DEADLINE, 0
     if wait + own > budget:

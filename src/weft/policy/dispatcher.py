@@ -228,7 +228,10 @@ class Dispatcher:
         now, service = state.now, state.services[running.batch.service]
         partition = self._free(running)
         if partition is not None:
-            service.exec.observe(len(partition.units), running.batch.rows, event.exec_ns)
+            # A batch costs what it holds the partition, the way there and back included: those
+            # behind it wait for that, not for the execution alone.
+            held = max(event.exec_ns, now - running.started)
+            service.exec.observe(len(partition.units), running.batch.rows, held)
             lending.note_start(partition, event.start_ns, running.preempting)
             for request in running.requests:
                 service.p95.add(now - request.arrived)

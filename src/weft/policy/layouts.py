@@ -70,6 +70,7 @@ def judge(snapshot: Snapshot, layout: Layout, horizon_s: float) -> Verdict:
     and predict each one's percentile at the load expected ``horizon_s`` seconds ahead."""
     count = layout.cores // layout.size
     rho = [0.0] * count
+    guests = [0] * count
     slowest = [0.0] * count
     placed: dict[str, tuple[int, ...]] = {}
     loads = {s.name: load(s, layout.size, horizon_s) for s in snapshot.services}
@@ -77,17 +78,59 @@ def judge(snapshot: Snapshot, layout: Layout, horizon_s: float) -> Verdict:
         wanted = max(1, math.ceil(loads[service.name] / RHO_MAX - 1e-9))
         most = max(1, int(service.limit * len(snapshot.device.units) / layout.size + 1e-9))
         wanted = min(wanted, count, service.instances, most)
-        chosen = sorted(range(count), key=lambda i: (rho[i], i))[:wanted]
+        # Where loads are equal (nothing measured yet), services keep out of each other's way.
+        chosen = sorted(range(count), key=lambda i: (rho[i], guests[i], i))[:wanted]
         for index in chosen:
+            guests[index] += 1
             rho[index] += loads[service.name] / wanted
             slowest[index] = max(slowest[index], float(exec_ns(service, layout.size, 1)))
         placed[service.name] = tuple(sorted(chosen))
+    _fill(snapshot, layout, placed, rho, loads)
     misses = {
         s.name: why
         for s in snapshot.services
         if (why := _miss(s, layout, [rho[i] for i in placed[s.name]], slowest, placed[s.name]))
     }
     return Verdict(layout, placed, rho, misses)
+
+
+def _fill(
+    snapshot: Snapshot,
+    layout: Layout,
+    placed: dict[str, tuple[int, ...]],
+    rho: list[float],
+    loads: dict[str, float],
+) -> None:
+    """Partitions that no load calls for go to services that have instances to use them."""
+    units = len(snapshot.device.units)
+    for index in range(len(rho)):
+        if any(index in chosen for chosen in placed.values()):
+            continue
+        able = [
+            s
+            for s in snapshot.services
+            if len(placed[s.name]) < min(s.instances, max(1, int(s.limit * units / layout.size)))
+        ]
+        if not able:
+            return
+        busiest = max(able, key=lambda s: (loads[s.name] / len(placed[s.name]), s.name))
+        had = placed[busiest.name]
+        for old in had:
+            rho[old] -= loads[busiest.name] / len(had)
+        placed[busiest.name] = tuple(sorted((*had, index)))
+        for new in placed[busiest.name]:
+            rho[new] += loads[busiest.name] / len(placed[busiest.name])
+
+
+def utilization(snapshot: Snapshot, size: int, horizon_s: float) -> float:
+    """Of the busiest partition, with services where the present plan has them."""
+    rho: dict[str, float] = {}
+    for service in snapshot.services:
+        where = snapshot.plan.services.get(service.name, ())
+        for partition in where:
+            share = load(service, size, horizon_s) / len(where)
+            rho[partition] = rho.get(partition, 0.0) + share
+    return max(rho.values(), default=0.0)
 
 
 def load(service: ServiceFacts, size: int, horizon_s: float) -> float:

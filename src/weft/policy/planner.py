@@ -18,7 +18,16 @@ import msgspec
 from weft.domain.plan import Plan
 from weft.domain.snapshot import Snapshot
 from weft.domain.units import MS, S
-from weft.policy.layouts import Layout, Verdict, candidates, judge, make_partition, partition_cores
+from weft.policy.layouts import (
+    RHO_MAX,
+    Layout,
+    Verdict,
+    candidates,
+    judge,
+    make_partition,
+    partition_cores,
+    utilization,
+)
 from weft.policy.sharing import divide
 
 
@@ -44,6 +53,7 @@ class PlannerState(msgspec.Struct):
     wished_since: int = 0
     members: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     version: int = 0
+    crowded_since: int = 0
 
 
 class Planner:
@@ -59,7 +69,9 @@ class Planner:
         members = _members(snapshot)
         layout, reasons = self._next_layout(snapshot)
         if layout == state.layout and members == state.members:
-            return None
+            reasons = self._rebalance(snapshot, layout)
+            if not reasons:
+                return None
         if members != state.members:
             reasons = [*_membership(state.members, members), *reasons]
         state.layout, state.members = layout, members
@@ -87,6 +99,22 @@ class Planner:
             return current, []
         state.wish = None
         return wish, [f"{_describe(current)} -> {_describe(wish)}: {reason} (for {held / S:.0f}s)"]
+
+    def _rebalance(self, snapshot: Snapshot, layout: Layout) -> list[str]:
+        """Why services should change places within the layout; empty if they should not."""
+        state, horizon_s = self.state, self.tuning.horizon / S
+        if not layout.cores:
+            return []
+        now_rho = utilization(snapshot, layout.size, horizon_s)
+        best_rho = max(judge(snapshot, layout, horizon_s).rho)
+        if now_rho <= RHO_MAX or best_rho > now_rho - 0.1:
+            state.crowded_since = 0
+            return []
+        state.crowded_since = state.crowded_since or snapshot.now
+        if snapshot.now - state.crowded_since < self.tuning.grow_after:
+            return []
+        state.crowded_since = 0
+        return [f"services spread anew: busiest partition {now_rho:.2f} -> {best_rho:.2f}"]
 
     def _least_cores(self, snapshot: Snapshot) -> int:
         if not snapshot.services:

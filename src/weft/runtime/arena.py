@@ -30,8 +30,9 @@ class Arena:
         os.ftruncate(self.fd, self.size)
         self.memory = memoryview(mmap.mmap(self.fd, self.size))
         self._orders = (self.size // SMALLEST).bit_length()
-        self._free: list[set[int]] = [set() for _ in range(self._orders)]
-        self._free[-1].add(0)
+        # Dicts as ordered sets: the block freed last is taken first, its pages are still in cache.
+        self._free: list[dict[int, None]] = [{} for _ in range(self._orders)]
+        self._free[-1][0] = None
         self._taken: dict[int, int] = {}
 
     @property
@@ -44,9 +45,9 @@ class Arena:
         order = max(0, (max(1, nbytes) - 1) // SMALLEST).bit_length()
         for found in range(order, self._orders):
             if self._free[found]:
-                offset = self._free[found].pop()
+                offset, _ = self._free[found].popitem()
                 for half in range(found - 1, order - 1, -1):
-                    self._free[half].add(offset + (SMALLEST << half))
+                    self._free[half][offset + (SMALLEST << half)] = None
                 self._taken[offset] = order
                 return offset
         raise ArenaFull(f"no {nbytes} bytes free in tensor memory of {self.size}")
@@ -58,10 +59,10 @@ class Arena:
             buddy = offset ^ (SMALLEST << order)
             if buddy not in self._free[order]:
                 break
-            self._free[order].remove(buddy)
+            del self._free[order][buddy]
             offset = min(offset, buddy)
             order += 1
-        self._free[order].add(offset)
+        self._free[order][offset] = None
 
     def close(self) -> None:
         """Release the memory. Views that still exist keep the mapping alive until they go."""

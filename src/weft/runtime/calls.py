@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from weft.domain.errors import InvalidRequest
+from weft.domain.errors import InvalidRequest, TooLarge
 from weft.domain.port import InferCall, InferResult, Refused, TensorIn, TensorMeta, TensorOut
 from weft.engines.base import NUMPY, EngineMeta
 from weft.runtime.arena import Arena
@@ -170,10 +170,16 @@ def signature(meta: EngineMeta, call: InferCall) -> str:
 def place(
     meta: EngineMeta, call: InferCall, rows: int, arena: Arena, out_bytes: int, refuse_nan: bool
 ) -> tuple[int, Item]:
-    """Copy a call's inputs into tensor memory; returns (block, item). Raises ArenaFull, or
-    InvalidRequest for what only shows in the bytes; nothing is kept then."""
+    """Copy a call's inputs into tensor memory; returns (block, item). Raises ArenaFull, TooLarge
+    for what never fits, or InvalidRequest for what only shows in the bytes; nothing is kept
+    then."""
     given = {tensor.name: tensor for tensor in call.inputs}
     total = sum(_aligned(given[t.name].nbytes) for t in meta.inputs)
+    if total + out_bytes > arena.size:
+        raise TooLarge(
+            f"the request's tensors need {total + out_bytes} bytes, tensor memory is {arena.size}; "
+            "send fewer rows, or raise limits.arena"
+        )
     block = arena.alloc(total + out_bytes)
     try:
         offset, places = block, []

@@ -28,6 +28,23 @@ log = logging.getLogger("weft.node")
 Clock = Callable[[], int]
 
 
+def steady(clock: Clock) -> Clock:
+    """The clock, going on from where it was if it ever jumps back: deadlines are made from it
+    and compared with the dispatcher's time, which never goes back either."""
+    last = lead = 0
+
+    def now() -> int:
+        nonlocal last, lead
+        at = clock() + lead
+        if at < last:
+            lead += last - at
+            at = last
+        last = at
+        return at
+
+    return now
+
+
 class Hands(Protocol):
     """The node's part of carrying actions out."""
 

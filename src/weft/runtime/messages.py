@@ -72,10 +72,11 @@ class OpenFailed(_Message, frozen=True):
 
 class Outputs(msgspec.Struct, frozen=True, array_like=True):
     """One request's outputs. ``spilled`` holds the bytes of those whose place was too small
-    (offset -1), in order."""
+    (offset -1), in order. ``error`` says why this request of a batch has none."""
 
     places: tuple[Place, ...]
     spilled: tuple[bytes, ...] = ()
+    error: str = ""
 
 
 class Done(_Message, frozen=True):

@@ -14,7 +14,6 @@ from typing import Any
 
 import msgspec
 
-from weft import __version__
 from weft.devices import proctree
 from weft.devices.base import Device
 from weft.domain import actions as a
@@ -31,7 +30,7 @@ from weft.policy.planner import Planner, Tuning
 from weft.runtime import calls
 from weft.runtime.arena import ArenaFull
 from weft.runtime.calls import OutputSizes, Pending
-from weft.runtime.core import Clock, Core
+from weft.runtime.core import Clock, Core, steady
 from weft.runtime.jobs import JobSupervisor
 from weft.runtime.jobstore import JobStore
 from weft.runtime.messages import Done, Failed, Outputs, Run
@@ -39,9 +38,9 @@ from weft.runtime.models import Models
 from weft.runtime.repository import Repository
 from weft.runtime.status import node_status
 from weft.telemetry import metrics
-from weft.telemetry.journal import Journal
+from weft.telemetry.journal import Journal, checkpoint
 from weft.telemetry.monitor import Monitor
-from weft.telemetry.records import FORMAT, Header
+from weft.telemetry.records import Header
 
 log = logging.getLogger("weft.node")
 
@@ -64,7 +63,7 @@ class Node:
         self.device = device
         self.addresses: dict[str, str | None] = {"http": None, "grpc": None}
         self._state_dir = Path(config.state_dir).absolute()
-        self._clock = clock
+        self._clock = steady(clock)
         self._next_request = 1
         self._pending: dict[int, Pending] = {}
         self._wanted: dict[int, tuple[str, ...]] = {}
@@ -172,23 +171,12 @@ class Node:
     ) -> Journal | None:
         if not self.config.journal.enabled:
             return None
-        spec, encode = self.device.spec, msgspec.msgpack.encode
 
-        def checkpoint() -> Header:
-            return Header(
-                format=FORMAT,
-                weft=__version__,
-                wall=time.time(),
-                now=self._clock(),
-                level=spec.preempt,
-                total_units=len(spec.units),
-                dispatcher=encode(dispatcher.state),
-                planner=encode(self.planner.state),
-                tuning=self.planner.tuning,
-            )
+        def header() -> Header:
+            return checkpoint(dispatcher, self.planner, self._clock(), time.time())
 
         settings = self.config.journal
-        journal = Journal(self._state_dir / "journal", checkpoint, settings.segment, settings.keep)
+        journal = Journal(self._state_dir / "journal", header, settings.segment, settings.keep)
         journal.open()
         stack.callback(journal.close)
         return journal
@@ -317,10 +305,14 @@ class Node:
         items = self._results.pop(action.batch)
         for request_id, outputs in zip(action.requests, items, strict=True):
             pending = self._close_request(request_id)
+            wanted = self._wanted.pop(request_id, ())
+            if outputs.error:
+                pending.refuse(Refused(Refusal.FAILED, 0, outputs.error))
+                continue
             sizes = self._sizes.get((pending.service, pending.version))
             if sizes is not None:
                 sizes.learn(pending.item.rows, outputs)
-            pending.answer(self._wanted.pop(request_id, ()), outputs)
+            pending.answer(wanted, outputs)
 
     def on_reject(self, action: a.Reject) -> None:
         """See Hands."""

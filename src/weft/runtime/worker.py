@@ -42,6 +42,8 @@ PROFILE_RUNS = 5
 PROFILE_BUDGET_NS = 2_000_000_000
 """Profiling stops here: a slow model learns the rest from traffic."""
 _PR_SET_PDEATHSIG = 1
+_FAILURES = (ModelError, ValueError, MemoryError)
+"""What a model may raise on an input; anything else is a bug and ends the worker."""
 
 
 class Worker:
@@ -128,16 +130,35 @@ class Worker:
     # --- executing --------------------------------------------------------------------------
 
     def _run(self, order: Run) -> Done | Failed:
-        assert self._engine is not None
         started = time.monotonic_ns()
         try:
-            inputs = self._gather(self._engine, order.items)
-            outputs = self._engine.run(order.units, inputs)
-        except (ModelError, ValueError, MemoryError) as error:
-            return Failed(order.batch, str(error) or type(error).__name__)
-        items = self._scatter(order.items, outputs)
+            items = self._execute(order.units, order.items)
+        except _FAILURES as error:
+            if len(order.items) == 1:
+                return Failed(order.batch, _said(error))
+            items = None
+        if items is None:
+            # One request's fault, or outputs that are not row by row: nobody else's business.
+            items = tuple(self._execute_alone(order.units, item) for item in order.items)
         ended = time.monotonic_ns()
         return Done(order.batch, max(0, started - order.sent), ended - started, items)
+
+    def _execute(self, units: int, items: tuple[Item, ...]) -> tuple[Outputs, ...] | None:
+        """Outputs of requests run as one; None if they cannot be told apart by their rows."""
+        assert self._engine is not None
+        outputs = self._engine.run(units, self._gather(self._engine, items))
+        rows = sum(item.rows for item in items)
+        if len(items) > 1 and any(output.shape[:1] != (rows,) for output in outputs):
+            return None
+        return self._scatter(items, outputs)
+
+    def _execute_alone(self, units: int, item: Item) -> Outputs:
+        try:
+            outputs = self._execute(units, (item,))
+        except _FAILURES as error:
+            return Outputs((), error=_said(error))
+        assert outputs is not None
+        return outputs[0]
 
     def _gather(self, engine: Engine, items: tuple[Item, ...]) -> dict[str, Array]:
         """One array an input: a view of the arena for one request, else rows joined."""
@@ -179,6 +200,10 @@ class Worker:
             places.append(Place(part.shape, offset, size))
             offset += -(-size // ALIGN) * ALIGN
         return Outputs(tuple(places), tuple(spilled))
+
+
+def _said(error: Exception) -> str:
+    return str(error) or type(error).__name__
 
 
 def _packed(array: Array) -> memoryview | bytes:

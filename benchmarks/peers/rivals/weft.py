@@ -1,0 +1,68 @@
+"""Weft, from the interpreter that runs the benchmark."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from model import Model
+from procs import Launch, free_port
+from rivals.base import Arm
+from wire import Payload, grpc_raw, rest_binary, rest_json
+
+_CONFIG = """node: {{state_dir: ./state, models: {models}, http: 127.0.0.1:{http}, grpc: {grpc}}}
+devices: [{{kind: cpu, cores: all}}]
+services:
+  - name: {name}
+    model: {name}
+    objective: {{percentile: 99, latency: 5s}}
+    batch: {{max: {batch}}}
+    instances: 2
+    guaranteed: 1.0
+"""
+
+
+class Weft:
+    name = "weft"
+
+    def missing(self) -> str | None:
+        if importlib.util.find_spec("weft") is None:
+            return "the package weft is not installed in the interpreter running the benchmark"
+        return None
+
+    def versions(self) -> dict[str, str]:
+        found = {"python": platform.python_version()}
+        for package in ("weft", "onnxruntime", "numpy"):
+            try:
+                found[package] = version(package)
+            except PackageNotFoundError:
+                found[package] = "not installed"
+        return found
+
+    def arms(self) -> list[Arm]:
+        return [
+            Arm(self.name, "tiny"),
+            Arm(self.name, "tiny", batch=8),
+            Arm(self.name, "image", wire="binary"),
+            Arm(self.name, "image", wire="grpc"),
+        ]
+
+    def launch(self, arm: Arm, model: Model, folder: Path) -> Launch:
+        http = free_port()
+        grpc = free_port() if arm.wire == "grpc" else None
+        config = _CONFIG.format(
+            models=model.path.parent.parent.parent,
+            http=http,
+            grpc=f"127.0.0.1:{grpc}" if grpc else "null",
+            name=model.name,
+            batch=arm.batch,
+        )
+        (folder / "weft.yaml").write_text(config)
+        argv = [sys.executable, "-m", "weft", "serve", "weft.yaml"]
+        return Launch(argv, {}, "/v2/health/ready", http, grpc)
+
+    def payload(self, arm: Arm, model: Model) -> Payload:
+        return {"json": rest_json, "binary": rest_binary, "grpc": grpc_raw}[arm.wire](model)

@@ -1,0 +1,1 @@
+"""Virtual time: the policy without a machine. The first use is replaying a journal."""

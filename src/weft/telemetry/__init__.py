@@ -1,0 +1,1 @@
+"""What a node remembers of itself: the journal of decisions, and what can be read out of it."""

@@ -1,0 +1,380 @@
+"""The commands against a control server with a node made of answers."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from tests.replay.histories import record
+from tests.unit.test_views import status
+from weft.cli import commands
+from weft.cli.joblog import JobLog
+from weft.domain.errors import EnvironmentProblem, JournalError, NotFound, WeftError
+from weft.domain.port import JobStatus
+from weft.domain.workload import JobSpec, RestartPolicy
+from weft.serving.control import ControlServer
+
+PROGRAM = """
+import argparse, sys
+from weft.cli.commands import add_commands
+parser = argparse.ArgumentParser()
+add_commands(parser.add_subparsers(required=True))
+args = parser.parse_args()
+sys.exit(args.func(args))
+"""
+
+
+class StubNode:
+    """Answers what the commands ask; one job, ``train``."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.submitted: list[JobSpec] = []
+        self.asked: list[tuple[str, str]] = []
+        self.state, self.reason = "running", ""
+
+    def status(self) -> dict[str, Any]:
+        journal = {"directory": str(self.directory / "journal"), "dropped": 0, "error": None}
+        return status(journal=journal)
+
+    def jobs(self) -> list[JobStatus]:
+        job = JobStatus("a1b2c3d4", "train", self.state, ("x",), 1.0, 0.0, 1.0, 0)
+        return [msgspec.structs.replace(job, reason=self.reason)]
+
+    def submit_job(self, spec: JobSpec) -> str:
+        self.submitted.append(spec)
+        return "a1b2c3d4"
+
+    def cancel_job(self, ref: str) -> str:
+        return self._ask("cancel", ref)
+
+    def hold_job(self, ref: str) -> str:
+        return self._ask("hold", ref)
+
+    def release_job(self, ref: str) -> str:
+        return self._ask("release", ref)
+
+    def job_log_path(self, ref: str) -> str:
+        self._ask("log", ref)
+        return str(self.directory / "log")
+
+    def _ask(self, what: str, ref: str) -> str:
+        if ref not in ("train", "a1b2c3d4", "a1"):
+            raise NotFound(f"there is no job {ref!r}")
+        self.asked.append((what, ref))
+        return "a1b2c3d4"
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubNode]:
+    """A stub node behind a real control server in a thread of its own."""
+    stub, loop, stop = StubNode(tmp_path), asyncio.new_event_loop(), asyncio.Event()
+    ready = threading.Event()
+
+    async def serve() -> None:
+        server = ControlServer(stub, tmp_path / "control.sock", stop.set)  # type: ignore[arg-type]
+        await server.start()
+        ready.set()
+        await stop.wait()
+        await server.stop()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
+    thread.start()
+    assert ready.wait(10)
+    monkeypatch.setenv("WEFT_STATE_DIR", str(tmp_path))
+    monkeypatch.setattr(commands, "FOLLOW_S", 0.01)
+    monkeypatch.setattr(commands, "ASK_S", 0.02)
+    yield stub
+    loop.call_soon_threadsafe(stop.set)
+    thread.join(10)
+    loop.close()
+
+
+def weft(*argv: str) -> int:
+    """Run a command as ``main`` does."""
+    parser = argparse.ArgumentParser(prog="weft")
+    commands.add_commands(parser.add_subparsers(required=True))
+    args = parser.parse_args(argv)
+    return int(args.func(args))
+
+
+def child(*argv: str, **kwargs: Any) -> subprocess.Popen[bytes]:
+    """The same in a process of its own."""
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", PROGRAM, *argv]
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, **kwargs)
+
+
+def test_status_jobs_and_top_show_the_node(
+    node: StubNode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for argv in (["status"], ["jobs"], ["top", "--once"]):
+        assert weft(*argv) == 0
+        shown = capsys.readouterr().out
+        assert "train" in shown and "\x1b" not in shown, "no colours in a pipe"
+
+
+def test_json_is_what_the_node_said(node: StubNode, capsys: pytest.CaptureFixture[str]) -> None:
+    assert weft("status", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == node.status()
+    assert weft("jobs", "--json") == 0
+    assert json.loads(capsys.readouterr().out)[0]["name"] == "train"
+
+
+def test_without_a_node_there_is_one_clear_error(tmp_path: Path) -> None:
+    for name in ("status", "jobs", "top"):
+        with pytest.raises(EnvironmentProblem, match="no node is running"):
+            weft(name, "--state-dir", str(tmp_path / "none"))
+
+
+def test_the_state_directory_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WEFT_STATE_DIR", raising=False)
+    parser = argparse.ArgumentParser()
+    commands.add_commands(parser.add_subparsers())
+    assert parser.parse_args(["jobs"]).state_dir == "weft-state"
+
+
+def test_run_submits_the_whole_specification(
+    node: StubNode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--name", "n", "--weight", "2", "--guaranteed", "25%", "--limit", "0.5"]
+    options += ["--memory", "2GiB", "--restart", "always", "--max-restarts", "3"]
+    options += ["--env", "A=1", "--env", "B=x=y", "--cwd", "/"]
+    assert weft("run", *options, "--", "python", "t.py", "--name", "other", "--", "-x") == 0
+    assert capsys.readouterr().out == "a1b2c3d4\n"
+    assert node.submitted == [
+        JobSpec(
+            id="", name="n", command=("python", "t.py", "--name", "other", "--", "-x"), cwd="/",
+            env={"A": "1", "B": "x=y"}, weight=2.0, guaranteed=0.25, limit=0.5, memory=2 * 2**30,
+            restart=RestartPolicy.ALWAYS, max_restarts=3,
+        )
+    ]  # fmt: skip
+
+
+def test_run_has_the_defaults_of_a_job_and_this_directory(node: StubNode) -> None:
+    weft("run", "--", "true")
+    assert node.submitted == [JobSpec(id="", name="", command=("true",), cwd=str(Path.cwd()))]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["run"],
+        ["run", "--weight", "0", "--", "true"],
+        ["run", "--weight", "nan", "--", "true"],
+        ["run", "--guaranteed", "2", "--", "true"],
+        ["run", "--guaranteed", "60%", "--limit", "50%", "--", "true"],
+        ["run", "--memory", "lots", "--", "true"],
+        ["run", "--env", "A", "--", "true"],
+        ["run", "--restart", "maybe", "--", "true"],
+        ["run", "--max-restarts", "-1", "--", "true"],
+        ["top", "--interval", "-1"],
+        ["logs"],
+        ["logs", "j", "-n", "-3"],
+        ["replay"],
+    ],
+)
+def test_wrong_usage_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        weft(*argv)
+    assert exit.value.code == 2
+    assert "usage: weft" in capsys.readouterr().err
+
+
+def test_help_of_every_command_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    subparsers = parser.add_subparsers()
+    commands.add_commands(subparsers)
+    assert len(subparsers.choices) == 10
+    for name in subparsers.choices:
+        with pytest.raises(SystemExit) as exit:
+            weft(name, "--help")
+        assert exit.value.code == 0
+        assert "%%" not in capsys.readouterr().out
+
+
+def test_jobs_are_cancelled_held_and_released(
+    node: StubNode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, said in (("cancel", "cancelled"), ("hold", "held"), ("release", "released")):
+        assert weft(name, "train") == 0
+        assert capsys.readouterr().out == f"{said} a1b2c3d4\n"
+    assert node.asked == [("cancel", "train"), ("hold", "train"), ("release", "train")]
+    with pytest.raises(NotFound):
+        weft("cancel", "other")
+
+
+def test_logs_print_all_or_the_last_lines(
+    node: StubNode, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    log = node.directory / "log"
+    assert weft("logs", "train") == 0
+    assert capfdbinary.readouterr().out == b"", "no output yet"
+    log.write_bytes(b"one\ntwo\n\xff\xfe three\n")
+    weft("logs", "train")
+    assert capfdbinary.readouterr().out == b"one\ntwo\n\xff\xfe three\n"
+    weft("logs", "train", "-n", "2")
+    assert capfdbinary.readouterr().out == b"two\n\xff\xfe three\n"
+
+
+def test_following_a_log_ends_with_the_job(
+    node: StubNode, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    log = node.directory / "log"
+    log.write_bytes(b"old\nfirst\n")
+
+    def go_on() -> None:
+        time.sleep(0.1)
+        with log.open("ab") as file:
+            file.write(b"second\n")
+        log.rename(node.directory / "log.1")
+        log.write_bytes(b"third\n")
+        time.sleep(0.1)
+        node.state = "succeeded"
+        with log.open("ab") as file:
+            file.write(b"last\n")
+
+    writer = threading.Thread(target=go_on)
+    writer.start()
+    assert weft("logs", "-f", "-n", "1", "train") == 0
+    writer.join()
+    assert capfdbinary.readouterr().out == b"first\nsecond\nthird\nlast\n"
+
+
+def test_run_with_follow_says_how_it_ended(
+    node: StubNode, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    (node.directory / "log").write_bytes(b"hello\n")
+    node.state = "succeeded"
+    assert weft("run", "--follow", "--", "true") == 0
+    assert capfdbinary.readouterr().out == b"hello\n"
+    node.state, node.reason = "failed", "exit code 3"
+    with pytest.raises(WeftError, match="job a1b2c3d4 failed: exit code 3"):
+        weft("run", "--follow", "--", "false")
+
+
+@pytest.mark.parametrize("lines", range(9))
+@pytest.mark.parametrize("end", [b"\n", b""])
+def test_the_last_lines_are_found_across_both_files(tmp_path: Path, lines: int, end: bytes) -> None:
+    (tmp_path / "log.1").write_bytes(b"1\n22\n\n4\n")
+    (tmp_path / "log").write_bytes(b"5\n66\n7" + end)
+    log = JobLog(tmp_path / "log")
+    whole = [b"1", b"22", b"", b"4", b"5", b"66", b"7"]
+    wanted = b"\n".join(whole[max(0, 7 - lines) :]) + end if lines else b""
+    assert b"".join(log.read(lines)) == wanted
+    assert b"".join(log.read(lines)) == b""
+    log.close()
+
+
+def test_the_last_lines_of_a_long_log_are_found(tmp_path: Path) -> None:
+    lines = [b"x" * (i % 977) for i in range(2000)]
+    (tmp_path / "log").write_bytes(b"\n".join(lines) + b"\n")
+    for count in (1, 500, 1999, 2000, 5000):
+        log = JobLog(tmp_path / "log")
+        found = b"".join(log.read(count))
+        assert found == b"\n".join(lines[-count:]) + b"\n"
+        log.close()
+
+
+def test_explain_finds_the_journal_with_and_without_a_node(
+    node: StubNode, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    record(tmp_path / "journal", seed=4, segment_bytes=3000)
+    assert weft("explain", "--last", "2") == 0
+    text = capsys.readouterr().out
+    assert "Plans, newest first" in text and text.count("before:") == 2
+    assert weft("explain", "--journal", str(tmp_path / "journal"), "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert len(told["plans"]) > 2 and told["arrived"] > 0
+    assert weft("explain", "--state-dir", str(tmp_path / "journal" / "..")) == 0
+    with pytest.raises(JournalError, match="no journal here"):
+        weft("explain", "--journal", str(tmp_path / "none"))
+
+
+def test_replay_exits_with_1_on_a_difference(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record(tmp_path, seed=4)
+    assert weft("replay", str(tmp_path)) == 0
+    assert "no difference" in capsys.readouterr().out
+    assert weft("replay", "--json", str(tmp_path)) == 0
+    assert json.loads(capsys.readouterr().out)["identical"] is True
+    monkeypatch.setattr("weft.policy.admission.BURST", 1)
+    monkeypatch.setattr("weft.policy.lending.SLICE_STEP", 7)
+    monkeypatch.setattr("weft.policy.queues.AGEING", 1)
+    assert weft("replay", str(tmp_path)) == 1
+    assert "first difference" in capsys.readouterr().out
+    with pytest.raises(JournalError):
+        weft("replay", str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("argv", [["top", "--interval", "0.05"], ["logs", "-f", "train"]])
+def test_ctrl_c_ends_quietly(node: StubNode, argv: list[str]) -> None:
+    (node.directory / "log").write_bytes(b"x\n")
+    process = child(*argv)
+    assert process.stdout is not None
+    assert process.stdout.readline()
+    time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (0, b"")
+
+
+@pytest.mark.parametrize("argv", [["top", "--interval", "0.01"], ["logs", "train"], ["jobs"]])
+def test_a_reader_that_goes_away_ends_it_quietly(node: StubNode, argv: list[str]) -> None:
+    (node.directory / "log").write_bytes(b"x\n" * 500_000)
+    process = child(*argv)
+    assert process.stdout is not None and process.stderr is not None
+    os.read(process.stdout.fileno(), 1)
+    process.stdout.close()
+    assert process.wait(timeout=20) == 0
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_top_is_drawn_on_a_terminal_and_survives_a_restart(node: StubNode) -> None:
+    import pty
+
+    main, side = pty.openpty()
+    command = [sys.executable, "-c", PROGRAM, "top", "--interval", "0.05"]
+    process = subprocess.Popen(
+        command, stdout=side, stderr=side, env={**os.environ, "TERM": "xterm"}
+    )
+    os.close(side)
+    shown = b""
+
+    def until(text: bytes) -> None:
+        nonlocal shown
+        end = time.monotonic() + 20
+        while text not in shown:
+            assert time.monotonic() < end, shown[-2000:]
+            shown += os.read(main, 65536)
+
+    until(b"PARTITION")
+    socket = node.directory / "control.sock"
+    socket.rename(node.directory / "away.sock")
+    until(b"no node is running")
+    (node.directory / "away.sock").rename(socket)
+    process.send_signal(signal.SIGINT)
+    # The terminal's buffer must be read, or the process cannot end.
+    while process.poll() is None:
+        try:
+            shown += os.read(main, 65536)
+        except OSError:
+            break
+    assert process.wait(20) == 0
+    assert b"Traceback" not in shown and b"\x1b[?1049l" in shown, "the screen is given back"
+    os.close(main)
