@@ -17,7 +17,7 @@ def write_model(path: Path) -> None:
     random = np.random.default_rng(7)
     nodes, weights = [], []
     name, channels = "image", INPUT[0]
-    for index, (width, stride) in enumerate(((32, 1), (48, 2), (64, 2), (96, 2))):
+    for index, (width, stride) in enumerate(((48, 1), (80, 1), (112, 2), (160, 2))):
         kernel = random.standard_normal((width, channels, 3, 3)) / (9 * channels) ** 0.5
         weights.append(numpy_helper.from_array(kernel.astype(np.float32), f"w{index}"))
         nodes.append(

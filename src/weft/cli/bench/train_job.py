@@ -17,6 +17,7 @@ from torch import nn
 
 import weft
 
+BATCH = 32
 COUNTER = struct.Struct("<qq")
 
 
@@ -38,14 +39,14 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1),
+        nn.Conv2d(3, 32, 3, padding=1),
         nn.ReLU(),
-        nn.Conv2d(16, 32, 3, stride=2, padding=1),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1),
         nn.ReLU(),
-        nn.Conv2d(32, 32, 3, stride=2, padding=1),
+        nn.Conv2d(64, 64, 3, stride=2, padding=1),
         nn.ReLU(),
         nn.Flatten(),
-        nn.Linear(32 * 8 * 8, 10),
+        nn.Linear(64 * 8 * 8, 10),
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     loss_of = nn.CrossEntropyLoss()
@@ -55,9 +56,9 @@ def main() -> None:
     with args.counter.open("r+b") as file, mmap.mmap(file.fileno(), COUNTER.size) as counter:
         step = 0
         while True:
-            at = (step * 32) % 512
+            at = (step * BATCH) % len(images)
             optimizer.zero_grad()
-            loss = loss_of(model(images[at : at + 32]), labels[at : at + 32])
+            loss = loss_of(model(images[at : at + BATCH]), labels[at : at + BATCH])
             loss.backward()
             optimizer.step()
             step += 1
