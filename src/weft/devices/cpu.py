@@ -95,6 +95,8 @@ class CpuDevice:
         self._limits: list[str] = []
         self._jobs: dict[str, _Job] = {}
         self._workers: dict[str, _Worker] = {}
+        self._raised: set[int] = set()
+        """Our own threads that were made urgent."""
         self._lock = threading.Lock()
         """``refresh`` runs beside the loop; a mask is computed and set under this lock."""
 
@@ -127,10 +129,14 @@ class CpuDevice:
             self._limits.append("one core: jobs are stopped while a request runs")
 
     def close(self) -> None:
-        """Let jobs that are still attached run freely."""
+        """Let jobs that are still attached run freely; this process is as urgent as it was."""
         for name in list(self._jobs):
             self.detach_job(name)
         self._workers.clear()
+        for tid in self._raised:
+            with contextlib.suppress(OSError):
+                os.sched_setscheduler(tid, os.SCHED_OTHER, os.sched_param(0))
+        self._raised.clear()
 
     @property
     def spec(self) -> DeviceSpec:
@@ -287,6 +293,7 @@ class CpuDevice:
             for tid in proctree.threads([os.getpid()]):
                 with contextlib.suppress(OSError):
                     _make_realtime(tid, NODE_PRIORITY)
+                    self._raised.add(tid)
 
     def refresh(self) -> None:
         for job in list(self._jobs.values()):

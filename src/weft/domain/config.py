@@ -152,7 +152,9 @@ class _Section:
         return _Section(self.raw(key, _MISSING if required else None), self.at(key))
 
     def sections(self, key: str) -> list[_Section]:
-        value = self.raw(key, None) or []
+        value = self.raw(key, None)
+        if value is None:
+            return []
         if not isinstance(value, list):
             raise ConfigError(f"expected a list, got {_shown(value)}", self.at(key))
         return [_Section(item, f"{self.at(key)}[{i}]") for i, item in enumerate(value)]

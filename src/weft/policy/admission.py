@@ -19,6 +19,9 @@ from weft.policy.state import DispatcherState, PartitionState, ServiceState
 BURST = 50 * MS
 """Inference that may be admitted at once while a share is owed (per compute unit)."""
 RETRY_MIN = 1 * MS
+TRY_AFTER = 1000 * MS
+"""Predictions are corrected by executions alone. A service that has had none for this long takes
+one request however bad they look, lest a slow spell close it for ever."""
 MARGIN = 8
 """A predicted wait is taken 1/MARGIN longer: its errors are not independent (the whole box gets
 slower at times), so they do not average out over a queue."""
@@ -37,6 +40,8 @@ def refuse(
     budget = request.deadline - now
     wait, own, partition = _best_finish(state, service, request, now)
     wait += wait // MARGIN
+    if wait + own > budget and _due_for_a_try(state, service, budget, now):
+        return None
     if own > budget:
         return Refusal.DEADLINE, 0
     if wait + own > budget:
@@ -47,6 +52,12 @@ def refuse(
     if not service.strict:
         return _spend(state, own * len(partition.units), now, total_units)
     return None
+
+
+def _due_for_a_try(state: DispatcherState, service: ServiceState, budget: int, now: int) -> bool:
+    if budget < service.objective or service.queued or now - service.last_start < TRY_AFTER:
+        return False
+    return all(r.batch.service != service.name for r in state.running.values())
 
 
 def _queued_work(service: ServiceState) -> int:

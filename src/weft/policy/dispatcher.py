@@ -197,6 +197,7 @@ class Dispatcher:
         state.next_batch += 1
         worker.batch = partition.batch = batch.id
         worker.partition = partition.id
+        service.last_start = state.now
         state.running[batch.id] = Running(
             batch=batch,
             requests=requests,
@@ -522,7 +523,9 @@ class Dispatcher:
         state = self.state
         if event.job in state.jobs:
             return
-        floor = min((j.vtime for j in state.jobs.values()), default=0)
+        # What others hold right now counts: a newcomer has no claim on the time before it came.
+        others = (lending.virtual_time(state, j, state.now) for j in state.jobs.values())
+        floor = min(others, default=0)
         state.jobs[event.job] = JobShare(
             id=event.job,
             weight=max(1, round(event.weight * 1000)),

@@ -31,17 +31,18 @@ class Layout(NamedTuple):
 
 class Verdict(msgspec.Struct):
     """A layout judged: the partitions of each service, the utilization of each partition, and
-    for each service that would miss its objective why."""
+    for each service that would miss its objective why, and by how much in all (each 0..1)."""
 
     layout: Layout
     services: dict[str, tuple[int, ...]]
     rho: list[float]
     misses: dict[str, str]
+    shortfall: float = 0.0
 
     @property
     def overload(self) -> float:
         """How badly it falls short, to compare infeasible layouts."""
-        return sum(max(0.0, r - RHO_MAX) for r in self.rho) + len(self.misses)
+        return sum(max(0.0, r - RHO_MAX) for r in self.rho) + self.shortfall
 
 
 def partition_cores(device: DeviceSpec, layout: Layout) -> list[tuple[int, ...]]:
@@ -86,12 +87,16 @@ def judge(snapshot: Snapshot, layout: Layout, horizon_s: float) -> Verdict:
             slowest[index] = max(slowest[index], float(exec_ns(service, layout.size, 1)))
         placed[service.name] = tuple(sorted(chosen))
     _fill(snapshot, layout, placed, rho, loads)
-    misses = {
-        s.name: why
-        for s in snapshot.services
-        if (why := _miss(s, layout, [rho[i] for i in placed[s.name]], slowest, placed[s.name]))
-    }
-    return Verdict(layout, placed, rho, misses)
+    verdict = Verdict(layout, placed, rho, {})
+    for service in snapshot.services:
+        where = placed[service.name]
+        busiest, other = max(rho[i] for i in where), max(slowest[i] for i in where)
+        own = exec_ns(service, layout.size, 1)
+        expected = own + wait_quantile(max(own, other), busiest, service.percentile)
+        if expected > HEADROOM * service.objective or busiest > RHO_MAX:
+            verdict.misses[service.name] = _why(service, expected, busiest)
+            verdict.shortfall += max(0.0, 1.0 - HEADROOM * service.objective / expected)
+    return verdict
 
 
 def _fill(
@@ -152,20 +157,7 @@ def exec_ns(service: ServiceFacts, size: int, rows: int) -> int:
     return single or 0
 
 
-def _miss(
-    service: ServiceFacts,
-    layout: Layout,
-    rho: list[float],
-    slowest: list[float],
-    chosen: tuple[int, ...],
-) -> str:
-    """Why the service would miss its objective, "" if it would not."""
-    busiest = max(rho)
-    own = exec_ns(service, layout.size, 1)
-    other = max(slowest[i] for i in chosen)
-    expected = own + wait_quantile(max(own, other), busiest, service.percentile)
-    if expected <= HEADROOM * service.objective and busiest <= RHO_MAX:
-        return ""
+def _why(service: ServiceFacts, expected: float, busiest: float) -> str:
     shown = "over saturation" if math.isinf(expected) else f"{expected / 1e6:.1f} ms"
     return (
         f"predicted p{service.percentile:g} {shown} against {service.objective / 1e6:g} ms "

@@ -82,6 +82,8 @@ class ServiceState(msgspec.Struct):
     last_arrival: int = 0
     gap: int = 0
     """Mean time between arrivals (ns, exponentially weighted)."""
+    last_start: int = 0
+    """When a batch was last dispatched."""
 
 
 class WorkerState(msgspec.Struct):

@@ -19,7 +19,7 @@ import msgspec
 
 from weft.domain import events as e
 from weft.domain.config import ModelSettings
-from weft.domain.errors import ModelError
+from weft.domain.errors import EnvironmentProblem, ModelError
 from weft.domain.units import S
 from weft.domain.workload import ServiceSpec
 from weft.engines.base import EngineMeta
@@ -123,7 +123,8 @@ class Instances:
         self.loading = files.version
         started: list[_Instance] = []
         try:
-            started = [self._spawn(files, settings) for _ in range(self.spec.instances)]
+            # One by one, so that those before one that fails are known and ended.
+            started.extend(self._spawn(files, settings) for _ in range(self.spec.instances))
             opened = await asyncio.wait_for(
                 asyncio.gather(*(i.opened for i in started)), LOAD_TIMEOUT_S
             )
@@ -178,7 +179,7 @@ class Instances:
         old = [i for i in self._ups() if i not in started and i.version == files.version]
         self.loaded[files.version] = Loaded(files, meta, opened[0].accuracy)
         for instance, answer in zip(started, opened, strict=True):
-            self._announce(instance, answer)
+            self._announce(instance, answer, files, settings)
         self._shell.feed(e.VersionCurrent(self.spec.name, files.version))
         while len(self.loaded) > settings.keep_versions:
             oldest = next(iter(self.loaded))
@@ -200,9 +201,13 @@ class Instances:
             strict=spec.strict,
         )
 
-    def _announce(self, instance: _Instance, opened: Opened) -> None:
-        if instance.process.name not in self._live:
-            return  # it died between loading and now; its restart is on the way
+    def _announce(
+        self, instance: _Instance, opened: Opened, files: ModelFiles, settings: ModelSettings
+    ) -> None:
+        if instance.process.name not in self._live:  # it died between loading and now
+            self._failures += 1
+            self._later(self._restart(files, settings))
+            return
         instance.announced = True
         self._shell.attach_worker(
             instance.process.name, instance.process.pid, self.spec.exec_timeout
@@ -265,10 +270,15 @@ class Instances:
             self._shell.detach_worker(name)
             self._shell.feed(e.WorkerDown(name, f"exit code {code}"))
         wanted = instance.announced and not instance.retiring and not self._closed
-        if wanted and files.version in self.loaded:
+        if wanted and self._serves(files):
             log.warning("worker died", extra={"worker": name, "code": code})
             self._failures = 0 if self._lived_long(instance) else self._failures + 1
             self._later(self._restart(files, settings))
+
+    def _serves(self, files: ModelFiles) -> bool:
+        """Whether these very files are served; another file may have taken their place."""
+        loaded = self.loaded.get(files.version)
+        return loaded is not None and loaded.files == files
 
     @staticmethod
     def _lived_long(instance: _Instance) -> bool:
@@ -276,19 +286,23 @@ class Instances:
 
     async def _restart(self, files: ModelFiles, settings: ModelSettings) -> None:
         """Start one instance again, however often it takes, while its version serves."""
-        while not self._closed and files.version in self.loaded:
+        while not self._closed and self._serves(files):
             delay = BACKOFF_FIRST_S * 2 ** min(self._failures, 20)
             await asyncio.sleep(min(BACKOFF_MOST_S, delay) if self._failures else 0)
-            instance = self._spawn(files, settings)
+            instance = None
             try:
+                instance = self._spawn(files, settings)
                 opened = await asyncio.wait_for(asyncio.shield(instance.opened), LOAD_TIMEOUT_S)
-            except (ModelError, TimeoutError) as error:
+                if stamp(files.path) != files.stamp:  # it was never checked: not by this way in
+                    raise ModelError(f"{files.path.name} was replaced since it was loaded")
+            except (ModelError, EnvironmentProblem, TimeoutError) as error:
                 log.warning("restart failed", extra={"service": self.spec.name, "why": str(error)})
-                instance.process.kill()
+                if instance is not None:
+                    instance.process.kill()
                 self._failures += 1
                 continue
-            if files.version in self.loaded and not self._closed:
-                self._announce(instance, opened)
+            if self._serves(files) and not self._closed:
+                self._announce(instance, opened, files, settings)
             else:
                 instance.retiring = True
                 instance.process.close()

@@ -42,6 +42,8 @@ class Models:
         self._seen: dict[str, Stamp] = {}
         self.leaving: set[str] = set()
         """Services that are being unloaded: they admit nothing."""
+        self._absent: dict[str, str] = {}
+        """Declared services whose files were not there (or not right) yet, and why."""
 
     @property
     def declared(self) -> tuple[str, ...]:
@@ -55,8 +57,14 @@ class Models:
         async with self._locks.setdefault(name, asyncio.Lock()):
             spec = self._declared.get(name)
             model = spec.model if spec is not None else name
-            files = self.repository.newest(model)
-            settings = self.repository.settings(model)
+            try:
+                files = self.repository.newest(model)
+                settings = self.repository.settings(model)
+            except WeftError as error:
+                if spec is not None and name not in self.services:
+                    self._absent[name] = str(error)
+                raise
+            self._absent.pop(name, None)
             if spec is None:
                 spec = ServiceSpec(
                     name=name,
@@ -97,26 +105,37 @@ class Models:
                 self.leaving.discard(name)
 
     async def poll(self) -> None:
-        """Bring up newer versions (or a replaced file) that have appeared and stand still."""
-        for name, instances in list(self.services.items()):
-            current = instances.current
-            if instances.loading or name in self.leaving:
-                continue
-            try:
-                files = self.repository.newest(instances.spec.model)
-            except WeftError:
-                continue  # an empty or half-made directory is no version yet
-            if current is not None and not _is_newer(files, current):
-                continue
-            if instances.refused.get(files.version, (None,))[0] == files.stamp:
-                continue
-            if self._seen.get(name) != files.stamp:
-                self._seen[name] = files.stamp  # still being written, perhaps: look again
+        """Bring up newer versions (or a replaced file) that have appeared and stand still, and
+        declared models that were not there before."""
+        for name in [*self.services, *self._absent]:
+            if not self._has_news(name):
                 continue
             try:
                 await self.load(name)
             except (ModelError, NotFound) as error:
                 log.warning("version refused", extra={"service": name, "why": str(error)})
+
+    def _has_news(self, name: str) -> bool:
+        instances = self.services.get(name)
+        if instances is None and name not in self._absent:
+            return False  # unloaded meanwhile
+        spec = self._declared[name] if instances is None else instances.spec
+        try:
+            files = self.repository.newest(spec.model)
+        except WeftError:
+            return False  # an empty or half-made directory is no version yet
+        if instances is not None:
+            current = instances.current
+            if instances.loading or name in self.leaving:
+                return False
+            if current is not None and not _is_newer(files, current):
+                return False
+            if instances.refused.get(files.version, (None,))[0] == files.stamp:
+                return False
+        if self._seen.get(name) != files.stamp:
+            self._seen[name] = files.stamp  # still being written, perhaps: look again
+            return False
+        return True
 
     async def close(self) -> None:
         """End all instances."""
@@ -130,6 +149,8 @@ class Models:
         found = self.services.get(name)
         if found is not None:
             return found
+        if name in self._absent:
+            raise NotFound(f"model {name!r} is not served: {self._absent[name]}")
         if name in self.repository.names():
             raise NotFound(f"model {name!r} is not loaded; load it first")
         known = ", ".join(sorted(self.services)) or "none"
@@ -160,10 +181,11 @@ class Models:
         models = {i.spec.model for i in self.services.values()}
         for name, instances in self.services.items():
             entries += self._service_entries(name, instances)
+        entries += [IndexEntry(n, "", "UNAVAILABLE", why) for n, why in self._absent.items()]
         entries += [
             IndexEntry(name, version, "UNAVAILABLE", "not loaded")
             for name in self.repository.names()
-            if name not in self.services and name not in models
+            if name not in self.services and name not in models and name not in self._absent
             for version in self.repository.versions(name)[-1:] or [""]
         ]
         return sorted(entries, key=lambda e: (e.name, e.version))

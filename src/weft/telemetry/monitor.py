@@ -154,6 +154,8 @@ class Monitor:
                 meter.revoke.add(took)
                 meter.recent_revoke.add(now, took)
                 self._grant_over(now, job, partition)
+            case e.ActionFailed(action="Grant", target=partition, job=job):
+                self._grant_over(now, job, partition)
             case e.JobExited(job=job):
                 for held in [p for j, p in self._granted if j == job]:
                     self._grant_over(now, job, held)

@@ -1,0 +1,208 @@
+"""The configuration: strict, and every refusal names the key and what would be right."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from weft.domain.config import is_loopback, parse_config, parse_model_settings
+from weft.domain.errors import ConfigError
+from weft.domain.units import MS
+from weft.domain.workload import RestartPolicy
+
+SERVICE = """
+services:
+  - name: vision
+    objective: {latency: 50ms}
+"""
+
+
+def error(text: str) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text)
+    return caught.value
+
+
+def in_service(line: str) -> ConfigError:
+    return error(f"{SERVICE}    {line}\n")
+
+
+def test_an_empty_file_is_a_node_with_defaults() -> None:
+    config = parse_config("")
+    assert config.http == "127.0.0.1:8000"
+    assert config.services == config.jobs == ()
+    assert config.device.kind == "cpu"
+
+
+def test_everything_that_can_be_said_is_read() -> None:
+    config = parse_config(
+        """
+node:
+  state_dir: /tmp/s
+  models: /tmp/m
+  http: 127.0.0.1:9000
+  grpc: null
+  plan_every: 500ms
+  poll_models_every: 2s
+  journal: {enabled: false, segment: 1MiB, keep: 2}
+  limits: {body: 1MiB, tensors: 3, arena: 2MiB, jobs: 4}
+devices:
+  - {kind: cpu, id: c, cores: [3, 1], realtime: never, pin: false}
+policy: {lend: false, split: {cores: 2}, grow_after: 1s, slice_min: 1ms, linger_max: 0}
+services:
+  - name: vision
+    model: net
+    objective: {latency: 20ms, percentile: 95}
+    batch: {max: 4, preferred: [2, 4], max_queue_delay: 1ms}
+    guaranteed: 0.25
+    limit: 0.5
+    accuracy_floor: 0.9
+    max_queue: 7
+    strict: true
+    refuse_nan: true
+    instances: 2
+    threads: 1
+    exec_timeout: 3s
+jobs:
+  - name: train
+    command: python -m "my train"
+    env: {A: 1}
+    weight: 2
+    guaranteed: 0.5
+    memory: 1GiB
+    restart: always
+    grace: 1s
+"""
+    )
+    (service,), (job,) = config.services, config.jobs
+    assert service.model == "net"
+    assert service.slo.latency == 20 * MS
+    assert service.batch.preferred == (2, 4)
+    assert job.command == ("python", "-m", "my train")
+    assert job.env == {"A": "1"}
+    assert job.restart is RestartPolicy.ALWAYS
+    assert config.device.cores == (1, 3)
+    assert config.policy.split == (2, 1)
+    assert config.policy.linger_max == 0
+    assert config.grpc is None
+
+
+@pytest.mark.parametrize(
+    ("text", "path", "said"),
+    [
+        ("servces: []", "servces", "did you mean 'services'?"),
+        ("node: {state-dir: x}", "node.state-dir", "did you mean 'state_dir'?"),
+        ("policy: {linger: 1ms}", "policy.linger", "did you mean 'linger_max'?"),
+        ("node: {zzz: 1}", "node.zzz", "known here: state_dir"),
+        ("devices: [{kind: gpu}]", "devices[0].kind", "is none of cpu"),
+        ("devices: [{kind: cpu, realtime: allways}]", "devices[0].realtime", "none of auto"),
+        ("devices: [{kind: cpu}, {kind: cpu}]", "devices", "one device"),
+        ("services: {}", "services", "expected a list"),
+        ("node: []", "node", "expected a mapping"),
+        ("services: [7]", "services[0]", "expected a mapping"),
+        ("services: [{name: a}]", "services[0].objective", "is required"),
+        ("services: [{nme: a}]", "services[0].name", "is 'nme' a slip?"),
+        ("jobs: [{name: a}]", "jobs[0].command", "is required"),
+        ("jobs: [{name: a, command: []}]", "jobs[0].command", "is empty"),
+        ("jobs: [{name: a, command: 'x \"y'}]", "jobs[0].command", "cannot be split"),
+        ("policy: {slice_min: 1s}", "policy.slice_min", "longer than policy.slice_max"),
+        ("policy: {split: {cores: 3, size: 2}}", "policy.split", "cannot be cut"),
+        ("node: {http: 8000}", "node.http", "expected text"),
+        ("node: {http: '127.0.0.1:99999'}", "node.http", "expected host:port"),
+        ("node: {limits: {body: 0KiB}}", "node.limits.body", "above 0"),
+        ("devices: [{kind: cpu, cores: 3}]", "devices[0].cores", "'all' or a list"),
+    ],
+)
+def test_what_is_wrong_is_refused_by_its_path(text: str, path: str, said: str) -> None:
+    refused = error(text)
+    assert refused.path == path
+    assert said in str(refused)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("limt: 0.5", "did you mean 'limit'?"),
+        ("guaranteed: 1.5", "between 0 and 1"),
+        ("limit: 0", "above 0"),
+        ("instances: 0", "from 1 to 256"),
+        ("instances: true", "whole number"),
+        ("strict: maybe", "true or false"),
+        ("batch: {max: 2, preferred: [4]}", "a preferred size exceeds max"),
+        ("exec_timeout: 30", "needs a unit"),
+        ("exec_timeout: 0s", "longer than 0"),
+        ("exec_timeout: 3 parsecs", "is not a duration"),
+        ("accuracy_floor: .nan", "expected a number"),
+    ],
+)
+def test_a_wrong_value_of_a_service_is_refused(line: str, said: str) -> None:
+    refused = in_service(line)
+    assert refused.path.startswith("services[0].")
+    assert said in str(refused)
+
+
+@pytest.mark.parametrize("percentile", ["100", "49", "many"])
+def test_a_percentile_is_at_least_50_and_below_100(percentile: str) -> None:
+    text = f"services: [{{name: a, objective: {{latency: 1s, percentile: {percentile}}}}}]"
+    assert error(text).path == "services[0].objective.percentile"
+
+
+def test_names_must_differ() -> None:
+    assert "stands twice" in str(error(SERVICE + SERVICE.replace("services:\n", "", 1)))
+
+
+def test_a_key_written_twice_is_refused() -> None:
+    assert "stands twice (line 3)" in str(error("node:\n  models: a\n  models: b\n"))
+
+
+@pytest.mark.parametrize("name", ["../x", "a b", ".hidden", "a/b", ""])
+def test_names_cannot_lead_elsewhere(name: str) -> None:
+    assert error(f"services: [{{name: '{name}', objective: {{latency: 1s}}}}]").path
+
+
+def test_no_more_than_the_whole_device_can_be_guaranteed() -> None:
+    jobs = "jobs: [{name: j, command: x, guaranteed: 0.6}]"
+    assert "add up to 1.1" in str(error(f"{SERVICE}    guaranteed: 0.5\n{jobs}"))
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:8000", "10.1.2.3:8000", "[::]:8000", "box:8000"])
+def test_an_address_that_others_reach_needs_a_token(address: str) -> None:
+    refused = error(f"node: {{http: '{address}'}}")
+    assert refused.path == "node.http"
+    assert "token_file" in str(refused)
+    assert parse_config(f"node: {{http: '{address}', token_file: t}}").http == address
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:1", "[::1]:1", "127.8.9.1:1"])
+def test_loopback_addresses_need_none(address: str) -> None:
+    assert is_loopback(address)
+
+
+@pytest.mark.parametrize("text", ["{", "a: b: c", "\t", "!!python/object:os.system {}"])
+def test_what_is_no_yaml_is_said_in_one_line(text: str) -> None:
+    assert "\n" not in str(error(text))
+
+
+@pytest.mark.parametrize("text", ["7", "[]", "x"])
+def test_a_document_that_is_no_mapping_is_refused(text: str) -> None:
+    assert "expected a mapping" in str(error(text))
+
+
+def test_model_settings_are_read_as_strictly() -> None:
+    settings = parse_model_settings(
+        "objective: {latency: 5ms}\nbatch: {max: 2}\nwarmup_shapes: {x: [1, 8]}\nkeep_versions: 3\n"
+    )
+    assert settings.slo is not None
+    assert settings.shapes == {"x": (1, 8)}
+    assert settings.keep_versions == 3
+    assert parse_model_settings("").slo is None
+    with pytest.raises(ConfigError, match="did you mean 'keep_versions'"):
+        parse_model_settings("keep_version: 3")
+    with pytest.raises(ConfigError, match=r"warmup_shapes\.x"):
+        parse_model_settings("warmup_shapes: {x: wide}")
+
+
+@pytest.mark.parametrize("path", sorted(Path("examples").glob("**/weft*.yaml")), ids=str)
+def test_the_examples_are_in_order(path: Path) -> None:
+    parse_config(path.read_text())

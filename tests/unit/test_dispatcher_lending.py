@@ -1,0 +1,393 @@
+"""Laws of the dispatcher about jobs: what is idle is lent, taken back at once, and divided."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+
+from tests.builders import World, one, only
+from weft.domain import actions as a
+from weft.domain import events as e
+from weft.domain.device import PreemptLevel
+from weft.domain.request import Refusal
+from weft.domain.units import MS, US, S
+from weft.policy import lending
+from weft.policy.state import DispatcherState, PartitionState, ServiceState
+
+EVERY_LEVEL = pytest.mark.parametrize("level", list(PreemptLevel))
+BELOW_PRIORITY = pytest.mark.parametrize(
+    "level", [PreemptLevel.NONE, PreemptLevel.GATE, PreemptLevel.PAUSE]
+)
+
+
+def lent(level: PreemptLevel = PreemptLevel.PRIORITY, **service: int) -> World:
+    """A service on one core, idle, its core lent to a job."""
+    world = World(level).service(**service).worker()
+    world.planned({"s": (0,)})
+    one(world.job(), a.Grant)
+    world.send(e.Granted("j", "p0"))
+    return world
+
+
+def run_for(world: World, duration: int) -> Counter[str]:
+    """Let time pass; orders about jobs are carried out at once. Ns held, by job."""
+    held: Counter[str] = Counter()
+    since: dict[tuple[str, str], int] = {
+        (p.job, p.id): world.now for p in world.d.state.partitions.values() if p.job
+    }
+    end = world.now + duration
+    while world.d.state.armed and world.d.state.armed <= end:
+        world.now = world.d.state.armed
+        actions = world.send(e.Woke())
+        while actions:
+            action = actions.pop(0)
+            if isinstance(action, a.Grant):
+                since[action.job, action.partition] = world.now
+                actions += world.send(e.Granted(action.job, action.partition))
+            elif isinstance(action, a.Revoke):
+                held[action.job] += world.now - since.pop((action.job, action.partition))
+                actions += world.send(e.Revoked(action.job, action.partition, 0))
+    world.now = end
+    for (job, _), start in since.items():
+        held[job] += end - start
+    return held
+
+
+# --- taking back ----------------------------------------------------------------------------
+
+
+def test_with_priority_a_batch_starts_in_the_turn_that_takes_the_core_back() -> None:
+    actions = lent().arrive()
+    assert [type(x) for x in actions[:2]] == [a.Revoke, a.Dispatch]
+    assert one(actions, a.Dispatch).preempting
+
+
+@BELOW_PRIORITY
+def test_below_priority_a_batch_waits_until_the_job_is_off(level: PreemptLevel) -> None:
+    world = lent(level)
+    actions = world.arrive()
+    assert one(actions, a.Revoke).job == "j"
+    assert not only(actions, a.Dispatch)
+    dispatch = one(world.send(e.Revoked("j", "p0", 50 * US), after=50 * US), a.Dispatch)
+    assert not dispatch.preempting
+
+
+@EVERY_LEVEL
+def test_a_grant_under_way_is_taken_back_too(level: PreemptLevel) -> None:
+    world = World(level).service().worker()
+    world.planned({"s": (0,)})
+    one(world.job(), a.Grant)
+    assert only(world.arrive(), a.Revoke)
+    assert not world.send(e.Granted("j", "p0")), "the late answer changes nothing"
+
+
+@BELOW_PRIORITY
+def test_a_second_arrival_does_not_revoke_twice(level: PreemptLevel) -> None:
+    world = lent(level)
+    world.arrive()
+    assert not only(world.arrive(), a.Revoke)
+    assert one(world.send(e.Revoked("j", "p0", 0)), a.Dispatch).batch.requests == (1, 2)
+
+
+@EVERY_LEVEL
+def test_a_job_that_will_not_yield_is_stopped_and_the_batch_goes(level: PreemptLevel) -> None:
+    world = lent(level)
+    first = only(world.arrive(), a.Dispatch)
+    assert one(world.send(e.ActionFailed("Revoke", "p0", "j", "stuck")), a.StopJob).job == "j"
+    first += only(world.send(e.JobExited("j")), a.Dispatch)
+    assert [d.batch.requests for d in first] == [(1,)]
+
+
+def test_only_as_many_lent_cores_are_taken_back_as_there_are_idle_instances() -> None:
+    world = World(PreemptLevel.PAUSE, units=3).service(max_batch=1).worker("w0").worker("w1")
+    world.planned({"s": (0, 1, 2)})
+    for grant in only(world.job(), a.Grant):
+        world.send(e.Granted("j", grant.partition))
+    revoked = [r.partition for _ in range(4) for r in only(world.arrive(), a.Revoke)]
+    assert len(revoked) == 2
+
+
+# --- lending --------------------------------------------------------------------------------
+
+
+def test_what_is_idle_is_lent_again_when_the_queue_has_drained() -> None:
+    world = lent()
+    batch = one(world.arrive(), a.Dispatch).batch.id
+    world.send(e.Revoked("j", "p0", 0))
+    actions = world.send(e.BatchDone(batch, 2 * MS), after=2 * MS)
+    assert one(actions, a.Grant).partition == "p0"
+
+
+def test_a_partition_that_is_not_lendable_is_never_lent() -> None:
+    world = World().service().worker()
+    world.planned({"s": (0,)}, lendable=())
+    assert not only(world.job(), a.Grant)
+    assert run_for(world, S) == {}
+
+
+def test_nothing_is_lent_while_the_node_drains() -> None:
+    world = World().service().worker()
+    world.planned({"s": (0,)})
+    world.send(e.Draining())
+    assert not only(world.job(), a.Grant)
+
+
+def after_a_batch(cost: int, gap: int = 0) -> int:
+    """How long (ns) a core is held back from a job, if taking it back was seen to take ``cost``
+    and requests come every ``gap``."""
+    world = lent(PreemptLevel.PAUSE)
+    p0 = world.d.state.partitions["p0"]
+    actions: list[a.Action] = []
+    for _ in range(20 if gap else 1):
+        if actions:
+            world.now += gap - 100 * US
+        if only(world.arrive(), a.Revoke):
+            world.send(e.Revoked("j", "p0", cost))
+        actions = world.send(e.BatchDone(p0.batch, 100 * US), after=100 * US)
+        for grant in only(actions, a.Grant):
+            world.send(e.Granted("j", grant.partition))
+    while not only(actions, a.Grant):
+        world.now = p0.wake
+        actions = world.send(e.Woke())
+    return world.now - p0.idle_since
+
+
+def test_the_linger_is_the_cost_of_taking_back() -> None:
+    assert after_a_batch(cost=1 * MS) == 1 * MS
+
+
+def test_a_negligible_linger_is_none() -> None:
+    assert after_a_batch(cost=50 * US) == 0
+
+
+def test_the_linger_is_bounded_by_the_plan() -> None:
+    assert after_a_batch(cost=500 * MS) == 20 * MS
+
+
+def test_there_is_no_linger_where_the_next_arrival_is_far_off() -> None:
+    assert after_a_batch(cost=1 * MS, gap=50 * MS) == 0
+
+
+def test_the_linger_reaches_to_an_arrival_that_is_due_soon() -> None:
+    assert after_a_batch(cost=1 * MS, gap=800 * US) == pytest.approx(1600 * US, rel=0.1)
+
+
+# --- slices ---------------------------------------------------------------------------------
+
+
+def partition(slice_ns: int) -> tuple[DispatcherState, PartitionState]:
+    state = DispatcherState()
+    return state, PartitionState("p0", (0,), ["s"], [], True, slice_ns)
+
+
+def after_window(slice_ns: int, headroom_permille: int) -> int:
+    state, p = partition(slice_ns)
+    lending.note_headroom(p, headroom_permille)
+    lending.adjust_slice(state, p, S)
+    return p.slice_ns
+
+
+def test_a_slice_grows_by_a_step_while_there_is_headroom() -> None:
+    assert after_window(10 * MS, 300) == 10 * MS + lending.SLICE_STEP
+    assert after_window(199 * MS, 300) == DispatcherState().plan.slice_max
+
+
+def test_a_slice_is_halved_near_the_objective() -> None:
+    assert after_window(40 * MS, lending.NEAR) == 20 * MS
+    assert after_window(1 * MS, lending.NEAR) == DispatcherState().plan.slice_min
+
+
+def test_a_slice_is_zero_beyond_the_objective_and_recovers() -> None:
+    state, p = partition(40 * MS)
+    lending.note_headroom(p, 1000)
+    lending.adjust_slice(state, p, 1 * S)
+    assert p.slice_ns == 0
+    sizes = []
+    for n in range(1, 5):
+        lending.adjust_slice(state, p, S + n * lending.ADJUST_EVERY)
+        sizes.append(p.slice_ns)
+    assert sizes[0] == state.plan.slice_min
+    assert all(later - before == lending.SLICE_STEP for before, later in pairwise(sizes))
+
+
+def test_slices_change_once_a_window() -> None:
+    state, p = partition(10 * MS)
+    lending.adjust_slice(state, p, S)
+    size = p.slice_ns
+    lending.adjust_slice(state, p, S + lending.ADJUST_EVERY - 1)
+    assert p.slice_ns == size
+
+
+def test_an_objective_that_is_missed_pauses_lending_for_a_while() -> None:
+    world = lent(objective=5 * MS)
+    for _ in range(40):
+        if only(world.arrive(), a.Revoke):
+            world.send(e.Revoked("j", "p0", 0))
+        batch = world.d.state.partitions["p0"].batch
+        actions = world.send(e.BatchDone(batch, 8 * MS), after=8 * MS)
+        for grant in only(actions, a.Grant):
+            world.send(e.Granted("j", grant.partition))
+    assert world.d.state.partitions["p0"].slice_ns == 0
+    assert not world.d.state.jobs["j"].held
+    assert run_for(world, 3 * lending.ADJUST_EVERY)["j"] > 0, "it is lent again"
+
+
+# --- shares ---------------------------------------------------------------------------------
+
+
+def test_weights_divide_a_partition_between_two_jobs() -> None:
+    world = World()
+    world.planned({}, {"a": (0,), "b": (0,)})
+    for name, weight in (("a", 2.0), ("b", 1.0)):
+        for grant in only(world.job(name, weight=weight), a.Grant):
+            world.send(e.Granted(grant.job, grant.partition))
+    held = run_for(world, 20 * S)
+    assert held["a"] + held["b"] == 20 * S
+    assert held["a"] / held["b"] == pytest.approx(2.0, rel=0.1)
+
+
+def test_a_job_that_comes_back_does_not_cash_in_the_time_it_was_away() -> None:
+    world = World()
+    world.planned({}, {"a": (0,), "b": (0,)})
+    for grant in only(world.job("a"), a.Grant):
+        world.send(e.Granted(grant.job, grant.partition))
+    run_for(world, 10 * S)
+    world.job("b")
+    held = run_for(world, 4 * S)
+    assert held["b"] / held["a"] == pytest.approx(1.0, rel=0.2)
+
+
+def test_a_job_holds_no_more_than_its_limit() -> None:
+    world = World(units=3)
+    world.planned({}, {"j": (0, 1, 2)})
+    grants = only(world.send(e.JobReady("j", 1.0, 0.0, 2, S)), a.Grant)
+    assert len(grants) == 2
+
+
+def test_what_one_job_may_not_take_another_gets() -> None:
+    world = World(units=3)
+    world.planned({"s": (0, 1, 2)})
+    world.send(e.JobReady("a", 1.0, 0.0, 1, S))
+    assert len(only(world.send(e.JobReady("b", 1.0, 0.0, 3, S)), a.Grant)) == 2
+
+
+def test_a_job_that_is_gone_makes_room_for_the_next() -> None:
+    world = lent()
+    assert not only(world.job("k"), a.Grant)
+    assert one(world.send(e.JobExited("j")), a.Grant).job == "k"
+
+
+def test_a_grant_that_fails_is_not_tried_again_at_once() -> None:
+    world = World().service().worker()
+    world.planned({"s": (0,)})
+    one(world.job("j"), a.Grant)
+    actions = world.send(e.ActionFailed("Grant", "p0", "j", "gone"))
+    assert not only(actions, a.Grant)
+    wake = one(actions, a.WakeAt)
+    world.now = wake.at
+    assert one(world.send(e.Woke()), a.Grant).job == "j"
+
+
+def test_a_partition_of_its_own_is_not_kept_by_a_guest() -> None:
+    world = World()
+    world.planned({}, {"owner": (0,), "other": ()})
+    assert only(world.job("guest"), a.Grant)
+    world.send(e.Granted("guest", "p0"))
+    for grant in only(world.job("owner"), a.Grant):
+        world.send(e.Granted(grant.job, grant.partition))
+    run_for(world, S)
+    assert world.d.state.partitions["p0"].job == "owner"
+
+
+# --- guaranteed shares ----------------------------------------------------------------------
+
+
+def under_pressure(strict: bool) -> tuple[World, Counter[Refusal]]:
+    """One core, a job that is owed half of it, and requests that would take all of it."""
+    world = World(units=1).service(max_batch=1, strict=strict).worker()
+    world.planned({"s": (0,)})
+    for grant in only(world.send(e.JobReady("j", 1.0, 0.5, 1, 2 * S)), a.Grant):
+        world.send(e.Granted("j", grant.partition))
+    refused: Counter[Refusal] = Counter()
+    end = world.now + 4 * S
+    pending: list[a.Action] = []
+    due: dict[int, int] = {}
+    next_arrival = world.now
+    while world.now < end:
+        while pending:
+            action = pending.pop(0)
+            match action:
+                case a.Dispatch(batch=batch):
+                    due[batch.id] = world.now + 2 * MS
+                case a.Reject(refusal=refusal):
+                    refused[refusal] += 1
+                case a.Grant(job=job, partition=p):
+                    pending += world.send(e.Granted(job, p))
+                case a.Revoke(job=job, partition=p):
+                    pending += world.send(e.Revoked(job, p, 20 * US))
+        times = [*due.values(), next_arrival]
+        if world.d.state.armed:
+            times.append(world.d.state.armed)
+        world.now = max(world.now, min(times))
+        for batch in [b for b, at in due.items() if at <= world.now]:
+            del due[batch]
+            pending += world.send(e.BatchDone(batch, 2 * MS))
+        if next_arrival <= world.now:
+            pending += world.arrive(slo=20 * MS)
+            next_arrival = world.now + 1500 * US
+        if world.d.state.armed and world.d.state.armed <= world.now:
+            pending += world.send(e.Woke())
+    return world, refused
+
+
+def share(world: World) -> float:
+    """Share of the device that the job had, of the four seconds."""
+    job = world.d.state.jobs["j"]
+    state = world.d.state
+    running = sum(state.now - state.partitions[p].held_since for p in job.held)
+    return (job.vtime + running) / (4 * S)
+
+
+def test_a_guaranteed_share_is_paid_by_admitting_less() -> None:
+    world, refused = under_pressure(strict=False)
+    assert refused[Refusal.RESERVED] > 0
+    assert share(world) == pytest.approx(0.5, abs=0.1)
+
+
+def test_a_strict_service_is_not_tightened() -> None:
+    world, refused = under_pressure(strict=True)
+    assert refused[Refusal.RESERVED] == 0
+    assert share(world) < 0.2
+
+
+def test_a_reserved_refusal_says_when_to_come_back() -> None:
+    world = World(units=1).service(max_batch=1).worker()
+    world.planned({"s": (0,)})
+    world.send(e.JobReady("j", 1.0, 0.5, 1, S))
+    world.send(e.ActionFailed("Grant", "p0", "j", "not now"))
+    world.now += 200 * MS
+    rejects: list[a.Reject] = []
+    while not rejects:
+        actions = world.arrive(slo=500 * MS)
+        rejects = only(actions, a.Reject)
+        for dispatch in only(actions, a.Dispatch):
+            world.send(e.BatchDone(dispatch.batch.id, 2 * MS))
+    assert rejects[0].refusal is Refusal.RESERVED
+    assert not only(world.arrive(slo=500 * MS, after=rejects[0].retry_after), a.Reject)
+
+
+def test_debt_is_bounded_by_one_window() -> None:
+    world = World(units=1)
+    world.send(e.JobReady("j", 1.0, 0.5, 1, S))
+    job = world.d.state.jobs["j"]
+    assert lending.debt(world.d.state, job, world.now + 3600 * S, 1) == S // 2
+
+
+def test_a_mean_gap_is_learned_from_arrivals() -> None:
+    world = lent()
+    for _ in range(50):
+        world.arrive(after=3 * MS)
+    service: ServiceState = world.d.state.services["s"]
+    assert service.gap == pytest.approx(3 * MS, rel=0.01)

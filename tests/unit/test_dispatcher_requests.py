@@ -1,0 +1,387 @@
+"""Laws of the dispatcher about requests: order, batches, refusals, and what is lost."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.builders import World, one, only
+from weft.domain import actions as a
+from weft.domain import events as e
+from weft.domain.device import PreemptLevel
+from weft.domain.request import Refusal, Request
+from weft.domain.units import MS, S
+from weft.policy.queues import AGEING
+
+
+def ready(level: PreemptLevel = PreemptLevel.PRIORITY, exec_ns: int = 2 * MS, **kw: int) -> World:
+    """One service with one warm instance on one core."""
+    world = World(level).service(**kw).worker(exec_ns=exec_ns)
+    world.planned({"s": (0,)})
+    return world
+
+
+def predicted(world: World, rows: int = 1) -> int:
+    return world.d.state.services["s"].exec.predict(1, rows)
+
+
+def finish(world: World, batch: int, after: int = 2 * MS) -> list[a.Action]:
+    return world.send(e.BatchDone(batch, after), after=after)
+
+
+# --- batches --------------------------------------------------------------------------------
+
+
+def test_an_idle_partition_takes_a_request_at_once() -> None:
+    dispatch = one(ready().arrive(), a.Dispatch)
+    assert dispatch.batch.requests == (1,)
+    assert not dispatch.preempting
+
+
+def test_batches_grow_while_the_partition_is_busy() -> None:
+    world = ready()
+    first = one(world.arrive(), a.Dispatch)
+    for _ in range(5):
+        assert not only(world.arrive(), a.Dispatch)
+    done = finish(world, first.batch.id)
+    assert one(done, a.Complete).requests == (1,)
+    assert one(done, a.Dispatch).batch.requests == (2, 3, 4, 5, 6)
+
+
+def test_a_batch_holds_no_more_rows_than_the_service_takes() -> None:
+    world = ready(max_batch=4)
+    first = one(world.arrive(), a.Dispatch)
+    for _ in range(3):
+        world.arrive(rows=2)
+    assert one(finish(world, first.batch.id), a.Dispatch).batch.rows == 4
+
+
+def test_a_batch_is_the_largest_that_meets_the_tightest_deadline_in_it() -> None:
+    world = ready()
+    first = one(world.arrive(), a.Dispatch)
+    world.arrive(slo=9 * MS)
+    for _ in range(7):
+        world.arrive()
+    tightest = world.now + 9 * MS
+    batch = one(finish(world, first.batch.id, after=3 * MS), a.Dispatch).batch
+    assert 1 < len(batch.requests) < 8
+    assert batch.requests[0] == 2
+    assert world.now + predicted(world, len(batch.requests)) <= tightest
+    assert world.now + predicted(world, len(batch.requests) + 1) > tightest
+
+
+def test_a_request_that_is_late_already_does_not_shrink_the_batch() -> None:
+    world = ready()
+    first = one(world.arrive(), a.Dispatch)
+    world.arrive(slo=8 * MS)
+    for _ in range(4):
+        world.arrive(slo=500 * MS)
+    batch = one(finish(world, first.batch.id, after=20 * MS), a.Dispatch).batch
+    assert batch.requests == (2, 3, 4, 5, 6)
+
+
+def test_requests_of_unlike_shape_do_not_share_a_batch() -> None:
+    world = ready()
+    first = one(world.arrive(shape="a"), a.Dispatch)
+    for shape in ("a", "b", "a"):
+        world.arrive(shape=shape)
+    assert one(finish(world, first.batch.id), a.Dispatch).batch.requests == (2, 4)
+
+
+def test_a_batch_is_held_back_for_company_only_as_long_as_the_service_says() -> None:
+    world = ready(max_queue_delay=5 * MS, preferred=(4,))
+    wake = one(world.arrive(), a.WakeAt)
+    assert wake.at == world.now + 5 * MS
+    assert not only(world.arrive(after=MS), a.Dispatch)
+    assert one(world.send(e.Woke(), after=4 * MS), a.Dispatch).batch.rows == 2
+
+
+def test_a_preferred_size_goes_at_once() -> None:
+    world = ready(max_queue_delay=5 * MS, preferred=(3,))
+    assert not only(world.arrive() + world.arrive(), a.Dispatch)
+    assert one(world.arrive(), a.Dispatch).batch.rows == 3
+
+
+def test_a_batch_is_never_held_back_beyond_its_slack() -> None:
+    world = ready(max_queue_delay=50 * MS, preferred=(8,))
+    wake = one(world.arrive(slo=20 * MS), a.WakeAt)
+    assert wake.at + predicted(world, 8) <= world.now + 20 * MS
+
+
+# --- order ----------------------------------------------------------------------------------
+
+
+def queued_behind_one(world: World, *requests: dict[str, int]) -> list[int]:
+    """The order in which requests that arrive while one runs are executed, one by one."""
+    batch = one(world.arrive(), a.Dispatch).batch.id
+    for request in requests:
+        world.arrive(**request)
+    order = []
+    for _ in requests:
+        dispatch = one(finish(world, batch), a.Dispatch)
+        order += dispatch.batch.requests
+        batch = dispatch.batch.id
+    return order
+
+
+def test_least_slack_goes_first_within_a_class() -> None:
+    world = ready(max_batch=1)
+    requests = ({"slo": 90 * MS}, {"slo": 30 * MS}, {"slo": 60 * MS})
+    assert queued_behind_one(world, *requests) == [3, 4, 2]
+
+
+def test_a_higher_class_goes_first() -> None:
+    world = ready(max_batch=1)
+    requests = ({"priority": 2}, {"priority": 1}, {"priority": 0})
+    assert queued_behind_one(world, *requests) == [4, 3, 2]
+
+
+def test_equal_requests_go_in_the_order_of_their_arrival() -> None:
+    assert queued_behind_one(ready(max_batch=1), {}, {}, {}) == [2, 3, 4]
+
+
+def test_the_lowest_class_is_not_starved() -> None:
+    world = ready(max_batch=1)
+    batch = one(world.arrive(priority=0), a.Dispatch).batch
+    world.arrive(priority=2)
+    low, since = world.next_id, world.now
+    world.arrive(priority=0)
+    while low not in batch.requests:
+        assert world.now - since <= 2 * AGEING + 10 * MS
+        batch = one(finish(world, batch.id), a.Dispatch).batch
+        world.arrive(priority=0)
+    assert world.now - since > AGEING
+
+
+def test_the_more_urgent_of_two_services_on_a_partition_goes_first() -> None:
+    world = World().service("slow").service("fast").worker("w0", "slow").worker("w1", "fast")
+    world.planned({"slow": (0,), "fast": (0,)})
+    first = one(world.arrive("slow"), a.Dispatch)
+    world.arrive("slow", slo=100 * MS)
+    world.arrive("fast", slo=20 * MS)
+    assert one(finish(world, first.batch.id), a.Dispatch).batch.service == "fast"
+
+
+# --- refusals -------------------------------------------------------------------------------
+
+
+def refusal(actions: list[a.Action]) -> a.Reject:
+    assert not only(actions, a.Dispatch)
+    reject: a.Reject = one(actions, a.Reject)
+    return reject
+
+
+def test_a_deadline_below_the_execution_time_is_refused_for_good() -> None:
+    reject = refusal(ready().arrive(slo=1 * MS))
+    assert (reject.refusal, reject.retry_after) == (Refusal.DEADLINE, 0)
+
+
+def test_what_cannot_make_its_deadline_is_refused_and_may_come_back_when_it_is_told() -> None:
+    world = ready(exec_ns=10 * MS)
+    world.arrive()
+    reject = refusal(world.arrive(slo=15 * MS))
+    assert reject.refusal is Refusal.OVERLOADED
+    assert reject.retry_after > 0
+    assert not only(world.arrive(slo=15 * MS, after=reject.retry_after), a.Reject)
+
+
+def test_the_whole_queue_counts_for_a_newcomer() -> None:
+    world = ready(max_batch=1, max_queue=1000)
+    admitted = 0
+    while not only(world.arrive(slo=50 * MS), a.Reject):
+        admitted += 1
+    assert 50 * MS / 2 < admitted * predicted(world) <= 50 * MS + predicted(world)
+
+
+def test_an_urgent_request_does_not_queue_behind_lower_classes() -> None:
+    world = ready(max_batch=1, max_queue=1000)
+    while not only(world.arrive(slo=50 * MS, priority=1), a.Reject):
+        pass
+    assert not only(world.arrive(slo=50 * MS, priority=0), a.Reject)
+    assert only(world.arrive(slo=50 * MS, priority=2), a.Reject)
+
+
+def test_one_more_than_the_queue_holds_is_refused() -> None:
+    world = ready(max_queue=2, max_batch=1)
+    for _ in range(3):
+        assert not only(world.arrive(), a.Reject)
+    reject = refusal(world.arrive())
+    assert reject.refusal is Refusal.QUEUE_FULL
+    assert reject.retry_after > 0
+
+
+def test_without_an_instance_there_is_no_service() -> None:
+    world = World().service()
+    world.planned({"s": (0,)})
+    assert refusal(world.arrive()).refusal is Refusal.UNAVAILABLE
+    assert refusal(world.arrive("unheard-of")).refusal is Refusal.UNAVAILABLE
+
+
+def test_a_draining_node_admits_nothing_and_finishes_what_it_has() -> None:
+    world = ready()
+    first = one(world.arrive(), a.Dispatch)
+    world.arrive()
+    world.send(e.Draining())
+    assert refusal(world.arrive()).refusal is Refusal.SHUTTING_DOWN
+    assert one(finish(world, first.batch.id), a.Dispatch).batch.requests == (2,)
+
+
+def test_a_request_that_expires_in_the_queue_is_refused() -> None:
+    world = ready()
+    world.arrive()
+    actions = world.arrive(expires=world.now + 10 * MS)
+    assert one(actions, a.WakeAt).at == world.now + 10 * MS
+    reject = refusal(world.send(e.Woke(), after=10 * MS))
+    assert (reject.request, reject.refusal) == (2, Refusal.EXPIRED)
+
+
+def test_a_client_that_goes_away_takes_its_request_out_of_the_queue() -> None:
+    world = ready()
+    first = one(world.arrive(), a.Dispatch)
+    world.arrive()
+    assert refusal(world.send(e.Cancelled(2))).refusal is Refusal.CANCELLED
+    assert not world.send(e.Cancelled(1)), "what runs is not stopped"
+    assert not only(finish(world, first.batch.id), a.Dispatch)
+
+
+def test_predictions_follow_the_time_that_a_batch_holds_its_partition() -> None:
+    world = ready()
+    before = predicted(world)
+    for _ in range(30):
+        batch = one(world.arrive(), a.Dispatch).batch.id
+        world.send(e.BatchDone(batch, 2 * MS), after=6 * MS)
+    assert predicted(world) > before
+    assert predicted(world) >= 6 * MS
+
+
+# --- failures -------------------------------------------------------------------------------
+
+
+def test_a_batch_on_which_the_model_fails_is_refused_and_the_next_one_runs() -> None:
+    world = ready()
+    first = one(world.arrive(), a.Dispatch)
+    world.arrive()
+    actions = world.send(e.BatchFailed(first.batch.id, "no"))
+    reject = one(actions, a.Reject)
+    assert (reject.request, reject.refusal, reject.detail) == (1, Refusal.FAILED, "no")
+    assert one(actions, a.Dispatch).batch.requests == (2,)
+
+
+def test_requests_of_a_lost_worker_are_tried_once_more_elsewhere() -> None:
+    world = ready().worker("w1").worker("w2")
+    lost = one(world.arrive(), a.Dispatch)
+    again = one(world.send(e.WorkerDown(lost.worker)), a.Dispatch)
+    assert again.batch.requests == (1,)
+    assert again.worker != lost.worker
+    reject = refusal(world.send(e.WorkerDown(again.worker)))
+    assert (reject.request, reject.refusal) == (1, Refusal.WORKER_LOST)
+
+
+def test_without_another_instance_what_a_lost_worker_leaves_is_refused() -> None:
+    world = ready()
+    lost = one(world.arrive(), a.Dispatch)
+    world.arrive()
+    rejects = only(world.send(e.WorkerDown(lost.worker)), a.Reject)
+    assert {r.request for r in rejects} == {1, 2}
+    assert {r.refusal for r in rejects} == {Refusal.UNAVAILABLE}
+    assert all(r.retry_after > 0 for r in rejects)
+
+
+def test_a_new_version_takes_over_between_two_batches() -> None:
+    world = ready()
+    first = one(world.arrive(), a.Dispatch)
+    world.arrive()
+    world.worker("w1", version="2")
+    world.send(e.VersionCurrent("s", "2"))
+    assert not only(world.send(e.WorkerRetiring("w0")), a.Reject)
+    done = finish(world, first.batch.id)
+    assert one(done, a.Complete).requests == (1,)
+    after = one(done, a.Dispatch)
+    assert (after.worker, after.batch.version) == ("w1", "2")
+
+
+def test_a_version_asked_for_by_name_is_served_as_long_as_it_is_kept() -> None:
+    world = ready().worker("w1", version="2")
+    world.send(e.VersionCurrent("s", "2"))
+    assert one(world.arrive(version="1"), a.Dispatch).worker == "w0"
+    world.arrive(version="1")
+    reject = refusal(world.send(e.WorkerRetiring("w0")))
+    assert (reject.request, reject.refusal) == (2, Refusal.UNAVAILABLE)
+
+
+def test_a_removed_service_refuses_what_waits_and_finishes_what_runs() -> None:
+    world = ready()
+    first = one(world.arrive(), a.Dispatch)
+    world.arrive()
+    assert refusal(world.send(e.ServiceRemoved("s"))).request == 2
+    assert one(finish(world, first.batch.id), a.Complete).requests == (1,)
+    world.send(e.WorkerDown("w0"))
+    assert "s" not in world.d.state.services
+
+
+LATE = (
+    e.BatchDone(99, MS),
+    e.BatchFailed(99, "late"),
+    e.Cancelled(99),
+    e.WorkerDown("nobody"),
+    e.WorkerRetiring("nobody"),
+    e.WorkerUp("w9", "nothing", "1"),
+    e.VersionCurrent("nothing", "2"),
+    e.ServiceRemoved("nothing"),
+    e.JobExited("nobody"),
+    e.Granted("nobody", "p0"),
+    e.Revoked("nobody", "p0", MS),
+    e.Granted("nobody", "p99"),
+    e.ActionFailed("Grant", "p99", "nobody", "late"),
+    e.ActionFailed("Revoke", "p0", "nobody", "late"),
+    e.Repartitioned(99),
+)
+
+
+@pytest.mark.parametrize("news", LATE, ids=lambda n: type(n).__name__)
+def test_late_news_is_ignored(news: e.Event) -> None:
+    world = ready()
+    first = one(world.arrive(), a.Dispatch)
+    assert world.send(news) == []
+    assert one(finish(world, first.batch.id), a.Complete).requests == (1,)
+
+
+def test_a_clock_that_goes_backwards_is_held_still() -> None:
+    world = ready()
+    first = one(world.arrive(), a.Dispatch)
+    was = world.now
+    world.now -= S
+    request = Request(7, "s", was, was + 50 * MS)
+    assert not only(world.send(e.Arrived(request)), a.Reject)
+    assert world.d.state.now == was
+    done = world.send(e.BatchDone(first.batch.id, 2 * MS))
+    assert one(done, a.Dispatch).batch.requests == (7,)
+
+
+def test_every_action_names_its_cause() -> None:
+    world = ready()
+    assert {x.cause for x in world.arrive()} == {"Arrived:1"}
+    assert {x.cause for x in finish(world, 1)} == {"BatchDone:1"}
+
+
+def test_a_slow_spell_does_not_close_a_service_for_ever() -> None:
+    world = ready(objective=10 * MS)
+    refused: list[a.Reject] = []
+    while not refused:
+        actions = world.arrive(slo=10 * MS, after=MS)
+        refused = only(actions, a.Reject)
+        for dispatch in only(actions, a.Dispatch):
+            world.send(e.BatchDone(dispatch.batch.id, 30 * MS), after=30 * MS)
+    assert refused[0].refusal is Refusal.DEADLINE
+    answers = 0
+    for _ in range(200):
+        actions = world.arrive(slo=10 * MS, after=100 * MS)
+        for dispatch in only(actions, a.Dispatch):
+            answers += 1
+            world.send(e.BatchDone(dispatch.batch.id, 2 * MS), after=2 * MS)
+    assert answers > 100, "nothing was tried again"
+
+
+def test_a_deadline_that_is_shorter_than_the_objective_is_no_reason_to_try_again() -> None:
+    world = ready(objective=10 * MS)
+    for _ in range(5):
+        assert refusal(world.arrive(slo=1 * MS, after=10 * S)).refusal is Refusal.DEADLINE

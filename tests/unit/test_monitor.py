@@ -1,0 +1,167 @@
+"""What the monitor learns from events and actions."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.builders import World
+from weft.domain import actions as a
+from weft.domain import events as e
+from weft.domain.request import Refusal, Request
+from weft.domain.units import MS, S
+from weft.telemetry.monitor import RECENT_NS, Monitor, Recent
+
+
+class Watched(World):
+    """A world whose every step a monitor sees."""
+
+    def __init__(self, units: int = 2) -> None:
+        super().__init__(units=units)
+        self.monitor = Monitor()
+
+    def send(self, event: e.Event, after: int = 0) -> list[a.Action]:
+        actions = super().send(event, after)
+        self.monitor.observe(self.now, event, actions)
+        return actions
+
+    def serve(self, took: int = 2 * MS, **request: int) -> None:
+        """One request from arrival to answer."""
+        for action in self.arrive(**request):
+            if isinstance(action, a.Dispatch):
+                self.send(e.BatchDone(action.batch.id, took), after=took)
+
+
+def ready() -> Watched:
+    world = Watched()
+    world.service().worker()
+    world.planned({"s": (0,)})
+    return world
+
+
+def test_answers_are_counted_with_their_latency() -> None:
+    world = ready()
+    for _ in range(10):
+        world.serve(took=2 * MS)
+    meter = world.monitor.service("s")
+    assert (meter.arrived, meter.answered, meter.misses) == (10, 10, 0)
+    assert meter.latency_ns == 10 * 2 * MS
+    assert meter.exec_ns == 10 * 2 * MS
+    assert sum(meter.latency.counts) == 10
+
+
+def test_an_answer_after_its_deadline_is_a_miss() -> None:
+    world = ready()
+    world.serve(took=80 * MS, slo=50 * MS)
+    assert world.monitor.service("s").misses == 1
+
+
+def test_refusals_are_counted_by_reason() -> None:
+    world = ready()
+    world.serve(slo=1)
+    meter = world.monitor.service("s")
+    assert meter.refused[Refusal.DEADLINE.name] == 1
+    assert meter.answered == 0
+
+
+def test_the_time_in_the_queue_counts_from_the_arrival() -> None:
+    world = ready()
+    batch = world.arrive()[0].batch.id
+    world.arrive()
+    world.send(e.BatchDone(batch, 3 * MS), after=3 * MS)
+    assert world.monitor.service("s").queue_ns == 3 * MS
+
+
+def test_time_of_a_partition_is_booked_to_who_holds_it() -> None:
+    world = ready()
+    world.job("j")
+    world.send(e.Granted("j", "p0"))
+    world.now += 10 * MS
+    for action in world.arrive():
+        if isinstance(action, a.Revoke):
+            world.send(e.Revoked("j", "p0", 5_000))
+    world.send(e.BatchDone(1, 2 * MS), after=2 * MS)
+    meter = world.monitor.partition("p0")
+    assert meter.busy == {"job:j": 10 * MS, "service:s": 2 * MS}
+    assert sum(meter.revoke.counts) == 1
+    assert world.monitor.held_ns("j", world.now) == 10 * MS
+    assert world.monitor.job("j").pauses == 1
+
+
+def test_a_grant_that_failed_is_not_booked() -> None:
+    world = ready()
+    world.job("j")
+    world.send(e.ActionFailed("Grant", "p0", "j", "gone"), after=MS)
+    held = world.monitor.held_ns("j", world.now)
+    assert world.monitor.held_ns("j", world.now + 3600 * S) == held
+    assert not world.monitor.partition("p0").holder
+
+
+def test_a_job_that_ends_is_booked_until_then() -> None:
+    world = ready()
+    world.job("j")
+    world.send(e.Granted("j", "p0"))
+    world.send(e.JobExited("j"), after=7 * MS)
+    assert world.monitor.held_ns("j", world.now + S) == 7 * MS
+
+
+def test_a_lost_worker_frees_its_partition() -> None:
+    world = ready()
+    world.arrive()
+    world.send(e.WorkerDown("w0"), after=MS)
+    assert world.monitor.partition("p0").holder == ""
+    assert world.monitor.service("s").refused[Refusal.UNAVAILABLE.name] == 1
+
+
+def test_the_rate_is_of_arrivals_per_second() -> None:
+    world = ready()
+    world.monitor.tick(world.now)
+    for _ in range(30):
+        for _ in range(20):
+            world.serve(took=2 * MS)
+        world.now += 460 * MS
+        world.monitor.tick(world.now)
+    assert world.monitor.service("s").rate.level == pytest.approx(40.0, rel=0.05)
+
+
+def test_a_tick_without_time_changes_nothing() -> None:
+    world = ready()
+    world.serve()
+    world.monitor.tick(world.now)
+    level = world.monitor.service("s").rate.level
+    world.monitor.tick(world.now)
+    world.monitor.tick(world.now - S)
+    assert world.monitor.service("s").rate.level == level
+
+
+def test_quantiles_are_of_what_is_recent() -> None:
+    recent = Recent()
+    assert recent.quantiles(0, 0.5) == [None]
+    for n in range(100):
+        recent.add(0, n)
+    assert recent.quantiles(0, 0.0, 0.5, 0.99, 1.0) == [0, 50, 99, 99]
+    recent.add(RECENT_NS, 7)
+    assert recent.quantiles(RECENT_NS + 1, 0.5) == [7]
+
+
+def test_late_news_of_what_is_over_is_ignored() -> None:
+    monitor = Monitor()
+    monitor.observe(S, e.BatchDone(9, MS), [])
+    monitor.observe(S, e.Revoked("j", "p0", MS), [])
+    monitor.observe(S, e.JobExited("j"), [])
+    assert monitor.job("j").held_ns == 0
+
+
+def test_nothing_is_kept_of_answered_requests() -> None:
+    world = ready()
+    for _ in range(50):
+        world.serve()
+    assert not world.monitor._open
+    assert not world.monitor._running
+
+
+def test_a_request_that_the_dispatcher_has_not_seen_is_no_refusal() -> None:
+    monitor = Monitor()
+    monitor.observe(S, e.Draining(), [a.Reject("x", 5, Refusal.SHUTTING_DOWN)])
+    assert not monitor.services
+    monitor.observe(S, e.Arrived(Request(1, "s", S, 2 * S)), [])
+    assert monitor.service("s").arrived == 1

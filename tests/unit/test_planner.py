@@ -1,0 +1,324 @@
+"""Laws of the planner: the fewest cores that hold the objectives, changed late and for a reason."""
+
+from __future__ import annotations
+
+import random
+import time
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from weft.domain.device import DeviceSpec, PreemptLevel
+from weft.domain.plan import EMPTY_PLAN, Plan
+from weft.domain.snapshot import JobFacts, ServiceFacts, Snapshot
+from weft.domain.units import MS, S
+from weft.policy.layouts import judge
+from weft.policy.planner import Planner, Tuning
+
+SLOW = {f"{units}x{rows}": 20 * MS * (3 + rows) // 4 for units in (1, 2) for rows in (1, 2, 4, 8)}
+"""20 ms a request on a core, cheaper in batches, no faster on two cores."""
+
+
+def device(cores: int) -> DeviceSpec:
+    units = tuple(range(cores))
+    return DeviceSpec(
+        "cpu", "cpu", units, 2**30, tuple(range(1, cores + 1)), PreemptLevel.PRIORITY, True,
+        20_000, MS,
+    )  # fmt: skip
+
+
+def service(name: str = "s", rate: float = 0.0, **changes: Any) -> ServiceFacts:
+    facts: dict[str, Any] = {
+        "name": name, "objective": 100 * MS, "percentile": 99.0, "guaranteed": 0.0, "limit": 1.0,
+        "max_batch": 8, "rate": rate, "rate_trend": 0.0, "queued": 0, "p50": 0, "p95": 0, "p99": 0,
+        "misses": 0, "refused": 0, "answered": 0, "exec_ns": SLOW, "instances": 64,
+    }  # fmt: skip
+    return ServiceFacts(**facts | changes)
+
+
+def job(name: str = "j", **changes: Any) -> JobFacts:
+    facts: dict[str, Any] = {"weight": 1.0, "guaranteed": 0.0, "limit": 1.0, "rate": 0.0}
+    return JobFacts(id=name, held_ns=0, **facts | changes)
+
+
+class Planning:
+    """A planner, its device and the time."""
+
+    def __init__(self, cores: int = 8, **tuning: Any) -> None:
+        self.planner = Planner(Tuning(**tuning))
+        self.device = device(cores)
+        self.now = 100 * S
+        self.present: Plan = EMPTY_PLAN
+
+    def snapshot(self, *facts: ServiceFacts | JobFacts) -> Snapshot:
+        services = tuple(f for f in facts if isinstance(f, ServiceFacts))
+        jobs = tuple(f for f in facts if isinstance(f, JobFacts))
+        return Snapshot(self.now, S, self.device, self.present, services, jobs)
+
+    def see(self, *facts: ServiceFacts | JobFacts, after: int = S) -> Plan | None:
+        """Plan from these facts; every plan is feasible."""
+        self.now += after
+        plan = self.planner.plan(self.snapshot(*facts))
+        if plan is not None:
+            feasible(plan, self.device)
+            self.present = plan
+        return plan
+
+    @property
+    def service_cores(self) -> int:
+        """Cores of the partitions that services may use."""
+        mine = {p for ps in self.present.services.values() for p in ps} | set(self.present.lendable)
+        return sum(p.compute for p in self.present.partitions if p.id in mine)
+
+
+def feasible(plan: Plan, on: DeviceSpec) -> None:
+    """No two partitions overlap, all exist, shapes are the device's, names are known."""
+    units = [u for p in plan.partitions for u in p.units]
+    assert len(units) == len(set(units))
+    assert set(units) == set(on.units), "a core is idle by plan"
+    assert {p.compute for p in plan.partitions} <= set(on.shapes)
+    known = {p.id for p in plan.partitions}
+    assert len(known) == len(plan.partitions)
+    for where in (*plan.services.values(), *plan.jobs.values(), plan.lendable):
+        assert set(where) <= known
+    assert all(plan.services.values()), "a service has no partition"
+    assert plan.reasons, "a plan without a reason"
+
+
+# --- how much -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cores", [1, 2, 4, 64])
+def test_a_first_plan_uses_the_whole_device(cores: int) -> None:
+    world = Planning(cores)
+    plan = world.see(service(), job())
+    assert plan is not None
+    assert world.service_cores == 1
+
+
+def test_without_services_all_is_the_jobs() -> None:
+    world = Planning(4)
+    plan = world.see(job("a"), job("b"))
+    assert plan is not None
+    assert {j: len(ps) for j, ps in plan.jobs.items()} == {"a": 2, "b": 2}
+    assert plan.lendable == ()
+
+
+def test_an_idle_device_has_a_plan_too() -> None:
+    plan = Planning(2).see()
+    assert plan is not None
+    assert plan.services == {}
+
+
+def settled(rate: float, cores: int = 8) -> Planning:
+    """A world that saw this rate long enough."""
+    world = Planning(cores)
+    for _ in range(60):
+        world.see(service(rate=rate), job())
+    return world
+
+
+@pytest.mark.parametrize("rate", [1.0, 100.0, 250.0])
+def test_services_get_the_fewest_cores_that_hold_their_objectives(rate: float) -> None:
+    world = settled(rate)
+    snapshot = world.snapshot(service(rate=rate), job())
+    layout = world.planner.state.layout
+    assert layout is not None
+    assert not judge(snapshot, layout, 10.0).misses
+    if layout.cores > 1:
+        fewer = judge(snapshot, layout._replace(cores=layout.cores - 1, size=1), 10.0)
+        assert fewer.misses or max(fewer.rho) > 0.6
+
+
+def test_an_objective_that_no_layout_holds_gets_all_that_helps() -> None:
+    assert settled(500.0).service_cores == 8
+
+
+def test_more_load_takes_more_cores() -> None:
+    sizes = [settled(rate).service_cores for rate in (1.0, 100.0, 250.0, 500.0)]
+    assert sizes == sorted(sizes)
+    assert sizes[0] == 1
+    assert sizes[-1] > 4
+
+
+def test_a_guaranteed_share_is_never_planned_away() -> None:
+    world = Planning(8)
+    for _ in range(60):
+        world.see(service(guaranteed=0.5), job())
+        assert world.service_cores >= 4
+
+
+def test_a_service_gets_no_more_than_its_limit() -> None:
+    world = Planning(8)
+    for _ in range(60):
+        world.see(service(rate=1000.0, limit=0.25), job())
+    assert len(world.present.services["s"]) <= 2
+
+
+def test_an_objective_that_cannot_be_held_is_said() -> None:
+    world = Planning(1)
+    plan = world.see(service(rate=1000.0))
+    assert plan is not None
+    assert any("over saturation" in reason for reason in plan.reasons)
+
+
+def test_services_of_no_load_keep_out_of_each_others_way() -> None:
+    world = Planning(2, split=(2, 1))
+    plan = world.see(service("a"), service("b"))
+    assert plan is not None
+    assert set(plan.services["a"]).isdisjoint(plan.services["b"])
+
+
+# --- when -----------------------------------------------------------------------------------
+
+
+def test_growth_waits_until_the_trend_has_held_and_takes_one_step() -> None:
+    world = Planning(8)
+    world.see(service(rate=1.0), job())
+    changes = [
+        (world.now, world.service_cores)
+        for _ in range(20)
+        if world.see(service(rate=500.0), job(), after=S // 2)
+    ]
+    assert changes[0][0] >= 100 * S + S + 2 * S
+    sizes = [1, *(cores for _, cores in changes)]
+    assert all(later - before <= 1 for before, later in pairwise(sizes))
+    times = [at for at, _ in changes]
+    assert all(later - before >= 2 * S for before, later in pairwise(times))
+
+
+def time_to_change(world: Planning, rate: float) -> int:
+    began, before = world.now, world.service_cores
+    while world.service_cores == before:
+        world.see(service(rate=rate), job())
+        assert world.now - began < 100 * S
+    return world.now - began
+
+
+def test_shrinking_is_slower_than_growing() -> None:
+    world = settled(1.0)
+    grew = time_to_change(world, 250.0)
+    shrank = time_to_change(settled(500.0), 1.0)
+    assert shrank > 2 * grew
+
+
+def test_a_rise_that_does_not_last_changes_nothing() -> None:
+    world = settled(1.0)
+    for _ in range(10):
+        assert world.see(service(rate=500.0), job()) is None
+        assert world.see(service(rate=1.0), job()) is None
+
+
+@pytest.mark.parametrize("rate", [60.0, 130.0, 200.0, 300.0])
+def test_a_noisy_rate_does_not_make_the_layout_flap(rate: float) -> None:
+    world, noise = settled(rate), random.Random(1)
+    changes = sum(
+        world.see(service(rate=rate * noise.uniform(0.8, 1.2)), job()) is not None
+        for _ in range(300)
+    )
+    assert changes <= 4
+
+
+def test_nothing_new_is_no_new_plan() -> None:
+    world = settled(100.0)
+    assert world.see(service(rate=100.0), job()) is None
+
+
+@pytest.mark.parametrize("new", [service("t"), job("k")], ids=["service", "job"])
+def test_who_comes_or_goes_is_placed_at_once(new: ServiceFacts | JobFacts) -> None:
+    world = settled(1.0)
+    plan = world.see(service(rate=1.0), job(), new, after=0)
+    assert plan is not None
+    assert any("came" in reason for reason in plan.reasons)
+    gone = world.see(service(rate=1.0), job(), after=0)
+    assert gone is not None
+    assert any("went" in reason for reason in gone.reasons)
+
+
+def test_the_first_service_gets_its_core_at_once() -> None:
+    world = Planning(4)
+    world.see(job())
+    assert world.service_cores == 0
+    world.see(job(), service(), after=0)
+    assert world.service_cores == 1
+
+
+def test_a_fixed_split_never_changes() -> None:
+    world = Planning(4, split=(2, 2))
+    world.see(service(rate=1.0), job())
+    for _ in range(60):
+        assert world.see(service(rate=5000.0), job()) is None
+    assert world.service_cores == 2
+    assert [p.compute for p in world.present.partitions] == [2, 1, 1]
+
+
+def test_a_change_says_what_and_why_and_since_when() -> None:
+    world = settled(1.0)
+    began = world.present.version
+    while world.present.version == began:
+        world.see(service(rate=500.0), job())
+    (reason, *_) = world.present.reasons
+    assert "->" in reason
+    assert "p99" in reason
+    assert "for 2s" in reason
+
+
+def test_versions_go_up() -> None:
+    world = Planning(4)
+    first = world.see(service())
+    second = world.see(service(), job())
+    assert first is not None
+    assert second is not None
+    assert second.version == first.version + 1
+
+
+def test_without_lending_nothing_is_lendable() -> None:
+    world = Planning(2, lend=False)
+    plan = world.see(service(), job())
+    assert plan is not None
+    assert plan.lendable == ()
+
+
+# --- large boxes ----------------------------------------------------------------------------
+
+
+def test_a_hundred_services_are_placed() -> None:
+    world = Planning(64)
+    many = [service(f"s{i:03}", rate=5.0, guaranteed=0.005) for i in range(100)]
+    plan = world.see(*many)
+    assert plan is not None
+    assert len(plan.services) == 100
+    assert world.service_cores >= 32
+
+
+def test_planning_a_large_box_takes_no_longer_per_partition_than_a_small_one() -> None:
+    def spent(cores: int) -> float:
+        world = Planning(cores)
+        began = time.perf_counter()
+        for _ in range(5):
+            world.see(*(service(f"s{i}", rate=20.0) for i in range(cores)))
+        return time.perf_counter() - began
+
+    small, large = min(spent(4) for _ in range(3)), spent(64)
+    assert large / small < 16**3
+
+
+def test_jobs_share_what_is_left_and_more_jobs_than_cores_rotate() -> None:
+    world = Planning(2)
+    plan = world.see(service(), job("a"), job("b"), job("c"))
+    assert plan is not None
+    assert plan.jobs == {}, "free partitions are open to all jobs"
+
+
+def test_the_same_snapshots_give_the_same_plans() -> None:
+    def plans() -> list[Plan | None]:
+        world, noise = Planning(8), random.Random(3)
+        return [
+            world.see(
+                service("a", rate=noise.uniform(0, 300)), service("b", rate=50.0), job("x"), job()
+            )
+            for _ in range(100)
+        ]
+
+    assert plans() == plans()

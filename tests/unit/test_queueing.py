@@ -1,0 +1,44 @@
+"""Latency at a load: what any queue must satisfy, and what simulation of one shows."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weft.domain.units import MS
+from weft.policy.queueing import wait_quantile
+
+
+def test_an_idle_server_makes_nobody_wait() -> None:
+    assert wait_quantile(5 * MS, 0.0, 99.0) == 0.0
+    assert wait_quantile(5 * MS, 0.009, 99.0) == 0.0
+
+
+@pytest.mark.parametrize("rho", [1.0, 1.5])
+def test_a_saturated_one_makes_all_wait_for_ever(rho: float) -> None:
+    assert math.isinf(wait_quantile(5 * MS, rho, 50.0))
+
+
+@given(st.floats(0.02, 0.97), st.floats(0.001, 0.02), st.floats(50, 99.9))
+def test_more_load_and_a_higher_percentile_never_wait_less(
+    rho: float, more: float, percentile: float
+) -> None:
+    wait = wait_quantile(5 * MS, rho, percentile)
+    assert wait_quantile(5 * MS, rho + more, percentile) >= wait
+    assert wait_quantile(5 * MS, rho, min(99.99, percentile + 0.05)) >= wait
+    assert wait_quantile(10 * MS, rho, percentile) >= wait
+
+
+@pytest.mark.parametrize("rho", [0.3, 0.6, 0.8])
+def test_the_prediction_is_on_the_safe_side_of_poisson_arrivals(rho: float) -> None:
+    source, now, free, waits = random.Random(1), 0.0, 0.0, []
+    for _ in range(50_000):
+        now += source.expovariate(rho)
+        waits.append(max(0.0, free - now))
+        free = max(now, free) + 1.0
+    seen = sorted(waits)[int(0.99 * len(waits))]
+    assert seen <= wait_quantile(1.0, rho, 99.0) <= 4 * seen
