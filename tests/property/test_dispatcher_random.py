@@ -71,7 +71,7 @@ class Chaos:
             return Plan(
                 version=self.plan_version,
                 partitions=(whole,),
-                services={s: ("all",) for s in SERVICES},
+                services=dict.fromkeys(SERVICES, ("all",)),
                 jobs={},
                 lendable=("all",),
             )
