@@ -112,7 +112,7 @@ def _announce(node: Node) -> None:
     for limit in spec.limits:
         print(f"weft: note: {limit}", flush=True)
     for entry in node.index():
-        if entry.state == "UNAVAILABLE" and entry.name in node.models.services:
+        if entry.state == "UNAVAILABLE" and entry.name in node.models.declared:
             print(f"weft: model {entry.name} is not served: {entry.reason}", flush=True)
 
 

@@ -66,6 +66,9 @@ class Planner:
     def plan(self, snapshot: Snapshot) -> Plan | None:
         """A new plan, or None to keep the present one."""
         state = self.state
+        if 0 < snapshot.plan.version < state.version:
+            # The device refused the last plan: what is in force is all that counts.
+            state.layout = state.wish = None
         members = _members(snapshot)
         layout, reasons = self._next_layout(snapshot)
         if layout == state.layout and members == state.members:

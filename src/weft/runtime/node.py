@@ -296,7 +296,10 @@ class Node:
         instances = self.models.services.get(batch.service)
         if instances is None:
             return  # unloaded this very turn: WorkerDown is on its way
-        items = tuple(self._pending[r].item for r in batch.requests)
+        requests = [self._pending[r] for r in batch.requests]
+        for pending in requests:
+            pending.version = batch.version  # a swap may have come since it was queued
+        items = tuple(pending.item for pending in requests)
         units = min(partition.compute, instances.spec.threads or partition.compute)
         instances.send(action.worker, Run(batch.id, units, self._clock(), items))
 
