@@ -53,12 +53,13 @@ class Live:
         use = shares(before, run.samples[-1], self._cores)
         parts = "/".join(f"{use[k]:.0%}" for k in ("served", "trained", "idle"))
         verdict = f"{'<=' if p99 <= OBJECTIVE_MS else '> '} {OBJECTIVE_MS:.0f}"
-        return (
+        line = (
             f"{now:>5.1f}  {ARMS[run.arm]:<14}{window.sum() / EVERY_S:>6.0f}{p95:>8.1f}{p99:>8.1f}"
             f"  {verdict:<10}{(over > 200).sum():>8}"
             f"{mean(right(run, self._stream, self._digits)[rolling]):>9.1%}{version:>8}"
             f"{use['steps_per_s']:>8.1f}   {parts}"
         )
+        return line.replace("nan%", "  - ").replace("nan", "  -")
 
 
 def summary_table(summaries: dict[str, dict[str, float]]) -> str:
@@ -73,4 +74,4 @@ def summary_table(summaries: dict[str, dict[str, float]]) -> str:
             f"{own['refused']:>9.0f}{own['accuracy']:>10.1%}{own['accuracy_last_stage']:>12.1%}"
             f"{own['swapped_in']:>10.0f}{own['steps_per_s']:>9.1f}"
         )
-    return "\n".join(lines)
+    return "\n".join(lines).replace("nan%", "  - ").replace("nan", "  -")
