@@ -99,8 +99,8 @@ def _prepare(args: argparse.Namespace, directory: Path) -> Any:
 
     cores = sorted(os.sched_getaffinity(0))
     print(
-        f"{len(cores)} core{'s' * (len(cores) > 1)}; {args.rate:g} requests/s, 99% of them to be answered within"
-        f" {OBJECTIVE_MS:g} ms; {args.seconds:g} s an arm"
+        f"{len(cores)} core{'s' * (len(cores) > 1)}; {args.rate:g} requests/s, 99% of them to be"
+        f" answered within {OBJECTIVE_MS:g} ms; {args.seconds:g} s an arm"
     )
     digits = make_digits(args.seed)
     due = poisson(args.rate, args.seconds, args.seed)

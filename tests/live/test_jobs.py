@@ -204,7 +204,7 @@ print(json.dumps({
             assert (seen["policy"], seen["nice"], seen["oom"]) == (os.SCHED_OTHER, 0, "500")
             assert int(seen["blocked"][0], 16) == 0
             assert seen["env"]["MINE"] == "1"
-            assert seen["env"]["OMP_WAIT_POLICY"] == "PASSIVE"
+            assert seen["env"]["GOMP_SPINCOUNT"] == "1000"
             assert seen["env"]["WEFT_JOB_ID"] == ids[1]
             assert seen["env"]["WEFT_REPORT_SOCKET"] == str(tmp_path / "report.sock")
             assert seen["env"]["WEFT_JOB_RUN"]

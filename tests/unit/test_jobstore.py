@@ -258,9 +258,9 @@ def test_a_spec_that_can_never_run_is_refused() -> None:
 def test_the_environment_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEFT_TOKEN", "secret")
     monkeypatch.setenv("NOTIFY_SOCKET", "/run/notify")
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     env = environment(spec(env={"A": "1"}), {"B": "2", "A": "0"})
     assert "WEFT_TOKEN" not in env
     assert "NOTIFY_SOCKET" not in env
-    assert (env["A"], env["B"], env["OMP_WAIT_POLICY"]) == ("1", "2", "PASSIVE")
-    assert environment(spec(env={"OMP_WAIT_POLICY": "ACTIVE"}), {})["OMP_WAIT_POLICY"] == "ACTIVE"
+    assert (env["A"], env["B"], env["GOMP_SPINCOUNT"]) == ("1", "2", "1000")
+    assert environment(spec(env={"GOMP_SPINCOUNT": "7"}), {})["GOMP_SPINCOUNT"] == "7"

@@ -138,7 +138,8 @@ class JobStatus(msgspec.Struct, frozen=True):
     held_s: float = 0.0
     pauses: int = 0
     partitions: tuple[str, ...] = ()
-    metrics: dict[str, float] = {}
+    metrics: dict[str, float | None] = {}
+    """What the job reported beside its steps; None for what was no number."""
 
 
 class NodePort(Protocol):

@@ -19,7 +19,7 @@ from weft.policy.state import DispatcherState, PartitionState, ServiceState
 BURST = 50 * MS
 """Inference that may be admitted at once while a share is owed (per compute unit)."""
 RETRY_MIN = 1 * MS
-TRY_AFTER = 1000 * MS
+TRY_AFTER = 200 * MS
 """Predictions are corrected by executions alone. A service that has had none for this long takes
 one request however bad they look, lest a slow spell close it for ever."""
 MARGIN = 8

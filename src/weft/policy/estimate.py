@@ -34,6 +34,11 @@ class ExecTable(msgspec.Struct):
             devs[rows] = ns // 8
             return
         error = min(ns, _OUTLIER * mean) - mean
+        if 2 * ns < mean:
+            # A slow spell is over. What was refused because of it was not measured, so there
+            # are few samples to come down by.
+            means[rows], devs[rows] = max(1, mean + error // 2), devs[rows] // 2
+            return
         means[rows] = max(1, mean + error // 8)
         devs[rows] += (abs(error) - devs[rows]) // 4
 

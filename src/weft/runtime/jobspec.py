@@ -64,7 +64,7 @@ def environment(spec: JobSpec, defaults: Mapping[str, str]) -> dict[str, str]:
         # OpenMP threads that wait at a barrier spin by default, up to forever. When a job's
         # gang is squeezed onto fewer cores than it has threads, the spinners burn the very
         # core that the thread they wait for needs. Sleeping costs some microseconds a barrier.
-        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "1000",
         **defaults,
     }
     return {**ours, **own, **spec.env}

@@ -75,7 +75,6 @@ class WorkerProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
-                    env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
                 )
         except OSError as error:
             ours.close()

@@ -115,7 +115,7 @@ class PlainJob:
             stdin=subprocess.DEVNULL,
             # As Weft sets it for its jobs, so that scheduling is all that the arms differ in: with
             # the default, spinning, the ordinary arms come out several times worse.
-            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+            env={**os.environ, "GOMP_SPINCOUNT": "1000"},
             start_new_session=True,
             preexec_fn=prepare,
         )
