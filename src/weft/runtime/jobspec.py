@@ -61,9 +61,9 @@ def environment(spec: JobSpec, defaults: Mapping[str, str]) -> dict[str, str]:
         if not key.startswith("WEFT_") and key not in _NOT_FOR_JOBS
     }
     ours = {
-        # OpenMP threads that wait at a barrier spin by default, up to forever. When a job's
-        # gang is squeezed onto fewer cores than it has threads, the spinners burn the very
-        # core that the thread they wait for needs. Sleeping costs some microseconds a barrier.
+        # GNU OpenMP threads spin at a barrier for milliseconds by default. When a job's gang is
+        # squeezed onto fewer cores than it has threads, the spinners burn the very core that the
+        # thread they wait for needs. This many turns are a few microseconds, then they sleep.
         "GOMP_SPINCOUNT": "1000",
         **defaults,
     }

@@ -1,4 +1,4 @@
-"""``weft bench colocate``: one service and one training job on one box, seven ways.
+"""``weft bench colocate``: one service and one training job on one box, shared in several ways.
 
 Arms, interleaved within each round, with the same arrivals:
 
@@ -10,6 +10,7 @@ nice         both, the job at nice 19
 split        both, the last core(s) to the job, the first to the service, for good
 slicing      both, whole box for one or the other in turn: the job is stopped for each request
 weft         both, Weft: the service's core is lent to the job and taken back per request
+weft_plain   both, Weft without the right to real-time priority
 
 The served model runs on one thread in every arm. ``left`` is what the service (and the load
 generator, which lives on the same box) leaves: 1 - CPU time of both in ``alone`` / core time.
@@ -43,7 +44,10 @@ from weft.cli.bench.rigs import (
 )
 from weft.domain.errors import EnvironmentProblem
 
-ARMS = ("alone", "weft_alone", "train", "unmanaged", "nice", "split", "slicing", "weft")
+ARMS = (
+    *("alone", "weft_alone", "train", "unmanaged", "nice", "split", "slicing"),
+    *("weft", "weft_plain"),
+)
 OBJECTIVE_MS = 100.0
 SETTLE_S = 0.3
 WARM_STEPS = 5
@@ -74,6 +78,7 @@ class Bench:
                 "slicing", "realtime: never", f"policy: {{split: {{cores: {n}, size: {n}}}}}", None
             ),
             "weft": self._node("weft", "realtime: auto", "", None),
+            "weft_plain": self._node("weft_plain", "realtime: never", "", None),
         }
         uses = {"alone": "plain", "unmanaged": "plain", "nice": "plain", "weft_alone": "weft"}
         for arm in self.arms:
@@ -109,7 +114,7 @@ services:
             self._jobs[arm] = PlainJob(counter, n, None, 19)
         elif arm == "split":
             self._jobs[arm] = PlainJob(counter, len(rest), rest, 0)
-        elif arm in ("slicing", "weft"):
+        elif arm in ("slicing", "weft", "weft_plain"):
             self._jobs[arm] = WeftJob(self._nodes[arm], counter, n)
         else:
             return
