@@ -7,6 +7,7 @@ in here, a crash of the engine included, ends this process alone.
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import signal
 import socket
@@ -86,6 +87,8 @@ class Worker:
             accuracy = self._accuracy(self._engine, order) if order.check else None
         except ModelError as error:
             return OpenFailed(str(error))
+        gc.collect()
+        gc.freeze()  # a pass over all that the engine's imports brought would delay a batch
         return Opened(self._engine.meta, profile, accuracy)
 
     def _profile(self, engine: Engine, order: Open) -> tuple[tuple[int, int, int], ...]:

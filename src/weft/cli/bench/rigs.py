@@ -114,7 +114,7 @@ class PlainJob:
             stdout=subprocess.DEVNULL,
             stdin=subprocess.DEVNULL,
             # As Weft sets it for its jobs, so that scheduling is all that the arms differ in: with
-            # the default, spinning, the ordinary arms come out several times worse.
+            # the default, long spinning, the arms without Weft come out worse.
             env={**os.environ, "GOMP_SPINCOUNT": "1000"},
             start_new_session=True,
             preexec_fn=prepare,
