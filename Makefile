@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint bench bench-peers clean
+.PHONY: help demo test lint bench bench-peers clean
 
 help:
 	@echo "make demo         the story in about two minutes: serve, drift, retrain, swap; draws a picture"
@@ -14,9 +14,10 @@ help:
 	@echo "make clean        remove what the other targets made"
 
 $(VENV)/test.stamp: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[demo,test,lint,bench]'
-	touch $@
+	@echo "setting up $(VENV) (once, a minute or two) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo,test,lint,bench]'
+	@touch $@
 
 demo: $(VENV)/test.stamp
 	$(BIN)/python examples/digits/demo.py --out demo-out
@@ -37,6 +38,7 @@ bench: $(VENV)/test.stamp
 	$(BIN)/weft bench colocate --json bench-out/colocate.json --plot bench-out/colocate.png
 
 bench-peers: $(VENV)/test.stamp
+	mkdir -p bench-out
 	$(BIN)/python benchmarks/peers/setup.py
 	$(BIN)/python benchmarks/peers/run.py --json bench-out/peers.json --plot bench-out/peers.png
 
