@@ -87,15 +87,15 @@ class NodeRig:
                 total += _own_cpu_s(pid)
         return total
 
-    def mean_exec_s(self) -> float:
-        """Mean execution time of a request since the node started, by its own count."""
+    def executed(self) -> tuple[float, int]:
+        """Seconds of execution and requests executed since the node started, by its own count."""
         import urllib.request
 
         url = f"http://127.0.0.1:{self.port}/v2/models/bench/stats"
         with urllib.request.urlopen(url, timeout=10) as answer:
             stats = json.load(answer)["model_stats"][0]
         executed_ns = float(stats["inference_stats"]["compute_infer"]["ns"])
-        return executed_ns / 1e9 / int(stats["inference_count"])
+        return executed_ns / 1e9, int(stats["inference_count"])
 
 
 class PlainJob:
