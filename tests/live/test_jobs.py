@@ -180,7 +180,7 @@ print(json.dumps({
     "oom": open("/proc/self/oom_score_adj").read().strip(),
     "ignored": [l.split()[1] for l in open("/proc/self/status") if l.startswith("SigIgn")],
     "blocked": [l.split()[1] for l in open("/proc/self/status") if l.startswith("SigBlk")],
-    "env": {k: v for k, v in os.environ.items() if k.startswith(("WEFT", "OMP", "MINE"))},
+    "env": {k: v for k, v in os.environ.items() if k.startswith(("WEFT", "GOMP", "MINE"))},
 }))
 """
 
