@@ -66,12 +66,17 @@ class World:
         return self.send(e.JobReady(name, weight, guaranteed, self.d.total_units, 1 * S))
 
     def arrive(
-        self, service: str = "s", slo: int = 50 * MS, after: int = 0, **kwargs: Any
+        self,
+        service: str = "s",
+        slo: int = 50 * MS,
+        after: int = 0,
+        more: bool = False,
+        **kwargs: Any,
     ) -> list[a.Action]:
         self.now += after
         self.next_id += 1
         request = Request(self.next_id, service, self.now, self.now + slo, **kwargs)
-        return self.send(e.Arrived(request))
+        return self.send(e.Arrived(request, more))
 
     def planned(self, *args: Any, **kwargs: Any) -> list[a.Action]:
         """Send a plan and answer the repartition it may ask for."""

@@ -144,7 +144,8 @@ class Chaos:
                         r.choice(["", "", "", "1", "2"]),
                         r.choice("ab"),
                         r.choice([0, 0, self.now + slo]),
-                    )
+                    ),
+                    more=r.random() < 0.3,
                 )
             )
         elif kind == "cancel" and self.next:

@@ -345,6 +345,21 @@ def test_late_news_is_ignored(news: e.Event) -> None:
     assert one(finish(world, first.batch.id), a.Complete).requests == (1,)
 
 
+def test_requests_that_arrive_together_become_one_batch() -> None:
+    world = ready()
+    assert world.arrive(more=True) == []
+    assert world.arrive(more=True) == []
+    assert one(world.arrive(), a.Dispatch).batch.requests == (1, 2, 3)
+
+
+def test_a_refusal_at_the_end_of_arrivals_holds_none_of_them_back() -> None:
+    world = ready()
+    world.arrive(more=True)
+    actions = world.arrive(slo=1)
+    assert one(actions, a.Reject).request == 2
+    assert one(actions, a.Dispatch).batch.requests == (1,)
+
+
 def test_a_clock_that_goes_backwards_is_held_still() -> None:
     world = ready()
     first = one(world.arrive(), a.Dispatch)

@@ -31,9 +31,13 @@ class ServiceRemoved(_Event, frozen=True):
 
 
 class Arrived(_Event, frozen=True):
-    """A request was decoded and is ready to execute."""
+    """A request was decoded and is ready to execute.
+
+    ``more``: others arrived with it and follow at once; nothing is started before the last.
+    """
 
     request: Request
+    more: bool = False
 
 
 class Cancelled(_Event, frozen=True):

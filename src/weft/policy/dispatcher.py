@@ -95,7 +95,18 @@ class Dispatcher:
     # --- requests ---------------------------------------------------------------------------
 
     def _arrived(self, event: e.Arrived) -> None:
-        request, state = event.request, self.state
+        state = self.state
+        self._admit(event.request)
+        if event.more:
+            return
+        arrived, state.unplaced = state.unplaced, {}
+        for name in arrived:
+            service = state.services.get(name)
+            if service is not None and service.queued:
+                self._place(service)
+
+    def _admit(self, request: Request) -> None:
+        state = self.state
         service = state.services.get(request.service)
         if service is None:
             self._reject(request.id, Refusal.UNAVAILABLE)
@@ -106,9 +117,9 @@ class Dispatcher:
             self._reject(request.id, *refused)
             return
         queues.enqueue(state, service, request)
+        state.unplaced[service.name] = None
         if request.expires:
             heappush(state.expiries, (request.expires, request.id))
-        self._place(service)
 
     def _place(self, service: ServiceState) -> None:
         """Use more of a service's partitions for what it has queued: free ones first, then take

@@ -42,8 +42,9 @@ class ExecTable(msgspec.Struct):
         means[rows] = max(1, mean + error // 8)
         devs[rows] += (abs(error) - devs[rows]) // 4
 
-    def predict(self, units: int, rows: int) -> int:
-        """Expected upper ns for ``rows`` on ``units``; 0 if nothing was ever measured.
+    def predict(self, units: int, rows: int, deviations: int = 2) -> int:
+        """Mean plus ``deviations`` deviations, ns, for ``rows`` on ``units``; 0 if nothing was
+        ever measured.
 
         Unknown unit counts fall back to the nearest smaller measured one (slower, so safe),
         else the nearest larger.
@@ -55,8 +56,8 @@ class ExecTable(msgspec.Struct):
                 return 0
             units, means = nearest, self.mean[nearest]
         if rows < len(means) and means[rows]:
-            return means[rows] + 2 * self.dev[units][rows]
-        return self._interpolate(means, self.dev[units], rows)
+            return means[rows] + deviations * self.dev[units][rows]
+        return self._interpolate(means, self.dev[units], rows, deviations)
 
     def _nearest_units(self, units: int) -> int:
         smaller = [u for u in self.mean if u <= units]
@@ -65,7 +66,7 @@ class ExecTable(msgspec.Struct):
         return min(self.mean, default=0)
 
     @staticmethod
-    def _interpolate(means: list[int], devs: list[int], rows: int) -> int:
+    def _interpolate(means: list[int], devs: list[int], rows: int, deviations: int) -> int:
         known = [n for n, mean in enumerate(means) if mean]
         if not known:
             return 0
@@ -73,7 +74,7 @@ class ExecTable(msgspec.Struct):
         above = min((n for n in known if n > rows), default=0)
 
         def upper(n: int) -> int:
-            return means[n] + 2 * devs[n]
+            return means[n] + deviations * devs[n]
 
         if below and above:
             return upper(below) + (upper(above) - upper(below)) * (rows - below) // (above - below)

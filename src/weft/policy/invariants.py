@@ -79,7 +79,10 @@ def _jobs(state: DispatcherState, total_units: int) -> None:
 
 def _work_conserving(state: DispatcherState) -> None:
     """No free partition idles while a request that could run waits, and no partition stays
-    lent while one waits that no other partition is being taken back for."""
+    lent while one waits that no other partition is being taken back for. In between arrivals
+    that belong together nothing is started."""
+    if state.unplaced:
+        return
     for p in state.partitions.values():
         if p.batch or p.retiring or p.hold in (Hold.CLOSING, Hold.STOPPING):
             continue

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from heapq import heapify, heappop, heappush
+from math import isqrt
 
 from weft.domain.request import Request
 from weft.domain.units import S
@@ -155,9 +156,18 @@ def _account(service: ServiceState, request: Request, rows: int) -> None:
 
 
 def work_ns(service: ServiceState, units: int, rows: int) -> int:
-    """Predicted ns to execute ``rows`` rows of a service in the largest batches allowed."""
+    """Predicted ns to execute ``rows`` rows of a service in the largest batches allowed.
+
+    The means of the batches add up, their deviations like those of independent samples (by the
+    root of the sum of squares).
+    """
     if rows == 0:
         return 0
+    predict = service.exec.predict
     full, rest = divmod(rows, service.max_batch)
-    ns = full * service.exec.predict(units, service.max_batch) if full else 0
-    return ns + (service.exec.predict(units, rest) if rest else 0)
+    ns = full * predict(units, service.max_batch, 0) if full else 0
+    if rest:
+        ns += predict(units, rest, 0)
+    largest = service.max_batch if full else rest
+    spread = predict(units, largest) - predict(units, largest, 0)
+    return ns + isqrt((full + (rest > 0)) * spread * spread)

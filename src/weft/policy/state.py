@@ -172,6 +172,8 @@ class DispatcherState(msgspec.Struct):
     partitions: dict[str, PartitionState] = {}
     jobs: dict[str, JobShare] = {}
     queued: dict[int, Request] = {}
+    unplaced: dict[str, None] = {}
+    """Services that were sent requests of which more follow at once."""
     retried: dict[int, None] = {}
     """Accepted requests that lost a worker once."""
     running: dict[int, Running] = {}

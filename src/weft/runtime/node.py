@@ -65,6 +65,7 @@ class Node:
         self._state_dir = Path(config.state_dir).absolute()
         self._clock = steady(clock)
         self._next_request = 1
+        self._arrivals: list[Request] = []
         self._pending: dict[int, Pending] = {}
         self._wanted: dict[int, tuple[str, ...]] = {}
         self._results: dict[int, tuple[Outputs, ...]] = {}
@@ -376,27 +377,36 @@ class Node:
         self._open_requests[call.model] = self._open_requests.get(call.model, 0) + 1
         spec = self.models.services[call.model].spec
         budget = call.timeout_ns or spec.slo.latency
-        self.core.feed(
-            e.Arrived(
-                Request(
-                    id=request_id,
-                    service=call.model,
-                    arrived=now,
-                    deadline=now + budget,
-                    priority=call.priority,
-                    rows=pending.item.rows,
-                    version=call.version,
-                    shape=shape,
-                    expires=now + call.timeout_ns if call.timeout_ns else 0,
-                    payload=request_id,
-                )
+        if not self._arrivals:
+            asyncio.get_running_loop().call_soon(self._hand_over)
+        self._arrivals.append(
+            Request(
+                id=request_id,
+                service=call.model,
+                arrived=now,
+                deadline=now + budget,
+                priority=call.priority,
+                rows=pending.item.rows,
+                version=call.version,
+                shape=shape,
+                expires=now + call.timeout_ns if call.timeout_ns else 0,
+                payload=request_id,
             )
         )
         return request_id
 
+    def _hand_over(self) -> None:
+        """Feed the arrivals of this turn of the loop, which may so become one batch."""
+        arrivals, self._arrivals = self._arrivals, []
+        left = len(arrivals)
+        for request in arrivals:
+            left -= 1
+            self.core.feed(e.Arrived(request, more=left > 0))
+
     def _abandon(self, request_id: int, pending: Pending) -> None:
         """The caller went away: withdraw what is queued; what runs is thrown away when done."""
         pending.cancelled = True
+        self._hand_over()
         if request_id in self._pending:
             self.core.feed(e.Cancelled(request_id))
         else:
