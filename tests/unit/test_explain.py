@@ -84,7 +84,7 @@ def test_an_overload_is_worked_out_with_what_was_ahead() -> None:
     assert group.count == sum(isinstance(x, a.Reject) for x in rejected) > 10
     assert group.share == pytest.approx(group.count / 201)
     assert group.per_s == pytest.approx(group.count / 2e-3, rel=0.1)
-    assert "came with 20ms to its deadline; predicted up to 2" in group.example
+    assert "came with 20ms to its deadline; predicted 2" in group.example
     assert "requests (" in group.example and "batch 1 of s had p0 for another" in group.example
     assert "told to retry after" in group.example
 

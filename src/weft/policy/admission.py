@@ -2,13 +2,16 @@
 
 The predicted finish of a newcomer is, on the least loaded of its service's partitions: what is
 left of the batch under way, plus the predicted work queued there of its own priority class and
-above, plus its own execution. While a guaranteed share of a job is owed, admission also spends
-tokens that refill at the rate of what is not guaranteed, so that gaps open for the job
+above, plus its own execution in the company that is expected to join its batch. While a
+guaranteed share of a job is owed, admission also spends tokens that refill at the rate of what
+is not guaranteed, so that gaps open for the job
 (token bucket; Turner, IEEE Communications 1986): the debt is paid by serving less, never by
 letting accepted requests wait.
 """
 
 from __future__ import annotations
+
+from math import isqrt
 
 from weft.domain.request import Refusal, Request
 from weft.domain.units import MS
@@ -74,6 +77,7 @@ def _best_finish(
         partition = state.partitions[name]
         wait = max(idle_at, _residual(state, partition, now))
         wait += _ahead(state, service, partition, request)
+        wait += _company(service, request, len(partition.units), wait)
         own = _own(service, request, len(partition.units))
         if best is None or wait + own < best[0] + best[1]:
             best = wait, own, partition
@@ -113,6 +117,23 @@ def _ahead(
         total = work_ns(service, len(partition.units), rows // lanes + request.rows)
         ahead += max(0, total - own)
     return ahead
+
+
+def _company(service: ServiceState, request: Request, units: int, wait: int) -> int:
+    """Ns by which those who come meanwhile and join the newcomer's batch will lengthen it: as
+    many as arrive on average, and one standard deviation (of a Poisson count) more.
+
+    Left out, the first of a batch are admitted for a short one: then either they are late, or
+    batches are cut short for them, which costs the throughput that the others count on.
+    """
+    if not wait or not service.gap:
+        return 0
+    lanes = min(len(service.partitions), max(1, service.workers))
+    ahead = sum(service.rows[: request.priority + 1]) // lanes
+    last = min(service.max_batch, ahead % service.max_batch + request.rows)
+    joining = wait // (service.gap * lanes)
+    grown = min(service.max_batch, last + joining + isqrt(joining))
+    return max(0, service.exec.predict(units, grown) - service.exec.predict(units, last))
 
 
 def _own(service: ServiceState, request: Request, units: int) -> int:
