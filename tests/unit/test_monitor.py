@@ -165,3 +165,16 @@ def test_a_request_that_the_dispatcher_has_not_seen_is_no_refusal() -> None:
     assert not monitor.services
     monitor.observe(S, e.Arrived(Request(1, "s", S, 2 * S)), [])
     assert monitor.service("s").arrived == 1
+
+
+def test_a_request_that_failed_alone_in_its_batch_is_no_answer() -> None:
+    world = ready()
+    first = world.arrive()[0].batch.id
+    assert world.arrive(more=True) == []
+    assert world.arrive() == []
+    second = world.send(e.BatchDone(first, MS), after=MS)[-1].batch
+    world.send(e.BatchDone(second.id, MS, failed=second.requests[:1]), after=MS)
+    meter = world.monitor.service("s")
+    assert (meter.arrived, meter.answered, meter.failed) == (3, 2, 1)
+    assert meter.refused[Refusal.FAILED.name] == 1
+    assert not world.monitor._open

@@ -48,11 +48,13 @@ class Cancelled(_Event, frozen=True):
 
 class BatchDone(_Event, frozen=True):
     """A batch executed. ``exec_ns`` is the worker's own execution time; ``start_ns`` the time
-    between dispatch and the start of execution (hand-over, wake-up, queueing by the kernel)."""
+    between dispatch and the start of execution (hand-over, wake-up, queueing by the kernel);
+    ``failed`` holds the requests that are answered with an error of their own."""
 
     batch: int
     exec_ns: int
     start_ns: int = 0
+    failed: tuple[int, ...] = ()
 
 
 class BatchFailed(_Event, frozen=True):

@@ -40,6 +40,7 @@ class Models:
         self._shell = shell
         self._locks: dict[str, asyncio.Lock] = {}
         self._seen: dict[str, Stamp] = {}
+        self._complaints: dict[str, str] = {}
         self.leaving: set[str] = set()
         """Services that are being unloaded: they admit nothing."""
         self._absent: dict[str, str] = {}
@@ -113,7 +114,12 @@ class Models:
             try:
                 await self.load(name)
             except (ModelError, NotFound) as error:
-                log.warning("version refused", extra={"service": name, "why": str(error)})
+                why = str(error)
+                if self._complaints.get(name) != why:  # once, not at every poll
+                    self._complaints[name] = why
+                    log.warning("version refused", extra={"service": name, "why": why})
+            else:
+                self._complaints.pop(name, None)
 
     def _has_news(self, name: str) -> bool:
         instances = self.services.get(name)

@@ -285,7 +285,12 @@ class Node:
             self.core.feed(e.BatchFailed(message.batch, message.reason))
             return
         self._results[message.batch] = message.items
-        self.core.feed(e.BatchDone(message.batch, message.exec_ns, message.start_ns))
+        failed: tuple[int, ...] = ()
+        running = self.core.dispatcher.state.running.get(message.batch)
+        if running is not None and any(outputs.error for outputs in message.items):
+            pairs = zip(running.batch.requests, message.items, strict=True)
+            failed = tuple(request for request, outputs in pairs if outputs.error)
+        self.core.feed(e.BatchDone(message.batch, message.exec_ns, message.start_ns, failed))
         self._results.pop(message.batch, None)  # late news of a batch that was given up
 
     # --- Hands for the core -----------------------------------------------------------------

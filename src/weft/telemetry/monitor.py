@@ -145,8 +145,8 @@ class Monitor:
             case e.Arrived(request=request):
                 self._open[request.id] = request
                 self.service(request.service).arrived += 1
-            case e.BatchDone(batch=batch, exec_ns=exec_ns):
-                self._batch_over(now, batch, exec_ns)
+            case e.BatchDone(batch=batch, exec_ns=exec_ns, failed=failed):
+                self._batch_over(now, batch, exec_ns, failed)
             case e.BatchFailed(batch=batch):
                 self._batch_over(now, batch, 0)
             case e.Revoked(job=job, partition=partition, took_ns=took):
@@ -181,13 +181,10 @@ class Monitor:
                     meter.queue_ns += now - self._open[request].arrived
             case a.Complete(requests=requests):
                 for request_id in requests:
-                    self._answered(now, self._open.pop(request_id))
+                    if request_id in self._open:
+                        self._answered(now, self._open.pop(request_id))
             case a.Reject(request=request_id, refusal=refusal):
-                refused = self._open.pop(request_id, None)
-                if refused is not None:
-                    meter = self.service(refused.service)
-                    meter.refused[refusal.name] += 1
-                    meter.failed += refusal == Refusal.FAILED
+                self._refused(request_id, refusal)
             case a.Grant(job=job, partition=partition):
                 self._granted[job, partition] = now
                 self.job(job).grants += 1
@@ -205,7 +202,16 @@ class Monitor:
         meter.recent.add(now, latency)
         meter.last_answer = now
 
-    def _batch_over(self, now: int, batch: int, exec_ns: int) -> None:
+    def _refused(self, request_id: int, refusal: Refusal) -> None:
+        request = self._open.pop(request_id, None)
+        if request is not None:
+            meter = self.service(request.service)
+            meter.refused[refusal.name] += 1
+            meter.failed += refusal == Refusal.FAILED
+
+    def _batch_over(self, now: int, batch: int, exec_ns: int, failed: tuple[int, ...] = ()) -> None:
+        for request in failed:
+            self._refused(request, Refusal.FAILED)
         found = self._running.pop(batch, None)
         if found is None:
             return
