@@ -11,6 +11,7 @@ from pathlib import Path
 from weft import __version__
 from weft.cli.bench.colocate import add_bench
 from weft.cli.commands import add_commands
+from weft.cli.simulate.command import add_simulate
 from weft.domain.errors import WeftError
 
 
@@ -49,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     serve.set_defaults(func=_serve)
     add_commands(commands)
     add_bench(commands)
+    add_simulate(commands)
     return parser
 
 

@@ -1,0 +1,1 @@
+"""``weft simulate``: policies side by side on a scenario, in virtual time."""

@@ -1,0 +1,199 @@
+"""The command: runs over seeds on all cores, a table with confidence intervals, JSON, a chart."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import statistics
+import time
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from weft.domain.errors import ConfigError
+from weft.domain.units import S, parse_duration
+from weft.sim.policies import POLICIES, Setting, better, choose, simulate
+from weft.sim.scenario import Scenario, read_scenario
+
+Figures = dict[str, float]
+
+# Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond, the normal's.
+_T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14)
+_COLUMNS = (
+    ("attainment", "attained", "{:.2%}"),
+    ("worst_attainment", "worst service", "{:.2%}"),
+    ("p99_of_objective", "p99 / objective", "{:.2f}"),
+    ("refused", "refused", "{:.2%}"),
+    ("job_rate", "job steps/s", "{:.2f}"),
+    ("utilization", "utilization", "{:.1%}"),
+    ("repartitions", "re-layouts", "{:.1f}"),
+    ("repartition_s", "time lost s", "{:.3f}"),
+)
+
+
+class _Run(msgspec.Struct, frozen=True):
+    policy: str
+    setting: str
+    seed: int
+
+
+def add_simulate(commands: Any) -> None:
+    """Add the command to the parser."""
+    parser = commands.add_parser("simulate", help="compare policies on a scenario, in virtual time")
+    parser.add_argument("scenario", type=Path, help="a YAML file; see examples/scenarios")
+    parser.add_argument(
+        "--policies",
+        default="weft,static,exclusive,spatial,temporal,shared,sliced",
+        help=f"some of {','.join(POLICIES)} (default: %(default)s)",
+    )
+    parser.add_argument("--seeds", type=int, default=5, help="runs of each (default: 5)")
+    parser.add_argument("--duration", help="instead of the scenario's, such as 60s")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every run's figures here")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG (needs matplotlib)")
+    parser.add_argument("--why", action="store_true", help="print what the planner changed and why")
+    parser.set_defaults(func=_simulate)
+
+
+def _simulate(args: argparse.Namespace) -> int:
+    policies = choose([name.strip() for name in args.policies.split(",")])
+    scenario = read_scenario(args.scenario)
+    if args.duration:
+        try:
+            duration = parse_duration(args.duration)
+        except ValueError as error:
+            raise ConfigError(str(error), "--duration") from None
+        scenario = msgspec.structs.replace(scenario, duration=duration)
+    if args.seeds < 1:
+        raise ConfigError(f"must be at least 1, got {args.seeds}", "--seeds")
+    for path in (args.json, args.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ConfigError(f"there is no folder {path.parent} to write {path.name} to")
+    device = scenario.device.spec
+    settings = {(p.name, s): t for p in policies for s, t in p.settings(device).items()}
+    runs = [_Run(*key, seed) for key in settings for seed in range(args.seeds)]
+    began = time.monotonic()
+    results = _run_all(scenario, settings, runs)
+    took = time.monotonic() - began
+    best = {p.name: _best(p.name, settings, results, args.seeds) for p in policies}
+    console = Console()
+    console.print(_table(scenario, best, results, args.seeds))
+    requests = sum(r["requests"] for r in results.values())
+    console.print(
+        f"{len(runs)} runs, {requests:,.0f} requests in {took:.1f} s; execution times: "
+        + ", ".join(f"{s.spec.name} {s.cost.source}" for s in scenario.services)
+        + f"; device: {scenario.device.cost.source}",
+        style="dim",
+    )
+    if args.why:
+        for name, setting in best.items():
+            _print_reasons(console, scenario, name, settings[name, setting])
+    if args.json:
+        args.json.write_text(json.dumps(_document(scenario, best, results), indent=1))
+    if args.plot:
+        from weft.cli.simulate.chart import draw
+
+        shown = {
+            name: simulate(scenario, settings[name, s], 0, record=True) for name, s in best.items()
+        }
+        draw(scenario, shown, args.plot)
+    return 0
+
+
+def _run_all(
+    scenario: Scenario, settings: dict[tuple[str, str], Setting], runs: list[_Run]
+) -> dict[_Run, Figures]:
+    results: dict[_Run, Figures] = {}
+    with ProcessPoolExecutor(os.cpu_count()) as pool, Progress(transient=True) as progress:
+        bar = progress.add_task(scenario.name, total=len(runs))
+        waiting = {
+            pool.submit(_one, scenario, settings[run.policy, run.setting], run.seed): run
+            for run in runs
+        }
+        for done in as_completed(waiting):
+            results[waiting[done]] = done.result()
+            progress.advance(bar)
+    return results
+
+
+def _one(scenario: Scenario, setting: Setting, seed: int) -> Figures:
+    outcome = simulate(scenario, setting, seed)
+    offered = sum(s.offered for s in outcome.services.values())
+    return outcome.figures() | {"requests": float(offered)}
+
+
+def _samples(
+    key: str, policy: str, setting: str, results: dict[_Run, Figures], seeds: int
+) -> list[float]:
+    return [results[_Run(policy, setting, seed)][key] for seed in range(seeds)]
+
+
+def _best(
+    policy: str,
+    settings: Iterable[tuple[str, str]],
+    results: dict[_Run, Figures],
+    seeds: int,
+) -> str:
+    """The best setting of a policy by its means over the seeds."""
+    best, figures = "", None
+    for name, setting in settings:
+        if name != policy:
+            continue
+        means = {
+            key: statistics.mean(_samples(key, name, setting, results, seeds))
+            for key in ("attainment", "job_rate")
+        }
+        if figures is None or better(means, figures):
+            best, figures = setting, means
+    return best
+
+
+def _table(
+    scenario: Scenario, best: dict[str, str], results: dict[_Run, Figures], seeds: int
+) -> Table:
+    table = Table(title=f"{scenario.name}: {scenario.story}" if scenario.story else scenario.name)
+    table.add_column("policy")
+    for _, title, _ in _COLUMNS:
+        table.add_column(title, justify="right")
+    for policy, setting in best.items():
+        cells = []
+        for key, _, shape in _COLUMNS:
+            samples = _samples(key, policy, setting, results, seeds)
+            cell = shape.format(statistics.mean(samples))
+            half = interval(samples)
+            cells.append(f"{cell} ±{shape.format(half)}" if half else cell)
+        table.add_row(f"{policy} {setting}".strip(), *cells)
+    return table
+
+
+def interval(samples: list[float]) -> float:
+    """Half the width of the 95 % confidence interval of the mean (Student's t); 0 for one."""
+    if len(samples) < 2:
+        return 0.0
+    freedom = len(samples) - 1
+    t = _T95[freedom - 1] if freedom <= len(_T95) else 1.96
+    return t * statistics.stdev(samples) / math.sqrt(len(samples))
+
+
+def _print_reasons(console: Console, scenario: Scenario, name: str, setting: Setting) -> None:
+    for at, reasons in simulate(scenario, setting, 0).reasons:
+        for reason in reasons:
+            console.print(f"{name} {at / S:7.1f} s  {reason}", highlight=False)
+
+
+def _document(
+    scenario: Scenario, best: dict[str, str], results: dict[_Run, Figures]
+) -> dict[str, Any]:
+    return {
+        "scenario": scenario.name,
+        "duration_s": scenario.duration / S,
+        "best_setting": best,
+        "runs": [msgspec.structs.asdict(run) | figures for run, figures in results.items()],
+    }

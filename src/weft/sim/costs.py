@@ -1,0 +1,115 @@
+"""What things cost in a simulation: plain data, each with its source.
+
+Execution of ``rows`` rows on ``units`` compute units::
+
+    (first + per_row · (rows - 1)) · (1 - parallel + parallel / min(units, saturates))
+
+which is Amdahl's law (AFIPS 1967) cut off where the model has no more parallel work; so
+utility curves bend. Jobs speed up by the same law. A measured profile, where there is one,
+takes the place of the formula, interpolated between its nearest sizes.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from weft.domain.units import MS, US
+from weft.policy.estimate import ExecTable
+
+
+def speed_up(parallel: float, saturates: int, units: int) -> float:
+    """Speed on ``units`` compute units relative to one (Amdahl)."""
+    used = min(units, saturates) if saturates else units
+    return 1.0 / (1.0 - parallel + parallel / max(1, used))
+
+
+class ExecCost(msgspec.Struct, frozen=True):
+    """Execution time of a service's batches. Times in ns; ``cv`` is the coefficient of variation
+    of a single execution (log-normal); ``profile`` holds measured ``(units, rows, ns)``."""
+
+    first: int
+    per_row: int
+    parallel: float = 0.9
+    saturates: int = 0
+    cv: float = 0.05
+    profile: tuple[tuple[int, int, int], ...] = ()
+
+    @property
+    def source(self) -> str:
+        """Which of the two was used."""
+        return "measured profile" if self.profile else "analytic"
+
+    def mean(self, units: int, rows: int) -> int:
+        """Mean ns of one execution."""
+        if self.profile:
+            return self._table().predict(units, rows, 0)
+        one = self.first + self.per_row * (rows - 1)
+        return round(one / speed_up(self.parallel, self.saturates, units))
+
+    def _table(self) -> ExecTable:
+        known = ExecTable()
+        for units, rows, ns in self.profile:
+            known.observe(units, rows, ns)
+        return known
+
+
+class JobCost(msgspec.Struct, frozen=True):
+    """Progress of a job: ``rate`` steps/s on one unit; ``resume`` ns are lost whenever it is
+    granted space after having had less (caches, a gang at its barrier)."""
+
+    rate: float
+    parallel: float = 0.9
+    saturates: int = 0
+    resume: int = 1 * MS
+
+    def speed(self, units: int) -> float:
+        """Steps/s on ``units`` compute units."""
+        return self.rate * speed_up(self.parallel, self.saturates, units) if units else 0.0
+
+
+class Spread(msgspec.Struct, frozen=True):
+    """A log-normal time: ``mean`` ns and coefficient of variation."""
+
+    mean: int
+    cv: float = 0.0
+
+
+class DeviceCost(msgspec.Struct, frozen=True):
+    """What a device charges for changing hands.
+
+    ``start``: from dispatch to execution on an idle partition; ``preempt`` comes on top where a
+    job is just being moved off; ``contention``: slow-down of an execution (and of a job) when
+    everything else on the device is busy, in proportion to how much is (0 = isolated).
+    """
+
+    start: Spread
+    preempt: Spread
+    grant: Spread
+    revoke: Spread
+    repartition: Spread
+    contention: float = 0.0
+    source: str = ""
+
+
+DEVICES: dict[str, DeviceCost] = {
+    "cpu": DeviceCost(
+        start=Spread(100 * US, 0.3),
+        preempt=Spread(60 * US, 0.5),
+        grant=Spread(20 * US, 0.5),
+        revoke=Spread(20 * US, 1.0),
+        repartition=Spread(1 * MS, 0.2),
+        contention=0.05,
+        source="measured by this project on 2 virtual cores (docs/benchmarks.md)",
+    ),
+    "sm": DeviceCost(
+        start=Spread(50 * US, 0.3),
+        preempt=Spread(40 * US, 0.5),
+        grant=Spread(20 * US, 0.5),
+        revoke=Spread(40 * US, 0.5),
+        repartition=Spread(1 * MS, 0.2),
+        contention=0.25,
+        source="preemption 40 us after GPreempt (ATC 2025); contention assumed",
+    ),
+}
+"""Costs by kind of device. ``sm``: subsets of the multiprocessors of one GPU, whose memory
+bandwidth is shared."""

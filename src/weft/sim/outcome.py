@@ -1,0 +1,98 @@
+"""What came of a run: counts and latency histograms, of the same size however long it was."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from weft.domain.units import US, S
+
+SPANS = 2 * S
+_STEP = math.log(1.02)
+"""Latencies are kept in buckets 2 % wide: a percentile is right to that."""
+
+
+class ServiceTally(msgspec.Struct):
+    """One service. ``objective`` in ns."""
+
+    objective: int
+    offered: int = 0
+    answered: int = 0
+    attained: int = 0
+    refused: dict[str, int] = {}
+    buckets: dict[int, int] = {}
+
+    def answer(self, latency: int) -> None:
+        """Count an answer after ``latency`` ns."""
+        self.answered += 1
+        self.attained += latency <= self.objective
+        index = int(math.log(max(latency, US) / US) / _STEP)
+        self.buckets[index] = self.buckets.get(index, 0) + 1
+
+    def refuse(self, why: str) -> None:
+        """Count a refusal."""
+        self.refused[why] = self.refused.get(why, 0) + 1
+
+    def quantile_ns(self, share: float) -> float:
+        """Upper edge (ns) of the bucket that holds the quantile; 0 if nothing was answered."""
+        wanted, seen = share * self.answered, 0
+        for index in sorted(self.buckets):
+            seen += self.buckets[index]
+            if seen >= wanted:
+                return US * math.exp((index + 1) * _STEP)
+        return 0.0
+
+
+class JobTally(msgspec.Struct):
+    """One job. ``held_ns`` is unit-nanoseconds."""
+
+    steps: float = 0.0
+    held_ns: int = 0
+    grants: int = 0
+
+
+class Span(msgspec.Struct, frozen=True):
+    """Somebody held these units from ``start`` to ``end`` (ns)."""
+
+    who: str
+    units: tuple[int, ...]
+    start: int
+    end: int
+
+
+class Outcome(msgspec.Struct):
+    """One run. Times in ns; ``served_ns`` is unit-nanoseconds in which batches held space;
+    ``open`` counts requests that were neither answered nor refused at the end."""
+
+    duration: int
+    units: int
+    services: dict[str, ServiceTally]
+    jobs: dict[str, JobTally]
+    served_ns: int = 0
+    repartitions: int = 0
+    repartition_ns: int = 0
+    open: int = 0
+    reasons: list[tuple[int, tuple[str, ...]]] = []
+    spans: list[Span] = []
+    """Kept if asked for, of the middle ``SPANS`` ns of the run."""
+
+    def figures(self) -> dict[str, float]:
+        """The figures that policies are compared by; shares are 0..1."""
+        services = self.services.values()
+        offered = sum(s.offered for s in services)
+        held = sum(j.held_ns for j in self.jobs.values())
+        return {
+            "attainment": sum(s.attained for s in services) / offered if offered else 1.0,
+            "worst_attainment": min(
+                (s.attained / s.offered for s in services if s.offered), default=1.0
+            ),
+            "p99_of_objective": max(
+                (s.quantile_ns(0.99) / s.objective for s in services if s.answered), default=0.0
+            ),
+            "refused": sum(sum(s.refused.values()) for s in services) / offered if offered else 0.0,
+            "job_rate": sum(j.steps for j in self.jobs.values()) / (self.duration / S),
+            "utilization": (self.served_ns + held) / (self.duration * self.units),
+            "repartitions": float(self.repartitions),
+            "repartition_s": self.repartition_ns / S,
+        }

@@ -1,0 +1,347 @@
+"""The virtual-time shell: it turns a policy's actions into what a box would do, and back.
+
+The dispatcher, the planner and the monitor are the live node's. Time is a heap of what will
+happen; things due at the same nanosecond happen in this order: acknowledgements of the device,
+ends of executions, arrivals, wake-ups, the planner's tick; among equals, what was scheduled
+first. So a run is a function of scenario, policy and seed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from heapq import heappop, heappush
+from typing import Any
+
+import numpy as np
+
+from weft.domain import actions as a
+from weft.domain import events as e
+from weft.domain.device import Partition
+from weft.domain.request import Request
+from weft.domain.units import S
+from weft.domain.workload import JobSpec
+from weft.policy.dispatcher import Dispatcher
+from weft.policy.planner import Planner, Tuning
+from weft.sim.costs import Spread
+from weft.sim.outcome import SPANS, JobTally, Outcome, ServiceTally, Span
+from weft.sim.scenario import Scenario, SimJob, SimService
+from weft.telemetry.monitor import Monitor
+
+TICK = 1 * S
+DEBT_WINDOW = 10 * S
+_ACK, _DONE, _ARRIVAL, _WAKE, _TICK = range(5)
+
+
+class Draws:
+    """Random factors of mean 1, drawn in blocks."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._rng = rng
+        self._normals: list[float] = []
+
+    def factor(self, cv: float) -> float:
+        """Log-normal with mean 1 and coefficient of variation ``cv``."""
+        if cv <= 0:
+            return 1.0
+        if not self._normals:
+            self._normals = self._rng.standard_normal(4096).tolist()
+        variance = math.log1p(cv * cv)
+        return math.exp(math.sqrt(variance) * self._normals.pop() - variance / 2)
+
+    def time(self, spread: Spread) -> int:
+        """Ns."""
+        return round(spread.mean * self.factor(spread.cv))
+
+
+class _Progress:
+    """One job: what it holds and how far it came."""
+
+    def __init__(self, job: SimJob, tally: JobTally) -> None:
+        self.cost = job.cost
+        self.tally = tally
+        self.held: dict[str, int] = {}
+        self.since = 0
+        self.slowed = 0.0
+
+    def settle(self, now: int) -> None:
+        """Book progress up to ``now``."""
+        if now <= self.since:
+            return
+        units = sum(self.held.values())
+        self.tally.steps += self.cost.speed(units) * (now - self.since) / S * (1 - self.slowed)
+        self.tally.held_ns += units * (now - self.since)
+        self.since = now
+
+
+class World:
+    """One run of a scenario under a policy."""
+
+    def __init__(self, scenario: Scenario, tuning: Tuning, seed: int, record: bool = False) -> None:
+        self._scenario = scenario
+        self._spec = scenario.device.spec
+        self._cost = scenario.device.cost
+        self._dispatcher = Dispatcher(self._spec.preempt, len(self._spec.units))
+        self._planner = Planner(tuning)
+        self._monitor = Monitor()
+        self._draws = Draws(np.random.default_rng((seed, 0)))
+        self._now = 0
+        self._heap: list[tuple[int, int, int, Any]] = []
+        self._order = 0
+        self._wake_token = 0
+        self._partitions: dict[str, Partition] = {}
+        self._settled: dict[str, int] = {}
+        self._running: dict[str, int] = {}
+        self._services = {s.spec.name: s for s in scenario.services}
+        self._means: dict[tuple[str, int, int], int] = {}
+        self._open: dict[int, Request] = {}
+        middle = scenario.duration // 2
+        self._recorded = (middle - SPANS // 2, middle + SPANS // 2) if record else None
+        self._granted: dict[tuple[str, str], int] = {}
+        self._next_request = 1
+        self.outcome = Outcome(
+            duration=scenario.duration,
+            units=len(self._spec.units),
+            services={s.spec.name: ServiceTally(s.spec.slo.latency) for s in scenario.services},
+            jobs={j.spec.id: JobTally() for j in scenario.jobs},
+        )
+        self._jobs = {j.spec.id: _Progress(j, self.outcome.jobs[j.spec.id]) for j in scenario.jobs}
+        self._arrivals: dict[str, Iterator[int]] = {
+            s.spec.name: s.arrivals.times(np.random.default_rng((seed, 1 + i)))
+            for i, s in enumerate(scenario.services)
+        }
+
+    def run(self) -> Outcome:
+        """Run to the end of the scenario. What is under way then is not counted."""
+        self._set_up()
+        end, heap = self._scenario.duration, self._heap
+        while heap and heap[0][0] <= end:
+            self._now, kind, _, what = heappop(heap)
+            if kind == _ARRIVAL:
+                self._arrive(what)
+            elif kind == _WAKE:
+                if what == self._wake_token:
+                    self._feed(e.Woke())
+            elif kind == _TICK:
+                self._tick()
+            else:
+                what()
+        self._now = end
+        for (job, name), began in self._granted.items():
+            self._record(job, self._partitions[name], began)
+        for progress in self._jobs.values():
+            progress.settle(end)
+        self.outcome.open = len(self._open)
+        return self.outcome
+
+    # --- setting up -------------------------------------------------------------------------
+
+    def _set_up(self) -> None:
+        for service in self._scenario.services:
+            spec = service.spec
+            self._feed(
+                e.ServiceAdded(
+                    spec.name,
+                    spec.slo.latency,
+                    spec.batch.max,
+                    spec.max_queue,
+                    spec.batch.preferred,
+                    spec.batch.max_queue_delay,
+                    spec.strict,
+                )
+            )
+            profile = tuple(
+                (units, rows, self._mean(service, units, rows))
+                for units in self._spec.shapes
+                for rows in (1, spec.batch.max)
+            )
+            for index in range(spec.instances):
+                self._feed(e.WorkerUp(f"{spec.name}/{index}", spec.name, "1", profile))
+            self._schedule_arrival(spec.name)
+        for job in self._scenario.jobs:
+            spec_ = job.spec
+            limit = max(1, int(spec_.limit * len(self._spec.units) + 1e-9))
+            self._feed(e.JobReady(spec_.id, spec_.weight, spec_.guaranteed, limit, DEBT_WINDOW))
+        self._plan()
+        self._at(TICK, _TICK, None)
+
+    def _at(self, when: int, kind: int, what: Any) -> None:
+        self._order += 1
+        heappush(self._heap, (when, kind, self._order, what))
+
+    def _schedule_arrival(self, service: str) -> None:
+        at = next(self._arrivals[service], None)
+        if at is not None:
+            self._at(at, _ARRIVAL, service)
+
+    def _arrive(self, name: str) -> None:
+        self._schedule_arrival(name)
+        service, now = self._services[name], self._now
+        request = Request(self._next_request, name, now, now + service.spec.slo.latency)
+        self._next_request += 1
+        self._open[request.id] = request
+        self.outcome.services[name].offered += 1
+        self._feed(e.Arrived(request))
+
+    # --- the policy -------------------------------------------------------------------------
+
+    def _feed(self, event: e.Event) -> None:
+        actions = self._dispatcher.handle(self._now, event)
+        self._monitor.observe(self._now, event, actions)
+        for action in actions:
+            self._carry_out(action)
+
+    def _tick(self) -> None:
+        self._monitor.tick(self._now)
+        self._plan()
+        self._at(self._now + TICK, _TICK, None)
+
+    def _plan(self) -> None:
+        state = self._dispatcher.state
+        jobs: dict[str, tuple[JobSpec, float]] = {
+            j.spec.id: (j.spec, j.cost.rate) for j in self._scenario.jobs
+        }
+        snapshot = self._monitor.snapshot(
+            self._now,
+            self._spec,
+            state.plan,
+            state,
+            {name: (s.spec, s.spec.instances) for name, s in self._services.items()},
+            jobs,
+        )
+        plan = self._planner.plan(snapshot)
+        if plan is not None:
+            self.outcome.reasons.append((self._now, plan.reasons))
+            self._feed(e.Planned(plan))
+
+    # --- the device -------------------------------------------------------------------------
+
+    def _carry_out(self, action: a.Action) -> None:
+        match action:
+            case a.Dispatch():
+                self._dispatch(action)
+            case a.Complete(requests=requests):
+                for request in requests:
+                    found = self._open.pop(request)
+                    tally = self.outcome.services[found.service]
+                    tally.answer(self._now - found.arrived)
+            case a.Reject(request=request, refusal=refusal):
+                found = self._open.pop(request)
+                self.outcome.services[found.service].refuse(refusal.name)
+            case a.WakeAt(at=at):
+                self._wake_token += 1
+                self._at(max(at, self._now), _WAKE, self._wake_token)
+            case a.Grant():
+                self._grant(action)
+            case a.Revoke():
+                self._revoke(action)
+            case a.Repartition():
+                self._repartition(action)
+            case a.StopJob(job=job):
+                raise AssertionError(f"{job}: simulated devices never fail to revoke")
+
+    def _mean(self, service: SimService, units: int, rows: int) -> int:
+        key = service.spec.name, units, rows
+        if key not in self._means:
+            self._means[key] = service.cost.mean(units, rows)
+        return self._means[key]
+
+    def _dispatch(self, action: a.Dispatch) -> None:
+        batch, partition = action.batch, self._partitions[action.partition]
+        service, cost = self._services[batch.service], self._cost
+        start = self._draws.time(cost.start)
+        if action.preempting:
+            start += self._draws.time(cost.preempt)
+        mean = self._mean(service, partition.compute, batch.rows)
+        slowed = 1 + cost.contention * self._busy_elsewhere(partition)
+        took = round(mean * self._draws.factor(service.cost.cv) * slowed)
+        self._running[partition.id] = partition.compute
+        began = self._now
+
+        def done() -> None:
+            del self._running[partition.id]
+            self.outcome.served_ns += partition.compute * (self._now - began)
+            self._record(batch.service, partition, began)
+            self._slow_jobs()
+            self._feed(e.BatchDone(batch.id, took, start))
+
+        self._slow_jobs()
+        self._at(self._now + start + took, _DONE, done)
+
+    def _record(self, who: str, partition: Partition, began: int) -> None:
+        if self._recorded is None:
+            return
+        start, end = max(began, self._recorded[0]), min(self._now, self._recorded[1])
+        if start < end:
+            self.outcome.spans.append(Span(who, partition.units, start, end))
+
+    def _busy_elsewhere(self, partition: Partition) -> float:
+        """Share of the device that others keep busy, 0..1."""
+        if not self._cost.contention:
+            return 0.0
+        busy = sum(units for name, units in self._running.items() if name != partition.id)
+        busy += sum(
+            units
+            for job in self._jobs.values()
+            for name, units in job.held.items()
+            if name != partition.id
+        )
+        return min(1.0, busy / max(1, len(self._spec.units) - partition.compute))
+
+    def _slow_jobs(self) -> None:
+        if not self._cost.contention:
+            return
+        busy = sum(self._running.values()) / len(self._spec.units)
+        for job in self._jobs.values():
+            if job.held:
+                job.settle(self._now)
+            job.slowed = 1 - 1 / (1 + self._cost.contention * busy)
+
+    def _grant(self, action: a.Grant) -> None:
+        job, partition = action.job, self._partitions[action.partition]
+
+        def done() -> None:
+            progress = self._jobs[job]
+            progress.settle(self._now)
+            progress.held[partition.id] = partition.compute
+            lost = progress.cost.speed(partition.compute) * progress.cost.resume / S
+            progress.tally.steps -= lost
+            progress.tally.grants += 1
+            self._granted[job, partition.id] = self._now
+            self._feed(e.Granted(job, partition.id))
+
+        self._acknowledge(partition.id, self._draws.time(self._cost.grant), done)
+
+    def _revoke(self, action: a.Revoke) -> None:
+        job, partition = action.job, action.partition
+        took = self._draws.time(self._cost.revoke)
+
+        def done() -> None:
+            progress = self._jobs[job]
+            progress.settle(self._now)
+            progress.held.pop(partition, None)
+            began = self._granted.pop((job, partition), None)
+            if began is not None:
+                self._record(job, self._partitions[partition], began)
+            self._feed(e.Revoked(job, partition, took))
+
+        self._acknowledge(partition, took, done)
+
+    def _acknowledge(self, partition: str, took: int, done: Callable[[], None]) -> None:
+        """Orders for one partition are carried out one after the other."""
+        at = max(self._now + took, self._settled.get(partition, 0))
+        self._settled[partition] = at
+        self._at(at, _ACK, done)
+
+    def _repartition(self, action: a.Repartition) -> None:
+        plan = action.plan
+        took = self._draws.time(self._cost.repartition)
+        if self._partitions:
+            self.outcome.repartitions += 1
+            self.outcome.repartition_ns += took
+
+        def done() -> None:
+            self._partitions = {p.id: p for p in plan.partitions}
+            self._feed(e.Repartitioned(plan.version))
+
+        self._at(self._now + took, _ACK, done)

@@ -1,0 +1,135 @@
+"""The virtual-time shell: physics that a simulation must get right, and determinism."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from weft.domain.units import MS
+from weft.policy.planner import Tuning
+from weft.sim.costs import ExecCost, JobCost, speed_up
+from weft.sim.outcome import Outcome
+from weft.sim.policies import POLICIES, simulate
+from weft.sim.scenario import Scenario, parse_scenario
+from weft.sim.world import World
+
+
+def scenario(
+    units: int = 4,
+    rate: float = 20,
+    first: str = "10ms",
+    jobs: str = "",
+    seconds: int = 60,
+    latency: str = "100ms",
+    more: str = "",
+) -> Scenario:
+    return parse_scenario(
+        f"""
+name: s
+duration: {seconds}s
+device: {{kind: cpu, units: {units}, contention: 0}}
+services:
+  - name: a
+    objective: {{latency: {latency}}}
+    cost: {{first: {first}, per_row: 3ms, parallel: 0, cv: 0}}
+    arrivals: {{kind: poisson, rate: {rate}}}
+    {more}
+jobs: [{jobs}]
+""",
+        Path(),
+    )
+
+
+def run(found: Scenario, tuning: Tuning | None = None, seed: int = 0) -> Outcome:
+    return World(found, tuning or Tuning(), seed).run()
+
+
+def test_a_seed_fixes_a_run() -> None:
+    found = scenario(jobs="{name: j, cost: {rate: 5}}", rate=80)
+    assert msgspec.json.encode(run(found)) == msgspec.json.encode(run(found))
+    assert run(found).figures() != run(found, seed=1).figures()
+
+
+@pytest.mark.parametrize("rate", [5, 80, 600])
+def test_every_request_is_answered_refused_or_open(rate: float) -> None:
+    found = run(scenario(rate=rate, jobs="{name: j, cost: {rate: 5}}"))
+    tally = found.services["a"]
+    assert tally.offered == tally.answered + sum(tally.refused.values()) + found.open
+    assert sum(tally.buckets.values()) == tally.answered
+
+
+def test_utilization_is_rate_times_execution_time() -> None:
+    """Batches of one: served time is arrivals x (execution + start), whatever the policy."""
+    found = scenario(units=1, rate=30, more="batch: {max: 1}", seconds=300)
+    tally = run(found, Tuning(split=(1, 1))).services["a"]
+    outcome = run(found, Tuning(split=(1, 1)))
+    expected = tally.answered / 300 * (10.1 / 1000)
+    assert outcome.figures()["utilization"] == pytest.approx(expected, rel=0.02)
+
+
+def test_waiting_is_that_of_a_queue_with_one_server() -> None:
+    """M/D/1 at half load: the mean sojourn is E + E rho / (2 (1 - rho)), Pollaczek and Khinchine;
+    its median lies between the execution time and that mean."""
+    found = scenario(units=1, rate=50, more="batch: {max: 1}", seconds=400, latency="10s")
+    median = run(found, Tuning(split=(1, 1))).services["a"].quantile_ns(0.5) / MS
+    mean = 10.1 + 10.1 * 0.505 / (2 * 0.495)
+    assert 10.1 <= median <= mean
+
+
+def test_a_job_alone_runs_at_its_speed() -> None:
+    found = scenario(rate=0, jobs="{name: j, cost: {rate: 5, parallel: 0.9, resume: 0ms}}")
+    outcome = run(found)
+    assert outcome.figures()["job_rate"] == pytest.approx(5 * speed_up(0.9, 0, 4), rel=0.01)
+    assert outcome.figures()["utilization"] == pytest.approx(1, rel=0.01)
+
+
+def test_lending_gives_a_job_what_a_service_leaves() -> None:
+    found = scenario(rate=20, jobs="{name: j, cost: {rate: 5, parallel: 1}}")
+    lent = run(found).figures()
+    kept = run(found, Tuning(lend=False)).figures()
+    assert lent["attainment"] > 0.99
+    assert lent["attainment"] >= kept["attainment"] - 0.01
+    assert lent["job_rate"] > 1.1 * kept["job_rate"]
+
+
+def test_exclusive_use_leaves_a_job_nothing() -> None:
+    found = scenario(jobs="{name: j, cost: {rate: 5}}")
+    for setting in POLICIES["exclusive"].settings(found.device.spec).values():
+        outcome = simulate(found, setting, 0)
+        assert outcome.jobs["j"].steps == 0
+        assert outcome.figures()["attainment"] > 0.99
+
+
+@pytest.mark.parametrize("rate", [150, 300, 500, 1500])
+def test_what_is_taken_is_in_time_however_many_come(rate: float) -> None:
+    """Batches of 8 take 31 ms: whoever is taken for a short batch must survive a full one."""
+    tally = run(scenario(units=1, rate=rate, latency="50ms", seconds=20)).services["a"]
+    assert tally.attained >= 0.98 * tally.answered
+    assert tally.answered / 20 >= min(0.9 * rate, 200)
+
+
+def test_spans_show_each_unit_held_once() -> None:
+    found = scenario(rate=60, jobs="{name: j, cost: {rate: 5}}", seconds=20)
+    spans = World(found, Tuning(), 0, record=True).run().spans
+    assert {s.who for s in spans} == {"a", "j"}
+    served = [s for s in spans if s.who == "a"]
+    for unit in range(4):
+        mine = sorted((s.start, s.end) for s in served if unit in s.units)
+        assert all(a[1] <= b[0] for a, b in pairwise(mine))
+
+
+def test_costs_bend_and_a_measured_profile_goes_first() -> None:
+    cost = ExecCost(first=10 * MS, per_row=4 * MS, parallel=0.8, saturates=4)
+    times = [cost.mean(units, 1) for units in (1, 2, 4, 8)]
+    assert times[0] == 10 * MS
+    assert times[0] > times[1] > times[2] == times[3]
+    assert cost.mean(1, 3) == 18 * MS
+    assert cost.source == "analytic"
+    measured = ExecCost(first=1, per_row=1, profile=((1, 1, 7 * MS), (1, 8, 21 * MS)))
+    assert measured.mean(1, 1) == 7 * MS
+    assert 7 * MS < measured.mean(1, 4) < 21 * MS
+    assert measured.source == "measured profile"
+    assert JobCost(rate=4).speed(0) == 0
