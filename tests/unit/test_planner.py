@@ -94,7 +94,16 @@ def test_a_first_plan_uses_the_whole_device(cores: int) -> None:
     world = Planning(cores)
     plan = world.see(service(), job())
     assert plan is not None
-    assert world.service_cores == 1
+    assert world.service_cores == cores
+
+
+@pytest.mark.parametrize(("tuning", "instances", "cores"), [({}, 3, 3), ({"lend": False}, 3, 1)])
+def test_services_start_with_what_their_instances_can_use_if_it_can_be_lent(
+    tuning: dict[str, Any], instances: int, cores: int
+) -> None:
+    world = Planning(8, **tuning)
+    world.see(service(instances=instances), job())
+    assert world.service_cores == cores
 
 
 def test_without_services_all_is_the_jobs() -> None:
@@ -114,7 +123,7 @@ def test_an_idle_device_has_a_plan_too() -> None:
 def settled(rate: float, cores: int = 8) -> Planning:
     """A world that saw this rate long enough."""
     world = Planning(cores)
-    for _ in range(60):
+    for _ in range(200):
         world.see(service(rate=rate), job())
     return world
 
@@ -174,14 +183,14 @@ def test_services_of_no_load_keep_out_of_each_others_way() -> None:
 
 
 def test_growth_waits_until_the_trend_has_held_and_takes_one_step() -> None:
-    world = Planning(8)
-    world.see(service(rate=1.0), job())
+    world = settled(1.0)
+    began = world.now
     changes = [
         (world.now, world.service_cores)
         for _ in range(20)
         if world.see(service(rate=500.0), job(), after=S // 2)
     ]
-    assert changes[0][0] >= 100 * S + S + 2 * S
+    assert changes[0][0] >= began + 2 * S
     sizes = [1, *(cores for _, cores in changes)]
     assert all(later - before <= 1 for before, later in pairwise(sizes))
     times = [at for at, _ in changes]
@@ -208,6 +217,19 @@ def test_a_rise_that_does_not_last_changes_nothing() -> None:
     for _ in range(10):
         assert world.see(service(rate=500.0), job()) is None
         assert world.see(service(rate=1.0), job()) is None
+
+
+def test_cores_stay_while_the_recent_peak_would_need_them() -> None:
+    world = settled(500.0)
+    before = world.service_cores
+    for _ in range(10):
+        world.see(service(rate=1.0), job())
+        world.see(service(rate=1.0), job())
+        world.see(service(rate=500.0), job())
+    assert world.service_cores == before
+    for _ in range(300):
+        world.see(service(rate=1.0), job())
+    assert world.service_cores == 1
 
 
 @pytest.mark.parametrize("rate", [60.0, 130.0, 200.0, 300.0])
@@ -240,7 +262,7 @@ def test_the_first_service_gets_its_core_at_once() -> None:
     world = Planning(4)
     world.see(job())
     assert world.service_cores == 0
-    world.see(job(), service(), after=0)
+    world.see(job(), service(instances=1), after=0)
     assert world.service_cores == 1
 
 

@@ -3,8 +3,9 @@
 Laws (docs/design.md says why):
 
 1. Feasible first: partitions are shapes the device can form and no two overlap.
-2. Services get the fewest cores on which every objective is predicted to hold; the rest goes
-   to jobs by utility, and idle service partitions are lent.
+2. Services get the fewest cores on which every objective is predicted to hold at the recent
+   peak rate; the rest goes to jobs by utility, and idle service partitions are lent. Before the
+   load is known, services start with all that their instances can use, if it can be lent.
 3. A layout changes only when the wish for it has held for a while, one step at a time, and
    when what is gained over the horizon exceeds the cost of changing. A service or job that
    comes or goes is placed at once.
@@ -37,6 +38,9 @@ class Tuning(msgspec.Struct, frozen=True):
     grow_after: int = 2 * S
     shrink_after: int = 10 * S
     horizon: int = 10 * S
+    memory: int = 60 * S
+    """Cores are taken from services only if the rest would do at the recent peak rate, which
+    fades with this time constant. 0: only the present rate counts."""
     lend: bool = True
     split: tuple[int, int] | None = None
     """(cores, partition size) for services, never changed: a static split."""
@@ -54,6 +58,9 @@ class PlannerState(msgspec.Struct):
     members: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
     version: int = 0
     crowded_since: int = 0
+    peaks: dict[str, float] = {}
+    """Recent peak rate of each service, per second, as of ``peaks_at``."""
+    peaks_at: int = 0
 
 
 class Planner:
@@ -66,6 +73,7 @@ class Planner:
     def plan(self, snapshot: Snapshot) -> Plan | None:
         """A new plan, or None to keep the present one."""
         state = self.state
+        self._note_peaks(snapshot)
         if 0 < snapshot.plan.version < state.version:
             # The device refused the last plan: what is in force is all that counts.
             state.layout = state.wish = None
@@ -81,6 +89,22 @@ class Planner:
         state.version += 1
         return self._make(snapshot, layout, tuple(reasons))
 
+    def _note_peaks(self, snapshot: Snapshot) -> None:
+        state, memory = self.state, self.tuning.memory
+        passed = max(0, snapshot.now - state.peaks_at)
+        fade = memory / (memory + passed) if memory else 0.0
+        state.peaks = {
+            s.name: max(s.rate, state.peaks.get(s.name, 0.0) * fade) for s in snapshot.services
+        }
+        state.peaks_at = snapshot.now
+
+    def _at_peak(self, snapshot: Snapshot) -> Snapshot:
+        """The snapshot with each service's rate at its recent peak."""
+        services = tuple(
+            msgspec.structs.replace(s, rate=self.state.peaks[s.name]) for s in snapshot.services
+        )
+        return msgspec.structs.replace(snapshot, services=services)
+
     def _next_layout(self, snapshot: Snapshot) -> tuple[Layout, list[str]]:
         state, tuning = self.state, self.tuning
         if tuning.split is not None:
@@ -88,7 +112,7 @@ class Planner:
         now, current = snapshot.now, state.layout
         least = self._least_cores(snapshot)
         if current is None or (current.cores == 0) != (least == 0):
-            layout = self._fit(snapshot, max(1, least) if snapshot.services else 0)
+            layout = self._fit(snapshot, self._first_cores(snapshot, least))
             return layout, [f"first layout: {_describe(layout)}"]
         wish, reason = self._wish(snapshot, current, least)
         if wish == current:
@@ -126,6 +150,14 @@ class Planner:
         owed = sum(s.guaranteed for s in snapshot.services) * units
         return min(units, max(1, round(owed + 0.499)))
 
+    def _first_cores(self, snapshot: Snapshot, least: int) -> int:
+        """Nothing is known of the load yet. Cores that can be lent cost little, so services start
+        with all that their instances can use; otherwise with the least."""
+        if not snapshot.services:
+            return 0
+        usable = sum(s.instances for s in snapshot.services) if self.tuning.lend else 1
+        return max(1, least, min(len(snapshot.device.units), usable))
+
     def _fit(self, snapshot: Snapshot, cores: int) -> Layout:
         """The best layout with this many cores: fewest misses, then smallest partitions."""
         if cores == 0:
@@ -149,8 +181,9 @@ class Planner:
                 return best.layout, _first(here)
             return current, ""
         if current.cores > max(1, least):
-            down = self._fit(snapshot, current.cores - 1)
-            verdict = judge(snapshot, down, horizon_s)
+            peak = self._at_peak(snapshot)
+            down = self._fit(peak, current.cores - 1)
+            verdict = judge(peak, down, horizon_s)
             if not verdict.misses and max(verdict.rho) <= 0.6:
                 return down, f"objectives hold at utilization {max(verdict.rho):.2f}"
         return current, ""

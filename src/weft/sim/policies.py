@@ -110,6 +110,7 @@ POLICIES: dict[str, Policy] = {
             "weft that changes its layout at the first wish",
             _only(Tuning(grow_after=0, shrink_after=0)),
         ),
+        Policy("no_memory", "weft that shrinks by the present rate alone", _only(Tuning(memory=0))),
     )
 }
 
