@@ -14,7 +14,7 @@ from rivals.base import Arm
 from wire import Payload, grpc_raw, rest_binary, rest_json
 
 _CONFIG = """node: {{state_dir: ./state, models: {models}, http: 127.0.0.1:{http}, grpc: {grpc}}}
-devices: [{{kind: cpu, cores: all}}]
+devices: [{{kind: cpu, cores: all, realtime: never}}]
 services:
   - name: {name}
     model: {name}

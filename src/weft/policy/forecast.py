@@ -26,7 +26,8 @@ class Holt(msgspec.Struct):
             self.level = value
         else:
             before = self.level
-            self.level = self.alpha * value + (1 - self.alpha) * (before + DAMPING * self.trend)
+            expected = before + DAMPING * self.trend
+            self.level = max(0.0, self.alpha * value + (1 - self.alpha) * expected)
             self.trend = self.beta * (self.level - before) + (1 - self.beta) * DAMPING * self.trend
         self.samples += 1
 

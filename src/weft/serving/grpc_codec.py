@@ -8,7 +8,8 @@ is one copy of the payload instead of three.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from weft.domain.errors import InvalidRequest
 from weft.domain.port import InferCall, InferResult, TensorIn
@@ -41,13 +42,63 @@ _CONTENTS = {
 }
 
 _RAW_OUTPUT_TAG = b"\x32"  # ModelInferResponse.raw_output_contents: field 6, length-delimited
+_RAW_INPUT_TAG = 0x3A  # ModelInferRequest.raw_input_contents: field 7, length-delimited
+_VARINT, _LENGTH_DELIMITED = 0, 2
 _STREAM_ANSWER_TAG = b"\x12"  # ModelStreamInferResponse.infer_response: field 2
 
 
-def decode(message: Any, limits: Limits, regions: RegionIO) -> Decoded:
+class InferMessage(NamedTuple):
+    """A ModelInferRequest whose raw inputs are views of the bytes it came in."""
+
+    message: Any
+    raw: Sequence[bytes | memoryview]
+
+
+def parse(data: bytes) -> InferMessage:
+    """A serialised ModelInferRequest; raises DecodeError.
+
+    Its payload is left where it is: protobuf would copy it twice, once when it parses and once
+    when it is asked for the field.
+    """
+    try:
+        rest, raw = _split(data)
+    except IndexError:  # truncated, or in a form that nobody writes any more: not for us to judge
+        message = protos.ModelInferRequest.FromString(data)
+        return InferMessage(message, message.raw_input_contents)
+    return InferMessage(protos.ModelInferRequest.FromString(rest), raw)
+
+
+def _split(data: bytes) -> tuple[bytes, list[memoryview]]:
+    """The message without its ``raw_input_contents``, and those; raises IndexError if it cannot
+    be told apart."""
+    view = memoryview(data)
+    rest: list[bytes] = []
+    raw: list[memoryview] = []
+    at = kept = 0
+    while at < len(data):
+        start = at
+        tag, at = _read_varint(data, at)
+        if tag & 7 == _LENGTH_DELIMITED:
+            length, at = _read_varint(data, at)
+            if tag == _RAW_INPUT_TAG:
+                rest.append(data[kept:start])
+                raw.append(view[at : at + length])
+                kept = at + length
+            at += length
+        elif tag & 7 == _VARINT:
+            _, at = _read_varint(data, at)
+        else:
+            raise IndexError(at)  # no field of this message has another wire type
+    if at > len(data):
+        raise IndexError(at)
+    rest.append(data[kept:])
+    return b"".join(rest), raw
+
+
+def decode(request: InferMessage, limits: Limits, regions: RegionIO) -> Decoded:
     """A ModelInferRequest as a call; raises InvalidRequest, NotFound (region)."""
+    message, raw = request
     calls.check_count(len(message.inputs), len(message.outputs), limits)
-    raw = message.raw_input_contents
     inputs: list[TensorIn] = []
     used = 0
     for tensor in message.inputs:
@@ -58,6 +109,7 @@ def decode(message: Any, limits: Limits, regions: RegionIO) -> Decoded:
             source = _region(name, parameters)
             inputs.append(calls.region_input(name, datatype, shape, count, source, regions))
             continue
+        data: bytes | memoryview
         if not raw:
             data = _typed(name, datatype, count, tensor.contents)
         elif tensor.HasField("contents"):
@@ -199,6 +251,20 @@ def _wanted(outputs: Any, regions: RegionIO) -> dict[str, Wanted]:
         if parameters.get("shared_memory_region"):
             calls.want_region(want, *_region(output.name, parameters), regions)
     return wanted
+
+
+def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+    """The integer that starts at ``at`` and where it ends; raises IndexError beyond the end."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise IndexError(at)
 
 
 def _varint(value: int) -> bytes:

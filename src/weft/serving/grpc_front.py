@@ -69,6 +69,7 @@ _OPEN_METHODS = frozenset({"ServerLive", "ServerReady"})
 _DETAILS_CHARS = 1024  # statuses travel as HTTP/2 headers, whose size clients bound
 
 Metadata = tuple[tuple[str, str], ...]
+Parse = Callable[[bytes], Any]
 
 
 class RefusedCall(Exception):
@@ -132,7 +133,7 @@ class GrpcFront:
         admin = Admin(self._node, self._regions)
         handlers = {
             method: grpc.unary_unary_rpc_method_handler(
-                self._unary(method, protos.message_class(f"{method}Request"), run)
+                self._unary(method, protos.message_class(f"{method}Request").FromString, run)
             )
             for method, run in admin.methods().items()
         }
@@ -141,19 +142,19 @@ class GrpcFront:
                 self._unary(method, None, _unsupported(why))
             )
         handlers["ModelInfer"] = grpc.unary_unary_rpc_method_handler(
-            self._unary("ModelInfer", protos.ModelInferRequest, self._infer)
+            self._unary("ModelInfer", grpc_codec.parse, self._infer)
         )
         handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self._stream)
         return handlers
 
     def _unary(
-        self, method: str, kind: Any, run: Callable[[Any], Awaitable[bytes]]
+        self, method: str, parse: Parse | None, run: Callable[[Any], Awaitable[bytes]]
     ) -> Callable[[bytes, Any], Awaitable[bytes]]:
         async def handle(data: bytes, context: Any) -> bytes:
             if method not in _OPEN_METHODS:
                 await self._authorise(context)
             try:
-                return await run(_parse(kind, data))
+                return await run(_parse(parse, data))
             except Exception as exc:
                 code, details, metadata = _status(exc, method)
             await context.abort(code, details, metadata)
@@ -175,7 +176,7 @@ class GrpcFront:
             "this node needs a token; send the metadata authorization: Bearer TOKEN",
         )
 
-    async def _infer(self, message: Any) -> bytes:
+    async def _infer(self, message: grpc_codec.InferMessage) -> bytes:
         """Run one ModelInferRequest; returns the serialised answer, raises RefusedCall."""
         request = grpc_codec.decode(message, self._limits, self._regions)
         result = await self._node.infer(request.call)
@@ -215,19 +216,20 @@ class GrpcFront:
     async def _stream_one(self, data: bytes) -> bytes:
         message = None
         try:
-            message = _parse(protos.ModelInferRequest, data)
-            return grpc_codec.stream_answer(await self._infer(message))
+            request = _parse(grpc_codec.parse, data)
+            message = request.message
+            return grpc_codec.stream_answer(await self._infer(request))
         except Exception as exc:
             _, details, metadata = _status(exc, "ModelStreamInfer")
             return grpc_codec.stream_error(details, message, dict(metadata))
 
 
-def _parse(kind: Any, data: bytes) -> Any:
+def _parse(parse: Parse | None, data: bytes) -> Any:
     """``data`` as a message. Parsed here, so that damage is the client's error and not ours."""
-    if kind is None:
+    if parse is None:
         return None
     try:
-        return kind.FromString(data)
+        return parse(data)
     except DecodeError as exc:
         raise InvalidRequest(f"the message cannot be read: {exc}") from None
 
