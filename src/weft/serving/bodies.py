@@ -28,6 +28,13 @@ Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Header = tuple[bytes, bytes]
+Answer = tuple[int, bytes, tuple[Header, ...]]
+"""Status, body and the headers beside Content-Length."""
+WholeAnswer = Callable[[int, bytes, tuple[Header, ...]], bool]
+
+WHOLE_ANSWER = "weft.whole_answer"
+"""The ASGI extension of our HTTP server: a ``WholeAnswer``, which writes a whole answer at once
+or returns False where it cannot and ``respond`` has to."""
 
 JSON_TYPE: Header = (b"content-type", b"application/json")
 
@@ -214,17 +221,14 @@ async def respond(
     await send({"type": "http.response.body", "body": body})
 
 
-async def respond_error(
-    send: Send, status: int, message: str, headers: Iterable[Header] = ()
-) -> None:
-    """Send ``{"error": message}``."""
-    await respond(send, status, error_body(message), (JSON_TYPE, *headers))
+def error_answer(status: int, message: str, headers: Iterable[Header] = ()) -> Answer:
+    """``{"error": message}``."""
+    return status, error_body(message), (JSON_TYPE, *headers)
 
 
-async def respond_refused(send: Send, refused: Refused) -> None:
-    """Send a refusal with its reason and, where it may pass, the time to retry."""
-    status = HTTP_STATUS[refused.refusal]
-    await respond_error(send, status, refused.message, refusal_headers(refused))
+def refusal_answer(refused: Refused) -> Answer:
+    """A refusal with its reason and, where it may pass, the time to retry."""
+    return error_answer(HTTP_STATUS[refused.refusal], refused.message, refusal_headers(refused))
 
 
 async def respond_unread(

@@ -11,12 +11,18 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Generator
+from functools import partial
 from typing import Any
 
 import uvicorn
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import (
+    STATUS_LINE,
+    HttpToolsProtocol,
+    RequestResponseCycle,
+)
 
 from weft.domain.errors import EnvironmentProblem
+from weft.serving.bodies import WHOLE_ANSWER, Header
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75
@@ -140,6 +146,8 @@ class _Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._stop_head_timer()
         super().on_headers_complete()
+        extensions: dict[str, Any] = {WHOLE_ANSWER: partial(_write_answer, self.cycle)}
+        self.scope["extensions"] = extensions
 
     def on_body(self, body: bytes) -> None:
         """As uvicorn's, but a body is read in larger pieces before reading is paused: each
@@ -161,6 +169,32 @@ class _Protocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+
+def _write_answer(
+    cycle: RequestResponseCycle, status: int, body: bytes, headers: tuple[Header, ...]
+) -> bool:
+    """A ``WholeAnswer``: one system call, and one wake-up of the client, instead of two.
+
+    It cannot where the client is gone or reads slowly. The headers are ours, so they are not
+    checked as uvicorn checks an application's.
+    """
+    if cycle.disconnected or cycle.flow.write_paused:
+        return False
+    head = [STATUS_LINE[status]]
+    for name, value in (*cycle.default_headers, *headers):
+        head += (name, b": ", value, b"\r\n")
+    if not cycle.keep_alive:
+        head.append(b"connection: close\r\n")
+    head.append(b"content-length: %d\r\n\r\n" % len(body))
+    cycle.response_started = cycle.response_complete = True
+    cycle.waiting_for_100_continue = False
+    cycle.transport.writelines((b"".join(head), body))
+    cycle.message_event.set()
+    if not cycle.keep_alive:
+        cycle.transport.close()
+    cycle.on_response()
+    return True
 
 
 def _bind(host: str, port: int) -> socket.socket:

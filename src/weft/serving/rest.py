@@ -16,6 +16,9 @@ from weft.domain.port import InferCall, InferResult, NodePort, Refused
 from weft.domain.request import Refusal
 from weft.serving import oip
 from weft.serving.bodies import (
+    JSON_TYPE,
+    WHOLE_ANSWER,
+    Answer,
     BodyReader,
     BodyRefused,
     Hangup,
@@ -24,11 +27,12 @@ from weft.serving.bodies import (
     Scope,
     Send,
     SlowBody,
+    WholeAnswer,
     authorised,
+    error_answer,
     parse_head,
+    refusal_answer,
     respond,
-    respond_error,
-    respond_refused,
     respond_unread,
 )
 from weft.serving.overdue import Overdue
@@ -43,6 +47,7 @@ _PREFIX = "/v2/models/"
 _SUFFIX = "/infer"
 _OPEN_PATHS = frozenset({"/v2/health/live", "/v2/health/ready"})
 _BINARY_TYPE = (b"content-type", b"application/octet-stream")
+_STOPPING = Refused(Refusal.SHUTTING_DOWN, 0, "")
 
 # A hang-up is looked for only once a request has waited this long. Starting a task for each
 # request costs more than the answer to most of them; withdrawing younger ones gains nothing.
@@ -82,7 +87,7 @@ class App:
             return
         target = _target(path) if scope["method"] == "POST" else None
         if target is not None:
-            await self._infer(head, target, receive, send)
+            await self._infer(head, target, receive, send, scope["extensions"][WHOLE_ANSWER])
             return
         try:
             await self._admin(scope, receive, send)
@@ -90,7 +95,7 @@ class App:
             log.exception("%s %s failed inside the server", scope["method"], path)
 
     async def _infer(
-        self, head: Head, target: tuple[str, str], receive: Receive, send: Send
+        self, head: Head, target: tuple[str, str], receive: Receive, send: Send, whole: WholeAnswer
     ) -> None:
         """Receive, decode, execute, answer: one inference request."""
         try:
@@ -98,7 +103,8 @@ class App:
         except Hangup:
             return
         except asyncio.CancelledError:
-            await _respond_stopping(send)
+            # Only the HTTP server's stop cancels a request.
+            await respond(send, *refusal_answer(_STOPPING))
         except SlowBody:
             seconds = self._limits.body_timeout_s
             await respond_unread(
@@ -117,38 +123,40 @@ class App:
             await respond_unread(send, receive, error_status(exc), str(exc))
         else:
             try:
-                await self._answer(body, head, target, receive, send)
+                status, answer, headers = await self._answer(body, head, target, receive)
+                if not whole(status, answer, headers):
+                    await respond(send, status, answer, headers)
+            except Hangup:
+                log.debug("the client of a request for %s went away", target[0])
             finally:
                 self._bodies.release(held)
 
     async def _answer(
-        self, body: bytes, head: Head, target: tuple[str, str], receive: Receive, send: Send
-    ) -> None:
+        self, body: bytes, head: Head, target: tuple[str, str], receive: Receive
+    ) -> Answer:
+        """What to answer; raises Hangup if there is nobody to answer."""
         try:
             request = oip.decode(body, head.json_length, *target, self._limits, self._regions)
             result = await self._execute(request.call, receive)
             if isinstance(result, Refused):
-                await respond_refused(send, result)
-                return
+                return refusal_answer(result)
             try:
                 answer, json_length = oip.encode(result, request, self._regions)
             finally:
                 result.release()
         except Hangup:
-            log.debug("the client of a request for %s went away", target[0])
+            raise
         except WeftError as exc:
-            await respond_error(send, error_status(exc), str(exc))
+            return error_answer(error_status(exc), str(exc))
         except asyncio.CancelledError:
-            await _respond_stopping(send)
+            return refusal_answer(_STOPPING)
         except Exception:
             log.exception("inference on %s failed inside the server", target[0])
-            await respond_error(send, 500, "the server failed; its log says how")
-        else:
-            if json_length is None:
-                await respond(send, 200, answer)
-            else:
-                length = (b"inference-header-content-length", b"%d" % json_length)
-                await respond(send, 200, answer, (_BINARY_TYPE, length))
+            return error_answer(500, "the server failed; its log says how")
+        if json_length is None:
+            return 200, answer, (JSON_TYPE,)
+        length = (b"inference-header-content-length", b"%d" % json_length)
+        return 200, answer, (_BINARY_TYPE, length)
 
     async def _execute(self, call: InferCall, receive: Receive) -> InferResult | Refused:
         """Run a call; raises Hangup if the client goes away meanwhile."""
@@ -200,11 +208,6 @@ def build_app(
     shared-memory registry, to share it with gRPC; one of its own otherwise.
     """
     return App(node, limits, token, Regions(limits.regions) if regions is None else regions)
-
-
-async def _respond_stopping(send: Send) -> None:
-    """Answer a request whose task was cancelled, which only the HTTP server's stop does."""
-    await respond_refused(send, Refused(Refusal.SHUTTING_DOWN, 0, ""))
 
 
 def _target(path: str) -> tuple[str, str] | None:
