@@ -30,10 +30,11 @@ EXEC_NS = 100_000
 
 def dispatcher_us(services: int) -> float:
     """Mean microseconds per event: arrivals on two cores, one of them lent to a job."""
-    d, now = Dispatcher(PreemptLevel.PRIORITY, 2), S
+    d, now = Dispatcher((_device(2),)), S
     for i in range(services):
         d.handle(now, e.ServiceAdded(f"s{i}", 50 * MS, 8, 100))
-        d.handle(now, e.WorkerUp(f"w{i}", f"s{i}", "1", ((1, 1, EXEC_NS), (1, 8, 4 * EXEC_NS))))
+        profile = ((1, 1, EXEC_NS), (1, 8, 4 * EXEC_NS))
+        d.handle(now, e.WorkerUp(f"w{i}", f"s{i}", "1", "cpu", profile))
     partitions = (Partition("p0", "cpu", (0,)), Partition("p1", "cpu", (1,)))
     owners = {f"s{i}": ("p0",) for i in range(services)}
     d.handle(now, e.Planned(Plan(1, partitions, owners, {"job": ("p1",)}, ("p0",))))
@@ -71,7 +72,17 @@ def _answer(action: a.Action, now: int) -> e.Event | None:
 
 def planner_ms(cores: int, services: int) -> float:
     """Milliseconds for one plan of a box."""
-    device = DeviceSpec(
+    facts = tuple(_service(f"s{i}", services) for i in range(services))
+    jobs = tuple(JobFacts(f"j{i}", 1.0, 0.0, 1.0, 1.0, 0) for i in range(8))
+    planner = Planner()
+    began = time.perf_counter_ns()
+    for step in range(20):
+        planner.plan(Snapshot(step * S, S, (_device(cores),), EMPTY_PLAN, facts, jobs))
+    return (time.perf_counter_ns() - began) / 20 / 1e6
+
+
+def _device(cores: int) -> DeviceSpec:
+    return DeviceSpec(
         id="cpu",
         kind="cpu",
         units=tuple(range(cores)),
@@ -82,13 +93,6 @@ def planner_ms(cores: int, services: int) -> float:
         revoke_ns=20_000,
         repartition_ns=MS,
     )
-    facts = tuple(_service(f"s{i}", services) for i in range(services))
-    jobs = tuple(JobFacts(f"j{i}", 1.0, 0.0, 1.0, 1.0, 0) for i in range(8))
-    planner = Planner()
-    began = time.perf_counter_ns()
-    for step in range(20):
-        planner.plan(Snapshot(step * S, S, device, EMPTY_PLAN, facts, jobs))
-    return (time.perf_counter_ns() - began) / 20 / 1e6
 
 
 def _service(name: str, services: int) -> ServiceFacts:

@@ -6,12 +6,30 @@ from typing import Any
 
 from weft.domain import actions as a
 from weft.domain import events as e
-from weft.domain.device import Partition, PreemptLevel
+from weft.domain.device import DeviceSpec, Partition, PreemptLevel
 from weft.domain.plan import Plan
 from weft.domain.request import Request
 from weft.domain.units import MS, S
 from weft.policy.dispatcher import Dispatcher
 from weft.policy.invariants import check
+
+
+def cpu(
+    units: int, level: PreemptLevel = PreemptLevel.PRIORITY, id: str = "cpu", **kwargs: Any
+) -> DeviceSpec:
+    """A device of so many cores, which it can group in any way."""
+    return DeviceSpec(
+        id=id,
+        kind=kwargs.pop("kind", "cpu"),
+        units=tuple(range(units)),
+        memory=0,
+        shapes=tuple(range(1, units + 1)),
+        preempt=level,
+        resizes_live=True,
+        revoke_ns=20_000,
+        repartition_ns=100_000,
+        **kwargs,
+    )
 
 
 def plan(
@@ -39,7 +57,7 @@ class World:
     """A dispatcher with a hand-driven clock; every event is followed by ``check``."""
 
     def __init__(self, level: PreemptLevel = PreemptLevel.PRIORITY, units: int = 2) -> None:
-        self.d = Dispatcher(level, units)
+        self.d = Dispatcher((cpu(units, level),))
         self.now = 1 * S
         self.next_id = 0
 
@@ -59,7 +77,7 @@ class World:
         self, name: str = "w0", service: str = "s", version: str = "1", exec_ns: int = 2 * MS
     ) -> World:
         profile = tuple((u, n, exec_ns * (3 + n) // 4) for u in (1, 2) for n in (1, 2, 4, 8))
-        self.send(e.WorkerUp(name, service, version, profile))
+        self.send(e.WorkerUp(name, service, version, "cpu", profile))
         return self
 
     def job(self, name: str = "j", guaranteed: float = 0.0, weight: float = 1.0) -> list[a.Action]:

@@ -9,7 +9,7 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.builders import plan
+from tests.builders import cpu, plan
 from weft.domain import actions as a
 from weft.domain import events as e
 from weft.domain.device import PreemptLevel
@@ -30,8 +30,13 @@ class Chaos:
 
     def __init__(self, seed: int, level: PreemptLevel, units: int) -> None:
         self.random = random.Random(seed)
-        self.level, self.units = level, units
-        self.d = Dispatcher(level, units)
+        self.units = units
+        self.devices = (cpu(units, level),)
+        if units == 4:
+            # The last unit is a device of its own, which jobs cannot use.
+            npu = cpu(1, PreemptLevel.NONE, id="npu", kind="npu", trains=False)
+            self.devices = (cpu(3, level), npu)
+        self.d = Dispatcher(self.devices)
         self.now = 1 * S
         self.open: list[a.Action] = []
         self.submitted: set[int] = set()
@@ -62,9 +67,10 @@ class Chaos:
             s: tuple(self.random.sample(cores, self.random.randint(1, self.units)))
             for s in SERVICES
         }
-        jobs = {j: (self.random.choice(cores),) for j in JOBS if self.random.random() < 0.3}
-        chosen = plan(services, jobs, version=self.plan_version)
-        if self.random.random() < 0.3:
+        training = [c for c in cores if self.device_of(c) == "cpu"]
+        jobs = {j: (self.random.choice(training),) for j in JOBS if self.random.random() < 0.3}
+        chosen = self.on_devices(plan(services, jobs, version=self.plan_version))
+        if self.random.random() < 0.3 and len(self.devices) == 1:
             # Another grouping of the cores: every partition changes.
             merged = chosen.partitions[0]
             whole = type(merged)("all", "cpu", tuple(cores))
@@ -76,8 +82,20 @@ class Chaos:
                 lendable=("all",),
             )
         if self.random.random() < 0.2:
-            return plan(services, jobs, version=self.plan_version, lendable=())
+            return msgspec.structs.replace(chosen, lendable=())
         return chosen
+
+    def device_of(self, core: int) -> str:
+        return "npu" if len(self.devices) > 1 and core == self.units - 1 else "cpu"
+
+    def on_devices(self, chosen: Plan) -> Plan:
+        """The plan with each core on its device; what cannot train is not lent."""
+        partitions = tuple(
+            msgspec.structs.replace(p, device=self.device_of(p.units[0])) for p in chosen.partitions
+        )
+        trains = {p.id for p in partitions if p.device == "cpu"}
+        lendable = tuple(p for p in chosen.lendable if p in trains)
+        return msgspec.structs.replace(chosen, partitions=partitions, lendable=lendable)
 
     def answer(self) -> None:
         """Answer one open action, perhaps with a failure."""
@@ -164,7 +182,9 @@ class Chaos:
             name, service, version = f"w{self.next}", r.choice(SERVICES), r.choice("12")
             if service in self.d.state.services:
                 self.workers[name] = (service, version)
-                self.send(e.WorkerUp(name, service, version, ((1, 1, MS), (1, 8, 4 * MS))))
+                device = r.choice(self.devices).id
+                profile = ((1, 1, MS), (1, 8, 4 * MS))
+                self.send(e.WorkerUp(name, service, version, device, profile))
         elif kind == "down" and self.workers:
             name = r.choice(sorted(self.workers))
             del self.workers[name]
@@ -232,12 +252,12 @@ def test_the_same_events_give_the_same_actions(world) -> None:
 def test_a_checkpoint_in_the_middle_changes_nothing(world, cut: int) -> None:
     chaos = Chaos(*world)
     chaos.run(150)
-    d = Dispatcher(chaos.level, chaos.units)
+    d = Dispatcher(chaos.devices)
     for index, (now, event, actions) in enumerate(chaos.history):
         if index == cut:
             encoded = msgspec.msgpack.encode(d.state)
             state = msgspec.msgpack.decode(encoded, type=DispatcherState)
-            d = Dispatcher(chaos.level, chaos.units, state)
+            d = Dispatcher(chaos.devices, state)
         assert d.handle(now, event) == actions
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.property.test_dispatcher_random import Chaos
 from weft.domain import actions as a
 from weft.domain import events as e
-from weft.domain.device import DeviceSpec, PreemptLevel
+from weft.domain.device import PreemptLevel
 from weft.domain.plan import Plan
 from weft.domain.snapshot import JobFacts, ServiceFacts, Snapshot
 from weft.domain.units import MS, S
@@ -48,15 +48,11 @@ class Recorded(Chaos):
         service = ServiceFacts(
             name="s0", objective=50 * MS, percentile=99.0, guaranteed=0.0, limit=1.0, max_batch=8,
             rate=rate, rate_trend=0.0, queued=0, p50=5 * MS, p95=9 * MS, p99=12 * MS, misses=0,
-            refused=0, answered=int(rate), exec_ns={"1x1": 5 * MS, "1x8": 20 * MS},
-        )  # fmt: skip
-        units = tuple(range(self.units))
-        device = DeviceSpec(
-            "cpu", "cpu", units, 2**30, (1, 2), self.level, True, 20_000, 100_000
+            refused=0, answered=int(rate), exec_ns={"cpu": {"1x1": 5 * MS, "1x8": 20 * MS}},
         )  # fmt: skip
         jobs = tuple(JobFacts(j, 1.0, 0.0, 1.0, 1.0, 0) for j in sorted(self.jobs))
         plan = self.d.state.plan
-        return Snapshot(self.now, S, device, plan, (service,), jobs)
+        return Snapshot(self.now, S, self.devices, plan, (service,), jobs)
 
 
 def record(

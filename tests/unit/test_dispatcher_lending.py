@@ -179,7 +179,7 @@ def test_the_linger_reaches_to_an_arrival_that_is_due_soon() -> None:
 
 def partition(slice_ns: int) -> tuple[DispatcherState, PartitionState]:
     state = DispatcherState()
-    return state, PartitionState("p0", (0,), ["s"], [], True, slice_ns)
+    return state, PartitionState("p0", "cpu", "cpu", (0,), 1, slice_ns, ["s"], [], True)
 
 
 def after_window(slice_ns: int, headroom_permille: int) -> int:

@@ -21,7 +21,7 @@ def ready(level: PreemptLevel = PreemptLevel.PRIORITY, exec_ns: int = 2 * MS, **
 
 
 def predicted(world: World, rows: int = 1) -> int:
-    return world.d.state.services["s"].exec.predict(1, rows)
+    return world.d.state.services["s"].exec["cpu"].predict(1, rows)
 
 
 def finish(world: World, batch: int, after: int = 2 * MS) -> list[a.Action]:
@@ -324,7 +324,7 @@ LATE = (
     e.Cancelled(99),
     e.WorkerDown("nobody"),
     e.WorkerRetiring("nobody"),
-    e.WorkerUp("w9", "nothing", "1"),
+    e.WorkerUp("w9", "nothing", "1", "cpu"),
     e.VersionCurrent("nothing", "2"),
     e.ServiceRemoved("nothing"),
     e.JobExited("nobody"),

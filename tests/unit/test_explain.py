@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 
-from tests.builders import World, plan
+from tests.builders import World, cpu, plan
 from weft.domain import actions as a
 from weft.domain import events as e
-from weft.domain.device import DeviceSpec, PreemptLevel
 from weft.domain.plan import Plan
 from weft.domain.snapshot import Snapshot
 from weft.domain.units import MS, S
@@ -57,11 +56,10 @@ def dispatch(actions: list[a.Action]) -> a.Dispatch:
 
 def test_plans_tell_reasons_and_both_layouts_newest_kept() -> None:
     world = Told()
-    device = DeviceSpec("cpu", "cpu", (0, 1), 1, (1,), PreemptLevel.PRIORITY, True, 1, 1)
     before, after = plan({"s": (0,)}), plan({"s": (0,)}, {"j": (1,)}, version=2, reasons=("job j",))
     for version in range(5):
         chosen = Plan(version, after.partitions, after.services, after.jobs, (), reasons=("why",))
-        snapshot = Snapshot(version * S, S, device, before, (), ())
+        snapshot = Snapshot(version * S, S, (cpu(2),), before, (), ())
         world.entries.append(PlanRecord(version * S, snapshot, chosen))
         world.entries.append(PlanRecord(version * S, snapshot, None))
     told = world.told(last=2)

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.builders import cpu
 from weft.domain import actions as a
 from weft.domain import events as e
-from weft.domain.device import DeviceSpec, PreemptLevel
 from weft.domain.errors import JournalError
 from weft.domain.plan import EMPTY_PLAN
 from weft.domain.snapshot import Snapshot
@@ -32,7 +32,7 @@ class Node:
     """A dispatcher that writes a journal, and how often it was asked for a checkpoint."""
 
     def __init__(self, directory: Path, **kwargs: int) -> None:
-        self.dispatcher, self.planner = Dispatcher(PreemptLevel.PRIORITY, 2), Planner()
+        self.dispatcher, self.planner = Dispatcher((cpu(2),)), Planner()
         self.now = 1 * S
         self.checkpoints = 0
         self.journal = Journal(directory, self._checkpoint, **kwargs)
@@ -82,7 +82,7 @@ class FullDisk:
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     node = Node(tmp_path / "deep" / "journal")
     node.journal.open()
-    order = e.WorkerUp("w", "s", "1", ((1, 1, 5 * MS),))
+    order = e.WorkerUp("w", "s", "1", "cpu", ((1, 1, 5 * MS),))
     node.journal.append(7, order, [a.WakeAt("x", 9), a.Complete("x", batch=4, requests=(1, 2))])
     node.tick(3)
     node.journal.close()
@@ -110,8 +110,7 @@ def test_plans_and_their_snapshots_are_kept(tmp_path: Path) -> None:
 
 
 def cpu_snapshot() -> Snapshot:
-    device = DeviceSpec("cpu", "cpu", (0, 1), 1, (1, 2), PreemptLevel.PRIORITY, True, 20, 100)
-    return Snapshot(1 * S, 1 * S, device, EMPTY_PLAN, (), ())
+    return Snapshot(1 * S, 1 * S, (cpu(2),), EMPTY_PLAN, (), ())
 
 
 def test_segments_rotate_and_the_oldest_go(tmp_path: Path) -> None:
@@ -217,7 +216,7 @@ def test_a_record_of_another_shape_is_an_error(tmp_path: Path) -> None:
 def test_another_format_is_refused_by_its_number(tmp_path: Path) -> None:
     path = tmp_path / "1.weftj"
     path.write_bytes(b"weft journal 3\n\x00\x01")
-    with pytest.raises(JournalError, match=r"journal format 3, this Weft reads 1; use the Weft"):
+    with pytest.raises(JournalError, match=r"journal format 3, this Weft reads 2; use the Weft"):
         list(read(path))
     path.write_bytes(b"PNG and more")
     with pytest.raises(JournalError, match="not a journal of Weft"):

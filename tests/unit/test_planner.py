@@ -9,23 +9,18 @@ from typing import Any
 
 import pytest
 
-from weft.domain.device import DeviceSpec, PreemptLevel
+from tests.builders import cpu
+from weft.domain.device import DeviceSpec
 from weft.domain.plan import EMPTY_PLAN, Plan
 from weft.domain.snapshot import JobFacts, ServiceFacts, Snapshot
 from weft.domain.units import MS, S
-from weft.policy.layouts import judge
+from weft.policy.judging import View, judge
+from weft.policy.layouts import unit_layout
 from weft.policy.planner import Planner, Tuning
 
-SLOW = {f"{units}x{rows}": 20 * MS * (3 + rows) // 4 for units in (1, 2) for rows in (1, 2, 4, 8)}
+TIMES = {f"{units}x{rows}": 20 * MS * (3 + rows) // 4 for units in (1, 2) for rows in (1, 2, 4, 8)}
+SLOW = {"cpu": TIMES}
 """20 ms a request on a core, cheaper in batches, no faster on two cores."""
-
-
-def device(cores: int) -> DeviceSpec:
-    units = tuple(range(cores))
-    return DeviceSpec(
-        "cpu", "cpu", units, 2**30, tuple(range(1, cores + 1)), PreemptLevel.PRIORITY, True,
-        20_000, MS,
-    )  # fmt: skip
 
 
 def service(name: str = "s", rate: float = 0.0, **changes: Any) -> ServiceFacts:
@@ -47,14 +42,14 @@ class Planning:
 
     def __init__(self, cores: int = 8, **tuning: Any) -> None:
         self.planner = Planner(Tuning(**tuning))
-        self.device = device(cores)
+        self.device = cpu(cores)
         self.now = 100 * S
         self.present: Plan = EMPTY_PLAN
 
     def snapshot(self, *facts: ServiceFacts | JobFacts) -> Snapshot:
         services = tuple(f for f in facts if isinstance(f, ServiceFacts))
         jobs = tuple(f for f in facts if isinstance(f, JobFacts))
-        return Snapshot(self.now, S, self.device, self.present, services, jobs)
+        return Snapshot(self.now, S, (self.device,), self.present, services, jobs)
 
     def see(self, *facts: ServiceFacts | JobFacts, after: int = S) -> Plan | None:
         """Plan from these facts; every plan is feasible."""
@@ -131,13 +126,13 @@ def settled(rate: float, cores: int = 8) -> Planning:
 @pytest.mark.parametrize("rate", [1.0, 100.0, 250.0])
 def test_services_get_the_fewest_cores_that_hold_their_objectives(rate: float) -> None:
     world = settled(rate)
-    snapshot = world.snapshot(service(rate=rate), job())
-    layout = world.planner.state.layout
+    view = View(world.now, world.device, world.present, (service(rate=rate),), (job(),))
+    layout = world.planner.state.devices["cpu"].layout
     assert layout is not None
-    assert not judge(snapshot, layout, 10.0).misses
-    if layout.cores > 1:
-        fewer = judge(snapshot, layout._replace(cores=layout.cores - 1, size=1), 10.0)
-        assert fewer.misses or max(fewer.rho) > 0.6
+    assert not judge(view, layout, 10.0).misses
+    if layout.compute > 1:
+        fewer = judge(view, unit_layout(world.device, layout.compute - 1, 1), 10.0)
+        assert fewer.misses or fewer.busiest > 0.6
 
 
 def test_an_objective_that_no_layout_holds_gets_all_that_helps() -> None:

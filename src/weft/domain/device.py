@@ -24,19 +24,22 @@ class PreemptLevel(enum.IntEnum):
 class Partition(msgspec.Struct, frozen=True):
     """A piece of a device's space; the only thing that work runs on.
 
-    ``units`` are the device's own unit numbers (cores, SM groups, MIG slices), so two
-    partitions of one device overlap exactly when their units intersect.
+    ``units`` are the device's own unit numbers (cores, SM groups, MIG memory slices), so two
+    partitions of one device overlap exactly when their units intersect. ``slices`` is set where
+    compute is counted otherwise: a MIG instance of four memory slices may have three compute
+    slices. ``memory`` in bytes, 0 where it is not divided.
     """
 
     id: str
     device: str
     units: tuple[int, ...]
     memory: int = 0
+    slices: int = 0
 
     @property
     def compute(self) -> int:
         """Number of compute units."""
-        return len(self.units)
+        return self.slices or len(self.units)
 
 
 class DeviceSpec(msgspec.Struct, frozen=True):
@@ -45,7 +48,8 @@ class DeviceSpec(msgspec.Struct, frozen=True):
     ``shapes`` lists partition sizes (in compute units) that the device can form;
     ``resizes_live`` says whether a partition may change while work runs on others;
     ``revoke_ns`` is a first guess at the cost of taking a partition back from a job, replaced
-    by measurements; ``repartition_ns`` likewise for a change of layout.
+    by measurements; ``repartition_ns`` likewise for a change of layout. Devices of one ``kind``
+    execute a model equally fast. Memory in bytes, 0 where it is no constraint.
     """
 
     id: str
@@ -59,3 +63,22 @@ class DeviceSpec(msgspec.Struct, frozen=True):
     repartition_ns: int
     limits: tuple[str, ...] = ()
     """What this device does without on this machine, in words (shown by ``weft status``)."""
+    mig: str = ""
+    """The GPU model whose MIG tables (``weft.domain.mig``) say which partitions it can form:
+    ``units`` are its memory slices and ``shapes`` says nothing. Empty: any units together."""
+    slices: int = 0
+    """Compute units, where they are counted otherwise than ``units``."""
+    trains: bool = True
+    """Whether jobs can run on it."""
+    pins_jobs: bool = False
+    """Whether a running job is bound to its partition: it can be paused there, but to move it
+    is to start it again."""
+    move_ns: int = 0
+    """What that costs a job."""
+    operators: tuple[str, ...] = ()
+    """What a model may be made of to run here; empty: anything."""
+
+    @property
+    def compute(self) -> int:
+        """Number of compute units."""
+        return self.slices or len(self.units)

@@ -65,12 +65,13 @@ class BatchFailed(_Event, frozen=True):
 
 
 class WorkerUp(_Event, frozen=True):
-    """A warmed model instance is ready. ``profile`` holds measured execution times as
-    ``(units, rows, ns)``."""
+    """A warmed model instance is ready on ``device``. ``profile`` holds measured execution times
+    there as ``(units, rows, ns)``."""
 
     worker: str
     service: str
     version: str
+    device: str
     profile: tuple[tuple[int, int, int], ...] = ()
 
 
@@ -96,7 +97,7 @@ class VersionCurrent(_Event, frozen=True):
 
 class JobReady(_Event, frozen=True):
     """A job's processes run and may be granted partitions. ``guaranteed`` is a share of the
-    device's compute owed over ``window`` ns; ``limit`` the most units it may hold."""
+    compute that trains, owed over ``window`` ns; ``limit`` the most units it may hold."""
 
     job: str
     weight: float

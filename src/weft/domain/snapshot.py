@@ -6,13 +6,17 @@ import msgspec
 
 from weft.domain.device import DeviceSpec
 from weft.domain.plan import Plan
+from weft.domain.workload import Variant
 
 
 class ServiceFacts(msgspec.Struct, frozen=True):
     """One service over the last observation window. Times in ns, rates per second.
 
-    ``exec_ns`` maps ``(units, rows)`` to the measured execution time. ``rate_trend`` is the
-    change of the arrival rate per second.
+    ``exec_ns`` maps a kind of device, and there units and rows (``"2x8"``), to the measured
+    execution time. ``rate_trend`` is the change of the arrival rate per second. ``misses`` and
+    those after it count from the node's start; ``pressed`` are answers after the deadline and
+    refusals for want of capacity. ``instances`` are those on each device that carries it.
+    ``variants`` says what the model is on kinds of device; empty: it runs anywhere.
     """
 
     name: str
@@ -30,13 +34,12 @@ class ServiceFacts(msgspec.Struct, frozen=True):
     misses: int
     refused: int
     answered: int
-    exec_ns: dict[str, int]
+    exec_ns: dict[str, dict[str, int]]
     instances: int = 1
     live_instances: int = 1
-
-    def exec_time(self, units: int, rows: int) -> int | None:
-        """Measured ns of a batch of ``rows`` on ``units`` compute units, if known."""
-        return self.exec_ns.get(f"{units}x{rows}")
+    pressed: int = 0
+    accuracy_floor: float = 0.0
+    variants: dict[str, Variant] = {}
 
 
 class JobFacts(msgspec.Struct, frozen=True):
@@ -64,7 +67,7 @@ class Snapshot(msgspec.Struct, frozen=True):
 
     now: int
     window: int
-    device: DeviceSpec
+    devices: tuple[DeviceSpec, ...]
     plan: Plan
     services: tuple[ServiceFacts, ...]
     jobs: tuple[JobFacts, ...]

@@ -32,6 +32,15 @@ class BatchSpec(msgspec.Struct, frozen=True):
     max_queue_delay: int = 0
 
 
+class Variant(msgspec.Struct, frozen=True):
+    """What a model is on one kind of device: bytes that an instance holds there, accuracy (0..1)
+    as it runs there (quantized, perhaps), and what it is made of."""
+
+    memory: int = 0
+    accuracy: float = 1.0
+    operators: tuple[str, ...] = ()
+
+
 class ServiceSpec(msgspec.Struct, frozen=True):
     """A model served under an objective."""
 
@@ -57,6 +66,8 @@ class ServiceSpec(msgspec.Struct, frozen=True):
     """Compute units that one execution may use at most; 0 = all of its partition."""
     exec_timeout: int = 30 * S
     """A batch that executes longer than this is ended together with its worker."""
+    variants: dict[str, Variant] = {}
+    """What the model is on kinds of device; empty: the same anywhere."""
 
 
 class RestartPolicy(enum.Enum):

@@ -36,12 +36,13 @@ def refuse(
     """(reason, retry-after ns) if ``request`` must be refused; None to admit it."""
     if state.draining:
         return Refusal.SHUTTING_DOWN, 0
-    if service.workers == 0 or not service.partitions:
+    lanes = _lanes(state, service)
+    if not lanes:
         return Refusal.UNAVAILABLE, 1000 * MS
     if service.queued >= service.max_queue:
         return Refusal.QUEUE_FULL, max(RETRY_MIN, _queued_work(service))
     budget = request.deadline - now
-    wait, own, partition = _best_finish(state, service, request, now)
+    wait, own, partition = _best_finish(state, service, request, now, lanes)
     wait += wait // MARGIN
     if wait + own > budget and _due_for_a_try(state, service, budget, now):
         return None
@@ -53,7 +54,7 @@ def refuse(
     if budget > 0:
         note_headroom(partition, (wait + own) * 1000 // budget - 1)
     if not service.strict:
-        return _spend(state, own * len(partition.units), now, total_units)
+        return _spend(state, own * partition.compute, now, total_units)
     return None
 
 
@@ -68,28 +69,54 @@ def _queued_work(service: ServiceState) -> int:
 
 
 def _best_finish(
-    state: DispatcherState, service: ServiceState, request: Request, now: int
+    state: DispatcherState,
+    service: ServiceState,
+    request: Request,
+    now: int,
+    lanes: dict[str, float],
 ) -> tuple[int, int, PartitionState]:
     """(wait, own execution, partition) on the partition where it would finish first."""
     best: tuple[int, int, PartitionState] | None = None
-    idle_at = _worker_wait(state, service, now)
-    for name in service.partitions:
+    device, idle_at = "", 0
+    for name in lanes:
         partition = state.partitions[name]
+        if partition.device != device:
+            device, idle_at = partition.device, _worker_wait(state, service, partition.device, now)
         wait = max(idle_at, _residual(state, partition, now))
-        wait += _ahead(state, service, partition, request)
-        wait += _company(service, request, len(partition.units), wait)
-        own = _own(service, request, len(partition.units))
+        wait += _ahead(state, service, partition, request, lanes)
+        wait += _company(service, partition, request, wait, lanes)
+        own = _own(service, partition, request)
         if best is None or wait + own < best[0] + best[1]:
             best = wait, own, partition
     assert best is not None
     return best
 
 
-def _worker_wait(state: DispatcherState, service: ServiceState, now: int) -> int:
-    """Ns until some instance of the service is idle."""
-    if any(service.idle.values()):
+def _lanes(state: DispatcherState, service: ServiceState) -> dict[str, float]:
+    """For each partition on which the service has instances: among how many like it the queue is
+    shared out.
+
+    Work goes to whoever is free, so a partition's part of the queue is in proportion to its
+    speed: sum of all speeds / its own. Where all are equal that is their number.
+    """
+    speeds = {}
+    for name in service.partitions:
+        partition = state.partitions[name]
+        if not service.at.get(partition.device):
+            continue
+        table = service.exec[partition.kind]
+        speeds[name] = 1.0 / max(1, table.predict(partition.compute, service.max_batch, 0))
+    total = sum(speeds.values())
+    most = max(1, service.workers)
+    return {name: min(most, total / speed) for name, speed in speeds.items()}
+
+
+def _worker_wait(state: DispatcherState, service: ServiceState, device: str, now: int) -> int:
+    """Ns until some instance of the service on a device is idle."""
+    if any(service.idle.get(device, {}).values()):
         return 0
-    ends = [r.expected_end for r in state.running.values() if r.batch.service == service.name]
+    mine = [r for r in state.running.values() if r.batch.service == service.name]
+    ends = [r.expected_end for r in mine if state.partitions[r.partition].device == device]
     return max(0, min(ends, default=now) - now)
 
 
@@ -100,7 +127,11 @@ def _residual(state: DispatcherState, partition: PartitionState, now: int) -> in
 
 
 def _ahead(
-    state: DispatcherState, service: ServiceState, partition: PartitionState, request: Request
+    state: DispatcherState,
+    service: ServiceState,
+    partition: PartitionState,
+    request: Request,
+    lanes: dict[str, float],
 ) -> int:
     """Predicted work before the newcomer, shared out over each service's partitions. Its own
     service's queue is counted with it included, less its own share of the last batch."""
@@ -112,14 +143,20 @@ def _ahead(
         ahead += sum(other.cost[: request.priority + 1]) // max(1, len(other.partitions))
     rows = sum(service.rows[: request.priority + 1])
     if rows:
-        lanes = min(len(service.partitions), max(1, service.workers))
-        own = _own(service, request, len(partition.units))
-        total = work_ns(service, len(partition.units), rows // lanes + request.rows)
-        ahead += max(0, total - own)
+        own = _own(service, partition, request)
+        before = int(rows / lanes[partition.id]) + request.rows
+        table = service.exec[partition.kind]
+        ahead += max(0, work_ns(table, service.max_batch, partition.compute, before) - own)
     return ahead
 
 
-def _company(service: ServiceState, request: Request, units: int, wait: int) -> int:
+def _company(
+    service: ServiceState,
+    partition: PartitionState,
+    request: Request,
+    wait: int,
+    lanes: dict[str, float],
+) -> int:
     """Ns by which those who come meanwhile and join the newcomer's batch will lengthen it: as
     many as arrive on average, and one standard deviation (of a Poisson count) more.
 
@@ -128,16 +165,17 @@ def _company(service: ServiceState, request: Request, units: int, wait: int) -> 
     """
     if not wait or not service.gap:
         return 0
-    lanes = min(len(service.partitions), max(1, service.workers))
-    ahead = sum(service.rows[: request.priority + 1]) // lanes
+    share = lanes[partition.id]
+    ahead = int(sum(service.rows[: request.priority + 1]) / share)
     last = min(service.max_batch, ahead % service.max_batch + request.rows)
-    joining = wait // (service.gap * lanes)
+    joining = int(wait / (service.gap * share))
     grown = min(service.max_batch, last + joining + isqrt(joining))
-    return max(0, service.exec.predict(units, grown) - service.exec.predict(units, last))
+    table, units = service.exec[partition.kind], partition.compute
+    return max(0, table.predict(units, grown) - table.predict(units, last))
 
 
-def _own(service: ServiceState, request: Request, units: int) -> int:
-    return service.exec.predict(units, request.rows)
+def _own(service: ServiceState, partition: PartitionState, request: Request) -> int:
+    return service.exec[partition.kind].predict(partition.compute, request.rows)
 
 
 def _spend(

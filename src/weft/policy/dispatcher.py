@@ -26,7 +26,7 @@ from typing import Any
 
 from weft.domain import actions as a
 from weft.domain import events as e
-from weft.domain.device import PreemptLevel
+from weft.domain.device import DeviceSpec, PreemptLevel
 from weft.domain.plan import Plan
 from weft.domain.request import Batch, Refusal, Request
 from weft.domain.units import S
@@ -48,14 +48,16 @@ BLOCKED_AFTER_FAILED_GRANT = 1 * S
 class Dispatcher:
     """Owns a ``DispatcherState`` and turns events into actions.
 
-    ``level`` and ``total_units`` are those of the device; ``state`` may be a checkpoint.
+    ``devices`` are those of the box; ``state`` may be a checkpoint.
     """
 
     def __init__(
-        self, level: PreemptLevel, total_units: int, state: DispatcherState | None = None
+        self, devices: tuple[DeviceSpec, ...], state: DispatcherState | None = None
     ) -> None:
-        self.level = level
-        self.total_units = total_units
+        self.devices = devices
+        self.total_units = sum(d.compute for d in devices if d.trains)
+        """Compute units that jobs can have shares of."""
+        self._specs = {d.id: d for d in devices}
         self.state = state if state is not None else DispatcherState()
         self._out: list[a.Action] = []
         self._cause = ""
@@ -123,9 +125,9 @@ class Dispatcher:
 
     def _place(self, service: ServiceState) -> None:
         """Use more of a service's partitions for what it has queued: free ones first, then take
-        back as many lent ones as it has idle workers for."""
+        back as many lent ones of each device as it has idle workers for there."""
         lent: list[PartitionState] = []
-        closing = 0
+        closing: dict[str, int] = {}
         for name in service.partitions:
             partition = self.state.partitions[name]
             if partition.batch or partition.retiring:
@@ -136,12 +138,14 @@ class Dispatcher:
             self._run(partition)
             if service.queued == 0:
                 return
-            closing += partition.batch == 0
+            closing[partition.device] = closing.get(partition.device, 0) + (partition.batch == 0)
         for partition in lent:
-            if service.queued == 0 or closing >= sum(map(len, service.idle.values())):
+            if service.queued == 0:
                 return
-            self._run(partition)
-            closing += partition.batch == 0
+            device = partition.device
+            if closing.get(device, 0) < queues.idle_count(service, device):
+                self._run(partition)
+                closing[device] = closing.get(device, 0) + (partition.batch == 0)
 
     def _cancelled(self, event: e.Cancelled) -> None:
         if queues.withdraw(self.state, event.request) is not None:
@@ -175,7 +179,7 @@ class Dispatcher:
         preempting = partition.hold != Hold.NONE
         if preempting:
             self._revoke(partition)
-            if self.level < PreemptLevel.PRIORITY:
+            if self._specs[partition.device].preempt < PreemptLevel.PRIORITY:
                 return
         self._dispatch(partition, service, lane_key, preempting)
 
@@ -188,7 +192,7 @@ class Dispatcher:
             if not name:
                 break
             service = state.services[name]
-            until = queues.hold_until(state, service, lane_key, len(partition.units))
+            until = queues.hold_until(state, service, lane_key, partition)
             if until <= state.now:
                 return name, lane_key
             self._set_wake(partition, until)
@@ -201,8 +205,7 @@ class Dispatcher:
         state = self.state
         version = service.lanes[lane_key].version or service.version
         worker = self._pick_worker(service, version, partition)
-        units = len(partition.units)
-        requests = queues.take_batch(state, service, lane_key, units, state.now)
+        requests = queues.take_batch(state, service, lane_key, partition, state.now)
         rows = sum(r.rows for r in requests)
         batch = Batch(state.next_batch, service.name, version, tuple(r.id for r in requests), rows)
         state.next_batch += 1
@@ -215,7 +218,7 @@ class Dispatcher:
             worker=worker.id,
             partition=partition.id,
             started=state.now,
-            expected_end=state.now + service.exec.predict(units, rows),
+            expected_end=state.now + service.exec[partition.kind].predict(partition.compute, rows),
             preempting=preempting,
         )
         self._out.append(a.Dispatch(self._cause, batch, worker.id, partition.id, preempting))
@@ -224,7 +227,7 @@ class Dispatcher:
         self, service: ServiceState, version: str, partition: PartitionState
     ) -> WorkerState:
         """An idle worker, preferably one that last ran on this partition."""
-        idle = service.idle[version]
+        idle = service.idle[partition.device][version]
         index = 0
         for i, name in enumerate(idle):
             if self.state.workers[name].partition == partition.id:
@@ -243,7 +246,8 @@ class Dispatcher:
             # A batch costs what it holds the partition, the way there and back included: those
             # behind it wait for that, not for the execution alone.
             held = max(event.exec_ns, now - running.started)
-            service.exec.observe(len(partition.units), running.batch.rows, held)
+            table = service.exec[partition.kind]
+            table.observe(partition.compute, running.batch.rows, held)
             lending.note_start(partition, event.start_ns, running.preempting)
             for request in running.requests:
                 service.p95.add(now - request.arrived)
@@ -271,7 +275,7 @@ class Dispatcher:
             worker.batch = 0
             service = state.services.get(worker.service)
             if service is not None and not worker.retiring:
-                service.idle.setdefault(worker.version, []).append(worker.id)
+                self._enter_pool(service, worker)
         partition = state.partitions.get(running.partition)
         if partition is not None:
             partition.batch = 0
@@ -305,7 +309,6 @@ class Dispatcher:
             max_queue_delay=event.max_queue_delay,
             strict=event.strict,
             p95=Quantile(step=max(1, event.objective // 16)),
-            exec=ExecTable(),
         )
         self._link(state.plan)
 
@@ -328,11 +331,16 @@ class Dispatcher:
         service = state.services.get(event.service)
         if service is None or event.worker in state.workers:
             return
+        kind = self._specs[event.device].kind
+        service.home = service.home or kind
+        table = service.exec.setdefault(kind, ExecTable())
         for units, rows, ns in event.profile:
-            service.exec.observe(units, rows, ns)
-        state.workers[event.worker] = WorkerState(event.worker, event.service, event.version)
-        service.idle.setdefault(event.version, []).append(event.worker)
+            table.observe(units, rows, ns)
+        worker = WorkerState(event.worker, event.service, event.version, event.device)
+        state.workers[event.worker] = worker
+        self._enter_pool(service, worker)
         service.workers += 1
+        service.at[event.device] = service.at.get(event.device, 0) + 1
         if not service.version:
             service.version = event.version
         self._place(service)
@@ -365,13 +373,20 @@ class Dispatcher:
         self._refuse_orphans(service)
 
     @staticmethod
+    def _enter_pool(service: ServiceState, worker: WorkerState) -> None:
+        versions = service.idle.setdefault(worker.device, {})
+        versions.setdefault(worker.version, []).append(worker.id)
+
+    @staticmethod
     def _leave_pool(service: ServiceState, worker: WorkerState) -> None:
         service.workers -= 1
-        idle = service.idle.get(worker.version, [])
+        service.at[worker.device] -= 1
+        versions = service.idle.get(worker.device, {})
+        idle = versions.get(worker.version, [])
         if worker.id in idle:
             idle.remove(worker.id)
         if not idle:
-            service.idle.pop(worker.version, None)
+            versions.pop(worker.version, None)
 
     def _has_workers(self, service: ServiceState) -> bool:
         return any(w.service == service.name for w in self.state.workers.values())
@@ -427,7 +442,7 @@ class Dispatcher:
         if not state.jobs or state.draining or (partition.waiting and partition.wake):
             return
         now = state.now
-        job = lending.choose_job(state, partition, now, self.total_units)
+        job = self._choose_job(partition)
         if job is None:
             blocked = [j.blocked_until for j in state.jobs.values() if j.blocked_until > now]
             if blocked:
@@ -445,6 +460,10 @@ class Dispatcher:
                 return
         self._grant(partition, job)
 
+    def _choose_job(self, partition: PartitionState) -> JobShare | None:
+        pinned = self._specs[partition.device].pins_jobs
+        return lending.choose_job(self.state, partition, self.state.now, self.total_units, pinned)
+
     def _grant(self, partition: PartitionState, job: JobShare) -> None:
         state = self.state
         if not job.held:
@@ -456,7 +475,7 @@ class Dispatcher:
         partition.held_since = state.now
         partition.slice_end = state.now + slice_ns
         job.held.append(partition.id)
-        job.units += len(partition.units)
+        job.units += partition.compute
         self._out.append(a.Grant(self._cause, job.id, partition.id, slice_ns))
         if len(state.jobs) > 1:
             self._set_wake(partition, partition.slice_end)
@@ -507,9 +526,9 @@ class Dispatcher:
         """Book what the job used and clear the hold."""
         job = self.state.jobs.get(partition.job)
         if job is not None:
-            lending.settle(job, self.state.now, len(partition.units), partition.held_since)
+            lending.settle(job, self.state.now, partition.compute, partition.held_since)
             job.held.remove(partition.id)
-            job.units -= len(partition.units)
+            job.units -= partition.compute
             lending.roll_window(self.state, job, self.state.now, self.total_units)
         partition.job, partition.hold = "", Hold.NONE
 
@@ -518,7 +537,7 @@ class Dispatcher:
         state, now = self.state, self.state.now
         lending.adjust_slice(state, partition, now)
         holder = state.jobs[partition.job]
-        rival = lending.choose_job(state, partition, now, self.total_units)
+        rival = self._choose_job(partition)
         if rival is not None and rival is not holder:
             owed = lending.in_debt(state, rival, now, self.total_units)
             behind = lending.virtual_time(state, rival, now)
@@ -643,7 +662,13 @@ class Dispatcher:
             kept = old.get(spec.id)
             if kept is None or kept.retiring:
                 kept = PartitionState(
-                    spec.id, spec.units, [], [], False, plan.slice_min, idle_since=state.now
+                    id=spec.id,
+                    device=spec.device,
+                    kind=self._specs[spec.device].kind,
+                    units=spec.units,
+                    compute=spec.compute,
+                    slice_ns=plan.slice_min,
+                    idle_since=state.now,
                 )
             kept.slice_ns = min(kept.slice_ns, plan.slice_max)
             state.partitions[spec.id] = kept
@@ -668,6 +693,10 @@ class Dispatcher:
         for service in state.services.values():
             mine = plan.services.get(service.name, ())
             service.partitions = [p for p in mine if p in state.partitions]
+            kinds = [state.partitions[p].kind for p in service.partitions]
+            service.home = kinds[0] if kinds else service.home
+            for kind in kinds:
+                service.exec.setdefault(kind, ExecTable())
 
     # --- time -------------------------------------------------------------------------------
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from weft.domain.device import PreemptLevel
 from weft.policy.dispatcher import Dispatcher
+from weft.policy.queues import idle_count
 from weft.policy.state import DispatcherState, Hold
 
 
 def check(dispatcher: Dispatcher) -> None:
     """Raise AssertionError naming the law that is broken."""
     state = dispatcher.state
-    _holders(state, dispatcher.level)
+    _holders(state, {d.id: d.preempt for d in dispatcher.devices})
     _workers(state)
     _queues(state)
     _jobs(state, dispatcher.total_units)
@@ -18,33 +19,39 @@ def check(dispatcher: Dispatcher) -> None:
     _timers(state)
 
 
-def _holders(state: DispatcherState, level: PreemptLevel) -> None:
-    taken: set[int] = set()
+def _holders(state: DispatcherState, levels: dict[str, PreemptLevel]) -> None:
+    taken: set[tuple[str, int]] = set()
     for p in state.partitions.values():
         assert (p.job == "") == (p.hold == Hold.NONE), f"{p.id}: holder {p.job!r} but {p.hold!r}"
         if p.batch and p.job:
+            level = levels[p.device]
             assert level >= PreemptLevel.PRIORITY, f"{p.id}: batch and job at level {level!r}"
             assert p.hold in (Hold.CLOSING, Hold.STOPPING), f"{p.id}: batch beside a held job"
         if p.batch:
             assert p.batch in state.running, f"{p.id}: unknown batch {p.batch}"
             assert state.running[p.batch].partition == p.id
-        overlap = taken & set(p.units)
-        assert not overlap, f"{p.id}: units {overlap} belong to two partitions"
-        taken |= set(p.units)
+        mine = {(p.device, unit) for unit in p.units}
+        assert not taken & mine, f"{p.id}: units {taken & mine} belong to two partitions"
+        taken |= mine
     for running in state.running.values():
         assert state.partitions[running.partition].batch == running.batch.id
-        assert state.workers[running.worker].batch == running.batch.id
+        worker = state.workers[running.worker]
+        assert worker.batch == running.batch.id
+        assert worker.device == state.partitions[running.partition].device
 
 
 def _workers(state: DispatcherState) -> None:
     for service in state.services.values():
-        idle = [w for ws in service.idle.values() for w in ws]
+        idle = [w for pool in service.idle.values() for ws in pool.values() for w in ws]
         assert len(idle) == len(set(idle)), f"{service.name}: a worker is idle twice"
         for name in idle:
             assert state.workers[name].batch == 0, f"{name}: idle and busy"
             assert not state.workers[name].retiring, f"{name}: idle and retiring"
         mine = [w for w in state.workers.values() if w.service == service.name]
         assert service.workers == sum(not w.retiring for w in mine), f"{service.name}: count"
+        for device, count in service.at.items():
+            there = sum(w.device == device and not w.retiring for w in mine)
+            assert there == count, f"{service.name}: count on {device}"
         busy = sum(1 for w in mine if w.batch and not w.retiring)
         assert busy + len(idle) == service.workers, f"{service.name}: a worker is lost"
 
@@ -70,7 +77,7 @@ def _jobs(state: DispatcherState, total_units: int) -> None:
     for job in state.jobs.values():
         held = [p for p in state.partitions.values() if p.job == job.id]
         assert sorted(job.held) == sorted(p.id for p in held), f"{job.id}: holds {job.held}"
-        assert job.units == sum(len(p.units) for p in held) <= total_units
+        assert job.units == sum(p.compute for p in held) <= total_units
         assert job.units <= max(job.limit, 0) or not held, f"{job.id}: over its limit"
     for p in state.partitions.values():
         assert not p.job or p.job in state.jobs, f"{p.id}: held by the unknown job {p.job}"
@@ -91,11 +98,13 @@ def _work_conserving(state: DispatcherState) -> None:
             mine = [state.partitions[q] for q in service.partitions]
             if service.max_queue_delay and any(q.wake for q in mine):
                 continue
-            closing = sum(not q.batch and q.hold >= Hold.CLOSING for q in mine)
-            if p.hold != Hold.NONE and closing >= sum(map(len, service.idle.values())):
+            beside = [q for q in mine if q.device == p.device]
+            closing = sum(not q.batch and q.hold >= Hold.CLOSING for q in beside)
+            if p.hold != Hold.NONE and closing >= idle_count(service, p.device):
                 continue
             for lane in service.lanes.values():
-                idle = service.idle.get(lane.version or service.version)
+                pool = service.idle.get(p.device, {})
+                idle = pool.get(lane.version or service.version)
                 assert not (lane.live and idle), f"{p.id} idles while {name} waits"
 
 

@@ -1,54 +1,38 @@
-"""Candidate layouts of a core-set device, and how well services would do on each.
+"""Layouts: how a device's space can be divided between services and jobs, and how to step from
+one layout to the next.
 
-A layout is ``cores`` for services, cut into partitions of ``size`` cores; the other cores are
-single-core partitions for jobs. Larger partitions make one execution faster, more partitions
-run more of them at once: which of the two a service needs follows from its measured times.
+Three geometries. *Units*: any units together (cores, multiprocessors); a layout is ``n`` units
+for services in partitions of equal size, the others are single-unit partitions for jobs. Larger
+partitions make one execution faster, more partitions run more of them at once. *MIG*: instances
+where the GPU's placement tables allow them (``weft.domain.mig``); services have some, jobs the
+rest of a layout to which nothing can be added. *Whole*: a device that jobs cannot use is one
+partition.
 """
 
 from __future__ import annotations
 
-import math
-from typing import NamedTuple
+from collections.abc import Iterable
+from functools import cache
+from itertools import combinations
 
 import msgspec
 
 from weft.domain.device import DeviceSpec, Partition
-from weft.domain.snapshot import ServiceFacts, Snapshot
-from weft.policy.queueing import wait_quantile
+from weft.domain.mig import Placement, Placements, Table, table
 
-RHO_MAX = 0.85
-"""Highest planned utilization of a service partition."""
-HEADROOM = 0.9
-"""Share of the objective that the predicted percentile may use."""
+MIB = 2**20
 
 
-class Layout(NamedTuple):
-    """``cores`` cores for services in partitions of ``size``."""
+class Layout(msgspec.Struct, frozen=True):
+    """``mine``: the partitions for services. ``free``: what is left, for jobs."""
 
-    cores: int
-    size: int
-
-
-class Verdict(msgspec.Struct):
-    """A layout judged: the partitions of each service, the utilization of each partition, and
-    for each service that would miss its objective why, and by how much in all (each 0..1)."""
-
-    layout: Layout
-    services: dict[str, tuple[int, ...]]
-    rho: list[float]
-    misses: dict[str, str]
-    shortfall: float = 0.0
+    mine: tuple[Partition, ...] = ()
+    free: tuple[Partition, ...] = ()
 
     @property
-    def overload(self) -> float:
-        """How badly it falls short, to compare infeasible layouts."""
-        return sum(max(0.0, r - RHO_MAX) for r in self.rho) + self.shortfall
-
-
-def partition_cores(device: DeviceSpec, layout: Layout) -> list[tuple[int, ...]]:
-    """Cores of the service partitions of a layout, lowest cores first."""
-    cores = device.units[: layout.cores]
-    return [tuple(cores[i : i + layout.size]) for i in range(0, layout.cores, layout.size)]
+    def compute(self) -> int:
+        """Compute units of the services' partitions."""
+        return sum(p.compute for p in self.mine)
 
 
 def make_partition(device: DeviceSpec, units: tuple[int, ...]) -> Partition:
@@ -60,106 +44,137 @@ def make_partition(device: DeviceSpec, units: tuple[int, ...]) -> Partition:
     return Partition(f"{device.id}:{span}", device.id, units)
 
 
-def candidates(device: DeviceSpec, cores: int) -> list[Layout]:
-    """Layouts that give ``cores`` cores to services."""
-    shapes = [s for s in device.shapes if s <= cores and cores % s == 0]
-    return [Layout(cores, size) for size in sorted(shapes)]
+def without_services(device: DeviceSpec) -> Layout:
+    """All of it for jobs."""
+    if device.mig:
+        whole = max(table(device.mig).profiles, key=lambda p: p.compute).name
+        return _mig_layout(device, (), (Placement(0, whole),))
+    if not device.trains:
+        return Layout((_whole(device),))
+    return unit_layout(device, 0, 1)
 
 
-def judge(snapshot: Snapshot, layout: Layout, horizon_s: float) -> Verdict:
-    """Spread services over the partitions (largest load first, least loaded partition first)
-    and predict each one's percentile at the load expected ``horizon_s`` seconds ahead."""
-    count = layout.cores // layout.size
-    rho = [0.0] * count
-    guests = [0] * count
-    slowest = [0.0] * count
-    placed: dict[str, tuple[int, ...]] = {}
-    loads = {s.name: load(s, layout.size, horizon_s) for s in snapshot.services}
-    for service in sorted(snapshot.services, key=lambda s: (-loads[s.name], s.name)):
-        wanted = max(1, math.ceil(loads[service.name] / RHO_MAX - 1e-9))
-        most = max(1, int(service.limit * len(snapshot.device.units) / layout.size + 1e-9))
-        wanted = min(wanted, count, service.instances, most)
-        # Where loads are equal (nothing measured yet), services keep out of each other's way.
-        chosen = sorted(range(count), key=lambda i: (rho[i], guests[i], i))[:wanted]
-        for index in chosen:
-            guests[index] += 1
-            rho[index] += loads[service.name] / wanted
-            slowest[index] = max(slowest[index], float(exec_ns(service, layout.size, 1)))
-        placed[service.name] = tuple(sorted(chosen))
-    _fill(snapshot, layout, placed, rho, loads)
-    verdict = Verdict(layout, placed, rho, {})
-    for service in snapshot.services:
-        where = placed[service.name]
-        busiest, other = max(rho[i] for i in where), max(slowest[i] for i in where)
-        own = exec_ns(service, layout.size, 1)
-        expected = own + wait_quantile(max(own, other), busiest, service.percentile)
-        if expected > HEADROOM * service.objective or busiest > RHO_MAX:
-            verdict.misses[service.name] = _why(service, expected, busiest)
-            verdict.shortfall += max(0.0, 1.0 - HEADROOM * service.objective / expected)
-    return verdict
+def whole_device(device: DeviceSpec) -> Layout:
+    """The only layout of a device that jobs cannot use."""
+    return Layout((_whole(device),))
 
 
-def _fill(
-    snapshot: Snapshot,
-    layout: Layout,
-    placed: dict[str, tuple[int, ...]],
-    rho: list[float],
-    loads: dict[str, float],
-) -> None:
-    """Partitions that no load calls for go to services that have instances to use them."""
-    units = len(snapshot.device.units)
-    for index in range(len(rho)):
-        if any(index in chosen for chosen in placed.values()):
-            continue
-        able = [
-            s
-            for s in snapshot.services
-            if len(placed[s.name]) < min(s.instances, max(1, int(s.limit * units / layout.size)))
-        ]
-        if not able:
-            return
-        busiest = max(able, key=lambda s: (loads[s.name] / len(placed[s.name]), s.name))
-        had = placed[busiest.name]
-        for old in had:
-            rho[old] -= loads[busiest.name] / len(had)
-        placed[busiest.name] = tuple(sorted((*had, index)))
-        for new in placed[busiest.name]:
-            rho[new] += loads[busiest.name] / len(placed[busiest.name])
+def _whole(device: DeviceSpec) -> Partition:
+    return Partition(f"{device.id}:all", device.id, device.units, device.memory, device.slices)
 
 
-def utilization(snapshot: Snapshot, size: int, horizon_s: float) -> float:
-    """Of the busiest partition, with services where the present plan has them."""
-    rho: dict[str, float] = {}
-    for service in snapshot.services:
-        where = snapshot.plan.services.get(service.name, ())
-        for partition in where:
-            share = load(service, size, horizon_s) / len(where)
-            rho[partition] = rho.get(partition, 0.0) + share
-    return max(rho.values(), default=0.0)
+# --- units ----------------------------------------------------------------------------------
 
 
-def load(service: ServiceFacts, size: int, horizon_s: float) -> float:
-    """Partitions of ``size`` cores that the service would keep busy: rate x time per row at
-    the batch size that its load calls for."""
-    rate = max(0.0, service.rate + max(0.0, service.rate_trend) * horizon_s)
-    single = rate * exec_ns(service, size, 1) / 1e9
-    if single < 0.5:
-        return single
-    return rate * exec_ns(service, size, service.max_batch) / service.max_batch / 1e9
-
-
-def exec_ns(service: ServiceFacts, size: int, rows: int) -> int:
-    """Measured time of ``rows`` rows on ``size`` cores, else the nearest guess; 0 if none."""
-    exact = service.exec_time(size, rows)
-    if exact is not None:
-        return exact
-    single = service.exec_time(size, 1) or service.exec_time(1, rows) or service.exec_time(1, 1)
-    return single or 0
-
-
-def _why(service: ServiceFacts, expected: float, busiest: float) -> str:
-    shown = "over saturation" if math.isinf(expected) else f"{expected / 1e6:.1f} ms"
-    return (
-        f"predicted p{service.percentile:g} {shown} against {service.objective / 1e6:g} ms "
-        f"at utilization {busiest:.2f}"
+def unit_layout(device: DeviceSpec, units: int, size: int) -> Layout:
+    """The first ``units`` units for services, in partitions of ``size``."""
+    mine = [device.units[i : i + size] for i in range(0, units, size)]
+    return Layout(
+        tuple(make_partition(device, tuple(us)) for us in mine),
+        tuple(make_partition(device, (unit,)) for unit in device.units[units:]),
     )
+
+
+def unit_layouts(device: DeviceSpec, units: int) -> list[Layout]:
+    """Layouts that give ``units`` units to services, smallest partitions first."""
+    sizes = [s for s in sorted(device.shapes) if s <= units and units % s == 0]
+    return [unit_layout(device, units, size) for size in sizes]
+
+
+# --- MIG ------------------------------------------------------------------------------------
+
+Profiles = tuple[str, ...]
+"""Names of profiles, sorted."""
+
+
+def mig_layouts(device: DeviceSpec, current: Layout | None) -> list[Layout]:
+    """Layouts one step from ``current`` (one instance of services more, less or of another
+    profile), itself included; all there are if it is None. For each choice of services' and
+    jobs' instances the placement that keeps most of what is there."""
+    combos = _combinations(device.mig)
+    if current is None or not current.mine:
+        kept: frozenset[Placement] = frozenset()
+        steps: Iterable[Profiles] = combos
+    else:
+        kept = frozenset(_placement(p) for p in (*current.mine, *current.free))
+        present = tuple(sorted(_placement(p).profile for p in current.mine))
+        steps = [mine for mine in combos if _one_step(present, mine)]
+    found = []
+    for mine in steps:
+        by_rest: dict[Profiles, tuple[Placements, Placements]] = {}
+        for placed in combos[mine]:
+            rest = tuple(sorted(p.profile for p in placed[1]))
+            best = by_rest.get(rest)
+            if best is None or _moved(placed, kept) < _moved(best, kept):
+                by_rest[rest] = placed
+        found += [_mig_layout(device, *placed) for placed in by_rest.values()]
+    return found
+
+
+def mig_fixed(device: DeviceSpec, profiles: Profiles) -> list[Layout]:
+    """Layouts in which services have exactly these instances; empty if there is none."""
+    placed = _combinations(device.mig).get(tuple(sorted(profiles)), [])
+    return [_mig_layout(device, *p) for p in placed]
+
+
+def service_profiles(gpu: str) -> list[Profiles]:
+    """Every choice of instances that services can have on this GPU."""
+    return list(_combinations(gpu))
+
+
+def _mig_layout(device: DeviceSpec, mine: Placements, free: Placements) -> Layout:
+    return Layout(
+        tuple(_instance(device, p) for p in mine), tuple(_instance(device, p) for p in free)
+    )
+
+
+def _instance(device: DeviceSpec, placement: Placement) -> Partition:
+    profile = table(device.mig).profile(placement.profile)
+    return Partition(
+        id=f"{device.id}:{profile.name}@{placement.start}",
+        device=device.id,
+        units=tuple(range(placement.start, placement.start + profile.size)),
+        memory=(profile.memory_mib or 0) * MIB,
+        slices=profile.compute,
+    )
+
+
+def _placement(partition: Partition) -> Placement:
+    profile, _, start = partition.id.rpartition(":")[2].partition("@")
+    return Placement(int(start), profile)
+
+
+def _moved(placed: tuple[Placements, Placements], kept: frozenset[Placement]) -> int:
+    return sum(p not in kept for p in (*placed[0], *placed[1]))
+
+
+def _one_step(present: Profiles, other: Profiles) -> bool:
+    """Whether at most one instance comes, goes or is another."""
+    rest = list(other)
+    gone = 0
+    for name in present:
+        if name in rest:
+            rest.remove(name)
+        else:
+            gone += 1
+    return gone <= 1 and len(rest) <= 1
+
+
+@cache
+def _combinations(gpu: str) -> dict[Profiles, list[tuple[Placements, Placements]]]:
+    """For every choice of services' instances: where they and the jobs' can be."""
+    found: dict[Profiles, list[tuple[Placements, Placements]]] = {}
+    for layout in _full(table(gpu)):
+        for count in range(1, len(layout) + 1):
+            for mine in combinations(layout, count):
+                rest = tuple(p for p in layout if p not in mine)
+                key = tuple(sorted(p.profile for p in mine))
+                found.setdefault(key, []).append((mine, rest))
+    return found
+
+
+def _full(gpu: Table) -> list[Placements]:
+    """Layouts to which no instance can be added."""
+    everything = set(gpu.layouts())
+    larger = {tuple(p for p in layout if p is not left) for layout in everything for left in layout}
+    return sorted(layout for layout in everything if layout and layout not in larger)

@@ -39,7 +39,7 @@ def settle(job: JobShare, now: int, units: int, since: int) -> None:
 def _running(state: DispatcherState, job: JobShare, now: int) -> int:
     """Unit-ns of the grants under way, not booked yet."""
     held = (state.partitions[p] for p in job.held)
-    return sum((now - p.held_since) * len(p.units) for p in held)
+    return sum((now - p.held_since) * p.compute for p in held)
 
 
 def debt(state: DispatcherState, job: JobShare, now: int, total_units: int) -> int:
@@ -73,12 +73,13 @@ def starved(state: DispatcherState, now: int, total_units: int) -> int:
 
 
 def choose_job(
-    state: DispatcherState, partition: PartitionState, now: int, total_units: int
+    state: DispatcherState, partition: PartitionState, now: int, total_units: int, pinned: bool
 ) -> JobShare | None:
-    """Who gets an idle partition; None if nobody may."""
+    """Who gets an idle partition; None if nobody may. ``pinned``: none but its owners, because
+    others cannot move there."""
     owners = [state.jobs[j] for j in partition.owners if j in state.jobs]
-    candidates = owners or list(state.jobs.values())
-    size = len(partition.units)
+    candidates = owners if owners or pinned else list(state.jobs.values())
+    size = partition.compute
     best: JobShare | None = None
     best_key: tuple[int, int, str] | None = None
     for job in candidates:
@@ -171,9 +172,9 @@ def lendable_now(
     job: JobShare,
     total_units: int,
 ) -> bool:
-    """Whether an idle partition may go to ``job``: its own always, a service's while the slice
-    is not zero or the job is owed its guarantee."""
-    if not partition.services or job.id in partition.owners:
+    """Whether an idle partition may go to ``job``: one without services always, a service's
+    while the slice is not zero or the job is owed its guarantee."""
+    if not partition.services:
         return True
     if not partition.lendable:
         return False

@@ -2,34 +2,50 @@
 
 Laws (docs/design.md says why):
 
-1. Feasible first: partitions are shapes the device can form and no two overlap.
-2. Services get the fewest cores on which every objective is predicted to hold at the recent
-   peak rate; the rest goes to jobs by utility, and idle service partitions are lent. Before the
-   load is known, services start with all that their instances can use, if it can be lent.
-3. A layout changes only when the wish for it has held for a while, one step at a time, and
+1. Feasible first: partitions are shapes the device can form, no two overlap, and a model goes
+   only where it fits by memory, operators and accuracy.
+2. Devices that only serve carry what fits there; the rest goes to those that also train.
+3. Services get the least space on which every objective is predicted to hold at the recent peak
+   rate; where jobs cannot move, the layout that leaves them most. The rest goes to jobs by
+   utility, and idle service partitions are lent. Before the load is known, services start with
+   all that their instances can use, if it can be lent.
+4. A prediction that measurement contradicts is corrected: while a service misses its objective
+   more often than allowed, its load counts for more than its rate says.
+5. A layout changes only when the wish for it has held for a while, one step at a time, and
    when what is gained over the horizon exceeds the cost of changing. A service or job that
    comes or goes is placed at once.
-4. Every change has a reason.
+6. Every change has a reason.
 """
 
 from __future__ import annotations
 
 import msgspec
 
+from weft.domain.device import DeviceSpec, Partition
 from weft.domain.plan import Plan
-from weft.domain.snapshot import Snapshot
+from weft.domain.snapshot import JobFacts, ServiceFacts, Snapshot
 from weft.domain.units import MS, S
+from weft.policy.judging import RHO_MAX, Verdict, View, judge, share_out, utilization
 from weft.policy.layouts import (
-    RHO_MAX,
     Layout,
-    Verdict,
-    candidates,
-    judge,
-    make_partition,
-    partition_cores,
-    utilization,
+    mig_fixed,
+    mig_layouts,
+    unit_layout,
+    unit_layouts,
+    whole_device,
+    without_services,
 )
+from weft.policy.placing import Parts, Placing, place
+from weft.policy.pressure import Pressure, note_pressure
 from weft.policy.sharing import divide
+
+CALM = 0.6
+"""Space is taken from services only where what is left would be used no more than this."""
+GAIN = 1.05
+"""Where jobs cannot move, a layout must be worth this much more to them to be changed for."""
+
+
+_Members = tuple[tuple[str, ...], tuple[str, ...]]
 
 
 class Tuning(msgspec.Struct, frozen=True):
@@ -38,29 +54,53 @@ class Tuning(msgspec.Struct, frozen=True):
     grow_after: int = 2 * S
     shrink_after: int = 10 * S
     horizon: int = 10 * S
-    memory: int = 60 * S
-    """Cores are taken from services only if the rest would do at the recent peak rate, which
+    """How far ahead loads are predicted."""
+    payback: int = 300 * S
+    """In what time a change must have paid for itself."""
+    memory: int = 300 * S
+    """Space is taken from services only if the rest would do at the recent peak rate, which
     fades with this time constant. 0: only the present rate counts."""
     lend: bool = True
     split: tuple[int, int] | None = None
-    """(cores, partition size) for services, never changed: a static split."""
+    """(units, partition size) for services, never changed: a static split."""
+    instances: tuple[str, ...] | None = None
+    """The same for MIG: the profiles of services' instances."""
+    feedback: bool = True
+    """Whether measured misses correct what is predicted."""
+    trend: bool = True
+    """Whether the trend of a rate counts, or its present level alone."""
+    offload: bool = True
+    """Whether devices that only serve are used."""
     slice_min: int = 2 * MS
     slice_max: int = 200 * MS
     linger_max: int = 20 * MS
 
 
-class PlannerState(msgspec.Struct):
-    """What the planner remembers between snapshots."""
+class DeviceMemory(msgspec.Struct):
+    """What the planner remembers of one device."""
 
     layout: Layout | None = None
     wish: Layout | None = None
     wished_since: int = 0
-    members: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
-    version: int = 0
     crowded_since: int = 0
+
+
+class PlannerState(msgspec.Struct):
+    """What the planner remembers between snapshots."""
+
+    devices: dict[str, DeviceMemory] = {}
+    members: _Members = ((), ())
+    version: int = 0
+    parts: Parts = {}
+    """Where services are."""
+    elsewhere_since: int = 0
+    """Since when they should be somewhere else (ns)."""
+    bound: dict[str, str] = {}
+    """The partition of each job that cannot move."""
     peaks: dict[str, float] = {}
     """Recent peak rate of each service, per second, as of ``peaks_at``."""
     peaks_at: int = 0
+    pressure: dict[str, Pressure] = {}
 
 
 class Planner:
@@ -73,163 +113,397 @@ class Planner:
     def plan(self, snapshot: Snapshot) -> Plan | None:
         """A new plan, or None to keep the present one."""
         state = self.state
-        self._note_peaks(snapshot)
+        facts = self._corrected(snapshot)
+        self._note_peaks(snapshot.now, facts)
         if 0 < snapshot.plan.version < state.version:
-            # The device refused the last plan: what is in force is all that counts.
-            state.layout = state.wish = None
+            # A device refused the last plan: what is in force is all that counts.
+            for memory in state.devices.values():
+                memory.layout = memory.wish = None
         members = _members(snapshot)
-        layout, reasons = self._next_layout(snapshot)
-        if layout == state.layout and members == state.members:
-            reasons = self._rebalance(snapshot, layout)
-            if not reasons:
-                return None
+        placing, reasons = self._next_placing(snapshot, facts, members)
+        before = {d: m.layout for d, m in state.devices.items()}
+        views = self._views(snapshot, facts, placing)
+        for view in views:
+            memory = state.devices.setdefault(view.device.id, DeviceMemory())
+            memory.layout, why = self._next_layout(view, memory)
+            reasons += why
+            if memory.layout == before.get(view.device.id) and members == state.members:
+                reasons += self._rebalance(view, memory)
         if members != state.members:
             reasons = [*_membership(state.members, members), *reasons]
-        state.layout, state.members = layout, members
+        if not reasons:
+            return None
+        state.members = members
         state.version += 1
-        return self._make(snapshot, layout, tuple(reasons))
+        return self._make(views, reasons)
 
-    def _note_peaks(self, snapshot: Snapshot) -> None:
-        state, memory = self.state, self.tuning.memory
-        passed = max(0, snapshot.now - state.peaks_at)
-        fade = memory / (memory + passed) if memory else 0.0
-        state.peaks = {
-            s.name: max(s.rate, state.peaks.get(s.name, 0.0) * fade) for s in snapshot.services
-        }
-        state.peaks_at = snapshot.now
+    # --- facts ------------------------------------------------------------------------------
 
-    def _at_peak(self, snapshot: Snapshot) -> Snapshot:
-        """The snapshot with each service's rate at its recent peak."""
-        services = tuple(
-            msgspec.structs.replace(s, rate=self.state.peaks[s.name]) for s in snapshot.services
-        )
-        return msgspec.structs.replace(snapshot, services=services)
-
-    def _next_layout(self, snapshot: Snapshot) -> tuple[Layout, list[str]]:
+    def _corrected(self, snapshot: Snapshot) -> tuple[ServiceFacts, ...]:
+        """The services with their rates as the tuning lets the planner see them: without trend
+        if it is to ignore it, and higher where measurement contradicts prediction."""
         state, tuning = self.state, self.tuning
-        if tuning.split is not None:
-            return Layout(*tuning.split), ["the split is fixed by configuration"]
-        now, current = snapshot.now, state.layout
-        least = self._least_cores(snapshot)
-        if current is None or (current.cores == 0) != (least == 0):
-            layout = self._fit(snapshot, self._first_cores(snapshot, least))
-            return layout, [f"first layout: {_describe(layout)}"]
-        wish, reason = self._wish(snapshot, current, least)
+        facts = snapshot.services
+        if not tuning.trend:
+            facts = tuple(msgspec.structs.replace(s, rate_trend=0.0) for s in facts)
+        if not tuning.feedback:
+            return facts
+        known = {s.name for s in facts}
+        state.pressure = {name: p for name, p in state.pressure.items() if name in known}
+        found = []
+        for service in facts:
+            pressure = state.pressure.setdefault(service.name, Pressure())
+            boost = note_pressure(pressure, service, snapshot.now, tuning.grow_after, tuning.memory)
+            found.append(_scaled(service, boost))
+        return tuple(found)
+
+    def _note_peaks(self, now: int, facts: tuple[ServiceFacts, ...]) -> None:
+        state, memory = self.state, self.tuning.memory
+        passed = max(0, now - state.peaks_at)
+        fade = memory / (memory + passed) if memory else 0.0
+        state.peaks = {s.name: max(s.rate, state.peaks.get(s.name, 0.0) * fade) for s in facts}
+        state.peaks_at = now
+
+    def _at_peak(self, view: View) -> View:
+        """The view with each service's rate at its recent peak."""
+        state = self.state
+        services = tuple(
+            msgspec.structs.replace(
+                s, rate=state.peaks[s.name] * state.parts[s.name][view.device.id]
+            )
+            for s in view.services
+        )
+        return msgspec.structs.replace(view, services=services)
+
+    def _pressing(self, view: View) -> tuple[View, int]:
+        """The view as growth is judged by, and how long a wish to grow must hold. Services that
+        missed their objective of late count at their recent peak rate, for their bursts are over
+        before the rate of the moment says so; and what was measured need not hold again."""
+        state, tuning = self.state, self.tuning
+        late = {
+            name
+            for name, pressure in state.pressure.items()
+            if pressure.raised_at and view.now - pressure.raised_at <= tuning.memory
+        }
+        if not any(s.name in late for s in view.services):
+            return view, tuning.grow_after
+        peak = {s.name: s for s in self._at_peak(view).services}
+        services = tuple(peak[s.name] if s.name in late else s for s in view.services)
+        return msgspec.structs.replace(view, services=services), 0
+
+    # --- which devices ----------------------------------------------------------------------
+
+    def _next_placing(
+        self, snapshot: Snapshot, facts: tuple[ServiceFacts, ...], members: _Members
+    ) -> tuple[Placing, list[str]]:
+        """Where services are to be. They go elsewhere at once when members change, soon if a
+        device is added to a service, late (and only if it held at peak rates) if one is left."""
+        state, tuning = self.state, self.tuning
+        devices = self._devices(snapshot)
+        horizon_s = tuning.horizon / S
+        wish = place(facts, devices, state.parts, horizon_s)
+        present = Placing(state.parts).homes()
+        homes = wish.homes()
+        if members[0] != state.members[0] or not state.version:
+            reasons = list(wish.reasons)
+        elif homes == present:
+            state.elsewhere_since = 0
+            state.parts = wish.parts
+            return wish, []
+        else:
+            state.elsewhere_since = state.elsewhere_since or snapshot.now
+            held = snapshot.now - state.elsewhere_since
+            patience = tuning.grow_after
+            if any(present[name] - now for name, now in homes.items()):
+                peaks = (msgspec.structs.replace(s, rate=state.peaks[s.name]) for s in facts)
+                at_peak = place(tuple(peaks), devices, state.parts, horizon_s)
+                patience = tuning.shrink_after
+                if at_peak.homes() != homes:
+                    return Placing(state.parts), []
+            if held < patience:
+                return Placing(state.parts), []
+            moved = [n for n in homes if homes[n] != present[n]]
+            reasons = [
+                f"{name}: {_names(present[name])} -> {_names(homes[name])}" for name in moved
+            ] + list(wish.reasons)
+        state.elsewhere_since = 0
+        state.parts = wish.parts
+        return wish, reasons
+
+    def _devices(self, snapshot: Snapshot) -> list[DeviceSpec]:
+        """Those to be used, serving devices first."""
+        found = [d for d in snapshot.devices if d.trains or self.tuning.offload]
+        return sorted(found, key=lambda d: d.trains)
+
+    def _views(
+        self, snapshot: Snapshot, facts: tuple[ServiceFacts, ...], placing: Placing
+    ) -> list[View]:
+        devices = self._devices(snapshot)
+        parts = placing.parts
+        jobs = self._job_devices(snapshot, [d for d in devices if d.trains])
+        return [
+            View(
+                snapshot.now,
+                device,
+                snapshot.plan,
+                tuple(
+                    _scaled(s, parts[s.name][device.id])
+                    for s in facts
+                    if device.id in parts.get(s.name, {})
+                ),
+                jobs.get(device.id, ()),
+            )
+            for device in devices
+        ]
+
+    def _job_devices(
+        self, snapshot: Snapshot, devices: list[DeviceSpec]
+    ) -> dict[str, tuple[JobFacts, ...]]:
+        """Which jobs can run on which device: all on all, unless one binds them; then each is
+        where it was, or where the fewest are."""
+        if not any(d.pins_jobs for d in devices):
+            return {d.id: snapshot.jobs for d in devices}
+        there: dict[str, list[JobFacts]] = {d.id: [] for d in devices}
+        owner = {p.id: p.device for p in snapshot.plan.partitions}
+        homeless: list[JobFacts] = []
+        for job in snapshot.jobs:
+            home = owner.get(self.state.bound.get(job.id, ""), "")
+            there.get(home, homeless).append(job)
+        for job in homeless:
+            there[min(there, key=lambda d: (len(there[d]), d))].append(job)
+        return {device: tuple(jobs) for device, jobs in there.items()}
+
+    # --- layouts ----------------------------------------------------------------------------
+
+    def _next_layout(self, view: View, memory: DeviceMemory) -> tuple[Layout, list[str]]:
+        now, device, current = view.now, view.device, memory.layout
+        least = _least(view)
+        if current is None or bool(current.mine) != bool(view.services):
+            layout = self._first(view, least)
+            return layout, [f"first layout of {device.id}: {_describe(layout)}"]
+        if not device.trains or self._is_fixed(device):
+            return current, []
+        if not view.services:
+            return current, []
+        find = self._wish_mig if device.mig else self._wish
+        wish, reason, patience = find(view, current, least)
         if wish == current:
-            state.wish = None
+            memory.wish = None
             return current, []
-        if wish != state.wish:
-            state.wish, state.wished_since = wish, now
-        held = now - state.wished_since
-        patience = tuning.grow_after if wish.cores >= current.cores else tuning.shrink_after
-        if held < patience or not self._pays(snapshot, current, wish):
+        if wish != memory.wish:
+            memory.wish, memory.wished_since = wish, now
+        held = now - memory.wished_since
+        if held < patience or not self._pays(view, current, wish):
             return current, []
-        state.wish = None
+        memory.wish = None
         return wish, [f"{_describe(current)} -> {_describe(wish)}: {reason} (for {held / S:.0f}s)"]
 
-    def _rebalance(self, snapshot: Snapshot, layout: Layout) -> list[str]:
+    def _is_fixed(self, device: DeviceSpec) -> bool:
+        return (self.tuning.instances if device.mig else self.tuning.split) is not None
+
+    def _first(self, view: View, least: int) -> Layout:
+        """Nothing is known of the load yet. Space that can be lent costs little, so services
+        start with all that their instances can use; otherwise with the least."""
+        device, tuning = view.device, self.tuning
+        if not device.trains:
+            return whole_device(device)
+        if not view.services:
+            return without_services(device)
+        if device.mig:
+            fixed = tuning.instances
+            options = mig_layouts(device, None) if fixed is None else mig_fixed(device, fixed)
+            verdicts = _judge_all(view, [x for x in options if x.compute >= least], 0.0)
+            return min(verdicts, key=lambda v: (v.overload, -self._worth(view, v))).layout
+        if tuning.split is not None:
+            return unit_layout(device, *tuning.split)
+        usable = sum(s.instances for s in view.services) if tuning.lend else 1
+        return self._fit(view, max(1, least, min(device.compute, usable)))
+
+    def _fit(self, view: View, units: int) -> Layout:
+        """The best layout with this many units: fewest misses, then smallest partitions."""
+        verdicts = _judge_all(view, unit_layouts(view.device, units), 0.0)
+        return min(verdicts, key=lambda v: v.overload).layout
+
+    def _wish(self, view: View, current: Layout, least: int) -> tuple[Layout, str, int]:
+        """One step up if an objective is (or will be) missed, one down if it would still hold;
+        why, and how long the wish must hold."""
+        tuning = self.tuning
+        horizon_s = tuning.horizon / S
+        pressing, patience = self._pressing(view)
+        here = judge(pressing, current, horizon_s)
+        size = max((p.compute for p in current.mine), default=1)
+        if here.misses or current.compute < least:
+            options: list[Layout] = []
+            most = view.device.compute
+            for units in {min(most, current.compute + more) for more in (0, 1, size)}:
+                options += unit_layouts(view.device, units)
+            best = min(
+                _judge_all(pressing, options, horizon_s),
+                key=lambda v: (round(v.overload, 3), v.layout.compute),
+            )
+            if best.overload < here.overload - 0.01:
+                return best.layout, _first_miss(here), patience
+            return current, "", 0
+        if current.compute > max(1, least):
+            peak = self._at_peak(view)
+            down = self._fit(peak, current.compute - 1)
+            verdict = judge(peak, down, horizon_s)
+            if not verdict.misses and verdict.busiest <= CALM:
+                why = f"objectives hold at utilization {verdict.busiest:.2f}"
+                return down, why, tuning.shrink_after
+        return current, "", 0
+
+    def _wish_mig(self, view: View, current: Layout, least: int) -> tuple[Layout, str, int]:
+        """As ``_wish``, where jobs are bound to instances: among the layouts one step away that
+        hold all objectives, the one that is worth most to the jobs."""
+        tuning = self.tuning
+        horizon_s = tuning.horizon / S
+        pressing, patience = self._pressing(view)
+        here = judge(pressing, current, horizon_s)
+        options = [x for x in mig_layouts(view.device, current) if x.compute >= least]
+        if here.misses:
+            verdicts = _judge_all(pressing, options, horizon_s)
+            best = min(verdicts, key=lambda v: (round(v.overload, 3), -self._worth(view, v)))
+            if best.overload < here.overload - 0.01:
+                return best.layout, _first_miss(here), patience
+            return current, "", 0
+        peak = self._at_peak(view)
+        calm = [
+            v
+            for v in _judge_all(peak, options, horizon_s)
+            if not v.misses and (v.busiest <= CALM or v.layout.compute >= current.compute)
+        ]
+        if not calm:
+            return current, "", 0
+        best = max(calm, key=lambda v: self._worth(view, v))
+        before, after = self._worth(view, judge(peak, current, horizon_s)), self._worth(view, best)
+        if after <= GAIN * before:
+            return current, "", 0
+        why = f"jobs gain {after / before - 1 if before else 1:.0%} and objectives hold"
+        return best.layout, why, tuning.shrink_after
+
+    def _worth(self, view: View, verdict: Verdict) -> float:
+        """What a layout is worth to jobs that are bound to their partitions."""
+        return share_out(view, verdict.layout, verdict.rho, self.tuning.lend, self.state.bound)[0]
+
+    def _rebalance(self, view: View, memory: DeviceMemory) -> list[str]:
         """Why services should change places within the layout; empty if they should not."""
-        state, horizon_s = self.state, self.tuning.horizon / S
-        if not layout.cores:
+        tuning, layout = self.tuning, memory.layout
+        horizon_s = tuning.horizon / S
+        if layout is None or not layout.mine or not view.services:
             return []
-        now_rho = utilization(snapshot, layout.size, horizon_s)
-        best_rho = max(judge(snapshot, layout, horizon_s).rho)
+        now_rho = utilization(view, layout, horizon_s)
+        best_rho = judge(view, layout, horizon_s).busiest
         if now_rho <= RHO_MAX or best_rho > now_rho - 0.1:
-            state.crowded_since = 0
+            memory.crowded_since = 0
             return []
-        state.crowded_since = state.crowded_since or snapshot.now
-        if snapshot.now - state.crowded_since < self.tuning.grow_after:
+        memory.crowded_since = memory.crowded_since or view.now
+        if view.now - memory.crowded_since < tuning.grow_after:
             return []
-        state.crowded_since = 0
+        memory.crowded_since = 0
         return [f"services spread anew: busiest partition {now_rho:.2f} -> {best_rho:.2f}"]
 
-    def _least_cores(self, snapshot: Snapshot) -> int:
-        if not snapshot.services:
-            return 0
-        units = len(snapshot.device.units)
-        owed = sum(s.guaranteed for s in snapshot.services) * units
-        return min(units, max(1, round(owed + 0.499)))
-
-    def _first_cores(self, snapshot: Snapshot, least: int) -> int:
-        """Nothing is known of the load yet. Cores that can be lent cost little, so services start
-        with all that their instances can use; otherwise with the least."""
-        if not snapshot.services:
-            return 0
-        usable = sum(s.instances for s in snapshot.services) if self.tuning.lend else 1
-        return max(1, least, min(len(snapshot.device.units), usable))
-
-    def _fit(self, snapshot: Snapshot, cores: int) -> Layout:
-        """The best layout with this many cores: fewest misses, then smallest partitions."""
-        if cores == 0:
-            return Layout(0, 1)
-        verdicts = [judge(snapshot, c, 0.0) for c in candidates(snapshot.device, cores)]
-        return min(verdicts, key=lambda v: (v.overload, v.layout.size)).layout
-
-    def _wish(self, snapshot: Snapshot, current: Layout, least: int) -> tuple[Layout, str]:
-        """One step up if an objective is (or will be) missed, one down if it would still hold."""
-        units = len(snapshot.device.units)
-        horizon_s = self.tuning.horizon / S
-        here = judge(snapshot, current, horizon_s)
-        if here.misses or current.cores < least:
-            options = [
-                judge(snapshot, layout, horizon_s)
-                for cores in (current.cores, min(units, current.cores + 1))
-                for layout in candidates(snapshot.device, cores)
-            ]
-            best = min(options, key=lambda v: (round(v.overload, 3), v.layout.cores, v.layout.size))
-            if best.overload < here.overload - 0.01:
-                return best.layout, _first(here)
-            return current, ""
-        if current.cores > max(1, least):
-            peak = self._at_peak(snapshot)
-            down = self._fit(peak, current.cores - 1)
-            verdict = judge(peak, down, horizon_s)
-            if not verdict.misses and max(verdict.rho) <= 0.6:
-                return down, f"objectives hold at utilization {max(verdict.rho):.2f}"
-        return current, ""
-
-    def _pays(self, snapshot: Snapshot, current: Layout, wish: Layout) -> bool:
+    def _pays(self, view: View, current: Layout, wish: Layout) -> bool:
         """Whether unit-time gained (by services or by jobs) exceeds the cost of the change."""
-        gained = max(1, abs(wish.cores - current.cores)) * self.tuning.horizon
-        cost = snapshot.device.repartition_ns + snapshot.device.revoke_ns
-        return gained > cost * len(snapshot.device.units)
+        device, tuning = view.device, self.tuning
+        gained = max(1, abs(wish.compute - current.compute)) * tuning.payback
+        cost = (device.repartition_ns + device.revoke_ns) * device.compute
+        if device.pins_jobs:
+            staying = {p.id for p in (*wish.mine, *wish.free)}
+            moving = sum(self.state.bound.get(j.id) not in staying for j in view.jobs)
+            cost += moving * device.move_ns
+        return gained > cost
 
-    def _make(self, snapshot: Snapshot, layout: Layout, reasons: tuple[str, ...]) -> Plan:
-        device, tuning = snapshot.device, self.tuning
-        verdict = judge(snapshot, layout, 0.0) if layout.cores else Verdict(layout, {}, [], {})
-        service_cores = partition_cores(device, layout)
-        mine = [make_partition(device, cores) for cores in service_cores]
-        free = [make_partition(device, (core,)) for core in device.units[layout.cores :]]
-        shares = divide(len(free), snapshot.jobs, len(device.units))
+    # --- the plan ---------------------------------------------------------------------------
+
+    def _make(self, views: list[View], reasons: list[str]) -> Plan:
+        tuning, state = self.tuning, self.state
+        partitions: list[Partition] = []
+        services: dict[str, tuple[str, ...]] = {}
         jobs: dict[str, tuple[str, ...]] = {}
-        if len(snapshot.jobs) <= len(free):
-            rest = [p.id for p in free]
-            for job, units in shares.items():
-                jobs[job], rest = tuple(rest[:units]), rest[units:]
-        infeasible = [f"{name}: {why}" for name, why in sorted(verdict.misses.items())]
+        lendable: list[str] = []
+        infeasible: list[str] = []
+        bound: dict[str, str] = {}
+        for view in views:
+            layout = state.devices[view.device.id].layout
+            assert layout is not None
+            partitions += (*layout.mine, *layout.free)
+            verdict = judge(view, layout, 0.0)
+            for name, where in verdict.services.items():
+                services[name] = services.get(name, ()) + tuple(layout.mine[i].id for i in where)
+            infeasible += [f"{name}: {why}" for name, why in sorted(verdict.misses.items())]
+            if not view.device.trains:
+                continue
+            if tuning.lend:
+                lendable += [p.id for p in layout.mine]
+            for job, mine in self._owned(view, layout, verdict, bound).items():
+                jobs[job] = jobs.get(job, ()) + mine
+        state.bound = bound
         return Plan(
-            version=self.state.version,
-            partitions=(*mine, *free),
-            services={s: tuple(mine[i].id for i in where) for s, where in verdict.services.items()},
+            version=state.version,
+            partitions=tuple(partitions),
+            services=services,
             jobs=jobs,
-            lendable=tuple(p.id for p in mine) if tuning.lend else (),
+            lendable=tuple(lendable),
             slice_min=tuning.slice_min,
             slice_max=tuning.slice_max,
             linger_max=tuning.linger_max,
             reasons=(*reasons, *infeasible),
         )
 
+    def _owned(
+        self, view: View, layout: Layout, verdict: Verdict, bound: dict[str, str]
+    ) -> dict[str, tuple[str, ...]]:
+        """The partitions of each job; those of jobs that cannot move are noted in ``bound``."""
+        if view.device.pins_jobs:
+            lend = self.tuning.lend
+            _, places = share_out(view, layout, verdict.rho, lend, self.state.bound)
+            bound.update(places)
+            return {job: (where,) for job, where in places.items()}
+        rest = [p.id for p in layout.free]
+        owned: dict[str, tuple[str, ...]] = {}
+        if len(view.jobs) <= len(rest):
+            for job, units in divide(len(rest), view.jobs, view.device.compute).items():
+                owned[job], rest = tuple(rest[:units]), rest[units:]
+        return owned
 
-def _members(snapshot: Snapshot) -> tuple[tuple[str, ...], tuple[str, ...]]:
+
+def _judge_all(view: View, layouts: list[Layout], horizon_s: float) -> list[Verdict]:
+    """A verdict on each; layouts whose partitions for services are equally large share one."""
+    known: dict[tuple[tuple[int, int], ...], Verdict] = {}
+    found = []
+    for layout in layouts:
+        key = tuple((p.compute, p.memory) for p in layout.mine)
+        if key not in known:
+            known[key] = judge(view, layout, horizon_s)
+        found.append(msgspec.structs.replace(known[key], layout=layout))
+    return found
+
+
+def _least(view: View) -> int:
+    """Compute that services are owed on a device."""
+    if not view.services:
+        return 0
+    owed = sum(s.guaranteed for s in view.services) * view.device.compute
+    return min(view.device.compute, max(1, round(owed + 0.499)))
+
+
+def _scaled(service: ServiceFacts, factor: float) -> ServiceFacts:
+    if factor == 1.0:
+        return service
+    return msgspec.structs.replace(
+        service, rate=service.rate * factor, rate_trend=service.rate_trend * factor
+    )
+
+
+def _members(snapshot: Snapshot) -> _Members:
     return (
         tuple(sorted(f"{s.name} x{s.instances}" for s in snapshot.services)),
         tuple(sorted(j.id for j in snapshot.jobs)),
     )
 
 
-def _membership(
-    old: tuple[tuple[str, ...], tuple[str, ...]], new: tuple[tuple[str, ...], tuple[str, ...]]
-) -> list[str]:
+def _membership(old: _Members, new: _Members) -> list[str]:
     reasons: list[str] = []
     for kind, before, after in zip(("service", "job"), old, new, strict=True):
         reasons += [f"{kind} {name} came" for name in after if name not in before]
@@ -237,16 +511,24 @@ def _membership(
     return reasons
 
 
+def _names(devices: frozenset[str]) -> str:
+    return " and ".join(sorted(devices)) or "nowhere"
+
+
 def _describe(layout: Layout) -> str:
-    if layout.cores == 0:
-        return "no cores for services"
-    count = layout.cores // layout.size
-    return f"{count} service partition{'s' * (count > 1)} of {layout.size} core" + "s" * (
-        layout.size > 1
-    )
+    if not layout.mine:
+        return "nothing for services"
+    kinds: dict[str, int] = {}
+    for partition in layout.mine:
+        _, at, _ = partition.id.rpartition(":")[2].partition("@")
+        profile = partition.id.rpartition(":")[2].partition("@")[0] if at else ""
+        size = partition.compute
+        what = profile or f"{size} unit" + "s" * (size > 1)
+        kinds[what] = kinds.get(what, 0) + 1
+    return "services on " + " + ".join(f"{count} x {what}" for what, count in kinds.items())
 
 
-def _first(verdict: Verdict) -> str:
+def _first_miss(verdict: Verdict) -> str:
     for name, why in sorted(verdict.misses.items()):
         return f"{name}: {why}"
     return "a guaranteed share asks for more"

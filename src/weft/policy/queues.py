@@ -16,6 +16,7 @@ from math import isqrt
 
 from weft.domain.request import Request
 from weft.domain.units import S
+from weft.policy.estimate import ExecTable
 from weft.policy.state import DispatcherState, Lane, PartitionState, ServiceState
 
 AGEING = 1 * S
@@ -29,7 +30,8 @@ def enqueue(state: DispatcherState, service: ServiceState, request: Request) -> 
     lane = service.lanes.get(lane_key)
     if lane is None:
         lane = service.lanes[lane_key] = Lane(version=request.version)
-    key = request.deadline + request.priority * AGEING - service.exec.predict(1, request.rows)
+    own = service.exec[service.home].predict(1, request.rows)
+    key = request.deadline + request.priority * AGEING - own
     heappush(lane.heap, (key, request.arrived, request.id))
     lane.live += 1
     service.queued += 1
@@ -64,11 +66,20 @@ def head(state: DispatcherState, lane: Lane) -> int:
     return _FAR
 
 
-def choose_lane(state: DispatcherState, service: ServiceState) -> tuple[int, str]:
-    """The most urgent lane that has an idle worker: (key of its head, lane key); ("" if none)."""
+def idle_count(service: ServiceState, device: str) -> int:
+    """Instances on a device that have nothing to do."""
+    return sum(map(len, service.idle.get(device, {}).values()))
+
+
+def choose_lane(state: DispatcherState, service: ServiceState, device: str) -> tuple[int, str]:
+    """The most urgent lane that has an idle worker on a device: (key of its head, lane key);
+    ("" if none)."""
     best, chosen = _FAR, ""
+    idle = service.idle.get(device)
+    if not idle:
+        return best, chosen
     for lane_key, lane in service.lanes.items():
-        if service.idle.get(lane.version or service.version):
+        if idle.get(lane.version or service.version):
             key = head(state, lane)
             if key < best:
                 best, chosen = key, lane_key
@@ -84,19 +95,23 @@ def choose_service(
     for name in partition.waiting:
         if name in held:
             continue
-        key, lane_key = choose_lane(state, state.services[name])
+        key, lane_key = choose_lane(state, state.services[name], partition.device)
         if key < best:
             best, chosen, lane_of = key, name, lane_key
     return chosen, lane_of
 
 
 def take_batch(
-    state: DispatcherState, service: ServiceState, lane_key: str, units: int, now: int
+    state: DispatcherState,
+    service: ServiceState,
+    lane_key: str,
+    partition: PartitionState,
+    now: int,
 ) -> list[Request]:
     """Remove and return the requests of the next batch of a lane that has a live entry."""
     lane = service.lanes[lane_key]
     head(state, lane)
-    heap, predict = lane.heap, service.exec.predict
+    heap, units, predict = lane.heap, partition.compute, service.exec[partition.kind].predict
     taken: list[Request] = []
     rows, tightest = 0, _FAR
     while heap:
@@ -121,7 +136,9 @@ def take_batch(
     return taken
 
 
-def hold_until(state: DispatcherState, service: ServiceState, lane_key: str, units: int) -> int:
+def hold_until(
+    state: DispatcherState, service: ServiceState, lane_key: str, partition: PartitionState
+) -> int:
     """Until when (ns) a batch may be held back for company; 0 if it should go now."""
     if not service.max_queue_delay:
         return 0
@@ -132,7 +149,8 @@ def hold_until(state: DispatcherState, service: ServiceState, lane_key: str, uni
     if rows >= enough:
         return 0
     first = state.queued[lane.heap[0][2]]
-    latest_start = first.deadline - service.exec.predict(units, enough)
+    table = service.exec[partition.kind]
+    latest_start = first.deadline - table.predict(partition.compute, enough)
     return max(0, min(first.arrived + service.max_queue_delay, latest_start))
 
 
@@ -152,10 +170,11 @@ def _left(
 def _account(service: ServiceState, request: Request, rows: int) -> None:
     level = request.priority
     service.rows[level] += rows
-    service.cost[level] = work_ns(service, 1, service.rows[level])
+    table = service.exec[service.home]
+    service.cost[level] = work_ns(table, service.max_batch, 1, service.rows[level])
 
 
-def work_ns(service: ServiceState, units: int, rows: int) -> int:
+def work_ns(table: ExecTable, max_batch: int, units: int, rows: int) -> int:
     """Predicted ns to execute ``rows`` rows of a service in the largest batches allowed.
 
     The means of the batches add up, their deviations like those of independent samples (by the
@@ -163,11 +182,11 @@ def work_ns(service: ServiceState, units: int, rows: int) -> int:
     """
     if rows == 0:
         return 0
-    predict = service.exec.predict
-    full, rest = divmod(rows, service.max_batch)
-    ns = full * predict(units, service.max_batch, 0) if full else 0
+    predict = table.predict
+    full, rest = divmod(rows, max_batch)
+    ns = full * predict(units, max_batch, 0) if full else 0
     if rest:
         ns += predict(units, rest, 0)
-    largest = service.max_batch if full else rest
+    largest = max_batch if full else rest
     spread = predict(units, largest) - predict(units, largest, 0)
     return ns + isqrt((full + (rest > 0)) * spread * spread)

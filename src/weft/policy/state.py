@@ -68,7 +68,10 @@ class ServiceState(msgspec.Struct):
     max_queue_delay: int
     strict: bool
     p95: Quantile
-    exec: ExecTable
+    exec: dict[str, ExecTable] = {}
+    """What executions cost, by kind of device."""
+    home: str = ""
+    """The kind of device that the service is planned on first: it measures its queue."""
     version: str = ""
     lanes: dict[str, Lane] = {}
     queued: int = 0
@@ -76,9 +79,11 @@ class ServiceState(msgspec.Struct):
     cost: list[int] = msgspec.field(default_factory=lambda: [0] * PRIORITY_CLASSES)
     """Predicted ns of what is queued, by priority class (kept in step with ``rows``)."""
     partitions: list[str] = []
-    idle: dict[str, list[str]] = {}
-    """Idle workers by version."""
+    idle: dict[str, dict[str, list[str]]] = {}
+    """Idle workers by device and version."""
     workers: int = 0
+    at: dict[str, int] = {}
+    """Those workers by device."""
     last_arrival: int = 0
     gap: int = 0
     """Mean time between arrivals (ns, exponentially weighted)."""
@@ -92,6 +97,7 @@ class WorkerState(msgspec.Struct):
     id: str
     service: str
     version: str
+    device: str
     batch: int = 0
     partition: str = ""
     retiring: bool = False
@@ -113,11 +119,14 @@ class PartitionState(msgspec.Struct):
     """One partition: who may use it, who holds it, and what lending it was seen to cost."""
 
     id: str
+    device: str
+    kind: str
     units: tuple[int, ...]
-    services: list[str]
-    owners: list[str]
-    lendable: bool
+    compute: int
     slice_ns: int
+    services: list[str] = []
+    owners: list[str] = []
+    lendable: bool = False
     batch: int = 0
     job: str = ""
     hold: Hold = Hold.NONE

@@ -44,8 +44,8 @@ class Shell(Protocol):
     def feed(self, event: e.Event) -> None:
         """Hand an event to the dispatcher."""
 
-    def attach_worker(self, worker: str, pid: int, exec_timeout_ns: int) -> None:
-        """Tell the device of a new process."""
+    def attach_worker(self, worker: str, pid: int, exec_timeout_ns: int) -> str:
+        """Tell the device of a new process; returns the id of the device that it is on."""
 
     def detach_worker(self, worker: str) -> None:
         """Tell the device that a process is gone."""
@@ -209,12 +209,9 @@ class Instances:
             self._later(self._restart(files, settings))
             return
         instance.announced = True
-        self._shell.attach_worker(
-            instance.process.name, instance.process.pid, self.spec.exec_timeout
-        )
-        self._shell.feed(
-            e.WorkerUp(instance.process.name, self.spec.name, instance.version, opened.profile)
-        )
+        name, pid = instance.process.name, instance.process.pid
+        device = self._shell.attach_worker(name, pid, self.spec.exec_timeout)
+        self._shell.feed(e.WorkerUp(name, self.spec.name, instance.version, device, opened.profile))
 
     # --- processes --------------------------------------------------------------------------
 

@@ -148,7 +148,7 @@ class Node:
             )
         self.monitor = Monitor()
         self.planner = Planner(Tuning(**msgspec.structs.asdict(policy)))
-        dispatcher = Dispatcher(spec.preempt, len(spec.units))
+        dispatcher = Dispatcher((spec,))
         self.journal = self._make_journal(stack, dispatcher)
         self.core = Core(dispatcher, self.device, self.monitor, self.journal, self, self._clock)
         self.models = Models(
@@ -245,8 +245,7 @@ class Node:
         statuses = {s.id: s for s in self._job_statuses()}
         snapshot = self.monitor.snapshot(
             now,
-            self.device.spec,
-            state.plan,
+            (self.device.spec,),
             state,
             {n: (i.spec, i.live) for n, i in self.models.services.items()},
             {
@@ -271,9 +270,10 @@ class Node:
         if isinstance(event, e.ServiceAdded | e.ServiceRemoved | e.WorkerUp):
             self._plan_soon()
 
-    def attach_worker(self, worker: str, pid: int, exec_timeout_ns: int) -> None:
-        """A new model instance."""
+    def attach_worker(self, worker: str, pid: int, exec_timeout_ns: int) -> str:
+        """A new model instance; returns the device it is on."""
         self.device.attach_worker(worker, pid, exec_timeout_ns)
+        return self.device.spec.id
 
     def detach_worker(self, worker: str) -> None:
         """A model instance is gone."""

@@ -15,6 +15,7 @@ import csv
 import math
 from collections.abc import Callable, Iterator
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 
 import msgspec
@@ -104,7 +105,34 @@ class Trace(msgspec.Struct, frozen=True, tag="trace"):
         return iter(self.recorded)
 
 
-Arrivals = Poisson | Bursts | Diurnal | Steps | Trace
+class Every(msgspec.Struct, frozen=True, tag="every"):
+    """Every ``count``-th of other arrivals, from the ``index``-th on: round robin."""
+
+    of: Bursts | Trace
+    index: int
+    count: int
+
+    def times(self, rng: np.random.Generator) -> Iterator[int]:
+        """Ns from the start, ascending."""
+        return islice(self.of.times(rng), self.index, None, self.count)
+
+
+Arrivals = Poisson | Bursts | Diurnal | Steps | Trace | Every
+
+
+def share(arrivals: Arrivals, index: int, count: int) -> Arrivals:
+    """What one of ``count`` boxes gets: a Poisson process is divided at random into Poisson
+    processes, others in turn."""
+    replace = msgspec.structs.replace
+    match arrivals:
+        case Poisson(rate=rate) | Diurnal(rate=rate):
+            return replace(arrivals, rate=rate / count)
+        case Steps(rates=rates):
+            return Steps(tuple((at, rate / count) for at, rate in rates))
+        case Every():
+            raise ValueError("these arrivals are shared already")
+        case _:
+            return Every(arrivals, index, count)
 
 
 def _poisson(rate: float, rng: np.random.Generator) -> Iterator[int]:

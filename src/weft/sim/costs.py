@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import msgspec
 
-from weft.domain.units import MS, US
+from weft.domain.units import MS, US, S
 from weft.policy.estimate import ExecTable
 
 
@@ -55,12 +55,14 @@ class ExecCost(msgspec.Struct, frozen=True):
 
 class JobCost(msgspec.Struct, frozen=True):
     """Progress of a job: ``rate`` steps/s on one unit; ``resume`` ns are lost whenever it is
-    granted space after having had less (caches, a gang at its barrier)."""
+    granted space after having had less (caches, a gang at its barrier), ``move`` ns when it has
+    to start again elsewhere from its checkpoint."""
 
     rate: float
     parallel: float = 0.9
     saturates: int = 0
     resume: int = 1 * MS
+    move: int = 10 * S
 
     def speed(self, units: int) -> float:
         """Steps/s on ``units`` compute units."""
@@ -78,15 +80,19 @@ class DeviceCost(msgspec.Struct, frozen=True):
     """What a device charges for changing hands.
 
     ``start``: from dispatch to execution on an idle partition; ``preempt`` comes on top where a
-    job is just being moved off; ``contention``: slow-down of an execution (and of a job) when
-    everything else on the device is busy, in proportion to how much is (0 = isolated).
+    job is just being moved off; ``repartition`` is paid once per change of layout, or, where
+    partitions are made one by one (MIG), ``make`` and ``unmake`` for each; ``contention``:
+    slow-down of an execution (and of a job) when everything else on the device is busy, in
+    proportion to how much is (0 = isolated).
     """
 
     start: Spread
     preempt: Spread
     grant: Spread
     revoke: Spread
-    repartition: Spread
+    repartition: Spread = Spread(0)
+    make: Spread = Spread(0)
+    unmake: Spread = Spread(0)
     contention: float = 0.0
     source: str = ""
 
@@ -110,6 +116,24 @@ DEVICES: dict[str, DeviceCost] = {
         contention=0.25,
         source="preemption 40 us after GPreempt (ATC 2025); contention assumed",
     ),
+    "mig": DeviceCost(
+        start=Spread(50 * US, 0.3),
+        preempt=Spread(1 * MS, 0.5),
+        grant=Spread(50 * US, 0.5),
+        revoke=Spread(1 * MS, 0.5),
+        make=Spread(119 * MS, 0.2),
+        unmake=Spread(163 * MS, 0.2),
+        source="means of making and ending an instance on an A100 (gpuless thesis); a gate that "
+        "drains within 1 ms assumed",
+    ),
+    "npu": DeviceCost(
+        start=Spread(200 * US, 0.3),
+        preempt=Spread(0),
+        grant=Spread(0),
+        revoke=Spread(0),
+        source="hand-over of 0.2 ms assumed",
+    ),
 }
 """Costs by kind of device. ``sm``: subsets of the multiprocessors of one GPU, whose memory
-bandwidth is shared."""
+bandwidth is shared. ``mig``: isolated instances of one GPU. ``npu``: serves, one batch at a
+time."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import msgspec
 
@@ -34,6 +35,16 @@ class ServiceTally(msgspec.Struct):
         """Count a refusal."""
         self.refused[why] = self.refused.get(why, 0) + 1
 
+    def add(self, other: ServiceTally) -> None:
+        """Count another box's requests too."""
+        self.offered += other.offered
+        self.answered += other.answered
+        self.attained += other.attained
+        for why, count in other.refused.items():
+            self.refused[why] = self.refused.get(why, 0) + count
+        for index, count in other.buckets.items():
+            self.buckets[index] = self.buckets.get(index, 0) + count
+
     def quantile_ns(self, share: float) -> float:
         """Upper edge (ns) of the bucket that holds the quantile; 0 if nothing was answered."""
         wanted, seen = share * self.answered, 0
@@ -59,6 +70,25 @@ class Span(msgspec.Struct, frozen=True):
     units: tuple[int, ...]
     start: int
     end: int
+
+
+def merge(outcomes: Sequence[Outcome]) -> Outcome:
+    """The outcome of several boxes together; reasons and spans are those of the first."""
+    first, *others = outcomes
+    for other in others:
+        first.units += other.units
+        first.served_ns += other.served_ns
+        first.repartitions += other.repartitions
+        first.repartition_ns += other.repartition_ns
+        first.open += other.open
+        for name, service in other.services.items():
+            first.services[name].add(service)
+        for name, job in other.jobs.items():
+            mine = first.jobs[name]
+            mine.steps += job.steps
+            mine.held_ns += job.held_ns
+            mine.grants += job.grants
+    return first
 
 
 class Outcome(msgspec.Struct):

@@ -1,9 +1,21 @@
 """Policies to compare, each with the settings a careful user of it would try.
 
-Those that schedule run through the live node's dispatcher and planner and differ in what the
-planner may do; those that leave it to the device are in ``weft.sim.sharing``. Where there are
-several settings, all are run and the best is shown: the one that attains most, to half a
-percent, and among those the one that trains most.
+Those that schedule run through the live node's dispatcher and differ in what the planner may do;
+those that leave it to the device are in ``weft.sim.sharing``. Where there are several settings,
+all are run and the best is shown: the one that attains most, to half a percent, and among those
+the one that trains most.
+
+The published systems are modelled by what distinguishes them, from their papers:
+
+* ``reactive``: measured latency against two thresholds moves space, as autoscalers do.
+* ``orion`` (Strati et al., EuroSys 2024): best-effort work runs beside inference where profiles
+  say that both get along, in what inference leaves.
+* ``tgs`` (Wu et al., NSDI 2023): best-effort work runs beside it at a rate that is raised until
+  the protected work slows down.
+* ``reef`` (Han et al., OSDI 2022): inference kills what best-effort work has under way and has
+  the whole device at once; the killed kernels run again.
+* ``quotas`` (BLESS, EuroSys 2025; LithOS, SOSP 2025): every tenant owns a share; what its owner
+  leaves idle others use until it is wanted back.
 """
 
 from __future__ import annotations
@@ -15,102 +27,193 @@ import msgspec
 from weft.domain.device import DeviceSpec
 from weft.domain.errors import ConfigError
 from weft.domain.units import MS
-from weft.policy.planner import Tuning
-from weft.sim.outcome import JobTally, Outcome
-from weft.sim.scenario import Scenario
+from weft.policy.layouts import mig_fixed, service_profiles
+from weft.policy.planner import Planner, Tuning
+from weft.sim.outcome import JobTally, Outcome, merge
+from weft.sim.reactive import ReactivePlanner
+from weft.sim.scenario import Scenario, one_box
 from weft.sim.sharing import SharedWorld, Unscheduled
 from weft.sim.world import World
 
-
-class Exclusive(msgspec.Struct, frozen=True):
-    """The services alone under ``tuning``: jobs are on another box."""
-
-    tuning: Tuning
+KILLED = 5 * MS
+"""Work that a job loses when the kernels it has under way are killed: half of a queue of ten
+kernels of 1 ms."""
 
 
-Setting = Tuning | Exclusive | Unscheduled
+class Scheduled(msgspec.Struct, frozen=True):
+    """A run through the dispatcher. ``alone``: jobs are on another box. ``guaranteed`` (if not
+    0) is divided among the jobs as their guaranteed share; ``lost`` ns of work are lost by a job
+    whenever it is preempted."""
+
+    tuning: Tuning = Tuning()
+    reactive: bool = False
+    alone: bool = False
+    guaranteed: float = 0.0
+    lost: int = 0
+
+    def planner(self) -> Planner:
+        """The planner of this setting."""
+        return ReactivePlanner(self.tuning) if self.reactive else Planner(self.tuning)
+
+    def apply(self, scenario: Scenario) -> Scenario:
+        """The scenario as this setting has it."""
+        replace = msgspec.structs.replace
+        if self.alone:
+            return replace(scenario, jobs=())
+        jobs = scenario.jobs
+        if self.guaranteed:
+            share = self.guaranteed / max(1, len(jobs))
+            jobs = tuple(replace(j, spec=replace(j.spec, guaranteed=share)) for j in jobs)
+        if self.lost:
+            jobs = tuple(
+                replace(j, cost=replace(j.cost, resume=j.cost.resume + self.lost)) for j in jobs
+            )
+        return replace(scenario, jobs=jobs)
+
+
+Setting = Scheduled | Unscheduled
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """``settings`` gives what to try on a device, by name."""
+    """``settings`` gives what to try on a scenario, by name."""
 
     name: str
     what: str
-    settings: Callable[[DeviceSpec], dict[str, Setting]]
+    settings: Callable[[Scenario], dict[str, Setting]]
 
 
 def simulate(scenario: Scenario, setting: Setting, seed: int, record: bool = False) -> Outcome:
-    """One run. ``record`` keeps who held what (of scheduled runs)."""
+    """One run of all boxes. ``record`` keeps who held what (of scheduled runs)."""
+    boxes = range(scenario.boxes)
+    return merge([simulate_box(scenario, setting, seed, box, record and not box) for box in boxes])
+
+
+def simulate_box(
+    scenario: Scenario, setting: Setting, seed: int, box: int, record: bool = False
+) -> Outcome:
+    """One run of one box."""
+    here = one_box(scenario, box)
     if isinstance(setting, Unscheduled):
-        return SharedWorld(scenario, setting, seed).run()
-    if isinstance(setting, Exclusive):
-        alone = msgspec.structs.replace(scenario, jobs=())
-        outcome = World(alone, setting.tuning, seed, record).run()
-        outcome.jobs = {job.spec.id: JobTally() for job in scenario.jobs}
-        return outcome
-    return World(scenario, setting, seed, record).run()
+        return SharedWorld(here, setting, (seed, box)).run()
+    world = World(setting.apply(here), setting.planner(), (seed, box), record)
+    outcome = world.run()
+    for job in scenario.jobs:
+        outcome.jobs.setdefault(job.spec.id, JobTally())
+    return outcome
 
 
-def _only(setting: Setting) -> Callable[[DeviceSpec], dict[str, Setting]]:
+def _only(setting: Setting) -> Callable[[Scenario], dict[str, Setting]]:
     return lambda _: {"": setting}
 
 
-def _slices(_: DeviceSpec) -> dict[str, Setting]:
+def _tuned(**changes: object) -> Callable[[Scenario], dict[str, Setting]]:
+    return _only(Scheduled(Tuning(**changes)))  # type: ignore[arg-type]
+
+
+def _slices(_: Scenario) -> dict[str, Setting]:
     return {f"{ms}ms": Unscheduled(quantum=ms * MS) for ms in (1, 2, 5, 20)}
 
 
-def _splits(device: DeviceSpec, lend: bool, least: int) -> dict[str, Tuning]:
-    """Every split into equal partitions that gives services ``least`` units or more."""
+def _splits(device: DeviceSpec, whole: bool, **changes: object) -> dict[str, Tuning]:
+    """Every split of a device between services and jobs; if ``whole``, those that give services
+    all of it."""
+    found: dict[str, Tuning] = {}
+    if device.mig:
+        for profiles in service_profiles(device.mig):
+            if not whole or any(not x.free for x in mig_fixed(device, profiles)):
+                found["+".join(profiles)] = Tuning(instances=profiles, **changes)  # type: ignore[arg-type]
+    elif device.trains:
+        least = len(device.units) if whole else 1
+        for units in range(least, len(device.units) + 1):
+            for size in device.shapes:
+                if units % size == 0:
+                    found[f"{units}/{size}"] = Tuning(split=(units, size), **changes)  # type: ignore[arg-type]
+    return found or {"": Tuning(**changes)}  # type: ignore[arg-type]
+
+
+def _static(scenario: Scenario) -> dict[str, Setting]:
+    splits = _splits(scenario.device.spec, whole=False, lend=False)
+    return {name: Scheduled(tuning) for name, tuning in splits.items()}
+
+
+def _stated(scenario: Scenario) -> dict[str, Setting]:
+    layout = scenario.device.layout
+    if layout is None:
+        raise ConfigError("states no layout; add one for the policy 'fixed'", "device.layout")
+    if scenario.device.spec.mig:
+        profiles = tuple(str(name) for name in layout)
+        return {"+".join(profiles): Scheduled(Tuning(instances=profiles, lend=False))}
+    units, size = (int(n) for n in layout)
+    return {f"{units}/{size}": Scheduled(Tuning(split=(units, size), lend=False))}
+
+
+def _exclusive(scenario: Scenario) -> dict[str, Setting]:
+    splits = _splits(scenario.device.spec, whole=True, lend=False)
+    return {name: Scheduled(tuning, alone=True) for name, tuning in splits.items()}
+
+
+def _undivided(scenario: Scenario, **changes: object) -> dict[str, Tuning]:
+    """No partitions between services and jobs: services have all of it, what is idle is lent."""
+    device = scenario.device.spec
+    if device.mig:
+        whole = max(service_profiles(device.mig), key=lambda p: (len(p) == 1, _compute(p)))
+        return {"+".join(whole): Tuning(instances=whole, **changes)}  # type: ignore[arg-type]
+    return _splits(device, whole=True, **changes)
+
+
+def _compute(profiles: Sequence[str]) -> int:
+    return sum(int(name.partition("g")[0]) for name in profiles)
+
+
+def _temporal(scenario: Scenario) -> dict[str, Setting]:
+    return {name: Scheduled(tuning) for name, tuning in _undivided(scenario).items()}
+
+
+def _reef(scenario: Scenario) -> dict[str, Setting]:
+    splits = _undivided(scenario, linger_max=0)
+    return {name: Scheduled(tuning, lost=KILLED) for name, tuning in splits.items()}
+
+
+def _quotas(scenario: Scenario) -> dict[str, Setting]:
     return {
-        f"{cores}/{size}": Tuning(split=(cores, size), lend=lend)
-        for cores in range(least, len(device.units) + 1)
-        for size in device.shapes
-        if cores % size == 0
+        f"{name} {share:.0%}".strip(): Scheduled(tuning, guaranteed=share)
+        for name, tuning in _undivided(scenario, linger_max=0).items()
+        for share in (0.25, 0.5, 0.75)
     }
 
 
-def _static(device: DeviceSpec) -> dict[str, Setting]:
-    return {**_splits(device, lend=False, least=1)}
-
-
-def _exclusive(device: DeviceSpec) -> dict[str, Setting]:
-    whole = _splits(device, lend=False, least=len(device.units))
-    return {name: Exclusive(tuning) for name, tuning in whole.items()}
-
-
-def _temporal(device: DeviceSpec) -> dict[str, Setting]:
-    return {**_splits(device, lend=True, least=len(device.units))}
+def _tgs(_: Scenario) -> dict[str, Setting]:
+    return {
+        f"{tolerance:.0%}": Unscheduled(tolerance=tolerance) for tolerance in (0.05, 0.2, 0.5, 1.0)
+    }
 
 
 POLICIES: dict[str, Policy] = {
     p.name: p
     for p in (
-        Policy("weft", "space and time together", _only(Tuning())),
-        Policy(
-            "static",
-            "the best fixed split, found by search over the whole run",
-            _static,
-        ),
-        Policy(
-            "exclusive",
-            "the device serves and nothing else runs on it",
-            _exclusive,
-        ),
-        Policy("spatial", "adaptive partitions, nothing is lent", _only(Tuning(lend=False))),
-        Policy(
-            "temporal",
-            "no partitions: services have all of it and what is idle is lent",
-            _temporal,
-        ),
+        Policy("weft", "space and time together", _tuned()),
+        Policy("static", "the best fixed split, found by search over the whole run", _static),
+        Policy("fixed", "the split that the scenario states", _stated),
+        Policy("exclusive", "the device serves and nothing else runs on it", _exclusive),
+        Policy("spatial", "adaptive partitions, nothing is lent", _tuned(lend=False)),
+        Policy("temporal", "no partitions: what services leave idle is lent", _temporal),
         Policy("shared", "everything at once, without isolation (MPS)", _only(Unscheduled())),
         Policy("sliced", "time slicing with equal slices", _slices),
-        Policy("no_linger", "weft that lends at once", _only(Tuning(linger_max=0))),
+        Policy("reactive", "thresholds on measured latency", _only(Scheduled(reactive=True))),
+        Policy("orion", "co-running by profile", _only(Unscheduled(beside=True))),
+        Policy("tgs", "co-running at a controlled rate", _tgs),
+        Policy("reef", "preemption by killing and running again", _reef),
+        Policy("quotas", "shares, and stolen idle time", _quotas),
+        Policy("no_linger", "weft that lends at once", _tuned(linger_max=0)),
         Policy(
             "no_hysteresis",
-            "weft that changes its layout at the first wish",
-            _only(Tuning(grow_after=0, shrink_after=0)),
+            "weft that changes at the first wish",
+            _tuned(grow_after=0, shrink_after=0),
         ),
-        Policy("no_memory", "weft that shrinks by the present rate alone", _only(Tuning(memory=0))),
+        Policy("no_memory", "weft that shrinks by the present rate alone", _tuned(memory=0)),
+        Policy("no_trend", "weft without forecast of a rise", _tuned(trend=False)),
+        Policy("no_feedback", "weft that trusts its predictions", _tuned(feedback=False)),
+        Policy("no_npu", "weft that leaves serving devices idle", _tuned(offload=False)),
     )
 }
 

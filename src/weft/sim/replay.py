@@ -99,7 +99,7 @@ class _Replay:
         self.header = header
         if same_run and self.dispatcher is not None:
             self._compare_states(header, self.dispatcher)
-        self.dispatcher = Dispatcher(header.level, header.total_units, header.dispatcher_state())
+        self.dispatcher = Dispatcher(header.devices, header.dispatcher_state())
         self.planner = Planner(header.tuning, header.planner_state())
 
     def _compare_states(self, header: Header, dispatcher: Dispatcher) -> None:

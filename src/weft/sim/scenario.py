@@ -13,26 +13,34 @@ import msgspec
 from weft.domain import reading
 from weft.domain.device import DeviceSpec, PreemptLevel
 from weft.domain.errors import ConfigError
+from weft.domain.mig import table, tables
+from weft.domain.snapshot import ServiceFacts
 from weft.domain.units import MS, S
-from weft.domain.workload import BatchSpec, JobSpec, ServiceSpec, Slo
-from weft.sim.arrivals import Arrivals, Bursts, Diurnal, Poisson, Steps, read_trace
+from weft.domain.workload import BatchSpec, JobSpec, ServiceSpec, Slo, Variant
+from weft.policy.layouts import MIB, mig_fixed
+from weft.policy.placing import why_not
+from weft.sim.arrivals import Arrivals, Bursts, Diurnal, Poisson, Steps, read_trace, share
 from weft.sim.costs import DEVICES, DeviceCost, ExecCost, JobCost
 
 MAX_UNITS = 1024
 
 
 class SimDevice(msgspec.Struct, frozen=True):
-    """A device and what it charges."""
+    """A device and what it charges. ``layout`` is the split that its owner has now, if stated:
+    (units, size) or MIG profiles."""
 
     spec: DeviceSpec
     cost: DeviceCost
+    layout: tuple[int, int] | tuple[str, ...] | None = None
 
 
 class SimService(msgspec.Struct, frozen=True):
-    """A service, its execution times and its arrivals."""
+    """A service, its execution times by kind of device, how long loading it takes (ns), and its
+    arrivals."""
 
     spec: ServiceSpec
-    cost: ExecCost
+    costs: dict[str, ExecCost]
+    load: int
     arrivals: Arrivals
 
 
@@ -44,14 +52,39 @@ class SimJob(msgspec.Struct, frozen=True):
 
 
 class Scenario(msgspec.Struct, frozen=True):
-    """All that a run needs but policy and seed. ``duration`` in ns."""
+    """All that a run needs but policy and seed. ``duration`` in ns. ``boxes`` of these devices
+    share the arrivals. ``shared_bandwidth``: how much all devices of a box slow each other down,
+    because they use one memory (0..1, as ``DeviceCost.contention``)."""
 
     name: str
     story: str
     duration: int
-    device: SimDevice
+    devices: tuple[SimDevice, ...]
     services: tuple[SimService, ...]
     jobs: tuple[SimJob, ...]
+    boxes: int = 1
+    shared_bandwidth: float = 0.0
+
+    @property
+    def device(self) -> SimDevice:
+        """The first device that trains, or the first."""
+        return next((d for d in self.devices if d.spec.trains), self.devices[0])
+
+    @property
+    def compute(self) -> int:
+        """Compute units of a box."""
+        return sum(d.spec.compute for d in self.devices)
+
+
+def one_box(scenario: Scenario, box: int) -> Scenario:
+    """The scenario of one of the boxes: an even share of the arrivals."""
+    if scenario.boxes == 1:
+        return scenario
+    services = tuple(
+        msgspec.structs.replace(s, arrivals=share(s.arrivals, box, scenario.boxes))
+        for s in scenario.services
+    )
+    return msgspec.structs.replace(scenario, services=services, boxes=1)
 
 
 def read_scenario(path: Path) -> Scenario:
@@ -70,11 +103,14 @@ def parse_scenario(text: str, folder: Path) -> Scenario:
     name = root.take("name", reading.name)
     story = root.take("story", reading.text, "")
     duration = root.take("duration", reading.duration)
-    device = _device(root.section("device", required=True))
-    services = tuple(_service(s, folder) for s in root.sections("services"))
+    devices = _devices(root)
+    services = tuple(_service(s, folder, devices) for s in root.sections("services"))
     jobs = tuple(_job(s) for s in root.sections("jobs"))
+    boxes = root.take("boxes", reading.integer(1, 10_000), 1)
+    bandwidth = root.take("shared_bandwidth", reading.share, 0.0)
     root.done()
     for kind, names in (
+        ("devices", [d.spec.id for d in devices]),
         ("services", [s.spec.name for s in services]),
         ("jobs", [j.spec.id for j in jobs]),
     ):
@@ -88,49 +124,162 @@ def parse_scenario(text: str, folder: Path) -> Scenario:
             f"the guaranteed shares of services and jobs sum to {owed:g}; at most 1 can be given",
             "services",
         )
-    scenario = Scenario(name, story, duration, device, services, jobs)
+    if jobs and not any(d.spec.trains for d in devices):
+        raise ConfigError("no device can train; add one that does, or leave jobs out", "jobs")
     for index, service in enumerate(services):
-        _check_feasible(service, device.spec, f"services[{index}].objective")
-    return scenario
+        _check_feasible(service, devices, f"services[{index}]")
+    return Scenario(name, story, duration, devices, services, jobs, boxes, bandwidth)
 
 
-def _check_feasible(service: SimService, device: DeviceSpec, at: str) -> None:
-    """Whether one request alone, on the best share allowed, makes the objective."""
-    most = max(1, int(service.spec.limit * len(device.units) + 1e-9))
-    best = min(service.cost.mean(units, 1) for units in device.shapes if units <= most)
+def _check_feasible(service: SimService, devices: tuple[SimDevice, ...], at: str) -> None:
+    """Whether it fits anywhere, and one request alone, on the best share allowed, makes the
+    objective."""
+    facts = _as_facts(service.spec)
+    able = [d.spec for d in devices if not why_not(facts, d.spec, d.spec.memory)]
+    if not able:
+        whys = "; ".join(why_not(facts, d.spec, d.spec.memory) for d in devices)
+        raise ConfigError(f"infeasible: it can run on none of the devices: {whys}", at)
+    best, where = min(
+        (service.costs[d.kind].mean(units, 1), d.id)
+        for d in able
+        for units in sizes(d)
+        if units <= max(1, int(service.spec.limit * d.compute + 1e-9)) or not d.trains
+    )
     if best > service.spec.slo.latency:
         raise ConfigError(
             f"infeasible: a single request takes {best / MS:.3g} ms on the best share of "
-            f"{device.kind} it may have, the objective is {service.spec.slo.latency / MS:g} ms; "
+            f"{where} it may have, the objective is {service.spec.slo.latency / MS:g} ms; "
             f"the smallest change that would do is latency: {best / MS * 1.01:.3g}ms",
-            at,
+            f"{at}.objective",
         )
+
+
+def sizes(device: DeviceSpec) -> tuple[int, ...]:
+    """Compute units that a partition of a device can have."""
+    if device.mig:
+        return tuple(sorted({p.compute for p in table(device.mig).profiles}))
+    return device.shapes if device.trains else (device.compute,)
+
+
+def _as_facts(spec: ServiceSpec) -> ServiceFacts:
+    """What the planner knows of a service before it ran."""
+    return ServiceFacts(
+        name=spec.name,
+        objective=spec.slo.latency,
+        percentile=spec.slo.percentile,
+        guaranteed=spec.guaranteed,
+        limit=spec.limit,
+        max_batch=spec.batch.max,
+        rate=0.0,
+        rate_trend=0.0,
+        queued=0,
+        p50=0,
+        p95=0,
+        p99=0,
+        misses=0,
+        refused=0,
+        answered=0,
+        exec_ns={},
+        accuracy_floor=spec.accuracy_floor,
+        variants=spec.variants,
+    )
+
+
+def _devices(root: reading.Section) -> tuple[SimDevice, ...]:
+    several = root.sections("devices")
+    one = root.section("device", required=not several)
+    if several:
+        one.done()
+        return tuple(_device(section) for section in several)
+    return (_device(one),)
 
 
 def _device(section: reading.Section) -> SimDevice:
     kind = section.take("kind", reading.one_of(sorted(DEVICES)))
-    count = section.take("units", reading.integer(1, MAX_UNITS))
-    preempt = section.take("preempt", reading.one_of([p.name.lower() for p in PreemptLevel]), None)
     cost = DEVICES[kind]
     contention = section.take("contention", reading.share, cost.contention)
-    section.done()
     cost = msgspec.structs.replace(cost, contention=contention)
-    spec = DeviceSpec(
-        id=kind,
+    name = section.take("name", reading.name, kind)
+    preempt = section.take("preempt", reading.one_of([p.name.lower() for p in PreemptLevel]), None)
+    if kind == "mig":
+        gpu = table(section.take("gpu", reading.one_of(sorted(tables()))))
+        spec = _spec(name, kind, cost, range(gpu.memory_slices), PreemptLevel.GATE)
+        spec = msgspec.structs.replace(
+            spec,
+            shapes=(),
+            slices=gpu.compute_slices,
+            mig=gpu.gpu,
+            pins_jobs=True,
+            memory=max(p.memory_mib or 0 for p in gpu.profiles) * MIB,
+        )
+    elif kind == "npu":
+        spec = msgspec.structs.replace(
+            _spec(name, kind, cost, range(1), PreemptLevel.NONE),
+            trains=False,
+            memory=section.take("memory", reading.size, 0),
+            operators=section.take("operators", _words, ()),
+        )
+    else:
+        units = section.take("units", reading.integer(1, MAX_UNITS))
+        spec = _spec(name, kind, cost, range(units), PreemptLevel.PRIORITY)
+        spec = msgspec.structs.replace(spec, memory=section.take("memory", reading.size, 0))
+    if preempt:
+        spec = msgspec.structs.replace(spec, preempt=PreemptLevel[preempt.upper()])
+    layout = section.take("layout", lambda value: _layout(value, spec), None)
+    section.done()
+    return SimDevice(spec, cost, layout)
+
+
+def _spec(
+    name: str, kind: str, cost: DeviceCost, units: range, preempt: PreemptLevel
+) -> DeviceSpec:
+    return DeviceSpec(
+        id=name,
         kind=kind,
-        units=tuple(range(count)),
+        units=tuple(units),
         memory=0,
-        shapes=tuple(range(1, count + 1)),
-        preempt=PreemptLevel[preempt.upper()] if preempt else PreemptLevel.PRIORITY,
+        shapes=tuple(range(1, len(units) + 1)),
+        preempt=preempt,
         resizes_live=True,
         revoke_ns=cost.revoke.mean,
-        repartition_ns=cost.repartition.mean,
+        repartition_ns=cost.repartition.mean + cost.make.mean + cost.unmake.mean,
     )
-    return SimDevice(spec, cost)
 
 
-def _service(section: reading.Section, folder: Path) -> SimService:
+def _layout(value: object, spec: DeviceSpec) -> tuple[int, int] | tuple[str, ...]:
+    """A split that the device can form; raises ValueError naming what it cannot."""
+    if not spec.trains:
+        raise ValueError(f"{spec.id} is one partition; leave layout out")
+    if not spec.mig:
+        found = reading.integers(value)
+        units, size = found if len(found) == 2 else (0, 1)
+        if not 0 < units <= len(spec.units) or size not in spec.shapes or units % size:
+            raise ValueError(
+                f"expected [units for services, size of a partition] of {len(spec.units)} units, "
+                f"got {reading.shown(value)}"
+            )
+        return units, size
+    names = _words(value)
+    gpu = table(spec.mig)
+    for name in names:
+        gpu.profile(name)
+    if not mig_fixed(spec, names):
+        raise ValueError(
+            f"{spec.mig} cannot form {', '.join(names)} together: no placement of them is free of"
+            " overlap"
+        )
+    return names
+
+
+def _words(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError("expected a list of names")
+    return tuple(reading.text(item) for item in value)
+
+
+def _service(section: reading.Section, folder: Path, devices: tuple[SimDevice, ...]) -> SimService:
     name = section.take("name", reading.name)
+    costs, variants = _variants(section, devices)
     objective = section.section("objective", required=True)
     slo = Slo(
         latency=objective.take("latency", reading.duration),
@@ -154,12 +303,39 @@ def _service(section: reading.Section, folder: Path) -> SimService:
             max_queue=section.take("max_queue", reading.integer(1, 1_000_000), 1024),
             strict=section.take("strict", reading.boolean, False),
             instances=section.take("instances", reading.integer(1, 256), 1),
+            accuracy_floor=section.take("accuracy_floor", reading.share, 0.0),
+            variants=variants,
         ),
-        cost=_exec(section.section("cost", required=True)),
+        costs=costs,
+        load=section.take("load", reading.duration_or_zero, 1 * S),
         arrivals=_arrivals(section.section("arrivals", required=True), folder),
     )
     section.done()
     return service
+
+
+def _variants(
+    section: reading.Section, devices: tuple[SimDevice, ...]
+) -> tuple[dict[str, ExecCost], dict[str, Variant]]:
+    """Execution times and builds by kind of device: ``npu`` has its own section, without which
+    there is no build for it; all others share ``cost``."""
+    cost = _exec(section.section("cost", required=True))
+    common = Variant(
+        memory=section.take("memory", reading.size, 0),
+        accuracy=section.take("accuracy", reading.share, 1.0),
+    )
+    costs = {d.spec.kind: cost for d in devices if d.spec.trains}
+    variants = dict.fromkeys(costs, common)
+    npu = section.section("npu")
+    if npu.names():
+        costs["npu"] = _exec(npu.section("cost", required=True))
+        variants["npu"] = Variant(
+            memory=npu.take("memory", reading.size, common.memory),
+            accuracy=npu.take("accuracy", reading.share, common.accuracy),
+            operators=npu.take("operators", _words, ()),
+        )
+        npu.done()
+    return costs, variants
 
 
 def _exec(section: reading.Section) -> ExecCost:
@@ -193,6 +369,7 @@ def _job(section: reading.Section) -> SimJob:
             parallel=cost.take("parallel", reading.share, 0.9),
             saturates=cost.take("saturates", reading.integer(1, MAX_UNITS), 0),
             resume=cost.take("resume", reading.duration_or_zero, 1 * MS),
+            move=cost.take("move", reading.duration_or_zero, 10 * S),
         ),
     )
     cost.done()

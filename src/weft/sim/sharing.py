@@ -3,12 +3,17 @@
 * ``shared``: everything runs at once, as under MPS without limits. Contexts that want more
   compute than there is get it in proportion to what they want, and slow each other down by the
   device's contention (its memory system is shared).
+* ``orion``: services have what they want first; jobs run beside them in what is left, so that
+  contention is all that they cost.
+* ``tgs``: as ``shared``, but jobs run at a rate that is halved when a batch took longer than
+  ``tolerance`` allows over what it takes alone, and raised by steps while none does.
 * ``sliced``: one context at a time has the whole device, in turn, for a quantum (GPU time
   slicing; round robin), idle contexts skipped.
 
 Each service instance and each job is a context. A free instance takes what is queued, up to
 the largest batch; nothing is refused but what finds the queue full. A batch or job at a speed
-below one finishes later in proportion (processor sharing).
+below one finishes later in proportion (processor sharing). Only the device that trains is used:
+nobody is there to divide work among several.
 """
 
 from __future__ import annotations
@@ -20,20 +25,25 @@ import msgspec
 import numpy as np
 
 from weft.domain.units import US, S
-from weft.sim.costs import speed_up
+from weft.sim.costs import ExecCost, speed_up
 from weft.sim.outcome import JobTally, Outcome, ServiceTally
 from weft.sim.scenario import Scenario, SimJob, SimService
 from weft.sim.world import Draws
 
 SWITCH = 100 * US
 """A context switch on a GPU (the multitasking paper, arXiv 2508.08448)."""
+RATE_STEP = 0.05
+"""By how much ``tgs`` raises the rate of jobs at a time, and the least it is."""
 _NEVER = 1 << 62
 
 
 class Unscheduled(msgspec.Struct, frozen=True):
-    """``quantum`` ns of a slice; 0 = everything at once."""
+    """``quantum`` ns of a slice; 0 = everything at once. ``beside``: services first. ``tolerance``
+    (if not 0): the slow-down at which jobs' rate is cut."""
 
     quantum: int = 0
+    beside: bool = False
+    tolerance: float = 0.0
 
 
 class _Context(msgspec.Struct):
@@ -43,6 +53,9 @@ class _Context(msgspec.Struct):
     service: SimService | None = None
     job: SimJob | None = None
     arrived: list[int] = []
+    began: int = 0
+    alone: float = 0.0
+    """Ns that the batch under way takes alone."""
     left: float = 0.0
     speed: float = 0.0
     units: float = 0.0
@@ -56,12 +69,13 @@ class _Context(msgspec.Struct):
 class SharedWorld:
     """One run of a scenario on an unscheduled device; see the module's docstring."""
 
-    def __init__(self, scenario: Scenario, how: Unscheduled, seed: int) -> None:
+    def __init__(self, scenario: Scenario, how: Unscheduled, seed: tuple[int, int]) -> None:
         self._scenario, self._how, self._seed = scenario, how, seed
-        self._units = len(scenario.device.spec.units)
-        self._draws = Draws(np.random.default_rng((seed, 0)))
+        self._device = scenario.device
+        self._units = self._device.spec.compute
+        self._draws = Draws(np.random.default_rng((*seed, 0)))
         self._contexts = [
-            _Context(demand=self._demand(service.cost.saturates), service=service)
+            _Context(demand=self._demand(self._cost(service).saturates), service=service)
             for service in scenario.services
             for _ in range(service.spec.instances)
         ]
@@ -72,12 +86,16 @@ class SharedWorld:
         self._now = 0
         self._turn = -1
         self._turn_ends = _NEVER
+        self._rate = 1.0 if not how.tolerance else RATE_STEP
         self.outcome = Outcome(
             duration=scenario.duration,
-            units=self._units,
+            units=scenario.compute,
             services={s.spec.name: ServiceTally(s.spec.slo.latency) for s in scenario.services},
             jobs={j.spec.id: JobTally() for j in scenario.jobs},
         )
+
+    def _cost(self, service: SimService) -> ExecCost:
+        return service.costs[self._device.spec.kind]
 
     def _demand(self, saturates: int) -> int:
         return min(self._units, saturates or self._units)
@@ -111,7 +129,7 @@ class SharedWorld:
     def _arrivals(self) -> Iterator[tuple[int, str]]:
         """(ns, service) of all services, merged."""
         streams = [
-            (s.spec.name, s.arrivals.times(np.random.default_rng((self._seed, 1 + i))))
+            (s.spec.name, s.arrivals.times(np.random.default_rng((*self._seed, 1 + i))))
             for i, s in enumerate(self._scenario.services)
         ]
         heads = [(next(times, _NEVER), name, times) for name, times in streams]
@@ -142,14 +160,22 @@ class SharedWorld:
                 continue
             rows = min(len(queue), service.spec.batch.max)
             context.arrived = [queue.popleft() for _ in range(rows)]
-            mean = service.cost.mean(self._units, rows) * self._draws.factor(service.cost.cv)
-            context.left = mean + self._draws.time(self._scenario.device.cost.start)
+            cost = self._cost(service)
+            mean = cost.mean(self._units, rows) * self._draws.factor(cost.cv)
+            context.left = mean + self._draws.time(self._device.cost.start)
+            context.began, context.alone = self._now, context.left
 
     def _finish(self, context: _Context) -> None:
         assert context.service is not None
         tally = self.outcome.services[context.service.spec.name]
         for arrived in context.arrived:
             tally.answer(self._now - arrived)
+        if self._how.tolerance:
+            slow = (self._now - context.began) / max(1.0, context.alone) - 1
+            if slow > self._how.tolerance:
+                self._rate = max(RATE_STEP, self._rate / 2)
+            else:
+                self._rate = min(1.0, self._rate + RATE_STEP)
         context.arrived, context.left = [], 0.0
         if self._how.quantum:
             self._next_turn()
@@ -178,23 +204,38 @@ class SharedWorld:
                 context.speed = float(mine)
                 context.units = float(context.demand) if mine else 0.0
             return
-        running = [c for c in self._contexts if c.runs]
-        wanted = sum(c.demand for c in running)
-        scale = min(1.0, self._units / wanted) if wanted else 1.0
-        contention = self._scenario.device.cost.contention
         for context in self._contexts:
             context.speed = context.units = 0.0
+        running = [c for c in self._contexts if c.runs]
+        if self._how.beside:
+            serving = [c for c in running if c.service is not None]
+            left = self._divide(serving, self._units)
+            self._divide([c for c in running if c.job is not None], left)
+        else:
+            self._divide(running, self._units)
+        contention = self._device.cost.contention + self._scenario.shared_bandwidth
+        used = sum(c.units for c in running)
         for context in running:
-            context.units = context.demand * scale
-            elsewhere = (wanted - context.demand) * scale / self._units
+            elsewhere = (used - context.units) / self._units
             slower = 1 + contention * min(1.0, elsewhere)
-            context.speed = self._relative(context) / slower
+            context.speed = self._relative(context) / slower if context.units else 0.0
+
+    def _divide(self, contexts: list[_Context], units: float) -> float:
+        """Give contexts what they want, or their part of it; returns what is left."""
+        wanted = {id(c): c.demand * (self._rate if c.job is not None else 1.0) for c in contexts}
+        total = sum(wanted.values())
+        scale = min(1.0, units / total) if total else 1.0
+        for context in contexts:
+            context.units = wanted[id(context)] * scale
+        return max(0.0, units - total)
 
     def _relative(self, context: _Context) -> float:
         """Speed with the units it has, relative to having all it wants."""
-        workload = context.service or context.job
-        assert workload is not None
-        parallel = workload.cost.parallel
+        if context.service is not None:
+            parallel = self._cost(context.service).parallel
+        else:
+            assert context.job is not None
+            parallel = context.job.cost.parallel
         units = context.units
         if units < 1:
             return units / speed_up(parallel, 0, context.demand)

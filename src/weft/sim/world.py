@@ -17,15 +17,16 @@ import numpy as np
 
 from weft.domain import actions as a
 from weft.domain import events as e
-from weft.domain.device import Partition
+from weft.domain.device import DeviceSpec, Partition
+from weft.domain.plan import Plan
 from weft.domain.request import Request
 from weft.domain.units import S
 from weft.domain.workload import JobSpec
 from weft.policy.dispatcher import Dispatcher
-from weft.policy.planner import Planner, Tuning
+from weft.policy.planner import Planner
 from weft.sim.costs import Spread
 from weft.sim.outcome import SPANS, JobTally, Outcome, ServiceTally, Span
-from weft.sim.scenario import Scenario, SimJob, SimService
+from weft.sim.scenario import Scenario, SimJob, SimService, sizes
 from weft.telemetry.monitor import Monitor
 
 TICK = 1 * S
@@ -55,45 +56,68 @@ class Draws:
 
 
 class _Progress:
-    """One job: what it holds and how far it came."""
+    """One job: what it holds and how far it came. ``bound``: it runs in one partition at a time
+    (``place``, where it was started) and starts again elsewhere."""
 
-    def __init__(self, job: SimJob, tally: JobTally) -> None:
+    def __init__(self, job: SimJob, tally: JobTally, bound: bool) -> None:
         self.cost = job.cost
         self.tally = tally
+        self.bound = bound
+        self.place = ""
         self.held: dict[str, int] = {}
         self.since = 0
         self.slowed = 0.0
+
+    def grant(self, now: int, partition: str, units: int) -> None:
+        """It may use a partition from now on."""
+        self.settle(now)
+        lost = self.cost.resume
+        if self.bound and self.place != partition:
+            lost = self.cost.move if self.place else lost
+            self.place = partition
+        self.held[partition] = units
+        self.tally.steps -= self.cost.speed(units) * lost / S
+        self.tally.grants += 1
 
     def settle(self, now: int) -> None:
         """Book progress up to ``now``."""
         if now <= self.since:
             return
         units = sum(self.held.values())
-        self.tally.steps += self.cost.speed(units) * (now - self.since) / S * (1 - self.slowed)
+        used = max(self.held.values(), default=0) if self.bound else units
+        self.tally.steps += self.cost.speed(used) * (now - self.since) / S * (1 - self.slowed)
         self.tally.held_ns += units * (now - self.since)
         self.since = now
 
 
 class World:
-    """One run of a scenario under a policy."""
+    """One run of a scenario on one box. ``seed``: of the run, and of the box in it."""
 
-    def __init__(self, scenario: Scenario, tuning: Tuning, seed: int, record: bool = False) -> None:
+    def __init__(
+        self, scenario: Scenario, planner: Planner, seed: tuple[int, int], record: bool = False
+    ) -> None:
         self._scenario = scenario
-        self._spec = scenario.device.spec
-        self._cost = scenario.device.cost
-        self._dispatcher = Dispatcher(self._spec.preempt, len(self._spec.units))
-        self._planner = Planner(tuning)
+        self._specs = tuple(d.spec for d in scenario.devices)
+        self._devices = {d.spec.id: d for d in scenario.devices}
+        self._dispatcher = Dispatcher(self._specs)
+        self._planner = planner
         self._monitor = Monitor()
-        self._draws = Draws(np.random.default_rng((seed, 0)))
+        self._draws = Draws(np.random.default_rng((*seed, 0)))
         self._now = 0
         self._heap: list[tuple[int, int, int, Any]] = []
         self._order = 0
         self._wake_token = 0
         self._partitions: dict[str, Partition] = {}
+        self._rows = _rows(self._specs)
+        self._instances: dict[tuple[str, str], set[str]] = {}
+        """Instances of a service on a device that serve."""
+        self._ending: set[str] = set()
+        self._loading = 0
+        """Loads that the next plan waits for."""
         self._settled: dict[str, int] = {}
         self._running: dict[str, int] = {}
         self._services = {s.spec.name: s for s in scenario.services}
-        self._means: dict[tuple[str, int, int], int] = {}
+        self._means: dict[tuple[str, str, int, int], int] = {}
         self._open: dict[int, Request] = {}
         middle = scenario.duration // 2
         self._recorded = (middle - SPANS // 2, middle + SPANS // 2) if record else None
@@ -101,13 +125,16 @@ class World:
         self._next_request = 1
         self.outcome = Outcome(
             duration=scenario.duration,
-            units=len(self._spec.units),
+            units=scenario.compute,
             services={s.spec.name: ServiceTally(s.spec.slo.latency) for s in scenario.services},
             jobs={j.spec.id: JobTally() for j in scenario.jobs},
         )
-        self._jobs = {j.spec.id: _Progress(j, self.outcome.jobs[j.spec.id]) for j in scenario.jobs}
+        bound = any(d.pins_jobs for d in self._specs)
+        self._jobs = {
+            j.spec.id: _Progress(j, self.outcome.jobs[j.spec.id], bound) for j in scenario.jobs
+        }
         self._arrivals: dict[str, Iterator[int]] = {
-            s.spec.name: s.arrivals.times(np.random.default_rng((seed, 1 + i)))
+            s.spec.name: s.arrivals.times(np.random.default_rng((*seed, 1 + i)))
             for i, s in enumerate(scenario.services)
         }
 
@@ -150,17 +177,11 @@ class World:
                     spec.strict,
                 )
             )
-            profile = tuple(
-                (units, rows, self._mean(service, units, rows))
-                for units in self._spec.shapes
-                for rows in (1, spec.batch.max)
-            )
-            for index in range(spec.instances):
-                self._feed(e.WorkerUp(f"{spec.name}/{index}", spec.name, "1", profile))
             self._schedule_arrival(spec.name)
+        trains = sum(d.compute for d in self._specs if d.trains)
         for job in self._scenario.jobs:
             spec_ = job.spec
-            limit = max(1, int(spec_.limit * len(self._spec.units) + 1e-9))
+            limit = max(1, int(spec_.limit * trains + 1e-9))
             self._feed(e.JobReady(spec_.id, spec_.weight, spec_.guaranteed, limit, DEBT_WINDOW))
         self._plan()
         self._at(TICK, _TICK, None)
@@ -198,13 +219,14 @@ class World:
 
     def _plan(self) -> None:
         state = self._dispatcher.state
+        if self._loading:
+            return
         jobs: dict[str, tuple[JobSpec, float]] = {
             j.spec.id: (j.spec, j.cost.rate) for j in self._scenario.jobs
         }
         snapshot = self._monitor.snapshot(
             self._now,
-            self._spec,
-            state.plan,
+            self._specs,
             state,
             {name: (s.spec, s.spec.instances) for name, s in self._services.items()},
             jobs,
@@ -212,7 +234,54 @@ class World:
         plan = self._planner.plan(snapshot)
         if plan is not None:
             self.outcome.reasons.append((self._now, plan.reasons))
+            self._prepare(plan)
+
+    def _prepare(self, plan: Plan) -> None:
+        """Load the models that a plan needs; it comes into force when they are there."""
+        device_of = {p.id: p.device for p in plan.partitions}
+        wanted = {(s, device_of[p]) for s, where in plan.services.items() for p in where}
+        missing = sorted(key for key in wanted if not self._instances.get(key))
+        self._loading = len(missing)
+
+        def enact() -> None:
             self._feed(e.Planned(plan))
+            for key in sorted(self._instances):
+                if key not in wanted:
+                    self._unload(key)
+
+        if not missing:
+            enact()
+        for name, device in missing:
+
+            def loaded(name: str = name, device: str = device) -> None:
+                self._start(name, device)
+                self._loading -= 1
+                if not self._loading:
+                    enact()
+
+            # What is there when the run begins was loaded before it.
+            took = self._services[name].load if self._now else 0
+            self._at(self._now + took, _ACK, loaded)
+
+    def _start(self, name: str, device: str) -> None:
+        service, spec = self._services[name], self._devices[device].spec
+        profile = tuple(
+            (units, rows, self._mean(service, spec.kind, units, rows))
+            for units in sizes(spec)
+            for rows in (1, service.spec.batch.max)
+        )
+        for index in range(service.spec.instances):
+            worker = f"{name}@{device}/{index}/{self._now}"
+            self._instances.setdefault((name, device), set()).add(worker)
+            self._feed(e.WorkerUp(worker, name, "1", device, profile))
+
+    def _unload(self, key: tuple[str, str]) -> None:
+        for worker in sorted(self._instances.pop(key)):
+            self._feed(e.WorkerRetiring(worker))
+            if self._dispatcher.state.workers[worker].batch:
+                self._ending.add(worker)
+            else:
+                self._feed(e.WorkerDown(worker, "unloaded"))
 
     # --- the device -------------------------------------------------------------------------
 
@@ -240,21 +309,22 @@ class World:
             case a.StopJob(job=job):
                 raise AssertionError(f"{job}: simulated devices never fail to revoke")
 
-    def _mean(self, service: SimService, units: int, rows: int) -> int:
-        key = service.spec.name, units, rows
+    def _mean(self, service: SimService, kind: str, units: int, rows: int) -> int:
+        key = service.spec.name, kind, units, rows
         if key not in self._means:
-            self._means[key] = service.cost.mean(units, rows)
+            self._means[key] = service.costs[kind].mean(units, rows)
         return self._means[key]
 
     def _dispatch(self, action: a.Dispatch) -> None:
         batch, partition = action.batch, self._partitions[action.partition]
-        service, cost = self._services[batch.service], self._cost
+        device = self._devices[partition.device]
+        service, cost, kind = self._services[batch.service], device.cost, device.spec.kind
         start = self._draws.time(cost.start)
         if action.preempting:
             start += self._draws.time(cost.preempt)
-        mean = self._mean(service, partition.compute, batch.rows)
-        slowed = 1 + cost.contention * self._busy_elsewhere(partition)
-        took = round(mean * self._draws.factor(service.cost.cv) * slowed)
+        mean = self._mean(service, kind, partition.compute, batch.rows)
+        slowed = 1 + self._contention(partition)
+        took = round(mean * self._draws.factor(service.costs[kind].cv) * slowed)
         self._running[partition.id] = partition.compute
         began = self._now
 
@@ -264,6 +334,9 @@ class World:
             self._record(batch.service, partition, began)
             self._slow_jobs()
             self._feed(e.BatchDone(batch.id, took, start))
+            if action.worker in self._ending:
+                self._ending.remove(action.worker)
+                self._feed(e.WorkerDown(action.worker, "unloaded"))
 
         self._slow_jobs()
         self._at(self._now + start + took, _DONE, done)
@@ -273,48 +346,66 @@ class World:
             return
         start, end = max(began, self._recorded[0]), min(self._now, self._recorded[1])
         if start < end:
-            self.outcome.spans.append(Span(who, partition.units, start, end))
+            first = self._rows[partition.device]
+            rows = tuple(first + unit for unit in partition.units)
+            self.outcome.spans.append(Span(who, rows, start, end))
 
-    def _busy_elsewhere(self, partition: Partition) -> float:
-        """Share of the device that others keep busy, 0..1."""
-        if not self._cost.contention:
-            return 0.0
-        busy = sum(units for name, units in self._running.items() if name != partition.id)
-        busy += sum(
+    def _contention(self, partition: Partition) -> float:
+        """By how much an execution is slowed down by what else is busy: on its device, and, where
+        all devices share a memory, in the box."""
+        cost, shared = self._devices[partition.device].cost, self._scenario.shared_bandwidth
+        slowed = 0.0
+        if cost.contention:
+            slowed += cost.contention * self._busy(partition.device, partition)
+        if shared:
+            slowed += shared * self._busy("", partition)
+        return slowed
+
+    def _busy(self, device: str, but: Partition | None) -> float:
+        """Share of a device (of the box, if not named) that is busy, 0..1, one partition aside."""
+        held = dict(self._running)
+        for job in self._jobs.values():
+            held.update(job.held)
+        aside = but.id if but is not None else ""
+        busy = sum(
             units
-            for job in self._jobs.values()
-            for name, units in job.held.items()
-            if name != partition.id
+            for name, units in held.items()
+            if name != aside and (not device or self._partitions[name].device == device)
         )
-        return min(1.0, busy / max(1, len(self._spec.units) - partition.compute))
+        spec = self._devices[device].spec if device else None
+        there = spec.compute if spec is not None else self._scenario.compute
+        return min(1.0, busy / max(1, there - (but.compute if but is not None else 0)))
 
     def _slow_jobs(self) -> None:
-        if not self._cost.contention:
+        """Jobs are slowed down by executions beside them."""
+        shared = self._scenario.shared_bandwidth
+        device = self._scenario.device
+        if not (device.cost.contention or shared):
             return
-        busy = sum(self._running.values()) / len(self._spec.units)
+        served = self._running
+        here = sum(u for n, u in served.items() if self._partitions[n].device == device.spec.id)
+        slow = device.cost.contention * here / device.spec.compute
+        slow += shared * sum(served.values()) / self._scenario.compute
         for job in self._jobs.values():
             if job.held:
                 job.settle(self._now)
-            job.slowed = 1 - 1 / (1 + self._cost.contention * busy)
+            job.slowed = 1 - 1 / (1 + slow)
 
     def _grant(self, action: a.Grant) -> None:
         job, partition = action.job, self._partitions[action.partition]
 
         def done() -> None:
-            progress = self._jobs[job]
-            progress.settle(self._now)
-            progress.held[partition.id] = partition.compute
-            lost = progress.cost.speed(partition.compute) * progress.cost.resume / S
-            progress.tally.steps -= lost
-            progress.tally.grants += 1
+            self._jobs[job].grant(self._now, partition.id, partition.compute)
             self._granted[job, partition.id] = self._now
             self._feed(e.Granted(job, partition.id))
 
-        self._acknowledge(partition.id, self._draws.time(self._cost.grant), done)
+        cost = self._devices[partition.device].cost
+        self._acknowledge(partition.id, self._draws.time(cost.grant), done)
 
     def _revoke(self, action: a.Revoke) -> None:
         job, partition = action.job, action.partition
-        took = self._draws.time(self._cost.revoke)
+        cost = self._devices[self._partitions[partition].device].cost
+        took = self._draws.time(cost.revoke)
 
         def done() -> None:
             progress = self._jobs[job]
@@ -335,7 +426,7 @@ class World:
 
     def _repartition(self, action: a.Repartition) -> None:
         plan = action.plan
-        took = self._draws.time(self._cost.repartition)
+        took = self._change_time(plan)
         if self._partitions:
             self.outcome.repartitions += 1
             self.outcome.repartition_ns += took
@@ -345,3 +436,29 @@ class World:
             self._feed(e.Repartitioned(plan.version))
 
         self._at(self._now + took, _ACK, done)
+
+    def _change_time(self, plan: Plan) -> int:
+        """Ns to bring all devices to a plan's layout; each sees to its own at the same time."""
+        wanted = {p.id: p for p in plan.partitions}
+        longest = 0
+        for name, device in self._devices.items():
+            made = [p for p in wanted if p not in self._partitions and wanted[p].device == name]
+            gone = [
+                p for p, old in self._partitions.items() if p not in wanted and old.device == name
+            ]
+            if not (made or gone):
+                continue
+            took = self._draws.time(device.cost.repartition)
+            took += sum(self._draws.time(device.cost.make) for _ in made)
+            took += sum(self._draws.time(device.cost.unmake) for _ in gone)
+            longest = max(longest, took)
+        return longest
+
+
+def _rows(devices: tuple[DeviceSpec, ...]) -> dict[str, int]:
+    """Where each device's units begin if all are numbered through."""
+    rows, at = {}, 0
+    for device in devices:
+        rows[device.id] = at
+        at += len(device.units)
+    return rows

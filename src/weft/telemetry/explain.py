@@ -187,7 +187,7 @@ class _Witness:
         self.requests.clear()
         self.dispatched.clear()
         state = header.dispatcher_state()
-        self.dispatcher = Dispatcher(header.level, header.total_units, state)
+        self.dispatcher = Dispatcher(header.devices, state)
         self.requests.update(state.queued)
         for running in state.running.values():
             batch = running.batch

@@ -11,7 +11,6 @@ from collections import Counter, deque
 from weft.domain import actions as a
 from weft.domain import events as e
 from weft.domain.device import DeviceSpec
-from weft.domain.plan import Plan
 from weft.domain.request import Refusal, Request
 from weft.domain.snapshot import JobFacts, PartitionFacts, ServiceFacts, Snapshot
 from weft.domain.units import S
@@ -24,6 +23,7 @@ LATENCY_BUCKETS_S = (
     *(0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0),
 )
 REVOKE_BUCKETS_S = (10e-6, 20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3)
+_WANT_OF_CAPACITY = (Refusal.OVERLOADED, Refusal.QUEUE_FULL)
 RECENT = 2000
 """Latencies kept for quantiles, and for no longer than ``RECENT_NS``."""
 RECENT_NS = 30 * S
@@ -273,8 +273,7 @@ class Monitor:
     def snapshot(
         self,
         now: int,
-        device: DeviceSpec,
-        plan: Plan,
+        devices: tuple[DeviceSpec, ...],
         state: DispatcherState,
         specs: dict[str, tuple[ServiceSpec, int]],
         jobs: dict[str, tuple[JobSpec, float]],
@@ -284,8 +283,8 @@ class Monitor:
         return Snapshot(
             now=now,
             window=S,
-            device=device,
-            plan=plan,
+            devices=devices,
+            plan=state.plan,
             services=tuple(
                 self._service_facts(now, spec, live, state)
                 for spec, live in specs.values()
@@ -309,15 +308,22 @@ class Monitor:
         )
 
     def _service_facts(
-        self, now: int, spec: ServiceSpec, live: int, state: DispatcherState
+        self,
+        now: int,
+        spec: ServiceSpec,
+        live: int,
+        state: DispatcherState,
     ) -> ServiceFacts:
         meter, known = self.service(spec.name), state.services[spec.name]
         p50, p95, p99 = (q or 0 for q in meter.recent.quantiles(now, 0.5, 0.95, 0.99))
         exec_ns = {
-            f"{units}x{rows}": ns
-            for units, means in known.exec.mean.items()
-            for rows, ns in enumerate(means)
-            if ns
+            kind: {
+                f"{units}x{rows}": ns
+                for units, means in table.mean.items()
+                for rows, ns in enumerate(means)
+                if ns
+            }
+            for kind, table in known.exec.items()
         }
         return ServiceFacts(
             name=spec.name,
@@ -338,4 +344,7 @@ class Monitor:
             exec_ns=exec_ns,
             instances=spec.instances,
             live_instances=live,
+            pressed=meter.misses + sum(meter.refused[r.name] for r in _WANT_OF_CAPACITY),
+            accuracy_floor=spec.accuracy_floor,
+            variants=spec.variants,
         )

@@ -2,7 +2,7 @@
 
 A journal is a directory of segments. A segment is a line that names the format, then blocks::
 
-    segment  "weft journal 1\\n" block*
+    segment  "weft journal 2\\n" block*
     block    length:u32 crc32:u32 body              what was written at one go
     body     (length:u32 entry)*                    entry: MessagePack of one type below
 
@@ -24,7 +24,7 @@ from zlib import crc32
 import msgspec
 
 from weft.domain.actions import Action
-from weft.domain.device import PreemptLevel
+from weft.domain.device import DeviceSpec
 from weft.domain.errors import JournalError
 from weft.domain.events import Event
 from weft.domain.plan import Plan
@@ -32,7 +32,7 @@ from weft.domain.snapshot import Snapshot
 from weft.policy.planner import PlannerState, Tuning
 from weft.policy.state import DispatcherState
 
-FORMAT = 1
+FORMAT = 2
 SUFFIX = ".weftj"
 BLOCK = struct.Struct("<II")
 LENGTH = struct.Struct("<I")
@@ -59,8 +59,7 @@ class Header(_Entry, frozen=True, gc=False):
     weft: str
     wall: float
     now: int
-    level: PreemptLevel
-    total_units: int
+    devices: tuple[DeviceSpec, ...]
     dispatcher: bytes
     planner: bytes
     tuning: Tuning

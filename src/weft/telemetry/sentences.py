@@ -87,14 +87,15 @@ def _own(state: DispatcherState | None, service: ServiceState | None, request: R
 
 
 def _own_ns(state: DispatcherState, service: ServiceState, request: Request) -> int:
-    sizes = [len(state.partitions[p].units) for p in service.partitions]
-    return min((service.exec.predict(units, request.rows) for units in sizes), default=0)
+    where = [state.partitions[p] for p in service.partitions]
+    times = (service.exec[p.kind].predict(p.compute, request.rows) for p in where)
+    return min(times, default=0)
 
 
 def _owed(state: DispatcherState | None, now: int) -> str:
     if state is None:
         return "a job with a guaranteed share"
-    total = sum(len(p.units) for p in state.partitions.values())
+    total = sum(p.compute for p in state.partitions.values())
     owed = [j for j in state.jobs.values() if in_debt(state, j, now, total)]
     names = [f"job {j.id} (guaranteed {j.guaranteed / 1e4:.0f}%)" for j in owed]
     return ", ".join(names) or "a job with a guaranteed share"

@@ -42,8 +42,8 @@ def draw(scenario: Scenario, outcomes: dict[str, Outcome], path: Path) -> None:
             loc="left",
             fontsize=10,
         )
-        axis.set_ylim(0, outcome.units)
-        axis.set_ylabel(scenario.device.spec.kind)
+        axis.set_ylim(0, sum(len(d.spec.units) for d in scenario.devices))
+        axis.set_ylabel(" + ".join(d.spec.id for d in scenario.devices))
     axes[-1, 0].set_xlabel("seconds into the run")
     figure.legend(handles=[Patch(color=c, label=n) for n, c in colour.items()], loc="upper right")
     figure.tight_layout()

@@ -20,8 +20,9 @@ from rich.table import Table
 
 from weft.domain.errors import ConfigError
 from weft.domain.units import S, parse_duration
-from weft.sim.policies import POLICIES, Setting, better, choose, simulate
-from weft.sim.scenario import Scenario, read_scenario
+from weft.sim.outcome import Outcome, merge
+from weft.sim.policies import POLICIES, Setting, better, choose, simulate, simulate_box
+from weft.sim.scenario import Scenario, SimService, read_scenario
 
 Figures = dict[str, float]
 
@@ -39,6 +40,10 @@ _COLUMNS = (
 )
 
 
+SEARCH_KEEPS = 3
+"""Settings of a policy that are run with all seeds; the first seed alone chooses them."""
+
+
 class _Run(msgspec.Struct, frozen=True):
     policy: str
     setting: str
@@ -51,7 +56,7 @@ def add_simulate(commands: Any) -> None:
     parser.add_argument("scenario", type=Path, help="a YAML file; see examples/scenarios")
     parser.add_argument(
         "--policies",
-        default="weft,static,exclusive,spatial,temporal,shared,sliced",
+        default="weft,static,exclusive,spatial,temporal,shared,sliced,reactive,orion,tgs,reef,quotas",
         help=f"some of {','.join(POLICIES)} (default: %(default)s)",
     )
     parser.add_argument("--seeds", type=int, default=5, help="runs of each (default: 5)")
@@ -76,20 +81,23 @@ def _simulate(args: argparse.Namespace) -> int:
     for path in (args.json, args.plot):
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"there is no folder {path.parent} to write {path.name} to")
-    device = scenario.device.spec
-    settings = {(p.name, s): t for p in policies for s, t in p.settings(device).items()}
-    runs = [_Run(*key, seed) for key in settings for seed in range(args.seeds)]
+    settings = {(p.name, s): t for p in policies for s, t in p.settings(scenario).items()}
     began = time.monotonic()
-    results = _run_all(scenario, settings, runs)
+    results = _run_all(scenario, settings, [_Run(*key, 0) for key in settings])
+    kept = [key for p in policies for key in _leading(p.name, settings, results)]
+    settings = {key: settings[key] for key in kept}
+    later = [_Run(*key, seed) for key in settings for seed in range(1, args.seeds)]
+    results |= _run_all(scenario, settings, later)
     took = time.monotonic() - began
     best = {p.name: _best(p.name, settings, results, args.seeds) for p in policies}
     console = Console()
     console.print(_table(scenario, best, results, args.seeds))
     requests = sum(r["requests"] for r in results.values())
     console.print(
-        f"{len(runs)} runs, {requests:,.0f} requests in {took:.1f} s; execution times: "
-        + ", ".join(f"{s.spec.name} {s.cost.source}" for s in scenario.services)
-        + f"; device: {scenario.device.cost.source}",
+        f"{len(results)} runs, {requests:,.0f} requests in {took:.1f} s; execution times: "
+        + ", ".join(_sources(s) for s in scenario.services)
+        + "; "
+        + "; ".join(f"{d.spec.id}: {d.cost.source}" for d in scenario.devices),
         style="dim",
     )
     if args.why:
@@ -107,26 +115,54 @@ def _simulate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _sources(service: SimService) -> str:
+    found = sorted({cost.source for cost in service.costs.values()})
+    return f"{service.spec.name} {' and '.join(found)}"
+
+
 def _run_all(
     scenario: Scenario, settings: dict[tuple[str, str], Setting], runs: list[_Run]
 ) -> dict[_Run, Figures]:
-    results: dict[_Run, Figures] = {}
+    parts: dict[_Run, dict[int, Outcome]] = {run: {} for run in runs}
     with ProcessPoolExecutor(os.cpu_count()) as pool, Progress(transient=True) as progress:
-        bar = progress.add_task(scenario.name, total=len(runs))
+        bar = progress.add_task(scenario.name, total=len(runs) * scenario.boxes)
         waiting = {
-            pool.submit(_one, scenario, settings[run.policy, run.setting], run.seed): run
+            pool.submit(simulate_box, scenario, settings[run.policy, run.setting], run.seed, box): (
+                run,
+                box,
+            )
             for run in runs
+            for box in range(scenario.boxes)
         }
         for done in as_completed(waiting):
-            results[waiting[done]] = done.result()
+            run, box = waiting[done]
+            parts[run][box] = done.result()
             progress.advance(bar)
-    return results
+    return {
+        run: _figures(merge([outcomes[box] for box in sorted(outcomes)]))
+        for run, outcomes in parts.items()
+    }
 
 
-def _one(scenario: Scenario, setting: Setting, seed: int) -> Figures:
-    outcome = simulate(scenario, setting, seed)
+def _figures(outcome: Outcome) -> Figures:
     offered = sum(s.offered for s in outcome.services.values())
     return outcome.figures() | {"requests": float(offered)}
+
+
+def _leading(
+    policy: str, settings: Iterable[tuple[str, str]], results: dict[_Run, Figures]
+) -> list[tuple[str, str]]:
+    """The best settings of a policy by its first seed."""
+    left = [key for key in settings if key[0] == policy]
+    found: list[tuple[str, str]] = []
+    while left and len(found) < SEARCH_KEEPS:
+        best = left[0]
+        for key in left[1:]:
+            if better(results[_Run(*key, 0)], results[_Run(*best, 0)]):
+                best = key
+        left.remove(best)
+        found.append(best)
+    return found
 
 
 def _samples(

@@ -1,0 +1,252 @@
+"""How well services would do on a layout, and what it would leave for jobs.
+
+A ``View`` is one device with the part of the load that it is to carry.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from weft.domain.device import DeviceSpec, Partition
+from weft.domain.plan import Plan
+from weft.domain.snapshot import JobFacts, ServiceFacts
+from weft.domain.units import format_bytes
+from weft.policy.layouts import Layout
+from weft.policy.queueing import wait_quantile
+
+RHO_MAX = 0.85
+"""Highest planned utilization of a service partition."""
+HEADROOM = 0.9
+"""Share of the objective that the predicted percentile may use."""
+NO_PLACE = 10.0
+"""What a service that fits into no partition counts among shortfalls."""
+STAY = 1.2
+"""A job is bound to another partition only if it would gain this much there."""
+LENT = 0.95
+"""What a job makes of lent time, of what it would make of time of its own: slices end early."""
+
+
+class View(msgspec.Struct, frozen=True):
+    """One device: the services that it carries, each at its part of the rate, and the jobs that
+    can run there."""
+
+    now: int
+    device: DeviceSpec
+    plan: Plan
+    services: tuple[ServiceFacts, ...]
+    jobs: tuple[JobFacts, ...]
+
+
+class Verdict(msgspec.Struct):
+    """A layout judged: the partitions of each service, the utilization of each partition, and
+    for each service that would miss its objective why, and by how much in all (each 0..1)."""
+
+    layout: Layout
+    services: dict[str, tuple[int, ...]]
+    rho: list[float]
+    misses: dict[str, str]
+    shortfall: float = 0.0
+
+    @property
+    def overload(self) -> float:
+        """How badly it falls short, to compare infeasible layouts."""
+        return sum(max(0.0, r - RHO_MAX) for r in self.rho) + self.shortfall
+
+    @property
+    def busiest(self) -> float:
+        """Utilization of the busiest partition."""
+        return max(self.rho, default=0.0)
+
+
+def judge(view: View, layout: Layout, horizon_s: float) -> Verdict:
+    """Spread services over the partitions (largest load first, least loaded partition first)
+    and predict each one's percentile at the load expected ``horizon_s`` seconds ahead."""
+    mine = layout.mine
+    sizes = [p.compute for p in mine]
+    largest = max(sizes, default=1)
+    rho = [0.0] * len(mine)
+    guests = [0] * len(mine)
+    slowest = [0.0] * len(mine)
+    placed: dict[str, tuple[int, ...]] = {}
+    shares: dict[str, float] = {}
+    order = [(-load(view.device.kind, s, largest, horizon_s), s.name, s) for s in view.services]
+    for _, name, service in sorted(order):
+        # Where loads are equal (nothing measured yet), services keep out of each other's way.
+        need = memory_of(service, view.device)
+        ranks = [
+            (_too_slow(view, service, p), rho[i], guests[i], sizes[i], i)
+            for i, p in enumerate(mine)
+            if not p.memory or need <= p.memory
+        ]
+        chosen, share = _take(view, service, mine, [r[-1] for r in sorted(ranks)], horizon_s)
+        for index in chosen:
+            guests[index] += 1
+            rho[index] += share
+            own = float(exec_ns(view.device.kind, service, sizes[index], 1))
+            slowest[index] = max(slowest[index], own)
+        placed[name], shares[name] = chosen, share
+    _fill(view, mine, placed, shares, rho, horizon_s)
+    verdict = Verdict(layout, placed, rho, {})
+    for service in view.services:
+        where = placed[service.name]
+        if not where:
+            need = memory_of(service, view.device)
+            verdict.misses[service.name] = (
+                f"needs {format_bytes(need)}, more than any partition for services has"
+            )
+            verdict.shortfall += NO_PLACE
+            continue
+        busiest, other = max(rho[i] for i in where), max(slowest[i] for i in where)
+        own = max(exec_ns(view.device.kind, service, sizes[i], 1) for i in where)
+        expected = own + wait_quantile(max(own, other), busiest, service.percentile)
+        if expected > HEADROOM * service.objective or busiest > RHO_MAX:
+            verdict.misses[service.name] = _why(service, expected, busiest)
+            verdict.shortfall += max(0.0, 1.0 - HEADROOM * service.objective / expected)
+    return verdict
+
+
+def _too_slow(view: View, service: ServiceFacts, partition: Partition) -> bool:
+    return exec_ns(view.device.kind, service, partition.compute, 1) > HEADROOM * service.objective
+
+
+def memory_of(service: ServiceFacts, device: DeviceSpec) -> int:
+    """Bytes that one instance needs there; 0 if not known."""
+    variant = service.variants.get(device.kind)
+    return variant.memory if variant is not None else 0
+
+
+def _take(
+    view: View,
+    service: ServiceFacts,
+    mine: Sequence[Partition],
+    order: list[int],
+    horizon_s: float,
+) -> tuple[tuple[int, ...], float]:
+    """As many partitions, in this order, as the service's load calls for, and the utilization
+    that it brings to each: work goes to whoever is free, so it is the same for all."""
+    most = max(1.0, service.limit * view.device.compute + 1e-9)
+    chosen: list[int] = []
+    capacity, units, share = 0.0, 0, 0.0
+    for index in order:
+        size = mine[index].compute
+        if chosen and (len(chosen) == service.instances or units + size > most):
+            break
+        here = load(view.device.kind, service, size, horizon_s)
+        chosen.append(index)
+        units += size
+        capacity += 1.0 / max(here, 1e-12)
+        share = 1.0 / capacity
+        if share <= RHO_MAX + 1e-9:
+            break
+    return tuple(sorted(chosen)), share
+
+
+def _fill(
+    view: View,
+    mine: Sequence[Partition],
+    placed: dict[str, tuple[int, ...]],
+    shares: dict[str, float],
+    rho: list[float],
+    horizon_s: float,
+) -> None:
+    """Partitions that no load calls for go to services that have instances to use them."""
+    limits = {s.name: s.limit * view.device.compute + 1e-9 for s in view.services}
+    for index, partition in enumerate(mine):
+        if any(index in chosen for chosen in placed.values()):
+            continue
+        able = [
+            s
+            for s in view.services
+            if 0 < len(placed[s.name]) < s.instances
+            and (not partition.memory or memory_of(s, view.device) <= partition.memory)
+            and sum(mine[i].compute for i in placed[s.name]) + partition.compute <= limits[s.name]
+        ]
+        if not able:
+            return
+        busiest = max(able, key=lambda s: (shares[s.name], s.name))
+        had = placed[busiest.name]
+        for old in had:
+            rho[old] -= shares[busiest.name]
+        now = tuple(sorted((*had, index)))
+        loads = [
+            max(1e-12, load(view.device.kind, busiest, mine[i].compute, horizon_s)) for i in now
+        ]
+        placed[busiest.name] = now
+        shares[busiest.name] = 1.0 / sum(1.0 / each for each in loads)
+        for new in now:
+            rho[new] += shares[busiest.name]
+
+
+def utilization(view: View, layout: Layout, horizon_s: float) -> float:
+    """Of the busiest partition, with services where the present plan has them."""
+    rho: dict[str, float] = {}
+    sizes = {p.id: p.compute for p in layout.mine}
+    for service in view.services:
+        where = [p for p in view.plan.services.get(service.name, ()) if p in sizes]
+        loads = [max(1e-12, load(view.device.kind, service, sizes[p], horizon_s)) for p in where]
+        share = 1.0 / sum(1.0 / each for each in loads) if loads else 0.0
+        for partition in where:
+            rho[partition] = rho.get(partition, 0.0) + share
+    return max(rho.values(), default=0.0)
+
+
+def load(kind: str, service: ServiceFacts, size: int, horizon_s: float) -> float:
+    """Partitions of ``size`` units that the service would keep busy: rate x time per row at
+    the batch size that its load calls for."""
+    rate = max(0.0, service.rate + max(0.0, service.rate_trend) * horizon_s)
+    single = rate * exec_ns(kind, service, size, 1) / 1e9
+    if single < 0.5:
+        return single
+    return rate * exec_ns(kind, service, size, service.max_batch) / service.max_batch / 1e9
+
+
+def exec_ns(kind: str, service: ServiceFacts, size: int, rows: int) -> int:
+    """Measured time of ``rows`` rows on ``size`` units, else the nearest guess; 0 if none."""
+    known = service.exec_ns.get(kind)
+    if not known:
+        return 0
+    exact = known.get(f"{size}x{rows}")
+    if exact is not None:
+        return exact
+    return known.get(f"{size}x1") or known.get(f"1x{rows}") or known.get("1x1") or 0
+
+
+def share_out(
+    view: View, layout: Layout, rho: list[float], lend: bool, present: Mapping[str, str]
+) -> tuple[float, dict[str, str]]:
+    """For a device whose jobs cannot move: which partition each job is bound to, and the sum of
+    their utilities, ``weight x log(1 + compute)``, the compute of a service's partition being
+    what the service leaves. Heavier jobs choose first; several may share one. A job stays where
+    it is (``present``) if that is nearly as good."""
+    slots = {p.id: float(p.compute) for p in layout.free}
+    if lend:
+        for partition, used in zip(layout.mine, rho, strict=True):
+            slots[partition.id] = LENT * partition.compute * max(0.0, 1.0 - used)
+    if not slots:
+        return 0.0, {}
+    weights = dict.fromkeys(slots, 0.0)
+    bound: dict[str, str] = {}
+    for job in sorted(view.jobs, key=lambda j: (-j.weight, j.id)):
+        values = {n: v * job.weight / (weights[n] + job.weight) for n, v in slots.items()}
+        best = max(values, key=lambda name: (values[name], name))
+        there = present.get(job.id, "")
+        if values.get(there, 0.0) * STAY >= values[best]:
+            best = there
+        weights[best] += job.weight
+        bound[job.id] = best
+    total = sum(
+        job.weight * math.log1p(slots[bound[job.id]] * job.weight / weights[bound[job.id]])
+        for job in view.jobs
+    )
+    return total, bound
+
+
+def _why(service: ServiceFacts, expected: float, busiest: float) -> str:
+    shown = "over saturation" if math.isinf(expected) else f"{expected / 1e6:.1f} ms"
+    return (
+        f"predicted p{service.percentile:g} {shown} against {service.objective / 1e6:g} ms "
+        f"at utilization {busiest:.2f}"
+    )

@@ -1,0 +1,50 @@
+"""A planner that reacts: the rival of planning ahead.
+
+Where the recent p95 of a service is above ``HIGH`` of its objective, services get one step more
+space; where all are below ``LOW``, one step less. No prediction, no trend, and idle space is
+lent as Weft lends it, so that what differs is the planning alone.
+"""
+
+from __future__ import annotations
+
+from weft.policy.judging import View
+from weft.policy.layouts import Layout, mig_layouts, unit_layouts
+from weft.policy.planner import Planner
+
+HIGH = 0.8
+LOW = 0.4
+
+
+class ReactivePlanner(Planner):
+    """See the module's docstring. Thresholds as autoscalers' users set them."""
+
+    def _wish(self, view: View, current: Layout, least: int) -> tuple[Layout, str, int]:
+        return self._react(view, current, least)
+
+    def _wish_mig(self, view: View, current: Layout, least: int) -> tuple[Layout, str, int]:
+        return self._react(view, current, least)
+
+    def _react(self, view: View, current: Layout, least: int) -> tuple[Layout, str, int]:
+        hottest = max((s.p95 / s.objective for s in view.services), default=0.0)
+        hottest = max([hottest, *(float(p.boost > 1.0) for p in self.state.pressure.values())])
+        if hottest > HIGH:
+            step = self._step(view, current, more=True)
+            return step, f"p95 at {hottest:.0%} of the objective", self.tuning.grow_after
+        if hottest < LOW and current.compute > max(1, least):
+            step = self._step(view, current, more=False)
+            return step, f"p95 at {hottest:.0%} of the objective", self.tuning.shrink_after
+        return current, "", 0
+
+    @staticmethod
+    def _step(view: View, current: Layout, more: bool) -> Layout:
+        """The smallest step up or down; the present layout at the end of the scale."""
+        if view.device.mig:
+            options = mig_layouts(view.device, current)
+        else:
+            wanted = current.compute + (1 if more else -1)
+            options = unit_layouts(view.device, min(view.device.compute, wanted))
+        sign = 1 if more else -1
+        steps = [x for x in options if (x.compute - current.compute) * sign > 0]
+        return min(
+            steps, key=lambda x: (abs(x.compute - current.compute), len(x.mine)), default=current
+        )
