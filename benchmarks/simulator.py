@@ -18,7 +18,7 @@ from pathlib import Path
 import msgspec
 
 from weft.domain.units import S
-from weft.policy.planner import Tuning
+from weft.policy.planner import Planner
 from weft.sim.scenario import parse_scenario, read_scenario
 from weft.sim.world import World
 
@@ -56,7 +56,7 @@ def measure(which: str, length: int) -> dict[str, float]:
     )
     scenario = msgspec.structs.replace(found, duration=length * 30 * S)
     began = time.process_time()
-    outcome = World(scenario, Tuning(), 0).run()
+    outcome = World(scenario, Planner(), (0, 0)).run()
     took = time.process_time() - began
     requests = sum(s.offered for s in outcome.services.values())
     return {

@@ -36,7 +36,7 @@ def test_every_example_is_in_order(path: Path) -> None:
     [
         ("duration: 10s", "durration: 10s", "duration: is required.*'durration' a slip"),
         ("duration: 10s", "duration: 10", "duration: needs a unit"),
-        ("kind: cpu", "kind: cpus", "'cpus' is none of cpu, sm; did you mean 'cpu'"),
+        ("kind: cpu", "kind: cpus", "'cpus' is none of cpu, mig, npu, sm; did you mean 'cpu'"),
         ("units: 4", "units: 0", "device.units: expected a whole number from 1"),
         ("rate: 10}", "rate: -1}", r"services\[0\].arrivals.rate: must not be negative"),
         ("kind: poisson", "kind: poison", "did you mean 'poisson'"),
@@ -75,3 +75,67 @@ def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="not UTF-8"):
         read_scenario(tmp_path / "binary.yaml")
+
+
+MIG = """
+name: m
+duration: 20s
+device: {kind: mig, gpu: A100-SXM4-80GB, layout: [3g.40gb, 3g.40gb]}
+services:
+  - name: a
+    objective: {latency: 50ms}
+    memory: 4GiB
+    cost: {first: 10ms, per_row: 2ms}
+    arrivals: {kind: poisson, rate: 10}
+"""
+NPU = """
+name: n
+duration: 20s
+devices:
+  - {kind: cpu, units: 4}
+  - {kind: npu, memory: 100MiB, operators: [conv]}
+services:
+  - name: a
+    objective: {latency: 50ms}
+    cost: {first: 10ms, per_row: 2ms}
+    npu: {cost: {first: 5ms}, memory: 50MiB, accuracy: 0.9, operators: [conv]}
+    arrivals: {kind: poisson, rate: 10}
+"""
+
+
+def test_devices_are_what_they_say() -> None:
+    gpu = parse_scenario(MIG, Path()).device
+    assert (gpu.spec.compute, gpu.spec.pins_jobs, gpu.layout) == (7, True, ("3g.40gb", "3g.40gb"))
+    cores, npu = parse_scenario(NPU, Path()).devices
+    assert (cores.spec.trains, npu.spec.trains, npu.spec.operators) == (True, False, ("conv",))
+    assert npu.spec.memory == 100 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("text", "old", "new", "said"),
+    [
+        (MIG, "A100-SXM4-80GB", "A100-80", "device.gpu: 'A100-80' is none of"),
+        (MIG, "[3g.40gb, 3g.40gb]", "[4g.40gb, 4g.40gb]", "layout.*cannot form 4g.40gb, 4g.40gb"),
+        (MIG, "[3g.40gb, 3g.40gb]", "[9g.40gb]", "no MIG profile '9g.40gb'; it has"),
+        (MIG, "memory: 4GiB", "memory: 400GiB", r"services\[0\]: infeasible.*needs 400"),
+        (NPU, "units: 4}", "units: 4, layout: [5, 1]}", r"devices\[0\].layout: expected \[units"),
+        (NPU, "units: 4}", "units: 4, layout: [3, 2]}", "of 4 units, got"),
+        (NPU, "operators: [conv]}\nservices", "layout: [1, 1]}\nservices", "is one partition"),
+        (NPU, "kind: npu", "kind: npu, units: 3", "units: unknown key"),
+        (NPU, "kind: npu", "kind: npu, name: cpu", "devices: 'cpu' stands twice"),
+        (NPU, "devices:", "device: {kind: cpu, units: 1}\ndevices:", "device.kind: unknown key"),
+        (NPU, "duration: 20s", "duration: 20s\nboxes: 0", "boxes: expected a whole number"),
+    ],
+)
+def test_devices_that_cannot_be_are_named(text: str, old: str, new: str, said: str) -> None:
+    assert old in text
+    with pytest.raises(ConfigError, match=said):
+        parse_scenario(text.replace(old, new), Path())
+
+
+def test_a_model_that_fits_nowhere_is_refused_with_each_reason() -> None:
+    only = NPU.replace("  - {kind: cpu, units: 4}\n", "").replace(
+        "[conv]}\n    arr", "[gemm]}\n    arr"
+    )
+    with pytest.raises(ConfigError, match=r"none of the devices: npu does not support gemm"):
+        parse_scenario(only, Path())

@@ -9,7 +9,7 @@ import msgspec
 import pytest
 
 from weft.domain.units import MS
-from weft.policy.planner import Tuning
+from weft.policy.planner import Planner, Tuning
 from weft.sim.costs import ExecCost, JobCost, speed_up
 from weft.sim.outcome import Outcome
 from weft.sim.policies import POLICIES, simulate
@@ -44,7 +44,7 @@ jobs: [{jobs}]
 
 
 def run(found: Scenario, tuning: Tuning | None = None, seed: int = 0) -> Outcome:
-    return World(found, tuning or Tuning(), seed).run()
+    return World(found, Planner(tuning), (seed, 0)).run()
 
 
 def test_a_seed_fixes_a_run() -> None:
@@ -97,7 +97,7 @@ def test_lending_gives_a_job_what_a_service_leaves() -> None:
 
 def test_exclusive_use_leaves_a_job_nothing() -> None:
     found = scenario(jobs="{name: j, cost: {rate: 5}}")
-    for setting in POLICIES["exclusive"].settings(found.device.spec).values():
+    for setting in POLICIES["exclusive"].settings(found).values():
         outcome = simulate(found, setting, 0)
         assert outcome.jobs["j"].steps == 0
         assert outcome.figures()["attainment"] > 0.99
@@ -113,7 +113,7 @@ def test_what_is_taken_is_in_time_however_many_come(rate: float) -> None:
 
 def test_spans_show_each_unit_held_once() -> None:
     found = scenario(rate=60, jobs="{name: j, cost: {rate: 5}}", seconds=20)
-    spans = World(found, Tuning(), 0, record=True).run().spans
+    spans = World(found, Planner(), (0, 0), record=True).run().spans
     assert {s.who for s in spans} == {"a", "j"}
     served = [s for s in spans if s.who == "a"]
     for unit in range(4):

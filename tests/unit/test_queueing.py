@@ -33,12 +33,21 @@ def test_more_load_and_a_higher_percentile_never_wait_less(
     assert wait_quantile(10 * MS, rho, percentile) >= wait
 
 
+@pytest.mark.parametrize("servers", [1, 2, 8])
 @pytest.mark.parametrize("rho", [0.3, 0.6, 0.8])
-def test_the_prediction_is_on_the_safe_side_of_poisson_arrivals(rho: float) -> None:
-    source, now, free, waits = random.Random(1), 0.0, 0.0, []
+def test_the_prediction_is_on_the_safe_side_of_poisson_arrivals(rho: float, servers: int) -> None:
+    source, now, waits = random.Random(1), 0.0, []
+    free = [0.0] * servers
     for _ in range(50_000):
-        now += source.expovariate(rho)
-        waits.append(max(0.0, free - now))
-        free = max(now, free) + 1.0
+        now += source.expovariate(rho * servers)
+        first = min(range(servers), key=free.__getitem__)
+        waits.append(max(0.0, free[first] - now))
+        free[first] = max(now, free[first]) + 1.0
     seen = sorted(waits)[int(0.99 * len(waits))]
-    assert seen <= wait_quantile(1.0, rho, 99.0) <= 4 * seen
+    predicted = wait_quantile(1.0, rho, 99.0, servers)
+    assert seen <= predicted <= max(4 * seen, 0.4)
+
+
+def test_more_servers_at_the_same_utilization_wait_less() -> None:
+    waits = [wait_quantile(MS, 0.7, 99.0, servers) for servers in (1, 2, 4, 8)]
+    assert waits == sorted(waits, reverse=True)

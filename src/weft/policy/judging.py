@@ -52,8 +52,10 @@ class Verdict(msgspec.Struct):
 
     @property
     def overload(self) -> float:
-        """How badly it falls short, to compare infeasible layouts."""
-        return sum(max(0.0, r - RHO_MAX) for r in self.rho) + self.shortfall
+        """How badly it falls short, to compare infeasible layouts: compute that is lacking, and
+        objectives."""
+        over = zip(self.layout.mine, self.rho, strict=True)
+        return sum(p.compute * max(0.0, r - RHO_MAX) for p, r in over) + self.shortfall
 
     @property
     def busiest(self) -> float:
@@ -101,7 +103,7 @@ def judge(view: View, layout: Layout, horizon_s: float) -> Verdict:
             continue
         busiest, other = max(rho[i] for i in where), max(slowest[i] for i in where)
         own = max(exec_ns(view.device.kind, service, sizes[i], 1) for i in where)
-        expected = own + wait_quantile(max(own, other), busiest, service.percentile)
+        expected = own + wait_quantile(max(own, other), busiest, service.percentile, len(where))
         if expected > HEADROOM * service.objective or busiest > RHO_MAX:
             verdict.misses[service.name] = _why(service, expected, busiest)
             verdict.shortfall += max(0.0, 1.0 - HEADROOM * service.objective / expected)
@@ -233,7 +235,7 @@ def share_out(
         values = {n: v * job.weight / (weights[n] + job.weight) for n, v in slots.items()}
         best = max(values, key=lambda name: (values[name], name))
         there = present.get(job.id, "")
-        if values.get(there, 0.0) * STAY >= values[best]:
+        if there in values and values[there] * STAY >= values[best]:
             best = there
         weights[best] += job.weight
         bound[job.id] = best

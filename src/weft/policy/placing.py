@@ -16,6 +16,7 @@ from weft.domain.device import DeviceSpec
 from weft.domain.snapshot import ServiceFacts
 from weft.domain.units import format_bytes
 from weft.policy.judging import HEADROOM, RHO_MAX, exec_ns, load, memory_of
+from weft.policy.queueing import highest_load
 
 LEAST_PART = 0.1
 """A device is not used for less than this part of a service."""
@@ -88,7 +89,7 @@ class _Placer:
     def offload(self, device: DeviceSpec) -> None:
         """Fill a serving device with the services that relieve the others most for their time
         on it."""
-        memory, room = device.memory, RHO_MAX
+        memory, used, most = device.memory, 0.0, RHO_MAX
         loads = {
             s.name: load(device.kind, s, device.compute, self._horizon_s) for s in self._services
         }
@@ -103,6 +104,8 @@ class _Placer:
                 self.reasons.append(f"{name} is not on {device.id}: {why}")
                 continue
             wanted = loads[name] * self._left[name]
+            most = min(most, _bearable(service, device))
+            room = max(0.0, most - used)
             part = 1.0 if wanted <= room or not self._able(service) else room / wanted
             if part < LEAST_PART:
                 continue
@@ -111,7 +114,7 @@ class _Placer:
             self.parts[name][device.id] = self._left[name] * part
             self._left[name] *= 1.0 - part
             memory -= memory_of(service, device)
-            room = max(0.0, room - wanted * part)
+            used += wanted * part
 
     def spread(self, before: Parts) -> None:
         """Share what is left among the other devices, largest load first."""
@@ -149,6 +152,13 @@ class _Placer:
     def _demand(self, service: ServiceFacts, device: DeviceSpec) -> float:
         """Part of a shared device that the service would keep busy, in partitions of one unit."""
         return load(device.kind, service, 1, self._horizon_s) / device.compute
+
+
+def _bearable(service: ServiceFacts, device: DeviceSpec) -> float:
+    """How busy a serving device may be for this service to make its objective there."""
+    own = exec_ns(device.kind, service, device.compute, 1)
+    budget = HEADROOM * service.objective - own
+    return highest_load(own, budget, service.percentile, RHO_MAX)
 
 
 def _too_slow(service: ServiceFacts, device: DeviceSpec) -> str:

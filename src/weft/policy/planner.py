@@ -41,6 +41,8 @@ from weft.policy.sharing import divide
 
 CALM = 0.6
 """Space is taken from services only where what is left would be used no more than this."""
+SPARE = 1.25
+"""Such a layout must hold at this much more than the recent peak."""
 GAIN = 1.05
 """Where jobs cannot move, a layout must be worth this much more to them to be changed for."""
 
@@ -60,6 +62,8 @@ class Tuning(msgspec.Struct, frozen=True):
     memory: int = 300 * S
     """Space is taken from services only if the rest would do at the recent peak rate, which
     fades with this time constant. 0: only the present rate counts."""
+    settle: int = 60 * S
+    """How long the load is watched before services are given less than they started with."""
     lend: bool = True
     split: tuple[int, int] | None = None
     """(units, partition size) for services, never changed: a static split."""
@@ -80,6 +84,8 @@ class DeviceMemory(msgspec.Struct):
     """What the planner remembers of one device."""
 
     layout: Layout | None = None
+    since: int = 0
+    """When services were first given space (ns)."""
     wish: Layout | None = None
     wished_since: int = 0
     crowded_since: int = 0
@@ -164,12 +170,12 @@ class Planner:
         state.peaks = {s.name: max(s.rate, state.peaks.get(s.name, 0.0) * fade) for s in facts}
         state.peaks_at = now
 
-    def _at_peak(self, view: View) -> View:
-        """The view with each service's rate at its recent peak."""
+    def _at_peak(self, view: View, times: float = 1.0) -> View:
+        """The view with each service's rate at its recent peak, or at some times that."""
         state = self.state
         services = tuple(
             msgspec.structs.replace(
-                s, rate=state.peaks[s.name] * state.parts[s.name][view.device.id]
+                s, rate=times * state.peaks[s.name] * state.parts[s.name][view.device.id]
             )
             for s in view.services
         )
@@ -196,8 +202,9 @@ class Planner:
     def _next_placing(
         self, snapshot: Snapshot, facts: tuple[ServiceFacts, ...], members: _Members
     ) -> tuple[Placing, list[str]]:
-        """Where services are to be. They go elsewhere at once when members change, soon if a
-        device is added to a service, late (and only if it held at peak rates) if one is left."""
+        """Where services are to be. They go elsewhere at once when members change, soon where
+        serving devices have too much, late (and only if it would hold at peak rates) back to
+        them."""
         state, tuning = self.state, self.tuning
         devices = self._devices(snapshot)
         horizon_s = tuning.horizon / S
@@ -214,7 +221,8 @@ class Planner:
             state.elsewhere_since = state.elsewhere_since or snapshot.now
             held = snapshot.now - state.elsewhere_since
             patience = tuning.grow_after
-            if any(present[name] - now for name, now in homes.items()):
+            trains = {d.id for d in devices if d.trains}
+            if not any((now - present[name]) & trains for name, now in homes.items()):
                 peaks = (msgspec.structs.replace(s, rate=state.peaks[s.name]) for s in facts)
                 at_peak = place(tuple(peaks), devices, state.parts, horizon_s)
                 patience = tuning.shrink_after
@@ -280,6 +288,7 @@ class Planner:
         least = _least(view)
         if current is None or bool(current.mine) != bool(view.services):
             layout = self._first(view, least)
+            memory.since = now
             return layout, [f"first layout of {device.id}: {_describe(layout)}"]
         if not device.trains or self._is_fixed(device):
             return current, []
@@ -331,20 +340,14 @@ class Planner:
         horizon_s = tuning.horizon / S
         pressing, patience = self._pressing(view)
         here = judge(pressing, current, horizon_s)
-        size = max((p.compute for p in current.mine), default=1)
         if here.misses or current.compute < least:
-            options: list[Layout] = []
-            most = view.device.compute
-            for units in {min(most, current.compute + more) for more in (0, 1, size)}:
-                options += unit_layouts(view.device, units)
-            best = min(
-                _judge_all(pressing, options, horizon_s),
-                key=lambda v: (round(v.overload, 3), v.layout.compute),
-            )
-            if best.overload < here.overload - 0.01:
-                return best.layout, _first_miss(here), patience
-            return current, "", 0
-        if current.compute > max(1, least):
+            best = self._step_up(pressing, current, here.overload - 0.01)
+            if best is None:
+                return current, "", 0
+            held = patience if best.compute > current.compute else tuning.grow_after
+            return best, _first_miss(here), held
+        watched = view.now - self.state.devices[view.device.id].since
+        if current.compute > max(1, least) and watched >= tuning.settle:
             peak = self._at_peak(view)
             down = self._fit(peak, current.compute - 1)
             verdict = judge(peak, down, horizon_s)
@@ -353,21 +356,38 @@ class Planner:
                 return down, why, tuning.shrink_after
         return current, "", 0
 
+    def _step_up(self, view: View, current: Layout, below: float) -> Layout | None:
+        """The best layout with as many units, or with the fewest more that bring the overload
+        below this; None if there is none."""
+        horizon_s = self.tuning.horizon / S
+        for units in range(current.compute, view.device.compute + 1):
+            options = unit_layouts(view.device, units)
+            if units == current.compute:
+                options += unit_layouts(view.device, min(units + 1, view.device.compute))
+            best = min(
+                _judge_all(view, options, horizon_s),
+                key=lambda v: (round(v.overload, 3), v.layout.compute),
+            )
+            if best.overload < below:
+                return best.layout
+        return None
+
     def _wish_mig(self, view: View, current: Layout, least: int) -> tuple[Layout, str, int]:
         """As ``_wish``, where jobs are bound to instances: among the layouts one step away that
-        hold all objectives, the one that is worth most to the jobs."""
+        hold all objectives, with something to spare, the one that is worth most to the jobs.
+        Instances take time to make and jobs to start again, so every wish must hold."""
         tuning = self.tuning
         horizon_s = tuning.horizon / S
-        pressing, patience = self._pressing(view)
+        pressing, _ = self._pressing(view)
         here = judge(pressing, current, horizon_s)
         options = [x for x in mig_layouts(view.device, current) if x.compute >= least]
         if here.misses:
             verdicts = _judge_all(pressing, options, horizon_s)
             best = min(verdicts, key=lambda v: (round(v.overload, 3), -self._worth(view, v)))
             if best.overload < here.overload - 0.01:
-                return best.layout, _first_miss(here), patience
+                return best.layout, _first_miss(here), tuning.grow_after
             return current, "", 0
-        peak = self._at_peak(view)
+        peak = self._at_peak(view, SPARE)
         calm = [
             v
             for v in _judge_all(peak, options, horizon_s)
@@ -429,9 +449,10 @@ class Planner:
             assert layout is not None
             partitions += (*layout.mine, *layout.free)
             verdict = judge(view, layout, 0.0)
-            for name, where in verdict.services.items():
-                services[name] = services.get(name, ()) + tuple(layout.mine[i].id for i in where)
-            infeasible += [f"{name}: {why}" for name, why in sorted(verdict.misses.items())]
+            for name, chosen in verdict.services.items():
+                services[name] = services.get(name, ()) + tuple(layout.mine[i].id for i in chosen)
+            where = f" on {view.device.id}" if len(views) > 1 else ""
+            infeasible += [f"{n}{where}: {why}" for n, why in sorted(verdict.misses.items())]
             if not view.device.trains:
                 continue
             if tuning.lend:

@@ -105,6 +105,19 @@ class Trace(msgspec.Struct, frozen=True, tag="trace"):
         return iter(self.recorded)
 
 
+class Recorded(msgspec.Struct, frozen=True, tag="recorded"):
+    """Recorded requests: when (ns from the start), rows, priority class, ns to the deadline."""
+
+    at: tuple[int, ...]
+    rows: tuple[int, ...]
+    priorities: tuple[int, ...]
+    budgets: tuple[int, ...]
+
+    def times(self, _: np.random.Generator) -> Iterator[int]:
+        """Ns from the start, ascending."""
+        return iter(self.at)
+
+
 class Every(msgspec.Struct, frozen=True, tag="every"):
     """Every ``count``-th of other arrivals, from the ``index``-th on: round robin."""
 
@@ -117,7 +130,7 @@ class Every(msgspec.Struct, frozen=True, tag="every"):
         return islice(self.of.times(rng), self.index, None, self.count)
 
 
-Arrivals = Poisson | Bursts | Diurnal | Steps | Trace | Every
+Arrivals = Poisson | Bursts | Diurnal | Steps | Trace | Every | Recorded
 
 
 def share(arrivals: Arrivals, index: int, count: int) -> Arrivals:
@@ -129,10 +142,10 @@ def share(arrivals: Arrivals, index: int, count: int) -> Arrivals:
             return replace(arrivals, rate=rate / count)
         case Steps(rates=rates):
             return Steps(tuple((at, rate / count) for at, rate in rates))
-        case Every():
-            raise ValueError("these arrivals are shared already")
-        case _:
+        case Bursts() | Trace():
             return Every(arrivals, index, count)
+        case _:
+            raise ValueError("these arrivals are those of one box")
 
 
 def _poisson(rate: float, rng: np.random.Generator) -> Iterator[int]:

@@ -24,6 +24,7 @@ from weft.domain.units import S
 from weft.domain.workload import JobSpec
 from weft.policy.dispatcher import Dispatcher
 from weft.policy.planner import Planner
+from weft.sim.arrivals import Recorded
 from weft.sim.costs import Spread
 from weft.sim.outcome import SPANS, JobTally, Outcome, ServiceTally, Span
 from weft.sim.scenario import Scenario, SimJob, SimService, sizes
@@ -198,10 +199,22 @@ class World:
     def _arrive(self, name: str) -> None:
         self._schedule_arrival(name)
         service, now = self._services[name], self._now
-        request = Request(self._next_request, name, now, now + service.spec.slo.latency)
+        tally, recorded = self.outcome.services[name], service.arrivals
+        if isinstance(recorded, Recorded):
+            nth = tally.offered
+            request = Request(
+                self._next_request,
+                name,
+                now,
+                now + recorded.budgets[nth],
+                recorded.priorities[nth],
+                recorded.rows[nth],
+            )
+        else:
+            request = Request(self._next_request, name, now, now + service.spec.slo.latency)
         self._next_request += 1
         self._open[request.id] = request
-        self.outcome.services[name].offered += 1
+        tally.offered += 1
         self._feed(e.Arrived(request))
 
     # --- the policy -------------------------------------------------------------------------
@@ -219,7 +232,7 @@ class World:
 
     def _plan(self) -> None:
         state = self._dispatcher.state
-        if self._loading:
+        if self._loading or state.pending is not None:
             return
         jobs: dict[str, tuple[JobSpec, float]] = {
             j.spec.id: (j.spec, j.cost.rate) for j in self._scenario.jobs

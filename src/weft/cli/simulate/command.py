@@ -22,7 +22,9 @@ from weft.domain.errors import ConfigError
 from weft.domain.units import S, parse_duration
 from weft.sim.outcome import Outcome, merge
 from weft.sim.policies import POLICIES, Setting, better, choose, simulate, simulate_box
+from weft.sim.recorded import Recording
 from weft.sim.scenario import Scenario, SimService, read_scenario
+from weft.telemetry.records import read
 
 Figures = dict[str, float]
 
@@ -53,7 +55,21 @@ class _Run(msgspec.Struct, frozen=True):
 def add_simulate(commands: Any) -> None:
     """Add the command to the parser."""
     parser = commands.add_parser("simulate", help="compare policies on a scenario, in virtual time")
-    parser.add_argument("scenario", type=Path, help="a YAML file; see examples/scenarios")
+    parser.add_argument(
+        "scenario",
+        type=Path,
+        nargs="?",
+        help="a YAML file (see examples/scenarios); beside --from-journal, what to take devices from",
+    )
+    parser.add_argument(
+        "--from-journal",
+        type=Path,
+        metavar="DIR",
+        help="what a live node was asked, at the costs that its journal shows",
+    )
+    parser.add_argument(
+        "--costs", type=Path, metavar="DIR", help="fit costs to this journal instead"
+    )
     parser.add_argument(
         "--policies",
         default="weft,static,exclusive,spatial,temporal,shared,sliced,reactive,orion,tgs,reef,quotas",
@@ -69,7 +85,7 @@ def add_simulate(commands: Any) -> None:
 
 def _simulate(args: argparse.Namespace) -> int:
     policies = choose([name.strip() for name in args.policies.split(",")])
-    scenario = read_scenario(args.scenario)
+    scenario = _scenario(args)
     if args.duration:
         try:
             duration = parse_duration(args.duration)
@@ -113,6 +129,19 @@ def _simulate(args: argparse.Namespace) -> int:
         }
         draw(scenario, shown, args.plot)
     return 0
+
+
+def _scenario(args: argparse.Namespace) -> Scenario:
+    if args.from_journal is None:
+        if args.scenario is None:
+            raise ConfigError("name a scenario, or a journal with --from-journal")
+        if args.costs is not None:
+            raise ConfigError("only goes with --from-journal", "--costs")
+        return read_scenario(args.scenario)
+    recording = Recording(read(args.from_journal))
+    costs = Recording(read(args.costs)).costs() if args.costs is not None else None
+    devices = read_scenario(args.scenario).devices if args.scenario is not None else None
+    return recording.scenario(costs, devices)
 
 
 def _sources(service: SimService) -> str:

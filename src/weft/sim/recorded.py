@@ -1,0 +1,386 @@
+"""Scenarios from journals: what a live node was asked, on its devices, at the costs it showed.
+
+Arrivals, objectives, instances, jobs and devices are those of the record. Costs are fitted:
+
+* executions: the mean of what workers measured, by units and rows, and their coefficient of
+  variation; what else a batch holds its partition for is the time to start and to hand over;
+* contention: how much longer executions took while jobs held other units;
+* revocations and grants: their measured times;
+* jobs: progress/s on ``u`` units as ``rate x speed_up(parallel, u)``, least squares over the
+  progress that the record shows against the units that the job held.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterable
+
+import msgspec
+import numpy as np
+
+from weft.domain import actions as a
+from weft.domain import events as e
+from weft.domain.device import DeviceSpec
+from weft.domain.errors import JournalError
+from weft.domain.request import Request
+from weft.domain.units import S
+from weft.domain.workload import BatchSpec, JobSpec, ServiceSpec, Slo
+from weft.policy.state import DispatcherState
+from weft.sim.arrivals import Recorded
+from weft.sim.costs import DEVICES, DeviceCost, ExecCost, JobCost, Spread, speed_up
+from weft.sim.scenario import Scenario, SimDevice, SimJob, SimService
+from weft.telemetry.records import Entry, Gap, Header, PlanRecord, Record
+
+RATE_WINDOW = 60 * S
+"""Over which a node reports the progress rate of a job."""
+_LEAST_SAMPLES = 5
+_PARALLEL = tuple(i / 20 for i in range(21))
+
+
+class _Executed(msgspec.Struct):
+    service: str
+    units: int
+    rows: int
+    exec_ns: int
+    held_ns: int
+    preempting: bool
+    beside: float
+    """Share of the other units that jobs held when it was dispatched."""
+
+
+class Costs(msgspec.Struct, frozen=True):
+    """What a record says of costs. ``executions`` by service, ``jobs`` by id."""
+
+    device: DeviceCost
+    executions: dict[str, ExecCost]
+    jobs: dict[str, JobCost]
+
+
+class Recording:
+    """One run of a node as its journal tells it. Raises JournalError if there is nothing to use."""
+
+    def __init__(self, entries: Iterable[Entry]) -> None:
+        self.devices: tuple[DeviceSpec, ...] = ()
+        self.services: dict[str, ServiceSpec] = {}
+        self.jobs: dict[str, JobSpec] = {}
+        self.arrivals: dict[str, list[Request]] = defaultdict(list)
+        self.began = self.ended = 0
+        self.latencies: dict[str, list[int]] = defaultdict(list)
+        self._executed: list[_Executed] = []
+        self._revoked: list[int] = []
+        self._granted: list[int] = []
+        self._holds: dict[str, list[tuple[int, int]]] = defaultdict(list)
+        """Of each job: (when, change of the units it holds)."""
+        self._ready: dict[str, int] = {}
+        self._rates: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        self._units: dict[str, int] = {}
+        self._dispatched: dict[int, tuple[a.Dispatch, int, float]] = {}
+        self._open: dict[int, Request] = {}
+        self._orders: dict[tuple[str, str], int] = {}
+        self._held: dict[tuple[str, str], int] = {}
+        for entry in entries:
+            self._read(entry)
+        if not self.services or not any(self.arrivals.values()):
+            raise JournalError("the journal holds no service that was asked anything")
+
+    # --- reading ----------------------------------------------------------------------------
+
+    def _read(self, entry: Entry) -> None:
+        match entry:
+            case Header():
+                if not self.began:
+                    self.began = entry.now
+                    self._take(entry.dispatcher_state())
+                self.devices = entry.devices
+            case PlanRecord(now=now, snapshot=snapshot):
+                for service in snapshot.services:
+                    known = self.services.get(service.name)
+                    if known is not None:
+                        self.services[service.name] = msgspec.structs.replace(
+                            known,
+                            slo=Slo(service.objective, service.percentile),
+                            guaranteed=service.guaranteed,
+                            limit=service.limit,
+                            instances=service.instances,
+                            variants=service.variants,
+                        )
+                for job in snapshot.jobs:
+                    self.jobs[job.id] = JobSpec(
+                        id=job.id,
+                        name=job.id,
+                        command=(job.id,),
+                        weight=job.weight,
+                        guaranteed=job.guaranteed,
+                        limit=job.limit,
+                    )
+                    self._rates[job.id].append((now, job.rate))
+                self._units |= {p.id: p.compute for p in snapshot.plan.partitions}
+            case Record(now=now, event=event, actions=actions):
+                self.ended = now
+                self._event(now, event)
+                for action in actions:
+                    self._action(now, action)
+            case Gap():
+                # What was open may have ended unseen.
+                self._dispatched.clear()
+
+    def _take(self, state: DispatcherState) -> None:
+        for service in state.services.values():
+            self.services[service.name] = ServiceSpec(
+                name=service.name,
+                model=service.name,
+                slo=Slo(service.objective),
+                batch=BatchSpec(service.max_batch, service.preferred, service.max_queue_delay),
+                max_queue=service.max_queue,
+                strict=service.strict,
+                instances=max(1, service.workers),
+            )
+        self._units |= {p.id: p.compute for p in state.partitions.values()}
+        for partition in state.partitions.values():
+            if partition.job:
+                self._hold(partition.held_since, partition.job, partition.id)
+        for job in state.jobs.values():
+            self._ready[job.id] = self.began
+
+    def _event(self, now: int, event: e.Event) -> None:
+        match event:
+            case e.ServiceAdded():
+                self.services[event.service] = ServiceSpec(
+                    name=event.service,
+                    model=event.service,
+                    slo=Slo(event.objective),
+                    batch=BatchSpec(event.max_batch, event.preferred, event.max_queue_delay),
+                    max_queue=event.max_queue,
+                    strict=event.strict,
+                )
+            case e.Arrived(request=request):
+                self.arrivals[request.service].append(request)
+                self._open[request.id] = request
+            case e.BatchDone():
+                self._batch_done(now, event)
+            case e.JobReady(job=job):
+                self._ready[job] = now
+            case e.Granted(job=job, partition=partition):
+                since = self._orders.pop((job, partition), None)
+                if since is not None:
+                    self._granted.append(now - since)
+                    self._hold(now, job, partition)
+            case e.Revoked(job=job, partition=partition, took_ns=took):
+                self._revoked.append(took)
+                self._let_go(now, job, partition)
+            case e.JobExited(job=job):
+                for holder, partition in list(self._held):
+                    if holder == job:
+                        self._let_go(now, job, partition)
+            case e.Planned(plan=plan):
+                self._units |= {p.id: p.compute for p in plan.partitions}
+            case _:
+                pass
+
+    def _batch_done(self, now: int, event: e.BatchDone) -> None:
+        found = self._dispatched.pop(event.batch, None)
+        if found is None:
+            return
+        order, since, beside = found
+        self._executed.append(
+            _Executed(
+                service=order.batch.service,
+                units=self._units.get(order.partition, 1),
+                rows=order.batch.rows,
+                exec_ns=event.exec_ns,
+                held_ns=now - since,
+                preempting=order.preempting,
+                beside=beside,
+            )
+        )
+
+    def _complete(self, now: int, requests: tuple[int, ...]) -> None:
+        for request in requests:
+            found = self._open.pop(request, None)
+            if found is not None:
+                self.latencies[found.service].append(now - found.arrived)
+
+    def _action(self, now: int, action: a.Action) -> None:
+        match action:
+            case a.Dispatch():
+                others = sum(self._held.values())
+                total = sum(d.compute for d in self.devices)
+                rest = max(1, total - self._units.get(action.partition, 1))
+                self._dispatched[action.batch.id] = (action, now, min(1.0, others / rest))
+            case a.Grant(job=job, partition=partition):
+                self._orders[job, partition] = now
+            case a.Complete(requests=requests):
+                self._complete(now, requests)
+            case a.Reject(request=request):
+                self._open.pop(request, None)
+            case _:
+                pass
+
+    def _hold(self, now: int, job: str, partition: str) -> None:
+        units = self._units.get(partition, 1)
+        self._held[job, partition] = units
+        self._holds[job].append((now, units))
+
+    def _let_go(self, now: int, job: str, partition: str) -> None:
+        units = self._held.pop((job, partition), 0)
+        if units:
+            self._holds[job].append((now, -units))
+
+    # --- fitting ----------------------------------------------------------------------------
+
+    def costs(self) -> Costs:
+        """Costs fitted to this record; raises JournalError if a service never executed."""
+        kind = self.devices[0].kind
+        contention = self._contention()
+        overhead = [x.held_ns - x.exec_ns for x in self._executed if not x.preempting]
+        preempting = [x.held_ns - x.exec_ns for x in self._executed if x.preempting]
+        start = _spread(overhead)
+        more = (
+            max(0, statistics.median(preempting) - statistics.median(overhead))
+            if (len(preempting) >= _LEAST_SAMPLES and overhead)
+            else 0
+        )
+        device = msgspec.structs.replace(
+            DEVICES.get(kind, DEVICES["cpu"]),
+            start=start,
+            preempt=Spread(round(more), 0.5),
+            grant=_spread(self._granted),
+            revoke=_spread(self._revoked),
+            contention=contention,
+            source=f"fitted to a journal of {(self.ended - self.began) / S:.0f} s",
+        )
+        executions = {name: self._execution(name, contention) for name in self.services}
+        return Costs(device, executions, {job: self._progress(job) for job in self.jobs})
+
+    def _contention(self) -> float:
+        """Relative lengthening of executions when jobs hold all other units."""
+        ratios = []
+        by_size: dict[tuple[str, int, int], list[_Executed]] = defaultdict(list)
+        for x in self._executed:
+            by_size[x.service, x.units, x.rows].append(x)
+        for group in by_size.values():
+            quiet = [x.exec_ns for x in group if x.beside < 0.1]
+            beside = [x for x in group if x.beside > 0.5]
+            if len(quiet) >= _LEAST_SAMPLES and len(beside) >= _LEAST_SAMPLES:
+                level = statistics.median(x.beside for x in beside)
+                slow = statistics.median(x.exec_ns for x in beside) / statistics.median(quiet)
+                ratios.append(max(0.0, slow - 1) / level)
+        return min(1.0, statistics.median(ratios)) if ratios else 0.0
+
+    def _execution(self, service: str, contention: float) -> ExecCost:
+        """Means by size, without what contention adds; the spread that is left."""
+        by_size: dict[tuple[int, int], list[float]] = defaultdict(list)
+        for x in self._executed:
+            if x.service == service:
+                alone = x.exec_ns / (1 + contention * x.beside)
+                by_size[x.units, x.rows].append(alone)
+        if not by_size:
+            raise JournalError(f"{service} never executed in this journal; nothing to fit")
+        profile = tuple(
+            (units, rows, max(1, round(statistics.mean(times))))
+            for (units, rows), times in sorted(by_size.items())
+        )
+        spreads = [
+            statistics.stdev(times) / statistics.mean(times)
+            for times in by_size.values()
+            if len(times) >= _LEAST_SAMPLES
+        ]
+        first = profile[0][2]
+        cv = min(1.0, statistics.median(spreads)) if spreads else 0.05
+        return ExecCost(first=first, per_row=first, cv=cv, profile=profile)
+
+    def _progress(self, job: str) -> JobCost:
+        """``rate`` and ``parallel`` by least squares over the rates reported."""
+        shares, rates = [], []
+        for now, rate in self._rates[job]:
+            since = max(self._ready.get(job, self.began), now - RATE_WINDOW)
+            if rate > 0 and now - since >= 5 * S:
+                shares.append(self._shares(job, since, now))
+                rates.append(rate)
+        if not rates:
+            return JobCost(rate=1.0, resume=0)
+        most = max(max(s) for s in shares)
+        best = (float("inf"), 1.0, 0.0)
+        seen = np.array(rates)
+        for parallel in _PARALLEL:
+            speeds = [0.0, *(speed_up(parallel, 0, units) for units in range(1, most + 1))]
+            made = np.array([sum(speeds[u] * part for u, part in s.items()) for s in shares])
+            norm = float(made @ made)
+            rate = float(made @ seen) / norm if norm else 0.0
+            left = float(((made * rate - seen) ** 2).sum())
+            if left < best[0]:
+                best = left, rate, parallel
+        return JobCost(rate=max(best[1], 1e-9), parallel=best[2], resume=0)
+
+    def _shares(self, job: str, since: int, until: int) -> dict[int, float]:
+        """How much of a stretch of time the job held so many units."""
+        found: dict[int, float] = defaultdict(float)
+        units, at = 0, since
+        for when, change in sorted(self._holds[job]):
+            if when > until:
+                break
+            if when > at:
+                found[units] += when - at
+                at = when
+            units += change
+        found[units] += until - at
+        return {u: t / (until - since) for u, t in found.items()}
+
+    # --- the scenario -----------------------------------------------------------------------
+
+    def scenario(
+        self, costs: Costs | None = None, devices: tuple[SimDevice, ...] | None = None
+    ) -> Scenario:
+        """What was asked, at these costs (its own if not given) or on other devices."""
+        costs = costs or self.costs()
+        first = min(rs[0].arrived for rs in self.arrivals.values() if rs)
+        began = min(first, self.began)
+        there = devices or tuple(SimDevice(spec, costs.device) for spec in self.devices)
+        kinds = {d.spec.kind for d in there}
+        services = []
+        for name, spec in self.services.items():
+            requests = self.arrivals.get(name, [])
+            execution = costs.executions.get(name)
+            if execution is None:
+                raise JournalError(
+                    f"the costs say nothing of {name}; take them from its own journal"
+                )
+            services.append(
+                SimService(
+                    spec=spec,
+                    costs=dict.fromkeys(kinds, execution),
+                    load=0,
+                    arrivals=Recorded(
+                        at=tuple(r.arrived - began for r in requests),
+                        rows=tuple(r.rows for r in requests),
+                        priorities=tuple(r.priority for r in requests),
+                        budgets=tuple(r.deadline - r.arrived for r in requests),
+                    ),
+                )
+            )
+        jobs = tuple(
+            SimJob(spec, costs.jobs.get(job, JobCost(rate=1.0))) for job, spec in self.jobs.items()
+        )
+        return Scenario(
+            name="journal",
+            story="a recorded run's arrivals",
+            duration=max(1, self.ended - began),
+            devices=there,
+            services=tuple(services),
+            jobs=jobs,
+        )
+
+    def job_rate(self, job: str) -> float:
+        """Mean progress per second that the record shows; 0 if unknown."""
+        return self._rates[job][-1][1] if self._rates[job] else 0.0
+
+
+def _spread(samples: list[int]) -> Spread:
+    """Mean and coefficient of variation, the slowest hundredth aside: that is the host's doing."""
+    if not samples:
+        return Spread(0)
+    kept = sorted(max(0, s) for s in samples)[: max(1, int(len(samples) * 0.99))]
+    mean = statistics.mean(kept)
+    spread = statistics.stdev(kept) / mean if len(kept) > 1 and mean > 0 else 0.0
+    return Spread(round(mean), min(2.0, spread))

@@ -1,0 +1,124 @@
+"""MIG, NPUs, chips with one memory, and several boxes, in virtual time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.sim.test_scenario import MIG, NPU
+from tests.unit.test_planner_mig import placements
+from weft.domain import events as e
+from weft.domain.mig import table
+from weft.policy.planner import Planner, Tuning
+from weft.sim.outcome import Outcome
+from weft.sim.policies import Scheduled, simulate
+from weft.sim.scenario import Scenario, one_box, parse_scenario
+from weft.sim.world import World
+
+JOB = "jobs:\n  - {name: j, cost: {rate: 5, move: 2s}}\n"
+
+
+def run(found: Scenario, **tuning: object) -> Outcome:
+    return World(found, Planner(Tuning(**tuning)), (0, 0)).run()  # type: ignore[arg-type]
+
+
+def mig(rate: float = 10, seconds: int = 60) -> Scenario:
+    text = MIG.replace("rate: 10}", f"rate: {rate}}}").replace("20s", f"{seconds}s") + JOB
+    return parse_scenario(text, Path())
+
+
+class Watched(World):
+    """A world that checks every plan against the GPU's tables."""
+
+    plans = 0
+
+    def _feed(self, event: e.Event) -> None:
+        if isinstance(event, e.Planned):
+            self.plans += 1
+            gpu = table("A100-SXM4-80GB")
+            assert gpu.why_not(placements(event.plan)) is None
+            assert all(len(where) == 1 for where in event.plan.jobs.values())
+        super()._feed(event)
+
+
+@pytest.mark.parametrize("rate", [5, 150, 600])
+def test_a_gpu_in_mig_mode_only_ever_has_legal_layouts(rate: float) -> None:
+    world = Watched(mig(rate), Planner(), (0, 0))
+    outcome = world.run()
+    tally = outcome.services["a"]
+    assert world.plans >= 1
+    assert tally.offered == tally.answered + sum(tally.refused.values()) + outcome.open
+    assert outcome.figures()["attainment"] > (0.95 if rate < 600 else 0.1)
+
+
+def test_instances_are_made_and_ended_in_their_time_and_moves_are_paid_for() -> None:
+    slow = mig(200)
+    outcome = run(slow)
+    if outcome.repartitions:
+        assert outcome.repartition_ns > 100e6 * outcome.repartitions
+    still = run(slow, instances=("3g.40gb",), lend=False)
+    assert still.repartitions == 0
+    assert still.jobs["j"].grants == 1
+
+
+def test_a_job_on_a_gpu_in_mig_mode_runs_at_the_speed_of_its_one_instance() -> None:
+    outcome = run(mig(0), instances=("3g.40gb",), lend=False)
+    cost = mig(0).jobs[0].cost
+    # Beside 3g.40gb the largest that fits is 4g.40gb.
+    assert outcome.figures()["job_rate"] == pytest.approx(cost.speed(4), rel=0.01)
+
+
+def test_an_npu_serves_and_leaves_the_cores_to_training() -> None:
+    found = parse_scenario(NPU + JOB, Path())
+    with_npu, without = run(found), run(found, offload=False)
+    assert with_npu.figures()["attainment"] > 0.99
+    assert with_npu.figures()["job_rate"] > without.figures()["job_rate"]
+    assert with_npu.figures()["job_rate"] == pytest.approx(found.jobs[0].cost.speed(4), rel=0.01)
+
+
+def test_what_the_npu_cannot_carry_goes_to_the_cores_too_once_it_is_loaded_there() -> None:
+    text = NPU.replace("rate: 10}", "rate: 400}") + JOB
+    found = parse_scenario(text.replace("20s", "30s"), Path())
+    outcome = run(found)
+    reasons = [r for _, rs in outcome.reasons for r in rs]
+    assert any("npu -> cpu and npu" in r for r in reasons)
+    later = outcome.services["a"]
+    assert later.answered > 0.6 * later.offered
+
+
+def test_devices_that_share_a_memory_slow_each_other_down() -> None:
+    alone = parse_scenario(NPU + JOB, Path())
+    shared = msgspec.structs.replace(alone, shared_bandwidth=0.5)
+    assert run(shared).figures()["job_rate"] < 0.995 * run(alone).figures()["job_rate"]
+    medians = [run(x).services["a"].quantile_ns(0.5) for x in (alone, shared)]
+    assert medians[1] > 1.2 * medians[0]
+
+
+def test_boxes_share_the_arrivals_and_their_figures_add_up() -> None:
+    one = mig(40, seconds=20)
+    four = msgspec.structs.replace(one, boxes=4)
+    setting = Scheduled(Tuning(instances=("3g.40gb",), lend=False))
+    both = simulate(four, setting, 0)
+    assert both.units == 4 * 7
+    offered = both.services["a"].offered
+    assert offered == pytest.approx(simulate(one, setting, 0).services["a"].offered, rel=0.2)
+    assert both.figures()["job_rate"] == pytest.approx(4 * one.jobs[0].cost.speed(4), rel=0.02)
+
+
+@pytest.mark.parametrize(
+    "arrivals",
+    [
+        "{kind: bursts, rate: 5, burst_rate: 50, mean_quiet: 2s, mean_burst: 1s}",
+        "{kind: diurnal, rate: 40, swing: 0.5, period: 10s}",
+        "{kind: steps, rates: {0s: 40, 10s: 80}}",
+    ],
+)
+def test_every_kind_of_arrivals_can_be_shared(arrivals: str) -> None:
+    text = MIG.replace("{kind: poisson, rate: 10}", arrivals)
+    found = msgspec.structs.replace(parse_scenario(text, Path()), boxes=3)
+    counts = [run(one_box(found, box)).services["a"].offered for box in range(3)]
+    whole = run(msgspec.structs.replace(found, boxes=1)).services["a"].offered
+    assert all(count > 0 for count in counts)
+    assert 0.5 * whole < sum(counts) < 2 * whole

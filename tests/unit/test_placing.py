@@ -1,0 +1,134 @@
+"""Which device carries which service: what fits an NPU goes there, and why the rest does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.builders import cpu
+from tests.unit.test_planner import service
+from weft.domain.device import DeviceSpec, PreemptLevel
+from weft.domain.snapshot import ServiceFacts
+from weft.domain.units import MS
+from weft.domain.workload import Variant
+from weft.policy.placing import Placing, place, why_not
+
+MIB = 2**20
+
+
+def npu(memory: int = 100 * MIB, operators: tuple[str, ...] = ()) -> DeviceSpec:
+    found = cpu(1, PreemptLevel.NONE, id="npu", kind="npu", trains=False, operators=operators)
+    return msgspec.structs.replace(found, memory=memory)
+
+
+def model(
+    name: str = "s", rate: float = 10.0, on_npu: Variant | None = None, **changes: Any
+) -> ServiceFacts:
+    """20 ms a request on a core, 5 ms on the NPU."""
+    variants = {"cpu": Variant(memory=50 * MIB, accuracy=0.99)}
+    times = {"cpu": {"1x1": 20 * MS, "1x8": 110 * MS}}
+    if on_npu is not None:
+        variants["npu"] = on_npu
+        times["npu"] = {"1x1": 5 * MS, "1x8": 30 * MS}
+    return service(name, rate, variants=variants, exec_ns=times, **changes)
+
+
+SMALL = Variant(memory=40 * MIB, accuracy=0.97, operators=("conv",))
+
+
+def placed(*services: ServiceFacts, device: DeviceSpec | None = None, cores: int = 8) -> Placing:
+    return place(services, (device or npu(), cpu(cores)), {}, 0.0)
+
+
+def test_what_fits_goes_to_the_npu_alone() -> None:
+    assert placed(model(on_npu=SMALL)).homes() == {"s": {"npu"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "device", "why"),
+    [
+        ({"on_npu": None}, npu(), "has no build for npu"),
+        ({"on_npu": Variant(memory=200 * MIB)}, npu(), "needs 200"),
+        (
+            {"on_npu": SMALL, "accuracy_floor": 0.98},
+            npu(),
+            "accuracy 0.97 on npu is below its floor",
+        ),
+        ({"on_npu": SMALL}, npu(operators=("gemm",)), "npu does not support conv"),
+        ({"on_npu": SMALL, "objective": 5 * MS}, npu(), "one request takes 5.0 ms there"),
+    ],
+)
+def test_what_does_not_fit_stays_off_it_and_it_is_said(
+    changes: dict[str, Any], device: DeviceSpec, why: str
+) -> None:
+    found = placed(model(**changes), device=device)
+    assert found.homes() == {"s": {"cpu"}}
+    (reason,) = found.reasons
+    assert reason.startswith("s is not on npu: ")
+    assert why in reason
+
+
+def test_two_models_share_the_npu_until_its_memory_is_used_up() -> None:
+    found = placed(*(model(name, 10.0, SMALL) for name in "abc"))
+    assert sorted(map(sorted, found.homes().values())) == [["cpu"], ["npu"], ["npu"]]
+
+
+def test_the_one_that_relieves_the_cores_more_for_its_time_goes_first() -> None:
+    slow_there = model("slow", 10.0, SMALL)
+    slow_there.exec_ns["npu"]["1x1"] = 19 * MS
+    found = placed(slow_there, model("fast", 10.0, SMALL), device=npu(memory=50 * MIB))
+    assert found.homes() == {"fast": {"npu"}, "slow": {"cpu"}}
+
+
+def test_both_at_once_when_the_npu_alone_is_not_enough() -> None:
+    found = placed(model(rate=400.0, on_npu=SMALL))
+    assert found.homes() == {"s": {"npu", "cpu"}}
+    assert 0.1 < found.parts["s"]["npu"] < 0.9
+    assert sum(found.parts["s"].values()) == pytest.approx(1.0)
+    assert "npu can carry" in found.reasons[0]
+
+
+def test_a_model_that_runs_only_there_goes_there_whatever_it_brings() -> None:
+    only = service("s", 1000.0, variants={"npu": SMALL}, exec_ns={"npu": {"1x1": 5 * MS}})
+    assert placed(only).parts == {"s": {"npu": 1.0}}
+
+
+def test_one_that_can_run_nowhere_has_no_place_and_it_is_said() -> None:
+    found = placed(service("s", variants={"tpu": Variant()}))
+    assert found.parts == {"s": {}}
+    assert any("s can run nowhere" in reason for reason in found.reasons)
+
+
+def test_services_stay_where_they_are_while_the_load_is_even() -> None:
+    boxes = (cpu(4, id="a"), cpu(4, id="b"))
+    services = [model(f"s{i}", 20.0) for i in range(4)]
+    before = place(services, boxes, {}, 0.0)
+    assert sorted(len([h for h in before.homes().values() if h == {d}]) for d in "ab") == [2, 2]
+    swapped = {n: {"a" if "b" in p else "b": 1.0} for n, p in before.parts.items()}
+    assert place(services, boxes, swapped, 0.0).parts == swapped
+
+
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 500), st.booleans(), st.integers(1, 120), st.floats(0.9, 1)),
+        min_size=1,
+        max_size=8,
+    )
+)
+def test_laws_hold_for_any_services(drawn: list[tuple[float, bool, int, float]]) -> None:
+    services = [
+        model(f"s{i}", rate, Variant(size * MIB, accuracy) if there else None, accuracy_floor=0.95)
+        for i, (rate, there, size, accuracy) in enumerate(drawn)
+    ]
+    found = placed(*services)
+    used = 0
+    for each in services:
+        assert sum(found.parts[each.name].values()) == pytest.approx(1.0)
+        if "npu" in found.parts[each.name]:
+            used += each.variants["npu"].memory
+            assert not why_not(each, npu(), npu().memory)
+    assert used <= npu().memory
