@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import statistics
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import msgspec
 import numpy as np
@@ -58,9 +58,15 @@ class Costs(msgspec.Struct, frozen=True):
 
 
 class Recording:
-    """One run of a node as its journal tells it. Raises JournalError if there is nothing to use."""
+    """One run of a node as its journal tells it. Raises JournalError if there is nothing to use.
 
-    def __init__(self, entries: Iterable[Entry]) -> None:
+    ``windows``: stretches (ns, monotonic) to look at alone; they are put end to end.
+    """
+
+    def __init__(
+        self, entries: Iterable[Entry], windows: Sequence[tuple[int, int]] | None = None
+    ) -> None:
+        self._windows = list(windows) if windows is not None else None
         self.devices: tuple[DeviceSpec, ...] = ()
         self.services: dict[str, ServiceSpec] = {}
         self.jobs: dict[str, JobSpec] = {}
@@ -73,7 +79,8 @@ class Recording:
         self._holds: dict[str, list[tuple[int, int]]] = defaultdict(list)
         """Of each job: (when, change of the units it holds)."""
         self._ready: dict[str, int] = {}
-        self._rates: dict[str, list[tuple[int, float]]] = defaultdict(list)
+        self._rates: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
+        """Of each job: from when, until when, and its progress per second meanwhile."""
         self._units: dict[str, int] = {}
         self._dispatched: dict[int, tuple[a.Dispatch, int, float]] = {}
         self._open: dict[int, Request] = {}
@@ -114,7 +121,9 @@ class Recording:
                         guaranteed=job.guaranteed,
                         limit=job.limit,
                     )
-                    self._rates[job.id].append((now, job.rate))
+                    since = max(self._ready.get(job.id, self.began), now - RATE_WINDOW)
+                    if self._windows is None and job.rate > 0 and now - since >= 5 * S:
+                        self.note_progress(job.id, since, now, job.rate)
                 self._units |= {p.id: p.compute for p in snapshot.plan.partitions}
             case Record(now=now, event=event, actions=actions):
                 self.ended = now
@@ -155,10 +164,18 @@ class Recording:
                     strict=event.strict,
                 )
             case e.Arrived(request=request):
-                self.arrivals[request.service].append(request)
+                if self._at(now) is not None:
+                    self.arrivals[request.service].append(request)
                 self._open[request.id] = request
             case e.BatchDone():
                 self._batch_done(now, event)
+            case e.Planned(plan=plan):
+                self._units |= {p.id: p.compute for p in plan.partitions}
+            case _:
+                self._job_event(now, event)
+
+    def _job_event(self, now: int, event: e.Event) -> None:
+        match event:
             case e.JobReady(job=job):
                 self._ready[job] = now
             case e.Granted(job=job, partition=partition):
@@ -173,8 +190,6 @@ class Recording:
                 for holder, partition in list(self._held):
                     if holder == job:
                         self._let_go(now, job, partition)
-            case e.Planned(plan=plan):
-                self._units |= {p.id: p.compute for p in plan.partitions}
             case _:
                 pass
 
@@ -183,6 +198,8 @@ class Recording:
         if found is None:
             return
         order, since, beside = found
+        if self._at(since) is None:
+            return
         self._executed.append(
             _Executed(
                 service=order.batch.service,
@@ -198,7 +215,7 @@ class Recording:
     def _complete(self, now: int, requests: tuple[int, ...]) -> None:
         for request in requests:
             found = self._open.pop(request, None)
-            if found is not None:
+            if found is not None and self._at(found.arrived) is not None:
                 self.latencies[found.service].append(now - found.arrived)
 
     def _action(self, now: int, action: a.Action) -> None:
@@ -226,6 +243,22 @@ class Recording:
         units = self._held.pop((job, partition), 0)
         if units:
             self._holds[job].append((now, -units))
+
+    def note_progress(self, job: str, since: int, until: int, rate: float) -> None:
+        """What a job made per second between two times (ns): a journal tells it only over a
+        minute."""
+        self._rates[job].append((since, until, rate))
+
+    def _at(self, now: int) -> int | None:
+        """Ns from the start of the windows put end to end; None outside of them."""
+        if self._windows is None:
+            return now - self.began
+        before = 0
+        for start, end in self._windows:
+            if start <= now < end:
+                return before + now - start
+            before += end - start
+        return None
 
     # --- fitting ----------------------------------------------------------------------------
 
@@ -292,12 +325,8 @@ class Recording:
 
     def _progress(self, job: str) -> JobCost:
         """``rate`` and ``parallel`` by least squares over the rates reported."""
-        shares, rates = [], []
-        for now, rate in self._rates[job]:
-            since = max(self._ready.get(job, self.began), now - RATE_WINDOW)
-            if rate > 0 and now - since >= 5 * S:
-                shares.append(self._shares(job, since, now))
-                rates.append(rate)
+        shares = [self._shares(job, since, until) for since, until, _ in self._rates[job]]
+        rates = [rate for _, _, rate in self._rates[job]]
         if not rates:
             return JobCost(rate=1.0, resume=0)
         most = max(max(s) for s in shares)
@@ -334,13 +363,12 @@ class Recording:
     ) -> Scenario:
         """What was asked, at these costs (its own if not given) or on other devices."""
         costs = costs or self.costs()
-        first = min(rs[0].arrived for rs in self.arrivals.values() if rs)
-        began = min(first, self.began)
         there = devices or tuple(SimDevice(spec, costs.device) for spec in self.devices)
         kinds = {d.spec.kind for d in there}
         services = []
         for name, spec in self.services.items():
             requests = self.arrivals.get(name, [])
+            at = [max(0, self._at(r.arrived) or 0) for r in requests]
             execution = costs.executions.get(name)
             if execution is None:
                 raise JournalError(
@@ -352,28 +380,39 @@ class Recording:
                     costs=dict.fromkeys(kinds, execution),
                     load=0,
                     arrivals=Recorded(
-                        at=tuple(r.arrived - began for r in requests),
+                        at=tuple(at),
                         rows=tuple(r.rows for r in requests),
                         priorities=tuple(r.priority for r in requests),
                         budgets=tuple(r.deadline - r.arrived for r in requests),
                     ),
                 )
             )
-        jobs = tuple(
-            SimJob(spec, costs.jobs.get(job, JobCost(rate=1.0))) for job, spec in self.jobs.items()
-        )
+        jobs = tuple(SimJob(spec, _of_job(costs, job)) for job, spec in self.jobs.items())
+        if self._windows is None:
+            duration = self.ended - self.began
+        else:
+            duration = sum(end - start for start, end in self._windows)
         return Scenario(
             name="journal",
             story="a recorded run's arrivals",
-            duration=max(1, self.ended - began),
+            duration=max(1, duration),
             devices=there,
             services=tuple(services),
             jobs=jobs,
         )
 
     def job_rate(self, job: str) -> float:
-        """Mean progress per second that the record shows; 0 if unknown."""
-        return self._rates[job][-1][1] if self._rates[job] else 0.0
+        """Mean progress per second that was noted; 0 if none was."""
+        return statistics.mean(rate for *_, rate in self._rates[job]) if self._rates[job] else 0.0
+
+
+def _of_job(costs: Costs, job: str) -> JobCost:
+    """Ids differ from run to run: the only job of another record is taken for the same."""
+    if job in costs.jobs:
+        return costs.jobs[job]
+    if len(costs.jobs) == 1:
+        return next(iter(costs.jobs.values()))
+    raise JournalError(f"the costs say nothing of job {job}; use its own journal's")
 
 
 def _spread(samples: list[int]) -> Spread:

@@ -62,8 +62,8 @@ class Bench:
         self._directory = directory
         self._models = directory / "models"
         write_model(self._models / "bench" / "1" / "model.onnx")
-        self._nodes: dict[str, NodeRig] = {}
-        self._jobs: dict[str, Job] = {}
+        self.nodes: dict[str, NodeRig] = {}
+        self.jobs: dict[str, Job] = {}
         self.exec_s = 0.0
 
     def start(self) -> None:
@@ -84,8 +84,8 @@ class Bench:
         for arm in self.arms:
             name = uses.get(arm, arm)
             if name in node_of:
-                self._nodes[arm] = node_of[name]
-        for node in dict.fromkeys(self._nodes.values()):
+                self.nodes[arm] = node_of[name]
+        for node in dict.fromkeys(self.nodes.values()):
             node.start()
         self._calibrate()
         for arm in self.arms:
@@ -108,22 +108,22 @@ services:
         counter = self._directory / f"{arm}.steps"
         if arm in ("train", "unmanaged"):
             # One process serves both arms: what differs is what runs beside it.
-            shared = self._jobs.get("train") or self._jobs.get("unmanaged")
-            self._jobs[arm] = shared or PlainJob(counter, n, None, 0)
+            shared = self.jobs.get("train") or self.jobs.get("unmanaged")
+            self.jobs[arm] = shared or PlainJob(counter, n, None, 0)
         elif arm == "nice":
-            self._jobs[arm] = PlainJob(counter, n, None, 19)
+            self.jobs[arm] = PlainJob(counter, n, None, 19)
         elif arm == "split":
-            self._jobs[arm] = PlainJob(counter, len(rest), rest, 0)
+            self.jobs[arm] = PlainJob(counter, len(rest), rest, 0)
         elif arm in ("slicing", "weft", "weft_plain"):
-            self._jobs[arm] = WeftJob(self._nodes[arm], counter, n)
+            self.jobs[arm] = WeftJob(self.nodes[arm], counter, n)
         else:
             return
-        wait_for_steps(self._jobs[arm].counter, WARM_STEPS)
-        self._jobs[arm].suspend()
+        wait_for_steps(self.jobs[arm].counter, WARM_STEPS)
+        self.jobs[arm].suspend()
 
     def _calibrate(self) -> None:
         """Measure the execution time that loads are fractions of."""
-        node = self._nodes.get("alone") or next(iter(self._nodes.values()))
+        node = self.nodes.get("alone") or next(iter(self.nodes.values()))
         times = [0.02 * i for i in range(60)]
         passes = []
         for _ in range(5):
@@ -137,7 +137,7 @@ services:
         """One arm once: raw samples and counters."""
         from weft.cli.bench.train_job import read_counter
 
-        node, job = self._nodes.get(arm), self._jobs.get(arm)
+        node, job = self.nodes.get(arm), self.jobs.get(arm)
         if job is not None:
             job.resume()
         time.sleep(SETTLE_S)
@@ -161,9 +161,9 @@ services:
 
     def stop(self) -> None:
         """End everything."""
-        for job in dict.fromkeys(self._jobs.values()):
+        for job in dict.fromkeys(self.jobs.values()):
             job.end()
-        for node in dict.fromkeys(self._nodes.values()):
+        for node in dict.fromkeys(self.nodes.values()):
             node.stop()
 
 

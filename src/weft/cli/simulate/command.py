@@ -59,7 +59,7 @@ def add_simulate(commands: Any) -> None:
         "scenario",
         type=Path,
         nargs="?",
-        help="a YAML file (see examples/scenarios); beside --from-journal, what to take devices from",
+        help="a YAML file (see examples/scenarios); beside --from-journal, whose devices to use",
     )
     parser.add_argument(
         "--from-journal",

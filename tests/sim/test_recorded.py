@@ -1,0 +1,194 @@
+"""Scenarios from journals: what a simulated node was asked and what it cost come out again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from tests.sim.test_scenario import GOOD
+from tests.sim.test_world import scenario
+from weft.cli.main import main
+from weft.domain import events as e
+from weft.domain.errors import JournalError
+from weft.domain.units import S
+from weft.domain.workload import JobSpec
+from weft.policy.planner import Planner
+from weft.sim.outcome import Outcome
+from weft.sim.policies import Scheduled, simulate
+from weft.sim.recorded import Recording
+from weft.sim.scenario import Scenario
+from weft.sim.world import World
+from weft.telemetry.journal import checkpoint
+from weft.telemetry.records import MAGIC, Entry, PlanRecord, Record, block
+
+JOB = "{name: j, cost: {rate: 5, parallel: 0.5, resume: 0ms}}"
+
+
+class Journaled(World):
+    """A world that writes a node's journal."""
+
+    def __init__(self, found: Scenario) -> None:
+        self.entries: list[Entry] = []
+        self.made: dict[str, dict[int, float]] = {}
+        super().__init__(found, Planner(), (0, 0))
+
+    def run(self) -> Outcome:
+        self.entries.append(checkpoint(self._dispatcher, self._planner, 0, 1.0))
+        return super().run()
+
+    def _feed(self, event: e.Event) -> None:
+        actions = self._dispatcher.handle(self._now, event)
+        self._monitor.observe(self._now, event, actions)
+        self.entries.append(Record(self._now, event, tuple(actions)))
+        for action in actions:
+            self._carry_out(action)
+
+    def _plan(self) -> None:
+        state = self._dispatcher.state
+        services = {name: (s.spec, s.spec.instances) for name, s in self._services.items()}
+        jobs = {j: (p_spec(self._scenario, j), self.rate(j)) for j in self._jobs}
+        snapshot = self._monitor.snapshot(self._now, self._specs, state, services, jobs)
+        self.entries.append(PlanRecord(self._now, snapshot, None))
+        super()._plan()
+
+    def rate(self, job: str) -> float:
+        """Progress per second over the last minute, as a node reports it."""
+        self._jobs[job].settle(self._now)
+        made = self.made.setdefault(job, {0: 0.0})
+        made[self._now] = self.outcome.jobs[job].steps
+        since = max(0, self._now - 60 * S)
+        if self._now == since:
+            return 0.0
+        return (made[self._now] - made[since]) / ((self._now - since) / S)
+
+
+def p_spec(found: Scenario, job: str) -> JobSpec:
+    return next(j.spec for j in found.jobs if j.spec.id == job)
+
+
+def arrivals(world: Journaled) -> list[int]:
+    records = [x.event for x in world.entries if isinstance(x, Record)]
+    return [x.request.arrived for x in records if isinstance(x, e.Arrived)]
+
+
+@pytest.fixture(scope="module")
+def run() -> Journaled:
+    found = scenario(units=4, rate=40, jobs=JOB, seconds=90)
+    world = Journaled(found)
+    world.run()
+    return world
+
+
+def test_what_was_asked_comes_out_again(run: Journaled) -> None:
+    found = Recording(run.entries).scenario()
+    (service,) = found.services
+    (original,) = run._scenario.services
+    assert service.spec.slo == original.spec.slo
+    assert service.spec.instances == original.spec.instances
+    assert service.spec.batch.max == original.spec.batch.max
+    asked = [
+        r.event.request
+        for r in run.entries
+        if isinstance(r, Record) and isinstance(r.event, e.Arrived)
+    ]
+    assert list(service.arrivals.times(None)) == [r.arrived for r in asked]  # type: ignore[arg-type]
+    assert [j.spec.id for j in found.jobs] == ["j"]
+    assert found.device.spec == run._specs[0]
+
+
+def test_what_it_cost_comes_out_again(run: Journaled) -> None:
+    costs = Recording(run.entries).costs()
+    (service,) = run._scenario.services
+    execution = costs.executions[service.spec.name]
+    assert execution.source == "measured profile"
+    for units, rows, ns in execution.profile:
+        assert ns == pytest.approx(service.costs["cpu"].mean(units, rows), rel=0.1)
+    job = costs.jobs["j"]
+    assert job.speed(4) == pytest.approx(run._scenario.jobs[0].cost.speed(4), rel=0.05)
+    assert costs.device.revoke.mean == pytest.approx(20_000, rel=0.3)
+    assert "90 s" in costs.device.source
+
+
+def test_the_record_simulated_again_is_like_the_run(run: Journaled) -> None:
+    recording = Recording(run.entries)
+    again = simulate(recording.scenario(), Scheduled(), 1)
+    before, after = run.outcome.services["a"], again.services["a"]
+    assert after.offered == before.offered
+    for share in (0.5, 0.95):
+        assert after.quantile_ns(share) == pytest.approx(before.quantile_ns(share), rel=0.15)
+    assert again.figures()["job_rate"] == pytest.approx(run.outcome.figures()["job_rate"], rel=0.05)
+
+
+def test_windows_are_put_end_to_end(run: Journaled) -> None:
+    windows = [(10 * S, 20 * S), (50 * S, 55 * S)]
+    recording = Recording(run.entries, windows)
+    found = recording.scenario()
+    times = list(found.services[0].arrivals.times(None))  # type: ignore[arg-type]
+    inside = [at for at in arrivals(run) if any(start <= at < end for start, end in windows)]
+    assert found.duration == 15 * S
+    assert len(times) == len(inside)
+    assert times == sorted(times)
+    assert times[-1] < 15 * S
+
+
+def test_a_journal_in_which_nothing_was_asked_is_refused() -> None:
+    world = Journaled(scenario(rate=0, jobs=JOB, seconds=5))
+    world.run()
+    with pytest.raises(JournalError, match="no service that was asked"):
+        Recording(world.entries)
+
+
+def test_costs_of_another_service_are_refused(run: Journaled) -> None:
+    costs = Recording(run.entries).costs()
+    other = msgspec.structs.replace(costs, executions={})
+    with pytest.raises(JournalError, match="say nothing of a"):
+        Recording(run.entries).scenario(other)
+
+
+def write(entries: list[Entry], directory: Path) -> Path:
+    directory.mkdir()
+    (directory / "00000001-x.weftj").write_bytes(MAGIC + block(entries))
+    return directory
+
+
+def test_the_command_takes_a_journal_and_other_devices(
+    run: Journaled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    journal = str(write(run.entries, tmp_path / "journal"))
+    options = ["--policies", "weft,temporal", "--seeds", "1"]
+    assert main(["simulate", "--from-journal", journal, *options]) == 0
+    said = capsys.readouterr().out
+    assert "a recorded run's arrivals" in said
+    assert "measured profile" in said
+    other = tmp_path / "other.yaml"
+    other.write_text(GOOD.replace("units: 4", "units: 8"))
+    assert (
+        main(["simulate", str(other), "--from-journal", journal, "--costs", journal, *options]) == 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "name a scenario, or a journal"),
+        (["--from-journal", "nowhere"], "cannot be read"),
+        (["{scenario}", "--costs", "nowhere"], "--costs: only goes with --from-journal"),
+    ],
+)
+def test_what_does_not_go_together_is_said(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(GOOD)
+    assert main(["simulate", *(x.format(scenario=path) for x in arguments)]) != 0
+    assert said in capsys.readouterr().err
+
+
+def test_a_journal_of_another_version_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "1.weftj").write_bytes(b"weft journal 1\n")
+    assert main(["simulate", "--from-journal", str(tmp_path)]) != 0
+    assert "journal format 1, this Weft reads 2" in capsys.readouterr().err
