@@ -6,7 +6,11 @@ import msgspec
 
 from weft.domain.device import DeviceSpec
 from weft.domain.plan import Plan
+from weft.domain.units import S
 from weft.domain.workload import Variant
+
+SEASON_AHEAD = 30 * S
+"""How far ahead the season of a rate is looked up (ns)."""
 
 
 class ServiceFacts(msgspec.Struct, frozen=True):
@@ -15,7 +19,8 @@ class ServiceFacts(msgspec.Struct, frozen=True):
     ``exec_ns`` maps a kind of device, and there units and rows (``"2x8"``), to the measured
     execution time. ``rate_trend`` is the change of the arrival rate per second. ``misses`` and
     those after it count from the node's start; ``pressed`` are answers after the deadline and
-    refusals for want of capacity. ``instances`` are those on each device that carries it.
+    refusals for want of capacity. ``rate_season`` is how many times the present rate is usual
+    ``SEASON_AHEAD`` later. ``instances`` are those on each device that carries it.
     ``variants`` says what the model is on kinds of device; empty: it runs anywhere.
     """
 
@@ -38,6 +43,7 @@ class ServiceFacts(msgspec.Struct, frozen=True):
     instances: int = 1
     live_instances: int = 1
     pressed: int = 0
+    rate_season: float = 1.0
     accuracy_floor: float = 0.0
     variants: dict[str, Variant] = {}
 

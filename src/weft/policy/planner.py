@@ -73,6 +73,8 @@ class Tuning(msgspec.Struct, frozen=True):
     """Whether measured misses correct what is predicted."""
     trend: bool = True
     """Whether the trend of a rate counts, or its present level alone."""
+    season: bool = True
+    """Whether what usually comes next counts, where that is more."""
     offload: bool = True
     """Whether devices that only serve are used."""
     slice_min: int = 2 * MS
@@ -147,11 +149,14 @@ class Planner:
 
     def _corrected(self, snapshot: Snapshot) -> tuple[ServiceFacts, ...]:
         """The services with their rates as the tuning lets the planner see them: without trend
-        if it is to ignore it, and higher where measurement contradicts prediction."""
+        if it is to ignore it, and higher where more usually comes soon or where measurement
+        contradicts prediction."""
         state, tuning = self.state, self.tuning
         facts = snapshot.services
         if not tuning.trend:
             facts = tuple(msgspec.structs.replace(s, rate_trend=0.0) for s in facts)
+        if tuning.season:
+            facts = tuple(_scaled(s, max(1.0, s.rate_season)) for s in facts)
         if not tuning.feedback:
             return facts
         known = {s.name for s in facts}

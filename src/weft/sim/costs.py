@@ -79,11 +79,12 @@ class Spread(msgspec.Struct, frozen=True):
 class DeviceCost(msgspec.Struct, frozen=True):
     """What a device charges for changing hands.
 
-    ``start``: from dispatch to execution on an idle partition; ``preempt`` comes on top where a
-    job is just being moved off; ``repartition`` is paid once per change of layout, or, where
-    partitions are made one by one (MIG), ``make`` and ``unmake`` for each; ``contention``:
-    slow-down of an execution (and of a job) when everything else on the device is busy, in
-    proportion to how much is (0 = isolated).
+    ``start``: from dispatch to execution on an idle partition; ``follow`` the same where a batch
+    has just ended, so that nobody has to wake up (``start`` if it is not known); ``preempt``
+    comes on top where a job is just being moved off; ``repartition`` is paid once per change of
+    layout, or, where partitions are made one by one (MIG), ``make`` and ``unmake`` for each;
+    ``contention``: slow-down of an execution (and of a job) when everything else on the device
+    is busy, in proportion to how much is (0 = isolated).
     """
 
     start: Spread
@@ -91,6 +92,7 @@ class DeviceCost(msgspec.Struct, frozen=True):
     grant: Spread
     revoke: Spread
     repartition: Spread = Spread(0)
+    follow: Spread | None = None
     make: Spread = Spread(0)
     unmake: Spread = Spread(0)
     contention: float = 0.0

@@ -45,6 +45,8 @@ class _Executed(msgspec.Struct):
     exec_ns: int
     held_ns: int
     preempting: bool
+    follows: bool
+    """Whether it was dispatched the moment that another batch ended there."""
     beside: float
     """Share of the other units that jobs held when it was dispatched."""
 
@@ -82,7 +84,8 @@ class Recording:
         self._rates: dict[str, list[tuple[int, int, float]]] = defaultdict(list)
         """Of each job: from when, until when, and its progress per second meanwhile."""
         self._units: dict[str, int] = {}
-        self._dispatched: dict[int, tuple[a.Dispatch, int, float]] = {}
+        self._dispatched: dict[int, tuple[a.Dispatch, int, bool, float]] = {}
+        self._ended: dict[str, int] = {}
         self._open: dict[int, Request] = {}
         self._orders: dict[tuple[str, str], int] = {}
         self._held: dict[tuple[str, str], int] = {}
@@ -197,7 +200,8 @@ class Recording:
         found = self._dispatched.pop(event.batch, None)
         if found is None:
             return
-        order, since, beside = found
+        order, since, follows, beside = found
+        self._ended[order.partition] = now
         if self._at(since) is None:
             return
         self._executed.append(
@@ -208,6 +212,7 @@ class Recording:
                 exec_ns=event.exec_ns,
                 held_ns=now - since,
                 preempting=order.preempting,
+                follows=follows,
                 beside=beside,
             )
         )
@@ -224,7 +229,9 @@ class Recording:
                 others = sum(self._held.values())
                 total = sum(d.compute for d in self.devices)
                 rest = max(1, total - self._units.get(action.partition, 1))
-                self._dispatched[action.batch.id] = (action, now, min(1.0, others / rest))
+                follows = self._ended.get(action.partition) == now
+                beside = min(1.0, others / rest)
+                self._dispatched[action.batch.id] = (action, now, follows, beside)
             case a.Grant(job=job, partition=partition):
                 self._orders[job, partition] = now
             case a.Complete(requests=requests):
@@ -266,17 +273,20 @@ class Recording:
         """Costs fitted to this record; raises JournalError if a service never executed."""
         kind = self.devices[0].kind
         contention = self._contention()
-        overhead = [x.held_ns - x.exec_ns for x in self._executed if not x.preempting]
-        preempting = [x.held_ns - x.exec_ns for x in self._executed if x.preempting]
-        start = _spread(overhead)
-        more = (
-            max(0, statistics.median(preempting) - statistics.median(overhead))
-            if (len(preempting) >= _LEAST_SAMPLES and overhead)
-            else 0
-        )
+        idle = [x for x in self._executed if not x.follows]
+        overhead = [x.held_ns - x.exec_ns for x in idle if not x.preempting]
+        preempting = [x.held_ns - x.exec_ns for x in idle if x.preempting]
+        following = [x.held_ns - x.exec_ns for x in self._executed if x.follows]
+        if len(overhead) < _LEAST_SAMPLES:
+            # The job held the space whenever a request came: what it costs is part of every start.
+            overhead = preempting
+        more = 0.0
+        if overhead and len(preempting) >= _LEAST_SAMPLES:
+            more = max(0.0, statistics.median(preempting) - statistics.median(overhead))
         device = msgspec.structs.replace(
             DEVICES.get(kind, DEVICES["cpu"]),
-            start=start,
+            start=_spread(overhead),
+            follow=_spread(following) if len(following) >= _LEAST_SAMPLES else None,
             preempt=Spread(round(more), 0.5),
             grant=_spread(self._granted),
             revoke=_spread(self._revoked),
@@ -311,11 +321,11 @@ class Recording:
         if not by_size:
             raise JournalError(f"{service} never executed in this journal; nothing to fit")
         profile = tuple(
-            (units, rows, max(1, round(statistics.mean(times))))
+            (units, rows, max(1, round(statistics.mean(_kept(times)))))
             for (units, rows), times in sorted(by_size.items())
         )
         spreads = [
-            statistics.stdev(times) / statistics.mean(times)
+            statistics.stdev(_kept(times)) / statistics.mean(_kept(times))
             for times in by_size.values()
             if len(times) >= _LEAST_SAMPLES
         ]
@@ -415,11 +425,16 @@ def _of_job(costs: Costs, job: str) -> JobCost:
     raise JournalError(f"the costs say nothing of job {job}; use its own journal's")
 
 
-def _spread(samples: list[int]) -> Spread:
-    """Mean and coefficient of variation, the slowest hundredth aside: that is the host's doing."""
+def _kept(samples: Sequence[float]) -> list[float]:
+    """All but the slowest fiftieth, at least one of ten: that is the host's doing."""
+    return sorted(samples)[: max(1, len(samples) - max(len(samples) // 50, len(samples) >= 10))]
+
+
+def _spread(samples: Sequence[int]) -> Spread:
+    """Mean and coefficient of variation of what is kept."""
     if not samples:
         return Spread(0)
-    kept = sorted(max(0, s) for s in samples)[: max(1, int(len(samples) * 0.99))]
+    kept = [max(0.0, s) for s in _kept(samples)]
     mean = statistics.mean(kept)
     spread = statistics.stdev(kept) / mean if len(kept) > 1 and mean > 0 else 0.0
     return Spread(round(mean), min(2.0, spread))

@@ -21,6 +21,7 @@ from weft.policy.layouts import MIB, mig_fixed
 from weft.policy.placing import why_not
 from weft.sim.arrivals import Arrivals, Bursts, Diurnal, Poisson, Steps, read_trace, share
 from weft.sim.costs import DEVICES, DeviceCost, ExecCost, JobCost
+from weft.telemetry.monitor import DAY
 
 MAX_UNITS = 1024
 
@@ -54,7 +55,8 @@ class SimJob(msgspec.Struct, frozen=True):
 class Scenario(msgspec.Struct, frozen=True):
     """All that a run needs but policy and seed. ``duration`` in ns. ``boxes`` of these devices
     share the arrivals. ``shared_bandwidth``: how much all devices of a box slow each other down,
-    because they use one memory (0..1, as ``DeviceCost.contention``)."""
+    because they use one memory (0..1, as ``DeviceCost.contention``). ``season``: the period (ns)
+    that demand is taken to have."""
 
     name: str
     story: str
@@ -64,6 +66,7 @@ class Scenario(msgspec.Struct, frozen=True):
     jobs: tuple[SimJob, ...]
     boxes: int = 1
     shared_bandwidth: float = 0.0
+    season: int = DAY
 
     @property
     def device(self) -> SimDevice:
@@ -108,6 +111,7 @@ def parse_scenario(text: str, folder: Path) -> Scenario:
     jobs = tuple(_job(s) for s in root.sections("jobs"))
     boxes = root.take("boxes", reading.integer(1, 10_000), 1)
     bandwidth = root.take("shared_bandwidth", reading.share, 0.0)
+    season = root.take("season", reading.duration, DAY)
     root.done()
     for kind, names in (
         ("devices", [d.spec.id for d in devices]),
@@ -128,7 +132,7 @@ def parse_scenario(text: str, folder: Path) -> Scenario:
         raise ConfigError("no device can train; add one that does, or leave jobs out", "jobs")
     for index, service in enumerate(services):
         _check_feasible(service, devices, f"services[{index}]")
-    return Scenario(name, story, duration, devices, services, jobs, boxes, bandwidth)
+    return Scenario(name, story, duration, devices, services, jobs, boxes, bandwidth, season)
 
 
 def _check_feasible(service: SimService, devices: tuple[SimDevice, ...], at: str) -> None:

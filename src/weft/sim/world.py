@@ -102,7 +102,7 @@ class World:
         self._devices = {d.spec.id: d for d in scenario.devices}
         self._dispatcher = Dispatcher(self._specs)
         self._planner = planner
-        self._monitor = Monitor()
+        self._monitor = Monitor(scenario.season)
         self._draws = Draws(np.random.default_rng((*seed, 0)))
         self._now = 0
         self._heap: list[tuple[int, int, int, Any]] = []
@@ -117,6 +117,8 @@ class World:
         """Loads that the next plan waits for."""
         self._settled: dict[str, int] = {}
         self._running: dict[str, int] = {}
+        self._ended: dict[str, int] = {}
+        """When a batch last ended on a partition."""
         self._services = {s.spec.name: s for s in scenario.services}
         self._means: dict[tuple[str, str, int, int], int] = {}
         self._open: dict[int, Request] = {}
@@ -332,7 +334,8 @@ class World:
         batch, partition = action.batch, self._partitions[action.partition]
         device = self._devices[partition.device]
         service, cost, kind = self._services[batch.service], device.cost, device.spec.kind
-        start = self._draws.time(cost.start)
+        follows = cost.follow is not None and self._ended.get(partition.id) == self._now
+        start = self._draws.time(cost.follow if follows and cost.follow else cost.start)
         if action.preempting:
             start += self._draws.time(cost.preempt)
         mean = self._mean(service, kind, partition.compute, batch.rows)
@@ -343,6 +346,7 @@ class World:
 
         def done() -> None:
             del self._running[partition.id]
+            self._ended[partition.id] = self._now
             self.outcome.served_ns += partition.compute * (self._now - began)
             self._record(batch.service, partition, began)
             self._slow_jobs()

@@ -12,10 +12,10 @@ from weft.domain import actions as a
 from weft.domain import events as e
 from weft.domain.device import DeviceSpec
 from weft.domain.request import Refusal, Request
-from weft.domain.snapshot import JobFacts, PartitionFacts, ServiceFacts, Snapshot
+from weft.domain.snapshot import SEASON_AHEAD, JobFacts, PartitionFacts, ServiceFacts, Snapshot
 from weft.domain.units import S
 from weft.domain.workload import JobSpec, ServiceSpec
-from weft.policy.forecast import Holt
+from weft.policy.forecast import Holt, Season
 from weft.policy.state import DispatcherState
 
 LATENCY_BUCKETS_S = (
@@ -24,6 +24,9 @@ LATENCY_BUCKETS_S = (
 )
 REVOKE_BUCKETS_S = (10e-6, 20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3)
 _WANT_OF_CAPACITY = (Refusal.OVERLOADED, Refusal.QUEUE_FULL)
+DAY = 24 * 3600 * S
+SEASON_SLOTS = 288
+"""Slots of a season: five minutes of a day."""
 RECENT = 2000
 """Latencies kept for quantiles, and for no longer than ``RECENT_NS``."""
 RECENT_NS = 30 * S
@@ -67,7 +70,7 @@ class Recent:
 class ServiceMeter:
     """Counters of one service since the node started."""
 
-    def __init__(self) -> None:
+    def __init__(self, season: Season) -> None:
         self.arrived = 0
         self.answered = 0
         self.failed = 0
@@ -82,12 +85,15 @@ class ServiceMeter:
         self.exec_ns = 0
         self.latency_ns = 0
         self.rate = Holt()
+        self.season = season
         self.last_answer = 0
         self._counted = 0
 
-    def tick(self, seconds: float) -> None:
+    def tick(self, now: int, seconds: float) -> None:
         """Close one interval of the arrival rate."""
-        self.rate.add((self.arrived - self._counted) / seconds)
+        rate = (self.arrived - self._counted) / seconds
+        self.rate.add(rate)
+        self.season.add(now, rate)
         self._counted = self.arrived
 
 
@@ -126,9 +132,10 @@ class JobMeter:
 
 
 class Monitor:
-    """Keeps every meter; see the module's docstring."""
+    """Keeps every meter; see the module's docstring. ``season``: the period of demand, ns."""
 
-    def __init__(self) -> None:
+    def __init__(self, season: int = DAY) -> None:
+        self._season = season
         self.services: dict[str, ServiceMeter] = {}
         self.partitions: dict[str, PartitionMeter] = {}
         self.jobs: dict[str, JobMeter] = {}
@@ -235,7 +242,7 @@ class Monitor:
     def service(self, name: str) -> ServiceMeter:
         """The meter of a service, made at need."""
         if name not in self.services:
-            self.services[name] = ServiceMeter()
+            self.services[name] = ServiceMeter(Season.of(self._season, SEASON_SLOTS))
         return self.services[name]
 
     def partition(self, name: str) -> PartitionMeter:
@@ -263,7 +270,7 @@ class Monitor:
         if window <= 0:
             return
         for meter in self.services.values():
-            meter.tick(window / S)
+            meter.tick(now, window / S)
         for partition in self.partitions.values():
             partition.hold(partition.holder, now)
             partition.last_window = {w: ns / window for w, ns in partition.window.items()}
@@ -345,6 +352,7 @@ class Monitor:
             instances=spec.instances,
             live_instances=live,
             pressed=meter.misses + sum(meter.refused[r.name] for r in _WANT_OF_CAPACITY),
+            rate_season=meter.season.factor(now, now + SEASON_AHEAD),
             accuracy_floor=spec.accuracy_floor,
             variants=spec.variants,
         )

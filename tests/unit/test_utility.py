@@ -1,0 +1,76 @@
+"""Learning what jobs make of space."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weft.policy.utility import Curve
+
+
+def speed(parallel: float, cap: int, units: int) -> float:
+    return 1.0 / (1.0 - parallel + parallel / min(units, cap))
+
+
+def learned(parallel: float, cap: int, tried: tuple[int, ...], noise: float = 0.05) -> Curve:
+    source, curve = random.Random(1), Curve(8)
+    for _ in range(30):
+        for units in tried:
+            rate = 7.0 * speed(parallel, cap, units) * source.gauss(1.0, noise)
+            curve.observe({units: 1.0}, rate)
+    return curve
+
+
+def test_before_anything_is_seen_more_space_is_expected_to_help() -> None:
+    expected = Curve(8).speed_ups()
+    assert expected[0] == 0.0
+    assert expected == sorted(expected)
+    assert expected[8] > 3.0
+
+
+@pytest.mark.parametrize("cap", [2, 4, 8])
+@pytest.mark.parametrize("parallel", [0.5, 0.9, 0.97])
+def test_a_curve_is_learned_to_within_a_tenth(parallel: float, cap: int) -> None:
+    curve = learned(parallel, cap, (1, 2, 4, 8))
+    found = curve.speed_ups()
+    errors = [abs(found[x] / speed(parallel, cap, x) - 1) for x in range(1, 9)]
+    assert sum(errors) / len(errors) < 0.1
+    assert curve.rate() == pytest.approx(7.0, rel=0.1)
+
+
+def test_what_was_not_tried_stays_unsure_and_what_was_does_not() -> None:
+    curve = learned(0.9, 2, (4,))
+    assert curve.unsure(8) or curve.unsure(1)
+    both = learned(0.9, 2, (1, 2, 4, 8))
+    assert not any(both.unsure(x) for x in (1, 2, 4, 8))
+
+
+def test_time_shared_between_sizes_counts_for_both() -> None:
+    curve, source = Curve(4), random.Random(2)
+    for _ in range(60):
+        part = source.random()
+        rate = 3.0 * (part * speed(0.9, 4, 4) + (1 - part) * speed(0.9, 4, 1))
+        curve.observe({4: part, 1: 1 - part}, rate)
+    assert curve.speed_ups()[4] == pytest.approx(speed(0.9, 4, 4), rel=0.1)
+
+
+def test_a_job_that_changes_is_learned_anew() -> None:
+    curve = learned(0.97, 8, (1, 4, 8))
+    for _ in range(300):
+        for units in (1, 4, 8):
+            curve.observe({units: 1.0}, 7.0 * speed(0.9, 2, units))
+    assert curve.speed_ups()[8] == pytest.approx(speed(0.9, 2, 8), rel=0.15)
+
+
+@given(st.lists(st.tuples(st.integers(1, 8), st.floats(0.0, 1e6)), max_size=20))
+def test_whatever_is_seen_curves_rise_and_weights_are_shares(seen: list[tuple[int, float]]) -> None:
+    curve = Curve(8)
+    for units, rate in seen:
+        curve.observe({units: 1.0}, rate)
+    assert sum(curve.weights()) == pytest.approx(1.0)
+    found = curve.speed_ups()
+    assert all(b >= a - 1e-9 for a, b in zip(found, found[1:], strict=False))
+    assert curve.rate() >= 0.0
