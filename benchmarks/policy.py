@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from weft.domain import actions as a
 from weft.domain import events as e
 from weft.domain.device import DeviceSpec, Partition, PreemptLevel
@@ -81,6 +83,41 @@ def planner_ms(cores: int, services: int) -> float:
     return (time.perf_counter_ns() - began) / 20 / 1e6
 
 
+def fleet_ms(devices: int, workloads: int) -> float:
+    """Milliseconds for one plan of many GPUs in MIG mode and as many workloads."""
+    gpus = tuple(_gpu(f"gpu{i:03}") for i in range(devices))
+    count = workloads * 4 // 5
+    times = {f"{u}x{n}": EXEC_NS * (3 + n) // u for u in (1, 2, 3, 4, 7) for n in (1, 8)}
+    facts = tuple(
+        msgspec.structs.replace(_service(f"s{i}", 20), exec_ns={"mig": times}) for i in range(count)
+    )
+    jobs = tuple(JobFacts(f"j{i}", 1.0, 0.0, 1.0, 1.0, 0) for i in range(workloads - count))
+    planner, present = Planner(), EMPTY_PLAN
+    began = time.perf_counter_ns()
+    for step in range(1, 6):
+        plan = planner.plan(Snapshot(step * S, S, gpus, present, facts, jobs))
+        present = plan or present
+    return (time.perf_counter_ns() - began) / 5 / 1e6
+
+
+def _gpu(name: str) -> DeviceSpec:
+    return DeviceSpec(
+        id=name,
+        kind="mig",
+        units=tuple(range(8)),
+        memory=0,
+        shapes=(),
+        preempt=PreemptLevel.GATE,
+        resizes_live=True,
+        revoke_ns=MS,
+        repartition_ns=282 * MS,
+        mig="A100-SXM4-80GB",
+        slices=7,
+        pins_jobs=True,
+        move_ns=10 * S,
+    )
+
+
 def _device(cores: int) -> DeviceSpec:
     return DeviceSpec(
         id="cpu",
@@ -112,7 +149,7 @@ def _service(name: str, services: int) -> ServiceFacts:
         misses=0,
         refused=0,
         answered=0,
-        exec_ns={"1x1": 2 * MS, "1x8": 8 * MS},
+        exec_ns={"cpu": {"1x1": 2 * MS, "1x8": 8 * MS}},
     )
 
 
@@ -131,6 +168,8 @@ ARMS: dict[str, Callable[[], float]] = {
     "event_us_100_services": lambda: dispatcher_us(100),
     "plan_ms_2_cores_3_services": lambda: planner_ms(2, 3),
     "plan_ms_64_cores_100_services": lambda: planner_ms(64, 100),
+    "plan_ms_1_gpu_5_workloads": lambda: fleet_ms(1, 5),
+    "plan_ms_100_gpus_500_workloads": lambda: fleet_ms(100, 500),
 }
 
 

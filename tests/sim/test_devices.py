@@ -122,3 +122,29 @@ def test_every_kind_of_arrivals_can_be_shared(arrivals: str) -> None:
     whole = run(msgspec.structs.replace(found, boxes=1)).services["a"].offered
     assert all(count > 0 for count in counts)
     assert 0.5 * whole < sum(counts) < 2 * whole
+
+
+TWO_JOBS = """
+name: two-jobs
+duration: 2400s
+device: {kind: cpu, units: 10}
+services: []
+jobs:
+  - {name: scales, cost: {rate: 5, parallel: 0.99}}
+  - {name: stalls, cost: {rate: 5, parallel: 0.9, saturates: 2}}
+"""
+
+
+def test_what_jobs_make_of_space_is_learned_and_pays_for_the_trying() -> None:
+    found = parse_scenario(TWO_JOBS, Path())
+    planner = Planner()
+    outcome = World(found, planner, (0, 0)).run()
+    plain = run(found, learn=False)
+    for job in found.jobs:
+        curve = planner.state.curves[job.spec.id]
+        predicted = [curve.rate() * speed for speed in curve.speed_ups()]
+        errors = [abs(predicted[x] / job.cost.speed(x) - 1) for x in range(2, 11)]
+        assert sum(errors) / len(errors) < 0.1
+    assert outcome.figures()["job_rate"] > 1.1 * plain.figures()["job_rate"]
+    tried = sum("is tried out" in reason for _, rs in outcome.reasons for reason in rs)
+    assert 1 <= tried <= 2400 / 90 * 0.3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -72,5 +73,5 @@ def test_whatever_is_seen_curves_rise_and_weights_are_shares(seen: list[tuple[in
         curve.observe({units: 1.0}, rate)
     assert sum(curve.weights()) == pytest.approx(1.0)
     found = curve.speed_ups()
-    assert all(b >= a - 1e-9 for a, b in zip(found, found[1:], strict=False))
+    assert all(b >= a - 1e-9 for a, b in pairwise(found))
     assert curve.rate() >= 0.0

@@ -49,7 +49,8 @@ class ServiceFacts(msgspec.Struct, frozen=True):
 
 
 class JobFacts(msgspec.Struct, frozen=True):
-    """One job. ``rate`` is its progress per second, ``held_ns`` unit-nanoseconds granted."""
+    """One job. ``rate`` is its progress per second over the last minute, in which it held so many
+    units for the shares of the time that ``units`` tells; ``held_ns`` unit-nanoseconds granted."""
 
     id: str
     weight: float
@@ -57,6 +58,7 @@ class JobFacts(msgspec.Struct, frozen=True):
     limit: float
     rate: float
     held_ns: int
+    units: dict[int, float] = {}
 
 
 class PartitionFacts(msgspec.Struct, frozen=True):

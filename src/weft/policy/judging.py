@@ -38,6 +38,8 @@ class View(msgspec.Struct, frozen=True):
     plan: Plan
     services: tuple[ServiceFacts, ...]
     jobs: tuple[JobFacts, ...]
+    speed_ups: dict[str, list[float]] = {}
+    """What is known of jobs: speed on 0, 1, 2 … units relative to one."""
 
 
 class Verdict(msgspec.Struct):
@@ -78,8 +80,9 @@ def judge(view: View, layout: Layout, horizon_s: float) -> Verdict:
     for _, name, service in sorted(order):
         # Where loads are equal (nothing measured yet), services keep out of each other's way.
         need = memory_of(service, view.device)
+        slow = {size: _too_slow(view, service, size) for size in set(sizes)}
         ranks = [
-            (_too_slow(view, service, p), rho[i], guests[i], sizes[i], i)
+            (slow[sizes[i]], rho[i], guests[i], sizes[i], i)
             for i, p in enumerate(mine)
             if not p.memory or need <= p.memory
         ]
@@ -110,8 +113,8 @@ def judge(view: View, layout: Layout, horizon_s: float) -> Verdict:
     return verdict
 
 
-def _too_slow(view: View, service: ServiceFacts, partition: Partition) -> bool:
-    return exec_ns(view.device.kind, service, partition.compute, 1) > HEADROOM * service.objective
+def _too_slow(view: View, service: ServiceFacts, size: int) -> bool:
+    return exec_ns(view.device.kind, service, size, 1) > HEADROOM * service.objective
 
 
 def memory_of(service: ServiceFacts, device: DeviceSpec) -> int:
@@ -220,29 +223,34 @@ def share_out(
     view: View, layout: Layout, rho: list[float], lend: bool, present: Mapping[str, str]
 ) -> tuple[float, dict[str, str]]:
     """For a device whose jobs cannot move: which partition each job is bound to, and the sum of
-    their utilities, ``weight x log(1 + compute)``, the compute of a service's partition being
+    their utilities, ``weight x log(1 + speed-up)``, of which it gets in a service's partition
     what the service leaves. Heavier jobs choose first; several may share one. A job stays where
     it is (``present``) if that is nearly as good."""
-    slots = {p.id: float(p.compute) for p in layout.free}
+    slots = {p.id: (p.compute, 1.0) for p in layout.free}
     if lend:
         for partition, used in zip(layout.mine, rho, strict=True):
-            slots[partition.id] = LENT * partition.compute * max(0.0, 1.0 - used)
+            slots[partition.id] = partition.compute, LENT * max(0.0, 1.0 - used)
     if not slots:
         return 0.0, {}
     weights = dict.fromkeys(slots, 0.0)
     bound: dict[str, str] = {}
+    total = 0.0
     for job in sorted(view.jobs, key=lambda j: (-j.weight, j.id)):
-        values = {n: v * job.weight / (weights[n] + job.weight) for n, v in slots.items()}
+        speeds = view.speed_ups.get(job.id)
+        values = {
+            name: (speeds[compute] if speeds else compute)
+            * part
+            * job.weight
+            / (weights[name] + job.weight)
+            for name, (compute, part) in slots.items()
+        }
         best = max(values, key=lambda name: (values[name], name))
         there = present.get(job.id, "")
         if there in values and values[there] * STAY >= values[best]:
             best = there
         weights[best] += job.weight
         bound[job.id] = best
-    total = sum(
-        job.weight * math.log1p(slots[bound[job.id]] * job.weight / weights[bound[job.id]])
-        for job in view.jobs
-    )
+        total += job.weight * math.log1p(values[best])
     return total, bound
 
 

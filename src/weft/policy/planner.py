@@ -19,6 +19,8 @@ Laws (docs/design.md says why):
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 from weft.domain.device import DeviceSpec, Partition
@@ -38,9 +40,13 @@ from weft.policy.layouts import (
 from weft.policy.placing import Parts, Placing, place
 from weft.policy.pressure import Pressure, note_pressure
 from weft.policy.sharing import divide
+from weft.policy.utility import EXPLORE, Curve
 
 CALM = 0.6
 """Space is taken from services only where what is left would be used no more than this."""
+LEARN_EVERY = 10 * S
+PROBE_FOR = 90 * S
+"""How long a job is tried out: progress is known over a minute."""
 SPARE = 1.25
 """Such a layout must hold at this much more than the recent peak."""
 GAIN = 1.05
@@ -75,6 +81,8 @@ class Tuning(msgspec.Struct, frozen=True):
     """Whether the trend of a rate counts, or its present level alone."""
     season: bool = True
     """Whether what usually comes next counts, where that is more."""
+    learn: bool = True
+    """Whether jobs' speed-ups are learned, or every unit is taken to be worth as much."""
     offload: bool = True
     """Whether devices that only serve are used."""
     slice_min: int = 2 * MS
@@ -109,6 +117,14 @@ class PlannerState(msgspec.Struct):
     """Recent peak rate of each service, per second, as of ``peaks_at``."""
     peaks_at: int = 0
     pressure: dict[str, Pressure] = {}
+    curves: dict[str, Curve] = {}
+    """What was learned of each job's speed."""
+    learned_at: int = 0
+    shares: dict[str, int] = {}
+    """Units of jobs that can move."""
+    probe: str = ""
+    """The job that is being tried out."""
+    probed_at: int = 0
 
 
 class Planner:
@@ -123,6 +139,7 @@ class Planner:
         state = self.state
         facts = self._corrected(snapshot)
         self._note_peaks(snapshot.now, facts)
+        self._learn(snapshot)
         if 0 < snapshot.plan.version < state.version:
             # A device refused the last plan: what is in force is all that counts.
             for memory in state.devices.values():
@@ -136,7 +153,9 @@ class Planner:
             memory.layout, why = self._next_layout(view, memory)
             reasons += why
             if memory.layout == before.get(view.device.id) and members == state.members:
-                reasons += self._rebalance(view, memory)
+                reasons += self._rebalance(view, memory) or self._redivide(view, memory)
+        if not reasons:
+            reasons = self._try_out(views)
         if members != state.members:
             reasons = [*_membership(state.members, members), *reasons]
         if not reasons:
@@ -185,6 +204,62 @@ class Planner:
             for s in view.services
         )
         return msgspec.structs.replace(view, services=services)
+
+    def _learn(self, snapshot: Snapshot) -> None:
+        """Learn from the progress of jobs what they make of space."""
+        state = self.state
+        known = {j.id for j in snapshot.jobs}
+        state.curves = {j: c for j, c in state.curves.items() if j in known}
+        if not self.tuning.learn or snapshot.now - state.learned_at < LEARN_EVERY:
+            return
+        state.learned_at = snapshot.now
+        most = max((d.compute for d in snapshot.devices if d.trains), default=0)
+        for job in snapshot.jobs:
+            held = sum(job.units.values()) - job.units.get(0, 0.0)
+            if job.rate > 0 and held > 0.2:
+                curve = state.curves.get(job.id)
+                if curve is None or curve.units != most:
+                    curve = state.curves[job.id] = Curve(most)
+                curve.observe(job.units, job.rate)
+
+    def _try_out(self, views: list[View]) -> list[str]:
+        """Begin or end trying out what a job would make of more units; why, if so."""
+        state = self.state
+        shared = [v for v in views if v.device.trains and not v.device.pins_jobs]
+        if not self.tuning.learn or len(shared) != 1 or len(shared[0].jobs) < 2:
+            return []
+        now = shared[0].now
+        if state.probe:
+            if now - state.probed_at < PROBE_FOR:
+                return []
+            done, state.probe = state.probe, ""
+            return [f"job {done} was tried out; its space is what it was"]
+        layout = state.devices[shared[0].device.id].layout
+        shares = self._divide(shared[0], layout) if layout is not None else {}
+        moved, units = _moved(shares), sum(shares.values())
+        if not moved or now - state.probed_at < PROBE_FOR * moved / (units * EXPLORE):
+            return []
+        state.probed_at = now
+        for job, have in sorted(shares.items(), key=lambda item: (item[1], item[0])):
+            curve = state.curves.get(job)
+            if curve is not None and curve.unsure(min(have + moved, curve.units)):
+                state.probe = job
+                return [f"job {job} is tried out with {moved} more: what it gains is not known"]
+        return []
+
+    def _divide(self, view: View, layout: Layout) -> dict[str, int]:
+        """Whole units of what is left for each job; none if there are more jobs than units."""
+        units = len(layout.free)
+        if len(view.jobs) > units:
+            return {}
+        shares = divide(units, view.jobs, view.device.compute, view.speed_ups)
+        probe = self.state.probe
+        if probe in shares and len(shares) > 1:
+            richest = max((j for j in shares if j != probe), key=lambda j: (shares[j], j))
+            moved = min(_moved(shares), shares[richest] - 1)
+            shares[richest] -= moved
+            shares[probe] += moved
+        return shares
 
     def _pressing(self, view: View) -> tuple[View, int]:
         """The view as growth is judged by, and how long a wish to grow must hold. Services that
@@ -254,6 +329,7 @@ class Planner:
         devices = self._devices(snapshot)
         parts = placing.parts
         jobs = self._job_devices(snapshot, [d for d in devices if d.trains])
+        speed_ups = {job: curve.speed_ups() for job, curve in self.state.curves.items()}
         return [
             View(
                 snapshot.now,
@@ -265,6 +341,7 @@ class Planner:
                     if device.id in parts.get(s.name, {})
                 ),
                 jobs.get(device.id, ()),
+                speed_ups,
             )
             for device in devices
         ]
@@ -428,6 +505,27 @@ class Planner:
         memory.crowded_since = 0
         return [f"services spread anew: busiest partition {now_rho:.2f} -> {best_rho:.2f}"]
 
+    def _redivide(self, view: View, memory: DeviceMemory) -> list[str]:
+        """Why jobs should have other parts of what is left: what they make of it was learned."""
+        state, layout = self.state, memory.layout
+        if layout is None or view.device.pins_jobs or state.learned_at != view.now or state.probe:
+            return []
+        wish = self._divide(view, layout)
+        if wish.keys() != state.shares.keys() or wish == state.shares:
+            return []
+        before, after = (
+            sum(
+                job.weight * math.log1p(view.speed_ups[job.id][shares[job.id]])
+                for job in view.jobs
+                if job.id in view.speed_ups
+            )
+            for shares in (state.shares, wish)
+        )
+        if after <= GAIN * before:
+            return []
+        parts = ", ".join(f"{job} {state.shares[job]} -> {wish[job]}" for job in sorted(wish))
+        return [f"units of jobs: {parts}: what each makes of them was learned"]
+
     def _pays(self, view: View, current: Layout, wish: Layout) -> bool:
         """Whether unit-time gained (by services or by jobs) exceeds the cost of the change."""
         device, tuning = view.device, self.tuning
@@ -488,9 +586,9 @@ class Planner:
             return {job: (where,) for job, where in places.items()}
         rest = [p.id for p in layout.free]
         owned: dict[str, tuple[str, ...]] = {}
-        if len(view.jobs) <= len(rest):
-            for job, units in divide(len(rest), view.jobs, view.device.compute).items():
-                owned[job], rest = tuple(rest[:units]), rest[units:]
+        self.state.shares = self._divide(view, layout)
+        for job, units in self.state.shares.items():
+            owned[job], rest = tuple(rest[:units]), rest[units:]
         return owned
 
 
@@ -504,6 +602,11 @@ def _judge_all(view: View, layouts: list[Layout], horizon_s: float) -> list[Verd
             known[key] = judge(view, layout, horizon_s)
         found.append(msgspec.structs.replace(known[key], layout=layout))
     return found
+
+
+def _moved(shares: dict[str, int]) -> int:
+    """Units that a job is given to try: a third of what the richest has."""
+    return max(shares.values(), default=0) // 3
 
 
 def _least(view: View) -> int:

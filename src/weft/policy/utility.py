@@ -3,12 +3,12 @@
 A job's speed on ``x`` units is taken as ``rate * s(x)``, ``s`` being one of a family of speed-ups:
 Amdahl's law with parallel part ``p``, cut off at ``c`` units. Which one, is learned by Bayes' rule
 over the family: every member is fitted to what was seen (least squares for ``rate``) and weighs
-``prior * exp(-residual / (2 sigma ** 2))``, ``sigma`` being a tenth of what was seen (Bayesian model
-averaging; Hoeting et al., Statistical Science 1999). The prior favours jobs that scale. Old
+``prior * exp(-residual / (2 sigma ** 2))``, ``sigma`` being a twentieth of what was seen (Bayesian
+model averaging; Hoeting et al., Statistical Science 1999). The prior favours jobs that scale. Old
 observations fade.
 
 Only what is tried is learned: ``unsure`` says of which sizes too little is known. The planner then
-gives the job one unit more or less for a while, seldom enough to stay below ``EXPLORE`` of the time.
+gives the job more for a while, seldom enough to stay below ``EXPLORE`` of all units' time.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from functools import cache
 
 import msgspec
 
-PARALLEL = (0.0, 0.3, 0.6, 0.8, 0.9, 0.95, 0.98, 1.0)
+PARALLEL = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
 FADE = 0.99
 """What an observation still counts for when the next one comes."""
-NOISE = 0.1
+NOISE = 0.05
 EXPLORE = 0.03
-"""Share of the time that trying out may take."""
+"""Share of all units' time that may be spent on trying out."""
 UNSURE = 0.1
 """Relative standard deviation of a predicted speed-up from which trying out is worth it."""
 

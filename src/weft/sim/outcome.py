@@ -10,6 +10,7 @@ import msgspec
 from weft.domain.units import US, S
 
 SPANS = 2 * S
+MOMENTS = 400
 _STEP = math.log(1.02)
 """Latencies are kept in buckets 2 % wide: a percentile is right to that."""
 
@@ -91,6 +92,15 @@ def merge(outcomes: Sequence[Outcome]) -> Outcome:
     return first
 
 
+class Moment(msgspec.Struct, frozen=True):
+    """A stretch of a run that ends at ``at`` (ns). ``p95``: of each service, relative to its
+    objective (0 if nothing was answered); ``share``: of all compute, held by each workload."""
+
+    at: int
+    p95: dict[str, float]
+    share: dict[str, float]
+
+
 class Outcome(msgspec.Struct):
     """One run. Times in ns; ``served_ns`` is unit-nanoseconds in which batches held space;
     ``open`` counts requests that were neither answered nor refused at the end."""
@@ -106,6 +116,8 @@ class Outcome(msgspec.Struct):
     reasons: list[tuple[int, tuple[str, ...]]] = []
     spans: list[Span] = []
     """Kept if asked for, of the middle ``SPANS`` ns of the run."""
+    moments: list[Moment] = []
+    """Kept if asked for, ``MOMENTS`` at most."""
 
     def figures(self) -> dict[str, float]:
         """The figures that policies are compared by; shares are 0..1."""

@@ -213,6 +213,7 @@ POLICIES: dict[str, Policy] = {
         Policy("no_memory", "weft that shrinks by the present rate alone", _tuned(memory=0)),
         Policy("no_trend", "weft without forecast of a rise", _tuned(trend=False)),
         Policy("no_season", "weft that does not know what usually comes", _tuned(season=False)),
+        Policy("no_learning", "weft that takes jobs to scale without end", _tuned(learn=False)),
         Policy("no_feedback", "weft that trusts its predictions", _tuned(feedback=False)),
         Policy("no_npu", "weft that leaves serving devices idle", _tuned(offload=False)),
     )

@@ -9,6 +9,7 @@ first. So a run is a function of scenario, policy and seed.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
 from typing import Any
@@ -26,9 +27,9 @@ from weft.policy.dispatcher import Dispatcher
 from weft.policy.planner import Planner
 from weft.sim.arrivals import Recorded
 from weft.sim.costs import Spread
-from weft.sim.outcome import SPANS, JobTally, Outcome, ServiceTally, Span
+from weft.sim.outcome import MOMENTS, SPANS, JobTally, Moment, Outcome, ServiceTally, Span
 from weft.sim.scenario import Scenario, SimJob, SimService, sizes
-from weft.telemetry.monitor import Monitor
+from weft.telemetry.monitor import JOB_WINDOW, Monitor
 
 TICK = 1 * S
 DEBT_WINDOW = 10 * S
@@ -68,6 +69,7 @@ class _Progress:
         self.held: dict[str, int] = {}
         self.since = 0
         self.slowed = 0.0
+        self._made: deque[tuple[int, float]] = deque()
 
     def grant(self, now: int, partition: str, units: int) -> None:
         """It may use a partition from now on."""
@@ -80,6 +82,15 @@ class _Progress:
         self.tally.steps -= self.cost.speed(units) * lost / S
         self.tally.grants += 1
 
+    def rate(self, now: int) -> float:
+        """Progress per second over the last minute, as a node reports it."""
+        self.settle(now)
+        self._made.append((now, self.tally.steps))
+        while len(self._made) > 1 and self._made[1][0] <= now - JOB_WINDOW * S:
+            self._made.popleft()
+        since, made = self._made[0]
+        return max(0.0, self.tally.steps - made) / ((now - since) / S) if now > since else 0.0
+
     def settle(self, now: int) -> None:
         """Book progress up to ``now``."""
         if now <= self.since:
@@ -89,6 +100,44 @@ class _Progress:
         self.tally.steps += self.cost.speed(used) * (now - self.since) / S * (1 - self.slowed)
         self.tally.held_ns += units * (now - self.since)
         self.since = now
+
+
+class _Diary:
+    """What goes on over a run, in at most ``MOMENTS`` pieces."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        self._every = max(TICK, scenario.duration // MOMENTS)
+        self._since = 0
+        self._objective = {s.spec.name: s.spec.slo.latency for s in scenario.services}
+        self._latencies: dict[str, list[int]] = {name: [] for name in self._objective}
+        self._served = dict.fromkeys(self._objective, 0)
+        self._held = {j.spec.id: 0 for j in scenario.jobs}
+
+    def answered(self, service: str, latency: int) -> None:
+        """A request was answered."""
+        self._latencies[service].append(latency)
+
+    def served(self, service: str, unit_ns: int) -> None:
+        """A batch held compute."""
+        self._served[service] += unit_ns
+
+    def tick(self, now: int, outcome: Outcome) -> None:
+        """Close a stretch if it is long enough."""
+        if now - self._since < self._every:
+            return
+        p95, share, whole = {}, {}, (now - self._since) * outcome.units
+        for name, latencies in self._latencies.items():
+            latencies.sort()
+            worst = latencies[int(0.95 * len(latencies))] if latencies else 0
+            p95[name] = worst / self._objective[name]
+            latencies.clear()
+            share[name] = self._served[name] / whole
+            self._served[name] = 0
+        for job, tally in outcome.jobs.items():
+            share[job] = (tally.held_ns - self._held[job]) / whole
+            self._held[job] = tally.held_ns
+        outcome.moments.append(Moment(now, p95, share))
+        self._since = now
 
 
 class World:
@@ -125,6 +174,7 @@ class World:
         middle = scenario.duration // 2
         self._recorded = (middle - SPANS // 2, middle + SPANS // 2) if record else None
         self._granted: dict[tuple[str, str], int] = {}
+        self._diary = _Diary(scenario) if record else None
         self._next_request = 1
         self.outcome = Outcome(
             duration=scenario.duration,
@@ -228,6 +278,10 @@ class World:
             self._carry_out(action)
 
     def _tick(self) -> None:
+        if self._diary is not None:
+            for progress in self._jobs.values():
+                progress.settle(self._now)
+            self._diary.tick(self._now, self.outcome)
         self._monitor.tick(self._now)
         self._plan()
         self._at(self._now + TICK, _TICK, None)
@@ -237,7 +291,7 @@ class World:
         if self._loading or state.pending is not None:
             return
         jobs: dict[str, tuple[JobSpec, float]] = {
-            j.spec.id: (j.spec, j.cost.rate) for j in self._scenario.jobs
+            j.spec.id: (j.spec, self._jobs[j.spec.id].rate(self._now)) for j in self._scenario.jobs
         }
         snapshot = self._monitor.snapshot(
             self._now,
@@ -309,6 +363,8 @@ class World:
                     found = self._open.pop(request)
                     tally = self.outcome.services[found.service]
                     tally.answer(self._now - found.arrived)
+                    if self._diary is not None:
+                        self._diary.answered(found.service, self._now - found.arrived)
             case a.Reject(request=request, refusal=refusal):
                 found = self._open.pop(request)
                 self.outcome.services[found.service].refuse(refusal.name)
@@ -347,7 +403,10 @@ class World:
         def done() -> None:
             del self._running[partition.id]
             self._ended[partition.id] = self._now
-            self.outcome.served_ns += partition.compute * (self._now - began)
+            used = partition.compute * (self._now - began)
+            self.outcome.served_ns += used
+            if self._diary is not None:
+                self._diary.served(batch.service, used)
             self._record(batch.service, partition, began)
             self._slow_jobs()
             self._feed(e.BatchDone(batch.id, took, start))

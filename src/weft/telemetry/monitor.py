@@ -24,6 +24,8 @@ LATENCY_BUCKETS_S = (
 )
 REVOKE_BUCKETS_S = (10e-6, 20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3)
 _WANT_OF_CAPACITY = (Refusal.OVERLOADED, Refusal.QUEUE_FULL)
+JOB_WINDOW = 60
+"""Intervals over which the progress of jobs is looked at; a node reports it over a minute."""
 DAY = 24 * 3600 * S
 SEASON_SLOTS = 288
 """Slots of a season: five minutes of a day."""
@@ -125,10 +127,33 @@ class PartitionMeter:
 class JobMeter:
     """Grants of one job. ``held_ns`` is unit-nanoseconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: int) -> None:
         self.held_ns = 0
         self.grants = 0
         self.pauses = 0
+        self._units = 0
+        self._since = now
+        self._now: Counter[int] = Counter()
+        self._recent: deque[Counter[int]] = deque(maxlen=JOB_WINDOW)
+
+    def change(self, now: int, units: int) -> None:
+        """It got or lost units."""
+        self._now[self._units] += now - self._since
+        self._units, self._since = self._units + units, now
+
+    def tick(self, now: int) -> None:
+        """Close one interval."""
+        self.change(now, 0)
+        self._recent.append(self._now)
+        self._now = Counter()
+
+    def shares(self) -> dict[int, float]:
+        """For which part of the last minute it held so many units."""
+        total: Counter[int] = Counter()
+        for interval in self._recent:
+            total.update(interval)
+        span = sum(total.values())
+        return {units: ns / span for units, ns in sorted(total.items()) if ns > 0} if span else {}
 
 
 class Monitor:
@@ -142,12 +167,15 @@ class Monitor:
         self._open: dict[int, Request] = {}
         self._running: dict[int, tuple[a.Dispatch, int]] = {}
         self._granted: dict[tuple[str, str], int] = {}
+        self._compute: dict[str, int] = {}
         self._last_tick = 0
 
     # --- observing --------------------------------------------------------------------------
 
     def observe(self, now: int, event: e.Event, actions: list[a.Action]) -> None:
         """Learn from one step of the dispatcher."""
+        if isinstance(event, e.Planned):
+            self._compute |= {p.id: p.compute for p in event.plan.partitions}
         match event:
             case e.Arrived(request=request):
                 self._open[request.id] = request
@@ -167,13 +195,16 @@ class Monitor:
                 for held in [p for j, p in self._granted if j == job]:
                     self._grant_over(now, job, held)
             case e.WorkerDown(worker=worker):
-                for batch, (dispatch, _) in list(self._running.items()):
-                    if dispatch.worker == worker:
-                        self._batch_over(now, batch, 0)
+                self._worker_lost(now, worker)
             case _:
                 pass
         for action in actions:
             self._act(now, action)
+
+    def _worker_lost(self, now: int, worker: str) -> None:
+        for batch, (dispatch, _) in list(self._running.items()):
+            if dispatch.worker == worker:
+                self._batch_over(now, batch, 0)
 
     def _act(self, now: int, action: a.Action) -> None:
         match action:
@@ -195,6 +226,7 @@ class Monitor:
             case a.Grant(job=job, partition=partition):
                 self._granted[job, partition] = now
                 self.job(job).grants += 1
+                self.job(job).change(now, self._compute.get(partition, 1))
                 self.partition(partition).hold(f"job:{job}", now)
             case _:
                 pass
@@ -232,6 +264,7 @@ class Monitor:
             return
         meter = self.job(job)
         meter.held_ns += now - since
+        meter.change(now, -self._compute.get(partition, 1))
         meter.pauses += not any(j == job for j, _ in self._granted)
         occupied = self.partition(partition)
         if occupied.holder == f"job:{job}":
@@ -254,7 +287,7 @@ class Monitor:
     def job(self, name: str) -> JobMeter:
         """The meter of a job, made at need."""
         if name not in self.jobs:
-            self.jobs[name] = JobMeter()
+            self.jobs[name] = JobMeter(self._last_tick)
         return self.jobs[name]
 
     def held_ns(self, job: str, now: int) -> int:
@@ -271,6 +304,8 @@ class Monitor:
             return
         for meter in self.services.values():
             meter.tick(now, window / S)
+        for job in self.jobs.values():
+            job.tick(now)
         for partition in self.partitions.values():
             partition.hold(partition.holder, now)
             partition.last_window = {w: ns / window for w, ns in partition.window.items()}
@@ -305,6 +340,7 @@ class Monitor:
                     limit=spec.limit,
                     rate=rate,
                     held_ns=self.held_ns(spec.id, now),
+                    units=self.job(spec.id).shares(),
                 )
                 for spec, rate in jobs.values()
             ),

@@ -79,6 +79,9 @@ def add_simulate(commands: Any) -> None:
     parser.add_argument("--duration", help="instead of the scenario's, such as 60s")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every run's figures here")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw a PNG (needs matplotlib)")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="table, pictures and reasons (needs matplotlib)"
+    )
     parser.add_argument("--why", action="store_true", help="print what the planner changed and why")
     parser.set_defaults(func=_simulate)
 
@@ -94,7 +97,7 @@ def _simulate(args: argparse.Namespace) -> int:
         scenario = msgspec.structs.replace(scenario, duration=duration)
     if args.seeds < 1:
         raise ConfigError(f"must be at least 1, got {args.seeds}", "--seeds")
-    for path in (args.json, args.plot):
+    for path in (args.json, args.plot, args.html):
         if path is not None and not path.absolute().parent.is_dir():
             raise ConfigError(f"there is no folder {path.parent} to write {path.name} to")
     settings = {(p.name, s): t for p in policies for s, t in p.settings(scenario).items()}
@@ -107,27 +110,31 @@ def _simulate(args: argparse.Namespace) -> int:
     took = time.monotonic() - began
     best = {p.name: _best(p.name, settings, results, args.seeds) for p in policies}
     console = Console()
-    console.print(_table(scenario, best, results, args.seeds))
+    rows = _rows(best, results, args.seeds)
+    console.print(_table(scenario, rows))
     requests = sum(r["requests"] for r in results.values())
-    console.print(
+    note = (
         f"{len(results)} runs, {requests:,.0f} requests in {took:.1f} s; execution times: "
         + ", ".join(_sources(s) for s in scenario.services)
         + "; "
-        + "; ".join(f"{d.spec.id}: {d.cost.source}" for d in scenario.devices),
-        style="dim",
+        + "; ".join(f"{d.spec.id}: {d.cost.source}" for d in scenario.devices)
     )
+    console.print(note, style="dim")
     if args.why:
         for name, setting in best.items():
             _print_reasons(console, scenario, name, settings[name, setting])
     if args.json:
         args.json.write_text(json.dumps(_document(scenario, best, results), indent=1))
-    if args.plot:
-        from weft.cli.simulate.chart import draw
+    if args.plot or args.html:
+        from weft.cli.simulate import chart
 
         shown = {
             name: simulate(scenario, settings[name, s], 0, record=True) for name, s in best.items()
         }
-        draw(scenario, shown, args.plot)
+        if args.plot:
+            chart.draw(scenario, shown, args.plot)
+        if args.html:
+            chart.report(scenario, shown, rows, [note], args.html)
     return 0
 
 
@@ -220,13 +227,9 @@ def _best(
     return best
 
 
-def _table(
-    scenario: Scenario, best: dict[str, str], results: dict[_Run, Figures], seeds: int
-) -> Table:
-    table = Table(title=f"{scenario.name}: {scenario.story}" if scenario.story else scenario.name)
-    table.add_column("policy")
-    for _, title, _ in _COLUMNS:
-        table.add_column(title, justify="right")
+def _rows(best: dict[str, str], results: dict[_Run, Figures], seeds: int) -> list[tuple[str, ...]]:
+    """The table's cells, head first."""
+    rows = [("policy", *(title for _, title, _ in _COLUMNS))]
     for policy, setting in best.items():
         cells = []
         for key, _, shape in _COLUMNS:
@@ -234,7 +237,18 @@ def _table(
             cell = shape.format(statistics.mean(samples))
             half = interval(samples)
             cells.append(f"{cell} ±{shape.format(half)}" if half else cell)
-        table.add_row(f"{policy} {setting}".strip(), *cells)
+        rows.append((f"{policy} {setting}".strip(), *cells))
+    return rows
+
+
+def _table(scenario: Scenario, rows: list[tuple[str, ...]]) -> Table:
+    table = Table(title=f"{scenario.name}: {scenario.story}" if scenario.story else scenario.name)
+    head, *body = rows
+    table.add_column(head[0])
+    for title in head[1:]:
+        table.add_column(title, justify="right")
+    for row in body:
+        table.add_row(*row)
     return table
 
 
