@@ -3,7 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test lint bench bench-peers clean
+# The pure modules that gain from being compiled: no struct classes with options in them.
+COMPILED := $(addprefix weft/,$(addsuffix .py, \
+	$(addprefix policy/,dispatcher admission lending queues sharing queueing forecast pressure \
+		utility estimate) sim/world telemetry/monitor))
+
+.PHONY: help demo test lint bench bench-peers bench-simulator compile uncompile clean
 
 help:
 	@echo "make demo         the story in about two minutes: serve, drift, retrain, swap; draws a picture"
@@ -11,6 +16,8 @@ help:
 	@echo "make lint         ruff, mypy, import contracts, generated docs"
 	@echo "make bench        policy costs (1 minute), then weft bench colocate (about 15 minutes)"
 	@echo "make bench-peers  Weft, Triton, MLServer, LitServe side by side (about 30 minutes)"
+	@echo "make bench-simulator  its speed and how well it predicts a live run (about 10 minutes)"
+	@echo "make compile      compile the policy in place (needs gcc; a minute); make uncompile undoes it"
 	@echo "make clean        remove what the other targets made"
 
 $(VENV)/test.stamp: pyproject.toml
@@ -42,7 +49,20 @@ bench-peers: $(VENV)/test.stamp
 	$(BIN)/python benchmarks/peers/setup.py
 	$(BIN)/python benchmarks/peers/run.py --json bench-out/peers.json --plot bench-out/peers.png
 
-clean:
+bench-simulator: $(VENV)/test.stamp
+	mkdir -p bench-out
+	$(BIN)/python benchmarks/simulator.py --json bench-out/simulator.json
+	$(BIN)/python benchmarks/fidelity.py --json bench-out/fidelity.json
+
+compile: $(VENV)/test.stamp
+	cd src && ../$(BIN)/mypyc $(COMPILED)
+	rm -rf src/build
+
+uncompile:
+	find src -name '*.so' -delete
+	rm -rf src/build
+
+clean: uncompile
 	rm -rf $(VENV) demo-out bench-out build dist src/*.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find src tests benchmarks examples docs -name __pycache__ -prune -exec rm -rf {} +

@@ -9,8 +9,11 @@ import pytest
 
 from tests.sim.test_scenario import MIG, NPU
 from tests.unit.test_planner_mig import placements
+from weft.domain import actions as a
 from weft.domain import events as e
 from weft.domain.mig import table
+from weft.domain.plan import Plan
+from weft.domain.snapshot import Snapshot
 from weft.policy.planner import Planner, Tuning
 from weft.sim.outcome import Outcome
 from weft.sim.policies import Scheduled, simulate
@@ -29,26 +32,28 @@ def mig(rate: float = 10, seconds: int = 60) -> Scenario:
     return parse_scenario(text, Path())
 
 
-class Watched(World):
-    """A world that checks every plan against the GPU's tables."""
+class Checked:
+    """Checks every plan against the GPU's tables."""
 
     plans = 0
 
-    def _feed(self, event: e.Event) -> None:
+    def decided(self, _: int, event: e.Event, __: list[a.Action]) -> None:
         if isinstance(event, e.Planned):
             self.plans += 1
             gpu = table("A100-SXM4-80GB")
             assert gpu.why_not(placements(event.plan)) is None
             assert all(len(where) == 1 for where in event.plan.jobs.values())
-        super()._feed(event)
+
+    def planned(self, _: int, __: Snapshot, ___: Plan | None) -> None:
+        pass
 
 
 @pytest.mark.parametrize("rate", [5, 150, 600])
 def test_a_gpu_in_mig_mode_only_ever_has_legal_layouts(rate: float) -> None:
-    world = Watched(mig(rate), Planner(), (0, 0))
-    outcome = world.run()
+    checked = Checked()
+    outcome = World(mig(rate), Planner(), (0, 0), observer=checked).run()
     tally = outcome.services["a"]
-    assert world.plans >= 1
+    assert checked.plans >= 1
     assert tally.offered == tally.answered + sum(tally.refused.values()) + outcome.open
     assert outcome.figures()["attainment"] > (0.95 if rate < 600 else 0.1)
 

@@ -10,12 +10,14 @@ import pytest
 from tests.sim.test_scenario import GOOD
 from tests.sim.test_world import scenario
 from weft.cli.main import main
+from weft.domain import actions as a
 from weft.domain import events as e
 from weft.domain.errors import JournalError
+from weft.domain.plan import Plan
+from weft.domain.snapshot import Snapshot
 from weft.domain.units import S
-from weft.domain.workload import JobSpec
+from weft.policy.dispatcher import Dispatcher
 from weft.policy.planner import Planner
-from weft.sim.outcome import Outcome
 from weft.sim.policies import Scheduled, simulate
 from weft.sim.recorded import Recording
 from weft.sim.scenario import Scenario
@@ -26,46 +28,21 @@ from weft.telemetry.records import MAGIC, Entry, PlanRecord, Record, block
 JOB = "{name: j, cost: {rate: 5, parallel: 0.5, resume: 0ms}}"
 
 
-class Journaled(World):
-    """A world that writes a node's journal."""
+class Journaled:
+    """A run that leaves a node's journal."""
 
     def __init__(self, found: Scenario) -> None:
-        self.entries: list[Entry] = []
-        self.made: dict[str, dict[int, float]] = {}
-        super().__init__(found, Planner(), (0, 0))
+        self.scenario = found
+        self.spec = found.device.spec
+        first = checkpoint(Dispatcher((self.spec,)), Planner(), 0, 1.0)
+        self.entries: list[Entry] = [first]
+        self.outcome = World(found, Planner(), (0, 0), observer=self).run()
 
-    def run(self) -> Outcome:
-        self.entries.append(checkpoint(self._dispatcher, self._planner, 0, 1.0))
-        return super().run()
+    def decided(self, now: int, event: e.Event, actions: list[a.Action]) -> None:
+        self.entries.append(Record(now, event, tuple(actions)))
 
-    def _feed(self, event: e.Event) -> None:
-        actions = self._dispatcher.handle(self._now, event)
-        self._monitor.observe(self._now, event, actions)
-        self.entries.append(Record(self._now, event, tuple(actions)))
-        for action in actions:
-            self._carry_out(action)
-
-    def _plan(self) -> None:
-        state = self._dispatcher.state
-        services = {name: (s.spec, s.spec.instances) for name, s in self._services.items()}
-        jobs = {j: (p_spec(self._scenario, j), self.rate(j)) for j in self._jobs}
-        snapshot = self._monitor.snapshot(self._now, self._specs, state, services, jobs)
-        self.entries.append(PlanRecord(self._now, snapshot, None))
-        super()._plan()
-
-    def rate(self, job: str) -> float:
-        """Progress per second over the last minute, as a node reports it."""
-        self._jobs[job].settle(self._now)
-        made = self.made.setdefault(job, {0: 0.0})
-        made[self._now] = self.outcome.jobs[job].steps
-        since = max(0, self._now - 60 * S)
-        if self._now == since:
-            return 0.0
-        return (made[self._now] - made[since]) / ((self._now - since) / S)
-
-
-def p_spec(found: Scenario, job: str) -> JobSpec:
-    return next(j.spec for j in found.jobs if j.spec.id == job)
+    def planned(self, now: int, snapshot: Snapshot, plan: Plan | None) -> None:
+        self.entries.append(PlanRecord(now, snapshot, plan))
 
 
 def arrivals(world: Journaled) -> list[int]:
@@ -76,15 +53,13 @@ def arrivals(world: Journaled) -> list[int]:
 @pytest.fixture(scope="module")
 def run() -> Journaled:
     found = scenario(units=4, rate=40, jobs=JOB, seconds=90)
-    world = Journaled(found)
-    world.run()
-    return world
+    return Journaled(found)
 
 
 def test_what_was_asked_comes_out_again(run: Journaled) -> None:
     found = Recording(run.entries).scenario()
     (service,) = found.services
-    (original,) = run._scenario.services
+    (original,) = run.scenario.services
     assert service.spec.slo == original.spec.slo
     assert service.spec.instances == original.spec.instances
     assert service.spec.batch.max == original.spec.batch.max
@@ -95,18 +70,18 @@ def test_what_was_asked_comes_out_again(run: Journaled) -> None:
     ]
     assert list(service.arrivals.times(None)) == [r.arrived for r in asked]  # type: ignore[arg-type]
     assert [j.spec.id for j in found.jobs] == ["j"]
-    assert found.device.spec == run._specs[0]
+    assert found.device.spec == run.spec
 
 
 def test_what_it_cost_comes_out_again(run: Journaled) -> None:
     costs = Recording(run.entries).costs()
-    (service,) = run._scenario.services
+    (service,) = run.scenario.services
     execution = costs.executions[service.spec.name]
     assert execution.source == "measured profile"
     for units, rows, ns in execution.profile:
         assert ns == pytest.approx(service.costs["cpu"].mean(units, rows), rel=0.1)
     job = costs.jobs["j"]
-    assert job.speed(4) == pytest.approx(run._scenario.jobs[0].cost.speed(4), rel=0.05)
+    assert job.speed(4) == pytest.approx(run.scenario.jobs[0].cost.speed(4), rel=0.05)
     assert costs.device.revoke.mean == pytest.approx(20_000, rel=0.3)
     assert "90 s" in costs.device.source
 
@@ -135,7 +110,6 @@ def test_windows_are_put_end_to_end(run: Journaled) -> None:
 
 def test_a_journal_in_which_nothing_was_asked_is_refused() -> None:
     world = Journaled(scenario(rate=0, jobs=JOB, seconds=5))
-    world.run()
     with pytest.raises(JournalError, match="no service that was asked"):
         Recording(world.entries)
 

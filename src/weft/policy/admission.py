@@ -75,17 +75,28 @@ def _best_finish(
     now: int,
     lanes: dict[str, float],
 ) -> tuple[int, int, PartitionState]:
-    """(wait, own execution, partition) on the partition where it would finish first."""
-    best: tuple[int, int, PartitionState] | None = None
+    """(wait, own execution, partition) on the partition where it would finish first.
+
+    Of partitions that are alike the one that is free first is it, so the queue is predicted once
+    for each likeness.
+    """
+    soonest: dict[tuple[str, int], tuple[int, PartitionState]] = {}
     device, idle_at = "", 0
     for name in lanes:
         partition = state.partitions[name]
         if partition.device != device:
             device, idle_at = partition.device, _worker_wait(state, service, partition.device, now)
         wait = max(idle_at, _residual(state, partition, now))
-        wait += _ahead(state, service, partition, request, lanes)
-        wait += _company(service, partition, request, wait, lanes)
+        if partition.waiting:
+            wait += _others_ahead(state, service, partition, request)
+        alike = partition.kind, partition.compute
+        if alike not in soonest or wait < soonest[alike][0]:
+            soonest[alike] = wait, partition
+    best: tuple[int, int, PartitionState] | None = None
+    for free_in, partition in soonest.values():
         own = _own(service, partition, request)
+        wait = free_in + _ahead(service, partition, request, own, lanes[partition.id])
+        wait += _company(service, partition, request, wait, lanes[partition.id])
         if best is None or wait + own < best[0] + best[1]:
             best = wait, own, partition
     assert best is not None
@@ -99,15 +110,19 @@ def _lanes(state: DispatcherState, service: ServiceState) -> dict[str, float]:
     Work goes to whoever is free, so a partition's part of the queue is in proportion to its
     speed: sum of all speeds / its own. Where all are equal that is their number.
     """
-    speeds = {}
-    for name in service.partitions:
-        partition = state.partitions[name]
-        if not service.at.get(partition.device):
-            continue
-        table = service.exec[partition.kind]
-        speeds[name] = 1.0 / max(1, table.predict(partition.compute, service.max_batch, 0))
-    total = sum(speeds.values())
     most = max(1, service.workers)
+    mine = [state.partitions[name] for name in service.partitions]
+    mine = [p for p in mine if service.at.get(p.device)]
+    if not mine:
+        return {}
+    first = mine[0]
+    if all(p.compute == first.compute and p.kind == first.kind for p in mine):
+        return dict.fromkeys([p.id for p in mine], float(min(most, len(mine))))
+    speeds = {}
+    for partition in mine:
+        table = service.exec[partition.kind]
+        speeds[partition.id] = 1.0 / max(1, table.predict(partition.compute, service.max_batch, 0))
+    total = sum(speeds.values())
     return {name: min(most, total / speed) for name, speed in speeds.items()}
 
 
@@ -126,28 +141,29 @@ def _residual(state: DispatcherState, partition: PartitionState, now: int) -> in
     return max(0, state.running[partition.batch].expected_end - now)
 
 
-def _ahead(
-    state: DispatcherState,
-    service: ServiceState,
-    partition: PartitionState,
-    request: Request,
-    lanes: dict[str, float],
+def _others_ahead(
+    state: DispatcherState, service: ServiceState, partition: PartitionState, request: Request
 ) -> int:
-    """Predicted work before the newcomer, shared out over each service's partitions. Its own
-    service's queue is counted with it included, less its own share of the last batch."""
+    """Predicted work of other services before the newcomer, shared out over their partitions."""
     ahead = 0
     for name in partition.waiting:
         other = state.services[name]
-        if other is service:
-            continue
-        ahead += sum(other.cost[: request.priority + 1]) // max(1, len(other.partitions))
-    rows = sum(service.rows[: request.priority + 1])
-    if rows:
-        own = _own(service, partition, request)
-        before = int(rows / lanes[partition.id]) + request.rows
-        table = service.exec[partition.kind]
-        ahead += max(0, work_ns(table, service.max_batch, partition.compute, before) - own)
+        if other is not service:
+            ahead += sum(other.cost[: request.priority + 1]) // max(1, len(other.partitions))
     return ahead
+
+
+def _ahead(
+    service: ServiceState, partition: PartitionState, request: Request, own: int, lanes: float
+) -> int:
+    """Predicted work of its own service before the newcomer: the queue with it included, less its
+    own share of the last batch."""
+    rows = sum(service.rows[: request.priority + 1])
+    if not rows:
+        return 0
+    before = int(rows / lanes) + request.rows
+    table = service.exec[partition.kind]
+    return max(0, work_ns(table, service.max_batch, partition.compute, before) - own)
 
 
 def _company(
@@ -155,7 +171,7 @@ def _company(
     partition: PartitionState,
     request: Request,
     wait: int,
-    lanes: dict[str, float],
+    lanes: float,
 ) -> int:
     """Ns by which those who come meanwhile and join the newcomer's batch will lengthen it: as
     many as arrive on average, and one standard deviation (of a Poisson count) more.
@@ -165,10 +181,9 @@ def _company(
     """
     if not wait or not service.gap:
         return 0
-    share = lanes[partition.id]
-    ahead = int(sum(service.rows[: request.priority + 1]) / share)
+    ahead = int(sum(service.rows[: request.priority + 1]) / lanes)
     last = min(service.max_batch, ahead % service.max_batch + request.rows)
-    joining = int(wait / (service.gap * share))
+    joining = int(wait / (service.gap * lanes))
     grown = min(service.max_batch, last + joining + isqrt(joining))
     table, units = service.exec[partition.kind], partition.compute
     return max(0, table.predict(units, grown) - table.predict(units, last))

@@ -57,34 +57,13 @@ class ExecTable(msgspec.Struct):
             units, means = nearest, self.mean[nearest]
         if rows < len(means) and means[rows]:
             return means[rows] + deviations * self.dev[units][rows]
-        return self._interpolate(means, self.dev[units], rows, deviations)
+        return _interpolate(means, self.dev[units], rows, deviations)
 
     def _nearest_units(self, units: int) -> int:
         smaller = [u for u in self.mean if u <= units]
         if smaller:
             return max(smaller)
         return min(self.mean, default=0)
-
-    @staticmethod
-    def _interpolate(means: list[int], devs: list[int], rows: int, deviations: int) -> int:
-        known = [n for n, mean in enumerate(means) if mean]
-        if not known:
-            return 0
-        below = max((n for n in known if n < rows), default=0)
-        above = min((n for n in known if n > rows), default=0)
-
-        def upper(n: int) -> int:
-            return means[n] + deviations * devs[n]
-
-        if below and above:
-            return upper(below) + (upper(above) - upper(below)) * (rows - below) // (above - below)
-        if above:
-            return upper(above)
-        lower = max((n for n in known if n < below), default=0)
-        if not lower:
-            return upper(below) * rows // below
-        slope = max(0, (means[below] - means[lower]) // (below - lower))
-        return upper(below) + slope * (rows - below)
 
 
 class Quantile(msgspec.Struct):
@@ -101,3 +80,24 @@ class Quantile(msgspec.Struct):
             self.value += self.step * self.permille // 1000
         else:
             self.value = max(0, self.value - max(1, self.step * (1000 - self.permille) // 1000))
+
+
+def _interpolate(means: list[int], devs: list[int], rows: int, deviations: int) -> int:
+    known = [n for n, mean in enumerate(means) if mean]
+    if not known:
+        return 0
+    below = max((n for n in known if n < rows), default=0)
+    above = min((n for n in known if n > rows), default=0)
+
+    def upper(n: int) -> int:
+        return means[n] + deviations * devs[n]
+
+    if below and above:
+        return upper(below) + (upper(above) - upper(below)) * (rows - below) // (above - below)
+    if above:
+        return upper(above)
+    lower = max((n for n in known if n < below), default=0)
+    if not lower:
+        return upper(below) * rows // below
+    slope = max(0, (means[below] - means[lower]) // (below - lower))
+    return upper(below) + slope * (rows - below)

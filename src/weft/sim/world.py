@@ -12,7 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from heapq import heappop, heappush
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from weft.domain import events as e
 from weft.domain.device import DeviceSpec, Partition
 from weft.domain.plan import Plan
 from weft.domain.request import Request
+from weft.domain.snapshot import Snapshot
 from weft.domain.units import S
 from weft.domain.workload import JobSpec
 from weft.policy.dispatcher import Dispatcher
@@ -140,12 +141,28 @@ class _Diary:
         self._since = now
 
 
+class Observer(Protocol):
+    """Whoever wants to see each decision as it is made: what a node's journal would hold."""
+
+    def decided(self, now: int, event: e.Event, actions: list[a.Action]) -> None:
+        """The dispatcher decided on an event."""
+
+    def planned(self, now: int, snapshot: Snapshot, plan: Plan | None) -> None:
+        """The planner looked at a snapshot."""
+
+
 class World:
     """One run of a scenario on one box. ``seed``: of the run, and of the box in it."""
 
     def __init__(
-        self, scenario: Scenario, planner: Planner, seed: tuple[int, int], record: bool = False
+        self,
+        scenario: Scenario,
+        planner: Planner,
+        seed: tuple[int, int],
+        record: bool = False,
+        observer: Observer | None = None,
     ) -> None:
+        self._observer = observer
         self._scenario = scenario
         self._specs = tuple(d.spec for d in scenario.devices)
         self._devices = {d.spec.id: d for d in scenario.devices}
@@ -274,6 +291,8 @@ class World:
     def _feed(self, event: e.Event) -> None:
         actions = self._dispatcher.handle(self._now, event)
         self._monitor.observe(self._now, event, actions)
+        if self._observer is not None:
+            self._observer.decided(self._now, event, actions)
         for action in actions:
             self._carry_out(action)
 
@@ -301,6 +320,8 @@ class World:
             jobs,
         )
         plan = self._planner.plan(snapshot)
+        if self._observer is not None:
+            self._observer.planned(self._now, snapshot, plan)
         if plan is not None:
             self.outcome.reasons.append((self._now, plan.reasons))
             self._prepare(plan)
