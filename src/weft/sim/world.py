@@ -67,6 +67,7 @@ class _Progress:
         self.tally = tally
         self.bound = bound
         self.place = ""
+        self._speeds: dict[int, float] = {}
         self.held: dict[str, int] = {}
         self.since = 0
         self.slowed = 0.0
@@ -80,7 +81,7 @@ class _Progress:
             lost = self.cost.move if self.place else lost
             self.place = partition
         self.held[partition] = units
-        self.tally.steps -= self.cost.speed(units) * lost / S
+        self.tally.steps -= self._speed(units) * lost / S
         self.tally.grants += 1
 
     def rate(self, now: int) -> float:
@@ -98,9 +99,14 @@ class _Progress:
             return
         units = sum(self.held.values())
         used = max(self.held.values(), default=0) if self.bound else units
-        self.tally.steps += self.cost.speed(used) * (now - self.since) / S * (1 - self.slowed)
+        self.tally.steps += self._speed(used) * (now - self.since) / S * (1 - self.slowed)
         self.tally.held_ns += units * (now - self.since)
         self.since = now
+
+    def _speed(self, units: int) -> float:
+        if units not in self._speeds:
+            self._speeds[units] = self.cost.speed(units)
+        return self._speeds[units]
 
 
 class _Diary:
@@ -166,6 +172,8 @@ class World:
         self._scenario = scenario
         self._specs = tuple(d.spec for d in scenario.devices)
         self._devices = {d.spec.id: d for d in scenario.devices}
+        self._compute = {d.id: d.compute for d in self._specs} | {"": scenario.compute}
+        self._trainer = scenario.device
         self._dispatcher = Dispatcher(self._specs)
         self._planner = planner
         self._monitor = Monitor(scenario.season)
@@ -469,20 +477,19 @@ class World:
             for name, units in held.items()
             if name != aside and (not device or self._partitions[name].device == device)
         )
-        spec = self._devices[device].spec if device else None
-        there = spec.compute if spec is not None else self._scenario.compute
+        there = self._compute[device]
         return min(1.0, busy / max(1, there - (but.compute if but is not None else 0)))
 
     def _slow_jobs(self) -> None:
         """Jobs are slowed down by executions beside them."""
         shared = self._scenario.shared_bandwidth
-        device = self._scenario.device
+        device = self._trainer
         if not (device.cost.contention or shared):
             return
         served = self._running
         here = sum(u for n, u in served.items() if self._partitions[n].device == device.spec.id)
         slow = device.cost.contention * here / device.spec.compute
-        slow += shared * sum(served.values()) / self._scenario.compute
+        slow += shared * sum(served.values()) / self._compute[""]
         for job in self._jobs.values():
             if job.held:
                 job.settle(self._now)
