@@ -1,4 +1,4 @@
-"""Every policy on every scenario, and Weft less one law at a time: the tables of docs/evaluation.md.
+"""The tables of docs/evaluation.md: every policy on every scenario, and Weft less a law at a time.
 
 Each scenario is one run of ``weft simulate`` (all policies, seeds on all cores); what it wrote is
 kept beside the tables, so that a table can be printed again without running.
@@ -143,7 +143,9 @@ def summary(found: dict[str, Samples], policies: tuple[str, ...]) -> str:
 
 def ablations(found: dict[str, Samples]) -> str:
     """Weft less a law, where that changes attainment by 0.05 points or training by 1 %."""
-    lines = [row(("without", "scenario", "attained", "points", "job steps/s", "times", "re-layouts"))]
+    lines = [
+        row(("without", "scenario", "attained", "points", "job steps/s", "times", "re-layouts"))
+    ]
     lines.append(row(("---",) * 7))
     for law in LAWS:
         for name, samples in found.items():

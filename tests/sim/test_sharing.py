@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from tests.sim.test_devices import mig
 from tests.sim.test_world import scenario
 from weft.domain.units import MS
 from weft.sim.costs import speed_up
@@ -53,6 +54,17 @@ def test_a_service_beside_a_job_takes_twice_as_long_in_turns() -> None:
     beside = run(scenario(rate=1, first="40ms", jobs=JOB), Unscheduled(quantum=MS))
     medians = [o.services["a"].quantile_ns(0.5) for o in (alone, beside)]
     assert medians[1] == pytest.approx(2.1 * medians[0], rel=0.1)
+
+
+def test_who_shares_a_whole_gpu_without_isolation_is_slowed_down_even_if_it_could_do_mig() -> None:
+    found = mig(rate=20)
+    alone, beside = (run(s, Unscheduled(beside=True)) for s in (without_jobs(found), found))
+    medians = [o.services["a"].quantile_ns(0.5) for o in (alone, beside)]
+    assert medians[1] > 1.05 * medians[0]
+
+
+def without_jobs(found: Scenario) -> Scenario:
+    return msgspec.structs.replace(found, jobs=())
 
 
 def test_every_policy_runs() -> None:

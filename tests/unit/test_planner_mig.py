@@ -191,6 +191,12 @@ def test_a_fixed_choice_never_changes() -> None:
     assert world.present.lendable == ()
 
 
+def test_a_fixed_choice_stands_even_if_services_are_owed_more() -> None:
+    world = Planning(instances=("1g.10gb",), lend=False)
+    world.see(model(rate=1.0, guaranteed=0.5), job())
+    assert sum(p.id in world.present.services["s"] for p in world.present.partitions) == 1
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(0, 2**32), st.sampled_from(sorted(tables())))
 def test_plans_stay_feasible_whatever_the_load_does(seed: int, name: str) -> None:

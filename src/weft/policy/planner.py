@@ -401,9 +401,11 @@ class Planner:
         if not view.services:
             return without_services(device)
         if device.mig:
-            fixed = tuning.instances
-            options = mig_layouts(device, None) if fixed is None else mig_fixed(device, fixed)
-            verdicts = _judge_all(view, [x for x in options if x.compute >= least], 0.0)
+            if tuning.instances is not None:
+                options = mig_fixed(device, tuning.instances)
+            else:
+                options = [x for x in mig_layouts(device, None) if x.compute >= least]
+            verdicts = _judge_all(view, options, 0.0)
             return min(verdicts, key=lambda v: (v.overload, -self._worth(view, v))).layout
         if tuning.split is not None:
             return unit_layout(device, *tuning.split)
@@ -463,6 +465,8 @@ class Planner:
         pressing, _ = self._pressing(view)
         here = judge(pressing, current, horizon_s)
         options = [x for x in mig_layouts(view.device, current) if x.compute >= least]
+        if not options:
+            return current, "", 0
         if here.misses:
             verdicts = _judge_all(pressing, options, horizon_s)
             best = min(verdicts, key=lambda v: (round(v.overload, 3), -self._worth(view, v)))

@@ -13,7 +13,8 @@
 Each service instance and each job is a context. A free instance takes what is queued, up to
 the largest batch; nothing is refused but what finds the queue full. A batch or job at a speed
 below one finishes later in proportion (processor sharing). Only the device that trains is used:
-nobody is there to divide work among several.
+nobody is there to divide work among several. A GPU that could form MIG instances is whole here,
+and charges what a whole one does.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import msgspec
 import numpy as np
 
 from weft.domain.units import US, S
-from weft.sim.costs import ExecCost, speed_up
+from weft.sim.costs import DEVICES, ExecCost, speed_up
 from weft.sim.outcome import JobTally, Outcome, ServiceTally
 from weft.sim.scenario import Scenario, SimJob, SimService
 from weft.sim.world import Draws
@@ -73,6 +74,7 @@ class SharedWorld:
         self._scenario, self._how, self._seed = scenario, how, seed
         self._device = scenario.device
         self._units = self._device.spec.compute
+        self._charges = DEVICES["sm"] if self._device.spec.mig else self._device.cost
         self._draws = Draws(np.random.default_rng((*seed, 0)))
         self._contexts = [
             _Context(demand=self._demand(self._cost(service).saturates), service=service)
@@ -162,7 +164,7 @@ class SharedWorld:
             context.arrived = [queue.popleft() for _ in range(rows)]
             cost = self._cost(service)
             mean = cost.mean(self._units, rows) * self._draws.factor(cost.cv)
-            context.left = mean + self._draws.time(self._device.cost.start)
+            context.left = mean + self._draws.time(self._charges.start)
             context.began, context.alone = self._now, context.left
 
     def _finish(self, context: _Context) -> None:
@@ -213,7 +215,7 @@ class SharedWorld:
             self._divide([c for c in running if c.job is not None], left)
         else:
             self._divide(running, self._units)
-        contention = self._device.cost.contention + self._scenario.shared_bandwidth
+        contention = self._charges.contention + self._scenario.shared_bandwidth
         used = sum(c.units for c in running)
         for context in running:
             elsewhere = (used - context.units) / self._units

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -33,11 +34,11 @@ _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18,
 _COLUMNS = (
     ("attainment", "attained", "{:.2%}"),
     ("worst_attainment", "worst service", "{:.2%}"),
-    ("p99_of_objective", "p99 / objective", "{:.2f}"),
+    ("p99_of_objective", "p99 / SLO", "{:.2f}"),
     ("refused", "refused", "{:.2%}"),
     ("job_rate", "job steps/s", "{:.2f}"),
-    ("utilization", "utilization", "{:.1%}"),
-    ("repartitions", "re-layouts", "{:.1f}"),
+    ("utilization", "used", "{:.1%}"),
+    ("repartitions", "layout changes", "{:.1f}"),
     ("repartition_s", "time lost s", "{:.3f}"),
 )
 
@@ -242,9 +243,14 @@ def _rows(best: dict[str, str], results: dict[_Run, Figures], seeds: int) -> lis
 
 
 def _table(scenario: Scenario, rows: list[tuple[str, ...]]) -> Table:
-    table = Table(title=f"{scenario.name}: {scenario.story}" if scenario.story else scenario.name)
+    table = Table(
+        title=f"{scenario.name}: {scenario.story}" if scenario.story else scenario.name,
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     head, *body = rows
-    table.add_column(head[0])
+    table.add_column(head[0], overflow="fold")
     for title in head[1:]:
         table.add_column(title, justify="right")
     for row in body:
