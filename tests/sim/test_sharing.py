@@ -58,13 +58,14 @@ def test_a_service_beside_a_job_takes_twice_as_long_in_turns() -> None:
 
 def test_who_shares_a_whole_gpu_without_isolation_is_slowed_down_even_if_it_could_do_mig() -> None:
     found = mig(rate=20)
-    alone, beside = (run(s, Unscheduled(beside=True)) for s in (without_jobs(found), found))
+    (service,) = found.services
+    cost = msgspec.structs.replace(service.costs["mig"], saturates=2)
+    small = msgspec.structs.replace(service, costs={"mig": cost})
+    found = msgspec.structs.replace(found, services=(small,))
+    without = msgspec.structs.replace(found, jobs=())
+    alone, beside = (run(s, Unscheduled(beside=True)) for s in (without, found))
     medians = [o.services["a"].quantile_ns(0.5) for o in (alone, beside)]
     assert medians[1] > 1.05 * medians[0]
-
-
-def without_jobs(found: Scenario) -> Scenario:
-    return msgspec.structs.replace(found, jobs=())
 
 
 def test_every_policy_runs() -> None:
