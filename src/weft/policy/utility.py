@@ -31,13 +31,15 @@ UNSURE = 0.1
 
 class Curve(msgspec.Struct):
     """One job on ``units`` units: for each member of the family the sums of ``s**2`` and ``s*y``
-    over what was seen, and those of ``y**2`` and of weights."""
+    over what was seen, and those of ``y**2`` and of weights. ``expected``: the speed-ups that
+    follow from these, once they were asked for."""
 
     units: int
     ss: list[float] = []
     sy: list[float] = []
     yy: float = 0.0
     seen: float = 0.0
+    expected: list[float] = []
 
     def observe(self, held: Mapping[int, float], rate: float) -> None:
         """Learn that the job made ``rate`` per second while it held so many units for a share of
@@ -51,6 +53,7 @@ class Curve(msgspec.Struct):
             self.sy[index] = self.sy[index] * FADE + made * rate
         self.yy = self.yy * FADE + rate * rate
         self.seen = self.seen * FADE + 1.0
+        self.expected = []
 
     def weights(self) -> list[float]:
         """Posterior of each member of the family; sums to 1."""
@@ -69,11 +72,13 @@ class Curve(msgspec.Struct):
 
     def speed_ups(self) -> list[float]:
         """Expected speed on 0, 1, 2 … units relative to one."""
-        weights, family = self.weights(), _family(self.units)
-        return [
-            sum(w * speeds[x] for w, (_, speeds) in zip(weights, family, strict=True))
-            for x in range(self.units + 1)
-        ]
+        if not self.expected:
+            weights, family = self.weights(), _family(self.units)
+            self.expected = [
+                sum(w * speeds[x] for w, (_, speeds) in zip(weights, family, strict=True))
+                for x in range(self.units + 1)
+            ]
+        return self.expected
 
     def rate(self) -> float:
         """Expected progress per second on one unit; 0 if nothing was seen."""

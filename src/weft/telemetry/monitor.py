@@ -134,7 +134,8 @@ class JobMeter:
         self._units = 0
         self._since = now
         self._now: Counter[int] = Counter()
-        self._recent: deque[Counter[int]] = deque(maxlen=JOB_WINDOW)
+        self._recent: deque[Counter[int]] = deque()
+        self._total: Counter[int] = Counter()
 
     def change(self, now: int, units: int) -> None:
         """It got or lost units."""
@@ -145,15 +146,19 @@ class JobMeter:
         """Close one interval."""
         self.change(now, 0)
         self._recent.append(self._now)
+        for units, ns in self._now.items():
+            self._total[units] += ns
+        if len(self._recent) > JOB_WINDOW:
+            for units, ns in self._recent.popleft().items():
+                self._total[units] -= ns
         self._now = Counter()
 
     def shares(self) -> dict[int, float]:
         """For which part of the last minute it held so many units."""
-        total: Counter[int] = Counter()
-        for interval in self._recent:
-            total.update(interval)
-        span = sum(total.values())
-        return {units: ns / span for units, ns in sorted(total.items()) if ns > 0} if span else {}
+        span = sum(self._total.values())
+        if not span:
+            return {}
+        return {units: ns / span for units, ns in sorted(self._total.items()) if ns > 0}
 
 
 class Monitor:
