@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from bisect import bisect_right
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from weft.domain.units import MS
-from weft.policy.queueing import wait_quantile
+from weft.policy.queueing import batch_delay, wait_quantile
 
 
 def test_an_idle_server_makes_nobody_wait() -> None:
@@ -51,3 +52,28 @@ def test_the_prediction_is_on_the_safe_side_of_poisson_arrivals(rho: float, serv
 def test_more_servers_at_the_same_utilization_wait_less() -> None:
     waits = [wait_quantile(MS, 0.7, 99.0, servers) for servers in (1, 2, 4, 8)]
     assert waits == sorted(waits, reverse=True)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 1.5, 3.0])
+@pytest.mark.parametrize("per_row", [0.05, 0.15, 0.3])
+def test_what_batching_makes_of_the_wait_is_on_the_safe_side(rate: float, per_row: float) -> None:
+    predicted = batch_delay(1e9, (1 + 15 * per_row) * 1e9, 16, rate, 99.0) / 1e9
+    source, now, arrivals = random.Random(1), 0.0, []
+    for _ in range(30_000):
+        now += source.expovariate(rate)
+        arrivals.append(now)
+    latencies, first, now = [], 0, 0.0
+    while first < len(arrivals):
+        now = max(now, arrivals[first])
+        waiting = bisect_right(arrivals, now, first, min(len(arrivals), first + 16))
+        now += 1 + per_row * (waiting - first - 1)
+        latencies += [now - at for at in arrivals[first:waiting]]
+        first = waiting
+    assert predicted >= sorted(latencies)[int(0.99 * len(latencies))]
+    assert rate * per_row > 0.3 or predicted < 6
+
+
+def test_batches_that_fill_up_are_not_predicted() -> None:
+    assert math.isinf(batch_delay(1e9, 2e9, 8, 100.0, 99.0))
+    assert math.isinf(batch_delay(1e9, 16e9, 16, 1.0, 99.0))
+    assert math.isinf(batch_delay(1e9, 1e9, 1, 0.1, 99.0))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.policy.utility import Curve
+from weft.policy.utility import LOST, Curve
 
 
 def speed(parallel: float, cap: int, units: int) -> float:
@@ -64,6 +64,24 @@ def test_a_job_that_changes_is_learned_anew() -> None:
         for units in (1, 4, 8):
             curve.observe({units: 1.0}, 7.0 * speed(0.9, 2, units))
     assert curve.speed_ups()[8] == pytest.approx(speed(0.9, 2, 8), rel=0.15)
+
+
+@pytest.mark.parametrize("cost", [0.0005, 0.005, 0.02])
+def test_what_a_pause_costs_is_learned_beside_the_speed(cost: float) -> None:
+    curve, source = Curve(4), random.Random(3)
+    for _ in range(60):
+        units, pauses = source.choice([1, 2, 4]), source.choice([0.0, 10.0, 30.0])
+        held = source.uniform(0.5, 1.0)
+        made = 3.0 * speed(0.9, 4, units) * (held - cost * pauses) * source.gauss(1.0, 0.02)
+        curve.observe({0: 1 - held, units: held}, max(0.0, made), pauses)
+    assert curve.lost() == pytest.approx(cost, rel=0.3, abs=0.0005)
+    assert curve.speed_ups()[4] == pytest.approx(speed(0.9, 4, 4), rel=0.1)
+    assert curve.rate() == pytest.approx(3.0, rel=0.1)
+
+
+def test_a_pause_costs_what_was_assumed_until_it_is_seen() -> None:
+    assert learned(0.9, 4, (1, 2, 4)).lost() == pytest.approx(LOST, rel=0.1)
+    assert Curve(4).lost() == LOST
 
 
 @given(st.lists(st.tuples(st.integers(1, 8), st.floats(0.0, 1e6)), max_size=20))

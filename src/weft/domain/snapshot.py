@@ -50,7 +50,8 @@ class ServiceFacts(msgspec.Struct, frozen=True):
 
 class JobFacts(msgspec.Struct, frozen=True):
     """One job. ``rate`` is its progress per second over the last minute, in which it held so many
-    units for the shares of the time that ``units`` tells; ``held_ns`` unit-nanoseconds granted."""
+    units for the shares of the time that ``units`` tells, granted anew ``grants`` times per
+    second; ``held_ns`` unit-nanoseconds granted in all."""
 
     id: str
     weight: float
@@ -59,6 +60,7 @@ class JobFacts(msgspec.Struct, frozen=True):
     rate: float
     held_ns: int
     units: dict[int, float] = {}
+    grants: float = 0.0
 
 
 class PartitionFacts(msgspec.Struct, frozen=True):

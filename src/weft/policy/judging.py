@@ -15,18 +15,19 @@ from weft.domain.plan import Plan
 from weft.domain.snapshot import JobFacts, ServiceFacts
 from weft.domain.units import format_bytes
 from weft.policy.layouts import Layout
-from weft.policy.queueing import wait_quantile
+from weft.policy.queueing import batch_delay, wait_quantile
+from weft.policy.utility import LOST
 
 RHO_MAX = 0.85
 """Highest planned utilization of a service partition."""
 HEADROOM = 0.9
 """Share of the objective that the predicted percentile may use."""
+SLOWER = 2.0
+"""A partition that no load calls for does not help a service that it slows down by more."""
 NO_PLACE = 10.0
 """What a service that fits into no partition counts among shortfalls."""
 STAY = 1.2
 """A job is bound to another partition only if it would gain this much there."""
-LENT = 0.95
-"""What a job makes of lent time, of what it would make of time of its own: slices end early."""
 
 
 class View(msgspec.Struct, frozen=True):
@@ -40,15 +41,19 @@ class View(msgspec.Struct, frozen=True):
     jobs: tuple[JobFacts, ...]
     speed_ups: dict[str, list[float]] = {}
     """What is known of jobs: speed on 0, 1, 2 … units relative to one."""
+    lost: dict[str, float] = {}
+    """And the work (s) that a pause costs each."""
 
 
 class Verdict(msgspec.Struct):
-    """A layout judged: the partitions of each service, the utilization of each partition, and
-    for each service that would miss its objective why, and by how much in all (each 0..1)."""
+    """A layout judged: the partitions of each service, the utilization of each partition and the
+    requests per second that come to it, and for each service that would miss its objective why,
+    and by how much in all (each 0..1)."""
 
     layout: Layout
     services: dict[str, tuple[int, ...]]
     rho: list[float]
+    asked: list[float]
     misses: dict[str, str]
     shortfall: float = 0.0
 
@@ -67,7 +72,18 @@ class Verdict(msgspec.Struct):
 
 def judge(view: View, layout: Layout, horizon_s: float) -> Verdict:
     """Spread services over the partitions (largest load first, least loaded partition first)
-    and predict each one's percentile at the load expected ``horizon_s`` seconds ahead."""
+    and predict each one's percentile at the load expected ``horizon_s`` seconds ahead. Among
+    partitions that are equally loaded small ones are taken first, and, if that does not do,
+    large ones."""
+    verdict = _judge(view, layout, horizon_s, 1)
+    if verdict.misses and len({p.compute for p in layout.mine}) > 1:
+        other = _judge(view, layout, horizon_s, -1)
+        if other.overload < verdict.overload:
+            return other
+    return verdict
+
+
+def _judge(view: View, layout: Layout, horizon_s: float, order_of_size: int) -> Verdict:
     mine = layout.mine
     sizes = [p.compute for p in mine]
     largest = max(sizes, default=1)
@@ -82,7 +98,7 @@ def judge(view: View, layout: Layout, horizon_s: float) -> Verdict:
         need = memory_of(service, view.device)
         slow = {size: _too_slow(view, service, size) for size in set(sizes)}
         ranks = [
-            (slow[sizes[i]], rho[i], guests[i], sizes[i], i)
+            (slow[sizes[i]], rho[i], guests[i], order_of_size * sizes[i], i)
             for i, p in enumerate(mine)
             if not p.memory or need <= p.memory
         ]
@@ -94,7 +110,7 @@ def judge(view: View, layout: Layout, horizon_s: float) -> Verdict:
             slowest[index] = max(slowest[index], own)
         placed[name], shares[name] = chosen, share
     _fill(view, mine, placed, shares, rho, horizon_s)
-    verdict = Verdict(layout, placed, rho, {})
+    verdict = Verdict(layout, placed, rho, [0.0] * len(mine), {})
     for service in view.services:
         where = placed[service.name]
         if not where:
@@ -104,9 +120,15 @@ def judge(view: View, layout: Layout, horizon_s: float) -> Verdict:
             )
             verdict.shortfall += NO_PLACE
             continue
+        there = [sizes[i] for i in where]
+        rates = _spread(view, service, there, horizon_s)
+        for index, rate in zip(where, rates, strict=True):
+            verdict.asked[index] += rate
         busiest, other = max(rho[i] for i in where), max(slowest[i] for i in where)
         own = max(exec_ns(view.device.kind, service, sizes[i], 1) for i in where)
         expected = own + wait_quantile(max(own, other), busiest, service.percentile, len(where))
+        if all(guests[i] == 1 for i in where):
+            expected = min(expected, _batched(view, service, there, rates))
         if expected > HEADROOM * service.objective or busiest > RHO_MAX:
             verdict.misses[service.name] = _why(service, expected, busiest)
             verdict.shortfall += max(0.0, 1.0 - HEADROOM * service.objective / expected)
@@ -115,6 +137,33 @@ def judge(view: View, layout: Layout, horizon_s: float) -> Verdict:
 
 def _too_slow(view: View, service: ServiceFacts, size: int) -> bool:
     return exec_ns(view.device.kind, service, size, 1) > HEADROOM * service.objective
+
+
+def _spread(view: View, service: ServiceFacts, sizes: list[int], horizon_s: float) -> list[float]:
+    """Requests per second that come to each of its partitions: in proportion to their speed."""
+    kind, rate = view.device.kind, _rate(service, horizon_s)
+    speeds = [1.0 / max(1e-12, load(kind, service, size, horizon_s)) for size in sizes]
+    total = sum(speeds)
+    return [rate * speed / total for speed in speeds]
+
+
+def _batched(view: View, service: ServiceFacts, sizes: list[int], rates: list[float]) -> float:
+    """Ns from arrival to answer if it batches, on the slowest of the partitions that it has to
+    itself; infinity if batches fill up, or if their times are not known."""
+    largest = service.max_batch
+    known = service.exec_ns.get(view.device.kind, {})
+    slowest = 0.0
+    for size, rate in zip(sizes, rates, strict=True):
+        single, full = known.get(f"{size}x1"), known.get(f"{size}x{largest}")
+        if not single or not full:
+            return math.inf
+        slowest = max(slowest, batch_delay(single, full, largest, rate, service.percentile))
+    return slowest
+
+
+def _rate(service: ServiceFacts, horizon_s: float) -> float:
+    """Rows per second expected ``horizon_s`` seconds ahead."""
+    return max(0.0, service.rate + max(0.0, service.rate_trend) * horizon_s)
 
 
 def memory_of(service: ServiceFacts, device: DeviceSpec) -> int:
@@ -168,9 +217,10 @@ def _fill(
             if 0 < len(placed[s.name]) < s.instances
             and (not partition.memory or memory_of(s, view.device) <= partition.memory)
             and sum(mine[i].compute for i in placed[s.name]) + partition.compute <= limits[s.name]
+            and _keeps_up(view, s, partition, [mine[i] for i in placed[s.name]])
         ]
         if not able:
-            return
+            continue
         busiest = max(able, key=lambda s: (shares[s.name], s.name))
         had = placed[busiest.name]
         for old in had:
@@ -183,6 +233,14 @@ def _fill(
         shares[busiest.name] = 1.0 / sum(1.0 / each for each in loads)
         for new in now:
             rho[new] += shares[busiest.name]
+
+
+def _keeps_up(
+    view: View, service: ServiceFacts, partition: Partition, present: list[Partition]
+) -> bool:
+    """Whether requests would not be much slower there than where the service runs already."""
+    here, *there = (exec_ns(view.device.kind, service, p.compute, 1) for p in (partition, *present))
+    return here <= SLOWER * max(there)
 
 
 def utilization(view: View, layout: Layout, horizon_s: float) -> float:
@@ -201,7 +259,7 @@ def utilization(view: View, layout: Layout, horizon_s: float) -> float:
 def load(kind: str, service: ServiceFacts, size: int, horizon_s: float) -> float:
     """Partitions of ``size`` units that the service would keep busy: rate x time per row at
     the batch size that its load calls for."""
-    rate = max(0.0, service.rate + max(0.0, service.rate_trend) * horizon_s)
+    rate = _rate(service, horizon_s)
     single = rate * exec_ns(kind, service, size, 1) / 1e9
     if single < 0.5:
         return single
@@ -220,29 +278,32 @@ def exec_ns(kind: str, service: ServiceFacts, size: int, rows: int) -> int:
 
 
 def share_out(
-    view: View, layout: Layout, rho: list[float], lend: bool, present: Mapping[str, str]
+    view: View, verdict: Verdict, lend: bool, present: Mapping[str, str]
 ) -> tuple[float, dict[str, str]]:
     """For a device whose jobs cannot move: which partition each job is bound to, and the sum of
     their utilities, ``weight x log(1 + speed-up)``, of which it gets in a service's partition
-    what the service leaves. Heavier jobs choose first; several may share one. A job stays where
-    it is (``present``) if that is nearly as good."""
-    slots = {p.id: (p.compute, 1.0) for p in layout.free}
+    what the service leaves, less what each request that finds it idle costs. Heavier jobs choose
+    first; several may share one. A job stays where it is (``present``) if that is nearly as
+    good."""
+    layout = verdict.layout
+    slots = {p.id: (p.compute, 1.0, 0.0) for p in layout.free}
     if lend:
-        for partition, used in zip(layout.mine, rho, strict=True):
-            slots[partition.id] = partition.compute, LENT * max(0.0, 1.0 - used)
+        for partition, used, asked in zip(layout.mine, verdict.rho, verdict.asked, strict=True):
+            slots[partition.id] = partition.compute, max(0.0, 1.0 - used), asked
     if not slots:
         return 0.0, {}
     weights = dict.fromkeys(slots, 0.0)
     bound: dict[str, str] = {}
     total = 0.0
     for job in sorted(view.jobs, key=lambda j: (-j.weight, j.id)):
-        speeds = view.speed_ups.get(job.id)
+        speeds, lost = view.speed_ups.get(job.id), view.lost.get(job.id, LOST)
         values = {
             name: (speeds[compute] if speeds else compute)
-            * part
+            * left
+            * max(0.0, 1.0 - lost * asked)
             * job.weight
             / (weights[name] + job.weight)
-            for name, (compute, part) in slots.items()
+            for name, (compute, left, asked) in slots.items()
         }
         best = max(values, key=lambda name: (values[name], name))
         there = present.get(job.id, "")

@@ -45,6 +45,8 @@ from weft.policy.utility import EXPLORE, Curve
 CALM = 0.6
 """Space is taken from services only where what is left would be used no more than this."""
 LEARN_EVERY = 10 * S
+RATE_WINDOW = 60 * S
+"""Over which the rate of a job in a snapshot is taken."""
 PROBE_FOR = 90 * S
 """How long a job is tried out: progress is known over a minute."""
 SPARE = 1.25
@@ -113,6 +115,8 @@ class PlannerState(msgspec.Struct):
     """Since when they should be somewhere else (ns)."""
     bound: dict[str, str] = {}
     """The partition of each job that cannot move."""
+    settled: dict[str, int] = {}
+    """From when on (ns) what is seen of such a job is of its present partition alone."""
     peaks: dict[str, float] = {}
     """Recent peak rate of each service, per second, as of ``peaks_at``."""
     peaks_at: int = 0
@@ -210,17 +214,19 @@ class Planner:
         state = self.state
         known = {j.id for j in snapshot.jobs}
         state.curves = {j: c for j, c in state.curves.items() if j in known}
+        state.settled = {j: at for j, at in state.settled.items() if j in known}
         if not self.tuning.learn or snapshot.now - state.learned_at < LEARN_EVERY:
             return
         state.learned_at = snapshot.now
         most = max((d.compute for d in snapshot.devices if d.trains), default=0)
         for job in snapshot.jobs:
             held = sum(job.units.values()) - job.units.get(0, 0.0)
-            if job.rate > 0 and held > 0.2:
+            settled = snapshot.now >= state.settled.get(job.id, 0)
+            if job.rate > 0 and held > 0.2 and settled:
                 curve = state.curves.get(job.id)
                 if curve is None or curve.units != most:
                     curve = state.curves[job.id] = Curve(most)
-                curve.observe(job.units, job.rate)
+                curve.observe(job.units, job.rate, job.grants)
 
     def _try_out(self, views: list[View]) -> list[str]:
         """Begin or end trying out what a job would make of more units; why, if so."""
@@ -329,7 +335,9 @@ class Planner:
         devices = self._devices(snapshot)
         parts = placing.parts
         jobs = self._job_devices(snapshot, [d for d in devices if d.trains])
-        speed_ups = {job: curve.speed_ups() for job, curve in self.state.curves.items()}
+        curves = self.state.curves
+        speed_ups = {job: curve.speed_ups() for job, curve in curves.items()}
+        lost = {job: curve.lost() for job, curve in curves.items() if self.state.bound.get(job)}
         return [
             View(
                 snapshot.now,
@@ -342,6 +350,7 @@ class Planner:
                 ),
                 jobs.get(device.id, ()),
                 speed_ups,
+                lost,
             )
             for device in devices
         ]
@@ -490,7 +499,7 @@ class Planner:
 
     def _worth(self, view: View, verdict: Verdict) -> float:
         """What a layout is worth to jobs that are bound to their partitions."""
-        return share_out(view, verdict.layout, verdict.rho, self.tuning.lend, self.state.bound)[0]
+        return share_out(view, verdict, self.tuning.lend, self.state.bound)[0]
 
     def _rebalance(self, view: View, memory: DeviceMemory) -> list[str]:
         """Why services should change places within the layout; empty if they should not."""
@@ -584,8 +593,10 @@ class Planner:
     ) -> dict[str, tuple[str, ...]]:
         """The partitions of each job; those of jobs that cannot move are noted in ``bound``."""
         if view.device.pins_jobs:
-            lend = self.tuning.lend
-            _, places = share_out(view, layout, verdict.rho, lend, self.state.bound)
+            _, places = share_out(view, verdict, self.tuning.lend, self.state.bound)
+            for job, where in places.items():
+                if where != self.state.bound.get(job):
+                    self.state.settled[job] = view.now + RATE_WINDOW + view.device.move_ns
             bound.update(places)
             return {job: (where,) for job, where in places.items()}
         rest = [p.id for p in layout.free]

@@ -8,15 +8,26 @@ mean of Kingman's heavy-traffic formula (1961) for ``c`` servers::
 
 (Sakasegawa, Annals of the Institute of Statistical Mathematics 1977; with one server, P is rho.)
 So the p-quantile of the wait is ``E * ln(P / (1 - p))`` where that is positive.
+
+A server that batches whatever waits is better than that while its batches do not fill up: nobody
+waits for more than the batch under way. A batch of ``n`` takes ``t + a n``, and on average as many
+come meanwhile (Inoue, Performance Evaluation 2021, has the exact mean)::
+
+    n = rate * t / (1 - rate * a)
+
+Arrivals scatter about that with variance ``ca2 n``, and what one batch is larger by, the next one
+is larger by ``rate * a`` times.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 
 ARRIVAL_CV2 = 1.5
 """Squared coefficient of variation of arrivals: a little burstier than Poisson."""
 SERVICE_CV2 = 0.1
+_NORMAL = statistics.NormalDist()
 
 
 def highest_load(exec_ns: float, budget_ns: float, percentile: float, highest: float) -> float:
@@ -45,3 +56,22 @@ def wait_quantile(exec_ns: float, rho: float, percentile: float, servers: int = 
         return 0.0
     mean = exec_ns / (servers * (1.0 - rho)) * (ARRIVAL_CV2 + SERVICE_CV2) / 2.0
     return mean * math.log(waits / tail)
+
+
+def batch_delay(
+    single_ns: float, full_ns: float, largest: int, rate: float, percentile: float
+) -> float:
+    """Ns from arrival to answer at ``percentile`` (0..100), where one row takes ``single_ns``, a
+    batch of ``largest`` rows ``full_ns``, and ``rate`` rows come per second; infinity where
+    batches would fill up, so that more waits than the next batch takes."""
+    if largest < 2:
+        return math.inf
+    per_row = max(0.0, full_ns - single_ns) / (largest - 1)
+    fixed = max(0.0, single_ns - per_row)
+    growth = rate * per_row / 1e9
+    if growth >= 1.0:
+        return math.inf
+    rows = max(1.0, rate * fixed / 1e9 / (1.0 - growth))
+    deviations = max(0.0, _NORMAL.inv_cdf(min(percentile, 99.99) / 100.0))
+    high = rows + deviations * math.sqrt(ARRIVAL_CV2 * rows) / (1.0 - growth)
+    return 2.0 * (fixed + per_row * high) if high <= largest else math.inf

@@ -1,8 +1,10 @@
-"""What a job makes of space: its speed-up curve, learned online.
+"""What a job makes of space: its speed-up curve and what each pause costs it, learned online.
 
-A job's speed on ``x`` units is taken as ``rate * s(x)``, ``s`` being one of a family of speed-ups:
-Amdahl's law with parallel part ``p``, cut off at ``c`` units. Which one, is learned by Bayes' rule
-over the family: every member is fitted to what was seen (least squares for ``rate``) and weighs
+A job's progress is taken as ``R (m - L z)``: ``m`` is the time that it held space, each stretch
+times its speed-up there; ``z`` the pauses, times the mean speed-up, and ``L`` the work that one
+of them costs. Speed-ups are one of a family: Amdahl's law with parallel part ``p``, cut off at
+``c`` units. Which one, is learned by Bayes' rule over the family: every member is fitted to what
+was seen (least squares for ``R`` and ``R L``, the latter drawn to a prior) and weighs
 ``prior * exp(-residual / (2 sigma ** 2))``, ``sigma`` being a twentieth of what was seen (Bayesian
 model averaging; Hoeting et al., Statistical Science 1999). The prior favours jobs that scale. Old
 observations fade.
@@ -23,6 +25,10 @@ PARALLEL = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
 FADE = 0.99
 """What an observation still counts for when the next one comes."""
 NOISE = 0.05
+LOST = 0.002
+"""Work (s) that a pause is taken to cost a job of which nothing is known."""
+LOST_SURE = 100.0
+"""How much that is trusted: as much as one look at ten pauses a second."""
 EXPLORE = 0.03
 """Share of all units' time that may be spent on trying out."""
 UNSURE = 0.1
@@ -30,30 +36,53 @@ UNSURE = 0.1
 
 
 class Curve(msgspec.Struct):
-    """One job on ``units`` units: for each member of the family the sums of ``s**2`` and ``s*y``
-    over what was seen, and those of ``y**2`` and of weights. ``expected``: the speed-ups that
-    follow from these, once they were asked for."""
+    """One job on ``units`` units: for each member of the family the sums of products of m, z and
+    progress y over what was seen, and those of ``y**2`` and of weights. ``expected``: the
+    speed-ups that follow from these, once they were asked for."""
 
     units: int
-    ss: list[float] = []
-    sy: list[float] = []
+    mm: list[float] = []
+    mz: list[float] = []
+    zz: list[float] = []
+    my: list[float] = []
+    zy: list[float] = []
     yy: float = 0.0
     seen: float = 0.0
     expected: list[float] = []
 
-    def observe(self, held: Mapping[int, float], rate: float) -> None:
+    def observe(self, held: Mapping[int, float], rate: float, pauses: float = 0.0) -> None:
         """Learn that the job made ``rate`` per second while it held so many units for a share of
-        the time each."""
+        the time each, and was paused so often per second."""
         family = _family(self.units)
-        if not self.ss:
-            self.ss, self.sy = [0.0] * len(family), [0.0] * len(family)
+        if not self.mm:
+            for sums in (self.mm, self.mz, self.zz, self.my, self.zy):
+                sums.extend([0.0] * len(family))
+        running = sum(share for units, share in held.items() if units)
         for index, (_, speeds) in enumerate(family):
-            made = sum(speeds[min(units, self.units)] * share for units, share in held.items())
-            self.ss[index] = self.ss[index] * FADE + made * made
-            self.sy[index] = self.sy[index] * FADE + made * rate
+            m = sum(speeds[min(units, self.units)] * share for units, share in held.items())
+            z = m / running * pauses if running else 0.0
+            self.mm[index] = self.mm[index] * FADE + m * m
+            self.mz[index] = self.mz[index] * FADE + m * z
+            self.zz[index] = self.zz[index] * FADE + z * z
+            self.my[index] = self.my[index] * FADE + m * rate
+            self.zy[index] = self.zy[index] * FADE + z * rate
         self.yy = self.yy * FADE + rate * rate
         self.seen = self.seen * FADE + 1.0
         self.expected = []
+
+    def _fit(self, index: int) -> tuple[float, float]:
+        """R and R L of a member of the family."""
+        mm = self.mm[index] + LOST_SURE * LOST**2
+        mz = self.mz[index] + LOST_SURE * LOST
+        zz = self.zz[index] + LOST_SURE
+        my, zy = self.my[index], self.zy[index]
+        determinant = mm * zz - mz * mz
+        if determinant <= 0.0:
+            return 0.0, 0.0
+        rate, lost = (my * zz - zy * mz) / determinant, (mz * my - mm * zy) / determinant
+        if lost < 0.0:
+            return my / mm, 0.0
+        return max(0.0, rate), lost
 
     def weights(self) -> list[float]:
         """Posterior of each member of the family; sums to 1."""
@@ -62,8 +91,11 @@ class Curve(msgspec.Struct):
             return [prior for prior, _ in family]
         spread = 2.0 * (NOISE**2) * self.yy / self.seen
         logs = []
-        for (prior, _), ss, sy in zip(family, self.ss, self.sy, strict=True):
-            residual = self.yy - sy * sy / ss if ss else self.yy
+        for index, (prior, _) in enumerate(family):
+            rate, lost = self._fit(index)
+            residual = self.yy - 2.0 * (rate * self.my[index] - lost * self.zy[index])
+            residual += rate * rate * self.mm[index] + lost * lost * self.zz[index]
+            residual -= 2.0 * rate * lost * self.mz[index]
             logs.append(math.log(prior) - max(0.0, residual) / spread)
         top = max(logs)
         raw = [math.exp(each - top) for each in logs]
@@ -82,10 +114,19 @@ class Curve(msgspec.Struct):
 
     def rate(self) -> float:
         """Expected progress per second on one unit; 0 if nothing was seen."""
-        if not self.ss:
+        if not self.seen:
             return 0.0
-        fits = [sy / ss if ss else 0.0 for ss, sy in zip(self.ss, self.sy, strict=True)]
-        return sum(w * fit for w, fit in zip(self.weights(), fits, strict=True))
+        return sum(w * self._fit(index)[0] for index, w in enumerate(self.weights()))
+
+    def lost(self) -> float:
+        """Expected seconds of work that a pause costs."""
+        if not self.seen:
+            return LOST
+        found = 0.0
+        for index, weight in enumerate(self.weights()):
+            rate, lost = self._fit(index)
+            found += weight * (lost / rate if rate else LOST)
+        return found
 
     def unsure(self, units: int) -> bool:
         """Whether too little is known of the speed-up on so many units."""

@@ -136,6 +136,7 @@ class JobMeter:
         self._now: Counter[int] = Counter()
         self._recent: deque[Counter[int]] = deque()
         self._total: Counter[int] = Counter()
+        self._granted: deque[int] = deque([0], maxlen=JOB_WINDOW + 1)
 
     def change(self, now: int, units: int) -> None:
         """It got or lost units."""
@@ -152,6 +153,12 @@ class JobMeter:
             for units, ns in self._recent.popleft().items():
                 self._total[units] -= ns
         self._now = Counter()
+        self._granted.append(self.grants)
+
+    def grant_rate(self) -> float:
+        """Grants per second of the last minute."""
+        span = sum(self._total.values())
+        return (self._granted[-1] - self._granted[0]) / (span / S) if span else 0.0
 
     def shares(self) -> dict[int, float]:
         """For which part of the last minute it held so many units."""
@@ -346,6 +353,7 @@ class Monitor:
                     rate=rate,
                     held_ns=self.held_ns(spec.id, now),
                     units=self.job(spec.id).shares(),
+                    grants=self.job(spec.id).grant_rate(),
                 )
                 for spec, rate in jobs.values()
             ),
