@@ -133,3 +133,19 @@ def test_costs_bend_and_a_measured_profile_goes_first() -> None:
     assert 7 * MS < measured.mean(1, 4) < 21 * MS
     assert measured.source == "measured profile"
     assert JobCost(rate=4).speed(0) == 0
+
+
+@pytest.mark.parametrize(("resume", "fewest", "most"), [("0ms", 8, 8), ("20ms", 1, 2)])
+def test_what_borrowing_costs_jobs_is_tried_and_what_costs_too_much_they_get_for_themselves(
+    resume: str, fewest: int, most: int
+) -> None:
+    job = f"{{name: j, cost: {{rate: 5, parallel: 0.9, resume: {resume}}}}}"
+    found = scenario(units=8, rate=60, jobs=job, seconds=600, more="instances: 8")
+    planner = Planner()
+    outcome = World(found, planner, (0, 0)).run()
+    layout = planner.state.devices["cpu"].layout
+    assert layout is not None
+    assert fewest <= layout.compute <= most
+    reasons = [why for _, each in outcome.reasons for why in each]
+    assert sum("is not known; it is tried" in why for why in reasons) == 1
+    assert outcome.figures()["attainment"] > 0.99

@@ -62,7 +62,7 @@ def test_the_correction_fades() -> None:
 
 def test_a_service_that_misses_its_objective_gets_more_though_its_rate_is_low() -> None:
     def cores(pressed: int) -> int:
-        world, counts = Planning(8), 0
+        world, counts = Planning(8, lend=False), 0
         for _ in range(120):
             counts += 60
             late = counts * pressed // 60

@@ -50,8 +50,9 @@ class ServiceFacts(msgspec.Struct, frozen=True):
 
 class JobFacts(msgspec.Struct, frozen=True):
     """One job. ``rate`` is its progress per second over the last minute, in which it held so many
-    units for the shares of the time that ``units`` tells, granted anew ``grants`` times per
-    second; ``held_ns`` unit-nanoseconds granted in all."""
+    units for the shares of the time that ``units`` tells; ``grants`` is how often per second it
+    was given all of them, where it was given a part of them at a time that part of once.
+    ``held_ns``: unit-nanoseconds granted in all."""
 
     id: str
     weight: float

@@ -1,4 +1,4 @@
-"""How well services would do on a layout, and what it would leave for jobs.
+"""How well services would do on a layout.
 
 A ``View`` is one device with the part of the load that it is to carry.
 """
@@ -6,7 +6,7 @@ A ``View`` is one device with the part of the load that it is to carry.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import msgspec
 
@@ -16,7 +16,6 @@ from weft.domain.snapshot import JobFacts, ServiceFacts
 from weft.domain.units import format_bytes
 from weft.policy.layouts import Layout
 from weft.policy.queueing import batch_delay, wait_quantile
-from weft.policy.utility import LOST
 
 RHO_MAX = 0.85
 """Highest planned utilization of a service partition."""
@@ -26,8 +25,6 @@ SLOWER = 2.0
 """A partition that no load calls for does not help a service that it slows down by more."""
 NO_PLACE = 10.0
 """What a service that fits into no partition counts among shortfalls."""
-STAY = 1.2
-"""A job is bound to another partition only if it would gain this much there."""
 
 
 class View(msgspec.Struct, frozen=True):
@@ -275,44 +272,6 @@ def exec_ns(kind: str, service: ServiceFacts, size: int, rows: int) -> int:
     if exact is not None:
         return exact
     return known.get(f"{size}x1") or known.get(f"1x{rows}") or known.get("1x1") or 0
-
-
-def share_out(
-    view: View, verdict: Verdict, lend: bool, present: Mapping[str, str]
-) -> tuple[float, dict[str, str]]:
-    """For a device whose jobs cannot move: which partition each job is bound to, and the sum of
-    their utilities, ``weight x log(1 + speed-up)``, of which it gets in a service's partition
-    what the service leaves, less what each request that finds it idle costs. Heavier jobs choose
-    first; several may share one. A job stays where it is (``present``) if that is nearly as
-    good."""
-    layout = verdict.layout
-    slots = {p.id: (p.compute, 1.0, 0.0) for p in layout.free}
-    if lend:
-        for partition, used, asked in zip(layout.mine, verdict.rho, verdict.asked, strict=True):
-            slots[partition.id] = partition.compute, max(0.0, 1.0 - used), asked
-    if not slots:
-        return 0.0, {}
-    weights = dict.fromkeys(slots, 0.0)
-    bound: dict[str, str] = {}
-    total = 0.0
-    for job in sorted(view.jobs, key=lambda j: (-j.weight, j.id)):
-        speeds, lost = view.speed_ups.get(job.id), view.lost.get(job.id, LOST)
-        values = {
-            name: (speeds[compute] if speeds else compute)
-            * left
-            * max(0.0, 1.0 - lost * asked)
-            * job.weight
-            / (weights[name] + job.weight)
-            for name, (compute, left, asked) in slots.items()
-        }
-        best = max(values, key=lambda name: (values[name], name))
-        there = present.get(job.id, "")
-        if there in values and values[there] * STAY >= values[best]:
-            best = there
-        weights[best] += job.weight
-        bound[job.id] = best
-        total += job.weight * math.log1p(values[best])
-    return total, bound
 
 
 def _why(service: ServiceFacts, expected: float, busiest: float) -> str:

@@ -27,7 +27,7 @@ from weft.domain.device import DeviceSpec, Partition
 from weft.domain.plan import Plan
 from weft.domain.snapshot import JobFacts, ServiceFacts, Snapshot
 from weft.domain.units import MS, S
-from weft.policy.judging import RHO_MAX, Verdict, View, judge, share_out, utilization
+from weft.policy.judging import RHO_MAX, Verdict, View, judge, utilization
 from weft.policy.layouts import (
     Layout,
     mig_fixed,
@@ -37,6 +37,7 @@ from weft.policy.layouts import (
     whole_device,
     without_services,
 )
+from weft.policy.leftover import pauses_of, share_out, worth
 from weft.policy.placing import Parts, Placing, place
 from weft.policy.pressure import Pressure, note_pressure
 from weft.policy.sharing import divide
@@ -53,6 +54,12 @@ SPARE = 1.25
 """Such a layout must hold at this much more than the recent peak."""
 GAIN = 1.05
 """Where jobs cannot move, a layout must be worth this much more to them to be changed for."""
+GAIN_OWN = 1.02
+"""Jobs are given space of their own only if it is worth this much more than borrowing it."""
+LOSE_NOTHING = 0.99
+"""And give it back if borrowing is worth this much of owning it."""
+TRY_EVERY = 3600 * S
+"""How often, at most, jobs are given space of their own to learn what borrowing costs them."""
 
 
 _Members = tuple[tuple[str, ...], tuple[str, ...]]
@@ -100,6 +107,8 @@ class DeviceMemory(msgspec.Struct):
     """When services were first given space (ns)."""
     wish: Layout | None = None
     wished_since: int = 0
+    trial: Layout | None = None
+    """A layout that would be tried to learn something."""
     crowded_since: int = 0
 
 
@@ -121,6 +130,8 @@ class PlannerState(msgspec.Struct):
     """Recent peak rate of each service, per second, as of ``peaks_at``."""
     peaks_at: int = 0
     pressure: dict[str, Pressure] = {}
+    tried_own: int = -TRY_EVERY
+    """When jobs last had space of their own to learn what borrowing costs them (ns)."""
     curves: dict[str, Curve] = {}
     """What was learned of each job's speed."""
     learned_at: int = 0
@@ -337,7 +348,7 @@ class Planner:
         jobs = self._job_devices(snapshot, [d for d in devices if d.trains])
         curves = self.state.curves
         speed_ups = {job: curve.speed_ups() for job, curve in curves.items()}
-        lost = {job: curve.lost() for job, curve in curves.items() if self.state.bound.get(job)}
+        lost = {job: curve.lost() for job, curve in curves.items()}
         return [
             View(
                 snapshot.now,
@@ -396,6 +407,8 @@ class Planner:
         if held < patience or not self._pays(view, current, wish):
             return current, []
         memory.wish = None
+        if wish == memory.trial:
+            self.state.tried_own = now
         return wish, [f"{_describe(current)} -> {_describe(wish)}: {reason} (for {held / S:.0f}s)"]
 
     def _is_fixed(self, device: DeviceSpec) -> bool:
@@ -440,14 +453,59 @@ class Planner:
             held = patience if best.compute > current.compute else tuning.grow_after
             return best, _first_miss(here), held
         watched = view.now - self.state.devices[view.device.id].since
-        if current.compute > max(1, least) and watched >= tuning.settle:
-            peak = self._at_peak(view)
-            down = self._fit(peak, current.compute - 1)
-            verdict = judge(peak, down, horizon_s)
-            if not verdict.misses and verdict.busiest <= CALM:
-                why = f"objectives hold at utilization {verdict.busiest:.2f}"
-                return down, why, tuning.shrink_after
-        return current, "", 0
+        if watched < tuning.settle or not view.jobs:
+            return current, "", 0
+        return self._wish_for_jobs(view, current, least)
+
+    def _wish_for_jobs(self, view: View, current: Layout, least: int) -> tuple[Layout, str, int]:
+        """One step less for services if jobs gain by having for themselves, rather than
+        borrowing, all that services can do without at their peak; one step more if they would
+        lose nothing. Where it is not known what borrowing costs them, that is tried."""
+        tuning, state = self.tuning, self.state
+        horizon_s = tuning.horizon / S
+        peak = self._at_peak(view)
+        here = judge(view, current, 0.0)
+        low, high = max(1, least), current.compute - 1
+        for units in sorted({low, (low + high) // 2, high}) if high >= low else ():
+            verdict = judge(peak, self._fit(peak, units), horizon_s)
+            if verdict.misses or verdict.busiest > CALM:
+                continue
+            gained = self._ratio(view, here, verdict.layout)
+            if gained > GAIN_OWN:
+                step = judge(peak, self._fit(peak, high), horizon_s)
+                if step.misses or step.busiest > CALM:
+                    break
+                why = f"jobs gain {gained - 1:.0%} and objectives hold"
+                return step.layout, why, tuning.shrink_after
+            unknown = [j.id for j in view.jobs if self._unknown_pauses(j.id)]
+            if unknown and tuning.lend and view.now - state.tried_own > TRY_EVERY:
+                state.devices[view.device.id].trial = verdict.layout
+                why = f"what pauses cost {', '.join(unknown)} is not known; it is tried without"
+                return verdict.layout, why, tuning.shrink_after
+            break
+        usable = min(view.device.compute, sum(s.instances for s in view.services))
+        trying = view.now - state.tried_own < PROBE_FOR
+        if not tuning.lend or current.compute >= usable or trying:
+            return current, "", 0
+        if self._ratio(view, here, self._fit(view, usable)) < LOSE_NOTHING:
+            return current, "", 0
+        more = self._fit(view, current.compute + 1)
+        return more, "jobs lose nothing by borrowing it", tuning.shrink_after
+
+    def _unknown_pauses(self, job: str) -> bool:
+        curve = self.state.curves.get(job)
+        return curve is not None and not curve.knows_pauses()
+
+    def _ratio(self, view: View, here: Verdict, layout: Layout) -> float:
+        """What another layout would be worth to jobs, 1 being what they have."""
+        there = judge(view, layout, 0.0)
+        if not self.tuning.lend:
+            here, there = _unlent(here), _unlent(there)
+        before, after = (
+            worth(view, v, self._divide(view, v.layout), _measured(view, here))
+            for v in (here, there)
+        )
+        return after / before if before else float(after > 0) + 1.0
 
     def _step_up(self, view: View, current: Layout, below: float) -> Layout | None:
         """The best layout with as many units, or with the fewest more that bring the overload
@@ -469,7 +527,7 @@ class Planner:
         """As ``_wish``, where jobs are bound to instances: among the layouts one step away that
         hold all objectives, with something to spare, the one that is worth most to the jobs.
         Instances take time to make and jobs to start again, so every wish must hold."""
-        tuning = self.tuning
+        tuning, moving = self.tuning, view.device.move_ns
         horizon_s = tuning.horizon / S
         pressing, _ = self._pressing(view)
         here = judge(pressing, current, horizon_s)
@@ -480,7 +538,10 @@ class Planner:
             verdicts = _judge_all(pressing, options, horizon_s)
             best = min(verdicts, key=lambda v: (round(v.overload, 3), -self._worth(view, v)))
             if best.overload < here.overload - 0.01:
-                return best.layout, _first_miss(here), tuning.grow_after
+                # A rise that is only foreseen may not come, and jobs would start again for it.
+                now = judge(pressing, current, 0.0).misses
+                patience = tuning.grow_after if now else max(tuning.grow_after, moving)
+                return best.layout, _first_miss(here), patience
             return current, "", 0
         peak = self._at_peak(view, SPARE)
         calm = [
@@ -492,7 +553,7 @@ class Planner:
             return current, "", 0
         best = max(calm, key=lambda v: self._worth(view, v))
         before, after = self._worth(view, judge(peak, current, horizon_s)), self._worth(view, best)
-        if after <= GAIN * before:
+        if after <= (GAIN + moving / tuning.payback) * before:
             return current, "", 0
         why = f"jobs gain {after / before - 1 if before else 1:.0%} and objectives hold"
         return best.layout, why, tuning.shrink_after
@@ -617,6 +678,20 @@ def _judge_all(view: View, layouts: list[Layout], horizon_s: float) -> list[Verd
             known[key] = judge(view, layout, horizon_s)
         found.append(msgspec.structs.replace(known[key], layout=layout))
     return found
+
+
+def _unlent(verdict: Verdict) -> Verdict:
+    """As if services left nothing."""
+    return msgspec.structs.replace(verdict, rho=[1.0] * len(verdict.rho))
+
+
+def _measured(view: View, here: Verdict) -> float:
+    """Pauses of jobs that there were, of those that there would be if each request that finds a
+    partition idle took it back: lingering spares some, and so does other work."""
+    held = sum(n * share for job in view.jobs for n, share in job.units.items())
+    expected = pauses_of(here, held)
+    seen = sum(job.grants for job in view.jobs)
+    return min(1.0, seen / expected) if expected else 1.0
 
 
 def _moved(shares: dict[str, int]) -> int:

@@ -1,13 +1,13 @@
 """What a job makes of space: its speed-up curve and what each pause costs it, learned online.
 
 A job's progress is taken as ``R (m - L z)``: ``m`` is the time that it held space, each stretch
-times its speed-up there; ``z`` the pauses, times the mean speed-up, and ``L`` the work that one
-of them costs. Speed-ups are one of a family: Amdahl's law with parallel part ``p``, cut off at
-``c`` units. Which one, is learned by Bayes' rule over the family: every member is fitted to what
-was seen (least squares for ``R`` and ``R L``, the latter drawn to a prior) and weighs
-``prior * exp(-residual / (2 sigma ** 2))``, ``sigma`` being a twentieth of what was seen (Bayesian
-model averaging; Hoeting et al., Statistical Science 1999). The prior favours jobs that scale. Old
-observations fade.
+times its speed-up there; ``z`` the pauses, each by the part of its space that it lost, times the
+mean speed-up; ``L`` the work that one of them costs. Speed-ups are one of a family: Amdahl's law
+with parallel part ``p``, cut off at ``c`` units. Which one, is learned by Bayes' rule over the
+family: every member is fitted to what was seen (least squares for ``R`` and ``R L``, the latter
+drawn to a prior) and weighs ``prior * exp(-residual / (2 sigma ** 2))``, ``sigma`` being a
+twentieth of what was seen (Bayesian model averaging; Hoeting et al., Statistical Science 1999).
+The prior favours jobs that scale. Old observations fade.
 
 Only what is tried is learned: ``unsure`` says of which sizes too little is known. The planner then
 gives the job more for a while, seldom enough to stay below ``EXPLORE`` of all units' time.
@@ -25,10 +25,14 @@ PARALLEL = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
 FADE = 0.99
 """What an observation still counts for when the next one comes."""
 NOISE = 0.05
-LOST = 0.002
+LOST = 0.001
 """Work (s) that a pause is taken to cost a job of which nothing is known."""
 LOST_SURE = 100.0
 """How much that is trusted: as much as one look at ten pauses a second."""
+DEAR = 0.01
+"""What a pause may well cost (s)."""
+APART = 0.01
+"""Part of the variance of pauses that must not go with that of time held."""
 EXPLORE = 0.03
 """Share of all units' time that may be spent on trying out."""
 UNSURE = 0.1
@@ -127,6 +131,15 @@ class Curve(msgspec.Struct):
             rate, lost = self._fit(index)
             found += weight * (lost / rate if rate else LOST)
         return found
+
+    def knows_pauses(self) -> bool:
+        """Whether what pauses cost can be told from the speed: because there were more and fewer
+        of them, or so few that it does not matter."""
+        if not self.seen:
+            return False
+        mm, mz, zz = self.mm[0], self.mz[0], self.zz[0]
+        few = zz * DEAR**2 < (UNSURE / 2) ** 2 * mm
+        return few or mm * zz - mz * mz > APART * mm * zz
 
     def unsure(self, units: int) -> bool:
         """Whether too little is known of the speed-up on so many units."""

@@ -109,6 +109,7 @@ def parse_scenario(text: str, folder: Path) -> Scenario:
     devices = _devices(root)
     services = tuple(_service(s, folder, devices) for s in root.sections("services"))
     jobs = tuple(_job(s) for s in root.sections("jobs"))
+    devices = tuple(_with_move(d, jobs) for d in devices)
     boxes = root.take("boxes", reading.integer(1, 10_000), 1)
     bandwidth = root.take("shared_bandwidth", reading.share, 0.0)
     season = root.take("season", reading.duration, DAY)
@@ -133,6 +134,14 @@ def parse_scenario(text: str, folder: Path) -> Scenario:
     for index, service in enumerate(services):
         _check_feasible(service, devices, f"services[{index}]")
     return Scenario(name, story, duration, devices, services, jobs, boxes, bandwidth, season)
+
+
+def _with_move(device: SimDevice, jobs: tuple[SimJob, ...]) -> SimDevice:
+    """The device with what moving a job costs there: the most that it costs any of these."""
+    if not device.spec.pins_jobs:
+        return device
+    most = max((j.cost.move for j in jobs), default=0)
+    return msgspec.structs.replace(device, spec=msgspec.structs.replace(device.spec, move_ns=most))
 
 
 def _check_feasible(service: SimService, devices: tuple[SimDevice, ...], at: str) -> None:

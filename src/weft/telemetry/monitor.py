@@ -136,7 +136,9 @@ class JobMeter:
         self._now: Counter[int] = Counter()
         self._recent: deque[Counter[int]] = deque()
         self._total: Counter[int] = Counter()
-        self._granted: deque[int] = deque([0], maxlen=JOB_WINDOW + 1)
+        self._renewed = 0.0
+        """Grants, each counted as the part that it is of what the job then holds."""
+        self._renewals: deque[float] = deque([0.0], maxlen=JOB_WINDOW + 1)
 
     def change(self, now: int, units: int) -> None:
         """It got or lost units."""
@@ -153,12 +155,18 @@ class JobMeter:
             for units, ns in self._recent.popleft().items():
                 self._total[units] -= ns
         self._now = Counter()
-        self._granted.append(self.grants)
+        self._renewals.append(self._renewed)
+
+    def grant(self, now: int, units: int) -> None:
+        """It may use so many units more."""
+        self.change(now, units)
+        self.grants += 1
+        self._renewed += units / self._units
 
     def grant_rate(self) -> float:
-        """Grants per second of the last minute."""
+        """How often per second of the last minute it was given what it has."""
         span = sum(self._total.values())
-        return (self._granted[-1] - self._granted[0]) / (span / S) if span else 0.0
+        return (self._renewals[-1] - self._renewals[0]) / (span / S) if span else 0.0
 
     def shares(self) -> dict[int, float]:
         """For which part of the last minute it held so many units."""
@@ -237,8 +245,7 @@ class Monitor:
                 self._refused(request_id, refusal)
             case a.Grant(job=job, partition=partition):
                 self._granted[job, partition] = now
-                self.job(job).grants += 1
-                self.job(job).change(now, self._compute.get(partition, 1))
+                self.job(job).grant(now, self._compute.get(partition, 1))
                 self.partition(partition).hold(f"job:{job}", now)
             case _:
                 pass
