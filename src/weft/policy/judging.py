@@ -39,7 +39,7 @@ class View(msgspec.Struct, frozen=True):
     speed_ups: dict[str, list[float]] = {}
     """What is known of jobs: speed on 0, 1, 2 … units relative to one."""
     lost: dict[str, float] = {}
-    """And the work (s) that a pause costs each."""
+    """And the work (s) that a pause costs each, where that is known."""
 
 
 class Verdict(msgspec.Struct):

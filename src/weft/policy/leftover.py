@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 
 from weft.policy.judging import Verdict, View
-from weft.policy.utility import LOST
+from weft.policy.utility import DEAR, LOST
 
 STAY = 1.2
 """A job is bound to another partition only if it would gain this much there."""
@@ -21,11 +21,11 @@ def share_out(
 ) -> tuple[float, dict[str, str]]:
     """For a device whose jobs cannot move: which partition each job is bound to, and the sum of
     their utilities, ``weight x log(1 + speed-up)``, of which it gets in a service's partition
-    what the service leaves, less what each request that finds it idle costs. Heavier jobs choose
+    what the service leaves, less what each request that finds it idle costs; where that is not
+    known it is taken to be much, because to find out it would have to move. Heavier jobs choose
     first; several may share one. A job stays where it is (``present``) if that is nearly as
     good."""
     layout = verdict.layout
-    unknown = LOST + 2 * view.device.revoke_ns / 1e9
     slots = {p.id: (p.compute, 1.0, 0.0) for p in layout.free}
     if lend:
         for partition, used, asked in zip(layout.mine, verdict.rho, verdict.asked, strict=True):
@@ -36,7 +36,7 @@ def share_out(
     bound: dict[str, str] = {}
     total = 0.0
     for job in sorted(view.jobs, key=lambda j: (-j.weight, j.id)):
-        speeds, lost = view.speed_ups.get(job.id), view.lost.get(job.id, unknown)
+        speeds, lost = view.speed_ups.get(job.id), view.lost.get(job.id, DEAR)
         values = {
             name: (speeds[compute] if speeds else compute)
             * left

@@ -348,7 +348,7 @@ class Planner:
         jobs = self._job_devices(snapshot, [d for d in devices if d.trains])
         curves = self.state.curves
         speed_ups = {job: curve.speed_ups() for job, curve in curves.items()}
-        lost = {job: curve.lost() for job, curve in curves.items()}
+        lost = {job: curve.lost() for job, curve in curves.items() if curve.knows_pauses()}
         return [
             View(
                 snapshot.now,
@@ -463,7 +463,7 @@ class Planner:
         lose nothing. Where it is not known what borrowing costs them, that is tried."""
         tuning, state = self.tuning, self.state
         horizon_s = tuning.horizon / S
-        peak = self._at_peak(view)
+        peak = self._at_peak(view, SPARE)
         here = judge(view, current, 0.0)
         low, high = max(1, least), current.compute - 1
         for units in sorted({low, (low + high) // 2, high}) if high >= low else ():
