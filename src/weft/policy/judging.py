@@ -83,6 +83,7 @@ def judge(view: View, layout: Layout, horizon_s: float) -> Verdict:
 def _judge(view: View, layout: Layout, horizon_s: float, order_of_size: int) -> Verdict:
     mine = layout.mine
     sizes = [p.compute for p in mine]
+    kinds = set(sizes)
     largest = max(sizes, default=1)
     rho = [0.0] * len(mine)
     guests = [0] * len(mine)
@@ -93,7 +94,7 @@ def _judge(view: View, layout: Layout, horizon_s: float, order_of_size: int) -> 
     for _, name, service in sorted(order):
         # Where loads are equal (nothing measured yet), services keep out of each other's way.
         need = memory_of(service, view.device)
-        slow = {size: _too_slow(view, service, size) for size in set(sizes)}
+        slow = {size: _too_slow(view, service, size) for size in kinds}
         ranks = [
             (slow[sizes[i]], rho[i], guests[i], order_of_size * sizes[i], i)
             for i, p in enumerate(mine)
@@ -139,6 +140,8 @@ def _too_slow(view: View, service: ServiceFacts, size: int) -> bool:
 def _spread(view: View, service: ServiceFacts, sizes: list[int], horizon_s: float) -> list[float]:
     """Requests per second that come to each of its partitions: in proportion to their speed."""
     kind, rate = view.device.kind, _rate(service, horizon_s)
+    if len(set(sizes)) == 1:
+        return [rate / len(sizes)] * len(sizes)
     speeds = [1.0 / max(1e-12, load(kind, service, size, horizon_s)) for size in sizes]
     total = sum(speeds)
     return [rate * speed / total for speed in speeds]

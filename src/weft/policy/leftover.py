@@ -61,13 +61,13 @@ def worth(view: View, verdict: Verdict, own: Mapping[str, int], pauses: float) -
     that finds a partition idle took it back."""
     total = sum(job.weight for job in view.jobs)
     chances = _idle_units(verdict)
+    idle = sum(k * chance for k, chance in enumerate(chances))
     found = 0.0
     for job in view.jobs:
         mine = own.get(job.id, 0) if own else len(verdict.layout.free)
         turn = job.weight / total
         lent = sum(chance * _speed(view, job.id, mine + k) for k, chance in enumerate(chances))
-        held = mine + sum(k * chance for k, chance in enumerate(chances))
-        lost = view.lost.get(job.id, LOST) * pauses * pauses_of(verdict, held)
+        lost = view.lost.get(job.id, LOST) * pauses * pauses_of(verdict, mine + idle)
         value = turn * lent * max(0.0, 1.0 - lost) + (1.0 - turn) * _speed(view, job.id, mine)
         found += job.weight * math.log1p(value)
     return found
@@ -102,4 +102,4 @@ def _idle_units(verdict: Verdict) -> list[float]:
 def _speed(view: View, job: str, units: int) -> float:
     """Relative to one unit; as much as there are units where nothing was learned."""
     speeds = view.speed_ups.get(job)
-    return speeds[min(units, len(speeds) - 1)] if speeds else units
+    return speeds[min(units, len(speeds) - 1)] if speeds else float(units)

@@ -466,8 +466,8 @@ class Planner:
         peak = self._at_peak(view, SPARE)
         here = judge(view, current, 0.0)
         low, high = max(1, least), current.compute - 1
-        for units in sorted({low, (low + high) // 2, high}) if high >= low else ():
-            verdict = judge(peak, self._fit(peak, units), horizon_s)
+        for less in _fewer(view, current, low, high):
+            verdict = judge(peak, less, horizon_s)
             if verdict.misses or verdict.busiest > CALM:
                 continue
             gained = self._ratio(view, here, verdict.layout)
@@ -678,6 +678,19 @@ def _judge_all(view: View, layouts: list[Layout], horizon_s: float) -> list[Verd
             known[key] = judge(view, layout, horizon_s)
         found.append(msgspec.structs.replace(known[key], layout=layout))
     return found
+
+
+def _fewer(view: View, current: Layout, low: int, high: int) -> list[Layout]:
+    """Layouts of fewer units for services, fewest first: single ones, or as large as now."""
+    if high < low:
+        return []
+    present = current.mine[0].compute
+    return [
+        unit_layout(view.device, units, size)
+        for units in sorted({low, (low + high) // 2, high})
+        for size in sorted({1, present})
+        if units % size == 0
+    ]
 
 
 def _unlent(verdict: Verdict) -> Verdict:
