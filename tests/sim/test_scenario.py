@@ -139,3 +139,16 @@ def test_a_model_that_fits_nowhere_is_refused_with_each_reason() -> None:
     )
     with pytest.raises(ConfigError, match=r"none of the devices: npu does not support gemm"):
         parse_scenario(only, Path())
+
+
+def test_cores_that_only_serve_have_costs_of_their_own(tmp_path: Path) -> None:
+    soc = GOOD.replace(
+        "device: {kind: cpu, units: 4}",
+        "devices: [{kind: sm, units: 4}, {kind: cpu, units: 2, trains: false}]",
+    )
+    found = parse_scenario(soc, tmp_path)
+    assert [d.spec.trains for d in found.devices] == [True, False]
+    assert set(found.services[0].costs) == {"sm"}
+    own = soc.replace("    arrivals", "    cpu: {cost: {first: 30ms}}\n    arrivals", 1)
+    costs = parse_scenario(own, tmp_path).services[0].costs
+    assert (costs["sm"].first, costs["cpu"].first) == (10_000_000, 30_000_000)

@@ -24,6 +24,8 @@ from weft.sim.costs import DEVICES, DeviceCost, ExecCost, JobCost
 from weft.telemetry.monitor import DAY
 
 MAX_UNITS = 1024
+SERVING = ("npu", "cpu")
+"""Kinds of device that may be there to serve only."""
 
 
 class SimDevice(msgspec.Struct, frozen=True):
@@ -236,6 +238,9 @@ def _device(section: reading.Section) -> SimDevice:
         units = section.take("units", reading.integer(1, MAX_UNITS))
         spec = _spec(name, kind, cost, range(units), PreemptLevel.PRIORITY)
         spec = msgspec.structs.replace(spec, memory=section.take("memory", reading.size, 0))
+        if kind in SERVING:
+            trains = section.take("trains", reading.boolean, True)
+            spec = msgspec.structs.replace(spec, trains=trains)
     if preempt:
         spec = msgspec.structs.replace(spec, preempt=PreemptLevel[preempt.upper()])
     layout = section.take("layout", lambda value: _layout(value, spec), None)
@@ -330,8 +335,9 @@ def _service(section: reading.Section, folder: Path, devices: tuple[SimDevice, .
 def _variants(
     section: reading.Section, devices: tuple[SimDevice, ...]
 ) -> tuple[dict[str, ExecCost], dict[str, Variant]]:
-    """Execution times and builds by kind of device: ``npu`` has its own section, without which
-    there is no build for it; all others share ``cost``."""
+    """Execution times and builds by kind of device. Those that train share ``cost``; one that
+    only serves has a section of its own, named by its kind, without which there is no build for
+    it."""
     cost = _exec(section.section("cost", required=True))
     common = Variant(
         memory=section.take("memory", reading.size, 0),
@@ -339,15 +345,17 @@ def _variants(
     )
     costs = {d.spec.kind: cost for d in devices if d.spec.trains}
     variants = dict.fromkeys(costs, common)
-    npu = section.section("npu")
-    if npu.names():
-        costs["npu"] = _exec(npu.section("cost", required=True))
-        variants["npu"] = Variant(
-            memory=npu.take("memory", reading.size, common.memory),
-            accuracy=npu.take("accuracy", reading.share, common.accuracy),
-            operators=npu.take("operators", _words, ()),
+    for kind in SERVING:
+        own = section.section(kind)
+        if not own.names():
+            continue
+        costs[kind] = _exec(own.section("cost", required=True))
+        variants[kind] = Variant(
+            memory=own.take("memory", reading.size, common.memory),
+            accuracy=own.take("accuracy", reading.share, common.accuracy),
+            operators=own.take("operators", _words, ()),
         )
-        npu.done()
+        own.done()
     return costs, variants
 
 
