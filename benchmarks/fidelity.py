@@ -22,7 +22,7 @@ from weft.cli.bench.colocate import Bench, quantile, request
 from weft.cli.bench.rigs import generate, steal_s
 from weft.cli.bench.train_job import read_counter
 from weft.domain.units import MS, S
-from weft.policy.planner import Tuning
+from weft.policy.planstate import Tuning
 from weft.sim.policies import Scheduled, simulate
 from weft.sim.recorded import Recording
 from weft.telemetry.records import read

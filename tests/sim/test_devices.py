@@ -14,7 +14,8 @@ from weft.domain import events as e
 from weft.domain.mig import table
 from weft.domain.plan import Plan
 from weft.domain.snapshot import Snapshot
-from weft.policy.planner import Planner, Tuning
+from weft.policy.planner import Planner
+from weft.policy.planstate import Tuning
 from weft.sim.outcome import Outcome
 from weft.sim.policies import Scheduled, simulate
 from weft.sim.scenario import Scenario, one_box, parse_scenario

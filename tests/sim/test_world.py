@@ -9,7 +9,8 @@ import msgspec
 import pytest
 
 from weft.domain.units import MS
-from weft.policy.planner import Planner, Tuning
+from weft.policy.planner import Planner
+from weft.policy.planstate import Tuning
 from weft.sim.costs import ExecCost, JobCost, speed_up
 from weft.sim.outcome import Outcome
 from weft.sim.policies import POLICIES, simulate

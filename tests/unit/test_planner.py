@@ -16,7 +16,8 @@ from weft.domain.snapshot import JobFacts, ServiceFacts, Snapshot
 from weft.domain.units import MS, S
 from weft.policy.judging import View, judge
 from weft.policy.layouts import unit_layout
-from weft.policy.planner import Planner, Tuning
+from weft.policy.planner import Planner
+from weft.policy.planstate import Tuning
 
 TIMES = {f"{units}x{rows}": 20 * MS * (3 + rows) // 4 for units in (1, 2) for rows in (1, 2, 4, 8)}
 SLOW = {"cpu": TIMES}

@@ -19,7 +19,8 @@ from weft.domain.snapshot import JobFacts, ServiceFacts, Snapshot
 from weft.domain.units import MS, S
 from weft.domain.workload import Variant
 from weft.policy.layouts import mig_fixed, mig_layouts, service_profiles
-from weft.policy.planner import Planner, Tuning
+from weft.policy.planner import Planner
+from weft.policy.planstate import Tuning
 
 GPU = "A100-SXM4-80GB"
 GIB = 2**30

@@ -26,7 +26,8 @@ from weft.domain.request import Refusal, Request
 from weft.domain.units import MS, S
 from weft.domain.workload import PRIORITY_CLASSES, JobSpec
 from weft.policy.dispatcher import Dispatcher
-from weft.policy.planner import Planner, Tuning
+from weft.policy.planner import Planner
+from weft.policy.planstate import Tuning
 from weft.runtime import calls
 from weft.runtime.arena import ArenaFull
 from weft.runtime.calls import OutputSizes, Pending

@@ -28,7 +28,8 @@ from weft.domain.device import DeviceSpec
 from weft.domain.errors import ConfigError
 from weft.domain.units import MS
 from weft.policy.layouts import mig_fixed, service_profiles
-from weft.policy.planner import Planner, Tuning
+from weft.policy.planner import Planner
+from weft.policy.planstate import Tuning
 from weft.sim.outcome import JobTally, Outcome, merge
 from weft.sim.reactive import ReactivePlanner
 from weft.sim.scenario import Scenario, one_box

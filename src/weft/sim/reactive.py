@@ -10,21 +10,29 @@ from __future__ import annotations
 from weft.policy.judging import View
 from weft.policy.layouts import Layout, mig_layouts, unit_layouts
 from weft.policy.planner import Planner
+from weft.policy.wishes import Wish, Wishes
 
 HIGH = 0.8
 LOW = 0.4
 
 
 class ReactivePlanner(Planner):
-    """See the module's docstring. Thresholds as autoscalers' users set them."""
+    """See the module's docstring."""
 
-    def _wish(self, view: View, current: Layout, least: int) -> tuple[Layout, str, int]:
+    def _make_wishes(self) -> Wishes:
+        return _Reactions(self.tuning, self.state, self._demand)
+
+
+class _Reactions(Wishes):
+    """Thresholds as autoscalers' users set them."""
+
+    def _wish(self, view: View, current: Layout, least: int) -> Wish:
         return self._react(view, current, least)
 
-    def _wish_mig(self, view: View, current: Layout, least: int) -> tuple[Layout, str, int]:
+    def _wish_mig(self, view: View, current: Layout, least: int) -> Wish:
         return self._react(view, current, least)
 
-    def _react(self, view: View, current: Layout, least: int) -> tuple[Layout, str, int]:
+    def _react(self, view: View, current: Layout, least: int) -> Wish:
         hottest = max((s.p95 / s.objective for s in view.services), default=0.0)
         hottest = max([hottest, *(float(p.boost > 1.0) for p in self.state.pressure.values())])
         if hottest > HIGH:

@@ -29,7 +29,7 @@ from weft.domain.errors import JournalError
 from weft.domain.events import Event
 from weft.domain.plan import Plan
 from weft.domain.snapshot import Snapshot
-from weft.policy.planner import PlannerState, Tuning
+from weft.policy.planstate import PlannerState, Tuning
 from weft.policy.state import DispatcherState
 
 FORMAT = 2

@@ -1,0 +1,339 @@
+"""Which layout a device should have: the wish, its reason, and how long it must hold."""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from weft.domain.device import DeviceSpec
+from weft.domain.units import S
+from weft.policy.demand import PROBE_FOR, Demand
+from weft.policy.judging import RHO_MAX, Verdict, View, judge, utilization
+from weft.policy.layouts import (
+    Layout,
+    mig_fixed,
+    mig_layouts,
+    unit_layout,
+    unit_layouts,
+    whole_device,
+    without_services,
+)
+from weft.policy.leftover import pauses_of, share_out, worth
+from weft.policy.planstate import TRY_EVERY, DeviceMemory, PlannerState, Tuning
+
+CALM = 0.6
+"""Space is taken from services only where what is left would be used no more than this."""
+SPARE = 1.25
+"""Such a layout must hold at this much more than the recent peak."""
+GAIN = 1.05
+"""Where jobs cannot move, a layout must be worth this much more to them to be changed for."""
+GAIN_OWN = 1.02
+"""Jobs are given space of their own only if it is worth this much more than borrowing it."""
+LOSE_NOTHING = 0.99
+"""And give it back if borrowing is worth this much of owning it."""
+
+Wish = tuple[Layout, str, int]
+"""A layout, why, and how long (ns) it must have been wished for."""
+
+
+class Wishes:
+    """Looks at one device after the other; what must be remembered is in the planner's state."""
+
+    def __init__(self, tuning: Tuning, state: PlannerState, demand: Demand) -> None:
+        self.tuning = tuning
+        self.state = state
+        self._demand = demand
+
+    def next_layout(self, view: View, memory: DeviceMemory) -> tuple[Layout, list[str]]:
+        """The layout to have now, and why it is another than before, if it is."""
+        now, device, current = view.now, view.device, memory.layout
+        least = _least(view)
+        if current is None or bool(current.mine) != bool(view.services):
+            layout = self._first(view, least)
+            memory.since = now
+            return layout, [f"first layout of {device.id}: {_describe(layout)}"]
+        if not device.trains or self._is_fixed(device):
+            return current, []
+        if not view.services:
+            return current, []
+        find = self._wish_mig if device.mig else self._wish
+        wish, reason, patience = find(view, current, least)
+        if wish == current:
+            memory.wish = None
+            return current, []
+        if wish != memory.wish:
+            memory.wish, memory.wished_since = wish, now
+        held = now - memory.wished_since
+        if held < patience or not self._pays(view, current, wish):
+            return current, []
+        memory.wish = None
+        if wish == memory.trial:
+            self.state.tried_own = now
+        return wish, [f"{_describe(current)} -> {_describe(wish)}: {reason} (for {held / S:.0f}s)"]
+
+    def _is_fixed(self, device: DeviceSpec) -> bool:
+        return (self.tuning.instances if device.mig else self.tuning.split) is not None
+
+    def _first(self, view: View, least: int) -> Layout:
+        """Nothing is known of the load yet. Space that can be lent costs little, so services
+        start with all that their instances can use; otherwise with the least."""
+        device, tuning = view.device, self.tuning
+        if not device.trains:
+            return whole_device(device)
+        if not view.services:
+            return without_services(device)
+        if device.mig:
+            if tuning.instances is not None:
+                options = mig_fixed(device, tuning.instances)
+            else:
+                options = [x for x in mig_layouts(device, None) if x.compute >= least]
+            verdicts = _judge_all(view, options, 0.0)
+            return min(verdicts, key=lambda v: (v.overload, -self._worth(view, v))).layout
+        if tuning.split is not None:
+            return unit_layout(device, *tuning.split)
+        usable = sum(s.instances for s in view.services) if tuning.lend else 1
+        return self._fit(view, max(1, least, min(device.compute, usable)))
+
+    def _fit(self, view: View, units: int) -> Layout:
+        """The best layout with this many units: fewest misses, then smallest partitions."""
+        verdicts = _judge_all(view, unit_layouts(view.device, units), 0.0)
+        return min(verdicts, key=lambda v: v.overload).layout
+
+    def _wish(self, view: View, current: Layout, least: int) -> Wish:
+        """One step up if an objective is (or will be) missed; otherwise what jobs gain by."""
+        tuning = self.tuning
+        horizon_s = tuning.horizon / S
+        pressing, patience = self._demand.pressing(view)
+        here = judge(pressing, current, horizon_s)
+        if here.misses or current.compute < least:
+            best = self._step_up(pressing, current, here.overload - 0.01)
+            if best is None:
+                return current, "", 0
+            held = patience if best.compute > current.compute else tuning.grow_after
+            return best, _first_miss(here), held
+        watched = view.now - self.state.devices[view.device.id].since
+        if watched < tuning.settle or not view.jobs:
+            return current, "", 0
+        return self._wish_for_jobs(view, current, least)
+
+    def _wish_for_jobs(self, view: View, current: Layout, least: int) -> Wish:
+        """One step less for services if jobs gain by having for themselves, rather than
+        borrowing, all that services can do without at their peak; one step more if they would
+        lose nothing. Where it is not known what borrowing costs them, that is tried."""
+        tuning, state = self.tuning, self.state
+        horizon_s = tuning.horizon / S
+        peak = self._demand.at_peak(view, SPARE)
+        here = judge(view, current, 0.0)
+        low, high = max(1, least), current.compute - 1
+        for less in _fewer(view, current, low, high):
+            verdict = judge(peak, less, horizon_s)
+            if verdict.misses or verdict.busiest > CALM:
+                continue
+            gained = self._ratio(view, here, verdict.layout)
+            if gained > GAIN_OWN:
+                step = judge(peak, self._fit(peak, high), horizon_s)
+                if step.misses or step.busiest > CALM:
+                    break
+                why = f"jobs gain {gained - 1:.0%} and objectives hold"
+                return step.layout, why, tuning.shrink_after
+            unknown = [j.id for j in view.jobs if self._demand.unknown_pauses(j.id)]
+            if unknown and tuning.lend and view.now - state.tried_own > TRY_EVERY:
+                state.devices[view.device.id].trial = verdict.layout
+                why = f"what pauses cost {', '.join(unknown)} is not known; it is tried without"
+                return verdict.layout, why, tuning.shrink_after
+            break
+        usable = min(view.device.compute, sum(s.instances for s in view.services))
+        trying = view.now - state.tried_own < PROBE_FOR
+        if not tuning.lend or current.compute >= usable or trying:
+            return current, "", 0
+        if self._ratio(view, here, self._fit(view, usable)) < LOSE_NOTHING:
+            return current, "", 0
+        more = self._fit(view, current.compute + 1)
+        return more, "jobs lose nothing by borrowing it", tuning.shrink_after
+
+    def _ratio(self, view: View, here: Verdict, layout: Layout) -> float:
+        """What another layout would be worth to jobs, 1 being what they have."""
+        there = judge(view, layout, 0.0)
+        if not self.tuning.lend:
+            here, there = _unlent(here), _unlent(there)
+        before, after = (
+            worth(view, v, self._demand.divide(view, v.layout), _measured(view, here))
+            for v in (here, there)
+        )
+        return after / before if before else float(after > 0) + 1.0
+
+    def _step_up(self, view: View, current: Layout, below: float) -> Layout | None:
+        """The best layout with as many units, or with the fewest more that bring the overload
+        below this; None if there is none."""
+        horizon_s = self.tuning.horizon / S
+        for units in range(current.compute, view.device.compute + 1):
+            options = unit_layouts(view.device, units)
+            if units == current.compute:
+                options += unit_layouts(view.device, min(units + 1, view.device.compute))
+            best = min(
+                _judge_all(view, options, horizon_s),
+                key=lambda v: (round(v.overload, 3), v.layout.compute),
+            )
+            if best.overload < below:
+                return best.layout
+        return None
+
+    def _wish_mig(self, view: View, current: Layout, least: int) -> Wish:
+        """As ``_wish``, where jobs are bound to instances: among the layouts one step away that
+        hold all objectives, with something to spare, the one that is worth most to the jobs.
+        Instances take time to make and jobs to start again, so every wish must hold."""
+        tuning, moving = self.tuning, view.device.move_ns
+        horizon_s = tuning.horizon / S
+        pressing, _ = self._demand.pressing(view)
+        here = judge(pressing, current, horizon_s)
+        options = [x for x in mig_layouts(view.device, current) if x.compute >= least]
+        if not options:
+            return current, "", 0
+        if here.misses:
+            verdicts = _judge_all(pressing, options, horizon_s)
+            best = min(verdicts, key=lambda v: (round(v.overload, 3), -self._worth(view, v)))
+            if best.overload < here.overload - 0.01:
+                # A rise that is only foreseen may not come, and jobs would start again for it.
+                now = judge(pressing, current, 0.0).misses
+                patience = tuning.grow_after if now else max(tuning.grow_after, moving)
+                return best.layout, _first_miss(here), patience
+            return current, "", 0
+        peak = self._demand.at_peak(view, SPARE)
+        calm = [
+            v
+            for v in _judge_all(peak, options, horizon_s)
+            if not v.misses and (v.busiest <= CALM or v.layout.compute >= current.compute)
+        ]
+        if not calm:
+            return current, "", 0
+        best = max(calm, key=lambda v: self._worth(view, v))
+        before, after = self._worth(view, judge(peak, current, horizon_s)), self._worth(view, best)
+        if after <= (GAIN + moving / tuning.payback) * before:
+            return current, "", 0
+        why = f"jobs gain {after / before - 1 if before else 1:.0%} and objectives hold"
+        return best.layout, why, tuning.shrink_after
+
+    def _worth(self, view: View, verdict: Verdict) -> float:
+        """What a layout is worth to jobs that are bound to their partitions."""
+        return share_out(view, verdict, self.tuning.lend, self.state.bound)[0]
+
+    def rearrange(self, view: View, memory: DeviceMemory) -> list[str]:
+        """Why services or jobs should change places within the layout; empty if they should
+        not."""
+        return self._rebalance(view, memory) or self._redivide(view, memory)
+
+    def _rebalance(self, view: View, memory: DeviceMemory) -> list[str]:
+        """Why services should change places within the layout; empty if they should not."""
+        tuning, layout = self.tuning, memory.layout
+        horizon_s = tuning.horizon / S
+        if layout is None or not layout.mine or not view.services:
+            return []
+        now_rho = utilization(view, layout, horizon_s)
+        best_rho = judge(view, layout, horizon_s).busiest
+        if now_rho <= RHO_MAX or best_rho > now_rho - 0.1:
+            memory.crowded_since = 0
+            return []
+        memory.crowded_since = memory.crowded_since or view.now
+        if view.now - memory.crowded_since < tuning.grow_after:
+            return []
+        memory.crowded_since = 0
+        return [f"services spread anew: busiest partition {now_rho:.2f} -> {best_rho:.2f}"]
+
+    def _redivide(self, view: View, memory: DeviceMemory) -> list[str]:
+        """Why jobs should have other parts of what is left: what they make of it was learned."""
+        state, layout = self.state, memory.layout
+        if layout is None or view.device.pins_jobs or state.learned_at != view.now or state.probe:
+            return []
+        wish = self._demand.divide(view, layout)
+        if wish.keys() != state.shares.keys() or wish == state.shares:
+            return []
+        before, after = (
+            sum(
+                job.weight * math.log1p(view.speed_ups[job.id][shares[job.id]])
+                for job in view.jobs
+                if job.id in view.speed_ups
+            )
+            for shares in (state.shares, wish)
+        )
+        if after <= GAIN * before:
+            return []
+        parts = ", ".join(f"{job} {state.shares[job]} -> {wish[job]}" for job in sorted(wish))
+        return [f"units of jobs: {parts}: what each makes of them was learned"]
+
+    def _pays(self, view: View, current: Layout, wish: Layout) -> bool:
+        """Whether unit-time gained (by services or by jobs) exceeds the cost of the change."""
+        device, tuning = view.device, self.tuning
+        gained = max(1, abs(wish.compute - current.compute)) * tuning.payback
+        cost = (device.repartition_ns + device.revoke_ns) * device.compute
+        if device.pins_jobs:
+            staying = {p.id for p in (*wish.mine, *wish.free)}
+            moving = sum(self.state.bound.get(j.id) not in staying for j in view.jobs)
+            cost += moving * device.move_ns
+        return gained > cost
+
+
+def _judge_all(view: View, layouts: list[Layout], horizon_s: float) -> list[Verdict]:
+    """A verdict on each; layouts whose partitions for services are equally large share one."""
+    known: dict[tuple[tuple[int, int], ...], Verdict] = {}
+    found = []
+    for layout in layouts:
+        key = tuple((p.compute, p.memory) for p in layout.mine)
+        if key not in known:
+            known[key] = judge(view, layout, horizon_s)
+        found.append(msgspec.structs.replace(known[key], layout=layout))
+    return found
+
+
+def _fewer(view: View, current: Layout, low: int, high: int) -> list[Layout]:
+    """Layouts of fewer units for services, fewest first: single ones, or as large as now."""
+    if high < low:
+        return []
+    present = current.mine[0].compute
+    return [
+        unit_layout(view.device, units, size)
+        for units in sorted({low, (low + high) // 2, high})
+        for size in sorted({1, present})
+        if units % size == 0
+    ]
+
+
+def _unlent(verdict: Verdict) -> Verdict:
+    """As if services left nothing."""
+    return msgspec.structs.replace(verdict, rho=[1.0] * len(verdict.rho))
+
+
+def _measured(view: View, here: Verdict) -> float:
+    """Pauses of jobs that there were, of those that there would be if each request that finds a
+    partition idle took it back: lingering spares some, and so does other work."""
+    held = sum(n * share for job in view.jobs for n, share in job.units.items())
+    expected = pauses_of(here, held)
+    seen = sum(job.grants for job in view.jobs)
+    return min(1.0, seen / expected) if expected else 1.0
+
+
+def _least(view: View) -> int:
+    """Compute that services are owed on a device."""
+    if not view.services:
+        return 0
+    owed = sum(s.guaranteed for s in view.services) * view.device.compute
+    return min(view.device.compute, max(1, round(owed + 0.499)))
+
+
+def _describe(layout: Layout) -> str:
+    if not layout.mine:
+        return "nothing for services"
+    kinds: dict[str, int] = {}
+    for partition in layout.mine:
+        _, at, _ = partition.id.rpartition(":")[2].partition("@")
+        profile = partition.id.rpartition(":")[2].partition("@")[0] if at else ""
+        size = partition.compute
+        what = profile or f"{size} unit" + "s" * (size > 1)
+        kinds[what] = kinds.get(what, 0) + 1
+    return "services on " + " + ".join(f"{count} x {what}" for what, count in kinds.items())
+
+
+def _first_miss(verdict: Verdict) -> str:
+    for name, why in sorted(verdict.misses.items()):
+        return f"{name}: {why}"
+    return "a guaranteed share asks for more"
