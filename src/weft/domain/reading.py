@@ -97,6 +97,8 @@ def load(text: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # a SafeLoader
     except yaml.YAMLError as error:
         raise ConfigError(f"not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ConfigError("not valid YAML: nested too deeply") from None
 
 
 # --- values ---------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ SEASON_AHEAD = 30 * S
 
 
 class ServiceFacts(msgspec.Struct, frozen=True):
-    """One service over the last observation window. Times in ns, rates per second.
+    """One service over the last observation window. Times in ns, rates in rows per second.
 
     ``exec_ns`` maps a kind of device, and there units and rows (``"2x8"``), to the measured
     execution time. ``rate_trend`` is the change of the arrival rate per second. ``misses`` and
@@ -48,10 +48,14 @@ class ServiceFacts(msgspec.Struct, frozen=True):
     variants: dict[str, Variant] = {}
 
 
+RATE_WINDOW = 60 * S
+"""Over which the progress rate of a job is taken (ns)."""
+
+
 class JobFacts(msgspec.Struct, frozen=True):
-    """One job. ``rate`` is its progress per second over the last minute, in which it held so many
+    """One job. ``rate`` is its progress per second over ``RATE_WINDOW``, in which it held so many
     units for the shares of the time that ``units`` tells; ``grants`` is how often per second it
-    was given all of them, where it was given a part of them at a time that part of once.
+    was given space, each time counted as the part that it was of what the job then held.
     ``held_ns``: unit-nanoseconds granted in all."""
 
     id: str

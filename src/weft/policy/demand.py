@@ -18,8 +18,6 @@ from weft.policy.sharing import divide
 from weft.policy.utility import EXPLORE, Curve
 
 LEARN_EVERY = 10 * S
-RATE_WINDOW = 60 * S
-"""Over which the rate of a job in a snapshot is taken."""
 PROBE_FOR = 90 * S
 """How long something is tried out: progress is known over a minute."""
 
@@ -99,6 +97,8 @@ class Demand:
         known = {j.id for j in snapshot.jobs}
         state.curves = {j: c for j, c in state.curves.items() if j in known}
         state.settled = {j: at for j, at in state.settled.items() if j in known}
+        if state.probe not in known:
+            state.probe = ""
         if not self._tuning.learn or snapshot.now - state.learned_at < LEARN_EVERY:
             return
         state.learned_at = snapshot.now
@@ -150,8 +150,11 @@ class Demand:
         shares = divide(units, view.jobs, view.device.compute, view.speed_ups)
         probe = self._state.probe
         if probe in shares and len(shares) > 1:
+            jobs, compute = {j.id: j for j in view.jobs}, view.device.compute
             richest = max((j for j in shares if j != probe), key=lambda j: (shares[j], j))
-            moved = min(_moved(shares), shares[richest] - 1)
+            kept = max(1, int(jobs[richest].guaranteed * compute + 1e-9))
+            most = max(1, int(jobs[probe].limit * compute + 1e-9))
+            moved = max(0, min(_moved(shares), shares[richest] - kept, most - shares[probe]))
             shares[richest] -= moved
             shares[probe] += moved
         return shares

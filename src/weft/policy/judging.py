@@ -24,7 +24,7 @@ HEADROOM = 0.9
 SLOWER = 2.0
 """A partition that no load calls for does not help a service that it slows down by more."""
 NO_PLACE = 10.0
-"""What a service that fits into no partition counts among shortfalls."""
+"""What a service that fits into no partition counts as overload."""
 
 
 class View(msgspec.Struct, frozen=True):
@@ -44,22 +44,16 @@ class View(msgspec.Struct, frozen=True):
 
 class Verdict(msgspec.Struct):
     """A layout judged: the partitions of each service, the utilization of each partition and the
-    requests per second that come to it, and for each service that would miss its objective why,
-    and by how much in all (each 0..1)."""
+    rows per second that come to it, and for each service that would miss its objective why.
+    ``overload`` says how badly, to compare infeasible layouts: the parts of their load that
+    services could not be given, and of their latencies that are too much, each 0..1."""
 
     layout: Layout
     services: dict[str, tuple[int, ...]]
     rho: list[float]
     asked: list[float]
     misses: dict[str, str]
-    shortfall: float = 0.0
-
-    @property
-    def overload(self) -> float:
-        """How badly it falls short, to compare infeasible layouts: compute that is lacking, and
-        objectives."""
-        over = zip(self.layout.mine, self.rho, strict=True)
-        return sum(p.compute * max(0.0, r - RHO_MAX) for p, r in over) + self.shortfall
+    overload: float = 0.0
 
     @property
     def busiest(self) -> float:
@@ -116,7 +110,7 @@ def _judge(view: View, layout: Layout, horizon_s: float, order_of_size: int) -> 
             verdict.misses[service.name] = (
                 f"needs {format_bytes(need)}, more than any partition for services has"
             )
-            verdict.shortfall += NO_PLACE
+            verdict.overload += NO_PLACE
             continue
         there = [sizes[i] for i in where]
         rates = _spread(view, service, there, horizon_s)
@@ -129,7 +123,8 @@ def _judge(view: View, layout: Layout, horizon_s: float, order_of_size: int) -> 
             expected = min(expected, _batched(view, service, there, rates))
         if expected > HEADROOM * service.objective or busiest > RHO_MAX:
             verdict.misses[service.name] = _why(service, expected, busiest)
-            verdict.shortfall += max(0.0, 1.0 - HEADROOM * service.objective / expected)
+            verdict.overload += max(0.0, 1.0 - HEADROOM * service.objective / expected)
+            verdict.overload += max(0.0, 1.0 - RHO_MAX / busiest) if busiest else 0.0
     return verdict
 
 
@@ -138,7 +133,7 @@ def _too_slow(view: View, service: ServiceFacts, size: int) -> bool:
 
 
 def _spread(view: View, service: ServiceFacts, sizes: list[int], horizon_s: float) -> list[float]:
-    """Requests per second that come to each of its partitions: in proportion to their speed."""
+    """Rows per second that come to each of its partitions: in proportion to their speed."""
     kind, rate = view.device.kind, _rate(service, horizon_s)
     if len(set(sizes)) == 1:
         return [rate / len(sizes)] * len(sizes)

@@ -57,8 +57,9 @@ def share_out(
 
 def worth(view: View, verdict: Verdict, own: Mapping[str, int], pauses: float) -> float:
     """Sum of the utilities of jobs that can move: each has its ``own`` units and, in turn, what
-    services leave. ``pauses``: how many there are, of those that there would be if each request
-    that finds a partition idle took it back."""
+    services leave; without ``own`` units they have all that is left in turn. ``pauses``: how many
+    there are, of those that there would be if each request that finds a partition idle took it
+    back."""
     total = sum(job.weight for job in view.jobs)
     chances = _idle_units(verdict)
     idle = sum(k * chance for k, chance in enumerate(chances))
@@ -68,7 +69,9 @@ def worth(view: View, verdict: Verdict, own: Mapping[str, int], pauses: float) -
         turn = job.weight / total
         lent = sum(chance * _speed(view, job.id, mine + k) for k, chance in enumerate(chances))
         lost = view.lost.get(job.id, LOST) * pauses * pauses_of(verdict, mine + idle)
-        value = turn * lent * max(0.0, 1.0 - lost) + (1.0 - turn) * _speed(view, job.id, mine)
+        value = turn * lent * max(0.0, 1.0 - lost)
+        if own:
+            value += (1.0 - turn) * _speed(view, job.id, mine)
         found += job.weight * math.log1p(value)
     return found
 

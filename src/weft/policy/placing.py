@@ -66,9 +66,9 @@ def place(
 ) -> Placing:
     """Parts of all services; one that can run nowhere has none. Deterministic."""
     placer = _Placer(services, devices, horizon_s)
-    for device in devices:
-        if not device.trains:
-            placer.offload(device)
+    serving = [d for d in devices if not d.trains]
+    for index, device in enumerate(serving):
+        placer.offload(device, serving[index + 1 :])
     placer.spread(before)
     return Placing(placer.parts, tuple(placer.reasons))
 
@@ -86,9 +86,9 @@ class _Placer:
         self._sharing = [d for d in devices if d.trains]
         self._horizon_s = horizon_s
 
-    def offload(self, device: DeviceSpec) -> None:
+    def offload(self, device: DeviceSpec, later: Sequence[DeviceSpec]) -> None:
         """Fill a serving device with the services that relieve the others most for their time
-        on it."""
+        on it. ``later``: serving devices that are filled after it."""
         memory, used, most = device.memory, 0.0, RHO_MAX
         loads = {
             s.name: load(device.kind, s, device.compute, self._horizon_s) for s in self._services
@@ -104,11 +104,14 @@ class _Placer:
                 self.reasons.append(f"{name} is not on {device.id}: {why}")
                 continue
             wanted = loads[name] * self._left[name]
-            most = min(most, _bearable(service, device))
-            room = max(0.0, most - used)
-            part = 1.0 if wanted <= room or not self._able(service) else room / wanted
+            limit = min(most, _bearable(service, device))
+            room = max(0.0, limit - used)
+            elsewhere = self._able(service) or any(not why_not(service, d, d.memory) for d in later)
+            part = room / wanted if elsewhere and wanted > room else 1.0
             if part < LEAST_PART:
+                self.reasons.append(f"{name} is not on {device.id}: it is full")
                 continue
+            most = limit
             if part < 1.0:
                 self.reasons.append(f"{name}: {device.id} can carry {part:.0%} of it")
             self.parts[name][device.id] = self._left[name] * part

@@ -24,9 +24,9 @@ import msgspec
 
 from weft.domain.device import DeviceSpec, Partition
 from weft.domain.plan import Plan
-from weft.domain.snapshot import JobFacts, ServiceFacts, Snapshot
+from weft.domain.snapshot import RATE_WINDOW, JobFacts, ServiceFacts, Snapshot
 from weft.domain.units import S
-from weft.policy.demand import RATE_WINDOW, Demand, scaled
+from weft.policy.demand import Demand, scaled
 from weft.policy.judging import Verdict, View, judge
 from weft.policy.layouts import Layout
 from weft.policy.leftover import share_out
@@ -48,8 +48,8 @@ class Planner:
         """A new plan, or None to keep the present one."""
         state = self.state
         facts = self._demand.see(snapshot)
-        if 0 < snapshot.plan.version < state.version:
-            # A device refused the last plan: what is in force is all that counts.
+        if snapshot.plan.version < state.version:
+            # A device refused the last plan: begin anew.
             for memory in state.devices.values():
                 memory.layout = memory.wish = None
         members = _members(snapshot)
@@ -164,8 +164,6 @@ class Planner:
             there[min(there, key=lambda d: (len(there[d]), d))].append(job)
         return {device: tuple(jobs) for device, jobs in there.items()}
 
-    # --- layouts ----------------------------------------------------------------------------
-
     # --- the plan ---------------------------------------------------------------------------
 
     def _make(self, views: list[View], reasons: list[str]) -> Plan:
@@ -217,8 +215,9 @@ class Planner:
             return {job: (where,) for job, where in places.items()}
         rest = [p.id for p in layout.free]
         owned: dict[str, tuple[str, ...]] = {}
-        self.state.shares = self._demand.divide(view, layout)
-        for job, units in self.state.shares.items():
+        shares = self._demand.divide(view, layout)
+        self.state.devices[view.device.id].shares = shares
+        for job, units in shares.items():
             owned[job], rest = tuple(rest[:units]), rest[units:]
         return owned
 

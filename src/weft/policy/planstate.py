@@ -61,6 +61,8 @@ class DeviceMemory(msgspec.Struct):
     trial: Layout | None = None
     """A layout that would be tried to learn something."""
     crowded_since: int = 0
+    shares: dict[str, int] = {}
+    """Units of jobs that can move."""
 
 
 class PlannerState(msgspec.Struct):
@@ -86,8 +88,6 @@ class PlannerState(msgspec.Struct):
     curves: dict[str, Curve] = {}
     """What was learned of each job's speed."""
     learned_at: int = 0
-    shares: dict[str, int] = {}
-    """Units of jobs that can move."""
     probe: str = ""
     """The job that is being tried out."""
     probed_at: int = 0

@@ -16,7 +16,7 @@ come meanwhile (Inoue, Performance Evaluation 2021, has the exact mean)::
     n = rate * t / (1 - rate * a)
 
 Arrivals scatter about that with variance ``ca2 n``, and what one batch is larger by, the next one
-is larger by ``rate * a`` times.
+is larger by ``rate * a`` times: the variance in all is ``ca2 n / (1 - (rate * a) ** 2)``.
 """
 
 from __future__ import annotations
@@ -73,5 +73,5 @@ def batch_delay(
         return math.inf
     rows = max(1.0, rate * fixed / 1e9 / (1.0 - growth))
     deviations = max(0.0, _NORMAL.inv_cdf(min(percentile, 99.99) / 100.0))
-    high = rows + deviations * math.sqrt(ARRIVAL_CV2 * rows) / (1.0 - growth)
+    high = rows + deviations * math.sqrt(ARRIVAL_CV2 * rows / (1.0 - growth**2))
     return 2.0 * (fixed + per_row * high) if high <= largest else math.inf

@@ -49,7 +49,7 @@ class Wishes:
         """The layout to have now, and why it is another than before, if it is."""
         now, device, current = view.now, view.device, memory.layout
         least = _least(view)
-        if current is None or bool(current.mine) != bool(view.services):
+        if current is None or (device.trains and bool(current.mine) != bool(view.services)):
             layout = self._first(view, least)
             memory.since = now
             return layout, [f"first layout of {device.id}: {_describe(layout)}"]
@@ -70,6 +70,7 @@ class Wishes:
         memory.wish = None
         if wish == memory.trial:
             self.state.tried_own = now
+        memory.trial = None
         return wish, [f"{_describe(current)} -> {_describe(wish)}: {reason} (for {held / S:.0f}s)"]
 
     def _is_fixed(self, device: DeviceSpec) -> bool:
@@ -126,10 +127,12 @@ class Wishes:
         peak = self._demand.at_peak(view, SPARE)
         here = judge(view, current, 0.0)
         low, high = max(1, least), current.compute - 1
+        fewest = None
         for less in _fewer(view, current, low, high):
             verdict = judge(peak, less, horizon_s)
             if verdict.misses or verdict.busiest > CALM:
                 continue
+            fewest = less
             gained = self._ratio(view, here, verdict.layout)
             if gained > GAIN_OWN:
                 step = judge(peak, self._fit(peak, high), horizon_s)
@@ -150,6 +153,8 @@ class Wishes:
         if self._ratio(view, here, self._fit(view, usable)) < LOSE_NOTHING:
             return current, "", 0
         more = self._fit(view, current.compute + 1)
+        if fewest and self._ratio(view, judge(view, more, 0.0), fewest) > GAIN_OWN:
+            return current, "", 0
         return more, "jobs lose nothing by borrowing it", tuning.shrink_after
 
     def _ratio(self, view: View, here: Verdict, layout: Layout) -> float:
@@ -193,7 +198,9 @@ class Wishes:
         if here.misses:
             verdicts = _judge_all(pressing, options, horizon_s)
             best = min(verdicts, key=lambda v: (round(v.overload, 3), -self._worth(view, v)))
-            if best.overload < here.overload - 0.01:
+            # Less that does as well makes room for the next step.
+            less = best.layout.compute < current.compute and best.overload <= here.overload
+            if best.overload < here.overload - 0.01 or less:
                 # A rise that is only foreseen may not come, and jobs would start again for it.
                 now = judge(pressing, current, 0.0).misses
                 patience = tuning.grow_after if now else max(tuning.grow_after, moving)
@@ -246,7 +253,8 @@ class Wishes:
         if layout is None or view.device.pins_jobs or state.learned_at != view.now or state.probe:
             return []
         wish = self._demand.divide(view, layout)
-        if wish.keys() != state.shares.keys() or wish == state.shares:
+        have = memory.shares
+        if wish.keys() != have.keys() or wish == have:
             return []
         before, after = (
             sum(
@@ -254,11 +262,11 @@ class Wishes:
                 for job in view.jobs
                 if job.id in view.speed_ups
             )
-            for shares in (state.shares, wish)
+            for shares in (have, wish)
         )
         if after <= GAIN * before:
             return []
-        parts = ", ".join(f"{job} {state.shares[job]} -> {wish[job]}" for job in sorted(wish))
+        parts = ", ".join(f"{job} {have[job]} -> {wish[job]}" for job in sorted(wish))
         return [f"units of jobs: {parts}: what each makes of them was learned"]
 
     def _pays(self, view: View, current: Layout, wish: Layout) -> bool:

@@ -244,6 +244,7 @@ class Node:
             return
         now = self._clock()
         statuses = {s.id: s for s in self._job_statuses()}
+        self.monitor.forget_jobs(statuses)
         snapshot = self.monitor.snapshot(
             now,
             (self.device.spec,),

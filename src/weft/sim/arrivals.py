@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import math
 from collections.abc import Callable, Iterator
@@ -180,7 +181,7 @@ def read_trace(
     """
     times: list[float] = []
     try:
-        with path.open(newline="") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             rows = csv.DictReader(file)
             if column not in (rows.fieldnames or ()):
                 there = ", ".join(rows.fieldnames or ()) or "none"
@@ -199,6 +200,10 @@ def read_trace(
                 times.append(at)
     except OSError as error:
         raise ConfigError(f"cannot read the trace {path}: {error.strerror}") from None
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(
+            f"cannot read the trace {path}: not a CSV file in UTF-8: {error}"
+        ) from None
     if len(times) < 2 or times[-1] == times[0]:
         raise ConfigError(f"{path.name}: a trace needs at least two different times")
     span = times[-1] - times[0]
@@ -207,10 +212,10 @@ def read_trace(
 
 
 def _seconds(path: Path, line: int, value: str | None) -> float:
-    try:
-        return float(value or "")
-    except ValueError:
-        pass
+    with contextlib.suppress(ValueError):
+        found = float(value or "")
+        if math.isfinite(found):
+            return found
     try:
         return datetime.fromisoformat((value or "")[:26]).timestamp()
     except ValueError:

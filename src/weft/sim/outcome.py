@@ -120,7 +120,9 @@ class Outcome(msgspec.Struct):
     """Kept if asked for, ``MOMENTS`` at most."""
 
     def figures(self) -> dict[str, float]:
-        """The figures that policies are compared by; shares are 0..1."""
+        """The figures that policies are compared by; shares are 0..1. Where a job is still being
+        moved off a partition on which a batch has begun, both hold it: more than the whole is
+        counted as the whole."""
         services = self.services.values()
         offered = sum(s.offered for s in services)
         held = sum(j.held_ns for j in self.jobs.values())
@@ -134,7 +136,7 @@ class Outcome(msgspec.Struct):
             ),
             "refused": sum(sum(s.refused.values()) for s in services) / offered if offered else 0.0,
             "job_rate": sum(j.steps for j in self.jobs.values()) / (self.duration / S),
-            "utilization": (self.served_ns + held) / (self.duration * self.units),
+            "utilization": min(1.0, (self.served_ns + held) / (self.duration * self.units)),
             "repartitions": float(self.repartitions),
             "repartition_s": self.repartition_ns / S,
         }

@@ -36,6 +36,8 @@ from weft.sim.scenario import Scenario, one_box
 from weft.sim.sharing import SharedWorld, Unscheduled
 from weft.sim.world import World
 
+MOST_SPLITS = 32
+"""Up to so many units every split is tried; beyond, about as many numbers of units."""
 KILLED = 5 * MS
 """Work that a job loses when the kernels it has under way are killed: half of a queue of ten
 kernels of 1 ms."""
@@ -124,17 +126,40 @@ def _splits(device: DeviceSpec, whole: bool, **changes: object) -> dict[str, Tun
             if not whole or any(not x.free for x in mig_fixed(device, profiles)):
                 found["+".join(profiles)] = Tuning(instances=profiles, **changes)  # type: ignore[arg-type]
     elif device.trains:
-        least = len(device.units) if whole else 1
-        for units in range(least, len(device.units) + 1):
-            for size in device.shapes:
-                if units % size == 0:
-                    found[f"{units}/{size}"] = Tuning(split=(units, size), **changes)  # type: ignore[arg-type]
+        count = len(device.units)
+        step = max(1, count // MOST_SPLITS)
+        for units in [count] if whole else sorted({1, *range(step, count, step), count}):
+            for size in _sizes(units, device):
+                found[f"{units}/{size}"] = Tuning(split=(units, size), **changes)  # type: ignore[arg-type]
     return found or {"": Tuning(**changes)}  # type: ignore[arg-type]
 
 
+def _sizes(units: int, device: DeviceSpec) -> list[int]:
+    """Sizes that so many units can be divided into: all of them, or on large devices doublings."""
+    sizes = [size for size in device.shapes if units % size == 0]
+    if len(device.units) <= MOST_SPLITS:
+        return sizes
+    return [size for size in sizes if size == units or not size & (size - 1)]
+
+
 def _static(scenario: Scenario) -> dict[str, Setting]:
-    splits = _splits(scenario.device.spec, whole=False, lend=False)
-    return {name: Scheduled(tuning) for name, tuning in splits.items()}
+    """Those splits that leave jobs what they are guaranteed."""
+    device = scenario.device.spec
+    owed = sum(j.spec.guaranteed for j in scenario.jobs) * device.compute
+    splits = _splits(device, whole=False, lend=False)
+    kept = {
+        name: Scheduled(tuning)
+        for name, tuning in splits.items()
+        if device.compute - _given(tuning) >= owed - 1e-9
+    }
+    return dict(kept or {name: Scheduled(tuning) for name, tuning in splits.items()})
+
+
+def _given(tuning: Tuning) -> int:
+    """Compute that a fixed split gives to services."""
+    if tuning.instances is not None:
+        return _compute(tuning.instances)
+    return tuning.split[0] if tuning.split is not None else 0
 
 
 def _stated(scenario: Scenario) -> dict[str, Setting]:

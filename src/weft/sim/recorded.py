@@ -24,6 +24,7 @@ from weft.domain import events as e
 from weft.domain.device import DeviceSpec
 from weft.domain.errors import JournalError
 from weft.domain.request import Request
+from weft.domain.snapshot import RATE_WINDOW
 from weft.domain.units import S
 from weft.domain.workload import BatchSpec, JobSpec, ServiceSpec, Slo
 from weft.policy.state import DispatcherState
@@ -32,8 +33,6 @@ from weft.sim.costs import DEVICES, DeviceCost, ExecCost, JobCost, Spread, speed
 from weft.sim.scenario import Scenario, SimDevice, SimJob, SimService
 from weft.telemetry.records import Entry, Gap, Header, PlanRecord, Record
 
-RATE_WINDOW = 60 * S
-"""Over which a node reports the progress rate of a job."""
 _LEAST_SAMPLES = 5
 _PARALLEL = tuple(i / 20 for i in range(21))
 

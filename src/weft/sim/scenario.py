@@ -99,7 +99,12 @@ def read_scenario(path: Path) -> Scenario:
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise ConfigError(f"cannot read the scenario {path}: {why}") from None
-    return parse_scenario(text, path.parent)
+    if not text.strip():
+        raise ConfigError(f"the scenario {path} is empty")
+    try:
+        return parse_scenario(text, path.parent)
+    except ConfigError as error:
+        raise ConfigError(str(error), path.name) from None
 
 
 def parse_scenario(text: str, folder: Path) -> Scenario:
@@ -202,11 +207,11 @@ def _as_facts(spec: ServiceSpec) -> ServiceFacts:
 
 def _devices(root: reading.Section) -> tuple[SimDevice, ...]:
     several = root.sections("devices")
-    one = root.section("device", required=not several)
-    if several:
-        one.done()
-        return tuple(_device(section) for section in several)
-    return (_device(one),)
+    one = root.section("device")
+    if bool(several) == bool(one.names()):
+        said = "both are given" if several else "is required"
+        raise ConfigError(f"{said}; give device for one, devices for several", "device")
+    return tuple(_device(section) for section in several or [one])
 
 
 def _device(section: reading.Section) -> SimDevice:
@@ -279,8 +284,10 @@ def _layout(value: object, spec: DeviceSpec) -> tuple[int, int] | tuple[str, ...
         return units, size
     names = _words(value)
     gpu = table(spec.mig)
+    known = sorted(p.name for p in gpu.profiles)
     for name in names:
-        gpu.profile(name)
+        if name not in known:
+            raise ValueError(f"{spec.mig} has no profile {name!r}; it has {', '.join(known)}")
     if not mig_fixed(spec, names):
         raise ValueError(
             f"{spec.mig} cannot form {', '.join(names)} together: no placement of them is free of"
@@ -407,8 +414,8 @@ def _arrivals(section: reading.Section, folder: Path) -> Arrivals:
         found = Bursts(
             rate=section.take("rate", _not_negative),
             burst_rate=section.take("burst_rate", reading.positive),
-            mean_quiet=section.take("mean_quiet", reading.duration) / S,
-            mean_burst=section.take("mean_burst", reading.duration) / S,
+            mean_quiet=section.take("mean_quiet", _spell) / S,
+            mean_burst=section.take("mean_burst", _spell) / S,
         )
     elif kind == "diurnal":
         found = Diurnal(
@@ -433,6 +440,13 @@ def _not_negative(value: object) -> float:
     found = reading.number(value)
     if found < 0:
         raise ValueError(f"must not be negative, got {found:g}")
+    return found
+
+
+def _spell(value: object) -> int:
+    found = reading.duration(value)
+    if found < MS:
+        raise ValueError(f"must be at least 1ms, got {reading.shown(value)}")
     return found
 
 

@@ -79,6 +79,7 @@ class SharedWorld:
         self._contexts = [
             _Context(demand=self._demand(self._cost(service).saturates), service=service)
             for service in scenario.services
+            if self._device.spec.kind in service.costs
             for _ in range(service.spec.instances)
         ]
         self._contexts += [
@@ -146,8 +147,10 @@ class SharedWorld:
     def _arrive(self, name: str) -> None:
         tally, queue = self.outcome.services[name], self._queues[name]
         tally.offered += 1
-        limit = next(s for s in self._scenario.services if s.spec.name == name).spec.max_queue
-        if len(queue) >= limit:
+        service = next(s for s in self._scenario.services if s.spec.name == name)
+        if self._device.spec.kind not in service.costs:
+            tally.refuse("UNAVAILABLE")
+        elif len(queue) >= service.spec.max_queue:
             tally.refuse("QUEUE_FULL")
         else:
             queue.append(self._now)

@@ -21,7 +21,7 @@ from weft.domain import events as e
 from weft.domain.device import DeviceSpec, Partition
 from weft.domain.plan import Plan
 from weft.domain.request import Request
-from weft.domain.snapshot import Snapshot
+from weft.domain.snapshot import RATE_WINDOW, Snapshot
 from weft.domain.units import S
 from weft.domain.workload import JobSpec
 from weft.policy.dispatcher import Dispatcher
@@ -30,7 +30,7 @@ from weft.sim.arrivals import Recorded
 from weft.sim.costs import Spread
 from weft.sim.outcome import MOMENTS, SPANS, JobTally, Moment, Outcome, ServiceTally, Span
 from weft.sim.scenario import Scenario, SimJob, SimService, sizes
-from weft.telemetry.monitor import JOB_WINDOW, Monitor
+from weft.telemetry.monitor import Monitor
 
 TICK = 1 * S
 DEBT_WINDOW = 10 * S
@@ -69,6 +69,8 @@ class _Progress:
         self.place = ""
         self._speeds: dict[int, float] = {}
         self.held: dict[str, int] = {}
+        self.owed: dict[str, float] = {}
+        """Steps that are done over on a partition before there is progress there."""
         self.since = 0
         self.slowed = 0.0
         self._made: deque[tuple[int, float]] = deque()
@@ -81,14 +83,21 @@ class _Progress:
             lost = self.cost.move if self.place else lost
             self.place = partition
         self.held[partition] = units
-        self.tally.steps -= self._speed(units) * lost / S
+        if lost:
+            self.owed[partition] = self._speed(units) * lost / S
         self.tally.grants += 1
+
+    def revoke(self, now: int, partition: str) -> None:
+        """It may not use a partition any more."""
+        self.settle(now)
+        self.held.pop(partition, None)
+        self.owed.pop(partition, None)
 
     def rate(self, now: int) -> float:
         """Progress per second over the last minute, as a node reports it."""
         self.settle(now)
         self._made.append((now, self.tally.steps))
-        while len(self._made) > 1 and self._made[1][0] <= now - JOB_WINDOW * S:
+        while len(self._made) > 1 and self._made[1][0] <= now - RATE_WINDOW:
             self._made.popleft()
         since, made = self._made[0]
         return max(0.0, self.tally.steps - made) / ((now - since) / S) if now > since else 0.0
@@ -99,7 +108,13 @@ class _Progress:
             return
         units = sum(self.held.values())
         used = max(self.held.values(), default=0) if self.bound else units
-        self.tally.steps += self._speed(used) * (now - self.since) / S * (1 - self.slowed)
+        made = self._speed(used) * (now - self.since) / S * (1 - self.slowed)
+        self.tally.steps += made
+        if self.owed:
+            owed = sum(self.owed.values())
+            self.tally.steps -= min(made, owed)
+            left = max(0.0, 1.0 - made / owed)
+            self.owed = {name: steps * left for name, steps in self.owed.items()} if left else {}
         self.tally.held_ns += units * (now - self.since)
         self.since = now
 
@@ -512,9 +527,7 @@ class World:
         took = self._draws.time(cost.revoke)
 
         def done() -> None:
-            progress = self._jobs[job]
-            progress.settle(self._now)
-            progress.held.pop(partition, None)
+            self._jobs[job].revoke(self._now, partition)
             began = self._granted.pop((job, partition), None)
             if began is not None:
                 self._record(job, self._partitions[partition], began)
@@ -530,7 +543,8 @@ class World:
 
     def _repartition(self, action: a.Repartition) -> None:
         plan = action.plan
-        took = self._change_time(plan)
+        # What is there when the run begins was made before it.
+        took = self._change_time(plan) if self._partitions else 0
         if self._partitions:
             self.outcome.repartitions += 1
             self.outcome.repartition_ns += took

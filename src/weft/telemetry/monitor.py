@@ -7,12 +7,20 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, deque
+from collections.abc import Collection
 
 from weft.domain import actions as a
 from weft.domain import events as e
 from weft.domain.device import DeviceSpec
 from weft.domain.request import Refusal, Request
-from weft.domain.snapshot import SEASON_AHEAD, JobFacts, PartitionFacts, ServiceFacts, Snapshot
+from weft.domain.snapshot import (
+    RATE_WINDOW,
+    SEASON_AHEAD,
+    JobFacts,
+    PartitionFacts,
+    ServiceFacts,
+    Snapshot,
+)
 from weft.domain.units import S
 from weft.domain.workload import JobSpec, ServiceSpec
 from weft.policy.forecast import Holt, Season
@@ -24,8 +32,6 @@ LATENCY_BUCKETS_S = (
 )
 REVOKE_BUCKETS_S = (10e-6, 20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3)
 _WANT_OF_CAPACITY = (Refusal.OVERLOADED, Refusal.QUEUE_FULL)
-JOB_WINDOW = 60
-"""Intervals over which the progress of jobs is looked at; a node reports it over a minute."""
 DAY = 24 * 3600 * S
 SEASON_SLOTS = 288
 """Slots of a season: five minutes of a day."""
@@ -89,14 +95,20 @@ class ServiceMeter:
         self.rate = Holt()
         self.season = season
         self.last_answer = 0
+        self._rows = 0
         self._counted = 0
 
+    def arrive(self, rows: int) -> None:
+        """A request came."""
+        self.arrived += 1
+        self._rows += rows
+
     def tick(self, now: int, seconds: float) -> None:
-        """Close one interval of the arrival rate."""
-        rate = (self.arrived - self._counted) / seconds
+        """Close one interval of the arrival rate (rows per second)."""
+        rate = (self._rows - self._counted) / seconds
         self.rate.add(rate)
         self.season.add(now, rate)
-        self._counted = self.arrived
+        self._counted = self._rows
 
 
 class PartitionMeter:
@@ -138,7 +150,7 @@ class JobMeter:
         self._total: Counter[int] = Counter()
         self._renewed = 0.0
         """Grants, each counted as the part that it is of what the job then holds."""
-        self._renewals: deque[float] = deque([0.0], maxlen=JOB_WINDOW + 1)
+        self._renewals: deque[float] = deque([0.0], maxlen=RATE_WINDOW // S + 1)
 
     def change(self, now: int, units: int) -> None:
         """It got or lost units."""
@@ -151,7 +163,7 @@ class JobMeter:
         self._recent.append(self._now)
         for units, ns in self._now.items():
             self._total[units] += ns
-        if len(self._recent) > JOB_WINDOW:
+        if len(self._recent) > RATE_WINDOW // S:
             for units, ns in self._recent.popleft().items():
                 self._total[units] -= ns
         self._now = Counter()
@@ -194,12 +206,14 @@ class Monitor:
 
     def observe(self, now: int, event: e.Event, actions: list[a.Action]) -> None:
         """Learn from one step of the dispatcher."""
+        if not self._last_tick:
+            self._last_tick = now
         if isinstance(event, e.Planned):
             self._compute |= {p.id: p.compute for p in event.plan.partitions}
         match event:
             case e.Arrived(request=request):
                 self._open[request.id] = request
-                self.service(request.service).arrived += 1
+                self.service(request.service).arrive(request.rows)
             case e.BatchDone(batch=batch, exec_ns=exec_ns, failed=failed):
                 self._batch_over(now, batch, exec_ns, failed)
             case e.BatchFailed(batch=batch):
@@ -282,7 +296,7 @@ class Monitor:
         if since is None:
             return
         meter = self.job(job)
-        meter.held_ns += now - since
+        meter.held_ns += (now - since) * self._compute.get(partition, 1)
         meter.change(now, -self._compute.get(partition, 1))
         meter.pauses += not any(j == job for j, _ in self._granted)
         occupied = self.partition(partition)
@@ -310,9 +324,18 @@ class Monitor:
         return self.jobs[name]
 
     def held_ns(self, job: str, now: int) -> int:
-        """Time granted to a job up to now, grants under way included."""
-        running = sum(now - since for (j, _), since in self._granted.items() if j == job)
+        """Unit-nanoseconds granted to a job up to now, grants under way included."""
+        running = sum(
+            (now - since) * self._compute.get(partition, 1)
+            for (j, partition), since in self._granted.items()
+            if j == job
+        )
         return self.job(job).held_ns + running
+
+    def forget_jobs(self, kept: Collection[str]) -> None:
+        """Drop the meters of all jobs but these."""
+        for name in [n for n in self.jobs if n not in kept]:
+            del self.jobs[name]
 
     # --- reading ----------------------------------------------------------------------------
 

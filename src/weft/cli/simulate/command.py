@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import json
 import math
+import multiprocessing
 import os
+import signal
 import statistics
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -19,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from weft.domain.errors import ConfigError
+from weft.domain.errors import ConfigError, EnvironmentProblem
 from weft.domain.units import S, parse_duration
 from weft.sim.outcome import Outcome, merge
 from weft.sim.policies import POLICIES, Setting, better, choose, simulate, simulate_box
@@ -31,6 +36,9 @@ Figures = dict[str, float]
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond, the normal's.
 _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14)
+_PR_SET_PDEATHSIG = 1
+WIDE = 120
+"""Columns of the table where no terminal says how many there are."""
 _COLUMNS = (
     ("attainment", "attained", "{:.2%}"),
     ("worst_attainment", "worst service", "{:.2%}"),
@@ -90,17 +98,17 @@ def add_simulate(commands: Any) -> None:
 def _simulate(args: argparse.Namespace) -> int:
     policies = choose([name.strip() for name in args.policies.split(",")])
     scenario = _scenario(args)
-    if args.duration:
+    if args.duration is not None:
         try:
             duration = parse_duration(args.duration)
         except ValueError as error:
             raise ConfigError(str(error), "--duration") from None
+        if duration <= 0:
+            raise ConfigError("must be longer than 0", "--duration")
         scenario = msgspec.structs.replace(scenario, duration=duration)
     if args.seeds < 1:
         raise ConfigError(f"must be at least 1, got {args.seeds}", "--seeds")
-    for path in (args.json, args.plot, args.html):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ConfigError(f"there is no folder {path.parent} to write {path.name} to")
+    _check_outputs([path for path in (args.json, args.plot, args.html) if path is not None])
     settings = {(p.name, s): t for p in policies for s, t in p.settings(scenario).items()}
     began = time.monotonic()
     results = _run_all(scenario, settings, [_Run(*key, 0) for key in settings])
@@ -110,8 +118,8 @@ def _simulate(args: argparse.Namespace) -> int:
     results |= _run_all(scenario, settings, later)
     took = time.monotonic() - began
     best = {p.name: _best(p.name, settings, results, args.seeds) for p in policies}
-    console = Console()
-    rows = _rows(best, results, args.seeds)
+    console = Console() if sys.stdout.isatty() else Console(width=WIDE)
+    rows = _rows(scenario, best, results, args.seeds)
     console.print(_table(scenario, rows))
     requests = sum(r["requests"] for r in results.values())
     note = (
@@ -124,19 +132,40 @@ def _simulate(args: argparse.Namespace) -> int:
     if args.why:
         for name, setting in best.items():
             _print_reasons(console, scenario, name, settings[name, setting])
-    if args.json:
-        args.json.write_text(json.dumps(_document(scenario, best, results), indent=1))
-    if args.plot or args.html:
-        from weft.cli.simulate import chart
-
-        shown = {
-            name: simulate(scenario, settings[name, s], 0, record=True) for name, s in best.items()
-        }
-        if args.plot:
-            chart.draw(scenario, shown, args.plot)
-        if args.html:
-            chart.report(scenario, shown, rows, [note], args.html)
+    try:
+        if args.json:
+            args.json.write_text(json.dumps(_document(scenario, best, results), indent=1))
+        if args.plot or args.html:
+            _draw(args, scenario, {name: settings[name, s] for name, s in best.items()}, rows, note)
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot write {error.filename}: {error.strerror}") from None
     return 0
+
+
+def _draw(
+    args: argparse.Namespace,
+    scenario: Scenario,
+    settings: dict[str, Setting],
+    rows: list[tuple[str, ...]],
+    note: str,
+) -> None:
+    from weft.cli.simulate import chart
+
+    shown = {name: simulate(scenario, s, 0, record=True) for name, s in settings.items()}
+    if args.plot:
+        chart.draw(scenario, shown, args.plot)
+    if args.html:
+        chart.report(scenario, shown, rows, [note], args.html)
+
+
+def _check_outputs(paths: list[Path]) -> None:
+    for path in paths:
+        if path.is_dir():
+            raise ConfigError(f"{path} is a folder; name a file to write to")
+        if not path.absolute().parent.is_dir():
+            raise ConfigError(f"there is no folder {path.parent} to write {path.name} to")
+    for path in {p for p in paths if paths.count(p) > 1}:
+        raise ConfigError(f"{path} is named twice; the second would replace the first")
 
 
 def _scenario(args: argparse.Namespace) -> Scenario:
@@ -161,7 +190,7 @@ def _run_all(
     scenario: Scenario, settings: dict[tuple[str, str], Setting], runs: list[_Run]
 ) -> dict[_Run, Figures]:
     parts: dict[_Run, dict[int, Outcome]] = {run: {} for run in runs}
-    with ProcessPoolExecutor(os.cpu_count()) as pool, Progress(transient=True) as progress:
+    with _workers() as pool, Progress(transient=True) as progress:
         bar = progress.add_task(scenario.name, total=len(runs) * scenario.boxes)
         waiting = {
             pool.submit(simulate_box, scenario, settings[run.policy, run.setting], run.seed, box): (
@@ -179,6 +208,27 @@ def _run_all(
         run: _figures(merge([outcomes[box] for box in sorted(outcomes)]))
         for run, outcomes in parts.items()
     }
+
+
+@contextlib.contextmanager
+def _workers() -> Iterator[ProcessPoolExecutor]:
+    """Processes, one per core, that go when this one does, however it ends."""
+    pool = ProcessPoolExecutor(os.cpu_count(), initializer=_end_with_parent)
+    try:
+        yield pool
+    except BaseException:
+        for process in multiprocessing.active_children():
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    # Ctrl-C reaches all of a terminal's processes: the parent decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
 
 
 def _figures(outcome: Outcome) -> Figures:
@@ -228,12 +278,16 @@ def _best(
     return best
 
 
-def _rows(best: dict[str, str], results: dict[_Run, Figures], seeds: int) -> list[tuple[str, ...]]:
+def _rows(
+    scenario: Scenario, best: dict[str, str], results: dict[_Run, Figures], seeds: int
+) -> list[tuple[str, ...]]:
     """The table's cells, head first."""
-    rows = [("policy", *(title for _, title, _ in _COLUMNS))]
+    alone = len(scenario.services) < 2
+    columns = [c for c in _COLUMNS if not (alone and c[0] == "worst_attainment")]
+    rows = [("policy", *(title for _, title, _ in columns))]
     for policy, setting in best.items():
         cells = []
-        for key, _, shape in _COLUMNS:
+        for key, _, shape in columns:
             samples = _samples(key, policy, setting, results, seeds)
             cell = shape.format(statistics.mean(samples))
             half = interval(samples)
