@@ -17,14 +17,14 @@ STAY = 1.2
 
 
 def share_out(
-    view: View, verdict: Verdict, lend: bool, present: Mapping[str, str]
+    view: View, verdict: Verdict, lend: bool, present: Mapping[str, str], stay: float = STAY
 ) -> tuple[float, dict[str, str]]:
     """For a device whose jobs cannot move: which partition each job is bound to, and the sum of
     their utilities, ``weight x log(1 + speed-up)``, of which it gets in a service's partition
     what the service leaves, less what each request that finds it idle costs; where that is not
     known it is taken to be much, because to find out it would have to move. Heavier jobs choose
-    first; several may share one. A job stays where it is (``present``) if that is nearly as
-    good."""
+    first; several may share one. A job stays where it is (``present``) if it would not gain more
+    than ``stay`` times."""
     layout = verdict.layout
     slots = {p.id: (p.compute, 1.0, 0.0) for p in layout.free}
     if lend:
@@ -47,7 +47,7 @@ def share_out(
         }
         best = max(values, key=lambda name: (values[name], name))
         there = present.get(job.id, "")
-        if there in values and values[there] * STAY >= values[best]:
+        if there in values and (values[there] * stay >= values[best] or math.isinf(stay)):
             best = there
         weights[best] += job.weight
         bound[job.id] = best

@@ -61,6 +61,9 @@ class DeviceMemory(msgspec.Struct):
     trial: Layout | None = None
     """A layout that would be tried to learn something."""
     crowded_since: int = 0
+    """Since when services should change places (ns)."""
+    cramped_since: int = 0
+    """Since when jobs should."""
     shares: dict[str, int] = {}
     """Units of jobs that can move."""
 

@@ -228,6 +228,8 @@ class Wishes:
     def rearrange(self, view: View, memory: DeviceMemory) -> list[str]:
         """Why services or jobs should change places within the layout; empty if they should
         not."""
+        if view.device.pins_jobs:
+            return self._rebalance(view, memory) or self._rebind(view, memory)
         return self._rebalance(view, memory) or self._redivide(view, memory)
 
     def _rebalance(self, view: View, memory: DeviceMemory) -> list[str]:
@@ -250,7 +252,7 @@ class Wishes:
     def _redivide(self, view: View, memory: DeviceMemory) -> list[str]:
         """Why jobs should have other parts of what is left: what they make of it was learned."""
         state, layout = self.state, memory.layout
-        if layout is None or view.device.pins_jobs or state.learned_at != view.now or state.probe:
+        if layout is None or state.learned_at != view.now or state.probe:
             return []
         wish = self._demand.divide(view, layout)
         have = memory.shares
@@ -268,6 +270,24 @@ class Wishes:
             return []
         parts = ", ".join(f"{job} {have[job]} -> {wish[job]}" for job in sorted(wish))
         return [f"units of jobs: {parts}: what each makes of them was learned"]
+
+    def _rebind(self, view: View, memory: DeviceMemory) -> list[str]:
+        """Why jobs should start again on other instances."""
+        layout, tuning = memory.layout, self.tuning
+        if layout is None or not view.jobs:
+            return []
+        verdict = judge(view, layout, 0.0)
+        before, _ = share_out(view, verdict, tuning.lend, self.state.bound, math.inf)
+        after, places = share_out(view, verdict, tuning.lend, self.state.bound)
+        if after <= (GAIN + view.device.move_ns / tuning.payback) * before:
+            memory.cramped_since = 0
+            return []
+        memory.cramped_since = memory.cramped_since or view.now
+        if view.now - memory.cramped_since < tuning.shrink_after:
+            return []
+        memory.cramped_since = 0
+        moved = sorted(j for j, where in places.items() if where != self.state.bound.get(j))
+        return [f"{', '.join(moved)} elsewhere: jobs gain {after / before - 1:.0%}"]
 
     def _pays(self, view: View, current: Layout, wish: Layout) -> bool:
         """Whether unit-time gained (by services or by jobs) exceeds the cost of the change."""
