@@ -67,12 +67,24 @@ def test_a_trace_keeps_its_gaps_and_takes_a_rate(tmp_path: Path) -> None:
         ("at\n1\n1\n2\n", "line 3: the same time as the line before"),
         ("at\n1\nsoon\n", "line 3: 'soon' is neither seconds nor an ISO date"),
         ("at\n1\n", "at least two different times"),
+        ("at\n1\nnan\n", "line 3: 'nan' is neither seconds nor"),
+        ("at\n1\ninf\n", "line 3: 'inf' is neither seconds nor"),
+        ("at\n" + "1" * 200_000 + "\n", "not a CSV file"),
     ],
 )
 def test_a_bad_trace_is_named(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "bad.csv"
     path.write_text(text)
     with pytest.raises(ConfigError, match=f"bad.csv.*{said}"):
+        read_trace(path, "at")
+
+
+def test_a_trace_from_a_spreadsheet_is_read_and_a_binary_one_named(tmp_path: Path) -> None:
+    path = tmp_path / "t.csv"
+    path.write_bytes(b"\xef\xbb\xbfat\n1\n2\n")
+    assert read_trace(path, "at").recorded == (0, S)
+    path.write_bytes(b"\xff\xfea\x00t\x00")
+    with pytest.raises(ConfigError, match="not a CSV file in UTF-8"):
         read_trace(path, "at")
 
 

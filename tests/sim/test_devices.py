@@ -154,3 +154,27 @@ def test_what_jobs_make_of_space_is_learned_and_pays_for_the_trying() -> None:
     assert outcome.figures()["job_rate"] > 1.1 * plain.figures()["job_rate"]
     tried = sum("is tried out" in reason for _, rs in outcome.reasons for reason in rs)
     assert 1 <= tried <= 2400 / 90 * 0.3
+
+
+def test_a_serving_device_that_nobody_uses_asks_for_no_plans() -> None:
+    text = NPU[: NPU.index("    npu:")] + NPU[NPU.index("\n", NPU.index("    npu:")) + 1 :]
+    outcome = run(parse_scenario(text, Path()))
+    assert len(outcome.reasons) <= 2
+
+
+def test_two_devices_that_train_are_divided_each_for_itself() -> None:
+    text = """
+name: s
+duration: 200s
+devices:
+  - {kind: cpu, name: a, units: 8}
+  - {kind: cpu, name: b, units: 4}
+services:
+  - name: s
+    objective: {latency: 100ms}
+    cost: {first: 10ms}
+    arrivals: {kind: poisson, rate: 5}
+jobs: [{name: j, cost: {rate: 5}}, {name: k, cost: {rate: 5, parallel: 0.5}}]
+"""
+    outcome = run(parse_scenario(text, Path()))
+    assert len(outcome.reasons) <= 6

@@ -49,6 +49,13 @@ def test_every_example_is_in_order(path: Path) -> None:
         ("kind: poisson, rate: 10", "kind: steps, rates: {5s: 1}", "start at 0s"),
         ("jobs:", "jobs:\n  - {name: k, guaranteed: 1.1, cost: {rate: 1}}", "must be a share"),
         ("jobs:", "jobs:\n  - {name: j, cost: {rate: 1}}", "'j' stands twice"),
+        ("device: {kind: cpu, units: 4}", "", "device: is required; give device for one"),
+        (
+            "kind: poisson, rate: 10",
+            "kind: bursts, rate: 1, burst_rate: 2, mean_quiet: 1ns, mean_burst: 1s",
+            "mean_quiet: must be at least 1ms",
+        ),
+        ("name: s", "name: " + "[" * 5000, "nested too deeply"),
     ],
 )
 def test_a_bad_scenario_is_named(tmp_path: Path, old: str, new: str, said: str) -> None:
@@ -157,3 +164,13 @@ def test_cores_that_only_serve_have_costs_of_their_own(tmp_path: Path) -> None:
     own = soc.replace("    arrivals", "    cpu: {cost: {first: 30ms}}\n    arrivals", 1)
     costs = parse_scenario(own, tmp_path).services[0].costs
     assert (costs["sm"].first, costs["cpu"].first) == (10_000_000, 30_000_000)
+
+
+def test_errors_of_a_file_name_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("")
+    with pytest.raises(ConfigError, match=r"mine\.yaml is empty"):
+        read_scenario(path)
+    path.write_text(GOOD.replace("units: 4", "units: 0"))
+    with pytest.raises(ConfigError, match=r"^mine\.yaml: device\.units"):
+        read_scenario(path)

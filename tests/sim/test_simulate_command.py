@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from weft.cli.main import main
@@ -76,3 +81,43 @@ def test_bad_options_are_named(
 def test_interval_is_students() -> None:
     assert interval([1.0]) == 0
     assert interval([1.0, 2.0, 3.0]) == pytest.approx(4.30 / 3**0.5, rel=0.01)
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -15)])
+def test_an_end_from_outside_leaves_no_process(
+    tmp_path: Path, sent: signal.Signals, code: int
+) -> None:
+    path = tmp_path / "s.yaml"
+    path.write_text(SCENARIO.replace("duration: 5s", "duration: 100000s"))
+    command = [sys.executable, "-m", "weft", "simulate", str(path), "--seeds", "4"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        parent = psutil.Process(process.pid)
+        workers: list[psutil.Process] = []
+        # The workers are there, and have said that they ignore Ctrl-C.
+        while len(workers) < 2 or not all(w.cpu_times().user > 0.5 for w in workers):
+            assert process.poll() is None
+            time.sleep(0.05)
+            workers = parent.children()
+        process.send_signal(sent)
+        _, said = process.communicate(timeout=30)
+        assert process.returncode == code
+        assert said == b""
+        _, left = psutil.wait_procs(workers, timeout=30)
+    assert left == []
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--duration", "0s"], "--duration: must be longer than 0"),
+        (["--duration", ""], "--duration: "),
+        (["--json", "."], "is a folder"),
+        (["--json", "x", "--plot", "x"], "is named twice"),
+        (["--json", "/dev/full"], "cannot write"),
+    ],
+)
+def test_what_cannot_be_written_or_run_is_said(
+    path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    assert main(["simulate", str(path), "--policies", "weft", "--seeds", "1", *options]) == 1
+    assert said in capsys.readouterr().err

@@ -150,3 +150,50 @@ def test_what_borrowing_costs_jobs_is_tried_and_what_costs_too_much_they_get_for
     reasons = [why for _, each in outcome.reasons for why in each]
     assert sum("is not known; it is tried" in why for why in reasons) == 1
     assert outcome.figures()["attainment"] > 0.99
+
+
+@pytest.mark.parametrize("resume", ["200ms", "10s"])
+def test_a_job_loses_no_more_than_it_makes(resume: str) -> None:
+    job = f"{{name: j, cost: {{rate: 5, resume: {resume}}}}}"
+    outcome = run(scenario(rate=100, jobs=job, more="instances: 4"), Tuning(learn=False))
+    assert 0.0 <= outcome.figures()["job_rate"] < 5.0
+
+
+def test_the_first_request_of_a_run_finds_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("at\n0\n1\n2\n")
+    text = """
+name: s
+duration: 5s
+device: {kind: cpu, units: 2}
+services:
+  - name: a
+    objective: {latency: 100ms}
+    cost: {first: 10ms}
+    arrivals: {kind: trace, file: t.csv, column: at}
+"""
+    outcome = run(parse_scenario(text, tmp_path))
+    assert outcome.services["a"].attained == 3
+
+
+def test_bursts_that_one_instance_cannot_carry_do_not_make_the_layout_swing() -> None:
+    """Overloaded, it gets the one partition that is largest, not two of which it uses one."""
+    bursts = """{kind: bursts, rate: 20, burst_rate: 300, mean_quiet: 20s, mean_burst: 5s}"""
+    found = parse_scenario(
+        f"""
+name: s
+duration: 600s
+device: {{kind: cpu, units: 2}}
+services:
+  - name: a
+    objective: {{latency: 50ms}}
+    batch: {{max: 8}}
+    cost: {{first: 5ms, per_row: 3ms, parallel: 0.9}}
+    arrivals: {bursts}
+jobs: [{{name: j, cost: {{rate: 5}}}}]
+""",
+        Path(),
+    )
+    outcome = run(found)
+    fixed = run(found, Tuning(split=(2, 2)))
+    assert outcome.repartitions <= 4
+    assert outcome.figures()["attainment"] > fixed.figures()["attainment"] - 0.02

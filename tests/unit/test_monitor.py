@@ -178,3 +178,25 @@ def test_a_request_that_failed_alone_in_its_batch_is_no_answer() -> None:
     assert (meter.arrived, meter.answered, meter.failed) == (3, 2, 1)
     assert meter.refused[Refusal.FAILED.name] == 1
     assert not world.monitor._open
+
+
+def test_the_rate_counts_rows_and_the_machines_uptime_does_not() -> None:
+    monitor, uptime = Monitor(), 10 * 86_400 * S
+    for i in range(10):
+        request = Request(i + 1, "s", uptime, uptime + S, rows=8)
+        monitor.observe(uptime + i * S // 10, e.Arrived(request), [])
+    monitor.observe(uptime, e.JobReady("j", 1.0, 0.0, 1, S), [])
+    monitor.job("j")
+    monitor.tick(uptime + S)
+    assert monitor.service("s").rate.level == pytest.approx(80.0)
+    monitor.observe(uptime + S, e.Woke(), [a.Grant("", "j", "p", S)])
+    monitor.tick(uptime + 2 * S)
+    assert monitor.job("j").shares() == {0: 0.5, 1: 0.5}
+
+
+def test_meters_of_jobs_that_are_no_more_are_dropped() -> None:
+    monitor = Monitor()
+    for name in "abc":
+        monitor.job(name)
+    monitor.forget_jobs({"b"})
+    assert list(monitor.jobs) == ["b"]

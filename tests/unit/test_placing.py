@@ -132,3 +132,23 @@ def test_laws_hold_for_any_services(drawn: list[tuple[float, bool, int, float]])
             used += each.variants["npu"].memory
             assert not why_not(each, npu(), npu().memory)
     assert used <= npu().memory
+
+
+def test_one_that_is_not_placed_leaves_the_room_to_others() -> None:
+    tight = model("tight", 60.0, SMALL, objective=10 * MS)
+    tight.exec_ns["npu"]["1x1"] = tight.exec_ns["cpu"]["1x1"] = 9 * MS
+    found = placed(tight, model("easy", 20.0, SMALL, objective=500 * MS))
+    assert found.homes()["easy"] == {"npu"}
+    assert any("tight is not on npu" in reason for reason in found.reasons)
+
+
+def test_two_serving_devices_share_what_one_cannot_carry() -> None:
+    second = msgspec.structs.replace(npu(), id="npu2")
+    services = [
+        model(name, 50.0, SMALL, objective=200 * MS, accuracy_floor=0.95) for name in ("a", "b")
+    ]
+    for each in services:
+        each.exec_ns["npu"] = {"1x1": 9 * MS, "1x8": 72 * MS}
+        each.variants["cpu"] = Variant(accuracy=0.5)
+    found = place(services, (npu(), second, cpu(4)), {}, 0.0)
+    assert {home for homes in found.homes().values() for home in homes} == {"npu", "npu2"}

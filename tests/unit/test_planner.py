@@ -340,3 +340,23 @@ def test_the_same_snapshots_give_the_same_plans() -> None:
         ]
 
     assert plans() == plans()
+
+
+def test_a_plan_that_was_refused_is_made_again() -> None:
+    world = Planning(2)
+    assert world.see(service(), job()) is not None
+    world.present = EMPTY_PLAN
+    assert world.see(service(), job()) is not None
+
+
+@pytest.mark.parametrize("probed", ["a", "b"])
+def test_trying_out_keeps_guarantees_and_limits(probed: str) -> None:
+    world = Planning(8)
+    world.see(job("a", weight=1.0, guaranteed=0.5), job("b", weight=0.01, limit=0.25))
+    world.planner.state.probe = probed
+    world.see(job("a", weight=1.0, guaranteed=0.5), job("b", weight=0.01, limit=0.25), job("c"))
+    shares = {name: len(where) for name, where in world.present.jobs.items()}
+    assert shares["a"] >= 4
+    assert shares["b"] <= 2
+    world.see(job("c"))
+    assert world.planner.state.probe == ""
