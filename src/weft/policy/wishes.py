@@ -57,6 +57,7 @@ class Wishes:
             return current, []
         if not view.services:
             return current, []
+        memory.trial = None
         find = self._wish_mig if device.mig else self._wish
         wish, reason, patience = find(view, current, least)
         if wish == current:
@@ -70,7 +71,6 @@ class Wishes:
         memory.wish = None
         if wish == memory.trial:
             self.state.tried_own = now
-        memory.trial = None
         return wish, [f"{_describe(current)} -> {_describe(wish)}: {reason} (for {held / S:.0f}s)"]
 
     def _is_fixed(self, device: DeviceSpec) -> bool:
@@ -123,29 +123,21 @@ class Wishes:
         borrowing, all that services can do without at their peak; one step more if they would
         lose nothing. Where it is not known what borrowing costs them, that is tried."""
         tuning, state = self.tuning, self.state
-        horizon_s = tuning.horizon / S
         peak = self._demand.at_peak(view, SPARE)
         here = judge(view, current, 0.0)
-        low, high = max(1, least), current.compute - 1
-        fewest = None
-        for less in _fewer(view, current, low, high):
-            verdict = judge(peak, less, horizon_s)
-            if verdict.misses or verdict.busiest > CALM:
-                continue
-            fewest = less
-            gained = self._ratio(view, here, verdict.layout)
-            if gained > GAIN_OWN:
-                step = judge(peak, self._fit(peak, high), horizon_s)
-                if step.misses or step.busiest > CALM:
-                    break
+        fewest = self._fewest(peak, current, least)
+        if fewest is not None:
+            gained = self._ratio(view, here, fewest)
+            step = self._fit(peak, current.compute - 1)
+            if gained > GAIN_OWN and self._is_calm(peak, step):
                 why = f"jobs gain {gained - 1:.0%} and objectives hold"
-                return step.layout, why, tuning.shrink_after
+                return step, why, tuning.shrink_after
             unknown = [j.id for j in view.jobs if self._demand.unknown_pauses(j.id)]
-            if unknown and tuning.lend and view.now - state.tried_own > TRY_EVERY:
-                state.devices[view.device.id].trial = verdict.layout
+            tried = not tuning.lend or view.now - state.tried_own <= TRY_EVERY
+            if gained <= GAIN_OWN and unknown and not tried:
+                state.devices[view.device.id].trial = fewest
                 why = f"what pauses cost {', '.join(unknown)} is not known; it is tried without"
-                return verdict.layout, why, tuning.shrink_after
-            break
+                return fewest, why, tuning.shrink_after
         usable = min(view.device.compute, sum(s.instances for s in view.services))
         trying = view.now - state.tried_own < PROBE_FOR
         if not tuning.lend or current.compute >= usable or trying:
@@ -153,9 +145,26 @@ class Wishes:
         if self._ratio(view, here, self._fit(view, usable)) < LOSE_NOTHING:
             return current, "", 0
         more = self._fit(view, current.compute + 1)
-        if fewest and self._ratio(view, judge(view, more, 0.0), fewest) > GAIN_OWN:
+        if fewest is not None and self._ratio(view, judge(view, more, 0.0), fewest) > GAIN_OWN:
             return current, "", 0
         return more, "jobs lose nothing by borrowing it", tuning.shrink_after
+
+    def _fewest(self, peak: View, current: Layout, least: int) -> Layout | None:
+        """About the least that services can do with: single units, or as large as now."""
+        low, high = max(1, least), current.compute - 1
+        if high < low:
+            return None
+        for units in sorted({low, (low + high) // 2, high}):
+            for size in sorted({1, current.mine[0].compute}):
+                if units % size == 0:
+                    layout = unit_layout(peak.device, units, size)
+                    if self._is_calm(peak, layout):
+                        return layout
+        return None
+
+    def _is_calm(self, view: View, layout: Layout) -> bool:
+        verdict = judge(view, layout, self.tuning.horizon / S)
+        return not verdict.misses and verdict.busiest <= CALM
 
     def _ratio(self, view: View, here: Verdict, layout: Layout) -> float:
         """What another layout would be worth to jobs, 1 being what they have."""
@@ -287,7 +296,8 @@ class Wishes:
             return []
         memory.cramped_since = 0
         moved = sorted(j for j, where in places.items() if where != self.state.bound.get(j))
-        return [f"{', '.join(moved)} elsewhere: jobs gain {after / before - 1:.0%}"]
+        gained = after / before - 1 if before else 1.0
+        return [f"{', '.join(moved)} elsewhere: jobs gain {gained:.0%}"]
 
     def _pays(self, view: View, current: Layout, wish: Layout) -> bool:
         """Whether unit-time gained (by services or by jobs) exceeds the cost of the change."""
@@ -311,19 +321,6 @@ def _judge_all(view: View, layouts: list[Layout], horizon_s: float) -> list[Verd
             known[key] = judge(view, layout, horizon_s)
         found.append(msgspec.structs.replace(known[key], layout=layout))
     return found
-
-
-def _fewer(view: View, current: Layout, low: int, high: int) -> list[Layout]:
-    """Layouts of fewer units for services, fewest first: single ones, or as large as now."""
-    if high < low:
-        return []
-    present = current.mine[0].compute
-    return [
-        unit_layout(view.device, units, size)
-        for units in sorted({low, (low + high) // 2, high})
-        for size in sorted({1, present})
-        if units % size == 0
-    ]
 
 
 def _unlent(verdict: Verdict) -> Verdict:
