@@ -128,13 +128,14 @@ class Wishes:
         fewest = self._fewest(peak, current, least)
         if fewest is not None:
             gained = self._ratio(view, here, fewest)
-            step = self._fit(peak, current.compute - 1)
-            if gained > GAIN_OWN and self._is_calm(peak, step):
-                why = f"jobs gain {gained - 1:.0%} and objectives hold"
-                return step, why, tuning.shrink_after
             unknown = [j.id for j in view.jobs if self._demand.unknown_pauses(j.id)]
             tried = not tuning.lend or view.now - state.tried_own <= TRY_EVERY
-            if gained <= GAIN_OWN and unknown and not tried:
+            if gained > GAIN_OWN:
+                step = self._fit(peak, current.compute - 1)
+                if self._is_calm(peak, step):
+                    why = f"jobs gain {gained - 1:.0%} and objectives hold"
+                    return step, why, tuning.shrink_after
+            elif unknown and not tried:
                 state.devices[view.device.id].trial = fewest
                 why = f"what pauses cost {', '.join(unknown)} is not known; it is tried without"
                 return fewest, why, tuning.shrink_after
