@@ -82,8 +82,9 @@ def _picture(scenario: Scenario, outcomes: dict[str, Outcome]) -> bytes:
         _shares(share, outcome, colour)
     for axis, label in zip(axes[-1], ("seconds into the run",) * 3, strict=True):
         axis.set_xlabel(label)
-    figure.legend(handles=[Patch(color=c, label=n) for n, c in colour.items()], loc="upper right")
-    figure.tight_layout()
+    handles = [Patch(color=c, label=n) for n, c in colour.items()]
+    figure.legend(handles=handles, loc="lower center", ncol=len(handles), frameon=False)
+    figure.tight_layout(rect=(0, 0.35 / figure.get_figheight(), 1, 1))
     out = io.BytesIO()
     figure.savefig(out, dpi=100)
     plt.close(figure)
@@ -100,6 +101,7 @@ def _space(axis: Any, scenario: Scenario, outcome: Outcome, colour: dict[str, st
         )
     axis.set_ylim(0, sum(len(d.spec.units) for d in scenario.devices))
     axis.set_ylabel(" + ".join(d.spec.id for d in scenario.devices))
+    axis.locator_params(axis="x", nbins=5)
 
 
 def _latency(axis: Any, scenario: Scenario, outcome: Outcome, colour: dict[str, str]) -> None:
