@@ -114,8 +114,8 @@ def test_on_one_core_a_job_stands_still_while_a_request_runs_and_goes_on_after(
     box.submit("sh", "-c", BUSY)
     box.until(lambda: box.job("job").state == "running" and box.job("job").partitions)
     # Not "is it stopped": a process that gets no time at all cannot even stop.
-    # And on a machine that is busy elsewhere it may get a little before it is stopped.
-    assert sorted(seen_during_a_batch(box, lambda: ticks_used(box)))[1] <= 2
+    # The kernel takes 5 % of each second from real-time workers: some looks may see that.
+    assert min(seen_during_a_batch(box, lambda: ticks_used(box))) <= 2
     box.until(lambda: ticks_used(box) > 5)
     assert box.job("job").pauses > 0
 
