@@ -9,9 +9,12 @@ The job shim imports this file, so it imports next to nothing.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import time
+
+_PR_SET_PDEATHSIG = 1
 
 TYPE_CHECKING = False  # ``typing`` costs the shim more to import than all of this file
 if TYPE_CHECKING:
@@ -200,3 +203,8 @@ def kill(find: Callable[[], list[int]], within_s: float = 5.0) -> list[int]:
         time.sleep(pause)
         pause = min(2 * pause, 0.1)
     return []
+
+
+def end_with_parent(sent: signal.Signals) -> None:
+    """Have the kernel send this process a signal when its parent ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, sent, 0, 0, 0)

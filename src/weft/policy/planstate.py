@@ -60,10 +60,8 @@ class DeviceMemory(msgspec.Struct):
     wished_since: int = 0
     trial: Layout | None = None
     """A layout that would be tried to learn something."""
-    crowded_since: int = 0
-    """Since when services should change places (ns)."""
-    cramped_since: int = 0
-    """Since when jobs should."""
+    restless: dict[str, int] = {}
+    """Since when services, and jobs, should change places (ns)."""
     shares: dict[str, int] = {}
     """Units of jobs that can move."""
 

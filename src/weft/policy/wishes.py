@@ -250,13 +250,9 @@ class Wishes:
             return []
         now_rho = utilization(view, layout, horizon_s)
         best_rho = judge(view, layout, horizon_s).busiest
-        if now_rho <= RHO_MAX or best_rho > now_rho - 0.1:
-            memory.crowded_since = 0
+        crowded = now_rho > RHO_MAX and best_rho <= now_rho - 0.1
+        if not _has_held(memory, "services", crowded, view.now, tuning.grow_after):
             return []
-        memory.crowded_since = memory.crowded_since or view.now
-        if view.now - memory.crowded_since < tuning.grow_after:
-            return []
-        memory.crowded_since = 0
         return [f"services spread anew: busiest partition {now_rho:.2f} -> {best_rho:.2f}"]
 
     def _redivide(self, view: View, memory: DeviceMemory) -> list[str]:
@@ -289,13 +285,9 @@ class Wishes:
         verdict = judge(view, layout, 0.0)
         before, _ = share_out(view, verdict, tuning.lend, self.state.bound, math.inf)
         after, places = share_out(view, verdict, tuning.lend, self.state.bound)
-        if after <= (GAIN + view.device.move_ns / tuning.payback) * before:
-            memory.cramped_since = 0
+        pays = after > (GAIN + view.device.move_ns / tuning.payback) * before
+        if not _has_held(memory, "jobs", pays, view.now, tuning.shrink_after):
             return []
-        memory.cramped_since = memory.cramped_since or view.now
-        if view.now - memory.cramped_since < tuning.shrink_after:
-            return []
-        memory.cramped_since = 0
         moved = sorted(j for j, where in places.items() if where != self.state.bound.get(j))
         gained = after / before - 1 if before else 1.0
         return [f"{', '.join(moved)} elsewhere: jobs gain {gained:.0%}"]
@@ -310,6 +302,17 @@ class Wishes:
             moving = sum(self.state.bound.get(j.id) not in staying for j in view.jobs)
             cost += moving * device.move_ns
         return gained > cost
+
+
+def _has_held(memory: DeviceMemory, who: str, wish: bool, now: int, patience: int) -> bool:
+    """Whether the wish that they change places has held for long enough; it is then forgotten."""
+    if not wish:
+        memory.restless.pop(who, None)
+        return False
+    if now - memory.restless.setdefault(who, now) < patience:
+        return False
+    del memory.restless[who]
+    return True
 
 
 def _judge_all(view: View, layouts: list[Layout], horizon_s: float) -> list[Verdict]:

@@ -6,7 +6,6 @@ in here, a crash of the engine included, ends this process alone.
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 import signal
@@ -19,6 +18,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
+from weft.devices import proctree
 from weft.domain.errors import ModelError
 from weft.engines.base import NUMPY, Array, Engine, open_engine
 from weft.runtime.arena import map_arena
@@ -42,7 +42,6 @@ ALIGN = 64
 PROFILE_RUNS = 5
 PROFILE_BUDGET_NS = 2_000_000_000
 """Profiling stops here: a slow model learns the rest from traffic."""
-_PR_SET_PDEATHSIG = 1
 _FAILURES = (ModelError, ValueError, MemoryError)
 """What a model may raise on an input; anything else is a bug and ends the worker."""
 
@@ -255,7 +254,7 @@ def _timed(engine: Engine, units: int, inputs: dict[str, Array]) -> int:
 def main() -> None:
     """Entry point of the process."""
     parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    proctree.end_with_parent(signal.SIGKILL)
     if os.getppid() != parent:
         sys.exit(0)
     # Ctrl-C reaches the whole foreground group; ending workers is the node's business.

@@ -27,7 +27,7 @@ from weft.domain.request import Request
 from weft.domain.snapshot import RATE_WINDOW
 from weft.domain.units import S
 from weft.domain.workload import BatchSpec, JobSpec, ServiceSpec, Slo
-from weft.policy.state import DispatcherState
+from weft.policy.state import DispatcherState, ServiceState
 from weft.sim.arrivals import Recorded
 from weft.sim.costs import DEVICES, DeviceCost, ExecCost, JobCost, Spread, speed_up
 from weft.sim.scenario import Scenario, SimDevice, SimJob, SimService
@@ -138,15 +138,7 @@ class Recording:
 
     def _take(self, state: DispatcherState) -> None:
         for service in state.services.values():
-            self.services[service.name] = ServiceSpec(
-                name=service.name,
-                model=service.name,
-                slo=Slo(service.objective),
-                batch=BatchSpec(service.max_batch, service.preferred, service.max_queue_delay),
-                max_queue=service.max_queue,
-                strict=service.strict,
-                instances=max(1, service.workers),
-            )
+            self.services[service.name] = _spec(service.name, service, max(1, service.workers))
         self._units |= {p.id: p.compute for p in state.partitions.values()}
         for partition in state.partitions.values():
             if partition.job:
@@ -157,14 +149,7 @@ class Recording:
     def _event(self, now: int, event: e.Event) -> None:
         match event:
             case e.ServiceAdded():
-                self.services[event.service] = ServiceSpec(
-                    name=event.service,
-                    model=event.service,
-                    slo=Slo(event.objective),
-                    batch=BatchSpec(event.max_batch, event.preferred, event.max_queue_delay),
-                    max_queue=event.max_queue,
-                    strict=event.strict,
-                )
+                self.services[event.service] = _spec(event.service, event)
             case e.Arrived(request=request):
                 if self._at(now) is not None:
                     self.arrivals[request.service].append(request)
@@ -437,3 +422,15 @@ def _spread(samples: Sequence[int]) -> Spread:
     mean = statistics.mean(kept)
     spread = statistics.stdev(kept) / mean if len(kept) > 1 and mean > 0 else 0.0
     return Spread(round(mean), min(2.0, spread))
+
+
+def _spec(name: str, known: ServiceState | e.ServiceAdded, instances: int = 1) -> ServiceSpec:
+    return ServiceSpec(
+        name=name,
+        model=name,
+        slo=Slo(known.objective),
+        batch=BatchSpec(known.max_batch, known.preferred, known.max_queue_delay),
+        max_queue=known.max_queue,
+        strict=known.strict,
+        instances=instances,
+    )

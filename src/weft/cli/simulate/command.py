@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import math
 import multiprocessing
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from weft.devices import proctree
 from weft.domain.errors import ConfigError, EnvironmentProblem
 from weft.domain.units import S, parse_duration
 from weft.sim.outcome import Outcome, merge
@@ -36,7 +36,6 @@ Figures = dict[str, float]
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond, the normal's.
 _T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14)
-_PR_SET_PDEATHSIG = 1
 WIDE = 120
 """Columns of the table where no terminal says how many there are."""
 _COLUMNS = (
@@ -228,7 +227,7 @@ def _end_with_parent() -> None:
     # Ctrl-C reaches all of a terminal's processes: the parent decides.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    proctree.end_with_parent(signal.SIGTERM)
 
 
 def _figures(outcome: Outcome) -> Figures:
