@@ -19,9 +19,11 @@ from weft.domain.port import (
     InferResult,
     JobStatus,
     ModelMeta,
+    OnOutcome,
     Refused,
     TensorMeta,
     TensorOut,
+    Withdraw,
 )
 from weft.domain.workload import JobSpec
 from weft.serving.grpc_front import GrpcFront
@@ -78,20 +80,30 @@ class FakeNode:
             raise NotFound(f"model {name} is not loaded")
         self.loaded.discard(name)
 
-    async def infer(self, call: InferCall) -> InferResult | Refused:
+    def submit(self, call: InferCall, done: OnOutcome) -> Withdraw | Refused:
         self.calls.append(call)
         if self.fail is not None:
             raise self.fail
         if self.refuse is not None:
             return self.refuse
         self.metadata(call.model, call.version)
-        if call.model == "sleepy":
-            self.waiting.release()
-            try:
+        result = self._result(call)
+
+        async def answer() -> None:
+            if call.model == "sleepy":
+                self.waiting.release()
                 await self.gate.wait()
-            except asyncio.CancelledError:
-                self.withdrawn.release()
-                raise
+            done(result)
+
+        def withdraw() -> None:
+            task.cancel()
+            self.unreleased -= 1
+            self.withdrawn.release()
+
+        task = asyncio.create_task(answer())
+        return withdraw
+
+    def _result(self, call: InferCall) -> InferResult:
         outputs = [self._output(call, item) for item in call.inputs]
         wanted = [out for out in outputs if not call.outputs or out.name in call.outputs]
         if len(wanted) < len(call.outputs):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from weft.domain.errors import InvalidRequest, TooLarge
-from weft.domain.port import InferCall, InferResult, Refused, TensorIn, TensorMeta
+from weft.domain.port import InferCall, InferResult, Outcome, Refused, TensorIn, TensorMeta
 from weft.domain.request import Refusal
 from weft.engines.base import EngineMeta
 from weft.runtime.arena import Arena, ArenaFull
@@ -101,7 +101,7 @@ def test_requests_batch_together_if_their_free_axes_agree() -> None:
 
 def test_inputs_are_copied_into_tensor_memory(arena: Arena) -> None:
     data = np.arange(3, dtype=np.float32).tobytes()
-    block, item = place(IMAGE, call(tensor(data=data)), 1, arena, 100, False)
+    _, block, item = place(IMAGE, call(tensor(data=data)), 1, arena, 100, False)
     (where,) = item.inputs
     assert bytes(arena.memory[where.offset : where.offset + where.nbytes]) == data
     assert item.out_offset >= where.offset + where.nbytes
@@ -169,9 +169,10 @@ def test_strings_that_do_are_taken(arena: Arena) -> None:
 # --- answers --------------------------------------------------------------------------------
 
 
-def pending(arena: Arena) -> Pending:
-    block = arena.alloc(100)
-    return Pending("m", "1", IMAGE, arena, block, Item(1, (), block, 100))
+def pending(arena: Arena) -> tuple[Pending, list[Outcome]]:
+    """A request, and the list that its outcome will be added to."""
+    block, said = arena.alloc(100), []
+    return Pending("m", "1", IMAGE, (arena, block, Item(1, (), block, 100)), said.append), said
 
 
 def outputs(arena: Arena, at: int) -> Outputs:
@@ -181,9 +182,11 @@ def outputs(arena: Arena, at: int) -> Outputs:
 
 def test_an_answer_has_the_outputs_asked_for_in_their_order(arena: Arena) -> None:
     async def answer() -> None:
-        waiting = pending(arena)
+        waiting, said = pending(arena)
         waiting.answer(("z", "y"), outputs(arena, waiting.block))
-        result = await waiting.future
+        assert not said, "never from within"
+        await asyncio.sleep(0)
+        (result,) = said
         assert isinstance(result, InferResult)
         assert [t.name for t in result.outputs] == ["z", "y"]
         assert np.frombuffer(result.outputs[0].data, np.float32).tolist() == [1.0]
@@ -197,12 +200,16 @@ def test_an_answer_has_the_outputs_asked_for_in_their_order(arena: Arena) -> Non
 
 def test_memory_comes_back_from_whoever_is_refused_or_went_away(arena: Arena) -> None:
     async def refuse() -> None:
-        refused, gone = pending(arena), pending(arena)
+        (refused, refusal), (gone, nothing), (late, neither) = (pending(arena) for _ in range(3))
         refused.refuse(Refused(Refusal.OVERLOADED, 0, ""))
-        assert await refused.future == Refused(Refusal.OVERLOADED, 0, "")
-        gone.cancelled = True
+        gone.withdrawn = True
         gone.answer((), outputs(arena, gone.block))
-        assert not gone.future.done()
+        late.answer((), outputs(arena, late.block))
+        late.withdrawn = True
+        await asyncio.sleep(0)
+        assert refusal == [Refused(Refusal.OVERLOADED, 0, "")]
+        assert not nothing
+        assert not neither
         assert arena.used == 0
 
     asyncio.run(refuse())

@@ -117,6 +117,11 @@ class Refused(msgspec.Struct, frozen=True):
         return f"{self.refusal.value}: {self.detail}" if self.detail else self.refusal.value
 
 
+Outcome = InferResult | Refused
+OnOutcome = Callable[[Outcome], None]
+Withdraw = Callable[[], None]
+
+
 class JobStatus(msgspec.Struct, frozen=True):
     """A job as ``weft jobs`` shows it. ``rate`` is progress (or CPU seconds) per second."""
 
@@ -143,7 +148,7 @@ class JobStatus(msgspec.Struct, frozen=True):
 
 
 class NodePort(Protocol):
-    """The node as front ends see it. Coroutines must be awaited on the node's own loop.
+    """The node as front ends see it. It must be called on the node's own loop.
 
     Raises as in ``weft.domain.errors``: ``NotFound`` for unknown names, ``InvalidRequest`` for
     input that does not fit, ``TooLarge`` over a limit, ``ModelError`` for a failed load.
@@ -167,8 +172,9 @@ class NodePort(Protocol):
     async def unload(self, name: str) -> None:
         """Drain and unload a model; raises NotFound."""
 
-    async def infer(self, call: InferCall) -> InferResult | Refused:
-        """Validate, queue, execute. The caller's cancellation withdraws the request."""
+    def submit(self, call: InferCall, done: OnOutcome) -> Withdraw | Refused:
+        """Validate and queue. ``done`` is called once, from the loop and never from within, with
+        the result or a refusal, unless the request is withdrawn before."""
 
     def statistics(self, name: str, version: str = "") -> dict[str, Any]:
         """Counters of one model, in ns and counts; ``""`` is not a wildcard. Keys: version,

@@ -15,6 +15,7 @@ from math import isqrt
 
 from weft.domain.request import Refusal, Request
 from weft.domain.units import MS
+from weft.domain.workload import PRIORITY_CLASSES
 from weft.policy.lending import note_headroom, starved
 from weft.policy.queues import work_ns
 from weft.policy.state import DispatcherState, PartitionState, ServiceState
@@ -64,8 +65,11 @@ def _due_for_a_try(state: DispatcherState, service: ServiceState, budget: int, n
     return all(r.batch.service != service.name for r in state.running.values())
 
 
-def _queued_work(service: ServiceState) -> int:
-    return sum(service.cost) // max(1, len(service.partitions))
+def _queued_work(service: ServiceState, priority: int = PRIORITY_CLASSES) -> int:
+    """Predicted ns of what is queued in this class and above, shared out over the partitions."""
+    rows = sum(service.rows[: priority + 1])
+    table = service.exec[service.home]
+    return work_ns(table, service.max_batch, 1, rows) // max(1, len(service.partitions))
 
 
 def _best_finish(
@@ -93,10 +97,16 @@ def _best_finish(
         if alike not in soonest or wait < soonest[alike][0]:
             soonest[alike] = wait, partition
     best: tuple[int, int, PartitionState] | None = None
+    queued = sum(service.rows[: request.priority + 1])
     for free_in, partition in soonest.values():
+        ahead = int(queued / lanes[partition.id])
         own = _own(service, partition, request)
-        wait = free_in + _ahead(service, partition, request, own, lanes[partition.id])
-        wait += _company(service, partition, request, wait, lanes[partition.id])
+        wait = free_in
+        if queued:
+            wait += _ahead(service, partition, ahead + request.rows, own)
+        if wait and service.gap:
+            joining = int(wait / (service.gap * lanes[partition.id]))
+            wait += _company(service, partition, ahead % service.max_batch + request.rows, joining)
         if best is None or wait + own < best[0] + best[1]:
             best = wait, own, partition
     assert best is not None
@@ -116,7 +126,10 @@ def _lanes(state: DispatcherState, service: ServiceState) -> dict[str, float]:
     if not mine:
         return {}
     first = mine[0]
-    if all(p.compute == first.compute and p.kind == first.kind for p in mine):
+    for partition in mine:
+        if partition.compute != first.compute or partition.kind != first.kind:
+            break
+    else:
         return dict.fromkeys([p.id for p in mine], float(min(most, len(mine))))
     speeds = {}
     for partition in mine:
@@ -149,42 +162,29 @@ def _others_ahead(
     for name in partition.waiting:
         other = state.services[name]
         if other is not service:
-            ahead += sum(other.cost[: request.priority + 1]) // max(1, len(other.partitions))
+            ahead += _queued_work(other, request.priority)
     return ahead
 
 
-def _ahead(
-    service: ServiceState, partition: PartitionState, request: Request, own: int, lanes: float
-) -> int:
-    """Predicted work of its own service before the newcomer: the queue with it included, less its
-    own share of the last batch."""
-    rows = sum(service.rows[: request.priority + 1])
-    if not rows:
-        return 0
-    before = int(rows / lanes) + request.rows
+def _ahead(service: ServiceState, partition: PartitionState, rows: int, own: int) -> int:
+    """Predicted work of its own service before the newcomer: the queue with it included
+    (``rows``), less its own share of the last batch."""
     table = service.exec[partition.kind]
-    return max(0, work_ns(table, service.max_batch, partition.compute, before) - own)
+    return max(0, work_ns(table, service.max_batch, partition.compute, rows) - own)
 
 
-def _company(
-    service: ServiceState,
-    partition: PartitionState,
-    request: Request,
-    wait: int,
-    lanes: float,
-) -> int:
-    """Ns by which those who come meanwhile and join the newcomer's batch will lengthen it: as
-    many as arrive on average, and one standard deviation (of a Poisson count) more.
+def _company(service: ServiceState, partition: PartitionState, last: int, joining: int) -> int:
+    """Ns by which those who come meanwhile and join the newcomer's batch, the ``last``, will
+    lengthen it: as many as arrive on average (``joining``), and one standard deviation (of a
+    Poisson count) more.
 
     Left out, the first of a batch are admitted for a short one: then either they are late, or
     batches are cut short for them, which costs the throughput that the others count on.
     """
-    if not wait or not service.gap:
-        return 0
-    ahead = int(sum(service.rows[: request.priority + 1]) / lanes)
-    last = min(service.max_batch, ahead % service.max_batch + request.rows)
-    joining = int(wait / (service.gap * lanes))
+    last = min(service.max_batch, last)
     grown = min(service.max_batch, last + joining + isqrt(joining))
+    if grown == last:
+        return 0
     table, units = service.exec[partition.kind], partition.compute
     return max(0, table.predict(units, grown) - table.predict(units, last))
 

@@ -49,15 +49,20 @@ class ExecTable(msgspec.Struct):
         Unknown unit counts fall back to the nearest smaller measured one (slower, so safe),
         else the nearest larger.
         """
+        mean, dev = self.moments(units, rows)
+        return mean + deviations * dev
+
+    def moments(self, units: int, rows: int) -> tuple[int, int]:
+        """Mean and mean deviation (ns), as ``predict`` takes them."""
         means = self.mean.get(units)
         if means is None:
             nearest = self._nearest_units(units)
             if nearest == 0:
-                return 0
+                return 0, 0
             units, means = nearest, self.mean[nearest]
         if rows < len(means) and means[rows]:
-            return means[rows] + deviations * self.dev[units][rows]
-        return _interpolate(means, self.dev[units], rows, deviations)
+            return means[rows], self.dev[units][rows]
+        return _interpolate(means, self.dev[units], rows)
 
     def _nearest_units(self, units: int) -> int:
         smaller = [u for u in self.mean if u <= units]
@@ -82,22 +87,22 @@ class Quantile(msgspec.Struct):
             self.value = max(0, self.value - max(1, self.step * (1000 - self.permille) // 1000))
 
 
-def _interpolate(means: list[int], devs: list[int], rows: int, deviations: int) -> int:
+def _interpolate(means: list[int], devs: list[int], rows: int) -> tuple[int, int]:
     known = [n for n, mean in enumerate(means) if mean]
     if not known:
-        return 0
+        return 0, 0
     below = max((n for n in known if n < rows), default=0)
     above = min((n for n in known if n > rows), default=0)
-
-    def upper(n: int) -> int:
-        return means[n] + deviations * devs[n]
-
     if below and above:
-        return upper(below) + (upper(above) - upper(below)) * (rows - below) // (above - below)
+        part, whole = rows - below, above - below
+        return (
+            means[below] + (means[above] - means[below]) * part // whole,
+            devs[below] + (devs[above] - devs[below]) * part // whole,
+        )
     if above:
-        return upper(above)
+        return means[above], devs[above]
     lower = max((n for n in known if n < below), default=0)
     if not lower:
-        return upper(below) * rows // below
+        return means[below] * rows // below, devs[below] * rows // below
     slope = max(0, (means[below] - means[lower]) // (below - lower))
-    return upper(below) + slope * (rows - below)
+    return means[below] + slope * (rows - below), devs[below]

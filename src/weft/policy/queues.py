@@ -35,7 +35,7 @@ def enqueue(state: DispatcherState, service: ServiceState, request: Request) -> 
     heappush(lane.heap, (key, request.arrived, request.id))
     lane.live += 1
     service.queued += 1
-    _account(service, request, request.rows)
+    service.rows[request.priority] += request.rows
     if service.queued == 1:
         for partition in service.partitions:
             state.partitions[partition].waiting[service.name] = None
@@ -159,19 +159,12 @@ def _left(
 ) -> None:
     lane.live -= 1
     service.queued -= 1
-    _account(service, request, -request.rows)
+    service.rows[request.priority] -= request.rows
     if lane.live == 0:
         del service.lanes[lane_key]
     if service.queued == 0:
         for partition in service.partitions:
             state.partitions[partition].waiting.pop(service.name, None)
-
-
-def _account(service: ServiceState, request: Request, rows: int) -> None:
-    level = request.priority
-    service.rows[level] += rows
-    table = service.exec[service.home]
-    service.cost[level] = work_ns(table, service.max_batch, 1, service.rows[level])
 
 
 def work_ns(table: ExecTable, max_batch: int, units: int, rows: int) -> int:
@@ -180,13 +173,12 @@ def work_ns(table: ExecTable, max_batch: int, units: int, rows: int) -> int:
     The means of the batches add up, their deviations like those of independent samples (by the
     root of the sum of squares).
     """
-    if rows == 0:
-        return 0
-    predict = table.predict
+    if rows <= max_batch:
+        return table.predict(units, rows) if rows else 0
     full, rest = divmod(rows, max_batch)
-    ns = full * predict(units, max_batch, 0) if full else 0
+    mean, dev = table.moments(units, max_batch)
+    ns = full * mean
     if rest:
-        ns += predict(units, rest, 0)
-    largest = max_batch if full else rest
-    spread = predict(units, largest) - predict(units, largest, 0)
-    return ns + isqrt((full + (rest > 0)) * spread * spread)
+        ns += table.predict(units, rest, 0)
+        full += 1
+    return ns + isqrt(4 * full * dev * dev)

@@ -76,8 +76,7 @@ class ServiceState(msgspec.Struct):
     lanes: dict[str, Lane] = {}
     queued: int = 0
     rows: list[int] = msgspec.field(default_factory=lambda: [0] * PRIORITY_CLASSES)
-    cost: list[int] = msgspec.field(default_factory=lambda: [0] * PRIORITY_CLASSES)
-    """Predicted ns of what is queued, by priority class (kept in step with ``rows``)."""
+    """What is queued, by priority class."""
     partitions: list[str] = []
     idle: dict[str, dict[str, list[str]]] = {}
     """Idle workers by device and version."""

@@ -12,34 +12,42 @@ import math
 import numpy as np
 
 from weft.domain.errors import InvalidRequest, TooLarge
-from weft.domain.port import InferCall, InferResult, Refused, TensorIn, TensorMeta, TensorOut
+from weft.domain.port import (
+    InferCall,
+    InferResult,
+    OnOutcome,
+    Outcome,
+    Refused,
+    TensorIn,
+    TensorMeta,
+    TensorOut,
+)
 from weft.engines.base import NUMPY, EngineMeta
 from weft.runtime.arena import Arena
 from weft.runtime.messages import LENGTH, Item, Outputs, Place
 
 ALIGN = 64
+Placed = tuple[Arena, int, Item]
+"""Where a request lies in tensor memory: the arena, the block in it, and what a worker is told."""
 UNKNOWN_OUTPUT = 64 * 1024
 """Bytes reserved for an output whose size is not known from the model, until one was seen."""
 
 
 class Pending:
-    """A request that was accepted and not answered yet."""
+    """A request that was accepted and not answered yet. ``done`` is called from the loop, when
+    what is going on has been seen to: the next batch comes before the last one's answers."""
 
-    __slots__ = ("arena", "block", "cancelled", "future", "item", "meta", "service", "version")
+    __slots__ = ("arena", "block", "done", "item", "meta", "service", "version", "withdrawn")
 
     def __init__(
-        self, service: str, version: str, meta: EngineMeta, arena: Arena, block: int, item: Item
+        self, service: str, version: str, meta: EngineMeta, placed: Placed, done: OnOutcome
     ) -> None:
         self.service = service
         self.version = version
         self.meta = meta
-        self.arena = arena
-        self.block = block
-        self.item = item
-        self.cancelled = False
-        self.future: asyncio.Future[InferResult | Refused] = (
-            asyncio.get_running_loop().create_future()
-        )
+        self.arena, self.block, self.item = placed
+        self.done = done
+        self.withdrawn = False
 
     def free(self) -> None:
         """Give the tensor memory back (once)."""
@@ -48,8 +56,8 @@ class Pending:
             self.block = -1
 
     def answer(self, wanted: tuple[str, ...], outputs: Outputs) -> None:
-        """Resolve with a result; its ``release`` frees the memory."""
-        if self.future.done() or self.cancelled:
+        """Say what came out; the result's ``release`` frees the memory."""
+        if self.withdrawn:
             self.free()
             return
         spilled = iter(outputs.spilled)
@@ -64,13 +72,21 @@ class Pending:
                 tensors.append(TensorOut(meta.name, meta.datatype, place.shape, data))
         if wanted and len(tensors) > 1:
             tensors.sort(key=lambda t: wanted.index(t.name))
-        self.future.set_result(InferResult(self.service, self.version, tensors, self.free))
+        self._say(InferResult(self.service, self.version, tensors, self.free))
 
     def refuse(self, refused: Refused) -> None:
-        """Resolve with a refusal."""
+        """Say that there will be no result."""
         self.free()
-        if not self.future.done():
-            self.future.set_result(refused)
+        self._say(refused)
+
+    def _say(self, outcome: Outcome) -> None:
+        asyncio.get_running_loop().call_soon(self._deliver, outcome)
+
+    def _deliver(self, outcome: Outcome) -> None:
+        if self.withdrawn:
+            self.free()
+        else:
+            self.done(outcome)
 
 
 class OutputSizes:
@@ -169,10 +185,9 @@ def signature(meta: EngineMeta, call: InferCall) -> str:
 
 def place(
     meta: EngineMeta, call: InferCall, rows: int, arena: Arena, out_bytes: int, refuse_nan: bool
-) -> tuple[int, Item]:
-    """Copy a call's inputs into tensor memory; returns (block, item). Raises ArenaFull, TooLarge
-    for what never fits, or InvalidRequest for what only shows in the bytes; nothing is kept
-    then."""
+) -> Placed:
+    """Copy a call's inputs into tensor memory. Raises ArenaFull, TooLarge for what never fits, or
+    InvalidRequest for what only shows in the bytes; nothing is kept then."""
     given = {tensor.name: tensor for tensor in call.inputs}
     total = sum(_aligned(given[t.name].nbytes) for t in meta.inputs)
     if total + out_bytes > arena.size:
@@ -193,7 +208,7 @@ def place(
     except BaseException:
         arena.free(block)
         raise
-    return block, Item(rows, tuple(places), offset, out_bytes)
+    return arena, block, Item(rows, tuple(places), offset, out_bytes)
 
 
 def _fill(target: memoryview, tensor: TensorIn) -> None:

@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,15 @@ from weft.domain import events as e
 from weft.domain.config import NodeConfig
 from weft.domain.device import Partition
 from weft.domain.errors import EnvironmentProblem, InvalidRequest, WeftError
-from weft.domain.port import IndexEntry, InferCall, InferResult, JobStatus, ModelMeta, Refused
+from weft.domain.port import (
+    IndexEntry,
+    InferCall,
+    JobStatus,
+    ModelMeta,
+    OnOutcome,
+    Refused,
+    Withdraw,
+)
 from weft.domain.request import Refusal, Request
 from weft.domain.units import MS, S
 from weft.domain.workload import PRIORITY_CLASSES, JobSpec
@@ -344,7 +353,7 @@ class Node:
 
     # --- inference --------------------------------------------------------------------------
 
-    async def infer(self, call: InferCall) -> InferResult | Refused:
+    def submit(self, call: InferCall, done: OnOutcome) -> Withdraw | Refused:
         """See NodePort."""
         if self.draining:
             return Refused(Refusal.SHUTTING_DOWN, 0, "")
@@ -362,20 +371,16 @@ class Node:
         if sizes is None:
             sizes = self._sizes[call.model, version] = OutputSizes(meta)
         try:
-            block, item = calls.place(
+            placed = calls.place(
                 meta, call, rows, instances.arena, sizes.expect(rows), instances.spec.refuse_nan
             )
         except ArenaFull as error:
             return Refused(Refusal.MEMORY, RETRY_MEMORY, str(error))
-        pending = Pending(call.model, version, meta, instances.arena, block, item)
-        request_id = self._submit(call, pending, calls.signature(meta, call))
-        try:
-            return await pending.future
-        except asyncio.CancelledError:
-            self._abandon(request_id, pending)
-            raise
+        pending = Pending(call.model, version, meta, placed, done)
+        request_id = self._arrive(call, pending, calls.signature(meta, call))
+        return partial(self._withdraw, request_id, pending)
 
-    def _submit(self, call: InferCall, pending: Pending, shape: str) -> int:
+    def _arrive(self, call: InferCall, pending: Pending, shape: str) -> int:
         request_id, now = self._next_request, self._clock()
         self._next_request += 1
         self._pending[request_id] = pending
@@ -410,14 +415,12 @@ class Node:
             left -= 1
             self.core.feed(e.Arrived(request, more=left > 0))
 
-    def _abandon(self, request_id: int, pending: Pending) -> None:
-        """The caller went away: withdraw what is queued; what runs is thrown away when done."""
-        pending.cancelled = True
+    def _withdraw(self, request_id: int, pending: Pending) -> None:
+        """The caller went away: what is queued goes too; what runs is thrown away when done."""
+        pending.withdrawn = True
         self._hand_over()
         if request_id in self._pending:
             self.core.feed(e.Cancelled(request_id))
-        else:
-            pending.free()
 
     # --- models -----------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ import hmac
 import json
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -32,12 +32,24 @@ Answer = tuple[int, bytes, tuple[Header, ...]]
 """Status, body and the headers beside Content-Length."""
 WholeAnswer = Callable[[int, bytes, tuple[Header, ...]], bool]
 
+
+class Exchange(Protocol):
+    """A request that came whole, and the way to answer it without ASGI's messages."""
+
+    withdraw: Callable[[], None]
+    """Called if the client goes away before the answer."""
+
+    def answer(self, status: int, body: bytes, headers: tuple[Header, ...]) -> None:
+        """Answer, once; nothing happens if the client is gone."""
+
+
 WHOLE_ANSWER = "weft.whole_answer"
 """The ASGI extension of our HTTP server: a ``WholeAnswer``, which writes a whole answer at once
 or returns False where it cannot and ``respond`` has to."""
 
 JSON_TYPE: Header = (b"content-type", b"application/json")
 
+STOPPING = Refused(Refusal.SHUTTING_DOWN, 0, "")
 _OFF_LOOP_BYTES = 256 * 1024  # decompressing more than this would hold the loop for too long
 _LINGER_S = 5.0
 _LINGER_IDLE_S = 0.5
@@ -106,8 +118,14 @@ class BodyReader:
         """Bytes of all bodies held at present."""
         return self._buffered
 
+    def hold(self, nbytes: int) -> None:
+        """Take from the budget; raises BodyRefused if not so much is left."""
+        if self._buffered + nbytes > self._limits.buffered_bytes:
+            raise BodyRefused
+        self._buffered += nbytes
+
     def release(self, nbytes: int) -> None:
-        """Give back what ``read`` took from the budget."""
+        """Give back what ``hold`` or ``read`` took from the budget."""
         self._buffered -= nbytes
 
     async def read(self, receive: Receive, head: Head) -> tuple[bytes, int]:
@@ -168,9 +186,7 @@ class BodyReader:
         return b"".join(chunks)
 
     def _hold(self, held: list[int], more: int) -> None:
-        if self._buffered + more > self._limits.buffered_bytes:
-            raise BodyRefused
-        self._buffered += more
+        self.hold(more)
         held[0] += more
 
     def _too_large(self, what: str) -> TooLarge:

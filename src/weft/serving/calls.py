@@ -6,13 +6,22 @@ inputs and outputs in shared memory, and what is not supported.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable
 from typing import NoReturn, Protocol
 
 import msgspec
 
 from weft.domain.errors import InvalidRequest
-from weft.domain.port import InferCall, TensorIn, TensorOut
+from weft.domain.port import (
+    InferCall,
+    InferResult,
+    NodePort,
+    Outcome,
+    Refused,
+    TensorIn,
+    TensorOut,
+)
 from weft.serving.tensors import Limits, check_bytes, check_size, shown
 
 _MAX_TIMEOUT_US = 2**63 // 1000
@@ -52,6 +61,28 @@ class Decoded(msgspec.Struct):
     call: InferCall
     wanted: dict[str, Wanted]
     binary: bool
+
+
+async def infer(node: NodePort, call: InferCall) -> Outcome:
+    """Have the node run a call. Cancelling this withdraws the request."""
+    future: asyncio.Future[Outcome] = asyncio.get_running_loop().create_future()
+
+    def done(outcome: Outcome) -> None:
+        if not future.done():
+            future.set_result(outcome)
+        elif isinstance(outcome, InferResult):  # cancelled in this very turn of the loop
+            outcome.release()
+
+    withdraw = node.submit(call, done)
+    if isinstance(withdraw, Refused):
+        return withdraw
+    try:
+        return await future
+    except asyncio.CancelledError:
+        withdraw()
+        if not future.cancelled() and isinstance(outcome := future.result(), InferResult):
+            outcome.release()
+        raise
 
 
 def priority_class(priority: int) -> int:

@@ -32,6 +32,7 @@ from weft.domain.errors import (
 from weft.domain.port import NodePort, Refused
 from weft.domain.request import Refusal
 from weft.serving import grpc_codec, protos
+from weft.serving.calls import infer
 from weft.serving.grpc_admin import Admin
 from weft.serving.refusals import retry_after_ms
 from weft.serving.regions import Regions
@@ -179,7 +180,7 @@ class GrpcFront:
     async def _infer(self, message: grpc_codec.InferMessage) -> bytes:
         """Run one ModelInferRequest; returns the serialised answer, raises RefusedCall."""
         request = grpc_codec.decode(message, self._limits, self._regions)
-        result = await self._node.infer(request.call)
+        result = await infer(self._node, request.call)
         if isinstance(result, Refused):
             raise RefusedCall(result)
         try:

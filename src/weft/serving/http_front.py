@@ -10,9 +10,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import (
@@ -22,7 +22,16 @@ from uvicorn.protocols.http.httptools_impl import (
 )
 
 from weft.domain.errors import EnvironmentProblem
-from weft.serving.bodies import WHOLE_ANSWER, Header
+from weft.serving.bodies import (
+    STOPPING,
+    WHOLE_ANSWER,
+    Exchange,
+    Header,
+    Receive,
+    Scope,
+    Send,
+    refusal_answer,
+)
 
 BACKLOG = 2048
 KEEP_ALIVE_S = 75
@@ -33,13 +42,25 @@ READ_AHEAD_BYTES = 2**20
 _UNREAD_ANSWER_MS = 60_000
 
 
+class Application(Protocol):
+    """An ASGI application that is offered each request that arrives whole first."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The ASGI entry."""
+
+    def whole(
+        self, method: bytes, url: bytes, headers: Iterable[Header], body: bytes, exchange: Exchange
+    ) -> bool:
+        """See to a request and answer it through ``exchange``, now or later, or return False."""
+
+
 class HttpFront:
-    """Serves an ASGI application on one address.
+    """Serves an application on one address.
 
     ``connections`` is the most that are served at one time; one more is answered 503.
     """
 
-    def __init__(self, app: Any, host: str, port: int, connections: int = 4096) -> None:
+    def __init__(self, app: Application, host: str, port: int, connections: int = 4096) -> None:
         self._app = app
         self._host = host
         self._port = port
@@ -95,6 +116,8 @@ class HttpFront:
         if pending:
             await asyncio.wait(pending, timeout=1.0)
         for connection in list(server.server_state.connections):
+            if isinstance(connection, _Protocol):
+                connection.stop_exchange()
             transport = getattr(connection, "transport", None)
             if transport is not None:
                 transport.abort()
@@ -117,10 +140,22 @@ class _Server(uvicorn.Server):
 
 
 class _Protocol(HttpToolsProtocol):
-    """One connection, with bounds on the time and size of a request's headers."""
+    """One connection, with bounds on the time and size of a request's headers.
 
+    A request that arrives in one piece while none is under way is offered to the application as a
+    whole. Such are most inferences, and uvicorn's cycle for ASGI (a task, an event, a dictionary
+    for each message) would cost more than decoding them. All others take that way.
+    """
+
+    app: Application
+    cycle: Any
+    """The request under way, or the last: uvicorn's cycle, an ``_Exchange`` or None."""
     _head_timer: asyncio.TimerHandle | None = None
     _head_bytes = 0
+    _in_head = True
+    _parts: list[bytes] | None = None
+    """The body of a request that may turn out to be here entirely."""
+    _exchange: _Exchange | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -128,30 +163,53 @@ class _Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
+        exchange = self._exchange
+        if exchange is not None:
+            withdraw = exchange.withdraw
+            exchange.forget()
+            withdraw()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._head_timer is not None:
+        if self._in_head:
             self._head_bytes += len(data)
         super().data_received(data)
-        if self._head_timer is not None and self._head_bytes > HEADER_BYTES:
-            self._stop_head_timer()
-            if not self.transport.is_closing():
+        if self._parts is not None:
+            self._leave_to_asgi()
+        if self._in_head:
+            self._await_head()
+            if self._head_bytes > HEADER_BYTES and not self.transport.is_closing():
+                self._in_head = False
+                self._stop_head_timer()
                 self.send_400_response("The request's headers are too large.")
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self._await_head()
+        if not self._in_head:
+            self._in_head, self._head_bytes = True, 0
 
     def on_headers_complete(self) -> None:
+        self._in_head = False
         self._stop_head_timer()
-        super().on_headers_complete()
-        extensions: dict[str, Any] = {WHOLE_ANSWER: partial(_write_answer, self.cycle)}
-        self.scope["extensions"] = extensions
+        idle = self.cycle is None or self.cycle.response_complete
+        limit = self.limit_concurrency
+        if (
+            idle
+            and not self.flow.write_paused
+            and not self.expect_100_continue
+            and not self.parser.should_upgrade()
+            and (limit is None or len(self.connections) < limit)
+        ):
+            self._parts = []
+        else:
+            self._start_cycle()
 
     def on_body(self, body: bytes) -> None:
         """As uvicorn's, but a body is read in larger pieces before reading is paused: each
         pause costs a turn of the loop, some 20 µs, and a tensor of 600 KB would take ten."""
+        if self._parts is not None:
+            self._parts.append(body)
+            return
         cycle = self.cycle
         if cycle.response_complete:
             return
@@ -160,9 +218,38 @@ class _Protocol(HttpToolsProtocol):
             self.flow.pause_reading()
         cycle.message_event.set()
 
+    def on_message_complete(self) -> None:
+        parts = self._parts
+        if parts is not None:
+            exchange = _Exchange(self)
+            body = parts[0] if len(parts) == 1 else b"".join(parts)
+            if self.app.whole(self.parser.get_method(), self.url, self.headers, body, exchange):
+                self._parts = None
+                return
+            exchange.forget()
+            self._leave_to_asgi()
+        super().on_message_complete()
+
+    def stop_exchange(self) -> None:
+        """Answer what is under way that the server stops."""
+        exchange = self._exchange
+        if exchange is not None:
+            exchange.withdraw()
+            exchange.answer(*refusal_answer(STOPPING))
+
+    def _leave_to_asgi(self) -> None:
+        parts, self._parts = self._parts or (), None
+        self._start_cycle()
+        for part in parts:
+            self.on_body(part)
+
+    def _start_cycle(self) -> None:
+        super().on_headers_complete()
+        extensions: dict[str, Any] = {WHOLE_ANSWER: partial(_write_answer, self.cycle)}
+        self.scope["extensions"] = extensions
+
     def _await_head(self) -> None:
-        if self._head_timer is None:
-            self._head_bytes = 0
+        if self._head_timer is None and not self.transport.is_closing():
             self._head_timer = self.loop.call_later(HEADER_TIMEOUT_S, self.transport.close)
 
     def _stop_head_timer(self) -> None:
@@ -171,25 +258,70 @@ class _Protocol(HttpToolsProtocol):
             self._head_timer = None
 
 
+class _Exchange:
+    """See ``Exchange``. To uvicorn it is the cycle under way."""
+
+    __slots__ = ("_protocol", "keep_alive", "response_complete", "withdraw")
+
+    def __init__(self, protocol: _Protocol) -> None:
+        parser = protocol.parser
+        self._protocol = protocol
+        self.keep_alive = parser.get_http_version() != "1.0" and parser.should_keep_alive()
+        self.response_complete = False
+        self.withdraw: Callable[[], None] = _nothing
+        protocol._exchange = protocol.cycle = self
+
+    def forget(self) -> None:
+        """It is no longer this connection's; an answer to it goes nowhere."""
+        protocol = self._protocol
+        self.response_complete = True
+        self.withdraw = _nothing  # it refers to the request, and that to this
+        protocol._exchange = None
+        if protocol.cycle is self:  # else another request has come behind it
+            protocol.cycle = None
+
+    def answer(self, status: int, body: bytes, headers: tuple[Header, ...]) -> None:
+        """See ``Exchange``."""
+        if self.response_complete:
+            return
+        self.forget()
+        protocol = self._protocol
+        transport = protocol.transport
+        if transport.is_closing():
+            return
+        defaults = protocol.server_state.default_headers
+        transport.writelines((_head(status, (*defaults, *headers), self.keep_alive, body), body))
+        if not self.keep_alive:
+            transport.close()
+        protocol.on_response_complete()
+
+
+def _nothing() -> None:
+    """Nothing is to be withdrawn."""
+
+
+def _head(status: int, headers: Iterable[Header], keep_alive: bool, body: bytes) -> bytes:
+    """Status line and headers, which are ours and so not checked as uvicorn checks others'."""
+    lines = [STATUS_LINE[status]]
+    for name, value in headers:
+        lines += (name, b": ", value, b"\r\n")
+    if not keep_alive:
+        lines.append(b"connection: close\r\n")
+    lines.append(b"content-length: %d\r\n\r\n" % len(body))
+    return b"".join(lines)
+
+
 def _write_answer(
     cycle: RequestResponseCycle, status: int, body: bytes, headers: tuple[Header, ...]
 ) -> bool:
-    """A ``WholeAnswer``: one system call, and one wake-up of the client, instead of two.
-
-    It cannot where the client is gone or reads slowly. The headers are ours, so they are not
-    checked as uvicorn checks an application's.
-    """
+    """A ``WholeAnswer``: one system call, and one wake-up of the client, instead of two. It
+    cannot where the client is gone or reads slowly."""
     if cycle.disconnected or cycle.flow.write_paused:
         return False
-    head = [STATUS_LINE[status]]
-    for name, value in (*cycle.default_headers, *headers):
-        head += (name, b": ", value, b"\r\n")
-    if not cycle.keep_alive:
-        head.append(b"connection: close\r\n")
-    head.append(b"content-length: %d\r\n\r\n" % len(body))
     cycle.response_started = cycle.response_complete = True
     cycle.waiting_for_100_continue = False
-    cycle.transport.writelines((b"".join(head), body))
+    head = _head(status, (*cycle.default_headers, *headers), cycle.keep_alive, body)
+    cycle.transport.writelines((head, body))
     cycle.message_event.set()
     if not cycle.keep_alive:
         cycle.transport.close()

@@ -1,8 +1,9 @@
-"""The REST front end: the inference route as raw ASGI in front, Starlette for the rest.
+"""The REST front end: the inference route by itself, Starlette for the rest.
 
-The inference route carries the load, so it pays for no framework. It answers exactly once,
-releases the node's result once its bytes are copied out, and withdraws the request if the
-client hangs up while it waits.
+The inference route carries the load, so it pays for no framework: what arrives in one piece is
+answered by callbacks (``App.whole``), the rest as raw ASGI. It answers exactly once, releases
+the node's result once its bytes are copied out, and withdraws the request if the client hangs
+up while it waits.
 """
 
 from __future__ import annotations
@@ -10,19 +11,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Iterable
 
 from weft.domain.errors import WeftError
-from weft.domain.port import InferCall, InferResult, NodePort, Refused
-from weft.domain.request import Refusal
+from weft.domain.port import InferCall, NodePort, Outcome, Refused
 from weft.serving import oip
 from weft.serving.bodies import (
     JSON_TYPE,
+    STOPPING,
     WHOLE_ANSWER,
     Answer,
     BodyReader,
     BodyRefused,
+    Exchange,
     Hangup,
     Head,
+    Header,
     Receive,
     Scope,
     Send,
@@ -35,6 +39,7 @@ from weft.serving.bodies import (
     respond,
     respond_unread,
 )
+from weft.serving.calls import infer
 from weft.serving.overdue import Overdue
 from weft.serving.refusals import HTTP_STATUS, error_status, refusal_headers
 from weft.serving.regions import Regions
@@ -47,7 +52,6 @@ _PREFIX = "/v2/models/"
 _SUFFIX = "/infer"
 _OPEN_PATHS = frozenset({"/v2/health/live", "/v2/health/ready"})
 _BINARY_TYPE = (b"content-type", b"application/octet-stream")
-_STOPPING = Refused(Refusal.SHUTTING_DOWN, 0, "")
 
 # A hang-up is looked for only once a request has waited this long. Starting a task for each
 # request costs more than the answer to most of them; withdrawing younger ones gains nothing.
@@ -104,7 +108,7 @@ class App:
             return
         except asyncio.CancelledError:
             # Only the HTTP server's stop cancels a request.
-            await respond(send, *refusal_answer(_STOPPING))
+            await respond(send, *refusal_answer(STOPPING))
         except SlowBody:
             seconds = self._limits.body_timeout_s
             await respond_unread(
@@ -137,35 +141,90 @@ class App:
         """What to answer; raises Hangup if there is nobody to answer."""
         try:
             request = oip.decode(body, head.json_length, *target, self._limits, self._regions)
-            result = await self._execute(request.call, receive)
-            if isinstance(result, Refused):
-                return refusal_answer(result)
-            try:
-                answer, json_length = oip.encode(result, request, self._regions)
-            finally:
-                result.release()
+            return self._said(await self._execute(request.call, receive), request)
         except Hangup:
             raise
-        except WeftError as exc:
-            return error_answer(error_status(exc), str(exc))
         except asyncio.CancelledError:
-            return refusal_answer(_STOPPING)
-        except Exception:
-            log.exception("inference on %s failed inside the server", target[0])
-            return error_answer(500, "the server failed; its log says how")
+            return refusal_answer(STOPPING)
+        except Exception as exc:
+            return _failure(exc, target[0])
+
+    def _said(self, outcome: Outcome, request: oip.Decoded) -> Answer:
+        if isinstance(outcome, Refused):
+            return refusal_answer(outcome)
+        try:
+            answer, json_length = oip.encode(outcome, request, self._regions)
+        finally:
+            outcome.release()
         if json_length is None:
             return 200, answer, (JSON_TYPE,)
         length = (b"inference-header-content-length", b"%d" % json_length)
         return 200, answer, (_BINARY_TYPE, length)
 
-    async def _execute(self, call: InferCall, receive: Receive) -> InferResult | Refused:
+    def whole(
+        self, method: bytes, url: bytes, headers: Iterable[Header], body: bytes, exchange: Exchange
+    ) -> bool:
+        """Execute and answer an inference request that is here entirely, without a task of its
+        own. False leaves it to ASGI: other routes, and whatever is to be refused before it is
+        looked into or has to be unpacked first."""
+        if method != b"POST" or not url.isascii() or b"?" in url or b"%" in url:
+            return False
+        target = _target(url.decode())
+        if target is None:
+            return False
+        head = parse_head(headers)
+        if (
+            (head.encoding and head.encoding != b"identity")
+            or (self._token is not None and not authorised(head, self._token))
+            or len(body) > self._limits.body_bytes
+        ):
+            return False
+        try:
+            self._bodies.hold(len(body))
+        except BodyRefused:
+            return False
+        self._start(body, head, target, exchange)
+        return True
+
+    def _start(self, body: bytes, head: Head, target: tuple[str, str], exchange: Exchange) -> None:
+        """Decode and submit; answer now if that fails, else when there is an outcome."""
+        size = len(body)
+
+        def answer(status: int, said: bytes, extra: tuple[Header, ...]) -> None:
+            self._bodies.release(size)
+            exchange.answer(status, said, extra)
+
+        def done(outcome: Outcome) -> None:
+            try:
+                reply = self._said(outcome, request)
+            except Exception as exc:
+                reply = _failure(exc, target[0])
+            answer(*reply)
+
+        try:
+            request = oip.decode(body, head.json_length, *target, self._limits, self._regions)
+            withdraw = self._node.submit(request.call, done)
+        except Exception as exc:
+            answer(*_failure(exc, target[0]))
+            return
+        if isinstance(withdraw, Refused):
+            answer(*refusal_answer(withdraw))
+            return
+
+        def gone() -> None:
+            self._bodies.release(size)
+            withdraw()
+
+        exchange.withdraw = gone
+
+    async def _execute(self, call: InferCall, receive: Receive) -> Outcome:
         """Run a call; raises Hangup if the client goes away meanwhile."""
         task = asyncio.current_task()
         assert task is not None
         watch = _HangupWatch(task, receive)
         self._waiting.enter(task, watch.start)
         try:
-            return await self._node.infer(call)
+            return await infer(self._node, call)
         except asyncio.CancelledError:
             if watch.fired and task.uncancel() == 0:
                 raise Hangup from None
@@ -208,6 +267,13 @@ def build_app(
     shared-memory registry, to share it with gRPC; one of its own otherwise.
     """
     return App(node, limits, token, Regions(limits.regions) if regions is None else regions)
+
+
+def _failure(exc: Exception, model: str) -> Answer:
+    if isinstance(exc, WeftError):
+        return error_answer(error_status(exc), str(exc))
+    log.error("inference on %s failed inside the server", model, exc_info=exc)
+    return error_answer(500, "the server failed; its log says how")
 
 
 def _target(path: str) -> tuple[str, str] | None:

@@ -1,0 +1,204 @@
+"""Requests that come in one piece are answered without ASGI, and as those that do not."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.contract.fake_node import serving
+from tests.contract.test_serving import AUTH, GOOD, ROUTE, ask, post, read_all
+from weft.serving.tensors import Limits
+
+SLEEPY = "/v2/models/sleepy/infer"
+BODY = json.dumps(GOOD).encode()
+CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+IN_ONE, IN_TWO = (0,), (0, 10)
+PIECES = pytest.mark.parametrize("cuts", [IN_ONE, IN_TWO], ids=["whole", "pieces"])
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Any]:
+    with serving() as served:
+        yield served
+
+
+@pytest.fixture
+def served(shared: Any) -> Iterator[Any]:
+    yield shared
+    shared.node.refuse = shared.node.fail = None
+    assert shared.node.unreleased == 0, "a result was not released"
+
+
+def send(served: Any, head: bytes, body: bytes, cuts: tuple[int, ...]) -> socket.socket:
+    """Send a request in pieces, the body cut at ``cuts`` bytes from its end; 0 cuts nothing."""
+    sock = socket.create_connection(("127.0.0.1", served.port), timeout=20)
+    data = head + body
+    for cut, following in zip(cuts, (*cuts[1:], 0), strict=True):
+        start = len(data) - cut if cut else 0
+        sock.sendall(data[start : len(data) - following])
+        time.sleep(0.05 if following else 0)
+    return sock
+
+
+def one_answer(sock: socket.socket) -> tuple[int, bytes]:
+    """Status and body of an answer that states its length; the connection stays open."""
+    seen = b""
+    while b"\r\n\r\n" not in (seen := seen.removeprefix(CONTINUE)):
+        seen += sock.recv(65536)
+    head, _, body = seen.partition(b"\r\n\r\n")
+    length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
+    while len(body) < length:
+        body += sock.recv(65536)
+    assert len(body) == length
+    return int(head.split(b" ")[1]), body
+
+
+def asgi_tasks(served: Any) -> int:
+    return int(served.call(lambda: len(served.fronts[0]._server.server_state.tasks)))
+
+
+@pytest.mark.parametrize(("cuts", "tasks"), [(IN_ONE, 0), (IN_TWO, 1)])
+def test_only_what_comes_in_pieces_costs_a_task(
+    served: Any, cuts: tuple[int, ...], tasks: int
+) -> None:
+    sock = send(served, post(len(BODY), SLEEPY), BODY, cuts)
+    assert served.node.waiting.acquire(timeout=20)
+    assert asgi_tasks(served) == tasks
+    served.call(served.node.gate.set)
+    assert one_answer(sock)[0] == 200
+    served.call(served.node.gate.clear)
+    sock.close()
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "more"),
+    [
+        (ROUTE, BODY, ""),
+        (ROUTE, b"{", ""),
+        (ROUTE, b"", ""),
+        (ROUTE, BODY + b"....", f"Inference-Header-Content-Length: {len(BODY)}\r\n"),
+        (ROUTE, BODY, "Inference-Header-Content-Length: 9999\r\n"),
+        (ROUTE, gzip.compress(BODY), "Content-Encoding: gzip\r\n"),
+        (ROUTE, BODY, "Content-Encoding: brotli\r\n"),
+        (ROUTE, BODY, "Expect: 100-continue\r\n"),
+        (ROUTE, BODY, "Connection: close\r\n"),
+        (ROUTE + "?a=b", BODY, ""),
+        ("/v2/models/d%6Fuble/infer", BODY, ""),
+        ("/v2/models/double/versions/1/infer", BODY, ""),
+        ("/v2/models/double/versions/7/infer", BODY, ""),
+        ("/v2/models/nobody/infer", BODY, ""),
+        ("/v2/models//infer", BODY, ""),
+        ("/v2/repository/index", b"{}", ""),
+    ],
+)
+def test_both_ways_give_the_same_answer(served: Any, path: str, body: bytes, more: str) -> None:
+    answers = []
+    for cuts in (IN_ONE, (0, max(1, len(body) // 2)) if body else IN_ONE):
+        sock = send(served, post(len(body), path, more), body, cuts)
+        answers.append(one_answer(sock))
+        sock.close()
+    assert answers[0] == answers[1]
+
+
+@PIECES
+def test_a_bug_is_answered_without_its_details(
+    served: Any, cuts: tuple[int, ...], caplog: Any
+) -> None:
+    served.node.fail = RuntimeError("secret")
+    sock = send(served, post(len(BODY)), BODY, cuts)
+    status, answer = one_answer(sock)
+    sock.close()
+    assert status == 500
+    assert b"secret" not in answer
+    assert "secret" in caplog.text
+
+
+@PIECES
+def test_a_hang_up_withdraws_the_request(served: Any, cuts: tuple[int, ...]) -> None:
+    sock = send(served, post(len(BODY), SLEEPY), BODY, cuts)
+    assert served.node.waiting.acquire(timeout=20)
+    sock.close()
+    assert served.node.withdrawn.acquire(timeout=20)
+
+
+def test_pipelined_requests_are_answered_in_order(served: Any) -> None:
+    def doubled(value: int) -> bytes:
+        given = {"name": "x", "shape": [1, 1], "datatype": "FP32", "data": [value]}
+        return json.dumps({"id": str(value), "inputs": [given]}).encode()
+
+    bodies = [doubled(n) for n in range(5)]
+    paths = [SLEEPY, ROUTE, ROUTE, SLEEPY, ROUTE]
+    requests = [post(len(b), p) + b for b, p in zip(bodies, paths, strict=True)]
+    requests[-1] = requests[-1].replace(b"Host: t\r\n", b"Host: t\r\nConnection: close\r\n")
+    sock = socket.create_connection(("127.0.0.1", served.port), timeout=20)
+    sock.sendall(b"".join(requests))
+    assert served.node.waiting.acquire(timeout=20)
+    served.call(served.node.gate.set)
+    answers = read_all(sock)
+    served.call(served.node.gate.clear)
+    sock.close()
+    assert served.node.waiting.acquire(timeout=20)
+    assert answers.count(b"HTTP/1.1 200") == 5
+    places = [answers.index(b'"id":"%d"' % n) for n in range(5)]
+    assert places == sorted(places)
+
+
+def test_a_connection_is_closed_after_the_answer_if_asked(served: Any) -> None:
+    old = post(len(BODY)).replace(b"HTTP/1.1", b"HTTP/1.0")
+    for head in (old, post(len(BODY), more="Connection: close\r\n")):
+        sock = send(served, head, BODY, IN_ONE)
+        answer = read_all(sock)
+        sock.close()
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b"connection: close" in answer
+
+
+def test_bodies_share_a_memory_budget() -> None:
+    limits = Limits(body_bytes=4096, buffered_bytes=2 * len(BODY))
+    with serving(limits) as served:
+        held = [send(served, post(len(BODY), SLEEPY), BODY, IN_ONE) for _ in range(2)]
+        assert all(served.node.waiting.acquire(timeout=20) for _ in held)
+        assert ask(served, "POST", ROUTE, GOOD)[1]["weft-refusal"] == "MEMORY"
+        held.pop().close()
+        assert served.node.withdrawn.acquire(timeout=20)
+        assert ask(served, "POST", ROUTE, GOOD)[0] == 200
+        served.call(served.node.gate.set)
+        assert one_answer(held[0])[0] == 200
+        held.pop().close()
+
+
+def test_a_token_is_needed() -> None:
+    with serving(token="s3cret") as served:
+        for more, status in (("", 401), (AUTH, 200), (AUTH.replace("s3", "S3"), 401)):
+            sock = send(served, post(len(BODY), more=more), BODY, IN_ONE)
+            assert one_answer(sock)[0] == status
+            sock.close()
+
+
+def test_a_body_over_the_limit_is_refused() -> None:
+    with serving(Limits(body_bytes=len(BODY) - 1)) as served:
+        sock = send(served, post(len(BODY)), BODY, IN_ONE)
+        assert one_answer(sock)[0] == 413
+        sock.close()
+
+
+@PIECES
+def test_stopping_answers_those_that_wait(cuts: tuple[int, ...]) -> None:
+    with serving() as served:
+        sock = send(served, post(len(BODY), SLEEPY), BODY, cuts)
+        assert served.node.waiting.acquire(timeout=20)
+        stopping = threading.Thread(target=lambda: served.run(served.fronts[0].stop(0.1)))
+        stopping.start()
+        status, answer = one_answer(sock)
+        stopping.join(20)
+        sock.close()
+        assert status == 503
+        assert b"the node is shutting down" in answer
+        assert served.node.withdrawn.acquire(timeout=20)
