@@ -1,0 +1,109 @@
+"""What learning the jobs' utility curves costs and brings, in simulation.
+
+``two-jobs``: per seed, how far each job's learned speed-up curve is from its true one (mean
+absolute error over all sizes), the share of all unit time spent on trying out, and the jobs' steps
+beside those of the same planner without learning. Then one job alone on four cores, which loses no
+work or 20 ms of it at each grant, where learning decides between borrowing space and owning it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from pathlib import Path
+
+import msgspec
+
+from weft.domain.units import MS, S
+from weft.policy.planner import Planner
+from weft.policy.planstate import Tuning
+from weft.sim.outcome import Outcome
+from weft.sim.scenario import Scenario, parse_scenario, read_scenario
+from weft.sim.world import World
+
+SCENARIOS = Path(__file__).parents[1] / "examples" / "scenarios"
+ONE_JOB = """
+name: one-job
+duration: 900s
+device: {kind: cpu, units: 4}
+services:
+  - name: api
+    objective: {latency: 50ms}
+    cost: {first: 4ms, per_row: 1ms, parallel: 0.5, saturates: 2, cv: 0.1}
+    arrivals: {kind: poisson, rate: 60}
+jobs:
+  - {name: train, cost: {rate: 10, parallel: 0.9}}
+"""
+TRY_OUT = re.compile(r"tried out with (\d+) more")
+TRY_S = 90
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    curves = [of_curves(read_scenario(SCENARIOS / "two-jobs.yaml"), n) for n in range(args.seeds)]
+    alone = parse_scenario(ONE_JOB, SCENARIOS)
+    pauses = [of_pauses(alone, ms, n) for ms in (0, 20) for n in range(args.seeds)]
+    for title, samples in (("two jobs", curves), ("one job on four cores", pauses)):
+        print(title)
+        for sample in samples:
+            print("  " + "  ".join(f"{k} {v:.4g}" for k, v in sample.items()))
+    for name in curves[0]:
+        print(f"median {name:24} {statistics.median(s[name] for s in curves):.4g}")
+    if args.json:
+        args.json.write_text(json.dumps({"two_jobs": curves, "one_job": pauses}, indent=1) + "\n")
+
+
+def of_curves(scenario: Scenario, seed: int) -> dict[str, float]:
+    """One seed of ``two-jobs``."""
+    planner = Planner()
+    learned = World(scenario, planner, (seed, 0)).run()
+    fixed = run_without(scenario, seed)
+    found: dict[str, float] = {"seed": seed}
+    for job in scenario.jobs:
+        curve = planner.state.curves[job.spec.id]
+        true = [job.cost.speed(units) for units in range(1, curve.units + 1)]
+        known = [curve.rate() * s for s in curve.speed_ups()[1:]]
+        errors = [abs(k / t - 1) for k, t in zip(known, true, strict=True)]
+        found[f"{job.spec.name}_error"] = statistics.mean(errors)
+    tried = [int(m[1]) for _, why in learned.reasons for w in why if (m := TRY_OUT.search(w))]
+    found["try_outs"] = len(tried)
+    units = scenario.devices[0].spec.compute
+    found["explored"] = TRY_S * sum(tried) / (scenario.duration / S * units)
+    return found | compared(learned, fixed)
+
+
+def of_pauses(scenario: Scenario, lost_ms: int, seed: int) -> dict[str, float]:
+    """One seed of a job that loses ``lost_ms`` of work at each grant."""
+    (job,) = scenario.jobs
+    cost = msgspec.structs.replace(job.cost, resume=lost_ms * MS)
+    scenario = msgspec.structs.replace(scenario, jobs=(msgspec.structs.replace(job, cost=cost),))
+    learned = World(scenario, Planner(), (seed, 0)).run()
+    fixed = run_without(scenario, seed)
+    return {"seed": seed, "lost_ms": lost_ms} | compared(learned, fixed)
+
+
+def run_without(scenario: Scenario, seed: int) -> Outcome:
+    """The same planner without learning."""
+    return World(scenario, Planner(Tuning(learn=False)), (seed, 0)).run()
+
+
+def compared(learned: Outcome, fixed: Outcome) -> dict[str, float]:
+    """Steps per second with and without learning, and what was attained with it."""
+    steps, plain = learned.figures()["job_rate"], fixed.figures()["job_rate"]
+    return {
+        "steps_s": steps,
+        "steps_s_without": plain,
+        "times": steps / plain,
+        "attained": learned.figures()["attainment"],
+    }
+
+
+if __name__ == "__main__":
+    main()
