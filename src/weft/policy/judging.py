@@ -6,7 +6,8 @@ A ``View`` is one device with the part of the load that it is to carry.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from heapq import heappop, heappush
 
 import msgspec
 
@@ -75,31 +76,26 @@ def judge(view: View, layout: Layout, horizon_s: float) -> Verdict:
 
 
 def _judge(view: View, layout: Layout, horizon_s: float, order_of_size: int) -> Verdict:
-    mine = layout.mine
+    kind, mine = view.device.kind, layout.mine
     sizes = [p.compute for p in mine]
-    kinds = set(sizes)
     largest = max(sizes, default=1)
-    rho = [0.0] * len(mine)
-    guests = [0] * len(mine)
-    slowest = [0.0] * len(mine)
+    crowd = _Crowd(mine, order_of_size)
+    rho, guests = crowd.rho, crowd.guests
+    slowest = [0] * len(mine)
     placed: dict[str, tuple[int, ...]] = {}
     shares: dict[str, float] = {}
-    order = [(-load(view.device.kind, s, largest, horizon_s), s.name, s) for s in view.services]
+    times: dict[str, dict[int, int]] = {}
+    order = [(-load(kind, s, largest, horizon_s), s.name, s) for s in view.services]
     for _, name, service in sorted(order):
-        # Where loads are equal (nothing measured yet), services keep out of each other's way.
-        need = memory_of(service, view.device)
-        slow = {size: _too_slow(view, service, size) for size in kinds}
-        ranks = [
-            (slow[sizes[i]], rho[i], guests[i], order_of_size * sizes[i], i)
-            for i, p in enumerate(mine)
-            if not p.memory or need <= p.memory
-        ]
-        chosen, share = _take(view, service, mine, [r[-1] for r in sorted(ranks)], horizon_s)
+        own = times[name] = {size: exec_ns(kind, service, size, 1) for size in crowd.sizes}
+        within = HEADROOM * service.objective
+        emptiest = crowd.emptiest(memory_of(service, view.device), own, within)
+        chosen, share = _take(view, service, mine, emptiest, horizon_s)
         for index in chosen:
             guests[index] += 1
             rho[index] += share
-            own = float(exec_ns(view.device.kind, service, sizes[index], 1))
-            slowest[index] = max(slowest[index], own)
+            slowest[index] = max(slowest[index], own[sizes[index]])
+        crowd.put_back()
         placed[name], shares[name] = chosen, share
     _fill(view, mine, placed, shares, rho, horizon_s)
     verdict = Verdict(layout, placed, rho, [0.0] * len(mine), {})
@@ -117,8 +113,9 @@ def _judge(view: View, layout: Layout, horizon_s: float, order_of_size: int) -> 
         for index, rate in zip(where, rates, strict=True):
             verdict.asked[index] += rate
         busiest, other = max(rho[i] for i in where), max(slowest[i] for i in where)
-        own = max(exec_ns(view.device.kind, service, sizes[i], 1) for i in where)
-        expected = own + wait_quantile(max(own, other), busiest, service.percentile, len(where))
+        longest = max(times[service.name][size] for size in there)
+        wait = wait_quantile(max(longest, other), busiest, service.percentile, len(where))
+        expected = longest + wait
         if all(guests[i] == 1 for i in where):
             expected = min(expected, _batched(view, service, there, rates))
         if expected > HEADROOM * service.objective or busiest > RHO_MAX:
@@ -128,8 +125,45 @@ def _judge(view: View, layout: Layout, horizon_s: float, order_of_size: int) -> 
     return verdict
 
 
-def _too_slow(view: View, service: ServiceFacts, size: int) -> bool:
-    return exec_ns(view.device.kind, service, size, 1) > HEADROOM * service.objective
+class _Crowd:
+    """Partitions by how crowded they are: heaps of (utilization, guests, index), one for those of
+    one size and memory. ``rho`` and ``guests`` are for the user to change before ``put_back``."""
+
+    def __init__(self, mine: Sequence[Partition], order_of_size: int) -> None:
+        self.rho = [0.0] * len(mine)
+        self.guests = [0] * len(mine)
+        self.sizes = {p.compute for p in mine}
+        self._order = order_of_size
+        self._heaps: dict[tuple[int, int], list[tuple[float, int, int]]] = {}
+        for index, p in enumerate(mine):
+            self._heaps.setdefault((p.compute, p.memory), []).append((0.0, 0, index))
+        self._out: list[tuple[int, list[tuple[float, int, int]]]] = []
+
+    def emptiest(self, need: int, times: dict[int, int], within: float) -> Iterator[int]:
+        """Take out those with ``need`` bytes of memory one by one: first where an execution takes
+        not too long, then the least loaded. Where loads are equal (nothing measured yet), services
+        keep out of each other's way."""
+        fitting = [
+            (times[size] > within, self._order * size, heap)
+            for (size, memory), heap in self._heaps.items()
+            if not memory or need <= memory
+        ]
+        while True:
+            heads = [
+                (slow, *heap[0][:2], size, heap[0][2], heap) for slow, size, heap in fitting if heap
+            ]
+            if not heads:
+                return
+            heap = min(heads)[-1]
+            index = heappop(heap)[2]
+            self._out.append((index, heap))
+            yield index
+
+    def put_back(self) -> None:
+        """Put back what was taken out, as crowded as it now is."""
+        for index, heap in self._out:
+            heappush(heap, (self.rho[index], self.guests[index], index))
+        self._out.clear()
 
 
 def _spread(view: View, service: ServiceFacts, sizes: list[int], horizon_s: float) -> list[float]:
@@ -171,7 +205,7 @@ def _take(
     view: View,
     service: ServiceFacts,
     mine: Sequence[Partition],
-    order: list[int],
+    order: Iterable[int],
     horizon_s: float,
 ) -> tuple[tuple[int, ...], float]:
     """As many partitions, in this order, as the service's load calls for, and the utilization

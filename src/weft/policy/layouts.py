@@ -12,7 +12,7 @@ partition.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
+from functools import cache, lru_cache
 from itertools import combinations
 
 import msgspec
@@ -97,24 +97,19 @@ def mig_layouts(device: DeviceSpec, current: Layout | None) -> list[Layout]:
         steps: Iterable[Profiles] = combos
     else:
         kept = frozenset(_placement(p) for p in (*current.mine, *current.free))
-        present = tuple(sorted(_placement(p).profile for p in current.mine))
-        steps = [mine for mine in combos if _one_step(present, mine)]
+        steps = _steps(device.mig, tuple(sorted(_placement(p).profile for p in current.mine)))
     found = []
     for mine in steps:
-        by_rest: dict[Profiles, tuple[Placements, Placements]] = {}
-        for placed in combos[mine]:
-            rest = tuple(sorted(p.profile for p in placed[1]))
-            best = by_rest.get(rest)
-            if best is None or _moved(placed, kept) < _moved(best, kept):
-                by_rest[rest] = placed
-        found += [_mig_layout(device, *placed) for placed in by_rest.values()]
+        for alike in combos[mine].values():
+            best = max(alike, key=lambda placed: _keeps(placed, kept))
+            found.append(_mig_layout(device, *best))
     return found
 
 
 def mig_fixed(device: DeviceSpec, profiles: Profiles) -> list[Layout]:
     """Layouts in which services have exactly these instances; empty if there is none."""
-    placed = _combinations(device.mig).get(tuple(sorted(profiles)), [])
-    return [_mig_layout(device, *p) for p in placed]
+    by_rest = _combinations(device.mig).get(tuple(sorted(profiles)), {})
+    return [_mig_layout(device, *placed) for alike in by_rest.values() for placed in alike]
 
 
 def service_profiles(gpu: str) -> list[Profiles]:
@@ -124,15 +119,17 @@ def service_profiles(gpu: str) -> list[Profiles]:
 
 def _mig_layout(device: DeviceSpec, mine: Placements, free: Placements) -> Layout:
     return Layout(
-        tuple(_instance(device, p) for p in mine), tuple(_instance(device, p) for p in free)
+        tuple(_instance(device.id, device.mig, p) for p in mine),
+        tuple(_instance(device.id, device.mig, p) for p in free),
     )
 
 
-def _instance(device: DeviceSpec, placement: Placement) -> Partition:
-    profile = table(device.mig).profile(placement.profile)
+@lru_cache(maxsize=2**14)
+def _instance(device: str, gpu: str, placement: Placement) -> Partition:
+    profile = table(gpu).profile(placement.profile)
     return Partition(
-        id=f"{device.id}:{profile.name}@{placement.start}",
-        device=device.id,
+        id=f"{device}:{profile.name}@{placement.start}",
+        device=device,
         units=tuple(range(placement.start, placement.start + profile.size)),
         memory=(profile.memory_mib or 0) * MIB,
         slices=profile.compute,
@@ -144,8 +141,15 @@ def _placement(partition: Partition) -> Placement:
     return Placement(int(start), profile)
 
 
-def _moved(placed: tuple[Placements, Placements], kept: frozenset[Placement]) -> int:
-    return sum(p not in kept for p in (*placed[0], *placed[1]))
+def _keeps(placed: tuple[Placements, Placements], kept: frozenset[Placement]) -> int:
+    """How many instances stay where they are, less those that have to be made."""
+    there = len(kept.intersection(placed[0])) + len(kept.intersection(placed[1]))
+    return 2 * there - len(placed[0]) - len(placed[1])
+
+
+@cache
+def _steps(gpu: str, present: Profiles) -> list[Profiles]:
+    return [mine for mine in _combinations(gpu) if _one_step(present, mine)]
 
 
 def _one_step(present: Profiles, other: Profiles) -> bool:
@@ -161,15 +165,16 @@ def _one_step(present: Profiles, other: Profiles) -> bool:
 
 
 @cache
-def _combinations(gpu: str) -> dict[Profiles, list[tuple[Placements, Placements]]]:
-    """For every choice of services' instances: where they and the jobs' can be."""
-    found: dict[Profiles, list[tuple[Placements, Placements]]] = {}
+def _combinations(gpu: str) -> dict[Profiles, dict[Profiles, list[tuple[Placements, Placements]]]]:
+    """For every choice of services' instances, and every choice of the jobs' beside them: where
+    they can be."""
+    found: dict[Profiles, dict[Profiles, list[tuple[Placements, Placements]]]] = {}
     for layout in _full(table(gpu)):
         for count in range(1, len(layout) + 1):
             for mine in combinations(layout, count):
                 rest = tuple(p for p in layout if p not in mine)
-                key = tuple(sorted(p.profile for p in mine))
-                found.setdefault(key, []).append((mine, rest))
+                here, there = (tuple(sorted(p.profile for p in ps)) for ps in (mine, rest))
+                found.setdefault(here, {}).setdefault(there, []).append((mine, rest))
     return found
 
 
