@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 
 # The pure modules that gain from being compiled: no struct classes with options in them.
 COMPILED := $(addprefix weft/,$(addsuffix .py, \
-	$(addprefix policy/,dispatcher admission lending queues sharing queueing forecast pressure \
-		utility estimate) sim/world telemetry/monitor))
+	$(addprefix policy/,dispatcher admission lending queues estimate pressure \
+		planner wishes demand judging leftover layouts placing sharing queueing forecast utility) \
+	sim/world telemetry/monitor))
 
 .PHONY: help demo test lint bench bench-peers bench-simulator compile uncompile clean
 

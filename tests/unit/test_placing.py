@@ -15,7 +15,8 @@ from weft.domain.device import DeviceSpec, PreemptLevel
 from weft.domain.snapshot import ServiceFacts
 from weft.domain.units import MS
 from weft.domain.workload import Variant
-from weft.policy.placing import Placing, place, why_not
+from weft.policy.placing import place, why_not
+from weft.policy.views import Placing
 
 MIB = 2**20
 

@@ -14,10 +14,11 @@ from weft.domain.device import DeviceSpec
 from weft.domain.plan import EMPTY_PLAN, Plan
 from weft.domain.snapshot import JobFacts, ServiceFacts, Snapshot
 from weft.domain.units import MS, S
-from weft.policy.judging import View, judge
+from weft.policy.judging import judge
 from weft.policy.layouts import unit_layout
 from weft.policy.planner import Planner
 from weft.policy.planstate import Tuning
+from weft.policy.views import View
 
 TIMES = {f"{units}x{rows}": 20 * MS * (3 + rows) // 4 for units in (1, 2) for rows in (1, 2, 4, 8)}
 SLOW = {"cpu": TIMES}

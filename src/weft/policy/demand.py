@@ -10,12 +10,11 @@ import msgspec
 
 from weft.domain.snapshot import ServiceFacts, Snapshot
 from weft.domain.units import S
-from weft.policy.judging import View
-from weft.policy.layouts import Layout
 from weft.policy.planstate import PlannerState, Tuning
 from weft.policy.pressure import Pressure, note_pressure
 from weft.policy.sharing import divide
 from weft.policy.utility import EXPLORE, Curve
+from weft.policy.views import Layout, View
 
 LEARN_EVERY = 10 * S
 PROBE_FOR = 90 * S

@@ -9,14 +9,11 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import heappop, heappush
 
-import msgspec
-
 from weft.domain.device import DeviceSpec, Partition
-from weft.domain.plan import Plan
-from weft.domain.snapshot import JobFacts, ServiceFacts
+from weft.domain.snapshot import ServiceFacts
 from weft.domain.units import format_bytes
-from weft.policy.layouts import Layout
 from weft.policy.queueing import batch_delay, wait_quantile
+from weft.policy.views import Layout, Verdict, View
 
 RHO_MAX = 0.85
 """Highest planned utilization of a service partition."""
@@ -26,40 +23,6 @@ SLOWER = 2.0
 """A partition that no load calls for does not help a service that it slows down by more."""
 NO_PLACE = 10.0
 """What a service that fits into no partition counts as overload."""
-
-
-class View(msgspec.Struct, frozen=True):
-    """One device: the services that it carries, each at its part of the rate, and the jobs that
-    can run there."""
-
-    now: int
-    device: DeviceSpec
-    plan: Plan
-    services: tuple[ServiceFacts, ...]
-    jobs: tuple[JobFacts, ...]
-    speed_ups: dict[str, list[float]] = {}
-    """What is known of jobs: speed on 0, 1, 2 … units relative to one."""
-    lost: dict[str, float] = {}
-    """And the work (s) that a pause costs each, where that is known."""
-
-
-class Verdict(msgspec.Struct):
-    """A layout judged: the partitions of each service, the utilization of each partition and the
-    rows per second that come to it, and for each service that would miss its objective why.
-    ``overload`` says how badly, to compare infeasible layouts: the parts of their load that
-    services could not be given, and of their latencies that are too much, each 0..1."""
-
-    layout: Layout
-    services: dict[str, tuple[int, ...]]
-    rho: list[float]
-    asked: list[float]
-    misses: dict[str, str]
-    overload: float = 0.0
-
-    @property
-    def busiest(self) -> float:
-        """Utilization of the busiest partition."""
-        return max(self.rho, default=0.0)
 
 
 def judge(view: View, layout: Layout, horizon_s: float) -> Verdict:
@@ -236,17 +199,21 @@ def _fill(
     horizon_s: float,
 ) -> None:
     """Partitions that no load calls for go to services that have instances to use them."""
+    used = {index for chosen in placed.values() for index in chosen}
+    if len(used) == len(mine):
+        return
+    sizes = [p.compute for p in mine]
     limits = {s.name: s.limit * view.device.compute + 1e-9 for s in view.services}
     for index, partition in enumerate(mine):
-        if any(index in chosen for chosen in placed.values()):
+        if index in used:
             continue
         able = [
             s
             for s in view.services
             if 0 < len(placed[s.name]) < s.instances
             and (not partition.memory or memory_of(s, view.device) <= partition.memory)
-            and sum(mine[i].compute for i in placed[s.name]) + partition.compute <= limits[s.name]
-            and _keeps_up(view, s, partition, [mine[i] for i in placed[s.name]])
+            and sum(sizes[i] for i in placed[s.name]) + sizes[index] <= limits[s.name]
+            and _keeps_up(view, s, sizes[index], {sizes[i] for i in placed[s.name]})
         ]
         if not able:
             continue
@@ -255,21 +222,18 @@ def _fill(
         for old in had:
             rho[old] -= shares[busiest.name]
         now = tuple(sorted((*had, index)))
-        loads = [
-            max(1e-12, load(view.device.kind, busiest, mine[i].compute, horizon_s)) for i in now
-        ]
+        loads = [max(1e-12, load(view.device.kind, busiest, sizes[i], horizon_s)) for i in now]
         placed[busiest.name] = now
         shares[busiest.name] = 1.0 / sum(1.0 / each for each in loads)
         for new in now:
             rho[new] += shares[busiest.name]
 
 
-def _keeps_up(
-    view: View, service: ServiceFacts, partition: Partition, present: list[Partition]
-) -> bool:
-    """Whether requests would not be much slower there than where the service runs already."""
-    here, *there = (exec_ns(view.device.kind, service, p.compute, 1) for p in (partition, *present))
-    return here <= SLOWER * max(there)
+def _keeps_up(view: View, service: ServiceFacts, size: int, present: set[int]) -> bool:
+    """Whether requests would not be much slower on a partition of this size than on those of the
+    sizes that the service runs on already."""
+    slowest = max(exec_ns(view.device.kind, service, other, 1) for other in present)
+    return exec_ns(view.device.kind, service, size, 1) <= SLOWER * slowest
 
 
 def utilization(view: View, layout: Layout, horizon_s: float) -> float:

@@ -15,24 +15,11 @@ from collections.abc import Iterable
 from functools import cache, lru_cache
 from itertools import combinations
 
-import msgspec
-
 from weft.domain.device import DeviceSpec, Partition
 from weft.domain.mig import Placement, Placements, Table, table
+from weft.policy.views import Layout
 
 MIB = 2**20
-
-
-class Layout(msgspec.Struct, frozen=True):
-    """``mine``: the partitions for services. ``free``: what is left, for jobs."""
-
-    mine: tuple[Partition, ...] = ()
-    free: tuple[Partition, ...] = ()
-
-    @property
-    def compute(self) -> int:
-        """Compute units of the services' partitions."""
-        return sum(p.compute for p in self.mine)
 
 
 def make_partition(device: DeviceSpec, units: tuple[int, ...]) -> Partition:

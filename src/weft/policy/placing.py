@@ -10,32 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
-
 from weft.domain.device import DeviceSpec
 from weft.domain.snapshot import ServiceFacts
 from weft.domain.units import format_bytes
 from weft.policy.judging import HEADROOM, RHO_MAX, exec_ns, load, memory_of
 from weft.policy.queueing import highest_load
+from weft.policy.views import Parts, Placing
 
 LEAST_PART = 0.1
 """A device is not used for less than this part of a service."""
 STICK = 0.2
 """A service stays on its device while others are not emptier by this much utilization."""
-
-Parts = dict[str, dict[str, float]]
-"""Service to device to the part of its load (0..1) that the device is to carry."""
-
-
-class Placing(msgspec.Struct, frozen=True):
-    """``parts``, and why services are not where one might expect them."""
-
-    parts: Parts
-    reasons: tuple[str, ...] = ()
-
-    def homes(self) -> dict[str, frozenset[str]]:
-        """The devices of each service."""
-        return {name: frozenset(parts) for name, parts in self.parts.items()}
 
 
 def why_not(service: ServiceFacts, device: DeviceSpec, memory_left: int) -> str:

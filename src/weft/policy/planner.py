@@ -27,11 +27,11 @@ from weft.domain.plan import Plan
 from weft.domain.snapshot import RATE_WINDOW, JobFacts, ServiceFacts, Snapshot
 from weft.domain.units import S
 from weft.policy.demand import Demand, scaled
-from weft.policy.judging import Verdict, View, judge
-from weft.policy.layouts import Layout
+from weft.policy.judging import judge
 from weft.policy.leftover import share_out
-from weft.policy.placing import Placing, place
+from weft.policy.placing import place
 from weft.policy.planstate import DeviceMemory, Members, PlannerState, Tuning
+from weft.policy.views import Layout, Placing, Verdict, View
 from weft.policy.wishes import Wishes
 
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 import msgspec
 
 from weft.domain.units import MS, S
-from weft.policy.layouts import Layout
-from weft.policy.placing import Parts
 from weft.policy.pressure import Pressure
 from weft.policy.utility import Curve
+from weft.policy.views import Layout, Parts
 
 Members = tuple[tuple[str, ...], tuple[str, ...]]
 """Services, with their instances, and jobs."""

@@ -41,8 +41,9 @@ UNSURE = 0.1
 
 class Curve(msgspec.Struct):
     """One job on ``units`` units: for each member of the family the sums of products of m, z and
-    progress y over what was seen, and those of ``y**2`` and of weights. ``expected``: the
-    speed-ups that follow from these, once they were asked for."""
+    progress y over what was seen, and those of ``y**2`` and of weights. ``expected`` and
+    ``expected_lost``: the speed-ups and the cost of a pause that follow from these, once they
+    were asked for."""
 
     units: int
     mm: list[float] = []
@@ -53,6 +54,7 @@ class Curve(msgspec.Struct):
     yy: float = 0.0
     seen: float = 0.0
     expected: list[float] = []
+    expected_lost: float | None = None
 
     def observe(self, held: Mapping[int, float], rate: float, pauses: float = 0.0) -> None:
         """Learn that the job made ``rate`` per second while it held so many units for a share of
@@ -72,7 +74,7 @@ class Curve(msgspec.Struct):
             self.zy[index] = self.zy[index] * FADE + z * rate
         self.yy = self.yy * FADE + rate * rate
         self.seen = self.seen * FADE + 1.0
-        self.expected = []
+        self.expected, self.expected_lost = [], None
 
     def _fit(self, index: int) -> tuple[float, float]:
         """R and R L of a member of the family."""
@@ -126,11 +128,12 @@ class Curve(msgspec.Struct):
         """Expected seconds of work that a pause costs."""
         if not self.seen:
             return LOST
-        found = 0.0
-        for index, weight in enumerate(self.weights()):
-            rate, lost = self._fit(index)
-            found += weight * (lost / rate if rate else LOST)
-        return found
+        if self.expected_lost is None:
+            self.expected_lost = 0.0
+            for index, weight in enumerate(self.weights()):
+                rate, lost = self._fit(index)
+                self.expected_lost += weight * (lost / rate if rate else LOST)
+        return self.expected_lost
 
     def knows_pauses(self) -> bool:
         """Whether what pauses cost can be told from the speed: because there were more and fewer

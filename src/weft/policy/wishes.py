@@ -9,9 +9,8 @@ import msgspec
 from weft.domain.device import DeviceSpec
 from weft.domain.units import S
 from weft.policy.demand import PROBE_FOR, Demand
-from weft.policy.judging import RHO_MAX, Verdict, View, judge, utilization
+from weft.policy.judging import RHO_MAX, judge, utilization
 from weft.policy.layouts import (
-    Layout,
     mig_fixed,
     mig_layouts,
     unit_layout,
@@ -21,6 +20,7 @@ from weft.policy.layouts import (
 )
 from weft.policy.leftover import pauses_of, share_out, worth
 from weft.policy.planstate import TRY_EVERY, DeviceMemory, PlannerState, Tuning
+from weft.policy.views import Layout, Verdict, View
 
 CALM = 0.6
 """Space is taken from services only where what is left would be used no more than this."""

@@ -7,9 +7,9 @@ lent as Weft lends it, so that what differs is the planning alone.
 
 from __future__ import annotations
 
-from weft.policy.judging import View
-from weft.policy.layouts import Layout, mig_layouts, unit_layouts
+from weft.policy.layouts import mig_layouts, unit_layouts
 from weft.policy.planner import Planner
+from weft.policy.views import Layout, View
 from weft.policy.wishes import Wish, Wishes
 
 HIGH = 0.8
