@@ -37,13 +37,14 @@ def refuse(
     """(reason, retry-after ns) if ``request`` must be refused; None to admit it."""
     if state.draining:
         return Refusal.SHUTTING_DOWN, 0
-    lanes = _lanes(state, service)
-    if not lanes:
+    mine = [state.partitions[name] for name in service.partitions]
+    mine = [p for p in mine if service.at.get(p.device)]
+    if not mine:
         return Refusal.UNAVAILABLE, 1000 * MS
     if service.queued >= service.max_queue:
         return Refusal.QUEUE_FULL, max(RETRY_MIN, _queued_work(service))
     budget = request.deadline - now
-    wait, own, partition = _best_finish(state, service, request, now, lanes)
+    wait, own, partition = _best_finish(state, service, request, now, mine)
     wait += wait // MARGIN
     if wait + own > budget and _due_for_a_try(state, service, budget, now):
         return None
@@ -77,35 +78,42 @@ def _best_finish(
     service: ServiceState,
     request: Request,
     now: int,
-    lanes: dict[str, float],
+    mine: list[PartitionState],
 ) -> tuple[int, int, PartitionState]:
-    """(wait, own execution, partition) on the partition where it would finish first.
+    """(wait, own execution, partition) on that of the service's partitions (``mine``) where it
+    would finish first.
 
     Of partitions that are alike the one that is free first is it, so the queue is predicted once
     for each likeness.
     """
     soonest: dict[tuple[str, int], tuple[int, PartitionState]] = {}
     device, idle_at = "", 0
-    for name in lanes:
-        partition = state.partitions[name]
+    for partition in mine:
         if partition.device != device:
             device, idle_at = partition.device, _worker_wait(state, service, partition.device, now)
-        wait = max(idle_at, _residual(state, partition, now))
+        batch = partition.batch
+        wait = state.running[batch].expected_end - now if batch else partition.revoke_cost
+        if wait < idle_at:
+            wait = idle_at
         if partition.waiting:
             wait += _others_ahead(state, service, partition, request)
         alike = partition.kind, partition.compute
-        if alike not in soonest or wait < soonest[alike][0]:
+        known = soonest.get(alike)
+        if known is None or wait < known[0]:
             soonest[alike] = wait, partition
     best: tuple[int, int, PartitionState] | None = None
     queued = sum(service.rows[: request.priority + 1])
+    lanes = float(min(max(1, service.workers), len(mine)))
+    shared = _lanes(service, mine) if len(soonest) > 1 else {}
     for free_in, partition in soonest.values():
-        ahead = int(queued / lanes[partition.id])
+        lanes = shared.get(partition.id, lanes)
+        ahead = int(queued / lanes)
         own = _own(service, partition, request)
         wait = free_in
         if queued:
             wait += _ahead(service, partition, ahead + request.rows, own)
         if wait and service.gap:
-            joining = int(wait / (service.gap * lanes[partition.id]))
+            joining = int(wait / (service.gap * lanes))
             wait += _company(service, partition, ahead % service.max_batch + request.rows, joining)
         if best is None or wait + own < best[0] + best[1]:
             best = wait, own, partition
@@ -113,24 +121,13 @@ def _best_finish(
     return best
 
 
-def _lanes(state: DispatcherState, service: ServiceState) -> dict[str, float]:
-    """For each partition on which the service has instances: among how many like it the queue is
-    shared out.
+def _lanes(service: ServiceState, mine: list[PartitionState]) -> dict[str, float]:
+    """For each of a service's partitions: among how many like it the queue is shared out.
 
     Work goes to whoever is free, so a partition's part of the queue is in proportion to its
     speed: sum of all speeds / its own. Where all are equal that is their number.
     """
     most = max(1, service.workers)
-    mine = [state.partitions[name] for name in service.partitions]
-    mine = [p for p in mine if service.at.get(p.device)]
-    if not mine:
-        return {}
-    first = mine[0]
-    for partition in mine:
-        if partition.compute != first.compute or partition.kind != first.kind:
-            break
-    else:
-        return dict.fromkeys([p.id for p in mine], float(min(most, len(mine))))
     speeds = {}
     for partition in mine:
         table = service.exec[partition.kind]
@@ -146,12 +143,6 @@ def _worker_wait(state: DispatcherState, service: ServiceState, device: str, now
     mine = [r for r in state.running.values() if r.batch.service == service.name]
     ends = [r.expected_end for r in mine if state.partitions[r.partition].device == device]
     return max(0, min(ends, default=now) - now)
-
-
-def _residual(state: DispatcherState, partition: PartitionState, now: int) -> int:
-    if not partition.batch:
-        return partition.revoke_cost
-    return max(0, state.running[partition.batch].expected_end - now)
 
 
 def _others_ahead(

@@ -57,8 +57,6 @@ class DeviceMemory(msgspec.Struct):
     """When services were first given space (ns)."""
     wish: Layout | None = None
     wished_since: int = 0
-    trial: Layout | None = None
-    """A layout that would be tried to learn something."""
     restless: dict[str, int] = {}
     """Since when services, and jobs, should change places (ns)."""
     shares: dict[str, int] = {}

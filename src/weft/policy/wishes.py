@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import msgspec
 
@@ -33,8 +34,15 @@ GAIN_OWN = 1.02
 LOSE_NOTHING = 0.99
 """And give it back if borrowing is worth this much of owning it."""
 
-Wish = tuple[Layout, str, int]
-"""A layout, why, and how long (ns) it must have been wished for."""
+
+class Wish(NamedTuple):
+    """A layout, why, and how long (ns) it must have been wished for. ``trial``: it is to show
+    what borrowing costs jobs."""
+
+    layout: Layout
+    why: str = ""
+    patience: int = 0
+    trial: bool = False
 
 
 class Wishes:
@@ -57,21 +65,21 @@ class Wishes:
             return current, []
         if not view.services:
             return current, []
-        memory.trial = None
         find = self._wish_mig if device.mig else self._wish
-        wish, reason, patience = find(view, current, least)
-        if wish == current:
+        wish = find(view, current, least)
+        if wish.layout == current:
             memory.wish = None
             return current, []
-        if wish != memory.wish:
-            memory.wish, memory.wished_since = wish, now
+        if wish.layout != memory.wish:
+            memory.wish, memory.wished_since = wish.layout, now
         held = now - memory.wished_since
-        if held < patience or not self._pays(view, current, wish):
+        if held < wish.patience or not self._pays(view, current, wish.layout):
             return current, []
         memory.wish = None
-        if wish == memory.trial:
+        if wish.trial:
             self.state.tried_own = now
-        return wish, [f"{_describe(current)} -> {_describe(wish)}: {reason} (for {held / S:.0f}s)"]
+        step = f"{_describe(current)} -> {_describe(wish.layout)}"
+        return wish.layout, [f"{step}: {wish.why} (for {held / S:.0f}s)"]
 
     def _is_fixed(self, device: DeviceSpec) -> bool:
         return (self.tuning.instances if device.mig else self.tuning.split) is not None
@@ -110,12 +118,12 @@ class Wishes:
         if here.misses or current.compute < least:
             best = self._step_up(pressing, current, here.overload - 0.01)
             if best is None:
-                return current, "", 0
+                return Wish(current)
             held = patience if best.compute > current.compute else tuning.grow_after
-            return best, _first_miss(here), held
+            return Wish(best, _first_miss(here), held)
         watched = view.now - self.state.devices[view.device.id].since
         if watched < tuning.settle or not view.jobs:
-            return current, "", 0
+            return Wish(current)
         return self._wish_for_jobs(view, current, least)
 
     def _wish_for_jobs(self, view: View, current: Layout, least: int) -> Wish:
@@ -134,21 +142,20 @@ class Wishes:
                 step = self._fit(peak, current.compute - 1)
                 if self._is_calm(peak, step):
                     why = f"jobs gain {gained - 1:.0%} and objectives hold"
-                    return step, why, tuning.shrink_after
+                    return Wish(step, why, tuning.shrink_after)
             elif unknown and not tried:
-                state.devices[view.device.id].trial = fewest
                 why = f"what pauses cost {', '.join(unknown)} is not known; it is tried without"
-                return fewest, why, tuning.shrink_after
+                return Wish(fewest, why, tuning.shrink_after, trial=True)
         usable = min(view.device.compute, sum(s.instances for s in view.services))
         trying = view.now - state.tried_own < PROBE_FOR
         if not tuning.lend or current.compute >= usable or trying:
-            return current, "", 0
+            return Wish(current)
         if self._ratio(view, here, self._fit(view, usable)) < LOSE_NOTHING:
-            return current, "", 0
+            return Wish(current)
         more = self._fit(view, current.compute + 1)
         if fewest is not None and self._ratio(view, judge(view, more, 0.0), fewest) > GAIN_OWN:
-            return current, "", 0
-        return more, "jobs lose nothing by borrowing it", tuning.shrink_after
+            return Wish(current)
+        return Wish(more, "jobs lose nothing by borrowing it", tuning.shrink_after)
 
     def _fewest(self, peak: View, current: Layout, least: int) -> Layout | None:
         """About the least that services can do with: single units, or as large as now."""
@@ -204,7 +211,7 @@ class Wishes:
         here = judge(pressing, current, horizon_s)
         options = [x for x in mig_layouts(view.device, current) if x.compute >= least]
         if not options:
-            return current, "", 0
+            return Wish(current)
         if here.misses:
             verdicts = _judge_all(pressing, options, horizon_s)
             best = min(verdicts, key=lambda v: (round(v.overload, 3), -self._worth(view, v)))
@@ -214,8 +221,8 @@ class Wishes:
                 # A rise that is only foreseen may not come, and jobs would start again for it.
                 now = judge(pressing, current, 0.0).misses
                 patience = tuning.grow_after if now else max(tuning.grow_after, moving)
-                return best.layout, _first_miss(here), patience
-            return current, "", 0
+                return Wish(best.layout, _first_miss(here), patience)
+            return Wish(current)
         peak = self._demand.at_peak(view, SPARE)
         calm = [
             v
@@ -223,13 +230,13 @@ class Wishes:
             if not v.misses and (v.busiest <= CALM or v.layout.compute >= current.compute)
         ]
         if not calm:
-            return current, "", 0
+            return Wish(current)
         best = max(calm, key=lambda v: self._worth(view, v))
         before, after = self._worth(view, judge(peak, current, horizon_s)), self._worth(view, best)
         if after <= (GAIN + moving / tuning.payback) * before:
-            return current, "", 0
+            return Wish(current)
         why = f"jobs gain {after / before - 1 if before else 1:.0%} and objectives hold"
-        return best.layout, why, tuning.shrink_after
+        return Wish(best.layout, why, tuning.shrink_after)
 
     def _worth(self, view: View, verdict: Verdict) -> float:
         """What a layout is worth to jobs that are bound to their partitions."""

@@ -35,13 +35,14 @@ class _Reactions(Wishes):
     def _react(self, view: View, current: Layout, least: int) -> Wish:
         hottest = max((s.p95 / s.objective for s in view.services), default=0.0)
         hottest = max([hottest, *(float(p.boost > 1.0) for p in self.state.pressure.values())])
+        why = f"p95 at {hottest:.0%} of the objective"
         if hottest > HIGH:
             step = self._step(view, current, more=True)
-            return step, f"p95 at {hottest:.0%} of the objective", self.tuning.grow_after
+            return Wish(step, why, self.tuning.grow_after)
         if hottest < LOW and current.compute > max(1, least):
             step = self._step(view, current, more=False)
-            return step, f"p95 at {hottest:.0%} of the objective", self.tuning.shrink_after
-        return current, "", 0
+            return Wish(step, why, self.tuning.shrink_after)
+        return Wish(current)
 
     @staticmethod
     def _step(view: View, current: Layout, more: bool) -> Layout:

@@ -206,6 +206,8 @@ class World:
         """Loads that the next plan waits for."""
         self._settled: dict[str, int] = {}
         self._running: dict[str, int] = {}
+        self._served = dict.fromkeys(self._compute, 0)
+        """Units that executions use, by device and (under "") of all the box."""
         self._ended: dict[str, int] = {}
         """When a batch last ended on a partition."""
         self._services = {s.spec.name: s for s in scenario.services}
@@ -442,10 +444,14 @@ class World:
         slowed = 1 + self._contention(partition)
         took = round(mean * self._draws.factor(service.costs[kind].cv) * slowed)
         self._running[partition.id] = partition.compute
+        self._served[partition.device] += partition.compute
+        self._served[""] += partition.compute
         began = self._now
 
         def done() -> None:
             del self._running[partition.id]
+            self._served[partition.device] -= partition.compute
+            self._served[""] -= partition.compute
             self._ended[partition.id] = self._now
             used = partition.compute * (self._now - began)
             self.outcome.served_ns += used
@@ -501,10 +507,8 @@ class World:
         device = self._trainer
         if not (device.cost.contention or shared):
             return
-        served = self._running
-        here = sum(u for n, u in served.items() if self._partitions[n].device == device.spec.id)
-        slow = device.cost.contention * here / device.spec.compute
-        slow += shared * sum(served.values()) / self._compute[""]
+        slow = device.cost.contention * self._served[device.spec.id] / device.spec.compute
+        slow += shared * self._served[""] / self._compute[""]
         for job in self._jobs.values():
             if job.held:
                 job.settle(self._now)
