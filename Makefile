@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 COMPILED := $(addprefix weft/,$(addsuffix .py, \
 	$(addprefix policy/,dispatcher admission lending queues estimate pressure \
 		planner wishes demand judging leftover layouts placing sharing queueing forecast utility) \
-	sim/world telemetry/monitor))
+	sim/world sim/reactive telemetry/monitor))
 
 .PHONY: help demo test lint bench bench-peers bench-simulator compile uncompile clean
 

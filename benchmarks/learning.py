@@ -3,7 +3,7 @@
 ``two-jobs``: per seed, how far each job's learned speed-up curve is from its true one (mean
 absolute error over all sizes), the share of all unit time spent on trying out, and the jobs' steps
 beside those of the same planner without learning. Then one job alone on four cores, which loses no
-work or 20 ms of it at each grant, where learning decides between borrowing space and owning it.
+work or 20 ms of it at each grant, where learning decides whether to borrow or to own space.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ device: {kind: cpu, units: 4}
 services:
   - name: api
     objective: {latency: 50ms}
+    instances: 3
     cost: {first: 4ms, per_row: 1ms, parallel: 0.5, saturates: 2, cv: 0.1}
     arrivals: {kind: poisson, rate: 60}
 jobs:

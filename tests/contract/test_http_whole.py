@@ -51,13 +51,19 @@ def one_answer(sock: socket.socket) -> tuple[int, bytes]:
     """Status and body of an answer that states its length; the connection stays open."""
     seen = b""
     while b"\r\n\r\n" not in (seen := seen.removeprefix(CONTINUE)):
-        seen += sock.recv(65536)
+        seen += more(sock)
     head, _, body = seen.partition(b"\r\n\r\n")
     length = int(head.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
     while len(body) < length:
-        body += sock.recv(65536)
+        body += more(sock)
     assert len(body) == length
     return int(head.split(b" ")[1]), body
+
+
+def more(sock: socket.socket) -> bytes:
+    data = sock.recv(65536)
+    assert data, "the connection was closed"
+    return data
 
 
 def asgi_tasks(served: Any) -> int:
@@ -128,6 +134,39 @@ def test_a_hang_up_withdraws_the_request(served: Any, cuts: tuple[int, ...]) -> 
     assert served.node.withdrawn.acquire(timeout=20)
 
 
+def test_a_body_that_is_not_http_starts_nothing(served: Any) -> None:
+    head = f"POST {SLEEPY} HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
+    sock = send(served, head, b"zz\r\nnothing\r\n", IN_ONE)
+    assert read_all(sock).startswith(b"HTTP/1.1 400")
+    sock.close()
+    assert asgi_tasks(served) == 0
+
+
+@pytest.mark.parametrize("url", ["http://[::1/x", "http://a:b:c/", "/v2/models/\xe9/infer"])
+@PIECES
+def test_a_bad_url_is_refused(served: Any, url: str, cuts: tuple[int, ...], caplog: Any) -> None:
+    head = post(len(BODY)).replace(ROUTE.encode(), url.encode("latin-1"))
+    sock = send(served, head, BODY, cuts)
+    assert read_all(sock).startswith(b"HTTP/1.1 400")
+    sock.close()
+    assert "Traceback" not in caplog.text
+
+
+def test_a_connection_lives_while_a_request_waits_behind_one_answered_at_once(
+    served: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served.fronts[0]._server.config, "timeout_keep_alive", 0.2)
+    refused, waits = post(1) + b"{", post(len(BODY), SLEEPY) + BODY
+    sock = send(served, b"", refused + waits, IN_ONE)
+    assert one_answer(sock)[0] == 400
+    assert served.node.waiting.acquire(timeout=20)
+    time.sleep(0.5)
+    served.call(served.node.gate.set)
+    assert one_answer(sock)[0] == 200
+    served.call(served.node.gate.clear)
+    sock.close()
+
+
 def test_pipelined_requests_are_answered_in_order(served: Any) -> None:
     def doubled(value: int) -> bytes:
         given = {"name": "x", "shape": [1, 1], "datatype": "FP32", "data": [value]}
@@ -187,6 +226,18 @@ def test_a_body_over_the_limit_is_refused() -> None:
         sock = send(served, post(len(BODY)), BODY, IN_ONE)
         assert one_answer(sock)[0] == 413
         sock.close()
+
+
+def test_stopping_starts_nothing_that_came_behind() -> None:
+    with serving() as served:
+        request = post(len(BODY), SLEEPY) + BODY
+        sock = send(served, b"", request + request, IN_ONE)
+        assert served.node.waiting.acquire(timeout=20)
+        served.run(served.fronts[0].stop(0.1))
+        answers = read_all(sock)
+        sock.close()
+        assert answers.count(b"HTTP/1.1 503") == 1
+        assert len(served.node.calls) == 1
 
 
 @PIECES

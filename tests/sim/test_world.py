@@ -8,6 +8,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from weft.domain.actions import Action
+from weft.domain.events import Event
+from weft.domain.plan import Plan
+from weft.domain.snapshot import Snapshot
 from weft.domain.units import MS
 from weft.policy.planner import Planner
 from weft.policy.planstate import Tuning
@@ -150,6 +154,48 @@ def test_what_borrowing_costs_jobs_is_tried_and_what_costs_too_much_they_get_for
     reasons = [why for _, each in outcome.reasons for why in each]
     assert sum("is not known; it is tried" in why for why in reasons) == 1
     assert outcome.figures()["attainment"] > 0.99
+
+
+@pytest.mark.parametrize(("resume", "lent"), [("0ms", True), ("20ms", False)])
+def test_idle_space_is_lent_only_where_jobs_gain_by_it(resume: str, lent: bool) -> None:
+    job = f"{{name: j, cost: {{rate: 10, parallel: 0.9, resume: {resume}}}}}"
+    found = scenario(
+        rate=60, first="4ms", latency="50ms", jobs=job, seconds=400, more="instances: 3"
+    )
+    outcome, unlearned, kept = (
+        run(found, tuning) for tuning in (None, Tuning(learn=False), Tuning(lend=False))
+    )
+    ended = any("idle space is not lent" in why for _, each in outcome.reasons for why in each)
+    assert ended != lent
+    rate, before, never = (o.figures()["job_rate"] for o in (outcome, unlearned, kept))
+    assert rate > (1.1 * never if lent else 1.1 * before)
+
+
+def test_a_new_job_is_lent_idle_space_until_more_is_known() -> None:
+    job = "{name: j, cost: {rate: 10, parallel: 0.9, resume: 20ms}}"
+    found = scenario(
+        rate=60, first="4ms", latency="50ms", jobs=job, seconds=200, more="instances: 3"
+    )
+    planner = Planner()
+    snapshots = _Snapshots()
+    World(found, planner, (0, 0), observer=snapshots).run()
+    assert not snapshots.last.plan.lendable
+    other = msgspec.structs.replace(snapshots.last.jobs[0], id="other")
+    plan = planner.plan(msgspec.structs.replace(snapshots.last, jobs=(other,)))
+    assert plan is not None
+    assert plan.lendable
+
+
+class _Snapshots:
+    """Keeps the last snapshot that the planner was shown."""
+
+    last: Snapshot
+
+    def decided(self, now: int, event: Event, actions: list[Action]) -> None:
+        pass
+
+    def planned(self, now: int, snapshot: Snapshot, plan: Plan | None) -> None:
+        self.last = snapshot
 
 
 @pytest.mark.parametrize("resume", ["200ms", "10s"])

@@ -202,10 +202,10 @@ def test_memory_comes_back_from_whoever_is_refused_or_went_away(arena: Arena) ->
     async def refuse() -> None:
         (refused, refusal), (gone, nothing), (late, neither) = (pending(arena) for _ in range(3))
         refused.refuse(Refused(Refusal.OVERLOADED, 0, ""))
-        gone.withdrawn = True
+        gone.withdraw()
         gone.answer((), outputs(arena, gone.block))
         late.answer((), outputs(arena, late.block))
-        late.withdrawn = True
+        late.withdraw()
         await asyncio.sleep(0)
         assert refusal == [Refused(Refusal.OVERLOADED, 0, "")]
         assert not nothing

@@ -9,7 +9,7 @@ Laws (docs/design.md says why):
    their objectives are predicted to need at the recent peak rate. They give up the rest where
    jobs gain by having it for themselves; where jobs cannot move, the layout is taken that leaves
    them most. What nobody serves on is divided among jobs by utility, and idle service
-   partitions are lent.
+   partitions are lent, unless pauses are known to cost jobs more than that is worth.
 4. A prediction that measurement contradicts is corrected: while a service misses its objective
    more often than allowed, its load counts for more than its rate says.
 5. A layout changes only when the wish for it has held for a while, one step at a time, and
@@ -53,6 +53,9 @@ class Planner:
             for memory in state.devices.values():
                 memory.layout = memory.wish = None
         members = _members(snapshot)
+        if members != state.members:
+            for memory in state.devices.values():
+                memory.lends = True
         placing, reasons = self._next_placing(snapshot, facts, members)
         before = {d: m.layout for d, m in state.devices.items()}
         views = self._views(snapshot, facts, placing)
@@ -185,7 +188,7 @@ class Planner:
             infeasible += [f"{n}{where}: {why}" for n, why in sorted(verdict.misses.items())]
             if not view.device.trains:
                 continue
-            if tuning.lend:
+            if tuning.lend and state.devices[view.device.id].lends:
                 lendable += [p.id for p in layout.mine]
             for job, mine in self._owned(view, layout, verdict, bound).items():
                 jobs[job] = jobs.get(job, ()) + mine

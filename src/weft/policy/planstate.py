@@ -58,9 +58,13 @@ class DeviceMemory(msgspec.Struct):
     wish: Layout | None = None
     wished_since: int = 0
     restless: dict[str, int] = {}
-    """Since when services, and jobs, should change places (ns)."""
+    """Since when services, and jobs, should change places, and lending begin or end (ns)."""
     shares: dict[str, int] = {}
     """Units of jobs that can move."""
+    lends: bool = True
+    """Whether idle service partitions are lent."""
+    paused: float = 1.0
+    """Pauses per request that could cause one, when they last were."""
 
 
 class PlannerState(msgspec.Struct):

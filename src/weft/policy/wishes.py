@@ -177,13 +177,28 @@ class Wishes:
     def _ratio(self, view: View, here: Verdict, layout: Layout) -> float:
         """What another layout would be worth to jobs, 1 being what they have."""
         there = judge(view, layout, 0.0)
-        if not self.tuning.lend:
-            here, there = _unlent(here), _unlent(there)
-        before, after = (
-            worth(view, v, self._demand.divide(view, v.layout), _measured(view, here))
-            for v in (here, there)
-        )
+        pauses = self._pauses(view, here)
+        before, after = (max(self._lent_or_not(view, v, pauses)) for v in (here, there))
         return after / before if before else float(after > 0) + 1.0
+
+    def _lent_or_not(self, view: View, verdict: Verdict, pauses: float) -> tuple[float, float]:
+        """What a layout is worth to jobs that can move if it is lent (0 if nothing may be), and
+        if it is not."""
+        own = self._demand.divide(view, verdict.layout)
+        kept = worth(view, _unlent(verdict), own, 0.0)
+        return worth(view, verdict, own, pauses) if self.tuning.lend else 0.0, kept
+
+    def _pauses(self, view: View, here: Verdict) -> float:
+        """Pauses of jobs that there are where idle space is lent, of those that there would be if
+        each request that finds a partition idle took it back: lingering spares some, and so does
+        other work."""
+        memory = self.state.devices[view.device.id]
+        if memory.lends:
+            held = sum(n * share for job in view.jobs for n, share in job.units.items())
+            expected = pauses_of(here, held)
+            seen = sum(job.grants for job in view.jobs)
+            memory.paused = min(1.0, seen / expected) if expected else 1.0
+        return memory.paused
 
     def _step_up(self, view: View, current: Layout, below: float) -> Layout | None:
         """The best layout with as many units, or with the fewest more that bring the overload
@@ -247,7 +262,11 @@ class Wishes:
         not."""
         if view.device.pins_jobs:
             return self._rebalance(view, memory) or self._rebind(view, memory)
-        return self._rebalance(view, memory) or self._redivide(view, memory)
+        return (
+            self._rebalance(view, memory)
+            or self._redivide(view, memory)
+            or self._relend(view, memory)
+        )
 
     def _rebalance(self, view: View, memory: DeviceMemory) -> list[str]:
         """Why services should change places within the layout; empty if they should not."""
@@ -283,6 +302,25 @@ class Wishes:
             return []
         parts = ", ".join(f"{job} {have[job]} -> {wish[job]}" for job in sorted(wish))
         return [f"units of jobs: {parts}: what each makes of them was learned"]
+
+    def _relend(self, view: View, memory: DeviceMemory) -> list[str]:
+        """Why lending should end, or begin again: where what pauses cost is known, and is more
+        than what idle space is worth, or no longer."""
+        layout, known = memory.layout, all(job.id in view.lost for job in view.jobs)
+        if layout is None or not (self.tuning.lend and layout.mine and view.jobs and known):
+            return []
+        here = judge(view, layout, 0.0)
+        lent, kept = self._lent_or_not(view, here, self._pauses(view, here))
+        change = kept > GAIN_OWN * lent if memory.lends else lent > GAIN_OWN * kept
+        if not _has_held(memory, "lending", change, view.now, self.tuning.shrink_after):
+            return []
+        memory.lends = not memory.lends
+        before, after = (kept, lent) if memory.lends else (lent, kept)
+        gain = f"jobs gain {after / before - 1 if before else 1:.0%}"
+        if memory.lends:
+            return [f"idle space is lent again: {gain}"]
+        cost = ", ".join(f"{job.id} {view.lost[job.id] * 1000:.1f} ms" for job in view.jobs)
+        return [f"idle space is not lent: {gain}; a pause costs {cost}"]
 
     def _rebind(self, view: View, memory: DeviceMemory) -> list[str]:
         """Why jobs should start again on other instances."""
@@ -337,15 +375,6 @@ def _judge_all(view: View, layouts: list[Layout], horizon_s: float) -> list[Verd
 def _unlent(verdict: Verdict) -> Verdict:
     """As if services left nothing."""
     return msgspec.structs.replace(verdict, rho=[1.0] * len(verdict.rho))
-
-
-def _measured(view: View, here: Verdict) -> float:
-    """Pauses of jobs that there were, of those that there would be if each request that finds a
-    partition idle took it back: lingering spares some, and so does other work."""
-    held = sum(n * share for job in view.jobs for n, share in job.units.items())
-    expected = pauses_of(here, held)
-    seen = sum(job.grants for job in view.jobs)
-    return min(1.0, seen / expected) if expected else 1.0
 
 
 def _least(view: View) -> int:

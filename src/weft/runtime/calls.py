@@ -49,6 +49,11 @@ class Pending:
         self.done = done
         self.withdrawn = False
 
+    def withdraw(self) -> None:
+        """Nobody waits for it any more."""
+        self.withdrawn = True
+        self.done = _nobody
+
     def free(self) -> None:
         """Give the tensor memory back (once)."""
         if self.block >= 0:
@@ -87,6 +92,10 @@ class Pending:
             self.free()
         else:
             self.done(outcome)
+
+
+def _nobody(_: Outcome) -> None:
+    """Takes the place of whoever asked; nothing of theirs is kept until the batch is done."""
 
 
 class OutputSizes:

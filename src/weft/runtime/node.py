@@ -417,7 +417,7 @@ class Node:
 
     def _withdraw(self, request_id: int, pending: Pending) -> None:
         """The caller went away: what is queued goes too; what runs is thrown away when done."""
-        pending.withdrawn = True
+        pending.withdraw()
         self._hand_over()
         if request_id in self._pending:
             self.core.feed(e.Cancelled(request_id))

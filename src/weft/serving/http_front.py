@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterable
 from functools import partial
 from typing import Any, Protocol
 
+import httptools
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import (
     STATUS_LINE,
@@ -167,15 +168,24 @@ class _Protocol(HttpToolsProtocol):
         if exchange is not None:
             withdraw = exchange.withdraw
             exchange.forget()
-            withdraw()
-        super().connection_lost(exc)
+            try:
+                withdraw()
+            finally:
+                super().connection_lost(exc)
+        else:
+            super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         if self._in_head:
             self._head_bytes += len(data)
         super().data_received(data)
-        if self._parts is not None:
-            self._leave_to_asgi()
+        if self.transport.is_closing():  # what came was not HTTP
+            self._parts = None
+        elif self._parts is not None:
+            try:
+                self._leave_to_asgi()
+            except (httptools.HttpParserError, UnicodeDecodeError):  # the URL is looked at now
+                self.send_400_response("Invalid HTTP request received.")
         if self._in_head:
             self._await_head()
             if self._head_bytes > HEADER_BYTES and not self.transport.is_closing():
@@ -185,6 +195,8 @@ class _Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        # The request before it may have been answered in this very read.
+        self._unset_keepalive_if_required()
         if not self._in_head:
             self._in_head, self._head_bytes = True, 0
 
@@ -231,9 +243,10 @@ class _Protocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def stop_exchange(self) -> None:
-        """Answer what is under way that the server stops."""
+        """Answer what is under way that the server stops, and close."""
         exchange = self._exchange
         if exchange is not None:
+            exchange.keep_alive = False  # what came behind it is not started
             exchange.withdraw()
             exchange.answer(*refusal_answer(STOPPING))
 
