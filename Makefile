@@ -17,8 +17,8 @@ help:
 	@echo "make lint         ruff, mypy, import contracts, generated docs"
 	@echo "make bench        policy costs (1 minute), then weft bench colocate (about 15 minutes)"
 	@echo "make bench-peers  Weft, Triton, MLServer, LitServe side by side (about 30 minutes)"
-	@echo "make bench-simulator  its speed and how well it predicts a live run (about 10 minutes)"
-	@echo "make compile      compile the policy in place (needs gcc; a minute); make uncompile undoes it"
+	@echo "make bench-simulator  its speed and how well it predicts a live run (3 minutes)"
+	@echo "make compile      compile policy and simulator in place (needs gcc; a minute); make uncompile undoes it"
 	@echo "make clean        remove what the other targets made"
 
 $(VENV)/test.stamp: pyproject.toml

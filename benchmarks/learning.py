@@ -55,7 +55,7 @@ def main() -> None:
         print(title)
         for sample in samples:
             print("  " + "  ".join(f"{k} {v:.4g}" for k, v in sample.items()))
-    for name in curves[0]:
+    for name in [name for name in curves[0] if name != "seed"]:
         print(f"median {name:24} {statistics.median(s[name] for s in curves):.4g}")
     if args.json:
         args.json.write_text(json.dumps({"two_jobs": curves, "one_job": pauses}, indent=1) + "\n")

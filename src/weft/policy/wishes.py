@@ -307,7 +307,9 @@ class Wishes:
         """Why lending should end, or begin again: where what pauses cost is known, and is more
         than what idle space is worth, or no longer."""
         layout, known = memory.layout, all(job.id in view.lost for job in view.jobs)
-        if layout is None or not (self.tuning.lend and layout.mine and view.jobs and known):
+        if layout is None or self.state.learned_at != view.now:
+            return []
+        if not (self.tuning.lend and layout.mine and view.jobs and known):
             return []
         here = judge(view, layout, 0.0)
         lent, kept = self._lent_or_not(view, here, self._pauses(view, here))
