@@ -12,7 +12,15 @@ VENVS = Path(__file__).resolve().parent / ".venvs"
 ONNXRUNTIME = "onnxruntime==1.31.1"
 
 PACKAGES = {
-    "bare": ["uvicorn==0.54.0", "httptools", "uvloop", "orjson", "numpy", ONNXRUNTIME],
+    "bare": [
+        "uvicorn==0.54.0",
+        "grpcio==1.85.1",
+        "httptools",
+        "uvloop",
+        "orjson",
+        "numpy",
+        ONNXRUNTIME,
+    ],
     "triton": ["nvidia-pytriton==0.7.0", ONNXRUNTIME],
     # Parallel workers, one of the settings tried, do not start with a later uvloop.
     "mlserver": ["mlserver==1.7.1", "uvloop==0.21.0", ONNXRUNTIME],

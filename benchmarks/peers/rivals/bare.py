@@ -1,4 +1,4 @@
-"""The floor: a raw ASGI application under uvicorn with ONNX Runtime in process."""
+"""The floor: a raw ASGI application, or gRPC handler, with ONNX Runtime in process."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from pathlib import Path
 
 from model import Model
 from procs import Launch, free_port
-from rivals.base import ONE_THREAD, Arm, missing_venv, venv_python, venv_versions
-from wire import Payload, rest_binary, rest_json
+from rivals.base import ONE_THREAD, SERVED, Arm, missing_venv, venv_python, venv_versions
+from wire import Payload, grpc_raw, rest_binary, rest_json
 
 
 class Bare:
@@ -17,7 +17,7 @@ class Bare:
         return missing_venv(self.name)
 
     def versions(self) -> dict[str, str]:
-        return venv_versions(self.name, ["uvicorn", "onnxruntime", "numpy"])
+        return venv_versions(self.name, ["uvicorn", "grpcio", "onnxruntime", "numpy"])
 
     def arms(self) -> list[Arm]:
         def arm(workload: str, batch: int, threads: int, procs: int, tried: bool = False) -> Arm:
@@ -29,6 +29,7 @@ class Bare:
             arm("tiny", 1, threads=0, procs=2),
             arm("tiny", 8, threads=2, procs=1),
             arm("image", 1, threads=0, procs=2),
+            Arm(self.name, "image", wire="grpc"),
             arm("tiny", 1, threads=0, procs=1, tried=True),
             arm("tiny", 1, threads=2, procs=1, tried=True),
             arm("tiny", 8, threads=1, procs=1, tried=True),
@@ -38,6 +39,11 @@ class Bare:
 
     def launch(self, arm: Arm, model: Model, folder: Path) -> Launch:
         port = free_port()
+        if arm.wire == "grpc":
+            argv = [str(venv_python(self.name)), str(SERVED / "bare_grpc.py")]
+            env = ONE_THREAD | {"PEERS_MODEL": str(model.path)}
+            grpc = free_port()
+            return Launch([*argv, str(grpc), str(port)], env, "/ready", port, grpc)
         argv = [str(venv_python(self.name)), "-m", "uvicorn", "bare_app:app"]
         argv += ["--host", "127.0.0.1", "--port", str(port), "--log-level", "warning"]
         argv += ["--no-access-log", "--loop", "uvloop", "--http", "httptools"]
@@ -50,4 +56,4 @@ class Bare:
         return Launch(argv, env, "/ready", port)
 
     def payload(self, arm: Arm, model: Model) -> Payload:
-        return rest_json(model) if arm.wire == "json" else rest_binary(model)
+        return {"json": rest_json, "binary": rest_binary, "grpc": grpc_raw}[arm.wire](model)
