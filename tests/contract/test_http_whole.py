@@ -134,6 +134,16 @@ def test_a_hang_up_withdraws_the_request(served: Any, cuts: tuple[int, ...]) -> 
     assert served.node.withdrawn.acquire(timeout=20)
 
 
+def test_a_hang_up_is_seen_while_another_request_waits(served: Any) -> None:
+    requests = post(len(BODY), SLEEPY) + BODY + post(len(BODY)) + BODY
+    calls = len(served.node.calls)
+    sock = send(served, b"", requests, IN_ONE)
+    assert served.node.waiting.acquire(timeout=20)
+    sock.close()
+    assert served.node.withdrawn.acquire(timeout=20)
+    assert len(served.node.calls) == calls + 1
+
+
 def test_a_body_that_is_not_http_starts_nothing(served: Any) -> None:
     head = f"POST {SLEEPY} HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
     sock = send(served, head, b"zz\r\nnothing\r\n", IN_ONE)

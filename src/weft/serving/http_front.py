@@ -41,6 +41,7 @@ HEADER_BYTES = 64 * 1024
 READ_AHEAD_BYTES = 2**20
 """Body bytes of one connection read before the application asks for them."""
 _UNREAD_ANSWER_MS = 60_000
+_READ_ON_S = 0.05
 
 
 class Application(Protocol):
@@ -260,6 +261,16 @@ class _Protocol(HttpToolsProtocol):
         super().on_headers_complete()
         extensions: dict[str, Any] = {WHOLE_ANSWER: partial(_write_answer, self.cycle)}
         self.scope["extensions"] = extensions
+        exchange = self._exchange
+        if exchange is not None and not exchange.followed:
+            # This one waits behind another, and uvicorn reads no further: it would not notice a
+            # hang-up. Once only, for what comes then is kept as well.
+            exchange.followed = True
+            self.loop.call_later(_READ_ON_S, self._read_on, exchange)
+
+    def _read_on(self, exchange: _Exchange) -> None:
+        if self._exchange is exchange:
+            self.flow.resume_reading()
 
     def _await_head(self) -> None:
         if self._head_timer is None and not self.transport.is_closing():
@@ -274,12 +285,13 @@ class _Protocol(HttpToolsProtocol):
 class _Exchange:
     """See ``Exchange``. To uvicorn it is the cycle under way."""
 
-    __slots__ = ("_protocol", "keep_alive", "response_complete", "withdraw")
+    __slots__ = ("_protocol", "followed", "keep_alive", "response_complete", "withdraw")
 
     def __init__(self, protocol: _Protocol) -> None:
         parser = protocol.parser
         self._protocol = protocol
         self.keep_alive = parser.get_http_version() != "1.0" and parser.should_keep_alive()
+        self.followed = False
         self.response_complete = False
         self.withdraw: Callable[[], None] = _nothing
         protocol._exchange = protocol.cycle = self
