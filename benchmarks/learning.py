@@ -3,7 +3,9 @@
 ``two-jobs``: per seed, how far each job's learned speed-up curve is from its true one (mean
 absolute error over all sizes), the share of all unit time spent on trying out, and the jobs' steps
 beside those of the same planner without learning. Then one job alone on four cores, which loses no
-work or 20 ms of it at each grant, where learning decides whether to borrow or to own space.
+work or 20 ms of it at each grant, beside a service of three instances or one: learning decides
+whether the job borrows or owns space, and whether idle space is lent. Its steps without learning,
+and where nothing is ever lent, stand beside it.
 """
 
 from __future__ import annotations
@@ -14,9 +16,7 @@ import re
 import statistics
 from pathlib import Path
 
-import msgspec
-
-from weft.domain.units import MS, S
+from weft.policy.demand import PROBE_FOR
 from weft.policy.planner import Planner
 from weft.policy.planstate import Tuning
 from weft.sim.outcome import Outcome
@@ -31,14 +31,13 @@ device: {kind: cpu, units: 4}
 services:
   - name: api
     objective: {latency: 50ms}
-    instances: 3
+    instances: INSTANCES
     cost: {first: 4ms, per_row: 1ms, parallel: 0.5, saturates: 2, cv: 0.1}
     arrivals: {kind: poisson, rate: 60}
 jobs:
-  - {name: train, cost: {rate: 10, parallel: 0.9}}
+  - {name: train, cost: {rate: 10, parallel: 0.9, resume: LOST}}
 """
 TRY_OUT = re.compile(r"tried out with (\d+) more")
-TRY_S = 90
 
 
 def main() -> None:
@@ -49,8 +48,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     curves = [of_curves(read_scenario(SCENARIOS / "two-jobs.yaml"), n) for n in range(args.seeds)]
-    alone = parse_scenario(ONE_JOB, SCENARIOS)
-    pauses = [of_pauses(alone, ms, n) for ms in (0, 20) for n in range(args.seeds)]
+    pauses = [
+        of_pauses(instances, lost_ms, seed)
+        for instances in (3, 1)
+        for lost_ms in (0, 20)
+        for seed in range(args.seeds)
+    ]
     for title, samples in (("two jobs", curves), ("one job on four cores", pauses)):
         print(title)
         for sample in samples:
@@ -65,7 +68,6 @@ def of_curves(scenario: Scenario, seed: int) -> dict[str, float]:
     """One seed of ``two-jobs``."""
     planner = Planner()
     learned = World(scenario, planner, (seed, 0)).run()
-    fixed = run_without(scenario, seed)
     found: dict[str, float] = {"seed": seed}
     for job in scenario.jobs:
         curve = planner.state.curves[job.spec.id]
@@ -76,27 +78,27 @@ def of_curves(scenario: Scenario, seed: int) -> dict[str, float]:
     tried = [int(m[1]) for _, why in learned.reasons for w in why if (m := TRY_OUT.search(w))]
     found["try_outs"] = len(tried)
     units = scenario.devices[0].spec.compute
-    found["explored"] = TRY_S * sum(tried) / (scenario.duration / S * units)
-    return found | compared(learned, fixed)
+    found["explored"] = PROBE_FOR * sum(tried) / (scenario.duration * units)
+    return found | compared(learned, scenario, seed)
 
 
-def of_pauses(scenario: Scenario, lost_ms: int, seed: int) -> dict[str, float]:
+def of_pauses(instances: int, lost_ms: int, seed: int) -> dict[str, float]:
     """One seed of a job that loses ``lost_ms`` of work at each grant."""
-    (job,) = scenario.jobs
-    cost = msgspec.structs.replace(job.cost, resume=lost_ms * MS)
-    scenario = msgspec.structs.replace(scenario, jobs=(msgspec.structs.replace(job, cost=cost),))
+    text = ONE_JOB.replace("INSTANCES", str(instances)).replace("LOST", f"{lost_ms}ms")
+    scenario = parse_scenario(text, SCENARIOS)
     learned = World(scenario, Planner(), (seed, 0)).run()
-    fixed = run_without(scenario, seed)
-    return {"seed": seed, "lost_ms": lost_ms} | compared(learned, fixed)
+    kept = World(scenario, Planner(Tuning(lend=False)), (seed, 0)).run()
+    return {
+        "seed": seed,
+        "instances": instances,
+        "lost_ms": lost_ms,
+        "steps_s_never_lent": kept.figures()["job_rate"],
+    } | compared(learned, scenario, seed)
 
 
-def run_without(scenario: Scenario, seed: int) -> Outcome:
-    """The same planner without learning."""
-    return World(scenario, Planner(Tuning(learn=False)), (seed, 0)).run()
-
-
-def compared(learned: Outcome, fixed: Outcome) -> dict[str, float]:
+def compared(learned: Outcome, scenario: Scenario, seed: int) -> dict[str, float]:
     """Steps per second with and without learning, and what was attained with it."""
+    fixed = World(scenario, Planner(Tuning(learn=False)), (seed, 0)).run()
     steps, plain = learned.figures()["job_rate"], fixed.figures()["job_rate"]
     return {
         "steps_s": steps,

@@ -7,7 +7,6 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,31 +18,18 @@ from weft.serving.tensors import Limits
 SLEEPY = "/v2/models/sleepy/infer"
 BODY = json.dumps(GOOD).encode()
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-IN_ONE, IN_TWO = (0,), (0, 10)
-PIECES = pytest.mark.parametrize("cuts", [IN_ONE, IN_TWO], ids=["whole", "pieces"])
+WHOLE, PIECES = 0, 10
+BOTH_WAYS = pytest.mark.parametrize("cut", [WHOLE, PIECES], ids=["whole", "pieces"])
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Any]:
-    with serving() as served:
-        yield served
-
-
-@pytest.fixture
-def served(shared: Any) -> Iterator[Any]:
-    yield shared
-    shared.node.refuse = shared.node.fail = None
-    assert shared.node.unreleased == 0, "a result was not released"
-
-
-def send(served: Any, head: bytes, body: bytes, cuts: tuple[int, ...]) -> socket.socket:
-    """Send a request in pieces, the body cut at ``cuts`` bytes from its end; 0 cuts nothing."""
+def send(served: Any, head: bytes, body: bytes, cut: int = WHOLE) -> socket.socket:
+    """Send a request; if ``cut``, its last so many bytes only when the rest was read."""
     sock = socket.create_connection(("127.0.0.1", served.port), timeout=20)
     data = head + body
-    for cut, following in zip(cuts, (*cuts[1:], 0), strict=True):
-        start = len(data) - cut if cut else 0
-        sock.sendall(data[start : len(data) - following])
-        time.sleep(0.05 if following else 0)
+    if cut:
+        sock.sendall(data[:-cut])
+        time.sleep(0.05)
+    sock.sendall(data[-cut:])
     return sock
 
 
@@ -70,11 +56,9 @@ def asgi_tasks(served: Any) -> int:
     return int(served.call(lambda: len(served.fronts[0]._server.server_state.tasks)))
 
 
-@pytest.mark.parametrize(("cuts", "tasks"), [(IN_ONE, 0), (IN_TWO, 1)])
-def test_only_what_comes_in_pieces_costs_a_task(
-    served: Any, cuts: tuple[int, ...], tasks: int
-) -> None:
-    sock = send(served, post(len(BODY), SLEEPY), BODY, cuts)
+@pytest.mark.parametrize(("cut", "tasks"), [(WHOLE, 0), (PIECES, 1)])
+def test_only_what_comes_in_pieces_costs_a_task(served: Any, cut: int, tasks: int) -> None:
+    sock = send(served, post(len(BODY), SLEEPY), BODY, cut)
     assert served.node.waiting.acquire(timeout=20)
     assert asgi_tasks(served) == tasks
     served.call(served.node.gate.set)
@@ -106,19 +90,17 @@ def test_only_what_comes_in_pieces_costs_a_task(
 )
 def test_both_ways_give_the_same_answer(served: Any, path: str, body: bytes, more: str) -> None:
     answers = []
-    for cuts in (IN_ONE, (0, max(1, len(body) // 2)) if body else IN_ONE):
-        sock = send(served, post(len(body), path, more), body, cuts)
+    for cut in (WHOLE, (len(body) + 1) // 2):
+        sock = send(served, post(len(body), path, more), body, cut)
         answers.append(one_answer(sock))
         sock.close()
     assert answers[0] == answers[1]
 
 
-@PIECES
-def test_a_bug_is_answered_without_its_details(
-    served: Any, cuts: tuple[int, ...], caplog: Any
-) -> None:
+@BOTH_WAYS
+def test_a_bug_is_answered_without_its_details(served: Any, cut: int, caplog: Any) -> None:
     served.node.fail = RuntimeError("secret")
-    sock = send(served, post(len(BODY)), BODY, cuts)
+    sock = send(served, post(len(BODY)), BODY, cut)
     status, answer = one_answer(sock)
     sock.close()
     assert status == 500
@@ -126,9 +108,9 @@ def test_a_bug_is_answered_without_its_details(
     assert "secret" in caplog.text
 
 
-@PIECES
-def test_a_hang_up_withdraws_the_request(served: Any, cuts: tuple[int, ...]) -> None:
-    sock = send(served, post(len(BODY), SLEEPY), BODY, cuts)
+@BOTH_WAYS
+def test_a_hang_up_withdraws_the_request(served: Any, cut: int) -> None:
+    sock = send(served, post(len(BODY), SLEEPY), BODY, cut)
     assert served.node.waiting.acquire(timeout=20)
     sock.close()
     assert served.node.withdrawn.acquire(timeout=20)
@@ -137,7 +119,7 @@ def test_a_hang_up_withdraws_the_request(served: Any, cuts: tuple[int, ...]) -> 
 def test_a_hang_up_is_seen_while_another_request_waits(served: Any) -> None:
     requests = post(len(BODY), SLEEPY) + BODY + post(len(BODY)) + BODY
     calls = len(served.node.calls)
-    sock = send(served, b"", requests, IN_ONE)
+    sock = send(served, b"", requests)
     assert served.node.waiting.acquire(timeout=20)
     sock.close()
     assert served.node.withdrawn.acquire(timeout=20)
@@ -146,17 +128,17 @@ def test_a_hang_up_is_seen_while_another_request_waits(served: Any) -> None:
 
 def test_a_body_that_is_not_http_starts_nothing(served: Any) -> None:
     head = f"POST {SLEEPY} HTTP/1.1\r\nHost: t\r\nTransfer-Encoding: chunked\r\n\r\n".encode()
-    sock = send(served, head, b"zz\r\nnothing\r\n", IN_ONE)
+    sock = send(served, head, b"zz\r\nnothing\r\n")
     assert read_all(sock).startswith(b"HTTP/1.1 400")
     sock.close()
     assert asgi_tasks(served) == 0
 
 
 @pytest.mark.parametrize("url", ["http://[::1/x", "http://a:b:c/", "/v2/models/\xe9/infer"])
-@PIECES
-def test_a_bad_url_is_refused(served: Any, url: str, cuts: tuple[int, ...], caplog: Any) -> None:
+@BOTH_WAYS
+def test_a_bad_url_is_refused(served: Any, url: str, cut: int, caplog: Any) -> None:
     head = post(len(BODY)).replace(ROUTE.encode(), url.encode("latin-1"))
-    sock = send(served, head, BODY, cuts)
+    sock = send(served, head, BODY, cut)
     assert read_all(sock).startswith(b"HTTP/1.1 400")
     sock.close()
     assert "Traceback" not in caplog.text
@@ -167,7 +149,7 @@ def test_a_connection_lives_while_a_request_waits_behind_one_answered_at_once(
 ) -> None:
     monkeypatch.setattr(served.fronts[0]._server.config, "timeout_keep_alive", 0.2)
     refused, waits = post(1) + b"{", post(len(BODY), SLEEPY) + BODY
-    sock = send(served, b"", refused + waits, IN_ONE)
+    sock = send(served, b"", refused + waits)
     assert one_answer(sock)[0] == 400
     assert served.node.waiting.acquire(timeout=20)
     time.sleep(0.5)
@@ -202,7 +184,7 @@ def test_pipelined_requests_are_answered_in_order(served: Any) -> None:
 def test_a_connection_is_closed_after_the_answer_if_asked(served: Any) -> None:
     old = post(len(BODY)).replace(b"HTTP/1.1", b"HTTP/1.0")
     for head in (old, post(len(BODY), more="Connection: close\r\n")):
-        sock = send(served, head, BODY, IN_ONE)
+        sock = send(served, head, BODY)
         answer = read_all(sock)
         sock.close()
         assert answer.startswith(b"HTTP/1.1 200")
@@ -212,7 +194,7 @@ def test_a_connection_is_closed_after_the_answer_if_asked(served: Any) -> None:
 def test_bodies_share_a_memory_budget() -> None:
     limits = Limits(body_bytes=4096, buffered_bytes=2 * len(BODY))
     with serving(limits) as served:
-        held = [send(served, post(len(BODY), SLEEPY), BODY, IN_ONE) for _ in range(2)]
+        held = [send(served, post(len(BODY), SLEEPY), BODY) for _ in range(2)]
         assert all(served.node.waiting.acquire(timeout=20) for _ in held)
         assert ask(served, "POST", ROUTE, GOOD)[1]["weft-refusal"] == "MEMORY"
         held.pop().close()
@@ -226,14 +208,14 @@ def test_bodies_share_a_memory_budget() -> None:
 def test_a_token_is_needed() -> None:
     with serving(token="s3cret") as served:
         for more, status in (("", 401), (AUTH, 200), (AUTH.replace("s3", "S3"), 401)):
-            sock = send(served, post(len(BODY), more=more), BODY, IN_ONE)
+            sock = send(served, post(len(BODY), more=more), BODY)
             assert one_answer(sock)[0] == status
             sock.close()
 
 
 def test_a_body_over_the_limit_is_refused() -> None:
     with serving(Limits(body_bytes=len(BODY) - 1)) as served:
-        sock = send(served, post(len(BODY)), BODY, IN_ONE)
+        sock = send(served, post(len(BODY)), BODY)
         assert one_answer(sock)[0] == 413
         sock.close()
 
@@ -241,7 +223,7 @@ def test_a_body_over_the_limit_is_refused() -> None:
 def test_stopping_starts_nothing_that_came_behind() -> None:
     with serving() as served:
         request = post(len(BODY), SLEEPY) + BODY
-        sock = send(served, b"", request + request, IN_ONE)
+        sock = send(served, b"", request + request)
         assert served.node.waiting.acquire(timeout=20)
         served.run(served.fronts[0].stop(0.1))
         answers = read_all(sock)
@@ -250,10 +232,10 @@ def test_stopping_starts_nothing_that_came_behind() -> None:
         assert len(served.node.calls) == 1
 
 
-@PIECES
-def test_stopping_answers_those_that_wait(cuts: tuple[int, ...]) -> None:
+@BOTH_WAYS
+def test_stopping_answers_those_that_wait(cut: int) -> None:
     with serving() as served:
-        sock = send(served, post(len(BODY), SLEEPY), BODY, cuts)
+        sock = send(served, post(len(BODY), SLEEPY), BODY, cut)
         assert served.node.waiting.acquire(timeout=20)
         stopping = threading.Thread(target=lambda: served.run(served.fronts[0].stop(0.1)))
         stopping.start()

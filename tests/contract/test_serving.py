@@ -34,21 +34,6 @@ GOOD = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [0
 ROUTE = "/v2/models/double/infer"
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Any]:
-    with serving() as served:
-        yield served
-
-
-@pytest.fixture
-def served(shared: Any) -> Iterator[Any]:
-    node = shared.node
-    yield shared
-    node.refuse = node.fail = None
-    node.loaded = {"double", "echo", "sleepy"}
-    assert node.unreleased == 0, "a result was not released"
-
-
 @pytest.fixture
 def client(served: Any) -> Iterator[Any]:
     client = triton.InferenceServerClient(served.http)

@@ -28,21 +28,6 @@ from weft.serving.tensors import Limits
 X = np.arange(4, dtype=np.float32).reshape(1, 4)
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[Any]:
-    with serving() as served:
-        yield served
-
-
-@pytest.fixture
-def served(shared: Any) -> Iterator[Any]:
-    node = shared.node
-    yield shared
-    node.refuse = node.fail = None
-    node.loaded = {"double", "echo", "sleepy"}
-    assert node.unreleased == 0, "a result was not released"
-
-
 @pytest.fixture
 def client(served: Any) -> Iterator[Any]:
     client = triton.InferenceServerClient(served.grpc)

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from weft.domain.port import InferCall, InferResult, OnOutcome, Refused, Withdraw
+from weft.domain.port import InferCall, InferResult, OnOutcome, Outcome, Refused, Withdraw
 from weft.domain.request import Refusal
 from weft.serving.calls import infer
 
@@ -34,11 +34,16 @@ class Port:
         self.done(InferResult("m", "1", [], self.release))
 
 
+async def begin() -> tuple[Port, asyncio.Task[Outcome]]:
+    port = Port()
+    task = asyncio.create_task(infer(port, CALL))
+    await asyncio.sleep(0)
+    return port, task
+
+
 def test_an_outcome_is_returned() -> None:
     async def run() -> None:
-        port = Port()
-        task = asyncio.create_task(infer(port, CALL))
-        await asyncio.sleep(0)
+        port, task = await begin()
         port.finish()
         assert isinstance(await task, InferResult)
         assert (port.withdrawn, port.released) == (0, 0)
@@ -54,9 +59,7 @@ def test_a_refusal_is_returned() -> None:
 @pytest.mark.parametrize("finish_first", [True, False])
 def test_what_finishes_as_it_is_cancelled_is_released(finish_first: bool) -> None:
     async def run() -> None:
-        port = Port()
-        task = asyncio.create_task(infer(port, CALL))
-        await asyncio.sleep(0)
+        port, task = await begin()
         steps = [port.finish, task.cancel]
         for step in steps if finish_first else reversed(steps):
             step()
@@ -69,9 +72,7 @@ def test_what_finishes_as_it_is_cancelled_is_released(finish_first: bool) -> Non
 
 def test_a_cancellation_withdraws() -> None:
     async def run() -> None:
-        port = Port()
-        task = asyncio.create_task(infer(port, CALL))
-        await asyncio.sleep(0)
+        port, task = await begin()
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task

@@ -1,4 +1,4 @@
-"""What Python's gRPC can do: a raw handler with ONNX Runtime in process.
+"""What Python's gRPC costs by itself: a raw handler with ONNX Runtime in process.
 
 As ``bare_app`` it does nothing a server should: it takes the tensor from the end of the message,
 where the benchmark puts it, and answers with just enough of a ``ModelInferResponse``. Arguments:

@@ -37,7 +37,7 @@ class Pending:
     """A request that was accepted and not answered yet. ``done`` is called from the loop, when
     what is going on has been seen to: the next batch comes before the last one's answers."""
 
-    __slots__ = ("arena", "block", "done", "item", "meta", "service", "version", "withdrawn")
+    __slots__ = ("arena", "block", "done", "item", "meta", "service", "version")
 
     def __init__(
         self, service: str, version: str, meta: EngineMeta, placed: Placed, done: OnOutcome
@@ -47,12 +47,10 @@ class Pending:
         self.meta = meta
         self.arena, self.block, self.item = placed
         self.done = done
-        self.withdrawn = False
 
     def withdraw(self) -> None:
-        """Nobody waits for it any more."""
-        self.withdrawn = True
-        self.done = _nobody
+        """Nobody waits for it any more: nothing of theirs is kept until the batch is done."""
+        self.done = _give_back
 
     def free(self) -> None:
         """Give the tensor memory back (once)."""
@@ -62,9 +60,6 @@ class Pending:
 
     def answer(self, wanted: tuple[str, ...], outputs: Outputs) -> None:
         """Say what came out; the result's ``release`` frees the memory."""
-        if self.withdrawn:
-            self.free()
-            return
         spilled = iter(outputs.spilled)
         tensors = []
         for meta, place in zip(self.meta.outputs, outputs.places, strict=True):
@@ -88,14 +83,12 @@ class Pending:
         asyncio.get_running_loop().call_soon(self._deliver, outcome)
 
     def _deliver(self, outcome: Outcome) -> None:
-        if self.withdrawn:
-            self.free()
-        else:
-            self.done(outcome)
+        self.done(outcome)
 
 
-def _nobody(_: Outcome) -> None:
-    """Takes the place of whoever asked; nothing of theirs is kept until the batch is done."""
+def _give_back(outcome: Outcome) -> None:
+    if isinstance(outcome, InferResult):
+        outcome.release()
 
 
 class OutputSizes:

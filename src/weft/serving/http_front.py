@@ -166,14 +166,12 @@ class _Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_head_timer()
         exchange = self._exchange
-        if exchange is not None:
-            withdraw = exchange.withdraw
-            exchange.forget()
-            try:
+        try:
+            if exchange is not None:
+                withdraw = exchange.withdraw
+                exchange.forget()
                 withdraw()
-            finally:
-                super().connection_lost(exc)
-        else:
+        finally:
             super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:

@@ -1,0 +1,25 @@
+"""Front ends over a fake node, one per module; each test leaves it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.contract.fake_node import serving
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Any]:
+    with serving() as served:
+        yield served
+
+
+@pytest.fixture
+def served(shared: Any) -> Iterator[Any]:
+    node = shared.node
+    yield shared
+    node.refuse = node.fail = None
+    node.loaded = {"double", "echo", "sleepy"}
+    assert node.unreleased == 0, "a result was not released"
