@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.contract.fake_node import serving
+from tests.contract.fake_node import eventually, serving
 
 
 @pytest.fixture(scope="module")
@@ -23,3 +23,4 @@ def served(shared: Any) -> Iterator[Any]:
     node.refuse = node.fail = None
     node.loaded = {"double", "echo", "sleepy"}
     assert node.unreleased == 0, "a result was not released"
+    assert eventually(lambda: shared.intake.budget.held == 0), "a body's memory was not given back"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ from weft.domain.port import (
 from weft.domain.workload import JobSpec
 from weft.serving.grpc_front import GrpcFront
 from weft.serving.http_front import HttpFront
-from weft.serving.regions import Regions
+from weft.serving.intake import Intake
 from weft.serving.rest import build_app
 from weft.serving.tensors import Limits
 
@@ -169,11 +170,21 @@ class FakeNode:
         return "/state/jobs/j1/log"
 
 
+def eventually(condition: Callable[[], bool]) -> bool:
+    """Whether ``condition`` comes true, for what a server does after its client has gone."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.005)
+    return True
+
+
 @contextmanager
 def serving(limits: Limits | None = None, token: str | None = None) -> Iterator[Any]:
     """Both front ends over a FakeNode, in a thread with a loop of its own.
 
-    Yields ``node``, ``http`` and ``grpc`` (host:port), ``regions``, and ``call``, which runs
+    Yields ``node``, ``http`` and ``grpc`` (host:port), ``intake``, and ``call``, which runs
     a function on the loop.
     """
     limits = limits or Limits()
@@ -185,13 +196,13 @@ def serving(limits: Limits | None = None, token: str | None = None) -> Iterator[
         return asyncio.run_coroutine_threadsafe(coroutine, loop).result(30)
 
     async def start() -> Any:
-        node, regions = FakeNode(), Regions(limits.regions)
-        http = HttpFront(build_app(node, limits, token, regions), "127.0.0.1", 0)
-        rpc = GrpcFront(node, limits, regions, token)
-        ports = await http.start(), await rpc.start("127.0.0.1:0")
+        node, intake = FakeNode(), Intake(limits)
+        http = HttpFront(build_app(node, intake, token), "127.0.0.1", 0)
+        rpc = GrpcFront(node, intake, token, "127.0.0.1", 0)
+        ports = await http.start(), await rpc.start()
         return SimpleNamespace(
             node=node,
-            regions=regions,
+            intake=intake,
             http=f"127.0.0.1:{ports[0]}",
             port=ports[0],
             grpc=f"127.0.0.1:{ports[1]}",

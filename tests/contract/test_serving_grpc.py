@@ -380,6 +380,7 @@ def test_a_token_guards_every_method_but_health() -> None:
 
 
 def test_a_taken_port_is_named(served: Any) -> None:
-    front = GrpcFront(served.node, Limits(), served.regions, None)
+    host, port = served.grpc.split(":")
+    front = GrpcFront(served.node, served.intake, None, host, int(port))
     with pytest.raises(EnvironmentProblem, match=served.grpc.replace(".", r"\.")):
-        served.run(front.start(served.grpc))
+        served.run(front.start())

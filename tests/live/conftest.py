@@ -37,7 +37,7 @@ from weft.domain.workload import JobSpec
 from weft.runtime.node import Node
 from weft.serving.control import ControlClient
 from weft.serving.http_front import HttpFront
-from weft.serving.regions import Regions
+from weft.serving.intake import Intake
 from weft.serving.rest import build_app
 from weft.serving.tensors import Limits
 
@@ -480,7 +480,7 @@ class Box:
         device = msgspec.structs.replace(config.device, realtime="never")
         limits = Limits(body_bytes=config.limits.body)
         async with Node(config, wiring.make_device(device), clock) as node:
-            app = build_app(node, limits, None, Regions(limits.regions))
+            app = build_app(node, Intake(limits), None)
             http = HttpFront(app, "127.0.0.1", 0)
             self.port = await http.start()
             try:

@@ -20,7 +20,7 @@ from weft.runtime.node import Node
 from weft.serving.control import ControlServer
 from weft.serving.grpc_front import GrpcFront
 from weft.serving.http_front import HttpFront
-from weft.serving.regions import Regions
+from weft.serving.intake import Intake
 from weft.serving.rest import build_app
 from weft.serving.tensors import Limits
 
@@ -65,8 +65,7 @@ async def serve(config: NodeConfig) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     token = _token(config)
-    limits = Limits(body_bytes=config.limits.body, tensors=config.limits.tensors)
-    regions = Regions(limits.regions)
+    intake = Intake(Limits(body_bytes=config.limits.body, tensors=config.limits.tensors))
     async with AsyncExitStack() as stack:
         node = await stack.enter_async_context(Node(config, make_device(config.device)))
         control = ControlServer(node, Path(config.state_dir) / "control.sock", stop.set)
@@ -74,13 +73,13 @@ async def serve(config: NodeConfig) -> None:
         stack.push_async_callback(control.stop)
         if config.http:
             host, port = split_address(config.http)
-            http = HttpFront(build_app(node, limits, token, regions), host, port)
+            http = HttpFront(build_app(node, intake, token), host, port)
             node.addresses["http"] = f"{host}:{await http.start()}"
             stack.push_async_callback(http.stop, STOP_GRACE_S)
         if config.grpc:
-            grpc = GrpcFront(node, limits, regions, token)
-            host, _ = split_address(config.grpc)
-            node.addresses["grpc"] = f"{host}:{await grpc.start(config.grpc)}"
+            host, port = split_address(config.grpc)
+            grpc = GrpcFront(node, intake, token, host, port)
+            node.addresses["grpc"] = f"{host}:{await grpc.start()}"
             stack.push_async_callback(grpc.stop, STOP_GRACE_S)
         starting = asyncio.create_task(node.start())
         stopped = asyncio.create_task(stop.wait())

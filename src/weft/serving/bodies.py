@@ -1,28 +1,25 @@
 """Request bodies over ASGI: received within limits of size and time, and decompressed.
 
 The size limit holds while a body streams in, whatever its Content-Length said, and again
-for what a compressed body unfolds to. All bodies held at one time share a budget, so that
-many large uploads cannot exhaust memory together.
+for what a compressed body unfolds to.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
-import zlib
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, Protocol
 
 import msgspec
 
-from weft.domain.errors import InvalidRequest, TooLarge
+from weft.domain.errors import TooLarge
 from weft.domain.port import Refused
 from weft.domain.request import Refusal
-from weft.domain.units import MS
+from weft.serving.intake import Budget, inflate
 from weft.serving.overdue import Overdue
 from weft.serving.refusals import HTTP_STATUS, refusal_headers
-from weft.serving.tensors import Limits, shown
+from weft.serving.tensors import Limits
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -50,10 +47,8 @@ or returns False where it cannot and ``respond`` has to."""
 JSON_TYPE: Header = (b"content-type", b"application/json")
 
 STOPPING = Refused(Refusal.SHUTTING_DOWN, 0, "")
-_OFF_LOOP_BYTES = 256 * 1024  # decompressing more than this would hold the loop for too long
 _LINGER_S = 5.0
 _LINGER_IDLE_S = 0.5
-_BUSY_RETRY_NS = 100 * MS
 
 
 class Hangup(Exception):
@@ -62,16 +57,6 @@ class Hangup(Exception):
 
 class SlowBody(Exception):
     """The body did not arrive in time."""
-
-
-class BodyRefused(Exception):
-    """Bodies being received hold all the memory set aside for them."""
-
-    def __init__(self) -> None:
-        self.refused = Refused(
-            Refusal.MEMORY, _BUSY_RETRY_NS, "too many request bodies are held at this moment"
-        )
-        super().__init__(self.refused.message)
 
 
 class Head(msgspec.Struct):
@@ -99,37 +84,16 @@ def parse_head(headers: Iterable[Header]) -> Head:
     return head
 
 
-def authorised(head: Head, token: bytes) -> bool:
-    """Whether the request carries this bearer token; compared in constant time."""
-    scheme, _, given = head.authorization.partition(b" ")
-    return hmac.compare_digest(given.strip(), token) and scheme.lower() == b"bearer"
-
-
 class BodyReader:
-    """Receives bodies; one per server, because it holds the shared budget."""
+    """Receives bodies within limits and a budget."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, budget: Budget) -> None:
         self._limits = limits
-        self._buffered = 0
+        self._budget = budget
         self._late = Overdue(limits.body_timeout_s)
 
-    @property
-    def buffered(self) -> int:
-        """Bytes of all bodies held at present."""
-        return self._buffered
-
-    def hold(self, nbytes: int) -> None:
-        """Take from the budget; raises BodyRefused if not so much is left."""
-        if self._buffered + nbytes > self._limits.buffered_bytes:
-            raise BodyRefused
-        self._buffered += nbytes
-
-    def release(self, nbytes: int) -> None:
-        """Give back what ``hold`` or ``read`` took from the budget."""
-        self._buffered -= nbytes
-
     async def read(self, receive: Receive, head: Head) -> tuple[bytes, int]:
-        """The decompressed body, and the bytes to give back with ``release``.
+        """The decompressed body, and the bytes to give back to the budget.
 
         Raises TooLarge, InvalidRequest (encoding), SlowBody, Hangup, BodyRefused; nothing is
         to be given back then.
@@ -143,7 +107,7 @@ class BodyReader:
                 body = await self._decompress(body, head.encoding)
                 self._hold(held, len(body))
         except BaseException:
-            self.release(held[0])
+            self._budget.release(held[0])
             raise
         return body, held[0]
 
@@ -186,7 +150,7 @@ class BodyReader:
         return b"".join(chunks)
 
     def _hold(self, held: list[int], more: int) -> None:
-        self.hold(more)
+        self._budget.hold(more)
         held[0] += more
 
     def _too_large(self, what: str) -> TooLarge:
@@ -195,37 +159,11 @@ class BodyReader:
         )
 
     async def _decompress(self, body: bytes, encoding: bytes) -> bytes:
-        if encoding not in (b"gzip", b"deflate"):
-            raise InvalidRequest(
-                f"Content-Encoding {shown(encoding.decode('latin-1'))} is not supported;"
-                " use gzip, deflate or none"
-            )
-        limit = self._limits.body_bytes
-        if len(body) > _OFF_LOOP_BYTES:
-            data = await asyncio.to_thread(_inflate, body, encoding, limit)
-        else:
-            data = _inflate(body, encoding, limit)
+        name = encoding.decode("latin-1")
+        data = await inflate(body, name, self._limits.body_bytes, "Content-Encoding")
         if data is None:
             raise self._too_large("the decompressed body is larger")
         return data
-
-
-def _inflate(body: bytes, encoding: bytes, limit: int) -> bytes | None:
-    """Decompress at most ``limit`` bytes; None if there are more. Raises InvalidRequest."""
-    name = encoding.decode()
-    inflater = zlib.decompressobj(wbits=31 if encoding == b"gzip" else 15)
-    try:
-        data = inflater.decompress(body, limit + 1)
-    except zlib.error as exc:
-        raise InvalidRequest(
-            f"the body is not {name} data as Content-Encoding says: {exc}"
-        ) from None
-    if len(data) > limit:
-        return None
-    if not inflater.eof or inflater.unused_data:
-        what = "is cut short" if not inflater.eof else "is followed by other bytes"
-        raise InvalidRequest(f"the body's {name} data {what}; send one complete {name} stream")
-    return data
 
 
 async def respond(

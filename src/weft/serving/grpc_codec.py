@@ -54,7 +54,7 @@ class InferMessage(NamedTuple):
     raw: Sequence[bytes | memoryview]
 
 
-def parse(data: bytes) -> InferMessage:
+def parse(data: bytes | memoryview) -> InferMessage:
     """A serialised ModelInferRequest; raises DecodeError.
 
     Its payload is left where it is: protobuf would copy it twice, once when it parses and once
@@ -68,11 +68,11 @@ def parse(data: bytes) -> InferMessage:
     return InferMessage(protos.ModelInferRequest.FromString(rest), raw)
 
 
-def _split(data: bytes) -> tuple[bytes, list[memoryview]]:
+def _split(data: bytes | memoryview) -> tuple[bytes, list[memoryview]]:
     """The message without its ``raw_input_contents``, and those; raises IndexError if it cannot
     be told apart."""
     view = memoryview(data)
-    rest: list[bytes] = []
+    rest: list[bytes | memoryview] = []
     raw: list[memoryview] = []
     at = kept = 0
     while at < len(data):
@@ -253,7 +253,7 @@ def _wanted(outputs: Any, regions: RegionIO) -> dict[str, Wanted]:
     return wanted
 
 
-def _read_varint(data: bytes, at: int) -> tuple[int, int]:
+def _read_varint(data: bytes | memoryview, at: int) -> tuple[int, int]:
     """The integer that starts at ``at`` and where it ends; raises IndexError beyond the end."""
     value = shift = 0
     while True:

@@ -1,8 +1,8 @@
-"""The gRPC front end: ``inference.GRPCInferenceService`` on grpc.aio.
+"""The gRPC front end: ``inference.GRPCInferenceService`` on our own HTTP/2 server.
 
-Every call goes through one wrapper: check the token, parse, run, and turn errors and refusals
-into a status. A client that cancels (or whose deadline passes) cancels the coroutine and so
-withdraws its request from the node.
+An inference is submitted when its message is complete and answered from the node's callback;
+other methods run as tasks. A client that cancels, and a deadline that passes, withdraw the
+request from the node.
 
 On a stream, requests run side by side and their answers go out **in the order of the
 requests**; one that fails is answered by an ``error_message`` and the stream goes on. At most
@@ -12,77 +12,55 @@ requests**; one that fails is answered by an ``error_message`` and the stream go
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import deque
 from typing import Any
 
-import grpc
-import grpc.aio
 from google.protobuf.message import DecodeError
 
-from weft.domain.errors import (
-    EnvironmentProblem,
-    InvalidRequest,
-    ModelError,
-    NotFound,
-    TooLarge,
-    WeftError,
-)
-from weft.domain.port import NodePort, Refused
+from weft.domain.errors import InvalidRequest
+from weft.domain.port import NodePort, Outcome, Refused, Withdraw
 from weft.domain.request import Refusal
 from weft.serving import grpc_codec, protos
-from weft.serving.calls import infer
-from weft.serving.grpc_admin import Admin
-from weft.serving.refusals import retry_after_ms
-from weft.serving.regions import Regions
-from weft.serving.tensors import Limits
+from weft.serving.calls import Decoded
+from weft.serving.grpc_admin import Admin, Method
+from weft.serving.grpc_wire import (
+    HEAD_BLOCK,
+    Assembler,
+    Code,
+    Damaged,
+    Head,
+    Message,
+    Status,
+    framed,
+    head_problem,
+    read_head,
+    refusal_status,
+    status_block,
+    status_of,
+    unpack,
+)
+from weft.serving.http2 import Receiver, Server, Stream
+from weft.serving.http2_frames import Headers
+from weft.serving.intake import BodyRefused, Intake, authorised
+from weft.serving.listening import bind
+from weft.serving.overdue import Overdue
 
 log = logging.getLogger("weft.serving")
 
 STREAM_WINDOW = 64
 
-_Code = grpc.StatusCode
-
-STATUS: dict[Refusal, grpc.StatusCode] = {
-    Refusal.OVERLOADED: _Code.RESOURCE_EXHAUSTED,
-    Refusal.QUEUE_FULL: _Code.RESOURCE_EXHAUSTED,
-    Refusal.RESERVED: _Code.RESOURCE_EXHAUSTED,
-    Refusal.MEMORY: _Code.RESOURCE_EXHAUSTED,
-    Refusal.UNAVAILABLE: _Code.UNAVAILABLE,
-    Refusal.SHUTTING_DOWN: _Code.UNAVAILABLE,
-    Refusal.WORKER_LOST: _Code.UNAVAILABLE,
-    Refusal.EXPIRED: _Code.DEADLINE_EXCEEDED,
-    Refusal.DEADLINE: _Code.INVALID_ARGUMENT,
-    Refusal.FAILED: _Code.INVALID_ARGUMENT,
-    Refusal.CANCELLED: _Code.CANCELLED,
-}
-"""RESOURCE_EXHAUSTED and UNAVAILABLE invite a retry, later."""
-
-_ERROR_STATUS: tuple[tuple[type[WeftError], grpc.StatusCode], ...] = (
-    (InvalidRequest, _Code.INVALID_ARGUMENT),
-    (TooLarge, _Code.INVALID_ARGUMENT),
-    (NotFound, _Code.NOT_FOUND),
-    (ModelError, _Code.FAILED_PRECONDITION),
-)
-
+_SERVICE = f"/{protos.SERVICE}/"
+_INFER, _STREAM_INFER = "ModelInfer", "ModelStreamInfer"
 _OPEN_METHODS = frozenset({"ServerLive", "ServerReady"})
-_DETAILS_CHARS = 1024  # statuses travel as HTTP/2 headers, whose size clients bound
 
-Metadata = tuple[tuple[str, str], ...]
-Parse = Callable[[bytes], Any]
-
-
-class RefusedCall(Exception):
-    """A refusal on its way to the wrapper that turns it into a status."""
-
-    def __init__(self, refused: Refused) -> None:
-        self.refused = refused
-        super().__init__(refused.message)
-
-
-class Unsupported(Exception):
-    """A method of the service that this server does not offer."""
+_OK = status_block(Status(Code.OK), first=False)
+_STOPPING = refusal_status(Refused(Refusal.SHUTTING_DOWN, 0, ""))
+_NO_TOKEN = Status(
+    Code.UNAUTHENTICATED,
+    "this node needs a token; send the metadata authorization: Bearer TOKEN",
+)
+_PAST_DEADLINE = Status(Code.DEADLINE_EXCEEDED, "the call's deadline has passed")
 
 
 class GrpcFront:
@@ -92,170 +70,436 @@ class GrpcFront:
     as ``authorization: Bearer TOKEN``.
     """
 
-    def __init__(self, node: NodePort, limits: Limits, regions: Regions, token: str | None) -> None:
-        self._node = node
-        self._limits = limits
-        self._regions = regions
+    def __init__(
+        self, node: NodePort, intake: Intake, token: str | None, host: str, port: int
+    ) -> None:
+        self.node = node
+        self.intake = intake
+        self.late = Overdue(intake.limits.body_timeout_s)
+        self.running: set[_Call] = set()
         self._token = token.encode() if token else None
-        self._server: grpc.aio.Server | None = None
+        self._host = host
+        self._port = port
+        self._server = Server(self)
+        admin = Admin(node, intake.regions)
+        self._methods = admin.methods()
+        self._unsupported = admin.unsupported()
 
-    async def start(self, address: str) -> int:
-        """Listen on ``host:port``; returns the port. Raises EnvironmentProblem if it is taken."""
-        server = grpc.aio.server(
-            options=[
-                ("grpc.so_reuseport", 0),  # else a second server would take half of the calls
-                ("grpc.max_receive_message_length", self._limits.body_bytes),
-                ("grpc.max_send_message_length", -1),
-            ]
-        )
-        server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler(protos.SERVICE, self._handlers()),)
-        )
-        try:
-            port: int = server.add_insecure_port(address)
-        except RuntimeError:
-            port = 0
-        if not port:
-            raise EnvironmentProblem(
-                f"cannot listen for gRPC on {address};"
-                " stop the program that holds the port or choose another"
-            )
-        await server.start()
-        self._server = server
+    async def start(self) -> int:
+        """Listen and serve; returns the port (useful where 0 was asked for).
+
+        Raises EnvironmentProblem if the address cannot be bound.
+        """
+        sock = bind(self._host, self._port, "gRPC")
+        await self._server.start(sock)
+        port: int = sock.getsockname()[1]
         return port
 
     async def stop(self, grace: float) -> None:
         """Take no new calls, let those in flight finish for ``grace`` seconds, then end them."""
-        server, self._server = self._server, None
-        if server is not None:
-            await server.stop(grace)
+        await self._server.drain(grace)
+        for call in tuple(self.running):
+            call.finish(_STOPPING)
+        await self._server.close()
 
-    def _handlers(self) -> dict[str, Any]:
-        admin = Admin(self._node, self._regions)
-        handlers = {
-            method: grpc.unary_unary_rpc_method_handler(
-                self._unary(method, protos.message_class(f"{method}Request").FromString, run)
-            )
-            for method, run in admin.methods().items()
-        }
-        for method, why in admin.unsupported().items():
-            handlers[method] = grpc.unary_unary_rpc_method_handler(
-                self._unary(method, None, _unsupported(why))
-            )
-        handlers["ModelInfer"] = grpc.unary_unary_rpc_method_handler(
-            self._unary("ModelInfer", grpc_codec.parse, self._infer)
-        )
-        handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(self._stream)
-        return handlers
+    def head(self, headers: Headers) -> Head:
+        """See ``http2.Application``."""
+        return read_head(headers)
 
-    def _unary(
-        self, method: str, parse: Parse | None, run: Callable[[Any], Awaitable[bytes]]
-    ) -> Callable[[bytes, Any], Awaitable[bytes]]:
-        async def handle(data: bytes, context: Any) -> bytes:
-            if method not in _OPEN_METHODS:
-                await self._authorise(context)
-            try:
-                return await run(_parse(parse, data))
-            except Exception as exc:
-                code, details, metadata = _status(exc, method)
-            await context.abort(code, details, metadata)
-            raise AssertionError("abort returned")
-
-        return handle
-
-    async def _authorise(self, context: Any) -> None:
-        if self._token is None:
-            return
-        for key, value in context.invocation_metadata() or ():
-            if key == "authorization" and isinstance(value, str):
-                scheme, _, given = value.partition(" ")
-                right = hmac.compare_digest(given.strip().encode(), self._token)
-                if right and scheme.lower() == "bearer":
-                    return
-        await context.abort(
-            _Code.UNAUTHENTICATED,
-            "this node needs a token; send the metadata authorization: Bearer TOKEN",
-        )
-
-    async def _infer(self, message: grpc_codec.InferMessage) -> bytes:
-        """Run one ModelInferRequest; returns the serialised answer, raises RefusedCall."""
-        request = grpc_codec.decode(message, self._limits, self._regions)
-        result = await infer(self._node, request.call)
-        if isinstance(result, Refused):
-            raise RefusedCall(result)
-        try:
-            return grpc_codec.encode(result, request, self._regions)
-        finally:
-            result.release()
-
-    async def _stream(self, requests: AsyncIterator[bytes], context: Any) -> AsyncIterator[bytes]:
-        await self._authorise(context)
-        # The window is the queue: its answers wait there in the order of their requests.
-        answers: asyncio.Queue[asyncio.Task[bytes] | None] = asyncio.Queue(STREAM_WINDOW)
-        running: set[asyncio.Task[bytes]] = set()
-
-        async def read() -> None:
-            try:
-                async for data in requests:
-                    task = asyncio.create_task(self._stream_one(data))
-                    running.add(task)
-                    task.add_done_callback(running.discard)
-                    await answers.put(task)
-            except Exception as exc:
-                log.debug("a request stream broke off: %s", type(exc).__name__)
-            await answers.put(None)  # not when cancelled: nobody takes answers then
-
-        reader = asyncio.create_task(read())
-        try:
-            while (task := await answers.get()) is not None:
-                yield await task
-        finally:
-            reader.cancel()
-            for task in tuple(running):
-                task.cancel()
-
-    async def _stream_one(self, data: bytes) -> bytes:
-        message = None
-        try:
-            request = _parse(grpc_codec.parse, data)
-            message = request.message
-            return grpc_codec.stream_answer(await self._infer(request))
-        except Exception as exc:
-            _, details, metadata = _status(exc, "ModelStreamInfer")
-            return grpc_codec.stream_error(details, message, dict(metadata))
-
-
-def _parse(parse: Parse | None, data: bytes) -> Any:
-    """``data`` as a message. Parsed here, so that damage is the client's error and not ours."""
-    if parse is None:
+    def open(self, stream: Stream, head: Head) -> Receiver | None:
+        """See ``http2.Application``."""
+        problem = head_problem(head)
+        if problem is None:
+            method = head.path.removeprefix(_SERVICE) if head.path.startswith(_SERVICE) else ""
+            status = self._refusal(method, head)
+            if status is None:
+                kind = _StreamCall if method == _STREAM_INFER else _UnaryCall
+                return kind(self, stream, head, method)
+            problem = status_block(status, first=True)
+        stream.send(b"", b"", problem)
         return None
+
+    def run(self, method: str) -> Method:
+        """The coroutine function behind a method other than inference."""
+        return self._methods[method]
+
+    def _refusal(self, method: str, head: Head) -> Status | None:
+        token = self._token
+        if (
+            token is not None
+            and method not in _OPEN_METHODS
+            and not authorised(head.authorization, token)
+        ):
+            return _NO_TOKEN
+        if method in self._methods or method in (_INFER, _STREAM_INFER):
+            return None
+        why = self._unsupported.get(method)
+        return Status(Code.UNIMPLEMENTED, why or f"there is no method {head.path[:256]}")
+
+
+class _Call:
+    """One call under way: what its client does (``http2.Receiver``) and how it ends."""
+
+    __slots__ = ("_assembler", "_said", "_timer", "front", "head", "method", "over", "stream")
+
+    def __init__(self, front: GrpcFront, stream: Stream, head: Head, method: str) -> None:
+        self.front = front
+        self.stream = stream
+        self.head = head
+        self.method = method
+        intake = front.intake
+        self._assembler = Assembler(intake.limits, intake.budget, head.encoding)
+        self.over = False
+        self._said = False
+        """Whether a message was sent."""
+        self._timer: asyncio.TimerHandle | None = None
+        if head.timeout_s is not None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(head.timeout_s, self.finish, _PAST_DEADLINE)
+        front.running.add(self)
+
+    def data(self, piece: memoryview) -> None:
+        """See ``Receiver``."""
+        try:
+            for message in self._assembler.feed(piece):
+                self.message(message)
+                if self.over:
+                    return
+        except (Damaged, BodyRefused) as exc:
+            self.finish(_status(exc, self.method))
+
+    def end(self) -> None:
+        """See ``Receiver``."""
+        raise NotImplementedError
+
+    def message(self, message: Message) -> None:
+        """A message is complete. Its memory is to be given back to the budget."""
+        raise NotImplementedError
+
+    def sent(self) -> None:
+        """See ``Receiver``."""
+
+    def done(self, work: _Work, said: bytes | Status) -> None:
+        """A piece of work is done."""
+        raise NotImplementedError
+
+    def withdraw(self) -> None:
+        """Take back what is under way, and give back its memory."""
+        raise NotImplementedError
+
+    def lost(self) -> None:
+        """See ``Receiver``."""
+        self._close()
+        self.withdraw()
+
+    def say(self, message: bytes) -> None:
+        """Send a message."""
+        head = b"" if self._said else HEAD_BLOCK
+        self._said = True
+        self.stream.send(head, framed(message), None)
+
+    def answer(self, message: bytes) -> None:
+        """Send the only message, and end the call."""
+        self._close()
+        self.stream.send(HEAD_BLOCK, framed(message), _OK)
+
+    def finish(self, status: Status) -> None:
+        """End the call with a status; what is under way is withdrawn."""
+        self._close()
+        self.withdraw()
+        self.stream.send(b"", b"", status_block(status, first=not self._said))
+
+    def wait(self) -> None:
+        """From now on the client owes a message."""
+        self.front.late.enter(self, self._slow)
+
+    def _slow(self) -> None:
+        seconds = self.front.intake.limits.body_timeout_s
+        problem = f"a message did not arrive within {seconds:g} s; send it faster"
+        self.finish(Status(Code.DEADLINE_EXCEEDED, problem))
+
+    def _close(self) -> None:
+        self.over = True
+        self.front.running.discard(self)
+        self.front.late.leave(self)
+        self._assembler.drop()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+class _UnaryCall(_Call):
+    """A call with one message and one answer."""
+
+    __slots__ = ("_message", "_work")
+
+    def __init__(self, front: GrpcFront, stream: Stream, head: Head, method: str) -> None:
+        super().__init__(front, stream, head, method)
+        self._message: Message | None = None
+        self._work: _Inference | _Admin | None = None
+        self.wait()
+
+    def message(self, message: Message) -> None:
+        """See ``_Call``."""
+        if self._message is None:
+            self._message = message
+            return
+        self.front.intake.budget.release(len(message.data))
+        self.finish(Status(Code.INTERNAL, f"{self.method} takes one message, and there are more"))
+
+    def end(self) -> None:
+        """See ``Receiver``."""
+        message = self._message
+        if message is None or self._assembler.midway:
+            self.finish(Status(Code.INTERNAL, f"{self.method} takes one message; none came"))
+            return
+        self.front.late.leave(self)
+        self._message = None
+        work: _Inference | _Admin
+        work = _Inference(self, message) if self.method == _INFER else _Admin(self, message)
+        self._work = work
+        work.start()
+
+    def done(self, _: _Work, said: bytes | Status) -> None:
+        """See ``_Call``."""
+        self._work = None
+        if isinstance(said, Status):
+            self.finish(said)
+        else:
+            self.answer(said)
+
+    def withdraw(self) -> None:
+        """See ``_Call``."""
+        message, self._message = self._message, None
+        if message is not None:
+            self.front.intake.budget.release(len(message.data))
+        work, self._work = self._work, None
+        if work is not None:
+            work.withdraw()
+
+
+class _StreamCall(_Call):
+    """A stream of inferences, answered in their order."""
+
+    __slots__ = ("_ended", "_moving", "_queue", "_running")
+
+    def __init__(self, front: GrpcFront, stream: Stream, head: Head, method: str) -> None:
+        super().__init__(front, stream, head, method)
+        self._running: deque[_Inference] = deque()
+        """In the order of their requests; those whose answer is there wait for earlier ones."""
+        self._queue: deque[Message] = deque()
+        self._ended = False
+        self._moving = False
+
+    def data(self, piece: memoryview) -> None:
+        """See ``Receiver``."""
+        super().data(piece)
+        if self._assembler.midway and not self.over and self not in self.front.late:
+            self.wait()
+
+    def message(self, message: Message) -> None:
+        """See ``_Call``."""
+        self.front.late.leave(self)
+        self._queue.append(message)
+        self._move()
+
+    def end(self) -> None:
+        """See ``Receiver``."""
+        self._ended = True
+        if self._assembler.midway:
+            self.finish(Status(Code.INTERNAL, "the stream ends within a message"))
+        else:
+            self._move()
+
+    def sent(self) -> None:
+        """See ``Receiver``."""
+        self._move()
+
+    def done(self, work: _Work, said: bytes | Status) -> None:
+        """See ``_Call``."""
+        assert isinstance(work, _Inference)
+        if isinstance(said, Status):
+            work.answer = grpc_codec.stream_error(said.details, work.asked, dict(said.metadata))
+        else:
+            work.answer = grpc_codec.stream_answer(said)
+        self._move()
+
+    def withdraw(self) -> None:
+        """See ``_Call``."""
+        running, self._running = self._running, deque()
+        for work in running:
+            work.withdraw()
+        queue, self._queue = self._queue, deque()
+        self.front.intake.budget.release(sum(len(message.data) for message in queue))
+
+    def _move(self) -> None:
+        """Say what is due, start what there is room for; a client that takes up no answers gets
+        no new ones."""
+        if self._moving:  # one that fails at once comes here from ``start``
+            return
+        self._moving = True
+        while True:
+            while self._running and (answer := self._running[0].answer) is not None:
+                self._running.popleft()
+                self.say(answer)
+            if not self._queue or len(self._running) >= STREAM_WINDOW or self.stream.out:
+                break
+            work = _Inference(self, self._queue.popleft())
+            self._running.append(work)
+            work.start()
+        self._moving = False
+        if self._queue:
+            self.stream.pause()
+        elif self.stream.paused:
+            self.stream.resume()
+        if self._ended and not self._running and not self._queue:
+            self.finish(Status(Code.OK))
+
+
+class _Work:
+    """What one message asks for. Says ``call.done(self, ...)`` once, unless it is withdrawn."""
+
+    __slots__ = ("_held", "_message", "_task", "call")
+
+    def __init__(self, call: _Call, message: Message) -> None:
+        self.call = call
+        self._message = message
+        self._held = len(message.data)
+        """Bytes to be given back to the budget."""
+        self._task: asyncio.Task[None] | None = None
+
+    def withdraw(self) -> None:
+        """Take it back; there will be no answer."""
+        self._release()
+        if self._task is not None:
+            self._task.cancel()
+
+    def _finish(self, said: bytes | Status) -> None:
+        self._release()
+        self._task = None
+        self.call.done(self, said)
+
+    def _release(self) -> None:
+        self.call.front.intake.budget.release(self._held)
+        self._held = 0
+
+    async def _unpacked(self) -> bytes | memoryview:
+        """The message without its compression; raises what ``unpack`` does, and BodyRefused."""
+        message, intake = self._message, self.call.front.intake
+        if not message.packed:
+            return message.data
+        data = await unpack(message, self.call.head.encoding, intake.limits)
+        intake.budget.hold(len(data))
+        self._held += len(data)
+        return data
+
+
+class _Admin(_Work):
+    """A method other than inference."""
+
+    __slots__ = ()
+
+    def start(self) -> None:
+        """Begin."""
+        self._task = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        method = self.call.method
+        try:
+            data = await self._unpacked()
+            said = await self.call.front.run(method)(_parsed(method, data))
+        except Exception as exc:
+            self._finish(_status(exc, method))
+        else:
+            self._finish(said)
+
+
+class _Inference(_Work):
+    """A ModelInferRequest."""
+
+    __slots__ = ("_decoded", "_withdraw", "answer", "asked")
+
+    def __init__(self, call: _Call, message: Message) -> None:
+        super().__init__(call, message)
+        self.asked: Any = None
+        """The message, once it could be read."""
+        self.answer: bytes | None = None
+        """For its stream: what to say when its turn comes."""
+        self._decoded: Decoded
+        self._withdraw: Withdraw | None = None
+
+    def start(self) -> None:
+        """Begin. The answer may be there when this returns."""
+        if self._message.packed:
+            self._task = asyncio.get_running_loop().create_task(self._unpack())
+        else:
+            self._submit(self._message.data)
+
+    def withdraw(self) -> None:
+        """See ``_Work``."""
+        super().withdraw()
+        withdraw, self._withdraw = self._withdraw, None
+        if withdraw is not None:
+            withdraw()
+
+    async def _unpack(self) -> None:
+        try:
+            data = await self._unpacked()
+        except Exception as exc:
+            self._finish(_status(exc, self.call.method))
+        else:
+            self._task = None
+            self._submit(data)
+
+    def _submit(self, data: bytes | memoryview) -> None:
+        front = self.call.front
+        try:
+            message = _parsed_inference(data)
+            self.asked = message.message
+            self._decoded = grpc_codec.decode(message, front.intake.limits, front.intake.regions)
+            withdraw = front.node.submit(self._decoded.call, self._outcome)
+        except Exception as exc:
+            self._finish(_status(exc, self.call.method))
+            return
+        if isinstance(withdraw, Refused):
+            self._finish(refusal_status(withdraw))
+        else:
+            self._withdraw = withdraw
+
+    def _outcome(self, outcome: Outcome) -> None:
+        self._withdraw = None  # it refers to the request, and that to this
+        if isinstance(outcome, Refused):
+            self._finish(refusal_status(outcome))
+            return
+        try:
+            said = grpc_codec.encode(outcome, self._decoded, self.call.front.intake.regions)
+        except Exception as exc:
+            self._finish(_status(exc, self.call.method))
+        else:
+            self._finish(said)
+        finally:
+            outcome.release()
+
+
+def _parsed(method: str, data: bytes | memoryview) -> Any:
+    """The request message of a method; damage is the client's error and not ours."""
     try:
-        return parse(data)
+        return protos.message_class(f"{method}Request").FromString(data)
     except DecodeError as exc:
         raise InvalidRequest(f"the message cannot be read: {exc}") from None
 
 
-def _status(exc: Exception, method: str) -> tuple[grpc.StatusCode, str, Metadata]:
-    """Status, details and trailing metadata that tell the client about ``exc``."""
-    details, metadata = str(exc)[:_DETAILS_CHARS], []
-    if isinstance(exc, RefusedCall):
-        refused = exc.refused
-        code = STATUS[refused.refusal]
-        metadata.append(("weft-refusal", refused.refusal.name))
-        if refused.retry_after > 0 and code in (_Code.RESOURCE_EXHAUSTED, _Code.UNAVAILABLE):
-            metadata.append(("retry-after-ms", str(retry_after_ms(refused))))
-    elif isinstance(exc, Unsupported):
-        code = _Code.UNIMPLEMENTED
-    else:
-        code = next((c for kind, c in _ERROR_STATUS if isinstance(exc, kind)), _Code.INTERNAL)
-        if code is _Code.INTERNAL and not isinstance(exc, WeftError):
-            log.error("%s failed inside the server", method, exc_info=exc)
-            details = "the server failed; its log says how"
-    return code, details, tuple(metadata)
+def _parsed_inference(data: bytes | memoryview) -> grpc_codec.InferMessage:
+    try:
+        return grpc_codec.parse(data)
+    except DecodeError as exc:
+        raise InvalidRequest(f"the message cannot be read: {exc}") from None
 
 
-def _unsupported(why: str) -> Callable[[Any], Awaitable[bytes]]:
-    async def run(_: Any) -> bytes:
-        raise Unsupported(why)
-
-    return run
+def _status(exc: Exception, method: str) -> Status:
+    """The status that tells the client about ``exc``."""
+    status = status_of(exc)
+    if status is None:
+        log.error("%s failed inside the server", method, exc_info=exc)
+        return Status(Code.INTERNAL, "the server failed; its log says how")
+    return status

@@ -22,7 +22,6 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
-from weft.domain.errors import EnvironmentProblem
 from weft.serving.bodies import (
     STOPPING,
     WHOLE_ANSWER,
@@ -33,14 +32,13 @@ from weft.serving.bodies import (
     Send,
     refusal_answer,
 )
+from weft.serving.listening import BACKLOG, bind
 
-BACKLOG = 2048
 KEEP_ALIVE_S = 75
 HEADER_TIMEOUT_S = 30.0
 HEADER_BYTES = 64 * 1024
 READ_AHEAD_BYTES = 2**20
 """Body bytes of one connection read before the application asks for them."""
-_UNREAD_ANSWER_MS = 60_000
 _READ_ON_S = 0.05
 
 
@@ -75,7 +73,7 @@ class HttpFront:
 
         Raises EnvironmentProblem if the address cannot be bound.
         """
-        sock = _bind(self._host, self._port)
+        sock = bind(self._host, self._port, "HTTP")
         config = uvicorn.Config(
             self._app,
             loop="none",
@@ -350,26 +348,3 @@ def _write_answer(
         cycle.transport.close()
     cycle.on_response()
     return True
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind, proto)
-    except OSError as exc:
-        raise EnvironmentProblem(f"cannot resolve {host} for HTTP: {exc.strerror or exc}") from None
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Inherited by accepted connections: one that does not read its answer is ended.
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_ANSWER_MS)
-        sock.bind(address)
-        sock.setblocking(False)
-    except OSError as exc:
-        sock.close()
-        raise EnvironmentProblem(
-            f"cannot listen for HTTP on {host}:{port}: {exc.strerror};"
-            " stop the program that holds the port or choose another"
-        ) from None
-    return sock

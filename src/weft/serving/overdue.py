@@ -34,6 +34,10 @@ class Overdue:
         """Stop waiting; nothing happens if the entry's callback has run."""
         self._entries.pop(key, None)
 
+    def __contains__(self, key: Hashable) -> bool:
+        """Whether an entry is waiting."""
+        return key in self._entries
+
     def _sweep(self) -> None:
         self._timer = None
         loop = asyncio.get_running_loop()

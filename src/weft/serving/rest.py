@@ -22,7 +22,6 @@ from weft.serving.bodies import (
     WHOLE_ANSWER,
     Answer,
     BodyReader,
-    BodyRefused,
     Exchange,
     Hangup,
     Head,
@@ -32,7 +31,6 @@ from weft.serving.bodies import (
     Send,
     SlowBody,
     WholeAnswer,
-    authorised,
     error_answer,
     parse_head,
     refusal_answer,
@@ -40,11 +38,10 @@ from weft.serving.bodies import (
     respond_unread,
 )
 from weft.serving.calls import infer
+from weft.serving.intake import BodyRefused, Intake, authorised
 from weft.serving.overdue import Overdue
 from weft.serving.refusals import HTTP_STATUS, error_status, refusal_headers
-from weft.serving.regions import Regions
 from weft.serving.rest_admin import build_admin
-from weft.serving.tensors import Limits
 
 log = logging.getLogger("weft.serving")
 
@@ -61,14 +58,15 @@ _HANGUP_DELAY_S = 0.05
 class App:
     """The ASGI application. Build it with ``build_app``."""
 
-    def __init__(self, node: NodePort, limits: Limits, token: str | None, regions: Regions) -> None:
+    def __init__(self, node: NodePort, intake: Intake, token: str | None) -> None:
         self._node = node
-        self._limits = limits
+        self._limits = intake.limits
+        self._budget = intake.budget
+        self._regions = intake.regions
         self._token = token.encode() if token else None
-        self._regions = regions
-        self._bodies = BodyReader(limits)
+        self._bodies = BodyReader(intake.limits, intake.budget)
         self._waiting = Overdue(_HANGUP_DELAY_S)
-        self._admin = build_admin(node, regions, self._bodies)
+        self._admin = build_admin(node, intake, self._bodies)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -79,7 +77,7 @@ class App:
         if (
             self._token is not None
             and path not in _OPEN_PATHS
-            and not authorised(head, self._token)
+            and not authorised(head.authorization, self._token)
         ):
             await respond_unread(
                 send,
@@ -133,7 +131,7 @@ class App:
             except Hangup:
                 log.debug("the client of a request for %s went away", target[0])
             finally:
-                self._bodies.release(held)
+                self._budget.release(held)
 
     async def _answer(
         self, body: bytes, head: Head, target: tuple[str, str], receive: Receive
@@ -175,12 +173,12 @@ class App:
         head = parse_head(headers)
         if (
             (head.encoding and head.encoding != b"identity")
-            or (self._token is not None and not authorised(head, self._token))
+            or (self._token is not None and not authorised(head.authorization, self._token))
             or len(body) > self._limits.body_bytes
         ):
             return False
         try:
-            self._bodies.hold(len(body))
+            self._budget.hold(len(body))
         except BodyRefused:
             return False
         self._start(body, head, target, exchange)
@@ -191,7 +189,7 @@ class App:
         size = len(body)
 
         def answer(status: int, said: bytes, extra: tuple[Header, ...]) -> None:
-            self._bodies.release(size)
+            self._budget.release(size)
             exchange.answer(status, said, extra)
 
         def done(outcome: Outcome) -> None:
@@ -212,7 +210,7 @@ class App:
             return
 
         def gone() -> None:
-            self._bodies.release(size)
+            self._budget.release(size)
             withdraw()
 
         exchange.withdraw = gone
@@ -258,15 +256,12 @@ class _HangupWatch:
         self._request.cancel()
 
 
-def build_app(
-    node: NodePort, limits: Limits, token: str | None, regions: Regions | None = None
-) -> App:
+def build_app(node: NodePort, intake: Intake, token: str | None) -> App:
     """The REST application over ``node``.
 
-    ``token``: if set, every route but health needs it as a bearer token. ``regions``: the
-    shared-memory registry, to share it with gRPC; one of its own otherwise.
+    ``token``: if set, every route but health needs it as a bearer token.
     """
-    return App(node, limits, token, Regions(limits.regions) if regions is None else regions)
+    return App(node, intake, token)
 
 
 def _failure(exc: Exception, model: str) -> Answer:

@@ -27,14 +27,13 @@ from weft.serving.admin import (
 )
 from weft.serving.bodies import (
     BodyReader,
-    BodyRefused,
     Hangup,
     SlowBody,
     error_body,
     parse_head,
 )
+from weft.serving.intake import BodyRefused, Intake
 from weft.serving.refusals import HTTP_STATUS, error_status, refusal_headers
-from weft.serving.regions import Regions
 
 log = logging.getLogger("weft.serving")
 
@@ -59,9 +58,9 @@ class _IndexBody(msgspec.Struct):
     ready: bool = False
 
 
-def build_admin(node: NodePort, regions: Regions, bodies: BodyReader) -> Starlette:
+def build_admin(node: NodePort, intake: Intake, bodies: BodyReader) -> Starlette:
     """The Starlette application that holds every route but inference."""
-    admin = _Admin(node, regions, bodies)
+    admin = _Admin(node, intake, bodies)
     model = "/v2/models/{model}"
     version = model + "/versions/{version}"
     shared = "/v2/systemsharedmemory"
@@ -107,9 +106,10 @@ def build_admin(node: NodePort, regions: Regions, bodies: BodyReader) -> Starlet
 
 
 class _Admin:
-    def __init__(self, node: NodePort, regions: Regions, bodies: BodyReader) -> None:
+    def __init__(self, node: NodePort, intake: Intake, bodies: BodyReader) -> None:
         self._node = node
-        self._regions = regions
+        self._budget = intake.budget
+        self._regions = intake.regions
         self._bodies = bodies
 
     async def live(self, _: Request) -> Response:
@@ -183,7 +183,7 @@ class _Admin:
         if head.content_length > _ADMIN_BODY_BYTES:
             raise TooLarge(f"the body is larger than {_ADMIN_BODY_BYTES} bytes")
         body, held = await self._bodies.read(request.receive, head)
-        self._bodies.release(held)
+        self._budget.release(held)
         try:
             return msgspec.json.decode(body.strip() or b"{}", type=kind)
         except (msgspec.DecodeError, RecursionError) as exc:

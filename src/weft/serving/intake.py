@@ -1,0 +1,99 @@
+"""What requests may take, whichever protocol they come by: memory, decompression, a token."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import zlib
+
+from weft.domain.errors import InvalidRequest
+from weft.domain.port import Refused
+from weft.domain.request import Refusal
+from weft.domain.units import MS
+from weft.serving.regions import Regions
+from weft.serving.tensors import Limits, shown
+
+ENCODINGS = ("gzip", "deflate")
+
+_OFF_LOOP_BYTES = 256 * 1024  # decompressing more than this would hold the loop for too long
+_BUSY_RETRY_NS = 100 * MS
+
+
+class BodyRefused(Exception):
+    """Bodies being received hold all the memory set aside for them."""
+
+    def __init__(self) -> None:
+        self.refused = Refused(
+            Refusal.MEMORY, _BUSY_RETRY_NS, "too many request bodies are held at this moment"
+        )
+        super().__init__(self.refused.message)
+
+
+class Intake:
+    """What the front ends of one node share: limits, the memory budget of all request bodies,
+    and clients' shared memory."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.budget = Budget(limits.buffered_bytes)
+        self.regions = Regions(limits.regions)
+
+
+class Budget:
+    """The memory of all bodies held at one time, so that many large uploads cannot exhaust it
+    together."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+
+    @property
+    def held(self) -> int:
+        """Bytes taken and not given back."""
+        return self._held
+
+    def hold(self, nbytes: int) -> None:
+        """Take ``nbytes``; raises BodyRefused if not so much is left."""
+        if self._held + nbytes > self._limit:
+            raise BodyRefused
+        self._held += nbytes
+
+    def release(self, nbytes: int) -> None:
+        """Give back what ``hold`` took."""
+        self._held -= nbytes
+
+
+def authorised(authorization: bytes, token: bytes) -> bool:
+    """Whether an Authorization header carries this bearer token; compared in constant time."""
+    scheme, _, given = authorization.partition(b" ")
+    return hmac.compare_digest(given.strip(), token) and scheme.lower() == b"bearer"
+
+
+async def inflate(body: bytes | memoryview, encoding: str, limit: int, header: str) -> bytes | None:
+    """Decompress at most ``limit`` bytes; None if there are more.
+
+    ``header`` is what named the encoding. Raises InvalidRequest.
+    """
+    if encoding not in ENCODINGS:
+        raise InvalidRequest(
+            f"{header} {shown(encoding)} is not supported; use gzip, deflate or none"
+        )
+    if len(body) > _OFF_LOOP_BYTES:
+        return await asyncio.to_thread(_inflate, body, encoding, limit, header)
+    return _inflate(body, encoding, limit, header)
+
+
+def _inflate(body: bytes | memoryview, encoding: str, limit: int, header: str) -> bytes | None:
+    inflater = zlib.decompressobj(wbits=31 if encoding == "gzip" else 15)
+    try:
+        data = inflater.decompress(body, limit + 1)
+    except zlib.error as exc:
+        raise InvalidRequest(f"the body is not {encoding} data as {header} says: {exc}") from None
+    if len(data) > limit:
+        return None
+    if not inflater.eof or inflater.unused_data:
+        what = "is cut short" if not inflater.eof else "is followed by other bytes"
+        raise InvalidRequest(
+            f"the body's {encoding} data {what}; send one complete {encoding} stream"
+        )
+    return data

@@ -1,0 +1,186 @@
+"""Any frames, in any pieces: the HTTP/2 server keeps its books and never breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from hpack import Encoder
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from weft.domain.port import InferCall, InferResult, OnOutcome, Refused, TensorOut, Withdraw
+from weft.domain.request import Refusal
+from weft.serving import http2, protos
+from weft.serving.grpc_front import GrpcFront
+from weft.serving.http2_frames import (
+    CONTINUATION,
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    HEADERS,
+    MAX_WINDOW,
+    PREFACE,
+    RST_STREAM,
+    WINDOW_UPDATE,
+    Setting,
+    frame,
+    settings,
+    word_frame,
+)
+from weft.serving.intake import Intake
+from weft.serving.tensors import Limits
+
+
+class Transport:
+    """Keeps what is written; says when reading is paused or the connection closed."""
+
+    def __init__(self) -> None:
+        self.written = bytearray()
+        self.closed = False
+
+    def write(self, data: bytes) -> None:
+        assert not self.closed, "written to a closed transport"
+        self.written += data
+
+    def writelines(self, pieces: list[bytes]) -> None:
+        for piece in pieces:
+            self.write(piece)
+
+    def pause_reading(self) -> None:
+        assert not self.closed
+
+    resume_reading = pause_reading
+
+    def close(self) -> None:
+        self.closed = True
+
+    abort = close
+
+
+class Node:
+    """Refuses every third request, answers every third later and the others at the next look."""
+
+    def __init__(self) -> None:
+        self.waiting: dict[int, Callable[[], None]] = {}
+        self.results = 0
+        self._count = 0
+
+    def submit(self, call: InferCall, done: OnOutcome) -> Withdraw | Refused:
+        self._count += 1
+        number = self._count
+        if number % 3 == 0:
+            return Refused(Refusal.QUEUE_FULL, 5, "")
+        self.results += 1
+        data = memoryview(bytes(number * 1000))
+        result = InferResult("m", "1", [TensorOut("y", "UINT8", (len(data),), data)], self._release)
+
+        def withdraw() -> None:
+            del self.waiting[number]
+            self._release()
+
+        self.waiting[number] = lambda: done(result)
+        return withdraw
+
+    def answer(self) -> None:
+        for number in sorted(self.waiting):
+            if number in self.waiting:
+                self.waiting.pop(number)()
+
+    def _release(self) -> None:
+        self.results -= 1
+
+    def __getattr__(self, name: str) -> Any:
+        raise AssertionError(f"the node was asked for {name}")
+
+
+def message() -> bytes:
+    request = protos.ModelInferRequest(model_name="m", id="r")
+    request.inputs.add(name="x", datatype="FP32", shape=[4])
+    request.raw_input_contents.append(bytes(16))
+    data: bytes = request.SerializeToString()
+    return struct.pack(">BI", 0, len(data)) + data
+
+
+def block(method: str) -> bytes:
+    path = f"/inference.GRPCInferenceService/{method}"
+    return Encoder().encode(
+        [(":method", "POST"), (":path", path), ("content-type", "application/grpc")], huffman=False
+    )
+
+
+numbers = st.integers(0, 9)
+flags = st.sampled_from([0, END_STREAM, END_HEADERS, END_STREAM | END_HEADERS, 0x08, 0x20, 0xFF])
+payloads = st.one_of(
+    st.sampled_from([message(), message()[:9], message() * 3, block("ModelInfer"), b"", bytes(8)]),
+    st.binary(max_size=40),
+)
+FRAMES = st.one_of(
+    st.builds(frame, st.integers(0, 10), flags, numbers, payloads),
+    st.builds(
+        lambda number, method, more: frame(HEADERS, END_HEADERS | more, number, block(method)),
+        st.sampled_from([1, 3, 5, 7, 9]),
+        st.sampled_from(["ModelInfer", "ModelStreamInfer", "Nothing"]),
+        st.sampled_from([0, 0, 0, END_STREAM]),
+    ),
+    st.builds(
+        lambda number, body, more: frame(DATA, more, number, body),
+        st.sampled_from([1, 3, 5, 7, 9]),
+        st.sampled_from([message(), message()[:30], message()[30:], message() * 5]),
+        st.sampled_from([0, END_STREAM]),
+    ),
+    st.builds(
+        word_frame,
+        st.sampled_from([WINDOW_UPDATE, RST_STREAM]),
+        numbers,
+        st.sampled_from([0, 1, 5000, MAX_WINDOW]),
+    ),
+    st.builds(
+        lambda key, value: settings({key: value}),
+        st.sampled_from(list(Setting)),
+        st.sampled_from([0, 1, 100, 16_384, 65_535, 2**20]),
+    ),
+    st.just(frame(CONTINUATION, END_HEADERS, 1, b"")),
+)
+LOOK, PAUSE, RESUME = "the node answers", "the client reads no more", "it reads on"
+STEPS = st.lists(st.one_of(FRAMES, FRAMES, FRAMES, st.sampled_from([LOOK, PAUSE, RESUME])))
+
+
+async def play(steps: list[bytes | str], size: int | None) -> bytes:
+    """Feed frames to a connection, in pieces of ``size``; what it wrote."""
+    node = Node()
+    intake = Intake(Limits(body_bytes=1000, buffered_bytes=2000))
+    front = GrpcFront(node, intake, None, "127.0.0.1", 0)  # type: ignore[arg-type]
+    connection = http2.Connection(front._server)
+    transport = Transport()
+    connection.connection_made(transport)  # type: ignore[arg-type]
+    paused = False
+    for step in [PREFACE + settings({}), *steps]:
+        if isinstance(step, bytes):
+            for at in range(0, len(step), size or len(step)):
+                if not transport.closed:
+                    connection.data_received(step[at : at + size if size else None])
+        elif step == LOOK:
+            node.answer()
+        elif (step == PAUSE) != paused and not transport.closed:
+            paused = not paused
+            connection.pause_writing() if paused else connection.resume_writing()
+        assert intake.budget.held >= 0
+    connection.connection_lost(None)
+    node.answer()
+    assert not connection._streams
+    assert not connection._blocked
+    assert (node.results, len(node.waiting), len(front.running), intake.budget.held) == (0,) * 4
+    assert connection not in front._server.incomplete
+    assert connection not in front._server.unread
+    assert not front.late._entries
+    return bytes(transport.written)
+
+
+@example([frame(HEADERS, END_HEADERS, 1, block("ModelInfer")), frame(DATA, 0, 1, message() * 3)], 1)
+@given(STEPS, st.sampled_from([1, 2, 7, 13, 30]))
+def test_pieces_make_no_difference_and_nothing_is_left(steps: list[Any], size: int) -> None:
+    whole = asyncio.run(play(steps, None))
+    assert asyncio.run(play(steps, size)) == whole
