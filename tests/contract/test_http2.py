@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import gzip
 import socket
@@ -515,7 +514,7 @@ PROTOCOL, SIZE, FLOW = (
             FLOW,
         ),
         (HELLO + frame(0x77, 0, 0, bytes(70_000)), SIZE),
-        (HELLO + struct.pack(">IBI", (2**20 + 1) << 8 | DATA, 0, 1), PROTOCOL),
+        (HELLO + struct.pack(">IBI", (2**20 + 1) << 8 | DATA, 0, 1), SIZE),
         (HELLO + OPEN + struct.pack(">IBI", (2**20 + 1) << 8 | DATA, 0, 1), SIZE),
         (HELLO + OPEN + struct.pack(">IBI", (2**20 + 1) << 8 | DATA, PADDED, 1), SIZE),
         (HELLO + frame(HEADERS, END_HEADERS, 1, b"\xff\xff\xff"), ErrorCode.COMPRESSION_ERROR),
@@ -603,6 +602,82 @@ def test_what_a_client_does_not_read_is_not_piled_up(served: Any) -> None:
         assert seen >= sent // 17 - 3  # the last may be cut, and two frames open a connection
 
 
+def test_answers_that_are_not_read_are_not_piled_up(served: Any) -> None:
+    huge = settings({Setting.INITIAL_WINDOW_SIZE: 2**31 - 1, Setting.MAX_FRAME_SIZE: 2**24 - 1})
+    message = framed(infer_message(count=250_000))
+    in_two = b"".join(frame(DATA, 0, 1, message[at : at + 2**19]) for at in (0, 2**19))
+    block = Encoder().encode(head(path=STREAM_INFER))
+    with connect(served) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        sock.sendall(PREFACE + huge + word_frame(WINDOW_UPDATE, 0, 2**31 - 1 - 65535))
+        sock.sendall(frame(HEADERS, END_HEADERS, 1, block))
+        before = len(served.node.calls)
+        sock.settimeout(0.5)
+        sent = 0
+        with pytest.raises(TimeoutError):
+            while sent < 400:
+                sock.sendall(in_two)
+                sent += 1
+        (connection,) = served.call(lambda: list(served.fronts[1]._server._connections))
+        assert connection._transport.get_write_buffer_size() < 4 * 2**20
+        assert len(served.node.calls) - before < 100
+        # Reading goes on with the client, and stops again when it does.
+        sock.settimeout(20)
+        for _ in range(20):
+            sock.recv(2**16)
+        with pytest.raises(TimeoutError):
+            sock.settimeout(0.5)
+            for _ in range(10_000):
+                sock.sendall(frame(PING, 0, 0, b"12345678") * 1000)
+        assert connection._transport.get_write_buffer_size() < 4 * 2**20
+
+
+def test_a_stream_ends_though_its_window_is_below_nothing(served: Any) -> None:
+    with Client(served.grpc) as client:
+        number = client.open(head(path=STREAM_INFER))
+        client.send(number, framed(infer_message(count=10_000)), ends=False)
+        while not any(isinstance(e, h2.events.DataReceived) for e in client.seen.get(number, [])):
+            client.take(acknowledge=False)
+        client.h2.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 10})
+        client.flush()
+        client.take(acknowledge=False)
+        client.send(number, b"")
+        assert client.answer(number, acknowledge=False).status == 0
+
+
+def test_a_stream_that_is_held_up_here_is_not_called_slow() -> None:
+    with serving(Limits(body_timeout_s=0.3)) as served, Client(served.grpc) as client:
+        number = client.open(head(path=STREAM_INFER))
+        client.send(number, framed(infer_message("sleepy")) * 64, ends=False)
+        for _ in range(64):
+            assert served.node.waiting.acquire(timeout=20)
+        half = framed(infer_message(count=200_000))
+        client.send(number, framed(infer_message()) + half[:400_000], ends=False)
+        time.sleep(0.8)
+        served.call(served.node.gate.set)
+        client.send(number, half[400_000:])
+        answer = client.answer(number)
+        assert answer.status == 0
+        assert len(stream_messages(answer.body)) == 66
+
+
+def test_small_messages_count_for_more_than_their_bytes() -> None:
+    with serving(Limits(buffered_bytes=100_000)) as served, Client(served.grpc) as client:
+        number = client.open(head(path=STREAM_INFER))
+        client.send(number, framed(infer_message("sleepy")) * 64, ends=False)
+        client.send(number, framed(b"") * 1000, ends=False)
+        answer = client.answer(number)
+        assert (answer.status, answer.headers["weft-refusal"]) == (8, "MEMORY")
+        assert eventually(lambda: served.intake.budget.held == 0)
+
+
+def test_announcements_take_no_memory_from_others() -> None:
+    with serving(Limits(buffered_bytes=200_000)) as served, Client(served.grpc) as client:
+        for _ in range(50):
+            client.send(client.open(), struct.pack(">BI", 0, 150_000), ends=False)
+        assert client.answer(client.call(framed(infer_message(count=40_000)))).status == 0
+
+
 def test_slow_heads_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http2, "HEAD_S", 0.2)
     with serving() as served:
@@ -664,7 +739,8 @@ def test_what_is_no_grpc_call_gets_an_http_status(
     [
         ({"path": "/inference.GRPCInferenceService/Nothing"}, b"", 12, "no method"),
         ({"path": "/other.Service/ModelInfer"}, b"", 12, "no method"),
-        ({"path": "/x%0ay"}, b"", 12, "/x\ny"),
+        ({"path": "/x%0ay"}, b"", 12, "/x%0ay"),
+        ({"path": INFER.replace("I", "%49")}, framed(infer_message()), 12, "no method"),
         ({"grpc_encoding": "snappy"}, framed(infer_message()), 12, "use gzip or deflate"),
         ({}, b"", 13, "none came"),
         ({}, framed(infer_message())[:-1], 13, "none came"),
@@ -785,11 +861,11 @@ def test_messages_share_the_memory_of_all_bodies() -> None:
     with serving(Limits(buffered_bytes=200_000)) as served, Client(served.grpc) as client:
         big = framed(infer_message(count=40_000))
         held = client.open()
-        client.send(held, big[:10], ends=False)  # announces 160 KB
+        client.send(held, big[:-10], ends=False)
         answer = client.answer(client.call(big))
         assert (answer.status, answer.headers["weft-refusal"]) == (8, "MEMORY")
         assert int(answer.headers["retry-after-ms"]) > 0
-        client.send(held, big[10:])
+        client.send(held, big[-10:])
         assert client.answer(held).status == 0
         assert client.answer(client.call(big)).status == 0
         packed = framed(gzip.compress(bytes(300_000)), packed=1)
@@ -813,24 +889,51 @@ def test_details_survive_any_text(served: Any, client: Client) -> None:
     assert answer.status == 3
     assert answer.details.endswith("x" * 100)
     assert 'žluť, 100% "quoted"\r\nsecond line\x00 ' in answer.details
+    served.node.refuse = Refused(Refusal.FAILED, 0, "a file named \udcff " + "猫" * 2000)
+    answer = client.answer(client.call(framed(infer_message())))
+    assert answer.status == 3
+    assert "a file named ? 猫" in answer.details
+    assert len(answer.headers["grpc-message"]) < 4096
+    number = client.open(head(path=STREAM_INFER))
+    client.send(number, framed(infer_message()))
+    (message,) = stream_messages(client.answer(number).body)
+    assert "a file named ? 猫" in message.error_message
+
+
+def goodbye(sock: socket.socket) -> list[tuple[int, int, int, bytes]]:
+    """Everything that comes until the server closes; its ping is answered."""
+    seen = []
+    for each in frames(sock):
+        seen.append(each)
+        kind, flags, _, payload = each
+        if kind == PING and not flags & ACK:
+            sock.sendall(frame(PING, ACK, 0, payload))
+    return seen
+
+
+def last_streams(seen: list[tuple[int, int, int, bytes]]) -> list[int]:
+    return [int.from_bytes(payload[:4], "big") for kind, _, _, payload in seen if kind == GOAWAY]
 
 
 def test_stopping_finishes_what_is_under_way() -> None:
     with serving() as served, connect(served) as sock:
         sock.sendall(HELLO + b"".join(raw_call(message=infer_message("sleepy"))))
         assert served.node.waiting.acquire(timeout=20)
-
-        async def stop() -> None:
-            stopping = asyncio.create_task(served.fronts[1].stop(20))
-            await asyncio.sleep(0.05)
-            served.node.gate.set()
-            await stopping
-
-        served.run(stop())
-        seen = list(frames(sock))
-        kinds = [(kind, stream) for kind, _, stream, _ in seen if kind not in (SETTINGS, PING)]
-        assert kinds == [(WINDOW_UPDATE, 0), (GOAWAY, 0), (HEADERS, 1), (DATA, 1), (HEADERS, 1)]
-        assert seen[-1][3] == header_block([(b"grpc-status", b"0")])
+        stopping = threading.Thread(target=lambda: served.run(served.fronts[1].stop(20)))
+        stopping.start()
+        seen = []
+        for each in frames(sock):
+            seen.append(each)
+            kind, flags, _, payload = each
+            if kind == PING and not flags & ACK:
+                # On its way before the client knew, and so still served.
+                sock.sendall(b"".join(raw_call(3)) + frame(PING, ACK, 0, payload))
+            if last_streams(seen)[1:]:
+                served.call(served.node.gate.set)
+        stopping.join()
+        assert last_streams(seen) == [2**31 - 1, 3]
+        good = header_block([(b"grpc-status", b"0")])
+        assert [n for _, flags, n, block in seen if flags & END_STREAM and block == good] == [3, 1]
         with pytest.raises(OSError, match="refused"):
             connect(served)
 
@@ -841,26 +944,33 @@ def test_stopping_ends_what_takes_too_long() -> None:
         until_answered(idle)
         late.sendall(HELLO + b"".join(raw_call(message=infer_message("sleepy"))))
         assert served.node.waiting.acquire(timeout=20)
-        served.run(served.fronts[1].stop(0.1))
+        stopping = threading.Thread(target=lambda: served.run(served.fronts[1].stop(0.3)))
+        stopping.start()
+        assert last_streams(goodbye(idle)) == [2**31 - 1, 1]
+        seen = goodbye(late)
+        stopping.join()
         assert served.node.withdrawn.acquire(timeout=20)
-        assert [kind for kind, *_ in frames(idle)] == [GOAWAY]
-        *_, (kind, flags, number, block) = frames(late)
+        kind, flags, number, block = seen[-1]
         assert (kind, flags, number) == (HEADERS, END_HEADERS | END_STREAM, 1)
         status = dict(Decoder().decode(block))
         assert status["grpc-status"] == "14"
         assert "shutting down" in unquote(status["grpc-message"])
 
 
-def test_a_request_that_comes_while_stopping_is_refused() -> None:
+def test_a_client_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http2, "_GOODBYE_S", 0.1)
     with serving() as served, connect(served) as sock:
         sock.sendall(HELLO + b"".join(raw_call(message=infer_message("sleepy"))))
         assert served.node.waiting.acquire(timeout=20)
-        stopping = threading.Thread(target=lambda: served.run(served.fronts[1].stop(1.0)))
+        stopping = threading.Thread(target=lambda: served.run(served.fronts[1].stop(20)))
         stopping.start()
-        seen = frames(sock)
-        assert any(kind == GOAWAY for kind, *_ in seen)
-        sock.sendall(b"".join(raw_call(3)))
-        kind, _, number, payload = next(seen)
+        seen = []
+        for each in frames(sock):
+            seen.append(each)
+            if last_streams(seen) == [2**31 - 1, 1] and each[0] == GOAWAY:
+                sock.sendall(b"".join(raw_call(3)))
+            if each[0] == RST_STREAM:
+                served.call(served.node.gate.set)
         stopping.join()
-        assert (kind, number) == (RST_STREAM, 3)
-        assert int.from_bytes(payload, "big") == ErrorCode.REFUSED_STREAM
+        ((_, _, number, payload),) = [each for each in seen if each[0] == RST_STREAM]
+        assert (number, int.from_bytes(payload, "big")) == (3, ErrorCode.REFUSED_STREAM)

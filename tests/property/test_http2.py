@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -35,24 +36,48 @@ from weft.serving.tensors import Limits
 
 
 class Transport:
-    """Keeps what is written; says when reading is paused or the connection closed."""
+    """Keeps what is written; says when it has more than ``high`` bytes to send, as asyncio's do."""
 
-    def __init__(self) -> None:
+    def __init__(self, high: float = math.inf) -> None:
         self.written = bytearray()
         self.closed = False
+        self.reading = True
+        self.connection: Any = None
+        self._high = high
+        self._waiting = 0
+        self._full = False
 
     def write(self, data: bytes) -> None:
-        assert not self.closed, "written to a closed transport"
-        self.written += data
+        self.writelines([data])
 
     def writelines(self, pieces: list[bytes]) -> None:
+        assert not self.closed, "written to a closed transport"
         for piece in pieces:
-            self.write(piece)
+            self.written += piece
+            self._waiting += len(piece)
+        if self._waiting > self._high and not self._full:
+            self._full = True
+            self.connection.pause_writing()
+
+    def taken(self) -> None:
+        """The client has read everything."""
+        self._waiting = 0
+        if self._full:
+            self._full = False
+            self.connection.resume_writing()
+
+    @property
+    def full(self) -> bool:
+        return self._full
 
     def pause_reading(self) -> None:
         assert not self.closed
+        self.reading = False
 
-    resume_reading = pause_reading
+    def resume_reading(self) -> None:
+        assert not self.closed
+        assert not self._full, "reads on though its client does not"
+        self.reading = True
 
     def close(self) -> None:
         self.closed = True
@@ -146,37 +171,60 @@ FRAMES = st.one_of(
 )
 LOOK, PAUSE, RESUME = "the node answers", "the client reads no more", "it reads on"
 STEPS = st.lists(st.one_of(FRAMES, FRAMES, FRAMES, st.sampled_from([LOOK, PAUSE, RESUME])))
+MOST_HELD = 3000
+
+
+class Play:
+    """A connection over a fake node, and what it does when it is fed frames."""
+
+    def __init__(self, high: float = math.inf) -> None:
+        self.node = Node()
+        self.intake = Intake(Limits(body_bytes=1000, buffered_bytes=MOST_HELD))
+        self.front = GrpcFront(self.node, self.intake, None, "127.0.0.1", 0)  # type: ignore[arg-type]
+        self.connection = http2.Connection(self.front._server)
+        self.transport = Transport(high)
+        self.transport.connection = self.connection
+        self.connection.connection_made(self.transport)  # type: ignore[arg-type]
+        self.feed(PREFACE + settings({}), None)
+
+    def feed(self, data: bytes, size: int | None) -> None:
+        """In pieces of ``size``, each when the connection reads."""
+        for at in range(0, len(data), size or len(data)):
+            while not (self.transport.reading or self.transport.closed):
+                self.transport.taken()
+            if not self.transport.closed:
+                self.connection.data_received(data[at : at + size if size else None])
+            assert 0 <= self.intake.budget.held <= MOST_HELD
+
+    def end(self) -> None:
+        """The client goes away; nothing must be left."""
+        connection, front = self.connection, self.front
+        connection.connection_lost(None)
+        self.node.answer()
+        assert not connection._streams
+        assert not connection._blocked
+        left = self.node.results, len(self.node.waiting), len(front.running)
+        assert (*left, self.intake.budget.held) == (0,) * 4
+        assert connection not in front._server.incomplete
+        assert connection not in front._server.unread
+        assert not front.late._entries
 
 
 async def play(steps: list[bytes | str], size: int | None) -> bytes:
     """Feed frames to a connection, in pieces of ``size``; what it wrote."""
-    node = Node()
-    intake = Intake(Limits(body_bytes=1000, buffered_bytes=2000))
-    front = GrpcFront(node, intake, None, "127.0.0.1", 0)  # type: ignore[arg-type]
-    connection = http2.Connection(front._server)
-    transport = Transport()
-    connection.connection_made(transport)  # type: ignore[arg-type]
+    the = Play()
     paused = False
-    for step in [PREFACE + settings({}), *steps]:
+    for step in steps:
         if isinstance(step, bytes):
-            for at in range(0, len(step), size or len(step)):
-                if not transport.closed:
-                    connection.data_received(step[at : at + size if size else None])
+            the.transport.reading = True
+            the.feed(step, size)
         elif step == LOOK:
-            node.answer()
-        elif (step == PAUSE) != paused and not transport.closed:
+            the.node.answer()
+        elif (step == PAUSE) != paused and not the.transport.closed:
             paused = not paused
-            connection.pause_writing() if paused else connection.resume_writing()
-        assert intake.budget.held >= 0
-    connection.connection_lost(None)
-    node.answer()
-    assert not connection._streams
-    assert not connection._blocked
-    assert (node.results, len(node.waiting), len(front.running), intake.budget.held) == (0,) * 4
-    assert connection not in front._server.incomplete
-    assert connection not in front._server.unread
-    assert not front.late._entries
-    return bytes(transport.written)
+            the.connection.pause_writing() if paused else the.connection.resume_writing()
+    the.end()
+    return bytes(the.transport.written)
 
 
 @example([frame(HEADERS, END_HEADERS, 1, block("ModelInfer")), frame(DATA, 0, 1, message() * 3)], 1)
@@ -184,3 +232,31 @@ async def play(steps: list[bytes | str], size: int | None) -> bytes:
 def test_pieces_make_no_difference_and_nothing_is_left(steps: list[Any], size: int) -> None:
     whole = asyncio.run(play(steps, None))
     assert asyncio.run(play(steps, size)) == whole
+
+
+async def live(steps: list[bytes | str], high: int) -> None:
+    """A client that reads now and then, and in the end everything that it may."""
+    the = Play(high)
+    for step in steps:
+        if isinstance(step, bytes):
+            the.feed(step, None)
+        elif step == LOOK:
+            the.node.answer()
+        else:
+            the.transport.taken()
+    the.feed(settings({Setting.INITIAL_WINDOW_SIZE: 2**20}), None)
+    the.feed(word_frame(WINDOW_UPDATE, 0, 2**24), None)
+    for _ in range(300):
+        the.node.answer()
+        the.transport.taken()
+        for number, stream in tuple(the.connection._streams.items()):
+            if stream.window < 2**20:
+                the.feed(word_frame(WINDOW_UPDATE, number, 2**20), None)
+    if not the.transport.closed:
+        assert not [s.id for s in the.connection._streams.values() if s.ended], "never answered"
+    the.end()
+
+
+@given(STEPS, st.sampled_from([0, 100, 3000, 50_000]))
+def test_every_request_is_answered_in_the_end(steps: list[Any], high: int) -> None:
+    asyncio.run(live(steps, high))

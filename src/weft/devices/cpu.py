@@ -297,9 +297,8 @@ class CpuDevice:
         """Raise this process's threads above all but the workers (not inherited by children).
 
         Python's threads all of them, since any may hold the interpreter's lock. Threads of
-        native libraries only get a lower niceness: gRPC reads with a pool of them, and a pool
-        at real-time priority wakes up whole for every segment, before the client has sent the
-        next (a 600 KB message took 100 switches instead of 20).
+        native libraries only get a lower niceness: they are pools whose work can wait, and at
+        real-time priority a whole pool may wake up for each piece of it.
         """
         if not self._realtime:
             return

@@ -4,8 +4,10 @@
     oip               the Open Inference Protocol's JSON and binary forms (pure)
     bodies, rest, rest_admin, http_front      the protocol over HTTP, and the server for it
     protos, grpc_codec, grpc_admin, grpc_front    the protocol over gRPC
+    http2_frames, http2, grpc_wire    and the server for that
     admin             what both say about models, statistics and versions
-    overdue           one timer for many waits
+    intake            limits, memory and tokens of both
+    listening, overdue    sockets; one timer for many waits
     regions           clients' shared memory, used by both
     control           jobs and status for the command line, over a Unix socket
     refusals          which refusal and which error becomes which status

@@ -104,8 +104,7 @@ class BodyReader:
         try:
             body = await self._receive_in_time(receive, held)
             if head.encoding and head.encoding != b"identity":
-                body = await self._decompress(body, head.encoding)
-                self._hold(held, len(body))
+                body = await self._decompress(body, head.encoding, held)
         except BaseException:
             self._budget.release(held[0])
             raise
@@ -158,9 +157,10 @@ class BodyReader:
             f"{what}; at most {self._limits.body_bytes} bytes are accepted in a request body"
         )
 
-    async def _decompress(self, body: bytes, encoding: bytes) -> bytes:
-        name = encoding.decode("latin-1")
-        data = await inflate(body, name, self._limits.body_bytes, "Content-Encoding")
+    async def _decompress(self, body: bytes, encoding: bytes, held: list[int]) -> bytes:
+        named = encoding.decode("latin-1"), "Content-Encoding"
+        limit = self._limits.body_bytes
+        data = await inflate(body, named, limit, lambda more: self._hold(held, more))
         if data is None:
             raise self._too_large("the decompressed body is larger")
         return data

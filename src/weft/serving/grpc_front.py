@@ -199,9 +199,10 @@ class _Call:
         self.stream.send(head, framed(message), None)
 
     def answer(self, message: bytes) -> None:
-        """Send the only message, and end the call."""
+        """Send the only message, and end the call; raises Damaged."""
+        data = framed(message)
         self._close()
-        self.stream.send(HEAD_BLOCK, framed(message), _OK)
+        self.stream.send(HEAD_BLOCK, data, _OK)
 
     def finish(self, status: Status) -> None:
         """End the call with a status; what is under way is withdrawn."""
@@ -244,7 +245,7 @@ class _UnaryCall(_Call):
         if self._message is None:
             self._message = message
             return
-        self.front.intake.budget.release(len(message.data))
+        self.front.intake.budget.release(message.held)
         self.finish(Status(Code.INTERNAL, f"{self.method} takes one message, and there are more"))
 
     def end(self) -> None:
@@ -265,14 +266,17 @@ class _UnaryCall(_Call):
         self._work = None
         if isinstance(said, Status):
             self.finish(said)
-        else:
+            return
+        try:
             self.answer(said)
+        except Damaged as exc:
+            self.finish(exc.status)
 
     def withdraw(self) -> None:
         """See ``_Call``."""
         message, self._message = self._message, None
         if message is not None:
-            self.front.intake.budget.release(len(message.data))
+            self.front.intake.budget.release(message.held)
         work, self._work = self._work, None
         if work is not None:
             work.withdraw()
@@ -294,8 +298,7 @@ class _StreamCall(_Call):
     def data(self, piece: memoryview) -> None:
         """See ``Receiver``."""
         super().data(piece)
-        if self._assembler.midway and not self.over and self not in self.front.late:
-            self.wait()
+        self._watch()
 
     def message(self, message: Message) -> None:
         """See ``_Call``."""
@@ -330,7 +333,7 @@ class _StreamCall(_Call):
         for work in running:
             work.withdraw()
         queue, self._queue = self._queue, deque()
-        self.front.intake.budget.release(sum(len(message.data) for message in queue))
+        self.front.intake.budget.release(sum(message.held for message in queue))
 
     def _move(self) -> None:
         """Say what is due, start what there is room for; a client that takes up no answers gets
@@ -352,8 +355,17 @@ class _StreamCall(_Call):
             self.stream.pause()
         elif self.stream.paused:
             self.stream.resume()
+        self._watch()
         if self._ended and not self._running and not self._queue:
             self.finish(Status(Code.OK))
+
+    def _watch(self) -> None:
+        """A message that has begun is owed, unless its client may not send on."""
+        owed = self._assembler.midway and not (self.over or self.stream.paused)
+        if not owed:
+            self.front.late.leave(self)
+        elif self not in self.front.late:
+            self.wait()
 
 
 class _Work:
@@ -364,7 +376,7 @@ class _Work:
     def __init__(self, call: _Call, message: Message) -> None:
         self.call = call
         self._message = message
-        self._held = len(message.data)
+        self._held = message.held
         """Bytes to be given back to the budget."""
         self._task: asyncio.Task[None] | None = None
 
@@ -388,10 +400,11 @@ class _Work:
         message, intake = self._message, self.call.front.intake
         if not message.packed:
             return message.data
-        data = await unpack(message, self.call.head.encoding, intake.limits)
-        intake.budget.hold(len(data))
-        self._held += len(data)
-        return data
+        return await unpack(message, self.call.head.encoding, intake.limits, self._hold)
+
+    def _hold(self, nbytes: int) -> None:
+        self.call.front.intake.budget.hold(nbytes)
+        self._held += nbytes
 
 
 class _Admin(_Work):

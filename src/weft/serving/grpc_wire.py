@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
-from urllib.parse import quote_from_bytes, unquote
+from urllib.parse import quote_from_bytes
 
 import numpy as np
 
@@ -24,8 +24,11 @@ from weft.serving.tensors import Limits, shown
 Metadata = tuple[tuple[str, str], ...]
 
 _PREFIX = struct.Struct(">BI")
-_DETAILS_CHARS = 1024  # statuses travel as headers, whose size clients bound
+_DETAILS_BYTES = 1024  # statuses travel as headers, in up to three times the size; clients bound it
+_OVERHEAD_BYTES = 256
+"""What a message costs in memory beside its bytes."""
 _SMALL_BYTES = 64 * 1024
+_LARGEST = 2**32 - 1
 _UNITS_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _MESSAGE_SAFE = bytes(c for c in range(0x20, 0x7F) if c != ord("%"))
 
@@ -93,7 +96,7 @@ def status_of(exc: Exception) -> Status | None:
         return refusal_status(exc.refused)
     if isinstance(exc, WeftError):
         code = next((c for kind, c in _ERROR_CODE if isinstance(exc, kind)), Code.INTERNAL)
-        return Status(code, str(exc))
+        return Status(code, _clean(str(exc)))
     return None
 
 
@@ -103,7 +106,12 @@ def refusal_status(refused: Refused) -> Status:
     metadata = [("weft-refusal", refused.refusal.name)]
     if refused.retry_after > 0 and code in (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE):
         metadata.append(("retry-after-ms", str(retry_after_ms(refused))))
-    return Status(code, refused.message, tuple(metadata))
+    return Status(code, _clean(refused.message), tuple(metadata))
+
+
+def _clean(details: str) -> str:
+    """Text that fits the headers and can be encoded, whatever names it quotes."""
+    return details.encode(errors="replace")[:_DETAILS_BYTES].decode(errors="ignore")
 
 
 class Head(NamedTuple):
@@ -123,7 +131,7 @@ def read_head(headers: Headers) -> Head:
     found = dict(headers)
     encoding = found.get(b"grpc-encoding", b"").decode("latin-1")
     return Head(
-        path=unquote(found.get(b":path", b"").decode("latin-1")),
+        path=found.get(b":path", b"").decode("latin-1"),
         encoding="" if encoding == "identity" else encoding,
         timeout_s=_timeout_s(found.get(b"grpc-timeout", b"").decode("latin-1")),
         authorization=found.get(b"authorization", b""),
@@ -146,16 +154,27 @@ class Message(NamedTuple):
     data: bytes | memoryview
     packed: bool
     """Whether it is compressed."""
+    held: int
+    """Bytes of the budget that it took."""
 
 
 class Assembler:
     """Puts a stream's messages together from the pieces of its body.
 
-    A message's memory is taken from the budget as soon as its length is known; whoever gets the
-    message gives it back.
+    A message's memory is taken from the budget as its bytes arrive; whoever gets the message gives
+    it back.
     """
 
-    __slots__ = ("_budget", "_data", "_encoding", "_filled", "_limit", "_packed", "_prefix")
+    __slots__ = (
+        "_budget",
+        "_data",
+        "_encoding",
+        "_filled",
+        "_held",
+        "_limit",
+        "_packed",
+        "_prefix",
+    )
 
     def __init__(self, limits: Limits, budget: Budget, encoding: str) -> None:
         self._limit = limits.body_bytes
@@ -164,6 +183,7 @@ class Assembler:
         self._prefix = b""
         self._data: memoryview | None = None
         self._filled = 0
+        self._held = 0
         self._packed = False
 
     @property
@@ -185,24 +205,34 @@ class Assembler:
                 self._prefix = b""
                 self._begin(flags, size)
                 if size <= end - at and size <= _SMALL_BYTES:
+                    self._hold(size)
                     at += size
-                    yield Message(bytes(piece[at - size : at]), self._packed)
+                    yield self._message(bytes(piece[at - size : at]))
                     continue
                 self._data, self._filled = np.empty(size, np.uint8).data, 0
             data = self._data
             take = min(len(data) - self._filled, end - at)
+            self._hold(take)
             data[self._filled : self._filled + take] = piece[at : at + take]
             self._filled += take
             at += take
             if self._filled == len(data):
                 self._data = None
-                yield Message(data, self._packed)
+                yield self._message(data)
 
     def drop(self) -> None:
         """Give back what a message took that will not be completed."""
-        if self._data is not None:
-            self._budget.release(len(self._data))
-            self._data = None
+        self._budget.release(self._held)
+        self._held = 0
+        self._data = None
+
+    def _hold(self, nbytes: int) -> None:
+        self._budget.hold(nbytes)
+        self._held += nbytes
+
+    def _message(self, data: bytes | memoryview) -> Message:
+        held, self._held = self._held, 0
+        return Message(data, self._packed, held)
 
     def _begin(self, flags: int, size: int) -> None:
         if flags > 1:
@@ -214,13 +244,16 @@ class Assembler:
                 Code.RESOURCE_EXHAUSTED,
                 f"a message of {size} bytes; at most {self._limit} are accepted",
             )
-        self._budget.hold(size)
+        self._hold(_OVERHEAD_BYTES)
         self._packed = bool(flags)
 
 
-async def unpack(message: Message, encoding: str, limits: Limits) -> bytes:
-    """The decompressed message; raises InvalidRequest, Damaged."""
-    data = await inflate(message.data, encoding, limits.body_bytes, "grpc-encoding")
+async def unpack(
+    message: Message, encoding: str, limits: Limits, hold: Callable[[int], None]
+) -> bytes:
+    """The decompressed message, whose bytes are held one by one as they come; raises
+    InvalidRequest, Damaged, and what ``hold`` does."""
+    data = await inflate(message.data, (encoding, "grpc-encoding"), limits.body_bytes, hold)
     if data is None:
         raise Damaged(
             Code.RESOURCE_EXHAUSTED,
@@ -237,14 +270,16 @@ def status_block(status: Status, first: bool) -> bytes:
     """A status as trailers; ``first`` if nothing was said before them."""
     headers = [(b"grpc-status", b"%d" % status.code)]
     if status.details:
-        said = quote_from_bytes(status.details[:_DETAILS_CHARS].encode(), _MESSAGE_SAFE)
+        said = quote_from_bytes(status.details.encode(), _MESSAGE_SAFE)
         headers.append((b"grpc-message", said.encode()))
     headers += ((key.encode(), value.encode()) for key, value in status.metadata)
     return (HEAD_BLOCK if first else b"") + header_block(headers)
 
 
 def framed(message: bytes) -> bytes:
-    """A message with its prefix, uncompressed."""
+    """A message with its prefix, uncompressed; raises Damaged if it is too large for one."""
+    if len(message) > _LARGEST:
+        raise Damaged(Code.RESOURCE_EXHAUSTED, "the answer is too large for one message (4 GiB)")
     return _PREFIX.pack(0, len(message)) + message
 
 

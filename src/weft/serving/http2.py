@@ -24,6 +24,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import struct
 from collections import deque
 from collections.abc import Callable
 from typing import Any, ClassVar, Generic, Protocol
@@ -75,6 +76,11 @@ HEAD_S = 30.0
 
 _CONTROL_BYTES = HEADER_BYTES + 1024
 """The largest frame that is no data; a block of headers with padding and priority fits."""
+_TURN_BYTES = 256 * 1024
+"""Of one stream's answer, before it is another's turn."""
+_GOODBYE = b"goodbye!"
+_GOODBYE_S = 1.0
+_SAID_BYTES = 1024
 _SIZE_OF = {PRIORITY: 5, RST_STREAM: 4, PING: 8, WINDOW_UPDATE: 4}
 _TABLE_SIZE_ZERO = b"\x20"
 _NOT_HTTP2 = (
@@ -165,7 +171,9 @@ class Connection(asyncio.Protocol, Generic[Head]):
         self._settled = False
         """The client's first settings are here."""
         self._left = 0
-        """Bytes to come of the data frame under way, which is ``_data_of``'s."""
+        """Bytes to come of the data frame under way, which is ``_data_of``'s, and after them of
+        its padding."""
+        self._padding = 0
         self._data_of = 0
         self._data_ends = False
         self._block: bytearray | None = None
@@ -207,8 +215,10 @@ class Connection(asyncio.Protocol, Generic[Head]):
 
     def resume_writing(self) -> None:
         self._write_paused = False
+        if self._closed:
+            return
         self._pump_all()
-        if not self._closed:
+        if not (self._closed or self._write_paused):
             self._transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
@@ -245,25 +255,28 @@ class Connection(asyncio.Protocol, Generic[Head]):
             self._greet()
             at = len(PREFACE)
         view = memoryview(data)
-        if self._left:
+        if self._left or self._padding:
             at = self._take(view, at)
         while size - at >= HEAD_BYTES and not self._closed:
             word, flags, number = FRAME_HEAD.unpack_from(data, at)
             length, kind, number = word >> 8, word & 0xFF, number & MAX_WINDOW
             begin = at + HEAD_BYTES
-            if kind == DATA and not flags & PADDED:
-                self._begin_data(number, length, length, flags)
-                at = self._take(view, begin)
-                continue
             if length > (FRAME_BYTES if kind == DATA else _CONTROL_BYTES):
                 raise Fault(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
+            if kind == DATA:
+                padding = 0
+                if flags & PADDED:
+                    if begin == size and length:
+                        break
+                    padding = data[begin] + 1 if length else 1
+                    begin += 1
+                self._begin_data(number, length, padding, flags)
+                at = self._take(view, begin)
+                continue
             stop = begin + length
             if stop > size:
                 break
-            if kind == DATA:
-                self._padded_data(number, flags, view[begin:stop])
-            else:
-                self._frame(kind, flags, number, data[begin:stop])
+            self._frame(kind, flags, number, data[begin:stop])
             at = stop
         return at
 
@@ -285,14 +298,15 @@ class Connection(asyncio.Protocol, Generic[Head]):
         self._begin_data(number, len(payload), kept, flags)
         self._take(payload[: 1 + kept], 1)
 
-    def _begin_data(self, number: int, length: int, kept: int, flags: int) -> None:
-        """A data frame of ``length`` bytes begins, ``kept`` of them after its padding."""
+    def _begin_data(self, number: int, length: int, padding: int, flags: int) -> None:
+        """A data frame of ``length`` bytes begins; ``padding`` of them, with the byte that tells
+        their number, are padding."""
         if self._block is not None:
             raise Fault(ErrorCode.PROTOCOL_ERROR, "headers were to be continued")
         if number == 0 or number > self._last:
             raise Fault(ErrorCode.PROTOCOL_ERROR, f"data for stream {number}, which is not open")
-        if length > FRAME_BYTES:
-            raise Fault(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
+        if padding > length:
+            raise Fault(ErrorCode.PROTOCOL_ERROR, "a frame with more padding than payload")
         if length > self._room:
             raise Fault(ErrorCode.FLOW_CONTROL_ERROR, "more data than the connection's window")
         self._room -= length
@@ -309,22 +323,27 @@ class Connection(asyncio.Protocol, Generic[Head]):
                 self._reset(stream, ErrorCode.FLOW_CONTROL_ERROR)
             else:
                 stream.room -= length
-        self._left, self._data_of, self._data_ends = kept, number, ends
+        self._left, self._padding = length - padding, max(0, padding - 1)
+        self._data_of, self._data_ends = number, ends
 
     def _take(self, view: memoryview, at: int) -> int:
         """Hand on what is here of the data frame under way; returns where that ends."""
         stop = min(at + self._left, len(view))
         self._left -= stop - at
+        after = stop
+        if self._padding and not self._left:
+            after = min(stop + self._padding, len(view))
+            self._padding -= after - stop
         stream = self._streams.get(self._data_of)
         if stream is None or stream.ended:
-            return stop
+            return after
         if stop > at and stream.receiver is not None and not stream.answered:
             stream.receiver.data(view[at:stop])
         if not self._left and self._data_ends:
             self._end(stream)
         elif stream.room < STREAM_WINDOW // 4:
             self.make_room(stream)
-        return stop
+        return after
 
     def make_room(self, stream: Stream) -> None:
         """Let the client send more of a stream's body."""
@@ -398,10 +417,12 @@ class Connection(asyncio.Protocol, Generic[Head]):
     def _on_window_update(self, _: int, number: int, payload: bytes) -> None:
         more = int.from_bytes(payload, "big") & MAX_WINDOW
         if not number:
+            was_shut = self._window <= 0
             self._window += more
             if not more or self._window > MAX_WINDOW:
                 raise Fault(ErrorCode.FLOW_CONTROL_ERROR, "a window of an impossible size")
-            self._pump_all()
+            if was_shut:
+                self._pump_all()
             return
         self._check_known(number)
         stream = self._streams.get(number)
@@ -411,7 +432,8 @@ class Connection(asyncio.Protocol, Generic[Head]):
         if not more or stream.window > MAX_WINDOW:
             self._reset(stream, ErrorCode.FLOW_CONTROL_ERROR)
         elif number in self._blocked:
-            self._pump(stream)
+            while self._pump(stream):
+                pass
 
     def _on_rst_stream(self, _: int, number: int, payload: bytes) -> None:
         self._check_known(number)
@@ -425,9 +447,11 @@ class Connection(asyncio.Protocol, Generic[Head]):
             raise Fault(ErrorCode.PROTOCOL_ERROR, "a ping on a stream")
         if not flags & ACK:
             self._transport.write(frame(PING, ACK, 0, payload))
+        elif payload == _GOODBYE:
+            self._leave()
 
     def _on_goaway(self, *_: object) -> None:
-        self.drain()
+        self._leave()
 
     def _on_push_promise(self, *_: object) -> None:
         raise Fault(ErrorCode.PROTOCOL_ERROR, "a client does not promise")
@@ -444,11 +468,12 @@ class Connection(asyncio.Protocol, Generic[Head]):
         if flags & ACK:
             return
         self._settled = True
-        for at in range(0, len(payload), 6):
-            key = int.from_bytes(payload[at : at + 2], "big")
-            self._apply_setting(key, int.from_bytes(payload[at + 2 : at + 6], "big"))
+        given = dict(struct.iter_unpack(">HI", payload))  # the last of each counts
+        for key, value in given.items():
+            self._apply_setting(key, value)
         self._transport.write(frame(SETTINGS, ACK, 0))
-        self._pump_all()
+        if Setting.INITIAL_WINDOW_SIZE in given:
+            self._pump_all()
 
     def _apply_setting(self, key: int, value: int) -> None:
         if key == Setting.HEADER_TABLE_SIZE:
@@ -492,8 +517,8 @@ class Connection(asyncio.Protocol, Generic[Head]):
         if head:
             self._add_headers(pieces, stream, head, END_HEADERS)
         size = len(body)
-        fits = size <= stream.window and size <= self._window and size <= self._frame_bytes
-        if stream.out or not fits:
+        room = 0 if self._write_paused else min(stream.window, self._window, self._frame_bytes)
+        if stream.out or size > max(0, room):
             self._transport.writelines(pieces)
             self._queue(stream, body, trailers)
             return
@@ -512,18 +537,22 @@ class Connection(asyncio.Protocol, Generic[Head]):
             if not self._blocked:
                 self._server.unread.enter(self, self._unread)
             self._blocked[stream.id] = stream
-            self._pump(stream)
+        while self._pump(stream):
+            pass
 
     def _pump_all(self) -> None:
-        for stream in tuple(self._blocked.values()):
-            if self._window <= 0 or self._write_paused:
-                return
-            self._pump(stream)
+        """Send what the windows let through, a little of each stream by turns."""
+        waiting = deque(self._blocked.values())
+        while waiting:
+            stream = waiting.popleft()
+            if stream.id in self._blocked and self._pump(stream):
+                waiting.append(stream)
 
-    def _pump(self, stream: Stream) -> None:
-        """Send of a blocked stream's data what the windows let through; then it is others' turn."""
+    def _pump(self, stream: Stream) -> bool:
+        """Send a little of a blocked stream's data; whether there is more that could be sent."""
         pieces: list[bytes | memoryview] = []
-        while stream.out and not self._write_paused:
+        left = _TURN_BYTES
+        while stream.out and left > 0 and not (self._write_paused or self._closed):
             piece = stream.out[0]
             size = min(len(piece), stream.window, self._window, self._frame_bytes)
             if size <= 0:
@@ -531,12 +560,13 @@ class Connection(asyncio.Protocol, Generic[Head]):
             pieces += (FRAME_HEAD.pack(size << 8 | DATA, 0, stream.id), piece[:size])
             stream.window -= size
             self._window -= size
+            left -= size
             if size == len(piece):
                 stream.out.popleft()
             else:
                 stream.out[0] = piece[size:]
         if not pieces:
-            return
+            return False
         unread = self._server.unread
         unread.leave(self)
         del self._blocked[stream.id]
@@ -547,6 +577,7 @@ class Connection(asyncio.Protocol, Generic[Head]):
         self._write(stream, pieces, None if stream.out else stream.trailers)
         if not stream.out and stream.receiver is not None:
             stream.receiver.sent()
+        return bool(stream.out)
 
     def _write(
         self, stream: Stream, pieces: list[bytes | memoryview], trailers: bytes | None
@@ -602,12 +633,22 @@ class Connection(asyncio.Protocol, Generic[Head]):
             self._close()
 
     def drain(self) -> None:
-        """Take no more requests, and close when those under way are answered."""
+        """Take no more requests, and close when those under way are answered.
+
+        What the client sends before it reads of this is still served: only once it has answered
+        a ping is it told which of its requests was the last (RFC 9113, section 6.8).
+        """
+        if self._leaving or self._closed:
+            return
+        self._transport.write(frame(GOAWAY, 0, 0, _goaway(MAX_WINDOW, ErrorCode.NO_ERROR)))
+        self._transport.write(frame(PING, 0, 0, _GOODBYE))
+        asyncio.get_running_loop().call_later(_GOODBYE_S, self._leave)
+
+    def _leave(self) -> None:
         if self._leaving or self._closed:
             return
         self._leaving = True
-        last = self._last.to_bytes(4, "big")
-        self._transport.write(frame(GOAWAY, 0, 0, last + bytes(4)))
+        self._transport.write(frame(GOAWAY, 0, 0, _goaway(self._last, ErrorCode.NO_ERROR)))
         if not self._streams:
             self._close()
 
@@ -624,13 +665,19 @@ class Connection(asyncio.Protocol, Generic[Head]):
         if not self._closed:
             if not self._greeted:
                 self._greet()  # settings are what a server says first
-            said = self._last.to_bytes(4, "big") + code.to_bytes(4, "big") + message.encode()
-            self._transport.write(frame(GOAWAY, 0, 0, said))
+            self._transport.write(frame(GOAWAY, 0, 0, _goaway(self._last, code, message)))
             self._close()
+            for stream in tuple(self._streams.values()):
+                self._lose(stream)
 
     def _close(self) -> None:
         self._closed = True
         self._transport.close()
+
+
+def _goaway(last: int, code: ErrorCode, message: str = "") -> bytes:
+    said = message.encode(errors="replace")[:_SAID_BYTES]
+    return last.to_bytes(4, "big") + code.to_bytes(4, "big") + said
 
 
 class Server(Generic[Head]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import zlib
+from collections.abc import Callable
 
 from weft.domain.errors import InvalidRequest
 from weft.domain.port import Refused
@@ -15,7 +16,8 @@ from weft.serving.tensors import Limits, shown
 
 ENCODINGS = ("gzip", "deflate")
 
-_OFF_LOOP_BYTES = 256 * 1024  # decompressing more than this would hold the loop for too long
+_AT_ONCE_BYTES = 256 * 1024
+_STEP_BYTES = 2**20
 _BUSY_RETRY_NS = 100 * MS
 
 
@@ -69,31 +71,44 @@ def authorised(authorization: bytes, token: bytes) -> bool:
     return hmac.compare_digest(given.strip(), token) and scheme.lower() == b"bearer"
 
 
-async def inflate(body: bytes | memoryview, encoding: str, limit: int, header: str) -> bytes | None:
+async def inflate(
+    body: bytes | memoryview, named: tuple[str, str], limit: int, hold: Callable[[int], None]
+) -> bytes | None:
     """Decompress at most ``limit`` bytes; None if there are more.
 
-    ``header`` is what named the encoding. Raises InvalidRequest.
+    ``named`` is the encoding and the header that named it. ``hold`` is called with the size of
+    each piece before the next is made; what it raises ends it. Raises InvalidRequest.
     """
+    encoding, header = named
     if encoding not in ENCODINGS:
         raise InvalidRequest(
             f"{header} {shown(encoding)} is not supported; use gzip, deflate or none"
         )
-    if len(body) > _OFF_LOOP_BYTES:
-        return await asyncio.to_thread(_inflate, body, encoding, limit, header)
-    return _inflate(body, encoding, limit, header)
-
-
-def _inflate(body: bytes | memoryview, encoding: str, limit: int, header: str) -> bytes | None:
     inflater = zlib.decompressobj(wbits=31 if encoding == "gzip" else 15)
+    pieces: list[bytes] = []
+    left, rest = limit + 1, bytes(body) if len(body) <= _AT_ONCE_BYTES else body
     try:
-        data = inflater.decompress(body, limit + 1)
+        # The first piece here, all others in a thread: more would hold the loop for too long.
+        piece = inflater.decompress(rest[:_AT_ONCE_BYTES], min(left, _AT_ONCE_BYTES))
+        rest = rest[_AT_ONCE_BYTES:]
+        while True:
+            left -= len(piece)
+            if left <= 0:
+                return None
+            hold(len(piece))
+            pieces.append(piece)
+            if inflater.eof or not (inflater.unconsumed_tail or rest):
+                break
+            tail = inflater.unconsumed_tail
+            if not tail:
+                tail, rest = bytes(rest[:_STEP_BYTES]), rest[_STEP_BYTES:]
+            step = min(left, _STEP_BYTES)
+            piece = await asyncio.to_thread(inflater.decompress, tail, step)
     except zlib.error as exc:
         raise InvalidRequest(f"the body is not {encoding} data as {header} says: {exc}") from None
-    if len(data) > limit:
-        return None
-    if not inflater.eof or inflater.unused_data:
-        what = "is cut short" if not inflater.eof else "is followed by other bytes"
+    if not inflater.eof or inflater.unused_data or rest:
+        what = "is followed by other bytes" if inflater.eof else "is cut short"
         raise InvalidRequest(
             f"the body's {encoding} data {what}; send one complete {encoding} stream"
         )
-    return data
+    return b"".join(pieces)

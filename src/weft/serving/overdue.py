@@ -20,7 +20,7 @@ class Overdue:
     def __init__(self, delay_s: float) -> None:
         self._delay = delay_s
         self._entries: dict[Hashable, tuple[float, Callable[[], None]]] = {}
-        self._timer: asyncio.TimerHandle | None = None
+        self._timer: asyncio.Handle | None = None
 
     def enter(self, key: Hashable, callback: Callable[[], None]) -> None:
         """Start waiting; ``key`` must not have entered already."""
@@ -47,4 +47,9 @@ class Overdue:
                 self._timer = loop.call_at(when, self._sweep)
                 return
             del self._entries[key]
-            callback()
+            try:
+                callback()
+            except BaseException:  # the loop logs it; the others' turn still comes
+                if self._entries and self._timer is None:
+                    self._timer = loop.call_soon(self._sweep)
+                raise
