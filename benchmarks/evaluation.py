@@ -28,6 +28,7 @@ LAWS = (
     "no_season",
     "no_learning",
     "no_feedback",
+    "no_moves",
     "no_npu",
 )
 ATTAINS = 0.99

@@ -104,6 +104,39 @@ def fleet_ms(devices: int, workloads: int) -> float:
     return (time.perf_counter_ns() - began) / 5 / 1e6
 
 
+def moving_ms(devices: int, workloads: int) -> float:
+    """Milliseconds for the plan of such a fleet that moves services: a quarter of them has grown,
+    and the integer program is solved."""
+    gpus = tuple(_gpu(f"gpu{i:03}") for i in range(devices))
+    count = workloads * 4 // 5
+    times = {f"{u}x{n}": EXEC_NS * (3 + n) // u for u in (1, 2, 3, 4, 7) for n in (1, 8)}
+    calm = [
+        msgspec.structs.replace(
+            _service(f"s{i}", 1), rate=2000.0 + 500.0 * (i % 20), exec_ns={"mig": times}
+        )
+        for i in range(count)
+    ]
+    grown = [
+        msgspec.structs.replace(s, rate=s.rate * (3.5 if i % 4 == 0 else 0.7))
+        for i, s in enumerate(calm)
+    ]
+    jobs = tuple(JobFacts(f"j{i}", 1.0, 0.0, 1.0, 1.0, 0) for i in range(workloads - count))
+    planner, present, longest = Planner(), EMPTY_PLAN, 0
+    for step in range(1, 31):
+        facts = tuple(calm if step < 3 else grown)
+        before = {name: tuple(parts) for name, parts in planner.state.parts.items()}
+        began = time.perf_counter_ns()
+        plan = planner.plan(Snapshot(step * S, S, gpus, present, facts, jobs))
+        took = time.perf_counter_ns() - began
+        present = plan or present
+        moved = before != {name: tuple(parts) for name, parts in planner.state.parts.items()}
+        if step >= 3 and moved:
+            longest = max(longest, took)
+    if not longest:
+        raise RuntimeError("no service moved; there was nothing to measure")
+    return longest / 1e6
+
+
 def _gpu(name: str) -> DeviceSpec:
     return DeviceSpec(
         id=name,
@@ -174,6 +207,8 @@ ARMS: dict[str, Callable[[], float]] = {
     "plan_ms_64_cores_100_services": lambda: planner_ms(64, 100),
     "plan_ms_1_gpu_5_workloads": lambda: fleet_ms(1, 5),
     "plan_ms_100_gpus_500_workloads": lambda: fleet_ms(100, 500),
+    "moving_ms_4_gpus_20_workloads": lambda: moving_ms(4, 20),
+    "moving_ms_100_gpus_500_workloads": lambda: moving_ms(100, 500),
 }
 
 

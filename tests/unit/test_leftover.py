@@ -29,14 +29,14 @@ def worth_of(
     names = [j.id for j in jobs]
     view = View(
         world.now,
-        world.device,
+        world.devices[0],
         world.present,
         (service(rate=rate),),
         jobs,
         {name: speeds for name in names if speeds is not None},
         dict.fromkeys(names, lost),
     )
-    verdict = judge(view, unit_layout(world.device, units, 1), 0.0)
+    verdict = judge(view, unit_layout(world.devices[0], units, 1), 0.0)
     own = dict.fromkeys(names, (8 - units) // len(names))
     return math.exp(worth(view, verdict, own, 1.0))
 
@@ -62,8 +62,8 @@ def test_a_job_that_does_not_scale_gains_nothing_from_borrowing_much() -> None:
 
 def test_pauses_count_by_the_part_that_they_take() -> None:
     world = Planning(8)
-    view = View(world.now, world.device, world.present, (service(rate=40.0),), (job(),))
-    verdict = judge(view, unit_layout(world.device, 8, 1), 0.0)
+    view = View(world.now, world.devices[0], world.present, (service(rate=40.0),), (job(),))
+    verdict = judge(view, unit_layout(world.devices[0], 8, 1), 0.0)
     idle = 1 - verdict.busiest
     assert pauses_of(verdict, 8.0) == pytest.approx(40.0 * idle / 8)
     assert pauses_of(verdict, 0.0) == 0.0

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.builders import cpu
-from tests.unit.test_planner import service
+from tests.unit.test_planner import Planning, service
 from weft.domain.device import DeviceSpec, PreemptLevel
 from weft.domain.snapshot import ServiceFacts
 from weft.domain.units import MS
@@ -153,3 +153,54 @@ def test_two_serving_devices_share_what_one_cannot_carry() -> None:
         each.variants["cpu"] = Variant(accuracy=0.5)
     found = place(services, (npu(), second, cpu(4)), {}, 0.0)
     assert {home for homes in found.homes().values() for home in homes} == {"npu", "npu2"}
+
+
+def planning(**tuning: Any) -> Planning:
+    """Two boxes of four cores, and on each of them one of two pairs of services."""
+    found = Planning(**tuning)
+    found.devices = (cpu(4, id="a"), cpu(4, id="b"))
+    return found
+
+
+def pair(big: float, small: float = 10.0) -> list[ServiceFacts]:
+    return [model("big0", big), model("big1", big), model("small0", small), model("small1", small)]
+
+
+def homes(found: Planning) -> dict[str, frozenset[str]]:
+    return Placing(found.planner.state.parts).homes()
+
+
+def test_a_service_moves_when_its_device_has_had_too_much_for_a_while() -> None:
+    found = planning()
+    found.see(*pair(10.0))
+    first = homes(found)
+    a, b = sorted(first, key=lambda name: (sorted(first[name]), name))[:2]  # those on one box
+    grown = [s if s.name not in (a, b) else model(s.name, 100.0) for s in pair(10.0)]
+    found.see(*grown)
+    assert homes(found) == first
+    plans = [found.see(*grown) for _ in range(40)]
+    moved = homes(found)
+    assert moved != first
+    assert moved[a] != moved[b]
+    reasons = [reason for plan in plans if plan for reason in plan.reasons]
+    assert any(reason.startswith((f"{a}: ", f"{b}: ")) for reason in reasons)
+
+
+def test_services_do_not_move_where_that_is_not_wanted() -> None:
+    found = planning(move=False)
+    found.see(*pair(10.0))
+    first = homes(found)
+    for _ in range(40):
+        found.see(*pair(100.0))
+    assert homes(found) == first
+
+
+def test_a_burst_moves_nobody() -> None:
+    found = planning()
+    found.see(*pair(10.0))
+    first = homes(found)
+    a, b = sorted(first, key=lambda name: (sorted(first[name]), name))[:2]
+    for step in range(60):
+        high = 80.0 if step % 20 < 2 else 10.0
+        found.see(*[s if s.name not in (a, b) else model(s.name, high) for s in pair(10.0)])
+    assert homes(found) == first

@@ -44,21 +44,21 @@ class Planning:
 
     def __init__(self, cores: int = 8, **tuning: Any) -> None:
         self.planner = Planner(Tuning(**tuning))
-        self.device = cpu(cores)
+        self.devices: tuple[DeviceSpec, ...] = (cpu(cores),)
         self.now = 100 * S
         self.present: Plan = EMPTY_PLAN
 
     def snapshot(self, *facts: ServiceFacts | JobFacts) -> Snapshot:
         services = tuple(f for f in facts if isinstance(f, ServiceFacts))
         jobs = tuple(f for f in facts if isinstance(f, JobFacts))
-        return Snapshot(self.now, S, (self.device,), self.present, services, jobs)
+        return Snapshot(self.now, S, self.devices, self.present, services, jobs)
 
     def see(self, *facts: ServiceFacts | JobFacts, after: int = S) -> Plan | None:
         """Plan from these facts; every plan is feasible."""
         self.now += after
         plan = self.planner.plan(self.snapshot(*facts))
         if plan is not None:
-            feasible(plan, self.device)
+            feasible(plan, *self.devices)
             self.present = plan
         return plan
 
@@ -69,12 +69,14 @@ class Planning:
         return sum(p.compute for p in self.present.partitions if p.id in mine)
 
 
-def feasible(plan: Plan, on: DeviceSpec) -> None:
+def feasible(plan: Plan, *devices: DeviceSpec) -> None:
     """No two partitions overlap, all exist, shapes are the device's, names are known."""
-    units = [u for p in plan.partitions for u in p.units]
-    assert len(units) == len(set(units))
-    assert set(units) == set(on.units), "a core is idle by plan"
-    assert {p.compute for p in plan.partitions} <= set(on.shapes)
+    for on in devices:
+        mine = [p for p in plan.partitions if p.device == on.id]
+        units = [u for p in mine for u in p.units]
+        assert len(units) == len(set(units))
+        assert set(units) == set(on.units), "a core is idle by plan"
+        assert {p.compute for p in mine} <= set(on.shapes)
     known = {p.id for p in plan.partitions}
     assert len(known) == len(plan.partitions)
     for where in (*plan.services.values(), *plan.jobs.values(), plan.lendable):
@@ -129,12 +131,12 @@ def settled(rate: float, cores: int = 8, **tuning: Any) -> Planning:
 @pytest.mark.parametrize("rate", [1.0, 100.0, 250.0])
 def test_services_get_the_fewest_cores_that_hold_their_objectives(rate: float) -> None:
     world = settled(rate)
-    view = View(world.now, world.device, world.present, (service(rate=rate),), (job(),))
+    view = View(world.now, world.devices[0], world.present, (service(rate=rate),), (job(),))
     layout = world.planner.state.devices["cpu"].layout
     assert layout is not None
     assert not judge(view, layout, 10.0).misses
     if layout.compute > 1:
-        fewer = judge(view, unit_layout(world.device, layout.compute - 1, 1), 10.0)
+        fewer = judge(view, unit_layout(world.devices[0], layout.compute - 1, 1), 10.0)
         assert fewer.misses or fewer.busiest > 0.6
 
 

@@ -17,6 +17,8 @@ from weft.policy.utility import EXPLORE, Curve
 from weft.policy.views import Layout, View
 
 LEARN_EVERY = 10 * S
+RISES_OVER, FALLS_OVER = 10 * S, 30 * S
+"""Time constants of the rate that is usual: bursts of a few seconds hardly change it."""
 PROBE_FOR = 90 * S
 """How long something is tried out: progress is known over a minute."""
 
@@ -31,6 +33,7 @@ class Demand:
     def see(self, snapshot: Snapshot) -> tuple[ServiceFacts, ...]:
         """Learn from a snapshot; the services with their rates as the planner is to see them."""
         facts = self._corrected(snapshot)
+        self._note_usual(snapshot)
         self._note_peaks(snapshot.now, facts)
         self._learn(snapshot)
         return facts
@@ -55,6 +58,17 @@ class Demand:
             boost = note_pressure(pressure, service, snapshot.now, tuning.grow_after, tuning.memory)
             found.append(scaled(service, boost))
         return tuple(found)
+
+    def _note_usual(self, snapshot: Snapshot) -> None:
+        state = self._state
+        passed = max(0, snapshot.now - state.peaks_at)
+        usual: dict[str, float] = {}
+        for service in snapshot.services:
+            rate = service.rate
+            known = state.usual.get(service.name, rate)
+            over = RISES_OVER if rate > known else FALLS_OVER
+            usual[service.name] = rate + (known - rate) * over / (over + passed)
+        state.usual = usual
 
     def _note_peaks(self, now: int, facts: tuple[ServiceFacts, ...]) -> None:
         state, memory = self._state, self._tuning.memory

@@ -1,5 +1,5 @@
 """Which devices carry which service: first those that only serve (an NPU), for what fits there,
-so that what trains is free for training; the others share the rest by load.
+so that what trains is free for training; the others share the rest (``weft.policy.assigning``).
 
 A service whose load is more than is left of a serving device is carried by both at once: the
 dispatcher fills the serving device first, and what does not fit goes to the other. Only the
@@ -8,19 +8,18 @@ planner's estimate of who carries how much depends on the fractions here.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+import msgspec
 
 from weft.domain.device import DeviceSpec
 from weft.domain.snapshot import ServiceFacts
 from weft.domain.units import format_bytes
+from weft.policy import assigning
+from weft.policy.assigning import LEAST_PART
 from weft.policy.judging import HEADROOM, RHO_MAX, exec_ns, load, memory_of
 from weft.policy.queueing import highest_load
 from weft.policy.views import Parts, Placing
-
-LEAST_PART = 0.1
-"""A device is not used for less than this part of a service."""
-STICK = 0.2
-"""A service stays on its device while others are not emptier by this much utilization."""
 
 
 def why_not(service: ServiceFacts, device: DeviceSpec, memory_left: int) -> str:
@@ -48,21 +47,31 @@ def place(
     devices: Sequence[DeviceSpec],
     before: Parts,
     horizon_s: float,
+    usual: Mapping[str, float] | None = None,
+    improve: bool = True,
 ) -> Placing:
-    """Parts of all services; one that can run nowhere has none. Deterministic."""
-    placer = _Placer(services, devices, horizon_s)
+    """Parts of all services; one that can run nowhere has none. Deterministic.
+
+    ``usual``: the rates by which devices that train share services, if not those of the moment.
+    ``improve``: whether services that have a place may move between them.
+    """
+    placer = _Placer(services, devices, horizon_s, usual or {})
     serving = [d for d in devices if not d.trains]
     for index, device in enumerate(serving):
         placer.offload(device, serving[index + 1 :])
-    placer.spread(before)
-    return Placing(placer.parts, tuple(placer.reasons))
+    uneven = placer.spread(before, improve)
+    return Placing(placer.parts, tuple(placer.reasons), uneven)
 
 
 class _Placer:
     """The state of one call of ``place``; ``left`` is the part of each service without a place."""
 
     def __init__(
-        self, services: Sequence[ServiceFacts], devices: Sequence[DeviceSpec], horizon_s: float
+        self,
+        services: Sequence[ServiceFacts],
+        devices: Sequence[DeviceSpec],
+        horizon_s: float,
+        usual: Mapping[str, float],
     ) -> None:
         self.parts: Parts = {s.name: {} for s in services}
         self.reasons: list[str] = []
@@ -70,6 +79,7 @@ class _Placer:
         self._services = services
         self._sharing = [d for d in devices if d.trains]
         self._horizon_s = horizon_s
+        self._usual = usual
 
     def offload(self, device: DeviceSpec, later: Sequence[DeviceSpec]) -> None:
         """Fill a serving device with the services that relieve the others most for their time
@@ -104,31 +114,48 @@ class _Placer:
             memory -= memory_of(service, device)
             used += wanted * part
 
-    def spread(self, before: Parts) -> None:
-        """Share what is left among the other devices, largest load first."""
-        used = {d.id: 0.0 for d in self._sharing}
-        demands = {
-            s.name: {d.id: self._demand(s, d) * self._left[s.name] for d in self._sharing}
-            for s in self._services
+    def spread(self, before: Parts, improve: bool) -> bool:
+        """Share what is left among the other devices; returns whether that is uneven."""
+        fleet = self._fleet()
+        mine = {
+            name: {device: part for device, part in before.get(name, {}).items() if device in able}
+            for name, able in fleet.demands.items()
         }
-        for service in sorted(
-            self._services, key=lambda s: (-max(demands[s.name].values(), default=0.0), s.name)
-        ):
+        shares = assigning.settle(fleet, mine)
+        uneven = assigning.uneven(fleet, shares)
+        if uneven and improve:
+            shares = assigning.improve(fleet, shares)
+        for name, parts in shares.items():
+            if not parts and not self.parts[name]:
+                self.reasons.append(f"{name} can run nowhere: {self._why_nowhere(name)}")
+            if len(parts) > 1:
+                told = ", ".join(f"{part:.0%} on {device}" for device, part in parts.items())
+                self.reasons.append(f"{name} is more than one device should carry: {told}")
+            for device, part in parts.items():
+                self.parts[name][device] = self._left[name] * part
+        return uneven
+
+    def _fleet(self) -> assigning.Fleet:
+        """The devices that train, and what is left for them."""
+        demands: dict[str, dict[str, float]] = {}
+        needs: dict[str, dict[str, int]] = {}
+        for service in self._services:
             name = service.name
-            if self._left[name] <= 0.0:
-                continue
-            able = self._able(service)
-            if not able:
-                if not self.parts[name]:
-                    whys = sorted({why_not(service, d, d.memory) for d in self._sharing})
-                    self.reasons.append(f"{name} can run nowhere: {'; '.join(whys)}")
-                continue
-            best = min(able, key=lambda d: (used[d.id] + demands[name][d.id], d.id))
-            stay = next((d for d in able if d.id in before.get(name, {})), best)
-            if used[stay.id] <= used[best.id] + STICK:
-                best = stay
-            used[best.id] += demands[name][best.id]
-            self.parts[name][best.id] = self._left[name]
+            if self._left[name] > 0.0:
+                able = self._able(service)
+                rate = self._usual.get(name)
+                calm = service
+                if rate is not None:
+                    calm = msgspec.structs.replace(service, rate=rate, rate_trend=0.0)
+                demands[name] = {d.id: self._demand(calm, d) * self._left[name] for d in able}
+                needs[name] = {d.id: memory_of(service, d) for d in able}
+        return assigning.Fleet(demands, needs, {d.id: d.memory for d in self._sharing})
+
+    def _why_nowhere(self, name: str) -> str:
+        service = next(s for s in self._services if s.name == name)
+        whys = {why_not(service, d, d.memory) for d in self._sharing}
+        whys = {why or "others fill the memory that it needs" for why in whys}
+        return "; ".join(sorted(whys))
 
     def _able(self, service: ServiceFacts) -> list[DeviceSpec]:
         return [d for d in self._sharing if not why_not(service, d, d.memory)]

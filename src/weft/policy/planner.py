@@ -84,40 +84,60 @@ class Planner:
         self, snapshot: Snapshot, facts: tuple[ServiceFacts, ...], members: Members
     ) -> tuple[Placing, list[str]]:
         """Where services are to be. They go elsewhere at once when members change, soon where
-        serving devices have too much, late (and only if it would hold at peak rates) back to
-        them."""
+        serving devices have too much or the others uneven loads, late (and only if it would hold
+        at peak rates) back to serving devices."""
         state, tuning = self.state, self.tuning
         devices = self._devices(snapshot)
         horizon_s = tuning.horizon / S
-        wish = place(facts, devices, state.parts, horizon_s)
+        came = members[0] != state.members[0] or not state.version
+        improve = came and tuning.move
+        wish = place(facts, devices, state.parts, horizon_s, state.usual, improve)
         present = Placing(state.parts).homes()
-        homes = wish.homes()
-        if members[0] != state.members[0] or not state.version:
+        if came:
             reasons = list(wish.reasons)
-        elif homes == present:
-            state.elsewhere_since = 0
-            state.parts = wish.parts
-            return wish, []
         else:
-            state.elsewhere_since = state.elsewhere_since or snapshot.now
-            held = snapshot.now - state.elsewhere_since
-            patience = tuning.grow_after
-            trains = {d.id for d in devices if d.trains}
-            if not any((now - present[name]) & trains for name, now in homes.items()):
-                peaks = (msgspec.structs.replace(s, rate=state.peaks[s.name]) for s in facts)
-                at_peak = place(tuple(peaks), devices, state.parts, horizon_s)
-                patience = tuning.shrink_after
-                if at_peak.homes() != homes:
+            if wish.homes() != present:
+                if not self._patient(snapshot, facts, wish):
                     return Placing(state.parts), []
-            if held < patience:
-                return Placing(state.parts), []
+            elif self._uneven_long(snapshot.now, wish.uneven):
+                wish = place(facts, devices, state.parts, horizon_s, state.usual)
+            homes = wish.homes()
             moved = [n for n in homes if homes[n] != present[n]]
-            reasons = [
-                f"{name}: {_names(present[name])} -> {_names(homes[name])}" for name in moved
-            ] + list(wish.reasons)
+            reasons = [f"{n}: {_names(present[n])} -> {_names(homes[n])}" for n in moved]
+            reasons += wish.reasons if moved else ()
         state.elsewhere_since = 0
         state.parts = wish.parts
         return wish, reasons
+
+    def _patient(self, snapshot: Snapshot, facts: tuple[ServiceFacts, ...], wish: Placing) -> bool:
+        """Whether services have been to go elsewhere for long enough."""
+        state, tuning = self.state, self.tuning
+        devices = self._devices(snapshot)
+        homes, present = wish.homes(), Placing(state.parts).homes()
+        state.elsewhere_since = state.elsewhere_since or snapshot.now
+        patience = tuning.grow_after
+        trains = {d.id for d in devices if d.trains}
+        if not any((now - present[name]) & trains for name, now in homes.items()):
+            peaks = [msgspec.structs.replace(s, rate=state.peaks[s.name]) for s in facts]
+            horizon_s = tuning.horizon / S
+            at_peak = place(peaks, devices, state.parts, horizon_s, state.usual, improve=False)
+            if at_peak.homes() != homes:
+                return False
+            patience = tuning.shrink_after
+        return snapshot.now - state.elsewhere_since >= patience
+
+    def _uneven_long(self, now: int, uneven: bool) -> bool:
+        """Whether devices that train have had uneven loads for long enough, and when that was
+        looked into before is long ago."""
+        state, tuning = self.state, self.tuning
+        if not (uneven and tuning.move):
+            state.uneven_since = 0
+            return False
+        state.uneven_since = state.uneven_since or now
+        if now - state.uneven_since < tuning.grow_after:
+            return False
+        state.uneven_since = now + tuning.shrink_after
+        return True
 
     def _devices(self, snapshot: Snapshot) -> list[DeviceSpec]:
         """Those to be used, serving devices first."""

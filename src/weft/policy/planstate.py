@@ -44,6 +44,8 @@ class Tuning(msgspec.Struct, frozen=True):
     """Whether jobs' speed-ups are learned, or every unit is taken to be worth as much."""
     offload: bool = True
     """Whether devices that only serve are used."""
+    move: bool = True
+    """Whether services that have a place move between devices that train."""
     slice_min: int = 2 * MS
     slice_max: int = 200 * MS
     linger_max: int = 20 * MS
@@ -77,6 +79,9 @@ class PlannerState(msgspec.Struct):
     """Where services are."""
     elsewhere_since: int = 0
     """Since when they should be somewhere else (ns)."""
+    uneven_since: int = 0
+    """Since when the devices that train have had uneven loads (ns); later than now once that was
+    looked into."""
     bound: dict[str, str] = {}
     """The partition of each job that cannot move."""
     settled: dict[str, int] = {}
@@ -84,6 +89,8 @@ class PlannerState(msgspec.Struct):
     peaks: dict[str, float] = {}
     """Recent peak rate of each service, per second, as of ``peaks_at``."""
     peaks_at: int = 0
+    usual: dict[str, float] = {}
+    """Rate of each service without its bursts, per second."""
     pressure: dict[str, Pressure] = {}
     tried_own: int = -TRY_EVERY
     """When jobs last had space of their own to learn what borrowing costs them (ns)."""

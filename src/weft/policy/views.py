@@ -59,10 +59,12 @@ class Verdict(msgspec.Struct):
 
 
 class Placing(msgspec.Struct, frozen=True):
-    """``parts``, and why services are not where one might expect them."""
+    """``parts``, and why services are not where one might expect them. ``uneven``: whether they
+    might be better among the devices that train."""
 
     parts: Parts
     reasons: tuple[str, ...] = ()
+    uneven: bool = False
 
     def homes(self) -> dict[str, frozenset[str]]:
         """The devices of each service."""

@@ -238,6 +238,7 @@ POLICIES: dict[str, Policy] = {
         ),
         Policy("no_memory", "weft that shrinks by the present rate alone", _tuned(memory=0)),
         Policy("no_trend", "weft without forecast of a rise", _tuned(trend=False)),
+        Policy("no_moves", "weft whose services stay on their device", _tuned(move=False)),
         Policy("no_season", "weft that does not know what usually comes", _tuned(season=False)),
         Policy("no_learning", "weft that takes jobs to scale without end", _tuned(learn=False)),
         Policy("no_feedback", "weft that trusts its predictions", _tuned(feedback=False)),
