@@ -291,13 +291,6 @@ class Connection(asyncio.Protocol, Generic[Head]):
         more = word_frame(WINDOW_UPDATE, 0, CONNECTION_WINDOW - DEFAULT_WINDOW)
         self._transport.write(settings(offer) + more)
 
-    def _padded_data(self, number: int, flags: int, payload: memoryview) -> None:
-        kept = len(payload) - 1 - payload[0] if payload else -1
-        if kept < 0:
-            raise Fault(ErrorCode.PROTOCOL_ERROR, "a frame with more padding than payload")
-        self._begin_data(number, len(payload), kept, flags)
-        self._take(payload[: 1 + kept], 1)
-
     def _begin_data(self, number: int, length: int, padding: int, flags: int) -> None:
         """A data frame of ``length`` bytes begins; ``padding`` of them, with the byte that tells
         their number, are padding."""
