@@ -193,10 +193,10 @@ class _Call:
         self.withdraw()
 
     def say(self, message: bytes) -> None:
-        """Send a message."""
+        """Send a framed message."""
         head = b"" if self._said else HEAD_BLOCK
         self._said = True
-        self.stream.send(head, framed(message), None)
+        self.stream.send(head, message, None)
 
     def answer(self, message: bytes) -> None:
         """Send the only message, and end the call; raises Damaged."""
@@ -321,10 +321,14 @@ class _StreamCall(_Call):
     def done(self, work: _Work, said: bytes | Status) -> None:
         """See ``_Call``."""
         assert isinstance(work, _Inference)
+        try:
+            if not isinstance(said, Status):
+                work.answer = framed(grpc_codec.stream_answer(said))
+        except Damaged as exc:
+            said = exc.status
         if isinstance(said, Status):
-            work.answer = grpc_codec.stream_error(said.details, work.asked, dict(said.metadata))
-        else:
-            work.answer = grpc_codec.stream_answer(said)
+            error = grpc_codec.stream_error(said.details, work.asked, dict(said.metadata))
+            work.answer = framed(error)
         self._move()
 
     def withdraw(self) -> None:
@@ -338,7 +342,7 @@ class _StreamCall(_Call):
     def _move(self) -> None:
         """Say what is due, start what there is room for; a client that takes up no answers gets
         no new ones."""
-        if self._moving:  # one that fails at once comes here from ``start``
+        if self.over or self._moving:  # one that fails at once comes here from ``start``
             return
         self._moving = True
         while True:
@@ -437,7 +441,7 @@ class _Inference(_Work):
         self.asked: Any = None
         """The message, once it could be read."""
         self.answer: bytes | None = None
-        """For its stream: what to say when its turn comes."""
+        """For its stream: what to say when its turn comes, framed."""
         self._decoded: Decoded
         self._withdraw: Withdraw | None = None
 
