@@ -99,11 +99,14 @@ def comparison(found: dict[str, Samples], policies: tuple[str, ...]) -> str:
         trains = {
             p: statistics.mean(samples[p]["job_rate"])
             for p in policies
-            if statistics.mean(samples[p]["attainment"]) >= ATTAINS
+            if p in samples and statistics.mean(samples[p]["attainment"]) >= ATTAINS
         }
         most = max(trains.values(), default=0.0)
         cells = [f"`{name}`"]
         for policy in policies:
+            if policy not in samples:  # not modelled for this one
+                cells.append("–")
+                continue
             rate = statistics.mean(samples[policy]["job_rate"])
             cell = f"{attained(samples[policy])} / {rate:.1f}"
             best = policy in trains and rate > 0.99 * most
@@ -125,13 +128,13 @@ def summary(found: dict[str, Samples], policies: tuple[str, ...]) -> str:
     )
     lines = [row(head), row(("---",) * len(head))]
     for policy in policies:
-        all_of = [samples[policy] for samples in found.values()]
+        all_of = [samples[policy] for samples in found.values() if policy in samples]
         attains = [statistics.mean(s["attainment"]) for s in all_of]
         ratios = [
             statistics.mean(samples[policy]["job_rate"])
             / statistics.mean(samples["weft"]["job_rate"])
             for samples in found.values()
-            if statistics.mean(samples["weft"]["job_rate"])
+            if policy in samples and statistics.mean(samples["weft"]["job_rate"])
         ]
         cells = (
             f"`{policy}`",
@@ -154,6 +157,8 @@ def ablations(found: dict[str, Samples]) -> str:
     lines.append(row(("---",) * 7))
     for law in LAWS:
         for name, samples in found.items():
+            if law not in samples:
+                continue
             whole, less = samples["weft"], samples[law]
             points = (mean(less, "attainment") - mean(whole, "attainment")) * 100
             times = mean(less, "job_rate") / (mean(whole, "job_rate") or 1.0)

@@ -11,6 +11,7 @@ from tests.sim.test_scenario import MIG, NPU
 from tests.unit.test_planner_mig import placements
 from weft.domain import actions as a
 from weft.domain import events as e
+from weft.domain.device import Partition
 from weft.domain.mig import table
 from weft.domain.plan import Plan
 from weft.domain.snapshot import Snapshot
@@ -178,3 +179,80 @@ jobs: [{name: j, cost: {rate: 5}}, {name: k, cost: {rate: 5, parallel: 0.5}}]
 """
     outcome = run(parse_scenario(text, Path()))
     assert len(outcome.reasons) <= 6
+
+
+GPUS = """
+name: gpus
+story: a test
+duration: 60s
+devices:
+  - {kind: sm, name: g0, units: 4, memory: 8GiB, contention: 0.3}
+  - {kind: sm, name: g1, units: 4, memory: 8GiB, contention: 0.3}
+services:
+  - name: a
+    objective: {latency: 50ms}
+    batch: {max: 4}
+    instances: 4
+    memory: 4GiB
+    cost: {first: 8ms, per_row: 5ms, saturates: 1}
+    arrivals: {kind: steps, rates: {0s: 50, 15s: 330}}
+  - name: b
+    objective: {latency: 50ms}
+    batch: {max: 4}
+    instances: 4
+    memory: 3GiB
+    cost: {first: 8ms, per_row: 5ms, saturates: 1}
+    arrivals: {kind: poisson, rate: 20}
+  - name: c
+    objective: {latency: 50ms}
+    batch: {max: 4}
+    instances: 4
+    memory: 2900MiB
+    cost: {first: 8ms, per_row: 5ms, saturates: 1}
+    arrivals: {kind: steps, rates: {0s: 50, 15s: 330}}
+  - name: d
+    objective: {latency: 50ms}
+    batch: {max: 4}
+    instances: 4
+    memory: 2GiB
+    cost: {first: 8ms, per_row: 5ms, saturates: 1}
+    arrivals: {kind: poisson, rate: 20}
+jobs:
+  - {name: j, cost: {rate: 5}}
+"""
+
+
+class Homes:
+    """Where each service is, plan by plan."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, set[str]]] = []
+
+    def decided(self, _: int, event: e.Event, __: list[a.Action]) -> None:
+        if isinstance(event, e.Planned):
+            of = {p.id: p.device for p in event.plan.partitions}
+            self.seen.append({s: {of[p] for p in ps} for s, ps in event.plan.services.items()})
+
+    def planned(self, _: int, __: Snapshot, ___: Plan | None) -> None:
+        pass
+
+
+def test_services_move_between_devices_when_one_has_too_much() -> None:
+    homes = Homes()
+    found = parse_scenario(GPUS, Path())
+    outcome = World(found, Planner(), (0, 0), observer=homes).run()
+    assert homes.seen[0]["a"] == homes.seen[0]["c"]
+    assert homes.seen[-1]["a"] != homes.seen[-1]["c"]
+    stays = run(found, move=False)
+    assert outcome.figures()["attainment"] > stays.figures()["attainment"] + 0.05
+
+
+def test_a_job_is_slowed_down_by_the_neighbours_on_its_own_device_only() -> None:
+    world = World(parse_scenario(GPUS, Path()), Planner(), (0, 0))
+    job = world._jobs["j"]
+    world._partitions = {name: Partition(name, name, (0,)) for name in ("g0", "g1")}
+    world._served["g1"] = 4  # all of it; nothing is served on the other
+    for held, slow in (({"g0": 1}, 0.0), ({"g1": 1}, 0.3), ({"g0": 1, "g1": 1}, 0.15)):
+        job.held = held
+        world._slow_jobs()
+        assert job.slowed == pytest.approx(1 - 1 / (1 + slow))

@@ -121,3 +121,17 @@ def test_what_cannot_be_written_or_run_is_said(
 ) -> None:
     assert main(["simulate", str(path), "--policies", "weft", "--seeds", "1", *options]) == 1
     assert said in capsys.readouterr().err
+
+
+def test_a_policy_that_is_not_modelled_is_left_out_and_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    two = "devices: [{kind: cpu, name: x, units: 1}, {kind: cpu, name: y, units: 1}]"
+    path = tmp_path / "two.yaml"
+    path.write_text(SCENARIO.replace("device: {kind: cpu, units: 2}", two))
+    assert main(["simulate", str(path), "--policies", "shared,weft,tgs", "--seeds", "1"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "left out: shared, tgs (not modelled where several devices train)" in printed
+    assert main(["simulate", str(path), "--policies", "shared,tgs", "--seeds", "1"]) == 2
+    assert "add weft" in capsys.readouterr().err

@@ -78,7 +78,7 @@ Setting = Scheduled | Unscheduled
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """``settings`` gives what to try on a scenario, by name."""
+    """``settings`` gives what to try on a scenario, by name; nothing where it is not modelled."""
 
     name: str
     what: str
@@ -113,8 +113,10 @@ def _tuned(**changes: object) -> Callable[[Scenario], dict[str, Setting]]:
     return _only(Scheduled(Tuning(**changes)))  # type: ignore[arg-type]
 
 
-def _slices(_: Scenario) -> dict[str, Setting]:
-    return {f"{ms}ms": Unscheduled(quantum=ms * MS) for ms in (1, 2, 5, 20)}
+def _driver(settings: dict[str, Setting]) -> Callable[[Scenario], dict[str, Setting]]:
+    """What is left to the driver of the one device that trains. Who would spread services over
+    several is not modelled."""
+    return lambda scenario: {} if sum(d.spec.trains for d in scenario.devices) > 1 else settings
 
 
 def _splits(device: DeviceSpec, whole: bool, **changes: object) -> dict[str, Tuning]:
@@ -208,10 +210,10 @@ def _quotas(scenario: Scenario) -> dict[str, Setting]:
     }
 
 
-def _tgs(_: Scenario) -> dict[str, Setting]:
-    return {
-        f"{tolerance:.0%}": Unscheduled(tolerance=tolerance) for tolerance in (0.05, 0.2, 0.5, 1.0)
-    }
+_SLICES: dict[str, Setting] = {f"{ms}ms": Unscheduled(quantum=ms * MS) for ms in (1, 2, 5, 20)}
+_TOLERANCES: dict[str, Setting] = {
+    f"{tolerance:.0%}": Unscheduled(tolerance=tolerance) for tolerance in (0.05, 0.2, 0.5, 1.0)
+}
 
 
 POLICIES: dict[str, Policy] = {
@@ -223,11 +225,13 @@ POLICIES: dict[str, Policy] = {
         Policy("exclusive", "the device serves and nothing else runs on it", _exclusive),
         Policy("spatial", "adaptive partitions, nothing is lent", _tuned(lend=False)),
         Policy("temporal", "no partitions: what services leave idle is lent", _temporal),
-        Policy("shared", "everything at once, without isolation (MPS)", _only(Unscheduled())),
-        Policy("sliced", "time slicing with equal slices", _slices),
+        Policy(
+            "shared", "everything at once, without isolation (MPS)", _driver({"": Unscheduled()})
+        ),
+        Policy("sliced", "time slicing with equal slices", _driver(_SLICES)),
         Policy("reactive", "thresholds on measured latency", _only(Scheduled(reactive=True))),
-        Policy("orion", "co-running by profile", _only(Unscheduled(beside=True))),
-        Policy("tgs", "co-running at a controlled rate", _tgs),
+        Policy("orion", "co-running by profile", _driver({"": Unscheduled(beside=True)})),
+        Policy("tgs", "co-running at a controlled rate", _driver(_TOLERANCES)),
         Policy("reef", "preemption by killing and running again", _reef),
         Policy("quotas", "shares, and stolen idle time", _quotas),
         Policy("no_linger", "weft that lends at once", _tuned(linger_max=0)),

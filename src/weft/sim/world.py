@@ -188,7 +188,7 @@ class World:
         self._specs = tuple(d.spec for d in scenario.devices)
         self._devices = {d.spec.id: d for d in scenario.devices}
         self._compute = {d.id: d.compute for d in self._specs} | {"": scenario.compute}
-        self._trainer = scenario.device
+        self._trainers = [d for d in scenario.devices if d.spec.trains] or [scenario.device]
         self._dispatcher = Dispatcher(self._specs)
         self._planner = planner
         self._monitor = Monitor(scenario.season)
@@ -504,15 +504,22 @@ class World:
     def _slow_jobs(self) -> None:
         """Jobs are slowed down by executions beside them."""
         shared = self._scenario.shared_bandwidth
-        device = self._trainer
-        if not (device.cost.contention or shared):
+        trainers = self._trainers
+        if not (shared or any(d.cost.contention for d in trainers)):
             return
-        slow = device.cost.contention * self._served[device.spec.id] / device.spec.compute
-        slow += shared * self._served[""] / self._compute[""]
+        slow = {
+            d.spec.id: d.cost.contention * self._served[d.spec.id] / d.spec.compute
+            for d in trainers
+        }
+        everywhere = shared * self._served[""] / self._compute[""]
+        slowed = slow[trainers[0].spec.id]
         for job in self._jobs.values():
             if job.held:
                 job.settle(self._now)
-            job.slowed = 1 - 1 / (1 + slow)
+                if len(trainers) > 1:  # by what it holds of each
+                    held = [(slow[self._partitions[p].device], n) for p, n in job.held.items()]
+                    slowed = sum(s * n for s, n in held) / sum(n for _, n in held)
+            job.slowed = 1 - 1 / (1 + slowed + everywhere)
 
     def _grant(self, action: a.Grant) -> None:
         job, partition = action.job, self._partitions[action.partition]

@@ -94,6 +94,9 @@ def add_simulate(commands: Any) -> None:
     parser.set_defaults(func=_simulate)
 
 
+NOT_MODELLED = "not modelled where several devices train"
+
+
 def _simulate(args: argparse.Namespace) -> int:
     policies = choose([name.strip() for name in args.policies.split(",")])
     scenario = _scenario(args)
@@ -109,6 +112,11 @@ def _simulate(args: argparse.Namespace) -> int:
         raise ConfigError(f"must be at least 1, got {args.seeds}", "--seeds")
     _check_outputs([path for path in (args.json, args.plot, args.html) if path is not None])
     settings = {(p.name, s): t for p in policies for s, t in p.settings(scenario).items()}
+    modelled = {name for name, _ in settings}
+    left_out = [p.name for p in policies if p.name not in modelled]
+    policies = [p for p in policies if p.name in modelled]
+    if not policies:
+        raise ConfigError(f"{NOT_MODELLED}; add weft, or another of them", "--policies")
     began = time.monotonic()
     results = _run_all(scenario, settings, [_Run(*key, 0) for key in settings])
     kept = [key for p in policies for key in _leading(p.name, settings, results)]
@@ -127,6 +135,8 @@ def _simulate(args: argparse.Namespace) -> int:
         + "; "
         + "; ".join(f"{d.spec.id}: {d.cost.source}" for d in scenario.devices)
     )
+    if left_out:
+        note += f"; left out: {', '.join(left_out)} ({NOT_MODELLED})"
     console.print(note, style="dim")
     if args.why:
         for name, setting in best.items():
