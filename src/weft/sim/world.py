@@ -188,7 +188,12 @@ class World:
         self._specs = tuple(d.spec for d in scenario.devices)
         self._devices = {d.spec.id: d for d in scenario.devices}
         self._compute = {d.id: d.compute for d in self._specs} | {"": scenario.compute}
-        self._trainers = [d for d in scenario.devices if d.spec.trains] or [scenario.device]
+        trainers = [d for d in scenario.devices if d.spec.trains] or [scenario.device]
+        self._only_trainer = trainers[0].spec.id if len(trainers) == 1 else ""
+        self._contended = {
+            d.spec.id: (d.cost.contention, d.spec.compute) for d in trainers if d.cost.contention
+        }
+        """By how much jobs on a device are slowed down if all its units serve, and their number."""
         self._dispatcher = Dispatcher(self._specs)
         self._planner = planner
         self._monitor = Monitor(scenario.season)
@@ -489,35 +494,38 @@ class World:
 
     def _busy(self, device: str, but: Partition | None) -> float:
         """Share of a device (of the box, if not named) that is busy, 0..1, one partition aside."""
-        held = dict(self._running)
-        for job in self._jobs.values():
-            held.update(job.held)
+        running, partitions = self._running, self._partitions
         aside = but.id if but is not None else ""
-        busy = sum(
-            units
-            for name, units in held.items()
-            if name != aside and (not device or self._partitions[name].device == device)
-        )
+        anywhere = not device or len(self._specs) == 1
+        busy = 0
+        for name, units in running.items():
+            if name != aside and (anywhere or partitions[name].device == device):
+                busy += units
+        for job in self._jobs.values():
+            for name, units in job.held.items():
+                if name == aside or name in running:
+                    continue
+                if anywhere or partitions[name].device == device:
+                    busy += units
         there = self._compute[device]
         return min(1.0, busy / max(1, there - (but.compute if but is not None else 0)))
 
     def _slow_jobs(self) -> None:
         """Jobs are slowed down by executions beside them."""
         shared = self._scenario.shared_bandwidth
-        trainers = self._trainers
-        if not (shared or any(d.cost.contention for d in trainers)):
+        if not (shared or self._contended):
             return
-        slow = {
-            d.spec.id: d.cost.contention * self._served[d.spec.id] / d.spec.compute
-            for d in trainers
-        }
         everywhere = shared * self._served[""] / self._compute[""]
-        slowed = slow[trainers[0].spec.id]
+        slow = {name: most * self._served[name] / n for name, (most, n) in self._contended.items()}
+        alike = slow.get(self._only_trainer, 0.0)
         for job in self._jobs.values():
+            slowed = alike
             if job.held:
                 job.settle(self._now)
-                if len(trainers) > 1:  # by what it holds of each
-                    held = [(slow[self._partitions[p].device], n) for p, n in job.held.items()]
+                if not self._only_trainer:  # by what it holds of each
+                    held = [
+                        (slow.get(self._partitions[p].device, 0.0), n) for p, n in job.held.items()
+                    ]
                     slowed = sum(s * n for s, n in held) / sum(n for _, n in held)
             job.slowed = 1 - 1 / (1 + slowed + everywhere)
 
