@@ -130,6 +130,8 @@ def summary(found: dict[str, Samples], policies: tuple[str, ...]) -> str:
     lines = [row(head), row(("---",) * len(head))]
     for policy in policies:
         all_of = [samples[policy] for samples in found.values() if policy in samples]
+        if not all_of:
+            continue
         attains = [statistics.mean(s["attainment"]) for s in all_of]
         ratios = [
             statistics.mean(samples[policy]["job_rate"])

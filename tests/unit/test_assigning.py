@@ -151,6 +151,74 @@ def test_one_that_can_run_on_few_devices_stays_on_those() -> None:
     assert found == {"a": {"d0": 1.0}, "b": {"d1": 1.0}}
 
 
+def test_one_that_grew_beyond_its_device_is_split() -> None:
+    of = fleet({"a": 1.5, "b": 0.1}, 2)
+    found = improve(of, {"a": {"d0": 1.0}, "b": {"d1": 1.0}})
+    assert len(found["a"]) == 2
+    assert max(used(of, found).values()) <= RHO_MAX + 1e-6
+
+
+def test_devices_that_cannot_help_are_passed_over() -> None:
+    # Three idle devices are full of memory; the fourth has room.
+    loads = {"a": 0.6, "b": 0.6, "i": 0.0, "j": 0.0, "k": 0.0, "l": 0.1}
+    needs = {"a": 5 * GIB, "b": 5 * GIB, **dict.fromkeys("ijk", 16 * GIB), "l": GIB}
+    of = fleet(loads, 5, 16 * GIB, needs)
+    where = {"a": "d0", "b": "d0", "i": "d1", "j": "d2", "k": "d3", "l": "d4"}
+    found = improve(of, {name: {device: 1.0} for name, device in where.items()})
+    assert max(used(of, found).values()) == pytest.approx(0.7)
+
+
+def test_devices_that_cannot_be_relieved_keep_nobody_from_being_so() -> None:
+    of = fleet(dict.fromkeys("xyz", 1.2) | dict.fromkeys("ab", 0.55), 7)
+    for name, device in zip("xyz", ("d0", "d1", "d2"), strict=True):
+        of.demands[name] = {device: 1.2}  # type: ignore[index]
+    before: Shares = {"x": {"d0": 1.0}, "y": {"d1": 1.0}, "z": {"d2": 1.0}}
+    before |= {"a": {"d3": 1.0}, "b": {"d3": 1.0}}
+    found = improve(of, before)
+    assert found["a"] != found["b"]
+
+
+def test_one_without_a_place_does_not_keep_others_from_theirs() -> None:
+    needs = {"huge": 99 * GIB}
+    of = fleet({"huge": 0.1, "a": 0.7, "b": 0.6}, 3, 16 * GIB, needs)
+    found = improve(of, {"huge": {}, "a": {"d0": 1.0}, "b": {"d0": 1.0}})
+    assert found["huge"] == {}
+    assert max(used(of, found).values()) == pytest.approx(0.7)
+
+
+def test_room_is_looked_for_where_it_can_be() -> None:
+    # "new" runs on the last two only; they have room once "a" changes places.
+    names = [f"d{i}" for i in range(8)]
+    of = Fleet(
+        {
+            "new": {"d6": 0.1, "d7": 0.1},
+            "a": dict.fromkeys(("d6", "d7"), 0.1),
+            "b": dict.fromkeys(("d6", "d7"), 0.1),
+        },
+        {
+            "new": dict.fromkeys(names, 10 * GIB),
+            "a": dict.fromkeys(names, 5 * GIB),
+            "b": dict.fromkeys(names, 5 * GIB),
+        },
+        dict.fromkeys(names, 12 * GIB) | {"d0": 0},
+    )
+    found = improve(of, {"new": {}, "a": {"d6": 1.0}, "b": {"d7": 1.0}})
+    assert all(found.values())
+
+
+def test_memory_of_what_does_not_move_counts() -> None:
+    loads = {"a": 0.5, "b": 0.5, "w1": 0.66, "w2": 0.66, "late": 0.2}
+    needs = {"a": 6 * GIB, "b": 6 * GIB, "w1": 12 * GIB, "w2": 12 * GIB, "late": GIB}
+    of = fleet(loads, 12, 16 * GIB, needs)
+    before: Shares = {"a": {"d0": 1.0}, "b": {"d0": 1.0}, "late": {"d3": 1.0}}
+    # A little of each on the emptiest devices, and most where no program looks: they do not move.
+    before |= {"w1": {"d1": 0.1, "d10": 0.9}, "w2": {"d2": 0.1, "d11": 0.9}}
+    for name in "ab":
+        of.demands[name] = dict.fromkeys(("d0", "d1", "d2", "d3"), 0.5)  # type: ignore[index]
+    found = improve(of, before)
+    assert sorted(next(iter(found[name])) for name in "ab") == ["d0", "d3"]
+
+
 def cost(of: Fleet, shares: Shares, before: Shares) -> float:
     """The program's objective, written once more."""
     loads = used(of, shares).values()
@@ -189,8 +257,7 @@ def test_the_program_is_as_good_as_trying_everything(
         held = [sum(needs[n] for n in loads if device in shares[n]) for device in of.memory]
         if max(held) <= 12 * GIB:
             best = min(best, cost(of, shares, before))
-    slack = assigning._RELATIVE_GAP * max(best, 0.2) + assigning.GAIN
-    assert cost(of, found, before) <= best + slack + 1e-6
+    assert cost(of, found, before) <= best + assigning._GAP + assigning.GAIN + 1e-6
 
 
 def test_a_large_fleet_is_looked_at_a_few_devices_at_a_time() -> None:

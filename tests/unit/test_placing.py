@@ -201,6 +201,6 @@ def test_a_burst_moves_nobody() -> None:
     first = homes(found)
     a, b = sorted(first, key=lambda name: (sorted(first[name]), name))[:2]
     for step in range(60):
-        high = 80.0 if step % 20 < 2 else 10.0
+        high = 60.0 if step % 20 < 5 else 10.0
         found.see(*[s if s.name not in (a, b) else model(s.name, high) for s in pair(10.0)])
     assert homes(found) == first

@@ -43,15 +43,15 @@ GAIN = 0.02
 ``RHO_MAX`` for each unit of utilization, a copy of a service, and a move; and what must be gained
 for anything to happen."""
 
-_BUSIEST, _EMPTIEST = 3, 3
-"""So many devices are looked at in one program, the emptiest by load, or by memory where a service
-has no place."""
+_BUSIEST, _EMPTIEST, _ROOMIEST = 3, 3, 3
+"""So many devices are looked at in one program."""
 _MOVABLE = 20
 """And so many services on them."""
 _NODES = 2000
 """Of branch and bound for a program of one column; fewer, in proportion, for a larger one."""
-_RELATIVE_GAP = 0.1
-"""Where HiGHS may stop: moves that are good enough now are better than the best ones later."""
+_GAP = 0.1
+"""How far from the best HiGHS may stop, in utilization: moves that are good enough now are better
+than the best ones later."""
 
 Shares = dict[str, dict[str, float]]
 """Service to device to the part (0..1) of its load that the device carries; the parts of a service
@@ -128,7 +128,7 @@ class _Book:
             if left - part < LEAST_PART:
                 part = left
             if part < LEAST_PART:
-                break
+                continue
             self.put(name, device, part)
             left -= part
             if left <= 0.0:
@@ -186,10 +186,14 @@ def improve(fleet: Fleet, shares: Shares) -> Shares:
     shares = shares | {name: {to: 1.0} for name, to in _whole(fleet, shares, used).items()}
     devices = _ends(fleet, shares, _used(fleet, shares))
     found = _program(fleet, shares, devices) if devices else None
-    if found is None:
-        return shares
+    if found is None or _homes(settle(fleet, found)) != _homes(found):
+        return shares  # the solver's tolerances are not ours
     gain = _cost(fleet, shares, shares, devices) - _cost(fleet, found, shares, devices)
     return found if gain >= GAIN else shares
+
+
+def _homes(shares: Shares) -> dict[str, set[str]]:
+    return {name: set(parts) for name, parts in shares.items()}
 
 
 def _whole(fleet: Fleet, shares: Shares, used: Mapping[str, float]) -> dict[str, str]:
@@ -208,28 +212,67 @@ def _whole(fleet: Fleet, shares: Shares, used: Mapping[str, float]) -> dict[str,
 
 
 def _ends(fleet: Fleet, shares: Shares, used: Mapping[str, float]) -> list[str]:
-    """Devices between which services might move: the busiest of those that could be relieved,
-    and the emptiest. None if the load is even enough and every service has a place."""
+    """Devices between which services might move: the busiest, if one of their services would be
+    better off elsewhere (or, if there are none such, those that could at best exchange services),
+    the emptiest that could take some, and the roomiest where a service has no place. None if the
+    load is even enough and every service has a place."""
     if len(used) < 2:
         return []
-    guests = dict.fromkeys(used, 0)
+    guests: dict[str, list[str]] = {device: [] for device in used}
     free = {device: float(memory or math.inf) for device, memory in fleet.memory.items()}
     for name, parts in shares.items():
         for device in parts:
-            guests[device] += 1
+            guests[device].append(name)
             free[device] -= fleet.needs[name].get(device, 0)
-    order = sorted(used, key=lambda device: (used[device], device))
-    least = used[order[0]]
-    busy = [
-        device
-        for device in reversed(order)
-        if used[device] > RHO_MAX or (guests[device] > 1 and used[device] > least + STICK)
-    ][:_BUSIEST]
-    if any(demands and not shares[name] for name, demands in fleet.demands.items()):
-        order.sort(key=lambda device: (-free[device], device))
-    elif not busy or least >= RHO_MAX:
+    least = min(used.values())
+    busy = sorted(
+        (
+            device
+            for device, mine in guests.items()
+            if used[device] > RHO_MAX or (len(mine) > 1 and used[device] > least + STICK)
+        ),
+        key=lambda device: (-used[device], device),
+    )
+    targets = {
+        device: _targets(fleet, shares, (used, free), device, guests[device]) for device in busy
+    }
+    busy = [device for device in busy if targets[device]] or busy
+    homeless = [name for name, demands in fleet.demands.items() if demands and not shares[name]]
+    if not homeless and (not busy or least >= RHO_MAX):
         return []
-    return [*busy, *[device for device in order if device not in busy][:_EMPTIEST]]
+    found = busy[:_BUSIEST]
+    wanted = {device for each in found for device in targets[each]}
+    able = {device for each in found for name in guests[each] for device in fleet.demands[name]}
+    order = sorted(able, key=lambda device: (device not in wanted, used[device], device))
+    found += [device for device in order if device not in found][:_EMPTIEST]
+    able = {device for name in homeless for device in fleet.demands[name]}
+    order = sorted(able, key=lambda device: (-free[device], device))
+    found += [device for device in order if device not in found][:_ROOMIEST]
+    return found
+
+
+def _targets(
+    fleet: Fleet,
+    shares: Shares,
+    state: tuple[Mapping[str, float], Mapping[str, float]],
+    device: str,
+    guests: Sequence[str],
+) -> set[str]:
+    """Where a service of a device, or the least part of one that is too large for any, would find
+    less company and the memory that it needs. ``state``: utilization and free memory."""
+    used, free = state
+    found: set[str] = set()
+    for name in guests:
+        demands = fleet.demands[name]
+        part = LEAST_PART if min(demands.values()) > RHO_MAX else shares[name][device]
+        found |= {
+            other
+            for other, demand in demands.items()
+            if other not in shares[name]
+            and free[other] >= fleet.needs[name].get(other, 0)
+            and used[other] + part * demand < used[device]
+        }
+    return found
 
 
 class _Pair(NamedTuple):
@@ -294,7 +337,9 @@ def _movable(fleet: Fleet, shares: Shares, here: Sequence[str]) -> list[str]:
         turns[name] = (seen[home], rank[home]) if home else (-1, 0)
         if home:
             seen[home] += 1
-    return sorted(chosen, key=lambda name: (turns[name], name))[:_MOVABLE]
+    chosen.sort(key=lambda name: (turns[name], name))
+    homeless = [name for name in chosen if not shares[name]][: _MOVABLE // 2]
+    return [*homeless, *[name for name in chosen if shares[name]]][:_MOVABLE]
 
 
 def _pairs(
@@ -333,6 +378,8 @@ def _solve(
     for pair in pairs:
         cost[pair.y] = pair.cost
         kinds[pair.y] = highspy.HighsVarType.kInteger
+    for column in nowhere.values():
+        kinds[column] = highspy.HighsVarType.kInteger
     lp = highspy.HighsLp()
     lp.col_cost_ = cost
     lp.col_lower_ = [0.0] * columns
@@ -372,7 +419,8 @@ def _optimum(highspy: Any, lp: Any, nodes: int) -> list[float] | None:
         "threads": 1,
         "random_seed": 0,
         "mip_max_nodes": nodes,
-        "mip_rel_gap": _RELATIVE_GAP,
+        "mip_rel_gap": 0.0,
+        "mip_abs_gap": _GAP,
     }
     for option, value in options.items():
         solver.setOptionValue(option, value)

@@ -130,7 +130,7 @@ class _Placer:
                 self.reasons.append(f"{name} can run nowhere: {self._why_nowhere(name)}")
             if len(parts) > 1:
                 told = ", ".join(f"{part:.0%} on {device}" for device, part in parts.items())
-                self.reasons.append(f"{name} is more than one device should carry: {told}")
+                self.reasons.append(f"{name} is carried by several devices: {told}")
             for device, part in parts.items():
                 self.parts[name][device] = self._left[name] * part
         return uneven

@@ -85,7 +85,7 @@ class Planner:
     ) -> tuple[Placing, list[str]]:
         """Where services are to be. They go elsewhere at once when members change, soon where
         serving devices have too much or the others uneven loads, late (and only if it would hold
-        at peak rates) back to serving devices."""
+        at peak rates) back to serving devices. While some wait to go back, uneven loads wait."""
         state, tuning = self.state, self.tuning
         devices = self._devices(snapshot)
         horizon_s = tuning.horizon / S
@@ -131,7 +131,8 @@ class Planner:
         looked into before is long ago."""
         state, tuning = self.state, self.tuning
         if not (uneven and tuning.move):
-            state.uneven_since = 0
+            if state.uneven_since <= now:
+                state.uneven_since = 0
             return False
         state.uneven_since = state.uneven_since or now
         if now - state.uneven_since < tuning.grow_after:

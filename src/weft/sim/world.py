@@ -534,6 +534,8 @@ class World:
 
         def done() -> None:
             self._jobs[job].grant(self._now, partition.id, partition.compute)
+            if not self._only_trainer:
+                self._slow_jobs()
             self._granted[job, partition.id] = self._now
             self._feed(e.Granted(job, partition.id))
 
