@@ -911,6 +911,13 @@ def goodbye(sock: socket.socket) -> list[tuple[int, int, int, bytes]]:
     return seen
 
 
+def stopping(served: Any, grace: float) -> threading.Thread:
+    """The gRPC front being stopped, in a thread of its own."""
+    thread = threading.Thread(target=lambda: served.run(served.fronts[1].stop(grace)))
+    thread.start()
+    return thread
+
+
 def last_streams(seen: list[tuple[int, int, int, bytes]]) -> list[int]:
     return [int.from_bytes(payload[:4], "big") for kind, _, _, payload in seen if kind == GOAWAY]
 
@@ -919,8 +926,7 @@ def test_stopping_finishes_what_is_under_way() -> None:
     with serving() as served, connect(served) as sock:
         sock.sendall(HELLO + b"".join(raw_call(message=infer_message("sleepy"))))
         assert served.node.waiting.acquire(timeout=20)
-        stopping = threading.Thread(target=lambda: served.run(served.fronts[1].stop(20)))
-        stopping.start()
+        stopper = stopping(served, 20)
         seen = []
         for each in frames(sock):
             seen.append(each)
@@ -930,7 +936,7 @@ def test_stopping_finishes_what_is_under_way() -> None:
                 sock.sendall(b"".join(raw_call(3)) + frame(PING, ACK, 0, payload))
             if last_streams(seen)[1:]:
                 served.call(served.node.gate.set)
-        stopping.join()
+        stopper.join()
         assert last_streams(seen) == [2**31 - 1, 3]
         good = header_block([(b"grpc-status", b"0")])
         assert [n for _, flags, n, block in seen if flags & END_STREAM and block == good] == [3, 1]
@@ -944,11 +950,10 @@ def test_stopping_ends_what_takes_too_long() -> None:
         until_answered(idle)
         late.sendall(HELLO + b"".join(raw_call(message=infer_message("sleepy"))))
         assert served.node.waiting.acquire(timeout=20)
-        stopping = threading.Thread(target=lambda: served.run(served.fronts[1].stop(0.3)))
-        stopping.start()
+        stopper = stopping(served, 0.3)
         assert last_streams(goodbye(idle)) == [2**31 - 1, 1]
         seen = goodbye(late)
-        stopping.join()
+        stopper.join()
         assert served.node.withdrawn.acquire(timeout=20)
         kind, flags, number, block = seen[-1]
         assert (kind, flags, number) == (HEADERS, END_HEADERS | END_STREAM, 1)
@@ -962,8 +967,7 @@ def test_a_client_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.Mon
     with serving() as served, connect(served) as sock:
         sock.sendall(HELLO + b"".join(raw_call(message=infer_message("sleepy"))))
         assert served.node.waiting.acquire(timeout=20)
-        stopping = threading.Thread(target=lambda: served.run(served.fronts[1].stop(20)))
-        stopping.start()
+        stopper = stopping(served, 20)
         seen = []
         for each in frames(sock):
             seen.append(each)
@@ -971,6 +975,14 @@ def test_a_client_that_does_not_answer_is_not_waited_for(monkeypatch: pytest.Mon
                 sock.sendall(b"".join(raw_call(3)))
             if each[0] == RST_STREAM:
                 served.call(served.node.gate.set)
-        stopping.join()
+        stopper.join()
         ((_, _, number, payload),) = [each for each in seen if each[0] == RST_STREAM]
         assert (number, int.from_bytes(payload, "big")) == (3, ErrorCode.REFUSED_STREAM)
+
+
+def test_one_that_has_not_spoken_yet_is_let_go_at_once() -> None:
+    with serving() as served, connect(served) as silent:
+        assert eventually(lambda: bool(served.fronts[1]._server._connections))
+        stopper = stopping(served, 20)
+        assert list(frames(silent)) == []
+        stopper.join()

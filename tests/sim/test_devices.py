@@ -188,38 +188,26 @@ duration: 60s
 devices:
   - {kind: sm, name: g0, units: 4, memory: 8GiB, contention: 0.3}
   - {kind: sm, name: g1, units: 4, memory: 8GiB, contention: 0.3}
-services:
-  - name: a
-    objective: {latency: 50ms}
-    batch: {max: 4}
-    instances: 4
-    memory: 4GiB
-    cost: {first: 8ms, per_row: 5ms, saturates: 1}
-    arrivals: {kind: steps, rates: {0s: 50, 15s: 330}}
-  - name: b
-    objective: {latency: 50ms}
-    batch: {max: 4}
-    instances: 4
-    memory: 3GiB
-    cost: {first: 8ms, per_row: 5ms, saturates: 1}
-    arrivals: {kind: poisson, rate: 20}
-  - name: c
-    objective: {latency: 50ms}
-    batch: {max: 4}
-    instances: 4
-    memory: 2900MiB
-    cost: {first: 8ms, per_row: 5ms, saturates: 1}
-    arrivals: {kind: steps, rates: {0s: 50, 15s: 330}}
-  - name: d
-    objective: {latency: 50ms}
-    batch: {max: 4}
-    instances: 4
-    memory: 2GiB
-    cost: {first: 8ms, per_row: 5ms, saturates: 1}
-    arrivals: {kind: poisson, rate: 20}
 jobs:
   - {name: j, cost: {rate: 5}}
+services:
+""" + "".join(
+    f"""
+  - name: {name}
+    objective: {{latency: 50ms}}
+    batch: {{max: 4}}
+    instances: 4
+    memory: {memory}
+    cost: {{first: 8ms, per_row: 5ms, saturates: 1}}
+    arrivals: {{kind: steps, rates: {{0s: {rate}, 15s: {later}}}}}
 """
+    for name, memory, rate, later in (
+        ("a", "4GiB", 50, 330),
+        ("b", "3GiB", 20, 20),
+        ("c", "2900MiB", 50, 330),
+        ("d", "2GiB", 20, 20),
+    )
+)
 
 
 class Homes:

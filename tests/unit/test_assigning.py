@@ -207,7 +207,7 @@ def test_room_is_looked_for_where_it_can_be() -> None:
 
 
 def test_memory_of_what_does_not_move_counts() -> None:
-    loads = {"a": 0.5, "b": 0.5, "w1": 0.66, "w2": 0.66, "late": 0.2}
+    loads = {"a": 0.5, "b": 0.5, "w1": 0.66, "w2": 0.66, "late": 0.34}
     needs = {"a": 6 * GIB, "b": 6 * GIB, "w1": 12 * GIB, "w2": 12 * GIB, "late": GIB}
     of = fleet(loads, 12, 16 * GIB, needs)
     before: Shares = {"a": {"d0": 1.0}, "b": {"d0": 1.0}, "late": {"d3": 1.0}}
@@ -215,6 +215,7 @@ def test_memory_of_what_does_not_move_counts() -> None:
     before |= {"w1": {"d1": 0.1, "d10": 0.9}, "w2": {"d2": 0.1, "d11": 0.9}}
     for name in "ab":
         of.demands[name] = dict.fromkeys(("d0", "d1", "d2", "d3"), 0.5)  # type: ignore[index]
+    of.demands["late"] = {"d3": 0.34}  # type: ignore[index]
     found = improve(of, before)
     assert sorted(next(iter(found[name])) for name in "ab") == ["d0", "d3"]
 

@@ -99,16 +99,16 @@ class _Book:
 
     def fits(self, name: str, device: str) -> bool:
         """Whether a service can run there beside what is there already."""
-        room = self._fleet.memory.get(device, 0)
-        need = self._fleet.needs[name].get(device, 0)
-        able = device in self._fleet.demands[name]
-        return able and (not room or self._held[device] + need <= room)
+        if device not in self._fleet.demands[name]:
+            return False
+        room = self._fleet.memory[device]
+        return not room or self._held[device] + self._fleet.needs[name][device] <= room
 
     def put(self, name: str, device: str, part: float) -> None:
         """Give a device a part of a service."""
         self.shares[name][device] = part
         self._used[device] += part * self._fleet.demands[name][device]
-        self._held[device] += self._fleet.needs[name].get(device, 0)
+        self._held[device] += self._fleet.needs[name][device]
         self._guests[device] += 1
 
     def place(self, name: str) -> None:
@@ -166,7 +166,7 @@ def _size(fleet: Fleet, name: str) -> float:
     """How much of a device a service takes: of its time or of its memory."""
     return max(
         (
-            max(demand, fleet.needs[name].get(device, 0) / (fleet.memory[device] or math.inf))
+            max(demand, fleet.needs[name][device] / (fleet.memory[device] or math.inf))
             for device, demand in fleet.demands[name].items()
         ),
         default=0.0,
@@ -223,7 +223,7 @@ def _ends(fleet: Fleet, shares: Shares, used: Mapping[str, float]) -> list[str]:
     for name, parts in shares.items():
         for device in parts:
             guests[device].append(name)
-            free[device] -= fleet.needs[name].get(device, 0)
+            free[device] -= fleet.needs[name][device]
     least = min(used.values())
     busy = sorted(
         (
@@ -269,7 +269,7 @@ def _targets(
             other
             for other, demand in demands.items()
             if other not in shares[name]
-            and free[other] >= fleet.needs[name].get(other, 0)
+            and free[other] >= fleet.needs[name][other]
             and used[other] + part * demand < used[device]
         }
     return found
@@ -303,7 +303,7 @@ def _program(fleet: Fleet, shares: Shares, here: Sequence[str]) -> Shares | None
             if name in movable:
                 rest[device] -= part * fleet.demands[name][device]
             else:
-                held[device] += fleet.needs[name].get(device, 0)
+                held[device] += fleet.needs[name][device]
     homeless = [name for name in movable if not shares[name]]
     values = _solve(fleet, pairs, here, homeless, (rest, held))
     if values is None:
@@ -400,9 +400,9 @@ def _solve(
         load = [(pair.x, fleet.demands[pair.name][device]) for pair in mine]
         rows.at_most(-rest[device], [*load, (busiest, -1.0)])
         rows.at_most(RHO_MAX - rest[device], [*load, (over[device], -1.0)])
-        room = fleet.memory.get(device, 0)
+        room = fleet.memory[device]
         if room:  # as parts of the device's, for the solver's tolerances are absolute
-            need = [(pair.y, fleet.needs[pair.name].get(device, 0) / room) for pair in mine]
+            need = [(pair.y, fleet.needs[pair.name][device] / room) for pair in mine]
             rows.at_most(1.0 - held[device] / room, need)
     lp.num_col_, lp.num_row_ = columns, len(rows.lower)
     lp.row_lower_, lp.row_upper_ = rows.lower, rows.upper

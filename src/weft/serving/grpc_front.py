@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -424,7 +425,8 @@ class _Admin(_Work):
         method = self.call.method
         try:
             data = await self._unpacked()
-            said = await self.call.front.run(method)(_parsed(method, data))
+            parse = protos.message_class(f"{method}Request").FromString
+            said = await self.call.front.run(method)(_parsed(parse, data))
         except Exception as exc:
             self._finish(_status(exc, method))
         else:
@@ -471,7 +473,7 @@ class _Inference(_Work):
     def _submit(self, data: bytes | memoryview) -> None:
         front = self.call.front
         try:
-            message = _parsed_inference(data)
+            message = _parsed(grpc_codec.parse, data)
             self.asked = message.message
             self._decoded = grpc_codec.decode(message, front.intake.limits, front.intake.regions)
             withdraw = front.node.submit(self._decoded.call, self._outcome)
@@ -498,17 +500,10 @@ class _Inference(_Work):
             outcome.release()
 
 
-def _parsed(method: str, data: bytes | memoryview) -> Any:
-    """The request message of a method; damage is the client's error and not ours."""
+def _parsed(parse: Callable[[bytes | memoryview], Any], data: bytes | memoryview) -> Any:
+    """``data`` as a message; damage is the client's error and not ours."""
     try:
-        return protos.message_class(f"{method}Request").FromString(data)
-    except DecodeError as exc:
-        raise InvalidRequest(f"the message cannot be read: {exc}") from None
-
-
-def _parsed_inference(data: bytes | memoryview) -> grpc_codec.InferMessage:
-    try:
-        return grpc_codec.parse(data)
+        return parse(data)
     except DecodeError as exc:
         raise InvalidRequest(f"the message cannot be read: {exc}") from None
 

@@ -26,7 +26,7 @@ import logging
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, ClassVar, Generic, Protocol
 
 from weft.serving.http2_frames import (
@@ -134,7 +134,7 @@ class Stream:
         """The client has sent all."""
         self.answered = False
         """We have said all, though it may not have been sent yet."""
-        self.out: deque[bytes | memoryview] = deque()
+        self.out: deque[memoryview] = deque()
         self.trailers: bytes | None = None
 
     def send(self, head: bytes, body: bytes, trailers: bytes | None) -> None:
@@ -217,7 +217,7 @@ class Connection(asyncio.Protocol, Generic[Head]):
         self._write_paused = False
         if self._closed:
             return
-        self._pump_all()
+        self._pump_all(self._blocked.values())
         if not (self._closed or self._write_paused):
             self._transport.resume_reading()
 
@@ -415,7 +415,7 @@ class Connection(asyncio.Protocol, Generic[Head]):
             if not more or self._window > MAX_WINDOW:
                 raise Fault(ErrorCode.FLOW_CONTROL_ERROR, "a window of an impossible size")
             if was_shut:
-                self._pump_all()
+                self._pump_all(self._blocked.values())
             return
         self._check_known(number)
         stream = self._streams.get(number)
@@ -425,8 +425,7 @@ class Connection(asyncio.Protocol, Generic[Head]):
         if not more or stream.window > MAX_WINDOW:
             self._reset(stream, ErrorCode.FLOW_CONTROL_ERROR)
         elif number in self._blocked:
-            while self._pump(stream):
-                pass
+            self._pump_all((stream,))
 
     def _on_rst_stream(self, _: int, number: int, payload: bytes) -> None:
         self._check_known(number)
@@ -466,7 +465,7 @@ class Connection(asyncio.Protocol, Generic[Head]):
             self._apply_setting(key, value)
         self._transport.write(frame(SETTINGS, ACK, 0))
         if Setting.INITIAL_WINDOW_SIZE in given:
-            self._pump_all()
+            self._pump_all(self._blocked.values())
 
     def _apply_setting(self, key: int, value: int) -> None:
         if key == Setting.HEADER_TABLE_SIZE:
@@ -530,12 +529,11 @@ class Connection(asyncio.Protocol, Generic[Head]):
             if not self._blocked:
                 self._server.unread.enter(self, self._unread)
             self._blocked[stream.id] = stream
-        while self._pump(stream):
-            pass
+        self._pump_all((stream,))
 
-    def _pump_all(self) -> None:
-        """Send what the windows let through, a little of each stream by turns."""
-        waiting = deque(self._blocked.values())
+    def _pump_all(self, streams: Iterable[Stream]) -> None:
+        """Send what the windows let through, a little of each of these streams by turns."""
+        waiting = deque(streams)
         while waiting:
             stream = waiting.popleft()
             if stream.id in self._blocked and self._pump(stream):
@@ -633,7 +631,10 @@ class Connection(asyncio.Protocol, Generic[Head]):
         """
         if self._leaving or self._closed:
             return
-        self._transport.write(frame(GOAWAY, 0, 0, _goaway(MAX_WINDOW, ErrorCode.NO_ERROR)))
+        if not self._greeted:
+            self._close()
+            return
+        self._say_goaway(MAX_WINDOW, ErrorCode.NO_ERROR)
         self._transport.write(frame(PING, 0, 0, _GOODBYE))
         asyncio.get_running_loop().call_later(_GOODBYE_S, self._leave)
 
@@ -641,9 +642,14 @@ class Connection(asyncio.Protocol, Generic[Head]):
         if self._leaving or self._closed:
             return
         self._leaving = True
-        self._transport.write(frame(GOAWAY, 0, 0, _goaway(self._last, ErrorCode.NO_ERROR)))
+        self._say_goaway(self._last, ErrorCode.NO_ERROR)
         if not self._streams:
             self._close()
+
+    def _say_goaway(self, last: int, code: ErrorCode, message: str = "") -> None:
+        said = message.encode(errors="replace")[:_SAID_BYTES]
+        payload = last.to_bytes(4, "big") + code.to_bytes(4, "big") + said
+        self._transport.write(frame(GOAWAY, 0, 0, payload))
 
     def abort(self) -> None:
         """Close now."""
@@ -658,7 +664,7 @@ class Connection(asyncio.Protocol, Generic[Head]):
         if not self._closed:
             if not self._greeted:
                 self._greet()  # settings are what a server says first
-            self._transport.write(frame(GOAWAY, 0, 0, _goaway(self._last, code, message)))
+            self._say_goaway(self._last, code, message)
             self._close()
             for stream in tuple(self._streams.values()):
                 self._lose(stream)
@@ -666,11 +672,6 @@ class Connection(asyncio.Protocol, Generic[Head]):
     def _close(self) -> None:
         self._closed = True
         self._transport.close()
-
-
-def _goaway(last: int, code: ErrorCode, message: str = "") -> bytes:
-    said = message.encode(errors="replace")[:_SAID_BYTES]
-    return last.to_bytes(4, "big") + code.to_bytes(4, "big") + said
 
 
 class Server(Generic[Head]):
