@@ -63,6 +63,7 @@ def test_overload_does_not_keep_out_urgent_requests_to_another_service(boxes: Bo
     row = {"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}
     urgent = json.dumps({"inputs": [row], "parameters": {"priority": 1}}).encode()
     with box.under_load("work", rate=300, x=X) as load:
+        box.until(lambda: any(box.service("work")["refused"].values()))
         answers = [box.post("/v2/models/double/infer", urgent) for _ in range(60)]
     assert load.count(429) > 0, "it was no overload"
     assert sum(a.status == 200 for a in answers) >= 0.9 * len(answers)
