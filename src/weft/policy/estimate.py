@@ -7,18 +7,19 @@ Avoidance and Control", SIGCOMM 1988, appendix A): gains of 1/8 and 1/4, predict
 
 from __future__ import annotations
 
-import msgspec
+from dataclasses import dataclass, field
 
 _OUTLIER = 4
 """A sample counts as at most this multiple of the mean: one theft of the core by the host
 must not make the predictor refuse traffic for seconds."""
 
 
-class ExecTable(msgspec.Struct):
+@dataclass
+class ExecTable:
     """Execution times (ns) of one service: ``mean[units][rows]``, 0 where not measured."""
 
-    mean: dict[int, list[int]] = {}
-    dev: dict[int, list[int]] = {}
+    mean: dict[int, list[int]] = field(default_factory=dict)
+    dev: dict[int, list[int]] = field(default_factory=dict)
 
     def observe(self, units: int, rows: int, ns: int) -> None:
         """Learn from one execution of ``rows`` rows on ``units`` compute units."""
@@ -71,7 +72,8 @@ class ExecTable(msgspec.Struct):
         return min(self.mean, default=0)
 
 
-class Quantile(msgspec.Struct):
+@dataclass
+class Quantile:
     """A running quantile by stochastic approximation (Robbins and Monro, 1951): up by
     ``step * p`` when a sample lies above, down by ``step * (1 - p)`` when below."""
 

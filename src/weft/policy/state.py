@@ -2,14 +2,15 @@
 
 A checkpoint of this tree at the head of each journal segment lets a replay start anywhere.
 Behaviour lives in the modules that decide: ``queues``, ``admission``, ``lending``,
-``dispatcher``.
+``dispatcher``. The classes are dataclasses because mypyc makes those native: compiled, reading
+a field is a load from memory.
 """
 
 from __future__ import annotations
 
 import enum
-
-import msgspec
+from dataclasses import dataclass, field
+from typing import Any
 
 from weft.domain.plan import EMPTY_PLAN, Plan
 from weft.domain.request import Batch, Request
@@ -47,17 +48,19 @@ HOLD_TRANSITIONS: dict[Hold, dict[str, Hold]] = {
 """State → what happens → state; whatever is not listed is ignored as late news."""
 
 
-class Lane(msgspec.Struct):
+@dataclass
+class Lane:
     """Requests of one service that may share a batch, as a heap of (key, arrival, id).
 
     Entries of requests that were cancelled or expired stay until they surface."""
 
     version: str
-    heap: list[tuple[int, int, int]] = []
+    heap: list[tuple[int, int, int]] = field(default_factory=list)
     live: int = 0
 
 
-class ServiceState(msgspec.Struct):
+@dataclass
+class ServiceState:
     """One service: its bounds, queue, idle instances and what was learned of it."""
 
     name: str
@@ -68,20 +71,20 @@ class ServiceState(msgspec.Struct):
     max_queue_delay: int
     strict: bool
     p95: Quantile
-    exec: dict[str, ExecTable] = {}
+    exec: dict[str, ExecTable] = field(default_factory=dict)
     """What executions cost, by kind of device."""
     home: str = ""
     """The kind of device that the service is planned on first: it measures its queue."""
     version: str = ""
-    lanes: dict[str, Lane] = {}
+    lanes: dict[str, Lane] = field(default_factory=dict)
     queued: int = 0
-    rows: list[int] = msgspec.field(default_factory=lambda: [0] * PRIORITY_CLASSES)
+    rows: list[int] = field(default_factory=lambda: [0] * PRIORITY_CLASSES)
     """What is queued, by priority class."""
-    partitions: list[str] = []
-    idle: dict[str, dict[str, list[str]]] = {}
+    partitions: list[str] = field(default_factory=list)
+    idle: dict[str, dict[str, list[str]]] = field(default_factory=dict)
     """Idle workers by device and version."""
     workers: int = 0
-    at: dict[str, int] = {}
+    at: dict[str, int] = field(default_factory=dict)
     """Those workers by device."""
     last_arrival: int = 0
     gap: int = 0
@@ -90,7 +93,8 @@ class ServiceState(msgspec.Struct):
     """When a batch was last dispatched."""
 
 
-class WorkerState(msgspec.Struct):
+@dataclass
+class WorkerState:
     """One model instance; ``partition`` is where it last ran."""
 
     id: str
@@ -102,7 +106,8 @@ class WorkerState(msgspec.Struct):
     retiring: bool = False
 
 
-class Running(msgspec.Struct):
+@dataclass
+class Running:
     """A batch under way."""
 
     batch: Batch
@@ -114,7 +119,8 @@ class Running(msgspec.Struct):
     preempting: bool
 
 
-class PartitionState(msgspec.Struct):
+@dataclass
+class PartitionState:
     """One partition: who may use it, who holds it, and what lending it was seen to cost."""
 
     id: str
@@ -123,8 +129,8 @@ class PartitionState(msgspec.Struct):
     units: tuple[int, ...]
     compute: int
     slice_ns: int
-    services: list[str] = []
-    owners: list[str] = []
+    services: list[str] = field(default_factory=list)
+    owners: list[str] = field(default_factory=list)
     lendable: bool = False
     batch: int = 0
     job: str = ""
@@ -134,7 +140,7 @@ class PartitionState(msgspec.Struct):
     idle_since: int = 0
     wake: int = 0
     retiring: bool = False
-    waiting: dict[str, None] = {}
+    waiting: dict[str, None] = field(default_factory=dict)
     """Services with requests queued that may run here, in order of becoming so."""
     hot: int = 0
     """Worst headroom seen in the present adjustment window: permille of the objective."""
@@ -144,7 +150,8 @@ class PartitionState(msgspec.Struct):
     start_preempting: int = 0
 
 
-class JobShare(msgspec.Struct):
+@dataclass
+class JobShare:
     """One job's account of compute, in unit-nanoseconds."""
 
     id: str
@@ -155,7 +162,7 @@ class JobShare(msgspec.Struct):
     limit: int
     window: int
     vtime: int = 0
-    held: list[str] = []
+    held: list[str] = field(default_factory=list)
     units: int = 0
     since: int = 0
     received: int = 0
@@ -164,29 +171,31 @@ class JobShare(msgspec.Struct):
     blocked_until: int = 0
 
 
-class Reserve(msgspec.Struct):
+@dataclass
+class Reserve:
     """Tokens (unit-ns) that admission may spend while a guaranteed share is owed."""
 
     tokens: int = 0
     refilled: int = 0
 
 
-class DispatcherState(msgspec.Struct):
+@dataclass
+class DispatcherState:
     """The whole."""
 
     now: int = 0
-    services: dict[str, ServiceState] = {}
-    workers: dict[str, WorkerState] = {}
-    partitions: dict[str, PartitionState] = {}
-    jobs: dict[str, JobShare] = {}
-    queued: dict[int, Request] = {}
-    unplaced: dict[str, None] = {}
+    services: dict[str, ServiceState] = field(default_factory=dict)
+    workers: dict[str, WorkerState] = field(default_factory=dict)
+    partitions: dict[str, PartitionState] = field(default_factory=dict)
+    jobs: dict[str, JobShare] = field(default_factory=dict)
+    queued: dict[int, Request] = field(default_factory=dict)
+    unplaced: dict[str, None] = field(default_factory=dict)
     """Services that were sent requests of which more follow at once."""
-    retried: dict[int, None] = {}
+    retried: dict[int, None] = field(default_factory=dict)
     """Accepted requests that lost a worker once."""
-    running: dict[int, Running] = {}
-    expiries: list[tuple[int, int]] = []
-    timers: list[tuple[int, str]] = []
+    running: dict[int, Running] = field(default_factory=dict)
+    expiries: list[tuple[int, int]] = field(default_factory=list)
+    timers: list[tuple[int, str]] = field(default_factory=list)
     armed: int = 0
     next_batch: int = 1
     plan: Plan = EMPTY_PLAN
@@ -197,4 +206,47 @@ class DispatcherState(msgspec.Struct):
     successor: Plan | None = None
     """A plan that came while the device was being repartitioned."""
     draining: bool = False
-    reserve: Reserve = msgspec.field(default_factory=Reserve)
+    reserve: Reserve = field(default_factory=Reserve)
+
+
+COMPOUND: dict[type, dict[str, Any]] = {
+    Lane: {"heap": list[tuple[int, int, int]]},
+    ServiceState: {
+        "preferred": tuple[int, ...],
+        "exec": dict[str, ExecTable],
+        "lanes": dict[str, Lane],
+        "rows": list[int],
+        "partitions": list[str],
+        "idle": dict[str, dict[str, list[str]]],
+        "at": dict[str, int],
+    },
+    Running: {"requests": list[Request]},
+    PartitionState: {
+        "units": tuple[int, ...],
+        "services": list[str],
+        "owners": list[str],
+        "waiting": dict[str, None],
+    },
+    JobShare: {"held": list[str]},
+    DispatcherState: {
+        "services": dict[str, ServiceState],
+        "workers": dict[str, WorkerState],
+        "partitions": dict[str, PartitionState],
+        "jobs": dict[str, JobShare],
+        "queued": dict[int, Request],
+        "unplaced": dict[str, None],
+        "retried": dict[int, None],
+        "running": dict[int, Running],
+        "expiries": list[tuple[int, int]],
+        "timers": list[tuple[int, str]],
+        "pending": Plan | None,
+        "successor": Plan | None,
+    },
+    ExecTable: {"mean": dict[int, list[int]], "dev": dict[int, list[int]]},
+}
+"""Types of fields that are made of others. A compiled class keeps only the outermost (``list``),
+and a checkpoint could not be decoded by that."""
+
+if not __file__.endswith(".py"):
+    for _kind, _types in COMPOUND.items():
+        _kind.__annotations__.update(_types)

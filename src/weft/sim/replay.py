@@ -162,8 +162,9 @@ def _shown(actions: tuple[Any, ...]) -> tuple[str, ...]:
 def _first_unequal(left: Any, right: Any, path: str) -> tuple[str, str, str]:
     """(path, left, right) of the first place where two states differ."""
     fields: Iterable[tuple[str, Any, Any]] = ()
-    if isinstance(left, msgspec.Struct) and type(left) is type(right):
-        fields = ((f".{n}", getattr(left, n), getattr(right, n)) for n in left.__struct_fields__)
+    names = getattr(left, "__struct_fields__", None) or getattr(left, "__dataclass_fields__", None)
+    if names and type(left) is type(right):
+        fields = ((f".{n}", getattr(left, n), getattr(right, n)) for n in names)
     elif isinstance(left, dict) and isinstance(right, dict) and list(left) == list(right):
         fields = ((f"[{key!r}]", left[key], right[key]) for key in left)
     elif isinstance(left, list | tuple) and type(left) is type(right) and len(left) == len(right):
