@@ -69,3 +69,16 @@ def test_overload_does_not_keep_out_urgent_requests_to_another_service(boxes: Bo
     assert sum(a.status == 200 for a in answers) >= 0.9 * len(answers)
     service = box.service("double")
     assert service["misses"] <= 0.1 * service["answered"]
+
+
+def test_a_worker_that_is_never_idle_is_not_taken_for_one_that_never_ends(boxes: Boxes) -> None:
+    box = boxes()
+    box.model("work", "work")
+    slow = {"batch": {"max": 1}, "objective": {"latency": "20s"}, "max_queue": 10_000}
+    box.configure([{"name": "work", "exec_timeout": "1s"} | slow]).start()
+    took = measured_s(box)
+    before = set(box.workers())
+    load = box.load("work", x=X)
+    load.run(rate=3 / took, seconds=1.0)  # it takes three seconds to answer
+    assert load.count(200) == len(load.answers)
+    assert set(box.workers()) == before

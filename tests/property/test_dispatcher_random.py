@@ -28,6 +28,9 @@ JOBS = ("j0", "j1", "j2")
 class Chaos:
     """A world that answers actions late, out of order, or with failures, as a seed decides."""
 
+    longest = 20 * MS
+    """Of an execution, and of a step in time."""
+
     def __init__(self, seed: int, level: PreemptLevel, units: int) -> None:
         self.random = random.Random(seed)
         self.units = units
@@ -102,12 +105,16 @@ class Chaos:
         if not self.open:
             return
         action = self.open.pop(self.random.randrange(len(self.open)))
+        for first in self.open:
+            if isinstance(first, a.Dispatch) and first.batch.id == getattr(action, "after", 0):
+                self.open[self.open.index(first)], action = action, first  # workers keep the order
+                break
         r = self.random
         match action:
             case a.Dispatch(batch=batch, worker=worker):
                 kind = r.choices(["done", "failed", "died"], [8, 1, 1])[0]
                 if kind == "done":
-                    self.send(e.BatchDone(batch.id, r.randrange(1, 20 * MS), r.randrange(MS)))
+                    self.send(e.BatchDone(batch.id, r.randrange(1, self.longest), r.randrange(MS)))
                 elif kind == "failed":
                     self.send(e.BatchFailed(batch.id, "bad input"))
                 elif worker in self.workers:
@@ -211,16 +218,53 @@ class Chaos:
     def run(self, steps: int) -> None:
         for name in SERVICES:
             self.send(
-                e.ServiceAdded(name, 50 * MS, 8, 20, max_queue_delay=2 * MS if name == "s2" else 0)
+                e.ServiceAdded(name, 50 * MS, 8, 20, max_queue_delay=2 * MS)
+                if name == "s2"
+                else e.ServiceAdded(name, 500 * MS, 1 if name == "s0" else 8, 20)
             )
         self.send(e.Planned(self.random_plan()))
         for _ in range(steps):
-            self.now += self.random.choice([0, 0, 10_000, MS, 20 * MS])
+            self.now += self.random.choice([0, 0, 10_000, MS, self.longest])
             if self.random.random() < 0.5:
                 self.answer()
             else:
                 self.spontaneous()
         self.finish()
+
+
+class Rush(Chaos):
+    """Services that share no core and are asked more than they can do: workers have batches at
+    hand."""
+
+    longest = 2 * MS
+
+    def random_plan(self) -> Plan:
+        self.plan_version += 1
+        owners = [self.random.choice(SERVICES) for _ in range(self.units)]
+        services = {s: tuple(c for c, o in enumerate(owners) if o == s) for s in SERVICES}
+        return self.on_devices(plan(services, version=self.plan_version))
+
+    def spontaneous(self) -> None:
+        r = self.random
+        if not self.workers or r.random() < 0.1:
+            self.start_workers()
+        elif r.random() < 0.2:
+            super().spontaneous()
+        else:
+            for _ in range(3):
+                self.next += 1
+                self.submitted.add(self.next)
+                service, priority = r.choice(SERVICES), r.randrange(3)
+                request = Request(self.next, service, self.now, self.now + S, priority)
+                self.send(e.Arrived(request))
+
+    def start_workers(self) -> None:
+        for device in self.devices:
+            for service in SERVICES:
+                self.next += 1
+                self.workers[f"w{self.next}"] = (service, "1")
+                profile = ((1, 1, MS), (1, 8, 4 * MS))
+                self.send(e.WorkerUp(f"w{self.next}", service, "1", device.id, profile))
 
 
 worlds = st.tuples(
@@ -236,6 +280,21 @@ def test_laws_hold_and_every_accepted_request_is_answered_exactly_once(world) ->
     chaos = Chaos(*world)
     chaos.run(250)
     assert set(chaos.answered) == chaos.submitted
+
+
+@given(worlds)
+@settings(max_examples=60, deadline=None)
+def test_the_laws_hold_where_workers_have_batches_at_hand(world) -> None:
+    rush = Rush(*world)
+    rush.run(120)
+    assert set(rush.answered) == rush.submitted
+
+
+def test_a_rush_hands_batches_ahead() -> None:
+    rush = Rush(1, PreemptLevel.PRIORITY, 2)
+    rush.run(250)
+    orders = [x for _, _, actions in rush.history for x in actions if isinstance(x, a.Dispatch)]
+    assert sum(order.after > 0 for order in orders) > len(orders) / 10 > 5
 
 
 @given(worlds)

@@ -86,6 +86,17 @@ def test_what_it_cost_comes_out_again(run: Journaled) -> None:
     assert "90 s" in costs.device.source
 
 
+def test_what_workers_had_at_hand_is_not_taken_for_what_starting_costs() -> None:
+    more = "batch: {max: 1}"
+    busy = Journaled(scenario(units=1, first="1ms", rate=600, more=more, latency="1s", seconds=20))
+    dispatches = [x for e in busy.entries if isinstance(e, Record) for x in e.actions]
+    assert sum(isinstance(x, a.Dispatch) and x.after > 0 for x in dispatches) > 1000
+    costs = Recording(busy.entries).costs()
+    assert costs.device.start.mean == pytest.approx(100_000, rel=0.1)
+    (execution,) = costs.executions.values()
+    assert execution.mean(1, 1) == pytest.approx(1_000_000, rel=0.01)
+
+
 def test_the_record_simulated_again_is_like_the_run(run: Journaled) -> None:
     recording = Recording(run.entries)
     again = simulate(recording.scenario(), Scheduled(), 1)

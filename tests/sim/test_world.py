@@ -12,7 +12,7 @@ from weft.domain.actions import Action
 from weft.domain.events import Event
 from weft.domain.plan import Plan
 from weft.domain.snapshot import Snapshot
-from weft.domain.units import MS
+from weft.domain.units import MS, S
 from weft.policy.planner import Planner
 from weft.policy.planstate import Tuning
 from weft.sim.costs import ExecCost, JobCost, speed_up
@@ -73,6 +73,15 @@ def test_utilization_is_rate_times_execution_time() -> None:
     outcome = run(found, Tuning(split=(1, 1)))
     expected = tally.answered / 300 * (10.1 / 1000)
     assert outcome.figures()["utilization"] == pytest.approx(expected, rel=0.02)
+
+
+def test_a_batch_at_hand_starts_when_the_one_before_it_ends() -> None:
+    """An instance that never waits for work makes as many as fit; starts of 0.1 ms would cost
+    it a tenth."""
+    found = scenario(units=1, first="1ms", rate=2000, more="batch: {max: 1}", latency="1s")
+    outcome = run(found, Tuning(split=(1, 1)))
+    assert outcome.services["a"].answered / 60 == pytest.approx(1000, rel=0.01)
+    assert outcome.served_ns <= 60 * S * 1.001
 
 
 def test_waiting_is_that_of_a_queue_with_one_server() -> None:

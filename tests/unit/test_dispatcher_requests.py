@@ -110,8 +110,10 @@ def test_a_batch_is_never_held_back_beyond_its_slack() -> None:
 # --- order ----------------------------------------------------------------------------------
 
 
-def queued_behind_one(world: World, *requests: dict[str, int]) -> list[int]:
-    """The order in which requests that arrive while one runs are executed, one by one."""
+def queued_behind_one(*requests: dict[str, int]) -> list[int]:
+    """The order in which requests that arrive while one runs are executed, one by one. It takes
+    too long for any of them to be handed over before its turn."""
+    world = ready(max_batch=1, exec_ns=4 * MS)
     batch = one(world.arrive(), a.Dispatch).batch.id
     for request in requests:
         world.arrive(**request)
@@ -124,30 +126,28 @@ def queued_behind_one(world: World, *requests: dict[str, int]) -> list[int]:
 
 
 def test_least_slack_goes_first_within_a_class() -> None:
-    world = ready(max_batch=1)
     requests = ({"slo": 90 * MS}, {"slo": 30 * MS}, {"slo": 60 * MS})
-    assert queued_behind_one(world, *requests) == [3, 4, 2]
+    assert queued_behind_one(*requests) == [3, 4, 2]
 
 
 def test_a_higher_class_goes_first() -> None:
-    world = ready(max_batch=1)
     requests = ({"priority": 2}, {"priority": 1}, {"priority": 0})
-    assert queued_behind_one(world, *requests) == [4, 3, 2]
+    assert queued_behind_one(*requests) == [4, 3, 2]
 
 
 def test_equal_requests_go_in_the_order_of_their_arrival() -> None:
-    assert queued_behind_one(ready(max_batch=1), {}, {}, {}) == [2, 3, 4]
+    assert queued_behind_one({}, {}, {}) == [2, 3, 4]
 
 
 def test_the_lowest_class_is_not_starved() -> None:
-    world = ready(max_batch=1)
+    world = ready(max_batch=1, exec_ns=4 * MS)
     batch = one(world.arrive(priority=0), a.Dispatch).batch
     world.arrive(priority=2)
     low, since = world.next_id, world.now
     world.arrive(priority=0)
     while low not in batch.requests:
         assert world.now - since <= 2 * AGEING + 10 * MS
-        batch = one(finish(world, batch.id), a.Dispatch).batch
+        batch = one(finish(world, batch.id, after=4 * MS), a.Dispatch).batch
         world.arrive(priority=0)
     assert world.now - since > AGEING
 
@@ -201,7 +201,7 @@ def test_an_urgent_request_does_not_queue_behind_lower_classes() -> None:
 
 
 def test_one_more_than_the_queue_holds_is_refused() -> None:
-    world = ready(max_queue=2, max_batch=1)
+    world = ready(max_queue=2, max_batch=1, exec_ns=4 * MS)
     for _ in range(3):
         assert not only(world.arrive(), a.Reject)
     reject = refusal(world.arrive())

@@ -71,6 +71,32 @@ def test_the_time_in_the_queue_counts_from_the_arrival() -> None:
     assert world.monitor.service("s").queue_ns == 3 * MS
 
 
+def test_a_batch_at_hand_is_under_way_from_the_end_of_the_one_before() -> None:
+    world = Watched()
+    world.service(max_batch=1).worker(exec_ns=1 * MS)
+    world.planned({"s": (0,)})
+    world.arrive()
+    assert isinstance(world.arrive()[0], a.Dispatch)
+    meter = world.monitor.service("s")
+    assert (meter.batches, meter.queue_ns) == (1, 0)
+    world.send(e.BatchDone(1, 1 * MS), after=3 * MS)
+    assert (meter.batches, meter.queue_ns) == (2, 3 * MS)
+    world.send(e.BatchDone(2, 1 * MS), after=2 * MS)
+    assert world.monitor.partition("p0").busy == {"service:s": 5 * MS}
+    assert not world.monitor.partition("p0").holder
+
+
+def test_what_a_lost_worker_had_at_hand_is_not_under_way() -> None:
+    world = Watched()
+    world.service(max_batch=1).worker(exec_ns=1 * MS)
+    world.planned({"s": (0,)})
+    world.arrive()
+    world.arrive()
+    world.send(e.WorkerDown("w0"), after=MS)
+    assert world.monitor.service("s").batches == 1
+    assert not world.monitor.partition("p0").holder
+
+
 def test_time_of_a_partition_is_booked_to_who_holds_it() -> None:
     world = ready()
     world.job("j")

@@ -17,13 +17,15 @@ class Dispatch(_Action, frozen=True):
     """Execute ``batch`` on ``worker`` within ``partition``.
 
     ``preempting``: a job held the partition until now, and its revocation may not be
-    acknowledged yet (devices of level ``PRIORITY`` only).
+    acknowledged yet (devices of level ``PRIORITY`` only). ``after``: the batch that the worker
+    executes now, there; it goes on with this one by itself (0: the partition is free).
     """
 
     batch: Batch
     worker: str
     partition: str
     preempting: bool = False
+    after: int = 0
 
 
 class Grant(_Action, frozen=True):

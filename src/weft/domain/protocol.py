@@ -22,10 +22,12 @@ ANSWERS: dict[type, tuple[type, ...]] = {
 }
 
 EFFECTS: dict[tuple[type, type], str] = {
-    (a.Dispatch, e.BatchDone): "answers every request of the batch; the partition is free",
-    (a.Dispatch, e.BatchFailed): "refuses every request of the batch; the partition is free",
-    (a.Dispatch, e.WorkerDown): "each request goes back to the queue once, the second time it "
-    "is refused; the partition is free",
+    (a.Dispatch, e.BatchDone): "answers every request of the batch; the partition is free, or "
+    "the worker goes on with the batch it has at hand",
+    (a.Dispatch, e.BatchFailed): "refuses every request of the batch; the partition is free, or "
+    "the worker goes on with the batch it has at hand",
+    (a.Dispatch, e.WorkerDown): "each request of the batch goes back to the queue once, the second "
+    "time it is refused; what the worker only had at hand goes back; the partition is free",
     (a.Grant, e.Granted): "the partition is lent",
     (a.Grant, e.ActionFailed): "the partition is free and not lent to this job for a while",
     (a.Grant, e.JobExited): "the partition is free",

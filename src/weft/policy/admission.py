@@ -91,7 +91,7 @@ def _best_finish(
     for partition in mine:
         if partition.device != device:
             device, idle_at = partition.device, _worker_wait(state, service, partition.device, now)
-        batch = partition.batch
+        batch = partition.next or partition.batch
         wait = state.running[batch].expected_end - now if batch else partition.revoke_cost
         if wait < idle_at:
             wait = idle_at
@@ -141,7 +141,9 @@ def _worker_wait(state: DispatcherState, service: ServiceState, device: str, now
     if any(service.idle.get(device, {}).values()):
         return 0
     mine = [r for r in state.running.values() if r.batch.service == service.name]
-    ends = [r.expected_end for r in mine if state.partitions[r.partition].device == device]
+    there = [(r, state.partitions[r.partition]) for r in mine]
+    last = [r for r, p in there if p.device == device and r.batch.id == (p.next or p.batch)]
+    ends = [r.expected_end for r in last]
     return max(0, min(ends, default=now) - now)
 
 

@@ -3,11 +3,13 @@
 Laws (docs/design.md says why):
 
 1. A partition serves one holder at a time, a batch or the job it is granted to; both only on a
-   device of level ``PRIORITY``, and only while the job is being taken off.
+   device of level ``PRIORITY``, and only while the job is being taken off. A worker has at most
+   one more batch at hand, which it goes on with.
 2. Inference never waits for a slice to end: an arrival on a lent partition revokes the grant
    at once.
 3. Order: priority class, then least slack; ageing keeps the lowest class alive.
-4. Batching is work-conserving; a batch is held back only if its service says so.
+4. Batching is work-conserving; a batch is held back only if its service says so. One that can
+   grow no more and is short is handed to a worker while it executes the one before.
 5. What cannot make its deadline is refused on arrival; what was accepted is answered exactly
    once, with a result or an error.
 6. An idle partition is lent after a linger of at most the cost of taking it back.
@@ -29,7 +31,7 @@ from weft.domain import events as e
 from weft.domain.device import DeviceSpec, PreemptLevel
 from weft.domain.plan import Plan
 from weft.domain.request import Batch, Refusal, Request
-from weft.domain.units import S
+from weft.domain.units import MS, S
 from weft.policy import admission, lending, queues
 from weft.policy.estimate import ExecTable, Quantile
 from weft.policy.state import (
@@ -43,6 +45,10 @@ from weft.policy.state import (
 )
 
 BLOCKED_AFTER_FAILED_GRANT = 1 * S
+AHEAD_SHARE, AHEAD_MOST = 16, 5 * MS
+"""A batch is handed to a busy worker if it is predicted to take at most 1/AHEAD_SHARE of the
+objective and at most AHEAD_MOST. By so much may somebody more urgent, who comes meanwhile, have
+to wait longer; and of more, the time to send it is no part worth speaking of."""
 
 
 class Dispatcher:
@@ -146,6 +152,9 @@ class Dispatcher:
             if closing.get(device, 0) < queues.idle_count(service, device):
                 self._run(partition)
                 closing[device] = closing.get(device, 0) + (partition.batch == 0)
+        if self._plenty(service):
+            for name in service.partitions:
+                self._hand_ahead(self.state.partitions[name])
 
     def _cancelled(self, event: e.Cancelled) -> None:
         if queues.withdraw(self.state, event.request) is not None:
@@ -202,26 +211,69 @@ class Dispatcher:
     def _dispatch(
         self, partition: PartitionState, service: ServiceState, lane_key: str, preempting: bool
     ) -> None:
-        state = self.state
         version = service.lanes[lane_key].version or service.version
         worker = self._pick_worker(service, version, partition)
-        requests = queues.take_batch(state, service, lane_key, partition, state.now)
-        rows = sum(r.rows for r in requests)
-        batch = Batch(state.next_batch, service.name, version, tuple(r.id for r in requests), rows)
-        state.next_batch += 1
-        worker.batch = partition.batch = batch.id
+        batch = self._send(partition, service, lane_key, worker, preempting)
+        worker.batch = partition.batch = batch
         worker.partition = partition.id
-        service.last_start = state.now
+        service.last_start = self.state.now
+
+    def _send(
+        self,
+        partition: PartitionState,
+        service: ServiceState,
+        lane_key: str,
+        worker: WorkerState,
+        preempting: bool = False,
+        before: Running | None = None,
+    ) -> int:
+        """Take a batch from a lane and give it to a worker, to start now or when the one
+        ``before`` is done."""
+        state = self.state
+        start = max(state.now, before.expected_end) if before is not None else state.now
+        after = before.batch.id if before is not None else 0
+        requests = queues.take_batch(state, service, lane_key, partition, start)
+        rows = sum(r.rows for r in requests)
+        ids = tuple(r.id for r in requests)
+        batch = Batch(state.next_batch, service.name, worker.version, ids, rows)
+        state.next_batch += 1
         state.running[batch.id] = Running(
             batch=batch,
             requests=requests,
             worker=worker.id,
             partition=partition.id,
             started=state.now,
-            expected_end=state.now + service.exec[partition.kind].predict(partition.compute, rows),
+            expected_end=start + service.exec[partition.kind].predict(partition.compute, rows),
             preempting=preempting,
+            after=after,
         )
-        self._out.append(a.Dispatch(self._cause, batch, worker.id, partition.id, preempting))
+        self._out.append(a.Dispatch(self._cause, batch, worker.id, partition.id, preempting, after))
+        return batch.id
+
+    @staticmethod
+    def _plenty(service: ServiceState) -> bool:
+        """Whether a batch can be handed ahead and each other partition still finds a request."""
+        return service.queued >= service.max_batch + len(service.partitions) - 1
+
+    def _hand_ahead(self, partition: PartitionState) -> None:
+        """Let a busy worker have its next batch at hand, so that it need not wait for it to be
+        sent: one that can grow no more, is short, and takes nothing from other services."""
+        state = self.state
+        if not partition.batch or partition.next or partition.retiring:
+            return
+        running = state.running[partition.batch]
+        worker = state.workers[running.worker]
+        if worker.retiring or partition.services != [worker.service]:
+            return
+        service = state.services[worker.service]
+        longest = service.exec[partition.kind].predict(partition.compute, service.max_batch)
+        if longest > min(AHEAD_MOST, service.objective // AHEAD_SHARE):
+            return
+        if not self._plenty(service):
+            return
+        lane_key = queues.full_lane(state, service, worker.version)
+        if lane_key:
+            partition.next = self._send(partition, service, lane_key, worker, before=running)
 
     def _pick_worker(
         self, service: ServiceState, version: str, partition: PartitionState
@@ -248,7 +300,8 @@ class Dispatcher:
             held = max(event.exec_ns, now - running.started)
             table = service.exec[partition.kind]
             table.observe(partition.compute, running.batch.rows, held)
-            lending.note_start(partition, event.start_ns, running.preempting)
+            if not running.after:
+                lending.note_start(partition, event.start_ns, running.preempting)
             for request in running.requests:
                 service.p95.add(now - request.arrived)
             lending.note_headroom(partition, service.p95.value * 1000 // service.objective)
@@ -268,19 +321,31 @@ class Dispatcher:
         self._after_batch(self.state.services[running.batch.service], partition)
 
     def _free(self, running: Running) -> PartitionState | None:
-        """Note that worker and partition of a finished batch are idle."""
+        """Note that worker and partition of a finished batch are idle, or go on with the next."""
         state = self.state
         worker = state.workers.get(running.worker)
+        partition = state.partitions.get(running.partition)
+        if worker is not None and partition is not None and partition.next:
+            worker.batch = partition.batch = partition.next
+            partition.next = 0
+            self._begin(state.running[partition.batch], partition)
+            return partition
         if worker is not None:
             worker.batch = 0
             service = state.services.get(worker.service)
             if service is not None and not worker.retiring:
                 self._enter_pool(service, worker)
-        partition = state.partitions.get(running.partition)
         if partition is not None:
-            partition.batch = 0
+            partition.batch = partition.next = 0
             partition.idle_since = state.now
         return partition
+
+    def _begin(self, running: Running, partition: PartitionState) -> None:
+        """The batch that a worker had at hand is under way."""
+        now, service = self.state.now, self.state.services[running.batch.service]
+        took = service.exec[partition.kind].predict(partition.compute, running.batch.rows)
+        running.started = service.last_start = now
+        running.expected_end = now + took
 
     def _after_batch(self, service: ServiceState, partition: PartitionState | None) -> None:
         if partition is not None:
@@ -288,6 +353,8 @@ class Dispatcher:
         elsewhere = partition is None or service.partitions != [partition.id]
         if service.queued and elsewhere:
             self._place(service)
+        elif partition is not None:
+            self._hand_ahead(partition)
         self._settle_layout()
 
     # --- workers and services ---------------------------------------------------------------
@@ -351,12 +418,14 @@ class Dispatcher:
         if worker is None:
             return
         service = state.services[worker.service]
-        running = state.running.pop(worker.batch, None)
-        partition = self._free(running) if running is not None else None
+        lost = [r for r in state.running.values() if r.worker == worker.id]
+        for running in lost:
+            del state.running[running.batch.id]
+        partition = self._free(lost[0]) if lost else None
         if not worker.retiring:
             self._leave_pool(service, worker)
-        if running is not None:
-            self._retry(service, running.requests)
+        for running in lost:
+            self._retry(service, running.requests, begun=running.batch.id == worker.batch)
         self._refuse_orphans(service)
         if service.workers == 0 and service.max_queue == 0 and not self._has_workers(service):
             self._forget(service)
@@ -391,16 +460,18 @@ class Dispatcher:
     def _has_workers(self, service: ServiceState) -> bool:
         return any(w.service == service.name for w in self.state.workers.values())
 
-    def _retry(self, service: ServiceState, requests: list[Request]) -> None:
-        """Requests of a lost batch go back to the queue once."""
+    def _retry(self, service: ServiceState, requests: list[Request], begun: bool) -> None:
+        """Requests of a lost batch go back to the queue, once if it was ``begun``: what was not
+        cannot have been the cause."""
         state = self.state
         for request in requests:
-            if request.id in state.retried:
+            if begun and request.id in state.retried:
                 self._reject(request.id, Refusal.WORKER_LOST, retry_after=1 * S)
             elif request.expires and request.expires <= state.now:
                 self._reject(request.id, Refusal.EXPIRED)
             else:
-                state.retried[request.id] = None
+                if begun:
+                    state.retried[request.id] = None
                 queues.enqueue(state, service, request)
 
     def _refuse_orphans(self, service: ServiceState) -> None:

@@ -101,6 +101,17 @@ def choose_service(
     return chosen, lane_of
 
 
+def full_lane(state: DispatcherState, service: ServiceState, version: str) -> str:
+    """The most urgent lane of a service, if instances of ``version`` run it and what it has
+    queued fills a batch; else ""."""
+    chosen = min(service.lanes, key=lambda key: head(state, service.lanes[key]), default="")
+    if not chosen:
+        return ""
+    lane = service.lanes[chosen]
+    runs = (lane.version or service.version) == version
+    return chosen if runs and lane.live >= service.max_batch else ""
+
+
 def take_batch(
     state: DispatcherState,
     service: ServiceState,
@@ -108,7 +119,8 @@ def take_batch(
     partition: PartitionState,
     now: int,
 ) -> list[Request]:
-    """Remove and return the requests of the next batch of a lane that has a live entry."""
+    """Remove and return the requests of the next batch, to start at ``now``, of a lane that has
+    a live entry."""
     lane = service.lanes[lane_key]
     head(state, lane)
     heap, units, predict = lane.heap, partition.compute, service.exec[partition.kind].predict

@@ -108,7 +108,8 @@ class WorkerState:
 
 @dataclass
 class Running:
-    """A batch under way."""
+    """A batch that a worker has: under way, or at hand (``after`` is the batch before it).
+    ``started``: when it was dispatched or, if that is later, when the batch before it was done."""
 
     batch: Batch
     requests: list[Request]
@@ -117,6 +118,7 @@ class Running:
     started: int
     expected_end: int
     preempting: bool
+    after: int = 0
 
 
 @dataclass
@@ -133,6 +135,8 @@ class PartitionState:
     owners: list[str] = field(default_factory=list)
     lendable: bool = False
     batch: int = 0
+    next: int = 0
+    """The batch that the worker of ``batch`` has at hand already and goes on with."""
     job: str = ""
     hold: Hold = Hold.NONE
     held_since: int = 0

@@ -41,6 +41,9 @@ HEALTHY_AFTER_S = 60.0
 class Shell(Protocol):
     """What the instances of a service need of the node."""
 
+    def now(self) -> int:
+        """The node's clock, ns."""
+
     def feed(self, event: e.Event) -> None:
         """Hand an event to the dispatcher."""
 
@@ -74,7 +77,8 @@ class _Instance:
         self.retiring = False
         self.gone = asyncio.Event()
         self.batches: dict[int, int] = {}
-        """Batches under way: id to the monotonic ns of dispatch."""
+        """Batches under way or at hand: id to when it was dispatched or, if that is later, when
+        the one before it was done (the node's clock, ns)."""
 
 
 class Instances:
@@ -249,6 +253,8 @@ class Instances:
                     instance.opened.set_exception(ModelError(reason))
             case Done(batch=batch) | Failed(batch=batch):
                 instance.batches.pop(batch, None)
+                for following in instance.batches:  # the one at hand, which begins now
+                    instance.batches[following] = self._shell.now()
                 self._shell.on_result(message)
                 self._stop_if_idle(instance)
 

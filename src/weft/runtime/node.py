@@ -275,6 +275,10 @@ class Node:
 
     # --- Shell for the instances ------------------------------------------------------------
 
+    def now(self) -> int:
+        """See Shell."""
+        return self._clock()
+
     def feed(self, event: e.Event) -> None:
         """Hand an event to the dispatcher; a change of membership also wakes the planner."""
         self.core.feed(event)

@@ -42,6 +42,9 @@ ALIGN = 64
 PROFILE_RUNS = 5
 PROFILE_BUDGET_NS = 2_000_000_000
 """Profiling stops here: a slow model learns the rest from traffic."""
+REST_EVERY_NS, REST_S = 100_000_000, 100e-6
+"""With the next batch always at hand a worker never blocks, and at real-time priority the kernel
+would end it for that (RLIMIT_RTTIME): so often it sleeps, long enough to count."""
 _FAILURES = (ModelError, ValueError, MemoryError)
 """What a model may raise on an input; anything else is a bug and ends the worker."""
 
@@ -57,11 +60,16 @@ class Worker:
 
     def serve(self) -> None:
         """Answer messages until the node goes away."""
+        rested = time.monotonic_ns()
         while (message := self._receive()) is not None:
             if isinstance(message, Open):
                 self._send(self._open(message))
             else:
                 self._send(self._run(message))
+            now = time.monotonic_ns()
+            if now - rested > REST_EVERY_NS:
+                time.sleep(REST_S)
+                rested = now
 
     def _receive(self) -> ToWorker | None:
         head = self._read(LENGTH.size)

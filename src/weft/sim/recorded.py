@@ -44,6 +44,8 @@ class _Executed(msgspec.Struct):
     exec_ns: int
     held_ns: int
     preempting: bool
+    at_hand: bool
+    """Whether the worker had it already when the batch before it ended."""
     follows: bool
     """Whether it was dispatched the moment that another batch ended there."""
     beside: float
@@ -185,6 +187,8 @@ class Recording:
         if found is None:
             return
         order, since, follows, beside = found
+        if order.after:
+            since = max(since, self._ended.get(order.partition, since))
         self._ended[order.partition] = now
         if self._at(since) is None:
             return
@@ -196,6 +200,7 @@ class Recording:
                 exec_ns=event.exec_ns,
                 held_ns=now - since,
                 preempting=order.preempting,
+                at_hand=order.after > 0,
                 follows=follows,
                 beside=beside,
             )
@@ -257,10 +262,11 @@ class Recording:
         """Costs fitted to this record; raises JournalError if a service never executed."""
         kind = self.devices[0].kind
         contention = self._contention()
-        idle = [x for x in self._executed if not x.follows]
+        sent = [x for x in self._executed if not x.at_hand]
+        idle = [x for x in sent if not x.follows]
         overhead = [x.held_ns - x.exec_ns for x in idle if not x.preempting]
         preempting = [x.held_ns - x.exec_ns for x in idle if x.preempting]
-        following = [x.held_ns - x.exec_ns for x in self._executed if x.follows]
+        following = [x.held_ns - x.exec_ns for x in sent if x.follows]
         if len(overhead) < _LEAST_SAMPLES:
             # The job held the space whenever a request came: what it costs is part of every start.
             overhead = preempting

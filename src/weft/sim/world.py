@@ -211,6 +211,8 @@ class World:
         """Loads that the next plan waits for."""
         self._settled: dict[str, int] = {}
         self._running: dict[str, int] = {}
+        self._following: dict[int, a.Dispatch] = {}
+        """Batches that instances have at hand, by the batch that they follow."""
         self._served = dict.fromkeys(self._compute, 0)
         """Units that executions use, by device and (under "") of all the box."""
         self._ended: dict[str, int] = {}
@@ -407,8 +409,10 @@ class World:
 
     def _carry_out(self, action: a.Action) -> None:
         match action:
-            case a.Dispatch():
-                self._dispatch(action)
+            case a.Dispatch(after=0):
+                self._execute(action)
+            case a.Dispatch(after=before):
+                self._following[before] = action
             case a.Complete(requests=requests):
                 for request in requests:
                     found = self._open.pop(request)
@@ -437,12 +441,14 @@ class World:
             self._means[key] = service.costs[kind].mean(units, rows)
         return self._means[key]
 
-    def _dispatch(self, action: a.Dispatch) -> None:
+    def _execute(self, action: a.Dispatch) -> None:
         batch, partition = action.batch, self._partitions[action.partition]
         device = self._devices[partition.device]
         service, cost, kind = self._services[batch.service], device.cost, device.spec.kind
         follows = cost.follow is not None and self._ended.get(partition.id) == self._now
-        start = self._draws.time(cost.follow if follows and cost.follow else cost.start)
+        start = 0  # of what the instance has at hand
+        if not action.after:
+            start = self._draws.time(cost.follow if follows and cost.follow else cost.start)
         if action.preempting:
             start += self._draws.time(cost.preempt)
         mean = self._mean(service, kind, partition.compute, batch.rows)
@@ -463,9 +469,13 @@ class World:
             if self._diary is not None:
                 self._diary.served(batch.service, used)
             self._record(batch.service, partition, began)
-            self._slow_jobs()
+            following = self._following.pop(batch.id, None)
+            if following is not None:
+                self._execute(following)
+            else:
+                self._slow_jobs()
             self._feed(e.BatchDone(batch.id, took, start))
-            if action.worker in self._ending:
+            if following is None and action.worker in self._ending:
                 self._ending.remove(action.worker)
                 self._feed(e.WorkerDown(action.worker, "unloaded"))
 

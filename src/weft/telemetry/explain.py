@@ -191,7 +191,8 @@ class _Witness:
         self.requests.update(state.queued)
         for running in state.running.values():
             batch = running.batch
-            order = a.Dispatch("", batch, running.worker, running.partition, running.preempting)
+            where = running.worker, running.partition, running.preempting, running.after
+            order = a.Dispatch("", batch, *where)
             self.dispatched[batch.id] = (running.started, order)
             self.requests.update((request.id, request) for request in running.requests)
 

@@ -197,7 +197,9 @@ class Monitor:
         self.partitions: dict[str, PartitionMeter] = {}
         self.jobs: dict[str, JobMeter] = {}
         self._open: dict[int, Request] = {}
-        self._running: dict[int, tuple[a.Dispatch, int]] = {}
+        self._running: dict[int, a.Dispatch] = {}
+        self._following: dict[int, a.Dispatch] = {}
+        """Batches that workers have at hand, by the batch that they follow."""
         self._granted: dict[tuple[str, str], int] = {}
         self._compute: dict[str, int] = {}
         self._last_tick = 0
@@ -236,21 +238,17 @@ class Monitor:
             self._act(now, action)
 
     def _worker_lost(self, now: int, worker: str) -> None:
-        for batch, (dispatch, _) in list(self._running.items()):
-            if dispatch.worker == worker:
-                self._batch_over(now, batch, 0)
+        lost = [x for x in self._running.values() if x.worker == worker]
+        for dispatch in lost:
+            self._following.pop(dispatch.batch.id, None)
+            self._batch_over(now, dispatch.batch.id, 0)
 
     def _act(self, now: int, action: a.Action) -> None:
         match action:
-            case a.Dispatch(batch=batch, partition=partition):
-                self._running[batch.id] = action, now
-                self.partition(partition).hold(f"service:{batch.service}", now)
-                meter = self.service(batch.service)
-                meter.batches += 1
-                meter.batched_rows += batch.rows
-                meter.rows[batch.rows] += 1
-                for request in batch.requests:
-                    meter.queue_ns += now - self._open[request].arrived
+            case a.Dispatch(after=0):
+                self._begin(now, action)
+            case a.Dispatch(after=before):
+                self._following[before] = action
             case a.Complete(requests=requests):
                 for request_id in requests:
                     if request_id in self._open:
@@ -263,6 +261,17 @@ class Monitor:
                 self.partition(partition).hold(f"job:{job}", now)
             case _:
                 pass
+
+    def _begin(self, now: int, dispatch: a.Dispatch) -> None:
+        batch = dispatch.batch
+        self._running[batch.id] = dispatch
+        self.partition(dispatch.partition).hold(f"service:{batch.service}", now)
+        meter = self.service(batch.service)
+        meter.batches += 1
+        meter.batched_rows += batch.rows
+        meter.rows[batch.rows] += 1
+        for request in batch.requests:
+            meter.queue_ns += now - self._open[request].arrived
 
     def _answered(self, now: int, request: Request) -> None:
         meter = self.service(request.service)
@@ -284,12 +293,14 @@ class Monitor:
     def _batch_over(self, now: int, batch: int, exec_ns: int, failed: tuple[int, ...] = ()) -> None:
         for request in failed:
             self._refused(request, Refusal.FAILED)
-        found = self._running.pop(batch, None)
-        if found is None:
+        dispatch = self._running.pop(batch, None)
+        if dispatch is None:
             return
-        dispatch, _ = found
         self.service(dispatch.batch.service).exec_ns += exec_ns
         self.partition(dispatch.partition).hold("", now)
+        following = self._following.pop(batch, None)
+        if following is not None:
+            self._begin(now, following)
 
     def _grant_over(self, now: int, job: str, partition: str) -> None:
         since = self._granted.pop((job, partition), None)

@@ -67,7 +67,7 @@ def _load(
         parts.append(f"{service.queued} requests ({sum(service.rows)} rows) were queued")
     for name in service.partitions:
         partition = state.partitions[name]
-        running = state.running.get(partition.batch)
+        running = state.running.get(partition.next or partition.batch)
         if running is not None:
             rest = format_duration(max(0, running.expected_end - now))
             what = f"batch {running.batch.id} of {running.batch.service}"
@@ -106,6 +106,7 @@ def slow(request: Request, now: int, started: int, order: a.Dispatch, done: e.Ba
     count = len(order.batch.requests)
     company = f"in a batch of {count}" if count > 1 else "alone"
     taken = ", taken back from a job" if order.preempting else ""
+    taken = " after the batch before it" if order.after else taken
     rest = now - started - done.start_ns - done.exec_ns
     parts = [
         f"waited {format_duration(max(0, started - request.arrived))}",
@@ -129,11 +130,11 @@ def worker_lost(
     reason = event.reason or "no reason given"
     if worker is None or state is None:
         return f"lost: {reason}"
-    running = state.running.get(worker.batch)
+    lost = [r.batch for r in state.running.values() if r.worker == worker.id]
     text = f"instance of {worker.service} version {worker.version} lost: {reason}"
-    if running is None:
+    if not lost:
         return f"{text}; it was idle"
-    mine = set(running.batch.requests)
+    mine = {request for batch in lost for request in batch.requests}
     refused = sum(isinstance(x, a.Reject) and x.request in mine for x in actions)
     back = len(mine) - refused
     return f"{text}; of its {len(mine)} requests {back} went back to the queue, {refused} refused"

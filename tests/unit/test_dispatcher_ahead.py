@@ -1,0 +1,160 @@
+"""Handing a busy worker its next batch: when, and what becomes of it."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.builders import World, one, only, plan
+from weft.domain import actions as a
+from weft.domain import events as e
+from weft.domain.request import Refusal
+from weft.domain.units import MS, US, S
+from weft.policy.state import PartitionState
+
+
+def busy(
+    cores: tuple[int, ...] = (0,),
+    max_batch: int = 1,
+    exec_ns: int = 1 * MS,
+    objective: int = 50 * MS,
+) -> World:
+    """A service with an instance on each core, all of which execute."""
+    world = World(units=max(2, len(cores))).service(objective=objective, max_batch=max_batch)
+    for core in cores:
+        world.worker(f"w{core}", exec_ns=exec_ns)
+    world.planned({"s": cores})
+    for _ in cores:
+        assert one(world.arrive(), a.Dispatch).after == 0
+    return world
+
+
+def partition(world: World, name: str = "p0") -> PartitionState:
+    return world.d.state.partitions[name]
+
+
+def done(world: World, batch: int, start_ns: int = 0) -> list[a.Action]:
+    return world.send(e.BatchDone(batch, 1 * MS, start_ns), after=1 * MS)
+
+
+def test_a_busy_worker_gets_one_batch_at_hand_and_goes_on_with_it() -> None:
+    world = busy()
+    ahead = one(world.arrive(), a.Dispatch)
+    assert (ahead.after, ahead.worker, ahead.preempting) == (1, "w0", False)
+    assert not only(world.arrive() + world.arrive(), a.Dispatch)
+    then = one(done(world, 1), a.Dispatch)
+    assert (partition(world).batch, then.after, partition(world).next) == (2, 2, 3)
+    done(world, 2)
+    done(world, 3)
+    assert not done(world, 4)[1:]
+    assert not partition(world).batch and not partition(world).next
+
+
+def test_a_batch_is_handed_ahead_once_it_is_full() -> None:
+    world = busy(max_batch=4)
+    assert not only([x for _ in range(3) for x in world.arrive()], a.Dispatch)
+    ahead = one(world.arrive(), a.Dispatch)
+    assert ahead.batch.requests == (2, 3, 4, 5) and ahead.after == 1
+
+
+@pytest.mark.parametrize(
+    ("objective", "exec_ns", "ahead"),
+    [(50 * MS, 2 * MS, 1), (50 * MS, 3 * MS, 0), (S, 3 * MS, 1), (S, 6 * MS, 0)],
+)
+def test_a_batch_that_takes_longer_waits_for_its_turn(
+    objective: int, exec_ns: int, ahead: int
+) -> None:
+    world = busy(exec_ns=exec_ns, objective=objective)
+    assert len(only(world.arrive(), a.Dispatch)) == ahead
+
+
+def test_nothing_is_handed_ahead_where_another_service_may_run() -> None:
+    world = World().service("s", max_batch=1).service("t", max_batch=1)
+    world.worker("w0", "s", exec_ns=1 * MS).worker("w1", "t", exec_ns=1 * MS)
+    world.planned({"s": (0,), "t": (0,)})
+    world.arrive("s")
+    assert not only(world.arrive("s") + world.arrive("s"), a.Dispatch)
+
+
+def test_what_stays_queued_is_enough_for_the_other_partitions() -> None:
+    world = busy(cores=(0, 1))
+    assert not only(world.arrive(), a.Dispatch)
+    assert one(world.arrive(), a.Dispatch).after == 1
+    assert not only(world.arrive() + world.arrive(), a.Dispatch)[1:]
+    free = one(done(world, 2), a.Dispatch)
+    assert free.partition == "p1"
+
+
+def test_a_worker_that_is_to_go_gets_nothing_more() -> None:
+    world = busy()
+    world.send(e.WorkerRetiring("w0"))
+    world.worker("w1", exec_ns=1 * MS)
+    assert not only(world.arrive() + world.arrive(), a.Dispatch)
+
+
+def test_a_version_is_handed_only_to_its_own_instances() -> None:
+    world = busy()
+    world.worker("w1", version="2", exec_ns=1 * MS)
+    world.send(e.VersionCurrent("s", "2"))
+    assert not only(world.arrive(), a.Dispatch)
+    assert one(done(world, 1), a.Dispatch).worker == "w1"
+
+
+def test_a_layout_waits_for_both_batches() -> None:
+    world = busy(cores=(0, 1))
+    world.arrive()
+    world.arrive()
+    done(world, 2)
+    assert partition(world).next
+    assert not only(world.planned({"s": (0, 1)}, version=2), a.Repartition)  # the same layout
+    world.send(e.Planned(plan({"s": (1,)}, version=3)))
+    done(world, partition(world, "p1").batch)
+    assert not only(done(world, 1), a.Repartition)
+    assert only(done(world, partition(world).batch), a.Repartition)
+
+
+def test_a_failed_batch_does_not_take_the_next_along() -> None:
+    world = busy()
+    world.arrive()
+    assert one(world.send(e.BatchFailed(1, "bad")), a.Reject).request == 1
+    assert partition(world).batch == 2
+    assert one(done(world, 2), a.Complete).requests == (2,)
+
+
+def test_what_a_dead_worker_only_had_at_hand_is_not_blamed() -> None:
+    world = busy()
+    world.arrive()
+    for name in ("w1", "w2"):
+        world.worker(name, exec_ns=1 * MS)
+    assert not only(world.send(e.WorkerDown("w0")), a.Reject)
+    assert world.d.state.running[partition(world).next].batch.requests == (2,)
+    lost = one(world.send(e.WorkerDown("w1")), a.Reject)
+    assert (lost.request, lost.refusal) == (1, Refusal.WORKER_LOST)
+    assert one(done(world, partition(world).batch), a.Complete).requests == (2,)
+
+
+def test_admission_counts_what_the_worker_has_at_hand() -> None:
+    world = busy()
+    world.arrive()
+    state = world.d.state
+    end = state.running[partition(world).next].expected_end
+    assert end >= 2 * 1 * MS + world.now
+    own = state.services["s"].exec["cpu"].predict(1, 1)
+    assert one(world.arrive(slo=end - world.now + own // 2), a.Reject)
+
+
+@pytest.mark.parametrize("waited", [0, 5 * MS])
+def test_waiting_at_the_worker_is_not_taken_for_what_starting_costs(waited: int) -> None:
+    world = busy()
+    world.arrive()
+    done(world, 1, start_ns=100 * US)
+    done(world, 2, start_ns=waited)
+    assert partition(world).start_idle == 100 * US
+
+
+def test_execution_is_counted_from_the_end_of_the_batch_before() -> None:
+    world = busy()
+    world.arrive()
+    before = world.d.state.services["s"].exec["cpu"].predict(1, 1, 0)
+    done(world, 1)
+    done(world, 2)
+    assert world.d.state.services["s"].exec["cpu"].predict(1, 1, 0) == before == 1 * MS
