@@ -7,6 +7,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pytest
 
 if TYPE_CHECKING:
     from tests.live.conftest import Box, Boxes
@@ -71,11 +72,14 @@ def test_overload_does_not_keep_out_urgent_requests_to_another_service(boxes: Bo
     assert service["misses"] <= 0.1 * service["answered"]
 
 
-def test_a_worker_that_is_never_idle_is_not_taken_for_one_that_never_ends(boxes: Boxes) -> None:
+@pytest.mark.parametrize("limit", ["1s", "100ms"])
+def test_a_worker_that_is_never_idle_is_not_taken_for_one_that_never_ends(
+    boxes: Boxes, limit: str
+) -> None:
     box = boxes()
     box.model("work", "work")
     slow = {"batch": {"max": 1}, "objective": {"latency": "20s"}, "max_queue": 10_000}
-    box.configure([{"name": "work", "exec_timeout": "1s"} | slow]).start()
+    box.configure([{"name": "work", "exec_timeout": limit} | slow]).start()
     took = measured_s(box)
     before = set(box.workers())
     load = box.load("work", x=X)

@@ -190,12 +190,12 @@ def test_a_client_that_hangs_up_frees_its_place_and_its_memory(boxes: Boxes) -> 
             assert arena.used == 0
             socks = [box.hang_up_on("count", n=np.array([500_000])) for _ in range(5)]
             state = node.core.dispatcher.state
-            # One runs and, expected to be as short as the first was, one is at hand.
-            await asyncio.to_thread(box.until, lambda: len(state.queued) == 3)
+            await asyncio.to_thread(box.until, lambda: len(state.queued) + len(state.running) == 5)
+            waiting = len(state.queued)  # one runs, and one may be at hand
             for sock in socks:
                 sock.close()
             await asyncio.to_thread(box.until, lambda: not state.queued and not arena.used)
-            assert node.monitor.service("count").refused["CANCELLED"] == 3
+            assert node.monitor.service("count").refused["CANCELLED"] == waiting >= 3
             after = await asyncio.to_thread(box.infer, "count", n=n)
             assert after.values == [1]
             assert arena.used == 0

@@ -42,11 +42,11 @@ def test_a_busy_worker_gets_one_batch_at_hand_and_goes_on_with_it() -> None:
     assert (ahead.after, ahead.worker, ahead.preempting) == (1, "w0", False)
     assert not only(world.arrive() + world.arrive(), a.Dispatch)
     then = one(done(world, 1), a.Dispatch)
-    assert (partition(world).batch, then.after, partition(world).next) == (2, 2, 3)
+    assert (partition(world).batch, then.after, partition(world).at_hand) == (2, 2, 3)
     done(world, 2)
     done(world, 3)
     assert not done(world, 4)[1:]
-    assert not partition(world).batch and not partition(world).next
+    assert not partition(world).batch and not partition(world).at_hand
 
 
 def test_a_batch_is_handed_ahead_once_it_is_full() -> None:
@@ -104,7 +104,7 @@ def test_a_layout_waits_for_both_batches() -> None:
     world.arrive()
     world.arrive()
     done(world, 2)
-    assert partition(world).next
+    assert partition(world).at_hand
     assert not only(world.planned({"s": (0, 1)}, version=2), a.Repartition)  # the same layout
     world.send(e.Planned(plan({"s": (1,)}, version=3)))
     done(world, partition(world, "p1").batch)
@@ -126,7 +126,7 @@ def test_what_a_dead_worker_only_had_at_hand_is_not_blamed() -> None:
     for name in ("w1", "w2"):
         world.worker(name, exec_ns=1 * MS)
     assert not only(world.send(e.WorkerDown("w0")), a.Reject)
-    assert world.d.state.running[partition(world).next].batch.requests == (2,)
+    assert world.d.state.running[partition(world).at_hand].batch.requests == (2,)
     lost = one(world.send(e.WorkerDown("w1")), a.Reject)
     assert (lost.request, lost.refusal) == (1, Refusal.WORKER_LOST)
     assert one(done(world, partition(world).batch), a.Complete).requests == (2,)
@@ -136,7 +136,7 @@ def test_admission_counts_what_the_worker_has_at_hand() -> None:
     world = busy()
     world.arrive()
     state = world.d.state
-    end = state.running[partition(world).next].expected_end
+    end = state.running[partition(world).at_hand].expected_end
     assert end >= 2 * 1 * MS + world.now
     own = state.services["s"].exec["cpu"].predict(1, 1)
     assert one(world.arrive(slo=end - world.now + own // 2), a.Reject)
@@ -158,3 +158,33 @@ def test_execution_is_counted_from_the_end_of_the_batch_before() -> None:
     done(world, 1)
     done(world, 2)
     assert world.d.state.services["s"].exec["cpu"].predict(1, 1, 0) == before == 1 * MS
+
+
+def test_nothing_waits_for_the_way_back_of_a_batch_that_another_follows() -> None:
+    world = busy()
+    world.arrive()
+    # The node hears of both at once: the first is 1 ms of work all the same.
+    world.send(e.BatchDone(1, 1 * MS), after=2 * MS)
+    world.send(e.BatchDone(2, 1 * MS, 1 * MS))
+    assert world.d.state.services["s"].exec["cpu"].predict(1, 1, 0) == 1 * MS
+
+
+def test_a_model_that_was_never_measured_is_not_taken_for_a_short_one() -> None:
+    world = World().service(max_batch=1)
+    world.send(e.WorkerUp("w0", "s", "1", "cpu", ()))
+    world.planned({"s": (0,)})
+    world.arrive()
+    assert not only(world.arrive(), a.Dispatch)
+
+
+def test_a_worker_that_is_overdue_gets_nothing_more() -> None:
+    world = busy()
+    assert not only(world.arrive(after=3 * MS), a.Dispatch)
+
+
+def test_a_batch_that_is_overdue_does_not_hide_the_one_behind_it() -> None:
+    world = busy()
+    world.arrive()
+    own = world.d.state.services["s"].exec["cpu"].predict(1, 1)
+    late = 5 * MS
+    assert one(world.arrive(slo=own + own // 2, after=late), a.Reject)

@@ -161,6 +161,18 @@ def test_the_more_urgent_of_two_services_on_a_partition_goes_first() -> None:
     assert one(finish(world, first.batch.id), a.Dispatch).batch.service == "fast"
 
 
+def test_what_goes_back_to_the_queue_still_expires() -> None:
+    world = ready(exec_ns=4 * MS, max_batch=1)
+    world.worker("w1")
+    world.arrive()
+    world.arrive(expires=world.now + 10 * MS)
+    batch = one(finish(world, 1), a.Dispatch).batch
+    assert batch.requests == (2,)
+    world.arrive(slo=20 * MS)  # goes first when both wait
+    world.send(e.WorkerDown("w0"))
+    assert one(world.send(e.Woke(), after=10 * MS), a.Reject).refusal is Refusal.EXPIRED
+
+
 # --- refusals -------------------------------------------------------------------------------
 
 

@@ -156,6 +156,22 @@ def test_a_layout_that_failed_is_told() -> None:
     assert failed.text == "plan 7 could not be carried out: busy"
 
 
+def test_a_request_that_was_at_hand_waited_for_the_one_before_it() -> None:
+    world = Told()
+    world.service(max_batch=1)
+    world.worker(exec_ns=1 * MS)
+    world.planned({"s": (0,)})
+    world.arrive()
+    assert dispatch(world.arrive()).after == 1
+    world.send(e.BatchDone(1, 3 * MS), after=3 * MS)
+    world.header()  # a segment begins, which knows only when the second was begun
+    world.send(e.BatchDone(2, 2 * MS, 3 * MS), after=2 * MS)
+    said = "waited 0ns, 3ms to start on p0 after the batch before it, executed 2ms alone; in time"
+    for entries in (world.entries, world.entries[-2:]):
+        world.entries = entries
+        assert [s.text for s in world.told().slowest if s.request == 2] == [said]
+
+
 def test_the_slowest_requests_come_first_with_where_the_time_went() -> None:
     world = serving()
     for exec_ms in (3, 90, 5, 40):

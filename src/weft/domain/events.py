@@ -48,8 +48,9 @@ class Cancelled(_Event, frozen=True):
 
 class BatchDone(_Event, frozen=True):
     """A batch executed. ``exec_ns`` is the worker's own execution time; ``start_ns`` the time
-    between dispatch and the start of execution (hand-over, wake-up, queueing by the kernel);
-    ``failed`` holds the requests that are answered with an error of their own."""
+    between dispatch and the start of execution (hand-over, wake-up, queueing by the kernel, and
+    the batch before it if the worker had one); ``failed`` holds the requests that are answered
+    with an error of their own."""
 
     batch: int
     exec_ns: int

@@ -60,6 +60,15 @@ def refuse(
     return None
 
 
+def busy_for(state: DispatcherState, partition: PartitionState, now: int) -> int:
+    """Predicted ns until a busy partition's worker is done with what it has; negative if it
+    should be already."""
+    end = state.running[partition.batch].expected_end
+    if not partition.at_hand:
+        return end - now
+    return max(end, now) + state.running[partition.at_hand].expected_end - end - now
+
+
 def _due_for_a_try(state: DispatcherState, service: ServiceState, budget: int, now: int) -> bool:
     if budget < service.objective or service.queued or now - service.last_start < TRY_AFTER:
         return False
@@ -91,8 +100,7 @@ def _best_finish(
     for partition in mine:
         if partition.device != device:
             device, idle_at = partition.device, _worker_wait(state, service, partition.device, now)
-        batch = partition.next or partition.batch
-        wait = state.running[batch].expected_end - now if batch else partition.revoke_cost
+        wait = busy_for(state, partition, now) if partition.batch else partition.revoke_cost
         if wait < idle_at:
             wait = idle_at
         if partition.waiting:
@@ -141,10 +149,8 @@ def _worker_wait(state: DispatcherState, service: ServiceState, device: str, now
     if any(service.idle.get(device, {}).values()):
         return 0
     mine = [r for r in state.running.values() if r.batch.service == service.name]
-    there = [(r, state.partitions[r.partition]) for r in mine]
-    last = [r for r, p in there if p.device == device and r.batch.id == (p.next or p.batch)]
-    ends = [r.expected_end for r in last]
-    return max(0, min(ends, default=now) - now)
+    where = [state.partitions[r.partition] for r in mine]
+    return max(0, min((busy_for(state, p, now) for p in where if p.device == device), default=0))
 
 
 def _others_ahead(

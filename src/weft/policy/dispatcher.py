@@ -47,8 +47,8 @@ from weft.policy.state import (
 BLOCKED_AFTER_FAILED_GRANT = 1 * S
 AHEAD_SHARE, AHEAD_MOST = 16, 5 * MS
 """A batch is handed to a busy worker if it is predicted to take at most 1/AHEAD_SHARE of the
-objective and at most AHEAD_MOST. By so much may somebody more urgent, who comes meanwhile, have
-to wait longer; and of more, the time to send it is no part worth speaking of."""
+objective and at most AHEAD_MOST. So much longer may somebody more urgent, who comes meanwhile,
+be predicted to wait; and of more, the time to send it is no part worth speaking of."""
 
 
 class Dispatcher:
@@ -126,8 +126,6 @@ class Dispatcher:
             return
         queues.enqueue(state, service, request)
         state.unplaced[service.name] = None
-        if request.expires:
-            heappush(state.expiries, (request.expires, request.id))
 
     def _place(self, service: ServiceState) -> None:
         """Use more of a service's partitions for what it has queued: free ones first, then take
@@ -230,7 +228,7 @@ class Dispatcher:
         """Take a batch from a lane and give it to a worker, to start now or when the one
         ``before`` is done."""
         state = self.state
-        start = max(state.now, before.expected_end) if before is not None else state.now
+        start = before.expected_end if before is not None else state.now
         after = before.batch.id if before is not None else 0
         requests = queues.take_batch(state, service, lane_key, partition, start)
         rows = sum(r.rows for r in requests)
@@ -259,21 +257,21 @@ class Dispatcher:
         """Let a busy worker have its next batch at hand, so that it need not wait for it to be
         sent: one that can grow no more, is short, and takes nothing from other services."""
         state = self.state
-        if not partition.batch or partition.next or partition.retiring:
+        if not partition.batch or partition.at_hand or partition.retiring:
             return
         running = state.running[partition.batch]
         worker = state.workers[running.worker]
         if worker.retiring or partition.services != [worker.service]:
             return
         service = state.services[worker.service]
-        longest = service.exec[partition.kind].predict(partition.compute, service.max_batch)
-        if longest > min(AHEAD_MOST, service.objective // AHEAD_SHARE):
+        if not self._plenty(service) or running.expected_end < state.now:
             return
-        if not self._plenty(service):
+        longest = service.exec[partition.kind].predict(partition.compute, service.max_batch)
+        if not 0 < longest <= min(AHEAD_MOST, service.objective // AHEAD_SHARE):
             return
         lane_key = queues.full_lane(state, service, worker.version)
         if lane_key:
-            partition.next = self._send(partition, service, lane_key, worker, before=running)
+            partition.at_hand = self._send(partition, service, lane_key, worker, before=running)
 
     def _pick_worker(
         self, service: ServiceState, version: str, partition: PartitionState
@@ -296,8 +294,11 @@ class Dispatcher:
         partition = self._free(running)
         if partition is not None:
             # A batch costs what it holds the partition, the way there and back included: those
-            # behind it wait for that, not for the execution alone.
+            # behind it wait for that, not for the execution alone. Unless the worker went on with
+            # one that it had at hand: nothing waited for the way back.
             held = max(event.exec_ns, now - running.started)
+            if partition.batch:
+                held = event.exec_ns + (0 if running.after else event.start_ns)
             table = service.exec[partition.kind]
             table.observe(partition.compute, running.batch.rows, held)
             if not running.after:
@@ -325,9 +326,9 @@ class Dispatcher:
         state = self.state
         worker = state.workers.get(running.worker)
         partition = state.partitions.get(running.partition)
-        if worker is not None and partition is not None and partition.next:
-            worker.batch = partition.batch = partition.next
-            partition.next = 0
+        if worker is not None and partition is not None and partition.at_hand:
+            worker.batch = partition.batch = partition.at_hand
+            partition.at_hand = 0
             self._begin(state.running[partition.batch], partition)
             return partition
         if worker is not None:
@@ -336,12 +337,13 @@ class Dispatcher:
             if service is not None and not worker.retiring:
                 self._enter_pool(service, worker)
         if partition is not None:
-            partition.batch = partition.next = 0
+            partition.batch = 0
             partition.idle_since = state.now
         return partition
 
     def _begin(self, running: Running, partition: PartitionState) -> None:
-        """The batch that a worker had at hand is under way."""
+        """The batch that a worker had at hand is under way. More may be known now of what it
+        takes."""
         now, service = self.state.now, self.state.services[running.batch.service]
         took = service.exec[partition.kind].predict(partition.compute, running.batch.rows)
         running.started = service.last_start = now
@@ -421,6 +423,8 @@ class Dispatcher:
         lost = [r for r in state.running.values() if r.worker == worker.id]
         for running in lost:
             del state.running[running.batch.id]
+        if lost:
+            state.partitions[lost[0].partition].at_hand = 0
         partition = self._free(lost[0]) if lost else None
         if not worker.retiring:
             self._leave_pool(service, worker)

@@ -30,17 +30,17 @@ def _holders(state: DispatcherState, levels: dict[str, PreemptLevel]) -> None:
         if p.batch:
             assert p.batch in state.running, f"{p.id}: unknown batch {p.batch}"
             assert state.running[p.batch].partition == p.id
-        if p.next:
-            assert p.batch and p.next != p.batch, f"{p.id}: a batch at hand and none under way"
-            now, then = state.running[p.batch], state.running[p.next]
+        if p.at_hand:
+            assert p.batch and p.at_hand != p.batch, f"{p.id}: a batch at hand and none under way"
+            now, then = state.running[p.batch], state.running[p.at_hand]
             assert (then.partition, then.worker) == (p.id, now.worker), f"{p.id}: not its worker"
-            assert then.after == p.batch, f"{p.id}: {p.next} is not to follow {p.batch}"
+            assert then.after == p.batch, f"{p.id}: {p.at_hand} is not to follow {p.batch}"
         mine = {(p.device, unit) for unit in p.units}
         assert not taken & mine, f"{p.id}: units {taken & mine} belong to two partitions"
         taken |= mine
     for running in state.running.values():
         partition, worker = state.partitions[running.partition], state.workers[running.worker]
-        assert running.batch.id in (partition.batch, partition.next)
+        assert running.batch.id in (partition.batch, partition.at_hand)
         assert worker.batch == partition.batch
         assert worker.device == partition.device
 

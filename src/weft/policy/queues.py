@@ -33,6 +33,8 @@ def enqueue(state: DispatcherState, service: ServiceState, request: Request) -> 
     own = service.exec[service.home].predict(1, request.rows)
     key = request.deadline + request.priority * AGEING - own
     heappush(lane.heap, (key, request.arrived, request.id))
+    if request.expires:
+        heappush(state.expiries, (request.expires, request.id))
     lane.live += 1
     service.queued += 1
     service.rows[request.priority] += request.rows

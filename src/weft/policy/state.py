@@ -135,8 +135,8 @@ class PartitionState:
     owners: list[str] = field(default_factory=list)
     lendable: bool = False
     batch: int = 0
-    next: int = 0
-    """The batch that the worker of ``batch`` has at hand already and goes on with."""
+    at_hand: int = 0
+    """The batch that the worker of ``batch`` has already and goes on with."""
     job: str = ""
     hold: Hold = Hold.NONE
     held_since: int = 0

@@ -237,6 +237,7 @@ class Instances:
                 path=str(files.path),
                 units=self._units,
                 max_batch=self.spec.batch.max,
+                exec_timeout=self.spec.exec_timeout,
                 check=str(files.check) if files.check is not None else "",
                 shapes=settings.shapes,
             )
@@ -253,8 +254,8 @@ class Instances:
                     instance.opened.set_exception(ModelError(reason))
             case Done(batch=batch) | Failed(batch=batch):
                 instance.batches.pop(batch, None)
-                for following in instance.batches:  # the one at hand, which begins now
-                    instance.batches[following] = self._shell.now()
+                if instance.batches:  # the one at hand begins now
+                    instance.batches[next(iter(instance.batches))] = self._shell.now()
                 self._shell.on_result(message)
                 self._stop_if_idle(instance)
 

@@ -21,11 +21,13 @@ class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 class Open(_Message, frozen=True):
     """Load, check and profile a model. ``check`` is an .npz with the model's inputs by name and
-    ``labels``, or ""; ``shapes`` fills in the free axes of inputs for the warm-up."""
+    ``labels``, or ""; ``shapes`` fills in the free axes of inputs for the warm-up;
+    ``exec_timeout`` is how long (ns) an execution may take."""
 
     path: str
     units: tuple[int, ...]
     max_batch: int
+    exec_timeout: int
     check: str = ""
     shapes: dict[str, tuple[int, ...]] = {}
 

@@ -44,7 +44,8 @@ PROFILE_BUDGET_NS = 2_000_000_000
 """Profiling stops here: a slow model learns the rest from traffic."""
 REST_EVERY_NS, REST_S = 100_000_000, 100e-6
 """With the next batch always at hand a worker never blocks, and at real-time priority the kernel
-would end it for that (RLIMIT_RTTIME): so often it sleeps, long enough to count."""
+would end it for that (RLIMIT_RTTIME): so often, or four times within the limit, it sleeps, long
+enough to count."""
 _FAILURES = (ModelError, ValueError, MemoryError)
 """What a model may raise on an input; anything else is a bug and ends the worker."""
 
@@ -56,6 +57,7 @@ class Worker:
         self._sock = sock
         self._arena = arena
         self._engine: Engine | None = None
+        self._rest_every = REST_EVERY_NS
         self._decoder = msgspec.msgpack.Decoder(ToWorker)
 
     def serve(self) -> None:
@@ -67,7 +69,7 @@ class Worker:
             else:
                 self._send(self._run(message))
             now = time.monotonic_ns()
-            if now - rested > REST_EVERY_NS:
+            if now - rested > self._rest_every:
                 time.sleep(REST_S)
                 rested = now
 
@@ -88,6 +90,7 @@ class Worker:
     # --- loading ----------------------------------------------------------------------------
 
     def _open(self, order: Open) -> Opened | OpenFailed:
+        self._rest_every = min(REST_EVERY_NS, order.exec_timeout // 4)
         try:
             self._engine = open_engine(Path(order.path), order.units)
             profile = self._profile(self._engine, order)

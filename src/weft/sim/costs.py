@@ -80,7 +80,8 @@ class DeviceCost(msgspec.Struct, frozen=True):
     """What a device charges for changing hands.
 
     ``start``: from dispatch to execution on an idle partition; ``follow`` the same where a batch
-    has just ended, so that nobody has to wake up (``start`` if it is not known); ``preempt``
+    has just ended, so that nobody has to wake up (``start`` if it is not known); ``at_hand`` from
+    the end of one batch to the execution of the next, if the instance has that already; ``preempt``
     comes on top where a job is just being moved off; ``repartition`` is paid once per change of
     layout, or, where partitions are made one by one (MIG), ``make`` and ``unmake`` for each;
     ``contention``: slow-down of an execution (and of a job) when everything else on the device
@@ -93,6 +94,7 @@ class DeviceCost(msgspec.Struct, frozen=True):
     revoke: Spread
     repartition: Spread = Spread(0)
     follow: Spread | None = None
+    at_hand: Spread = Spread(0)
     make: Spread = Spread(0)
     unmake: Spread = Spread(0)
     contention: float = 0.0

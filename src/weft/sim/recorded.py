@@ -158,6 +158,10 @@ class Recording:
                 self._open[request.id] = request
             case e.BatchDone():
                 self._batch_done(now, event)
+            case e.BatchFailed(batch=batch):
+                found = self._dispatched.pop(batch, None)
+                if found is not None:
+                    self._ended[found[0].partition] = now
             case e.Planned(plan=plan):
                 self._units |= {p.id: p.compute for p in plan.partitions}
             case _:
@@ -267,6 +271,7 @@ class Recording:
         overhead = [x.held_ns - x.exec_ns for x in idle if not x.preempting]
         preempting = [x.held_ns - x.exec_ns for x in idle if x.preempting]
         following = [x.held_ns - x.exec_ns for x in sent if x.follows]
+        at_hand = [x.held_ns - x.exec_ns for x in self._executed if x.at_hand]
         if len(overhead) < _LEAST_SAMPLES:
             # The job held the space whenever a request came: what it costs is part of every start.
             overhead = preempting
@@ -277,6 +282,7 @@ class Recording:
             DEVICES.get(kind, DEVICES["cpu"]),
             start=_spread(overhead),
             follow=_spread(following) if len(following) >= _LEAST_SAMPLES else None,
+            at_hand=_spread(at_hand) if len(at_hand) >= _LEAST_SAMPLES else Spread(0),
             preempt=Spread(round(more), 0.5),
             grant=_spread(self._granted),
             revoke=_spread(self._revoked),

@@ -211,7 +211,7 @@ class World:
         """Loads that the next plan waits for."""
         self._settled: dict[str, int] = {}
         self._running: dict[str, int] = {}
-        self._following: dict[int, a.Dispatch] = {}
+        self._at_hand: dict[int, a.Dispatch] = {}
         """Batches that instances have at hand, by the batch that they follow."""
         self._served = dict.fromkeys(self._compute, 0)
         """Units that executions use, by device and (under "") of all the box."""
@@ -412,7 +412,7 @@ class World:
             case a.Dispatch(after=0):
                 self._execute(action)
             case a.Dispatch(after=before):
-                self._following[before] = action
+                self._at_hand[before] = action
             case a.Complete(requests=requests):
                 for request in requests:
                     found = self._open.pop(request)
@@ -446,8 +446,9 @@ class World:
         device = self._devices[partition.device]
         service, cost, kind = self._services[batch.service], device.cost, device.spec.kind
         follows = cost.follow is not None and self._ended.get(partition.id) == self._now
-        start = 0  # of what the instance has at hand
-        if not action.after:
+        if action.after:
+            start = self._draws.time(cost.at_hand)
+        else:
             start = self._draws.time(cost.follow if follows and cost.follow else cost.start)
         if action.preempting:
             start += self._draws.time(cost.preempt)
@@ -469,13 +470,13 @@ class World:
             if self._diary is not None:
                 self._diary.served(batch.service, used)
             self._record(batch.service, partition, began)
-            following = self._following.pop(batch.id, None)
-            if following is not None:
-                self._execute(following)
+            at_hand = self._at_hand.pop(batch.id, None)
+            if at_hand is not None:
+                self._execute(at_hand)
             else:
                 self._slow_jobs()
             self._feed(e.BatchDone(batch.id, took, start))
-            if following is None and action.worker in self._ending:
+            if at_hand is None and action.worker in self._ending:
                 self._ending.remove(action.worker)
                 self._feed(e.WorkerDown(action.worker, "unloaded"))
 

@@ -198,7 +198,7 @@ class Monitor:
         self.jobs: dict[str, JobMeter] = {}
         self._open: dict[int, Request] = {}
         self._running: dict[int, a.Dispatch] = {}
-        self._following: dict[int, a.Dispatch] = {}
+        self._at_hand: dict[int, a.Dispatch] = {}
         """Batches that workers have at hand, by the batch that they follow."""
         self._granted: dict[tuple[str, str], int] = {}
         self._compute: dict[str, int] = {}
@@ -240,7 +240,7 @@ class Monitor:
     def _worker_lost(self, now: int, worker: str) -> None:
         lost = [x for x in self._running.values() if x.worker == worker]
         for dispatch in lost:
-            self._following.pop(dispatch.batch.id, None)
+            self._at_hand.pop(dispatch.batch.id, None)
             self._batch_over(now, dispatch.batch.id, 0)
 
     def _act(self, now: int, action: a.Action) -> None:
@@ -248,7 +248,7 @@ class Monitor:
             case a.Dispatch(after=0):
                 self._begin(now, action)
             case a.Dispatch(after=before):
-                self._following[before] = action
+                self._at_hand[before] = action
             case a.Complete(requests=requests):
                 for request_id in requests:
                     if request_id in self._open:
@@ -298,9 +298,9 @@ class Monitor:
             return
         self.service(dispatch.batch.service).exec_ns += exec_ns
         self.partition(dispatch.partition).hold("", now)
-        following = self._following.pop(batch, None)
-        if following is not None:
-            self._begin(now, following)
+        at_hand = self._at_hand.pop(batch, None)
+        if at_hand is not None:
+            self._begin(now, at_hand)
 
     def _grant_over(self, now: int, job: str, partition: str) -> None:
         since = self._granted.pop((job, partition), None)

@@ -8,7 +8,7 @@ from weft.domain import actions as a
 from weft.domain import events as e
 from weft.domain.request import Refusal, Request
 from weft.domain.units import format_duration
-from weft.policy.admission import RETRY_MIN
+from weft.policy.admission import RETRY_MIN, busy_for
 from weft.policy.lending import in_debt
 from weft.policy.state import DispatcherState, PartitionState, ServiceState, WorkerState
 
@@ -67,9 +67,9 @@ def _load(
         parts.append(f"{service.queued} requests ({sum(service.rows)} rows) were queued")
     for name in service.partitions:
         partition = state.partitions[name]
-        running = state.running.get(partition.next or partition.batch)
+        running = state.running.get(partition.batch)
         if running is not None:
-            rest = format_duration(max(0, running.expected_end - now))
+            rest = format_duration(max(0, busy_for(state, partition, now)))
             what = f"batch {running.batch.id} of {running.batch.service}"
             parts.append(f"{what} had {name} for another {rest}")
         elif partition.job:
@@ -107,6 +107,8 @@ def slow(request: Request, now: int, started: int, order: a.Dispatch, done: e.Ba
     company = f"in a batch of {count}" if count > 1 else "alone"
     taken = ", taken back from a job" if order.preempting else ""
     taken = " after the batch before it" if order.after else taken
+    # Of a batch that was at hand when the journal's segment began only its start is known.
+    started = min(started, now - done.start_ns - done.exec_ns)
     rest = now - started - done.start_ns - done.exec_ns
     parts = [
         f"waited {format_duration(max(0, started - request.arrived))}",
