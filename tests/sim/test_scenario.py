@@ -44,6 +44,8 @@ def test_every_example_is_in_order(path: Path) -> None:
         ("rate: 5}", "rate: 5}, guaranteed: 1.5", "guaranteed: must be a share"),
         ("latency: 50ms", "latency: 2ms", "infeasible.*smallest change.*latency"),
         ("{rate: 5}", "{rate: 5, speed: 3}", "cost.speed: unknown key"),
+        ("{rate: 5}", "{rate: 5, saturates: 2, gang: 0.5}", "cost.gang: must be between 1 and"),
+        ("{rate: 5}", "{rate: 5, gang: 2}", "cost.gang: needs saturates"),
         ("first: 10ms,", "", r"services\[0\].cost.first: is required"),
         ("kind: poisson, rate: 10", "kind: trace, file: no.csv", "cannot read the trace"),
         ("kind: poisson, rate: 10", "kind: steps, rates: {5s: 1}", "start at 0s"),

@@ -8,7 +8,7 @@ import pytest
 from tests.sim.test_devices import mig
 from tests.sim.test_world import scenario
 from weft.domain.units import MS
-from weft.sim.costs import speed_up
+from weft.policy.utility import speed_up
 from weft.sim.outcome import Outcome
 from weft.sim.policies import POLICIES, simulate
 from weft.sim.scenario import Scenario

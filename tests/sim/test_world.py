@@ -15,7 +15,9 @@ from weft.domain.snapshot import Snapshot
 from weft.domain.units import MS, S
 from weft.policy.planner import Planner
 from weft.policy.planstate import Tuning
-from weft.sim.costs import ExecCost, JobCost, speed_up
+from weft.policy.utility import EXPLORE, speed_up
+from weft.policy.wishes import UNLENT_FOR
+from weft.sim.costs import ExecCost, JobCost
 from weft.sim.outcome import Outcome
 from weft.sim.policies import POLICIES, simulate
 from weft.sim.scenario import Scenario, parse_scenario
@@ -178,6 +180,54 @@ def test_idle_space_is_lent_only_where_jobs_gain_by_it(resume: str, lent: bool) 
     assert ended != lent
     rate, before, never = (o.figures()["job_rate"] for o in (outcome, unlearned, kept))
     assert rate > (1.1 * never if lent else 1.1 * before)
+
+
+def test_a_gang_is_lent_idle_space_though_its_pauses_may_look_dear() -> None:
+    """It makes little on the core that is left to it, which is not known while it has more."""
+    job = "{name: j, cost: {rate: 37, parallel: 1, saturates: 2, gang: 1.3, resume: 5ms}}"
+    rates = ", ".join(["0s: 30", *(f"{8 * i}s: {95 + 95 * (i % 2)}" for i in range(3, 30))])
+    found = parse_scenario(
+        f"""
+name: s
+duration: 240s
+device: {{kind: cpu, units: 2}}
+services:
+  - name: a
+    objective: {{latency: 40ms}}
+    cost: {{first: 2700us, per_row: 2400us, parallel: 0}}
+    arrivals: {{kind: steps, rates: {{{rates}}}}}
+jobs: [{job}]
+""",
+        Path(),
+    )
+    lent = run(found, Tuning(learn=False)).figures()["job_rate"]
+    kept = run(found, Tuning(lend=False)).figures()["job_rate"]
+    assert lent > 1.3 * kept
+    for seed in range(3):
+        outcome = run(found, seed=seed)
+        assert outcome.figures()["job_rate"] > 0.92 * lent
+        said = [(now, why) for now, each in outcome.reasons for why in each if "idle space" in why]
+        (began, tried), (ended, found_out) = said
+        assert "for a while" in tried
+        assert "is lent again" in found_out
+        assert ended - began <= UNLENT_FOR + S
+
+
+@pytest.mark.parametrize(("resume", "lent"), [("0ms", True), ("20ms", False)])
+def test_what_is_made_without_lending_is_tried_where_there_is_no_sign(
+    resume: str, lent: bool
+) -> None:
+    """A single instance holds the same unit all the time: nothing tells pauses from time lost."""
+    job = f"{{name: j, cost: {{rate: 10, parallel: 0.9, resume: {resume}}}}}"
+    found = scenario(rate=60, first="4ms", latency="50ms", jobs=job, seconds=1200)
+    planner = Planner()
+    outcome = World(found, planner, (0, 0)).run()
+    said = [(now, why) for now, each in outcome.reasons for why in each]
+    began = [now for now, why in said if "for a while" in why]
+    assert began[0] * EXPLORE >= UNLENT_FOR
+    ended = next(now for now, why in said if "was tried" in why)
+    assert 0 < ended - began[0] <= UNLENT_FOR + S
+    assert planner.state.devices["cpu"].lends == lent
 
 
 def test_a_new_job_is_lent_idle_space_until_more_is_known() -> None:

@@ -9,18 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.policy.utility import LOST, Curve
-
-
-def speed(parallel: float, cap: int, units: int) -> float:
-    return 1.0 / (1.0 - parallel + parallel / min(units, cap))
+from weft.policy.utility import LOST, QUANTILES, Curve, speed_up
 
 
 def learned(parallel: float, cap: int, tried: tuple[int, ...], noise: float = 0.05) -> Curve:
     source, curve = random.Random(1), Curve(8)
     for _ in range(30):
         for units in tried:
-            rate = 7.0 * speed(parallel, cap, units) * source.gauss(1.0, noise)
+            rate = 7.0 * speed_up(parallel, cap, units) * source.gauss(1.0, noise)
             curve.observe({units: 1.0}, rate)
     return curve
 
@@ -37,7 +33,7 @@ def test_before_anything_is_seen_more_space_is_expected_to_help() -> None:
 def test_a_curve_is_learned_to_within_a_tenth(parallel: float, cap: int) -> None:
     curve = learned(parallel, cap, (1, 2, 4, 8))
     found = curve.speed_ups()
-    errors = [abs(found[x] / speed(parallel, cap, x) - 1) for x in range(1, 9)]
+    errors = [abs(found[x] / speed_up(parallel, cap, x) - 1) for x in range(1, 9)]
     assert sum(errors) / len(errors) < 0.1
     assert curve.rate() == pytest.approx(7.0, rel=0.1)
 
@@ -53,17 +49,45 @@ def test_time_shared_between_sizes_counts_for_both() -> None:
     curve, source = Curve(4), random.Random(2)
     for _ in range(60):
         part = source.random()
-        rate = 3.0 * (part * speed(0.9, 4, 4) + (1 - part) * speed(0.9, 4, 1))
+        rate = 3.0 * (part * speed_up(0.9, 4, 4) + (1 - part) * speed_up(0.9, 4, 1))
         curve.observe({4: part, 1: 1 - part}, rate)
-    assert curve.speed_ups()[4] == pytest.approx(speed(0.9, 4, 4), rel=0.1)
+    assert curve.speed_ups()[4] == pytest.approx(speed_up(0.9, 4, 4), rel=0.1)
 
 
 def test_a_job_that_changes_is_learned_anew() -> None:
     curve = learned(0.97, 8, (1, 4, 8))
     for _ in range(300):
         for units in (1, 4, 8):
-            curve.observe({units: 1.0}, 7.0 * speed(0.9, 2, units))
-    assert curve.speed_ups()[8] == pytest.approx(speed(0.9, 2, 8), rel=0.15)
+            curve.observe({units: 1.0}, 7.0 * speed_up(0.9, 2, units))
+    assert curve.speed_ups()[8] == pytest.approx(speed_up(0.9, 2, 8), rel=0.15)
+
+
+def test_a_gang_that_waits_for_itself_is_told_from_one_that_does_not() -> None:
+    source = random.Random(4)
+    for gain in (1.0, 1.3, 1.7):
+        curve = Curve(4)
+        for _ in range(30):
+            for units in (1, 2, 4):
+                true = speed_up(1.0, 2, units, gain)
+                curve.observe({units: 1.0}, 30.0 * true * source.gauss(1.0, 0.03))
+        assert curve.speed_ups()[2] == pytest.approx(2.0 * gain, rel=0.1)
+        assert curve.rate() == pytest.approx(30.0, rel=0.1)
+
+
+def test_what_may_be_true_narrows_as_it_is_seen() -> None:
+    def spread(curve: Curve) -> float:
+        least, *_, most = curve.possible()
+        return most[0][4] - least[0][4]
+
+    curve = Curve(4)
+    assert len(curve.possible()) == len(QUANTILES)
+    assert {lost for _, lost in curve.possible()} == {LOST}
+    assert spread(curve) >= 2.0
+    curve.observe({4: 1.0}, 12.0)
+    unsure = spread(curve)
+    curve.observe({1: 1.0}, 4.0)
+    assert spread(curve) < unsure / 2
+    assert [ups[4] for ups, _ in curve.possible()] == sorted(ups[4] for ups, _ in curve.possible())
 
 
 @pytest.mark.parametrize("cost", [0.0005, 0.005, 0.02])
@@ -72,10 +96,10 @@ def test_what_a_pause_costs_is_learned_beside_the_speed(cost: float) -> None:
     for _ in range(60):
         units, pauses = source.choice([1, 2, 4]), source.choice([0.0, 10.0, 30.0])
         held = source.uniform(0.5, 1.0)
-        made = 3.0 * speed(0.9, 4, units) * (held - cost * pauses) * source.gauss(1.0, 0.02)
+        made = 3.0 * speed_up(0.9, 4, units) * (held - cost * pauses) * source.gauss(1.0, 0.02)
         curve.observe({0: 1 - held, units: held}, max(0.0, made), pauses)
     assert curve.lost() == pytest.approx(cost, rel=0.3, abs=0.0005)
-    assert curve.speed_ups()[4] == pytest.approx(speed(0.9, 4, 4), rel=0.1)
+    assert curve.speed_ups()[4] == pytest.approx(speed_up(0.9, 4, 4), rel=0.1)
     assert curve.rate() == pytest.approx(3.0, rel=0.1)
 
 

@@ -65,6 +65,10 @@ class DeviceMemory(msgspec.Struct):
     """Units of jobs that can move."""
     lends: bool = True
     """Whether idle service partitions are lent."""
+    trying: bool = False
+    """Whether they are not, to show what jobs make of that."""
+    unlent_at: int = 0
+    """When that last began, or when services or jobs came or went (ns)."""
     paused: float = 1.0
     """Pauses per request that could cause one, when they last were."""
 

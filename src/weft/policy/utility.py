@@ -3,10 +3,11 @@
 A job's progress is taken as ``R (m - L z)``: ``m`` is the time that it held space, each stretch
 times its speed-up there; ``z`` the pauses, each by the part of its space that it lost, times the
 mean speed-up; ``L`` the work that one of them costs. Speed-ups are one of a family: Amdahl's law
-with parallel part ``p``, cut off at ``c`` units. Which one, is learned by Bayes' rule over the
-family: every member is fitted to what was seen (least squares for ``R`` and ``R L``, the latter
-drawn to a prior) and weighs ``prior * exp(-residual / (2 sigma ** 2))``, ``sigma`` being a
-twentieth of what was seen (Bayesian model averaging; Hoeting et al., Statistical Science 1999).
+with parallel part ``p``, cut off at ``c`` units; and the same for gangs, whose ``c`` threads wait
+for each other and get ``g`` times as fast once none shares a unit. Which one, is learned by Bayes'
+rule over the family: every member is fitted to what was seen (least squares for ``R`` and ``R L``,
+the latter drawn to a prior) and weighs ``prior * exp(-residual / (2 sigma ** 2))``, ``sigma`` being
+a twentieth of what was seen (Bayesian model averaging; Hoeting et al., Statistical Science 1999).
 The prior favours jobs that scale. Old observations fade.
 
 Only what is tried is learned: ``unsure`` says of which sizes too little is known. The planner then
@@ -22,6 +23,10 @@ from functools import cache
 import msgspec
 
 PARALLEL = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
+GANGS = tuple((p, g) for p in (0.9, 1.0) for g in (1.3, 1.7))
+"""Parallel part and gain of gangs."""
+GANG = 0.1
+"""A gang's prior, as a part of that of threads that do not wait for each other."""
 FADE = 0.99
 """What an observation still counts for when the next one comes."""
 NOISE = 0.05
@@ -35,6 +40,8 @@ APART = 0.01
 """Part of the variance of pauses that must not go with that of time held."""
 EXPLORE = 0.03
 """Share of all units' time that may be spent on trying out."""
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+"""Of what may be true, those at which it is looked at."""
 UNSURE = 0.1
 """Relative standard deviation of a predicted speed-up from which trying out is worth it."""
 
@@ -135,6 +142,20 @@ class Curve(msgspec.Struct):
                 self.expected_lost += weight * (lost / rate if rate else LOST)
         return self.expected_lost
 
+    def possible(self) -> list[tuple[list[float], float]]:
+        """Members of the family at some quantiles of what the whole device may bring, least first:
+        speed on 0, 1, 2 … units relative to one, and seconds of work that a pause costs."""
+        family, weights = _family(self.units), self.weights()
+        order = sorted(range(len(family)), key=lambda index: family[index][1][-1])
+        found: list[tuple[list[float], float]] = []
+        below = 0.0
+        for index in order:
+            below += weights[index]
+            while len(found) < len(QUANTILES) and below >= QUANTILES[len(found)]:
+                rate, lost = self._fit(index) if self.seen else (0.0, 0.0)
+                found.append((list(family[index][1]), lost / rate if rate else LOST))
+        return found
+
     def knows_pauses(self) -> bool:
         """Whether what pauses cost can be told from the speed: because there were more and fewer
         of them, or so few that it does not matter."""
@@ -157,14 +178,27 @@ class Curve(msgspec.Struct):
 def _family(units: int) -> tuple[tuple[float, tuple[float, ...]], ...]:
     """(prior, speed-ups by units) of each member."""
     caps = sorted({min(units, c) for c in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, units)})
-    members = []
-    for parallel in PARALLEL:
-        for cap in caps:
-            speeds = tuple(
-                0.0 if not x else 1.0 / (1.0 - parallel + parallel / min(x, cap))
-                for x in range(units + 1)
-            )
-            # Half of the prior is that of jobs that scale as far as the device goes.
-            members.append(((0.5 if cap == units else 0.5 / len(caps)) * (0.2 + parallel), speeds))
+    members: list[tuple[float, tuple[float, ...]]] = []
+    for cap in caps:
+        # Half of the prior is that of jobs that scale as far as the device goes.
+        likely = 0.5 if cap == units else 0.5 / len(caps)
+        members += [(likely * (0.2 + p), _speeds(units, p, cap)) for p in PARALLEL]
+        if cap > 1:
+            members += [
+                (GANG * likely * (0.2 + p), _speeds(units, p, cap, gain)) for p, gain in GANGS
+            ]
     total = sum(prior for prior, _ in members)
     return tuple((prior / total, speeds) for prior, speeds in members)
+
+
+def _speeds(units: int, parallel: float, cap: int, gain: float = 1.0) -> tuple[float, ...]:
+    """On 0, 1, 2 … units relative to one."""
+    return (0.0, *(speed_up(parallel, cap, x, gain) for x in range(1, units + 1)))
+
+
+def speed_up(parallel: float, cap: int, units: int, gain: float = 1.0) -> float:
+    """Speed on ``units`` units relative to one: Amdahl's law up to ``cap`` units (0: without
+    end), from which on it is ``gain`` times as much."""
+    used = min(units, cap) if cap else units
+    whole = gain if cap and units >= cap else 1.0
+    return whole / (1.0 - parallel + parallel / max(1, used))

@@ -21,6 +21,7 @@ from weft.policy.layouts import (
 )
 from weft.policy.leftover import pauses_of, share_out, worth
 from weft.policy.planstate import TRY_EVERY, DeviceMemory, PlannerState, Tuning
+from weft.policy.utility import DEAR, EXPLORE, QUANTILES
 from weft.policy.views import Layout, Verdict, View
 
 CALM = 0.6
@@ -33,6 +34,8 @@ GAIN_OWN = 1.02
 """Jobs are given space of their own only if it is worth this much more than borrowing it."""
 LOSE_NOTHING = 0.99
 """And give it back if borrowing is worth this much of owning it."""
+UNLENT_FOR = 30 * S
+"""How long, at most, it is tried out what jobs make if nothing is lent (ns)."""
 
 
 class Wish(NamedTuple):
@@ -304,25 +307,67 @@ class Wishes:
         return [f"units of jobs: {parts}: what each makes of them was learned"]
 
     def _relend(self, view: View, memory: DeviceMemory) -> list[str]:
-        """Why lending should end, or begin again: where what pauses cost is known, and is more
-        than what idle space is worth, or no longer."""
-        layout, known = memory.layout, all(job.id in view.lost for job in view.jobs)
-        if layout is None or self.state.learned_at != view.now:
+        """Why lending should end, or begin again. Where pauses seem to cost jobs more than idle
+        space is worth, or may do so, what jobs make without it is tried for a while; without such
+        a sign seldom enough to stay below ``EXPLORE`` of the time."""
+        layout, state, tuning = memory.layout, self.state, self.tuning
+        if layout is None or state.learned_at != view.now:
             return []
-        if not (self.tuning.lend and layout.mine and view.jobs and known):
+        if not (tuning.lend and layout.mine and view.jobs):
             return []
         here = judge(view, layout, 0.0)
-        lent, kept = self._lent_or_not(view, here, self._pauses(view, here))
-        change = kept > GAIN_OWN * lent if memory.lends else lent > GAIN_OWN * kept
-        if not _has_held(memory, "lending", change, view.now, self.tuning.shrink_after):
+        pauses = self._pauses(view, here)
+        lent, kept = self._lent_or_not(view, here, pauses)
+        worse, passed = kept > GAIN_OWN * lent, view.now - memory.unlent_at
+        if memory.trying:
+            if passed < UNLENT_FOR and self._is_open(view, here, pauses):
+                return []
+            memory.trying, memory.lends = False, not worse
+            return ["it was tried: " + self._verdict(view, memory.lends, lent, kept)]
+        if not memory.lends:
+            better = lent > GAIN_OWN * kept
+            if not _has_held(memory, "lending", better, view.now, tuning.shrink_after):
+                return []
+            memory.lends = True
+            return [self._verdict(view, True, lent, kept)]
+        seems = worse and passed >= tuning.settle
+        seems = _has_held(memory, "lending", seems, view.now, tuning.shrink_after)
+        due = passed * EXPLORE >= UNLENT_FOR and self._is_open(view, here, pauses)
+        if not (seems or due) or state.probe or view.now - state.tried_own < PROBE_FOR:
             return []
-        memory.lends = not memory.lends
-        before, after = (kept, lent) if memory.lends else (lent, kept)
+        memory.unlent_at, memory.trying, memory.lends = view.now, True, False
+        return ["idle space is not lent for a while: what jobs make without it is tried"]
+
+    def _is_open(self, view: View, here: Verdict, pauses: float) -> bool:
+        """Whether jobs would gain without lending in some of what may be true, not in all."""
+        pairs = [self._lent_or_not(each, here, pauses) for each in self._possible(view)]
+        return len({kept > GAIN_OWN * lent for lent, kept in pairs}) == 2
+
+    def _verdict(self, view: View, lends: bool, lent: float, kept: float) -> str:
+        before, after = (kept, lent) if lends else (lent, kept)
+        ended = "lent again" if lends else "not lent"
         gain = f"jobs gain {after / before - 1 if before else 1:.0%}"
-        if memory.lends:
-            return [f"idle space is lent again: {gain}"]
-        cost = ", ".join(f"{job.id} {view.lost[job.id] * 1000:.1f} ms" for job in view.jobs)
-        return [f"idle space is not lent: {gain}; a pause costs {cost}"]
+        costs = [f"{j.id} {view.lost[j.id] * 1000:.1f} ms" for j in view.jobs if j.id in view.lost]
+        known = ", ".join(costs) or "what is not known"
+        return f"idle space is {ended}: {gain}; a pause costs {known}"
+
+    def _possible(self, view: View) -> list[View]:
+        """The view as it may be, all jobs being as good or as bad as may be at once; what is not
+        known of pauses is from nothing to ``DEAR``."""
+        curves = self.state.curves
+        if not all(job.id in curves for job in view.jobs):
+            return [view]
+        possible = {job.id: curves[job.id].possible() for job in view.jobs}
+        found = []
+        for index in range(len(QUANTILES)):
+            speed_ups = {job: each[index][0] for job, each in possible.items()}
+            for unknown in (0.0, DEAR):
+                lost = {
+                    job: each[index][1] if job in view.lost else unknown
+                    for job, each in possible.items()
+                }
+                found.append(msgspec.structs.replace(view, speed_ups=speed_ups, lost=lost))
+        return found
 
     def _rebind(self, view: View, memory: DeviceMemory) -> list[str]:
         """Why jobs should start again on other instances."""

@@ -5,7 +5,8 @@ Execution of ``rows`` rows on ``units`` compute units::
     (first + per_row · (rows - 1)) · (1 - parallel + parallel / min(units, saturates))
 
 which is Amdahl's law (AFIPS 1967) cut off where the model has no more parallel work; so
-utility curves bend. Jobs speed up by the same law. A measured profile, where there is one,
+utility curves bend. Jobs speed up by the same law, and gangs of threads that wait for each other
+leap once each has a unit of its own. A measured profile, where there is one,
 takes the place of the formula, interpolated between its nearest sizes.
 """
 
@@ -15,12 +16,7 @@ import msgspec
 
 from weft.domain.units import MS, US, S
 from weft.policy.estimate import ExecTable
-
-
-def speed_up(parallel: float, saturates: int, units: int) -> float:
-    """Speed on ``units`` compute units relative to one (Amdahl)."""
-    used = min(units, saturates) if saturates else units
-    return 1.0 / (1.0 - parallel + parallel / max(1, used))
+from weft.policy.utility import speed_up
 
 
 class ExecCost(msgspec.Struct, frozen=True):
@@ -54,19 +50,23 @@ class ExecCost(msgspec.Struct, frozen=True):
 
 
 class JobCost(msgspec.Struct, frozen=True):
-    """Progress of a job: ``rate`` steps/s on one unit; ``resume`` ns are lost whenever it is
-    granted space after having had less (caches, a gang at its barrier), ``move`` ns when it has
-    to start again elsewhere from its checkpoint."""
+    """Progress of a job: ``rate`` steps/s on one unit; ``gang`` times as much from ``saturates``
+    units on, where threads that wait for each other share none; ``resume`` ns are lost whenever
+    it is granted space after having had less (caches, a gang at its barrier), ``move`` ns when it
+    has to start again elsewhere from its checkpoint."""
 
     rate: float
     parallel: float = 0.9
     saturates: int = 0
+    gang: float = 1.0
     resume: int = 1 * MS
     move: int = 10 * S
 
     def speed(self, units: int) -> float:
         """Steps/s on ``units`` compute units."""
-        return self.rate * speed_up(self.parallel, self.saturates, units) if units else 0.0
+        if not units:
+            return 0.0
+        return self.rate * speed_up(self.parallel, self.saturates, units, self.gang)
 
 
 class Spread(msgspec.Struct, frozen=True):

@@ -28,8 +28,9 @@ from weft.domain.snapshot import RATE_WINDOW
 from weft.domain.units import S
 from weft.domain.workload import BatchSpec, JobSpec, ServiceSpec, Slo
 from weft.policy.state import DispatcherState, ServiceState
+from weft.policy.utility import speed_up
 from weft.sim.arrivals import Recorded
-from weft.sim.costs import DEVICES, DeviceCost, ExecCost, JobCost, Spread, speed_up
+from weft.sim.costs import DEVICES, DeviceCost, ExecCost, JobCost, Spread
 from weft.sim.scenario import Scenario, SimDevice, SimJob, SimService
 from weft.telemetry.records import Entry, Gap, Header, PlanRecord, Record
 

@@ -24,6 +24,7 @@ from weft.sim.costs import DEVICES, DeviceCost, ExecCost, JobCost
 from weft.telemetry.monitor import DAY
 
 MAX_UNITS = 1024
+MAX_GANG = 10.0
 SERVING = ("npu", "cpu")
 """Kinds of device that may be there to serve only."""
 
@@ -390,12 +391,17 @@ def _job(section: reading.Section) -> SimJob:
         limit=section.take("limit", reading.positive_share, 1.0),
     )
     cost = section.section("cost", required=True)
+    saturates = cost.take("saturates", reading.integer(1, MAX_UNITS), 0)
+    gang = cost.take("gang", _gang, 1.0)
+    if gang > 1.0 and not saturates:
+        raise ConfigError("needs saturates: how many threads it has", cost.at("gang"))
     job = SimJob(
         spec,
         JobCost(
             rate=cost.take("rate", reading.positive),
             parallel=cost.take("parallel", reading.share, 0.9),
-            saturates=cost.take("saturates", reading.integer(1, MAX_UNITS), 0),
+            saturates=saturates,
+            gang=gang,
             resume=cost.take("resume", reading.duration_or_zero, 1 * MS),
             move=cost.take("move", reading.duration_or_zero, 10 * S),
         ),
@@ -433,6 +439,13 @@ def _arrivals(section: reading.Section, folder: Path) -> Arrivals:
             section.take("duplicates", reading.boolean, False),
         )
     section.done()
+    return found
+
+
+def _gang(value: object) -> float:
+    found = reading.number(value)
+    if not 1 <= found <= MAX_GANG:
+        raise ValueError(f"must be between 1 and {MAX_GANG:g}, got {found:g}")
     return found
 
 

@@ -26,7 +26,8 @@ import msgspec
 import numpy as np
 
 from weft.domain.units import US, S
-from weft.sim.costs import DEVICES, ExecCost, speed_up
+from weft.policy.utility import speed_up
+from weft.sim.costs import DEVICES, ExecCost
 from weft.sim.outcome import JobTally, Outcome, ServiceTally
 from weft.sim.scenario import Scenario, SimJob, SimService
 from weft.sim.world import Draws
