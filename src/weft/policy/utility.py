@@ -146,10 +146,10 @@ class Curve(msgspec.Struct):
         """Members of the family at some quantiles of what the whole device may bring, least first:
         speed on 0, 1, 2 … units relative to one, and seconds of work that a pause costs."""
         family, weights = _family(self.units), self.weights()
-        order = sorted(range(len(family)), key=lambda index: family[index][1][-1])
+        order = sorted([(speeds[-1], index) for index, (_, speeds) in enumerate(family)])
         found: list[tuple[list[float], float]] = []
         below = 0.0
-        for index in order:
+        for _, index in order:
             below += weights[index]
             while len(found) < len(QUANTILES) and below >= QUANTILES[len(found)]:
                 rate, lost = self._fit(index) if self.seen else (0.0, 0.0)
