@@ -93,6 +93,20 @@ def test_a_state_that_the_events_do_not_explain_is_found(history: list[Entry]) -
     assert "dispatcher.services['s1'].p95.value" in report.difference.event
 
 
+def test_services_in_another_order_are_a_difference(history: list[Entry]) -> None:
+    """Who comes first is decided by it."""
+    index = index_of(history, Header, 2)
+    header = history[index]
+    assert isinstance(header, Header)
+    state = header.dispatcher_state()
+    assert len(state.services) > 1
+    state.services = dict(reversed(state.services.items()))
+    changed = msgspec.structs.replace(header, dispatcher=msgspec.msgpack.encode(state))
+    report = replay([*history[:index], changed])
+    assert report.difference is not None and report.difference.kind == "state"
+    assert report.difference.event == "checkpoint: dispatcher.services"
+
+
 def test_a_field_that_came_later_is_no_difference(history: list[Entry]) -> None:
     older = []
     for entry in history:

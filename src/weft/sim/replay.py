@@ -109,9 +109,10 @@ class _Replay:
         ):
             if _encode(ours) == kept:
                 continue
-            theirs = msgspec.msgpack.decode(kept, type=type(ours))
-            if theirs != ours:  # a field that came later makes other bytes
-                path, left, right = _first_unequal(theirs, ours, name)
+            # A field that came later makes other bytes, and no difference.
+            found = _first_unequal(msgspec.msgpack.decode(kept, type=type(ours)), ours, name)
+            if found is not None:
+                path, left, right = found
                 self._differ("state", header.now, f"checkpoint: {path}", (left,), (right,))
                 return
 
@@ -161,9 +162,10 @@ def _shown(actions: tuple[Any, ...]) -> tuple[str, ...]:
     return tuple(map(repr, actions))
 
 
-def _first_unequal(left: Any, right: Any, path: str) -> tuple[str, str, str]:
-    """(path, left, right) of the first place where two states differ."""
-    fields: Iterable[tuple[str, Any, Any]] = ()
+def _first_unequal(left: Any, right: Any, path: str) -> tuple[str, str, str] | None:
+    """(path, left, right) of the first place where two states differ, the order of keys included;
+    None if they are the same."""
+    fields: Iterable[tuple[str, Any, Any]]
     names = getattr(left, "__struct_fields__", None) or getattr(left, "__dataclass_fields__", None)
     if names and type(left) is type(right):
         fields = ((f".{n}", getattr(left, n), getattr(right, n)) for n in names)
@@ -171,7 +173,12 @@ def _first_unequal(left: Any, right: Any, path: str) -> tuple[str, str, str]:
         fields = ((f"[{key!r}]", left[key], right[key]) for key in left)
     elif isinstance(left, list | tuple) and type(left) is type(right) and len(left) == len(right):
         fields = ((f"[{i}]", a, b) for i, (a, b) in enumerate(zip(left, right, strict=True)))
+    elif left == right and not isinstance(left, dict):
+        return None
+    else:
+        return path, repr(left), repr(right)
     for name, a, b in fields:
-        if a != b:
-            return _first_unequal(a, b, path + name)
-    return path, repr(left), repr(right)
+        found = _first_unequal(a, b, path + name)
+        if found is not None:
+            return found
+    return None
