@@ -24,6 +24,7 @@ import json
 import math
 import os
 import platform
+import signal
 import statistics
 import tempfile
 import time
@@ -324,6 +325,8 @@ def cmd_colocate(args: argparse.Namespace) -> int:
         raise EnvironmentProblem(
             f"--arms: must contain alone and train, from {', '.join(ARMS)}; wrong: {unknown}"
         )
+    # To be told to stop is to be interrupted: what was started is stopped first.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     cores = sorted(os.sched_getaffinity(0))
     results: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="weft-bench-") as directory:
@@ -338,7 +341,7 @@ def cmd_colocate(args: argparse.Namespace) -> int:
         finally:
             bench.stop()
     if args.json:
-        Path(args.json).write_text(json.dumps(_document(args, bench, results)))
+        Path(args.json).write_text(json.dumps(_document(args, bench, results), allow_nan=False))
     if args.plot:
         plot(results, Path(args.plot))
     return 0
@@ -358,8 +361,17 @@ def _document(
         },
         "options": {"rounds": args.rounds, "seconds": args.seconds, "seed": args.seed},
         "exec_ms": bench.exec_s * 1e3,
-        "loads": results,
+        "loads": _without_nan(results),
     }
+
+
+def _without_nan(value: Any) -> Any:
+    """What an arm does not measure is null: JSON knows no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(each) for each in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def add_bench(subparsers: Any) -> None:

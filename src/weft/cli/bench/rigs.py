@@ -47,6 +47,12 @@ class NodeRig:
     def start(self) -> None:
         """Start it and wait until its model is warm; raises EnvironmentProblem."""
         cores = self._cores
+
+        def prepare() -> None:
+            proctree.end_with_parent(signal.SIGTERM)
+            if cores:
+                os.sched_setaffinity(0, cores)
+
         with (self.directory / "log").open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "weft", "serve", "weft.yaml"],
@@ -55,7 +61,7 @@ class NodeRig:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
+                preexec_fn=prepare,
             )
         end = time.monotonic() + START_S
         while time.monotonic() < end and self._process.poll() is None:
@@ -105,6 +111,7 @@ class PlainJob:
         self.counter = counter
 
         def prepare() -> None:
+            proctree.end_with_parent(signal.SIGKILL)
             if cores:
                 os.sched_setaffinity(0, cores)
             os.nice(nice)

@@ -1,0 +1,67 @@
+"""The colocation benchmark: it reports every arm, and however it ends nothing is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.marked import PATIENCE_S, Marked, short_directory
+
+for needed in ("torch", "onnx"):
+    pytest.importorskip(needed)
+
+COMMAND = ("-m", "weft", "bench", "colocate", "--load", "0.1", "--seconds", "1", "--arms")
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    with short_directory() as path:
+        yield path
+
+
+def test_every_arm_is_reported(directory: Path) -> None:
+    out = directory / "out.json"
+    arms = ("alone", "train", "weft")
+    bench = Marked(directory, *COMMAND, ",".join(arms), "--rounds", "1", "--json", str(out))
+    try:
+        assert bench.process.wait(PATIENCE_S) == 0, bench.said
+    finally:
+        bench.end()
+    (load,) = json.loads(out.read_text())["loads"]
+    for arm in arms:
+        figures = load["arms"][arm]
+        assert (figures["train_rate"] > 0) == (arm != "alone"), figures
+        assert (figures["p99_ms"] is None) == (arm == "train"), figures
+    assert set(load["ratios"]["weft"]) >= {"p99_vs_alone", "train_vs_left"}
+    assert left_behind(bench) == []
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_however_it_ends_nothing_is_left_behind(directory: Path, sent: signal.Signals) -> None:
+    bench = Marked(directory, *COMMAND, "alone,train,weft", "--rounds", "60")
+    try:
+        bench.wait_for("round 1/60")
+        os.kill(bench.process.pid, sent)
+        code = bench.process.wait(60)
+    finally:
+        bench.end()
+    assert "Traceback" not in bench.said
+    if sent == signal.SIGKILL:
+        end = time.monotonic() + PATIENCE_S
+        while left := [x for x in left_behind(bench) if not x.startswith(str(directory))]:
+            assert time.monotonic() < end, left
+            time.sleep(0.1)
+    else:
+        assert code == 130
+        assert left_behind(bench) == []
+
+
+def left_behind(bench: Marked) -> list[str]:
+    """All but the caches that PyTorch makes for itself."""
+    return [x for x in bench.left_behind() if not x.endswith((".ses", "torchinductor_root"))]
