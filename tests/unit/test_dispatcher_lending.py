@@ -248,6 +248,33 @@ def test_weights_divide_a_partition_between_two_jobs() -> None:
     assert held["a"] / held["b"] == pytest.approx(2.0, rel=0.1)
 
 
+@pytest.mark.parametrize(
+    ("turns", "ratio"), [({}, 1.0), ({"a": 2.0, "b": 1.0}, 2.0), ({"a": 1.2, "b": 1.8}, 2 / 3)]
+)
+def test_what_is_lent_goes_to_whom_the_plan_says(turns: dict[str, float], ratio: float) -> None:
+    """Each has a core of its own; the service's is for who holds less than it is to hold."""
+    world = World(units=3).service().worker()
+    world.planned({"s": (0,)}, {"a": (1,), "b": (2,)}, turns=turns)
+    for name in ("a", "b"):
+        for grant in only(world.job(name), a.Grant):
+            world.send(e.Granted(grant.job, grant.partition))
+    held = run_for(world, 20 * S)
+    assert held["a"] + held["b"] == pytest.approx(60 * S, rel=0.01)
+    assert held["a"] / held["b"] == pytest.approx(ratio, rel=0.1)
+
+
+def test_who_holds_what_changes_with_the_plan() -> None:
+    world = World(units=3).service().worker()
+    world.planned({"s": (0,)}, {"a": (1,), "b": (2,)})
+    for name in ("a", "b"):
+        for grant in only(world.job(name), a.Grant):
+            world.send(e.Granted(grant.job, grant.partition))
+    run_for(world, 10 * S)
+    world.planned({"s": (0,)}, {"a": (1,), "b": (2,)}, version=2, turns={"a": 1.0, "b": 2.0})
+    held = run_for(world, 20 * S)
+    assert held["b"] / held["a"] == pytest.approx(2.0, rel=0.1)
+
+
 def test_a_job_that_comes_back_does_not_cash_in_the_time_it_was_away() -> None:
     world = World()
     world.planned({}, {"a": (0,), "b": (0,)})

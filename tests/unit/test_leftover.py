@@ -38,7 +38,7 @@ def worth_of(
     )
     verdict = judge(view, unit_layout(world.devices[0], units, 1), 0.0)
     own = dict.fromkeys(names, (8 - units) // len(names))
-    return math.exp(worth(view, verdict, own, 1.0))
+    return math.exp(worth(view, verdict, own, {}, 1.0))
 
 
 def test_what_nobody_asks_for_is_worth_as_much_borrowed_as_owned() -> None:
@@ -58,6 +58,19 @@ def test_a_job_that_does_not_scale_gains_nothing_from_borrowing_much() -> None:
     assert worth_of(8, speeds=STUCK) == pytest.approx(worth_of(6, speeds=STUCK))
     jobs = (job("a"), job("b"))
     assert worth_of(2, speeds=STUCK, jobs=jobs) > 1.2 * worth_of(8, speeds=STUCK, jobs=jobs)
+
+
+def test_what_is_lent_counts_for_whom_it_goes_to() -> None:
+    world, jobs = Planning(8), (job("a"), job("b"))
+    speeds = {"a": STUCK, "b": [float(x) for x in range(9)]}
+    view = View(world.now, world.devices[0], world.present, (service(rate=0.0),), jobs, speeds)
+    verdict = judge(view, unit_layout(world.devices[0], 4, 1), 0.0)
+    own = {"a": 2, "b": 2}
+    to_b, to_both = (
+        worth(view, verdict, own, turns, 0.0) for turns in ({"a": 2.0, "b": 6.0}, {"a": 4, "b": 4})
+    )
+    assert to_b == pytest.approx(math.log1p(2.0) + math.log1p(6.0), rel=0.02)
+    assert to_b > 1.1 * to_both
 
 
 def test_pauses_count_by_the_part_that_they_take() -> None:

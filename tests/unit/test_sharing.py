@@ -80,6 +80,30 @@ def test_weights_count() -> None:
     assert shares["j0"] > shares["j1"] > 0
 
 
+@given(JOBS, st.integers(0, 8), st.integers(1, 16))
+def test_parts_of_units_are_divided_as_units_are(
+    facts: list[tuple[float, float, float]], units: int, parts: int
+) -> None:
+    found = jobs(*facts)
+    shares = divide(units, found, 8, parts=parts)
+    assert sum(shares.values()) <= units * parts
+    whole = divide(units, found, 8)
+    finer = sum(j.weight * math.log1p(shares[j.id] / parts) for j in found)
+    if not any(j.guaranteed for j in found):
+        assert finer >= utility(whole, found) - 1e-9
+
+
+def test_three_units_are_one_and_a_half_for_each_of_two() -> None:
+    assert divide(3, jobs((1, 0, 1), (1, 0, 1)), 4, parts=16) == {"j0": 24, "j1": 24}
+
+
+def test_who_does_not_scale_gets_no_part_that_is_of_no_use_to_it() -> None:
+    curves = {"j0": [0.0, 1.0, 1.8, 1.8, 1.8], "j1": [0.0, 1.0, 2.0, 3.0, 4.0]}
+    shares = divide(4, jobs((1, 0, 1), (1, 0, 1)), 4, curves, parts=4)
+    assert shares["j0"] <= 2 * 4 <= shares["j1"]
+    assert sum(shares.values()) == 4 * 4
+
+
 def test_guarantees_come_first() -> None:
     assert divide(4, jobs((9, 0, 1), (1, 0.5, 1)), 8) == {"j0": 0, "j1": 4}
 

@@ -35,7 +35,7 @@ def test_a_curve_is_learned_to_within_a_tenth(parallel: float, cap: int) -> None
     found = curve.speed_ups()
     errors = [abs(found[x] / speed_up(parallel, cap, x) - 1) for x in range(1, 9)]
     assert sum(errors) / len(errors) < 0.1
-    assert curve.rate() == pytest.approx(7.0, rel=0.1)
+    assert curve.rates()[1] == pytest.approx(7.0, rel=0.1)
 
 
 def test_what_was_not_tried_stays_unsure_and_what_was_does_not() -> None:
@@ -71,7 +71,7 @@ def test_a_gang_that_waits_for_itself_is_told_from_one_that_does_not() -> None:
                 true = speed_up(1.0, 2, units, gain)
                 curve.observe({units: 1.0}, 30.0 * true * source.gauss(1.0, 0.03))
         assert curve.speed_ups()[2] == pytest.approx(2.0 * gain, rel=0.1)
-        assert curve.rate() == pytest.approx(30.0, rel=0.1)
+        assert curve.rates()[1] == pytest.approx(30.0, rel=0.1)
 
 
 def test_what_may_be_true_narrows_as_it_is_seen() -> None:
@@ -100,7 +100,7 @@ def test_what_a_pause_costs_is_learned_beside_the_speed(cost: float) -> None:
         curve.observe({0: 1 - held, units: held}, max(0.0, made), pauses)
     assert curve.lost() == pytest.approx(cost, rel=0.3, abs=0.0005)
     assert curve.speed_ups()[4] == pytest.approx(speed_up(0.9, 4, 4), rel=0.1)
-    assert curve.rate() == pytest.approx(3.0, rel=0.1)
+    assert curve.rates()[1] == pytest.approx(3.0, rel=0.1)
 
 
 def test_a_pause_costs_what_was_assumed_until_it_is_seen() -> None:
@@ -116,4 +116,4 @@ def test_whatever_is_seen_curves_rise_and_weights_are_shares(seen: list[tuple[in
     assert sum(curve.weights()) == pytest.approx(1.0)
     found = curve.speed_ups()
     assert all(b >= a - 1e-9 for a, b in pairwise(found))
-    assert curve.rate() >= 0.0
+    assert curve.rates()[1] >= 0.0

@@ -6,6 +6,8 @@ What jobs make of space is learned from their progress, and tried out where it c
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import msgspec
 
 from weft.domain.snapshot import ServiceFacts, Snapshot
@@ -19,6 +21,8 @@ from weft.policy.views import Layout, View
 LEARN_EVERY = 10 * S
 RISES_OVER, FALLS_OVER = 10 * S, 30 * S
 """Time constants of the rate that is usual: bursts of a few seconds hardly change it."""
+PARTS = 16
+"""To how many parts of a unit it is reckoned what a job is to hold in all."""
 PROBE_FOR = 90 * S
 """How long something is tried out: progress is known over a minute."""
 
@@ -171,6 +175,15 @@ class Demand:
             shares[richest] -= moved
             shares[probe] += moved
         return shares
+
+    def turns(self, view: View, own: Mapping[str, int]) -> dict[str, float]:
+        """What jobs with so many units of their ``own`` are to hold in all, in units: as if all
+        units were divided among them. None for a single job, or without units of their own."""
+        if len(own) < 2:
+            return {}
+        compute = view.device.compute
+        found = divide(compute, view.jobs, compute, view.speed_ups, PARTS)
+        return {job: max(1, parts) / PARTS for job, parts in found.items()}
 
 
 def scaled(service: ServiceFacts, factor: float) -> ServiceFacts:

@@ -639,6 +639,7 @@ class Dispatcher:
             window=event.window,
             vtime=floor,
             since=state.now,
+            turn=_turn(state.plan, event.job),
         )
         for partition in state.partitions.values():
             if partition.hold == Hold.HELD and not partition.wake:
@@ -732,6 +733,8 @@ class Dispatcher:
     def _adopt(self, plan: Plan) -> None:
         state = self.state
         state.pending, state.plan = None, plan
+        for job in state.jobs.values():
+            job.turn = _turn(plan, job.id)
         old, state.partitions = state.partitions, {}
         for spec in plan.partitions:
             kept = old.get(spec.id)
@@ -840,3 +843,7 @@ def _cause(event: e.Event) -> str:
             return f"{type(event).__name__}:{worker}"
         case _:
             return type(event).__name__
+
+
+def _turn(plan: Plan, job: str) -> int:
+    return round(1000 * plan.turns.get(job, 0.0))

@@ -55,18 +55,25 @@ def share_out(
     return total, bound
 
 
-def worth(view: View, verdict: Verdict, own: Mapping[str, int], pauses: float) -> float:
+def worth(
+    view: View,
+    verdict: Verdict,
+    own: Mapping[str, int],
+    turns: Mapping[str, float],
+    pauses: float,
+) -> float:
     """Sum of the utilities of jobs that can move: each has its ``own`` units and, in turn, what
-    services leave; without ``own`` units they have all that is left in turn. ``pauses``: how many
-    there are, of those that there would be if each request that finds a partition idle took it
-    back."""
-    total = sum(job.weight for job in view.jobs)
+    services leave, so that it comes to hold what ``turns`` says; without ``own`` units they have
+    all that is left in turn, by weight. ``pauses``: how many there are, of those that there would
+    be if each request that finds a partition idle took it back."""
+    claims = {j.id: max(0.0, turns[j.id] - own[j.id]) if turns else j.weight for j in view.jobs}
+    total = sum(claims.values())
     chances = _idle_units(verdict)
     idle = sum(k * chance for k, chance in enumerate(chances))
     found = 0.0
     for job in view.jobs:
         mine = own.get(job.id, 0) if own else len(verdict.layout.free)
-        turn = job.weight / total
+        turn = claims[job.id] / total if total else 1.0 / len(view.jobs)
         lent = sum(chance * _speed(view, job.id, mine + k) for k, chance in enumerate(chances))
         lost = view.lost.get(job.id, LOST) * pauses * pauses_of(verdict, mine + idle)
         value = turn * lent * max(0.0, 1.0 - lost)

@@ -1,7 +1,8 @@
 """Lending idle space to jobs: to whom, when, for how long, and what is owed.
 
 * To whom: a job that is owed its guaranteed share first (most owed), else the least virtual
-  time (start-time fair queueing by weight; Goyal, Vin and Cheng, SIGCOMM 1996).
+  time (start-time fair queueing; Goyal, Vin and Cheng, SIGCOMM 1996), by what the plan says that
+  jobs are to hold, or by weight.
 * When: a service's partition is lent once it has been idle for the linger. Holding on longer
   than taking back costs cannot pay (ski rental; Karlin et al., 1988), so that cost, measured,
   is the linger, lengthened when the next arrival is due within it and dropped when the next
@@ -33,7 +34,7 @@ def settle(job: JobShare, now: int, units: int, since: int) -> None:
     """Book ``units`` held from ``since`` until ``now``."""
     used = (now - since) * units
     job.received += used
-    job.vtime += used * 1000 // job.weight
+    job.vtime += used * 1000 // job.pace
 
 
 def _running(state: DispatcherState, job: JobShare, now: int) -> int:
@@ -95,7 +96,7 @@ def choose_job(
 def virtual_time(state: DispatcherState, job: JobShare, now: int) -> int:
     """A job's virtual time including what it holds right now."""
     running = _running(state, job, now)
-    return job.vtime + running * 1000 // job.weight
+    return job.vtime + running * 1000 // job.pace
 
 
 # --- linger ---------------------------------------------------------------------------------

@@ -195,6 +195,7 @@ class Planner:
         partitions: list[Partition] = []
         services: dict[str, tuple[str, ...]] = {}
         jobs: dict[str, tuple[str, ...]] = {}
+        turns: dict[str, float] = {}
         lendable: list[str] = []
         infeasible: list[str] = []
         bound: dict[str, str] = {}
@@ -213,6 +214,8 @@ class Planner:
                 lendable += [p.id for p in layout.mine]
             for job, mine in self._owned(view, layout, verdict, bound).items():
                 jobs[job] = jobs.get(job, ()) + mine
+            for job, units in state.devices[view.device.id].turns.items():
+                turns[job] = turns.get(job, 0.0) + units
         state.bound = bound
         return Plan(
             version=state.version,
@@ -220,6 +223,7 @@ class Planner:
             services=services,
             jobs=jobs,
             lendable=tuple(lendable),
+            turns=turns,
             slice_min=tuning.slice_min,
             slice_max=tuning.slice_max,
             linger_max=tuning.linger_max,
@@ -240,7 +244,8 @@ class Planner:
         rest = [p.id for p in layout.free]
         owned: dict[str, tuple[str, ...]] = {}
         shares = self._demand.divide(view, layout)
-        self.state.devices[view.device.id].shares = shares
+        memory = self.state.devices[view.device.id]
+        memory.shares, memory.turns = shares, self._demand.turns(view, shares)
         for job, units in shares.items():
             owned[job], rest = tuple(rest[:units]), rest[units:]
         return owned

@@ -63,6 +63,8 @@ class DeviceMemory(msgspec.Struct):
     """Since when services, and jobs, should change places, and lending begin or end (ns)."""
     shares: dict[str, int] = {}
     """Units of jobs that can move."""
+    turns: dict[str, float] = {}
+    """And those that each is to hold in all."""
     lends: bool = True
     """Whether idle service partitions are lent."""
     trying: bool = False

@@ -20,8 +20,10 @@ def divide(
     jobs: Sequence[JobFacts],
     device_units: int,
     speed_ups: Mapping[str, Sequence[float]] | None = None,
+    parts: int = 1,
 ) -> dict[str, int]:
-    """Whole units for each job, summing to at most ``units``.
+    """Whole units for each job, summing to at most ``units``; or, with ``parts``, so many of them
+    to a unit, speed-ups being linear in between.
 
     ``guaranteed`` and ``limit`` of a job are shares of ``device_units``. Guarantees are rounded
     down (what is missing is a debt that time sharing pays); ties go to the smaller id.
@@ -29,15 +31,16 @@ def divide(
     """
     known = speed_ups or {}
     shares = {job.id: 0 for job in jobs}
-    left = units
+    left = units * parts
+    most = {j.id: max(parts, int(j.limit * device_units * parts + 1e-9)) for j in jobs}
     for job in sorted(jobs, key=lambda j: (-j.guaranteed, j.id)):
-        given = min(left, int(job.guaranteed * device_units + 1e-9))
+        given = min(left, int(job.guaranteed * device_units * parts + 1e-9))
         shares[job.id] = given
         left -= given
     for _ in range(left):
         best = max(
-            (j for j in jobs if shares[j.id] + 1 <= max(1, int(j.limit * device_units + 1e-9))),
-            key=lambda j: (gain(j.weight, shares[j.id], known.get(j.id)), _reversed(j.id)),
+            (j for j in jobs if shares[j.id] < most[j.id]),
+            key=lambda j: (gain(j.weight, shares[j.id], known.get(j.id), parts), _reversed(j.id)),
             default=None,
         )
         if best is None:
@@ -46,11 +49,21 @@ def divide(
     return shares
 
 
-def gain(weight: float, units: int, speed_ups: Sequence[float] | None = None) -> float:
-    """Marginal utility of one more unit."""
+def gain(
+    weight: float, have: int, speed_ups: Sequence[float] | None = None, parts: int = 1
+) -> float:
+    """Marginal utility of one more part of a unit, to who has so many."""
+    before, after = _speed(have, speed_ups, parts), _speed(have + 1, speed_ups, parts)
+    return weight * (math.log1p(after) - math.log1p(before))
+
+
+def _speed(have: int, speed_ups: Sequence[float] | None, parts: int) -> float:
     if speed_ups is None:
-        return weight * (math.log(2 + units) - math.log(1 + units))
-    return weight * (math.log1p(speed_ups[units + 1]) - math.log1p(speed_ups[units]))
+        return have / parts
+    units, rest = divmod(have, parts)
+    if not rest:
+        return speed_ups[units]
+    return speed_ups[units] + (speed_ups[units + 1] - speed_ups[units]) * rest / parts
 
 
 def _reversed(name: str) -> tuple[int, ...]:

@@ -125,11 +125,16 @@ class Curve(msgspec.Struct):
             ]
         return self.expected
 
-    def rate(self) -> float:
-        """Expected progress per second on one unit; 0 if nothing was seen."""
-        if not self.seen:
-            return 0.0
-        return sum(w * self._fit(index)[0] for index, w in enumerate(self.weights()))
+    def rates(self) -> list[float]:
+        """Expected progress per second on 0, 1, 2 … units without a pause; zeros if nothing was
+        seen."""
+        found = [0.0] * (self.units + 1)
+        if self.seen:
+            fits = [weight * self._fit(index)[0] for index, weight in enumerate(self.weights())]
+            for rate, (_, speeds) in zip(fits, _family(self.units), strict=True):
+                for units, speed in enumerate(speeds):
+                    found[units] += rate * speed
+        return found
 
     def lost(self) -> float:
         """Expected seconds of work that a pause costs."""

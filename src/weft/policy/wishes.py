@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -188,8 +189,9 @@ class Wishes:
         """What a layout is worth to jobs that can move if it is lent (0 if nothing may be), and
         if it is not."""
         own = self._demand.divide(view, verdict.layout)
-        kept = worth(view, _unlent(verdict), own, 0.0)
-        return worth(view, verdict, own, pauses) if self.tuning.lend else 0.0, kept
+        turns = self._demand.turns(view, own)
+        kept = worth(view, _unlent(verdict), own, turns, 0.0)
+        return worth(view, verdict, own, turns, pauses) if self.tuning.lend else 0.0, kept
 
     def _pauses(self, view: View, here: Verdict) -> float:
         """Pauses of jobs that there are where idle space is lent, of those that there would be if
@@ -289,21 +291,20 @@ class Wishes:
         state, layout = self.state, memory.layout
         if layout is None or state.learned_at != view.now or state.probe:
             return []
-        wish = self._demand.divide(view, layout)
-        have = memory.shares
+        wish, have = self._demand.turns(view, self._demand.divide(view, layout)), memory.turns
         if wish.keys() != have.keys() or wish == have:
             return []
         before, after = (
             sum(
-                job.weight * math.log1p(view.speed_ups[job.id][shares[job.id]])
+                job.weight * math.log1p(_between(view.speed_ups[job.id], units[job.id]))
                 for job in view.jobs
                 if job.id in view.speed_ups
             )
-            for shares in (have, wish)
+            for units in (have, wish)
         )
         if after <= GAIN * before:
             return []
-        parts = ", ".join(f"{job} {have[job]} -> {wish[job]}" for job in sorted(wish))
+        parts = ", ".join(f"{job} {have[job]:.3g} -> {wish[job]:.3g}" for job in sorted(wish))
         return [f"units of jobs: {parts}: what each makes of them was learned"]
 
     def _relend(self, view: View, memory: DeviceMemory) -> list[str]:
@@ -394,6 +395,12 @@ class Wishes:
             moving = sum(self.state.bound.get(j.id) not in staying for j in view.jobs)
             cost += moving * device.move_ns
         return gained > cost
+
+
+def _between(speed_ups: Sequence[float], units: float) -> float:
+    """Speed on so many units, which need not be whole."""
+    below = min(int(units), len(speed_ups) - 2)
+    return speed_ups[below] + (speed_ups[below + 1] - speed_ups[below]) * (units - below)
 
 
 def _has_held(memory: DeviceMemory, who: str, wish: bool, now: int, patience: int) -> bool:
