@@ -178,8 +178,9 @@ class Demand:
 
     def turns(self, view: View, own: Mapping[str, int]) -> dict[str, float]:
         """What jobs with so many units of their ``own`` are to hold in all, in units: as if all
-        units were divided among them. None for a single job, or without units of their own."""
-        if len(own) < 2:
+        units were divided among them. None for a single job, without units of their own, or while
+        what one makes of space is not known: then they take turns by weight."""
+        if len(own) < 2 or not all(job.id in view.speed_ups for job in view.jobs):
             return {}
         compute = view.device.compute
         found = divide(compute, view.jobs, compute, view.speed_ups, PARTS)

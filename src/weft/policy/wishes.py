@@ -291,14 +291,16 @@ class Wishes:
         state, layout = self.state, memory.layout
         if layout is None or state.learned_at != view.now or state.probe:
             return []
-        wish, have = self._demand.turns(view, self._demand.divide(view, layout)), memory.turns
+        wish = self._demand.turns(view, self._demand.divide(view, layout))
+        weights = sum(job.weight for job in view.jobs)
+        by_weight = {j.id: view.device.compute * j.weight / weights for j in view.jobs}
+        have = memory.turns or by_weight
         if wish.keys() != have.keys() or wish == have:
             return []
         before, after = (
             sum(
                 job.weight * math.log1p(_between(view.speed_ups[job.id], units[job.id]))
                 for job in view.jobs
-                if job.id in view.speed_ups
             )
             for units in (have, wish)
         )
