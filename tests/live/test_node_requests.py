@@ -191,8 +191,9 @@ def test_a_client_that_hangs_up_frees_its_place_and_its_memory(boxes: Boxes) -> 
             assert arena.used == 0
             socks = [box.hang_up_on("count", n=np.array([500_000])) for _ in range(5)]
             state = node.core.dispatcher.state
-            while len(state.queued) < 4:  # one runs
-                await asyncio.sleep(0.01)
+            async with asyncio.timeout(30):
+                while len(state.queued) < 4:  # one runs
+                    await asyncio.sleep(0.01)
             for sock in socks:
                 sock.close()
             await asyncio.to_thread(box.until, lambda: not state.queued and not arena.used)

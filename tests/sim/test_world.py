@@ -176,7 +176,7 @@ def test_idle_space_is_lent_only_where_jobs_gain_by_it(resume: str, lent: bool) 
     outcome, unlearned, kept = (
         run(found, tuning) for tuning in (None, Tuning(learn=False), Tuning(lend=False))
     )
-    ended = any("idle space is not lent" in why for _, each in outcome.reasons for why in each)
+    ended = any("idle space is not lent:" in why for _, each in outcome.reasons for why in each)
     assert ended != lent
     rate, before, never = (o.figures()["job_rate"] for o in (outcome, unlearned, kept))
     assert rate > (1.1 * never if lent else 1.1 * before)

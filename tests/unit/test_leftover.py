@@ -67,7 +67,8 @@ def test_what_is_lent_counts_for_whom_it_goes_to() -> None:
     verdict = judge(view, unit_layout(world.devices[0], 4, 1), 0.0)
     own = {"a": 2, "b": 2}
     to_b, to_both = (
-        worth(view, verdict, own, turns, 0.0) for turns in ({"a": 2.0, "b": 6.0}, {"a": 4, "b": 4})
+        worth(view, verdict, own, targets, 0.0)
+        for targets in ({"a": 2.0, "b": 6.0}, {"a": 4, "b": 4})
     )
     assert to_b == pytest.approx(math.log1p(2.0) + math.log1p(6.0), rel=0.02)
     assert to_b > 1.1 * to_both

@@ -90,6 +90,19 @@ def test_what_may_be_true_narrows_as_it_is_seen() -> None:
     assert [ups[4] for ups, _ in curve.possible()] == sorted(ups[4] for ups, _ in curve.possible())
 
 
+@pytest.mark.parametrize(("threads", "gain"), [(3, 1.5), (4, 1.5)])
+def test_a_gang_between_those_that_are_looked_for_is_found_nearly(
+    threads: int, gain: float
+) -> None:
+    """Its speeds are spelled out: the formula is that of the family."""
+    true = {1: 10.0, 2: 20.0, 3: 10.0 * (3 * gain if threads == 3 else 3), 4: 10.0 * threads * gain}
+    curve = Curve(4)
+    for _ in range(30):
+        for units, rate in true.items():
+            curve.observe({units: 1.0}, rate)
+    assert curve.rates()[1:] == pytest.approx(list(true.values()), rel=0.2)
+
+
 @pytest.mark.parametrize("cost", [0.0005, 0.005, 0.02])
 def test_what_a_pause_costs_is_learned_beside_the_speed(cost: float) -> None:
     curve, source = Curve(4), random.Random(3)

@@ -21,8 +21,8 @@ from weft.policy.views import Layout, View
 LEARN_EVERY = 10 * S
 RISES_OVER, FALLS_OVER = 10 * S, 30 * S
 """Time constants of the rate that is usual: bursts of a few seconds hardly change it."""
-PARTS = 16
-"""To how many parts of a unit it is reckoned what a job is to hold in all."""
+PARTS = 256
+"""Of a device, in which it is reckoned what a job is to hold in all; or whole units."""
 PROBE_FOR = 90 * S
 """How long something is tried out: progress is known over a minute."""
 
@@ -140,6 +140,8 @@ class Demand:
         shared = [v for v in views if v.device.trains and not v.device.pins_jobs]
         if not self._tuning.learn or len(shared) != 1 or len(shared[0].jobs) < 2:
             return []
+        if state.devices[shared[0].device.id].trying:
+            return []
         now = shared[0].now
         if state.probe:
             if now - state.probed_at < PROBE_FOR:
@@ -176,15 +178,16 @@ class Demand:
             shares[probe] += moved
         return shares
 
-    def turns(self, view: View, own: Mapping[str, int]) -> dict[str, float]:
+    def targets(self, view: View, own: Mapping[str, int]) -> dict[str, float]:
         """What jobs with so many units of their ``own`` are to hold in all, in units: as if all
         units were divided among them. None for a single job, without units of their own, or while
         what one makes of space is not known: then they take turns by weight."""
         if len(own) < 2 or not all(job.id in view.speed_ups for job in view.jobs):
             return {}
         compute = view.device.compute
-        found = divide(compute, view.jobs, compute, view.speed_ups, PARTS)
-        return {job: max(1, parts) / PARTS for job, parts in found.items()}
+        parts = max(1, PARTS // compute)
+        found = divide(compute, view.jobs, compute, view.speed_ups, parts)
+        return {job: max(1, held) / parts for job, held in found.items()}
 
 
 def scaled(service: ServiceFacts, factor: float) -> ServiceFacts:

@@ -639,7 +639,7 @@ class Dispatcher:
             window=event.window,
             vtime=floor,
             since=state.now,
-            turn=_turn(state.plan, event.job),
+            target=lending.target(state.plan, event.job),
         )
         for partition in state.partitions.values():
             if partition.hold == Hold.HELD and not partition.wake:
@@ -733,8 +733,7 @@ class Dispatcher:
     def _adopt(self, plan: Plan) -> None:
         state = self.state
         state.pending, state.plan = None, plan
-        for job in state.jobs.values():
-            job.turn = _turn(plan, job.id)
+        lending.aim(state)
         old, state.partitions = state.partitions, {}
         for spec in plan.partitions:
             kept = old.get(spec.id)
@@ -843,7 +842,3 @@ def _cause(event: e.Event) -> str:
             return f"{type(event).__name__}:{worker}"
         case _:
             return type(event).__name__
-
-
-def _turn(plan: Plan, job: str) -> int:
-    return round(1000 * plan.turns.get(job, 0.0))

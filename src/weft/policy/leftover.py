@@ -59,14 +59,14 @@ def worth(
     view: View,
     verdict: Verdict,
     own: Mapping[str, int],
-    turns: Mapping[str, float],
+    targets: Mapping[str, float],
     pauses: float,
 ) -> float:
     """Sum of the utilities of jobs that can move: each has its ``own`` units and, in turn, what
-    services leave, so that it comes to hold what ``turns`` says; without ``own`` units they have
+    services leave, so that it comes to hold what ``targets`` says; without ``own`` units they have
     all that is left in turn, by weight. ``pauses``: how many there are, of those that there would
     be if each request that finds a partition idle took it back."""
-    claims = {j.id: max(0.0, turns[j.id] - own[j.id]) if turns else j.weight for j in view.jobs}
+    claims = {j.id: max(0.0, targets[j.id] - own[j.id]) if targets else j.weight for j in view.jobs}
     total = sum(claims.values())
     chances = _idle_units(verdict)
     idle = sum(k * chance for k, chance in enumerate(chances))

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+from weft.domain.plan import Plan
 from weft.domain.units import MS, US, S
 from weft.policy.state import DispatcherState, JobShare, PartitionState, ServiceState
 
@@ -24,6 +25,8 @@ NEGLIGIBLE = 100 * US
 """A linger shorter than this costs more in timer events than it saves."""
 OWED = 20
 """A job is in debt when it is owed more than 1/OWED of one window's guaranteed share."""
+BEHIND = 10 * S
+"""By how much virtual time at most a job may be behind that of another."""
 _SCALE = 1_000_000
 
 
@@ -78,6 +81,8 @@ def choose_job(
 ) -> JobShare | None:
     """Who gets an idle partition; None if nobody may. ``pinned``: none but its owners, because
     others cannot move there."""
+    if state.plan.targets:
+        _forgive(state, now)
     owners = [state.jobs[j] for j in partition.owners if j in state.jobs]
     candidates = owners if owners or pinned else list(state.jobs.values())
     size = partition.compute
@@ -97,6 +102,31 @@ def virtual_time(state: DispatcherState, job: JobShare, now: int) -> int:
     """A job's virtual time including what it holds right now."""
     running = _running(state, job, now)
     return job.vtime + running * 1000 // job.pace
+
+
+def target(plan: Plan, job: str) -> int:
+    """What the plan says that a job is to hold in all, in thousandths of a unit."""
+    return round(1000 * plan.targets.get(job, 0.0))
+
+
+def aim(state: DispatcherState) -> None:
+    """Jobs are to hold what the plan now says. Where that is something else, what they held so
+    far no longer counts."""
+    wish = {job.id: target(state.plan, job.id) for job in state.jobs.values()}
+    if all(job.target == wish[job.id] for job in state.jobs.values()):
+        return
+    for job in state.jobs.values():
+        job.target = wish[job.id]
+        job.vtime = -(_running(state, job, state.now) * 1000 // job.pace)
+
+
+def _forgive(state: DispatcherState, now: int) -> None:
+    """Where the plan says what jobs are to hold, nobody is behind by more than ``BEHIND``: what
+    was not there to be lent yesterday is nobody's claim today."""
+    ahead = max((virtual_time(state, job, now) for job in state.jobs.values()), default=0)
+    for job in state.jobs.values():
+        if job.target:
+            job.vtime += max(0, ahead - BEHIND - virtual_time(state, job, now))
 
 
 # --- linger ---------------------------------------------------------------------------------

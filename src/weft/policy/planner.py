@@ -55,12 +55,14 @@ class Planner:
         members = _members(snapshot)
         if members != state.members:
             for memory in state.devices.values():
-                memory.lends, memory.trying, memory.unlent_at = True, False, snapshot.now
+                memory.lends, memory.trying, memory.tried = True, False, 0
+                memory.lending_since = snapshot.now
         placing, reasons = self._next_placing(snapshot, facts, members)
         before = {d: m.layout for d, m in state.devices.items()}
         views = self._views(snapshot, facts, placing)
         for view in views:
-            memory = state.devices.setdefault(view.device.id, DeviceMemory(unlent_at=snapshot.now))
+            new = DeviceMemory(lending_since=snapshot.now)
+            memory = state.devices.setdefault(view.device.id, new)
             memory.layout, why = self._wishes.next_layout(view, memory)
             reasons += why
             if memory.layout == before.get(view.device.id) and members == state.members:
@@ -195,7 +197,7 @@ class Planner:
         partitions: list[Partition] = []
         services: dict[str, tuple[str, ...]] = {}
         jobs: dict[str, tuple[str, ...]] = {}
-        turns: dict[str, float] = {}
+        targets: dict[str, float] = {}
         lendable: list[str] = []
         infeasible: list[str] = []
         bound: dict[str, str] = {}
@@ -214,8 +216,8 @@ class Planner:
                 lendable += [p.id for p in layout.mine]
             for job, mine in self._owned(view, layout, verdict, bound).items():
                 jobs[job] = jobs.get(job, ()) + mine
-            for job, units in state.devices[view.device.id].turns.items():
-                turns[job] = turns.get(job, 0.0) + units
+            for job, units in state.devices[view.device.id].targets.items():
+                targets[job] = targets.get(job, 0.0) + units
         state.bound = bound
         return Plan(
             version=state.version,
@@ -223,7 +225,7 @@ class Planner:
             services=services,
             jobs=jobs,
             lendable=tuple(lendable),
-            turns=turns,
+            targets=targets,
             slice_min=tuning.slice_min,
             slice_max=tuning.slice_max,
             linger_max=tuning.linger_max,
@@ -245,7 +247,7 @@ class Planner:
         owned: dict[str, tuple[str, ...]] = {}
         shares = self._demand.divide(view, layout)
         memory = self.state.devices[view.device.id]
-        memory.shares, memory.turns = shares, self._demand.turns(view, shares)
+        memory.shares, memory.targets = shares, self._demand.targets(view, shares)
         for job, units in shares.items():
             owned[job], rest = tuple(rest[:units]), rest[units:]
         return owned

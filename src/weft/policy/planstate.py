@@ -63,14 +63,16 @@ class DeviceMemory(msgspec.Struct):
     """Since when services, and jobs, should change places, and lending begin or end (ns)."""
     shares: dict[str, int] = {}
     """Units of jobs that can move."""
-    turns: dict[str, float] = {}
+    targets: dict[str, float] = {}
     """And those that each is to hold in all."""
     lends: bool = True
     """Whether idle service partitions are lent."""
     trying: bool = False
     """Whether they are not, to show what jobs make of that."""
-    unlent_at: int = 0
-    """When that last began, or when services or jobs came or went (ns)."""
+    tried: int = 0
+    """How often that was done since it was last time for it, or services or jobs came or went."""
+    lending_since: int = 0
+    """When lending last began or ended, or services or jobs came or went (ns)."""
     paused: float = 1.0
     """Pauses per request that could cause one, when they last were."""
 

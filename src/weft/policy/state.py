@@ -173,13 +173,13 @@ class JobShare:
     carried: int = 0
     """Debt carried over from earlier windows."""
     blocked_until: int = 0
-    turn: int = 0
-    """What the plan says that it is to hold in all, in thousandths of a unit; 0: nothing."""
+    target: int = 0
+    """What the plan says that it is to hold in all, in thousandths of a unit; 0: nothing said."""
 
     @property
     def pace(self) -> int:
         """By which its virtual time runs."""
-        return self.turn or self.weight
+        return self.target or self.weight
 
 
 @dataclass

@@ -39,7 +39,8 @@ DEAR = 0.01
 APART = 0.01
 """Part of the variance of pauses that must not go with that of time held."""
 EXPLORE = 0.03
-"""Share of all units' time that may be spent on trying out."""
+"""Share of the time that may be spent on trying out what a job makes of more units; and that
+for which nothing may be lent to learn what jobs make without."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Of what may be true, those at which it is looked at."""
 UNSURE = 0.1

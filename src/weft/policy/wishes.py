@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import msgspec
 
 from weft.domain.device import DeviceSpec
+from weft.domain.snapshot import RATE_WINDOW
 from weft.domain.units import S
 from weft.policy.demand import PROBE_FOR, Demand
 from weft.policy.judging import RHO_MAX, judge, utilization
@@ -22,6 +23,7 @@ from weft.policy.layouts import (
 )
 from weft.policy.leftover import pauses_of, share_out, worth
 from weft.policy.planstate import TRY_EVERY, DeviceMemory, PlannerState, Tuning
+from weft.policy.sharing import speed_at
 from weft.policy.utility import DEAR, EXPLORE, QUANTILES
 from weft.policy.views import Layout, Verdict, View
 
@@ -35,8 +37,8 @@ GAIN_OWN = 1.02
 """Jobs are given space of their own only if it is worth this much more than borrowing it."""
 LOSE_NOTHING = 0.99
 """And give it back if borrowing is worth this much of owning it."""
-UNLENT_FOR = 30 * S
-"""How long, at most, it is tried out what jobs make if nothing is lent (ns)."""
+UNLENT_LEAST, UNLENT_FOR = 20 * S, 30 * S
+"""How long it is tried what jobs make if nothing is lent (ns): progress is known over a minute."""
 
 
 class Wish(NamedTuple):
@@ -141,7 +143,8 @@ class Wishes:
         if fewest is not None:
             gained = self._ratio(view, here, fewest)
             unknown = [j.id for j in view.jobs if self._demand.unknown_pauses(j.id)]
-            tried = not tuning.lend or view.now - state.tried_own <= TRY_EVERY
+            trying = state.devices[view.device.id].trying
+            tried = not tuning.lend or trying or view.now - state.tried_own <= TRY_EVERY
             if gained > GAIN_OWN:
                 step = self._fit(peak, current.compute - 1)
                 if self._is_calm(peak, step):
@@ -189,16 +192,17 @@ class Wishes:
         """What a layout is worth to jobs that can move if it is lent (0 if nothing may be), and
         if it is not."""
         own = self._demand.divide(view, verdict.layout)
-        turns = self._demand.turns(view, own)
-        kept = worth(view, _unlent(verdict), own, turns, 0.0)
-        return worth(view, verdict, own, turns, pauses) if self.tuning.lend else 0.0, kept
+        targets = self._demand.targets(view, own)
+        kept = worth(view, _unlent(verdict), own, targets, 0.0)
+        return worth(view, verdict, own, targets, pauses) if self.tuning.lend else 0.0, kept
 
     def _pauses(self, view: View, here: Verdict) -> float:
         """Pauses of jobs that there are where idle space is lent, of those that there would be if
         each request that finds a partition idle took it back: lingering spares some, and so does
-        other work. While nothing is lent, as it was before."""
+        other work. While nothing is lent, and until a minute after, as it was before."""
         memory = self.state.devices[view.device.id]
-        if memory.lends:
+        settled = not memory.tried or view.now - memory.lending_since >= RATE_WINDOW
+        if memory.lends and settled:
             held = sum(n * share for job in view.jobs for n, share in job.units.items())
             expected = pauses_of(here, held)
             seen = sum(job.grants for job in view.jobs)
@@ -267,8 +271,10 @@ class Wishes:
         not."""
         if view.device.pins_jobs:
             return self._rebalance(view, memory) or self._rebind(view, memory)
+        ended = self._relend(view, memory) if memory.trying else []
         return (
-            self._rebalance(view, memory)
+            ended
+            or self._rebalance(view, memory)
             or self._redivide(view, memory)
             or self._relend(view, memory)
         )
@@ -291,55 +297,74 @@ class Wishes:
         state, layout = self.state, memory.layout
         if layout is None or state.learned_at != view.now or state.probe:
             return []
-        wish = self._demand.turns(view, self._demand.divide(view, layout))
+        own = self._demand.divide(view, layout)
+        wish = self._demand.targets(view, own)
         weights = sum(job.weight for job in view.jobs)
         by_weight = {j.id: view.device.compute * j.weight / weights for j in view.jobs}
-        have = memory.turns or by_weight
-        if wish.keys() != have.keys() or wish == have:
+        have = memory.targets or by_weight
+        if not wish or wish.keys() != have.keys() or own.keys() != memory.shares.keys():
             return []
-        before, after = (
-            sum(
-                job.weight * math.log1p(_between(view.speed_ups[job.id], units[job.id]))
-                for job in view.jobs
-            )
-            for units in (have, wish)
-        )
-        if after <= GAIN * before:
+        pairs: tuple[tuple[Mapping[str, float], Mapping[str, float]], ...]
+        pairs = (have, wish), (memory.shares, own)
+        if not any(_utility(view, b) > GAIN * _utility(view, a) for a, b in pairs):
             return []
         parts = ", ".join(f"{job} {have[job]:.3g} -> {wish[job]:.3g}" for job in sorted(wish))
         return [f"units of jobs: {parts}: what each makes of them was learned"]
 
     def _relend(self, view: View, memory: DeviceMemory) -> list[str]:
         """Why lending should end, or begin again. Where pauses seem to cost jobs more than idle
-        space is worth, or may do so, what jobs make without it is tried for a while; without such
-        a sign seldom enough to stay below ``EXPLORE`` of the time."""
+        space is worth, or may do so, what jobs make without it is tried for a while: without such a
+        sign seldom enough to stay below ``EXPLORE`` of the time. Until then a sign counts twice at
+        most: at first, and once all that was tried is known."""
         layout, state, tuning = memory.layout, self.state, self.tuning
         if layout is None or state.learned_at != view.now:
             return []
         if not (tuning.lend and layout.mine and view.jobs):
             return []
+        if not all(job.id in state.curves for job in view.jobs):
+            return []
+        passed = view.now - memory.lending_since
+        if self._is_owed(view, memory):
+            if memory.lends:
+                return []
+            self._set_lending(view, memory, True)
+            return ["idle space is lent again: guaranteed shares ask for it"]
         here = judge(view, layout, 0.0)
         pauses = self._pauses(view, here)
         lent, kept = self._lent_or_not(view, here, pauses)
-        worse, passed = kept > GAIN_OWN * lent, view.now - memory.unlent_at
+        worse = kept > GAIN_OWN * lent
         if memory.trying:
+            if passed < UNLENT_LEAST:
+                return []
             if passed < UNLENT_FOR and self._is_open(view, here, pauses):
                 return []
-            memory.trying, memory.lends = False, not worse
-            return ["it was tried: " + self._verdict(view, memory.lends, lent, kept)]
+            self._set_lending(view, memory, not worse)
+            return ["it was tried: " + self._verdict(view, not worse, lent, kept)]
         if not memory.lends:
             better = lent > GAIN_OWN * kept
             if not _has_held(memory, "lending", better, view.now, tuning.shrink_after):
                 return []
-            memory.lends = True
+            self._set_lending(view, memory, True)
             return [self._verdict(view, True, lent, kept)]
-        seems = worse and passed >= tuning.settle
+        seldom = passed * EXPLORE >= UNLENT_FOR
+        after = {0: tuning.settle, 1: RATE_WINDOW}.get(memory.tried, passed + 1)
+        seems = worse and (seldom or passed >= after)
         seems = _has_held(memory, "lending", seems, view.now, tuning.shrink_after)
-        due = passed * EXPLORE >= UNLENT_FOR and self._is_open(view, here, pauses)
+        due = seldom and self._is_open(view, here, pauses)
         if not (seems or due) or state.probe or view.now - state.tried_own < PROBE_FOR:
             return []
-        memory.unlent_at, memory.trying, memory.lends = view.now, True, False
+        self._set_lending(view, memory, False)
+        memory.trying, memory.tried = True, 1 if seldom else memory.tried + 1
         return ["idle space is not lent for a while: what jobs make without it is tried"]
+
+    def _set_lending(self, view: View, memory: DeviceMemory, lends: bool) -> None:
+        memory.lends, memory.trying, memory.lending_since = lends, False, view.now
+        memory.restless.pop("lending", None)
+
+    def _is_owed(self, view: View, memory: DeviceMemory) -> bool:
+        """Whether a job has less of its own than it is guaranteed."""
+        compute, own = view.device.compute, memory.shares
+        return any(j.guaranteed * compute > own.get(j.id, 0) + 1e-9 for j in view.jobs)
 
     def _is_open(self, view: View, here: Verdict, pauses: float) -> bool:
         """Whether jobs would gain without lending in some of what may be true, not in all."""
@@ -349,7 +374,8 @@ class Wishes:
     def _verdict(self, view: View, lends: bool, lent: float, kept: float) -> str:
         before, after = (kept, lent) if lends else (lent, kept)
         ended = "lent again" if lends else "not lent"
-        gain = f"jobs gain {after / before - 1 if before else 1:.0%}"
+        gained = after / before - 1 if before else 1.0
+        gain = f"jobs gain {gained:.0%}" if gained > 0 else "jobs lose nothing by it"
         costs = [f"{j.id} {view.lost[j.id] * 1000:.1f} ms" for j in view.jobs if j.id in view.lost]
         known = ", ".join(costs) or "what is not known"
         return f"idle space is {ended}: {gain}; a pause costs {known}"
@@ -399,10 +425,12 @@ class Wishes:
         return gained > cost
 
 
-def _between(speed_ups: Sequence[float], units: float) -> float:
-    """Speed on so many units, which need not be whole."""
-    below = min(int(units), len(speed_ups) - 2)
-    return speed_ups[below] + (speed_ups[below + 1] - speed_ups[below]) * (units - below)
+def _utility(view: View, units: Mapping[str, float]) -> float:
+    """Of jobs whose speed-ups are known, on so many units each."""
+    return sum(
+        job.weight * math.log1p(speed_at(view.speed_ups[job.id], units[job.id]))
+        for job in view.jobs
+    )
 
 
 def _has_held(memory: DeviceMemory, who: str, wish: bool, now: int, patience: int) -> bool:

@@ -227,7 +227,11 @@ def measure(bench: Bench, load: float, rounds: int, seconds: float, seed: int) -
         order = list(bench.arms[index % len(bench.arms) :] + bench.arms[: index % len(bench.arms)])
         raw = {}
         for arm in order:
-            print(f"  load {load:g}, round {index + 1}/{rounds} ({pattern}): {arm:<12}", end="\r")
+            print(
+                f"  load {load:g}, round {index + 1}/{rounds} ({pattern}): {arm:<12}",
+                end="\r",
+                flush=True,
+            )
             raw[arm] = bench.run(arm, times, seconds)
         figures = {arm: summarise(raw[arm]) for arm in bench.arms}
         per_round.append(
@@ -361,17 +365,17 @@ def _document(
         },
         "options": {"rounds": args.rounds, "seconds": args.seconds, "seed": args.seed},
         "exec_ms": bench.exec_s * 1e3,
-        "loads": _without_nan(results),
+        "loads": _finite(results),
     }
 
 
-def _without_nan(value: Any) -> Any:
+def _finite(value: Any) -> Any:
     """What an arm does not measure is null: JSON knows no NaN."""
     if isinstance(value, dict):
-        return {key: _without_nan(each) for key, each in value.items()}
+        return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list):
-        return [_without_nan(each) for each in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def add_bench(subparsers: Any) -> None:

@@ -206,6 +206,7 @@ def generate(port: int, request: bytes, times: list[float], core: int | None) ->
     done = subprocess.run(
         [sys.executable, "-m", "weft.cli.bench.loadgen"],
         input=json.dumps(order).encode(),
+        preexec_fn=lambda: proctree.end_with_parent(signal.SIGKILL),
         capture_output=True,
         timeout=max(times, default=0.0) + 60,
         check=False,
