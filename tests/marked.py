@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 PATIENCE_S = 90.0
@@ -60,13 +56,3 @@ class Marked:
             self.process.terminate()
             self.process.wait(30)
         self._output.close()
-
-
-@contextmanager
-def short_directory() -> Iterator[Path]:
-    """Not pytest's own: the path of a Unix socket must be short."""
-    path = Path(tempfile.mkdtemp(prefix="weft-"))
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)

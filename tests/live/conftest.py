@@ -12,10 +12,12 @@ import http.client
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -540,6 +542,14 @@ def _boxes(new: Callable[[], Path]) -> Iterator[Boxes]:
             return box
 
         yield make
+
+
+@pytest.fixture
+def directory() -> Iterator[Path]:
+    """One whose path is short, as that of a Unix socket in it must be."""
+    path = Path(tempfile.mkdtemp(prefix="weft-"))
+    yield path
+    shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture

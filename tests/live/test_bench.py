@@ -6,23 +6,16 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.marked import PATIENCE_S, Marked, short_directory
+from tests.marked import PATIENCE_S, Marked
 
 for needed in ("torch", "onnx"):
     pytest.importorskip(needed)
 
 COMMAND = ("-m", "weft", "bench", "colocate", "--load", "0.1", "--seconds", "1", "--arms")
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with short_directory() as path:
-        yield path
 
 
 def test_every_arm_is_reported(directory: Path) -> None:

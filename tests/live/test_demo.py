@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.marked import PATIENCE_S, Marked, short_directory
+from tests.marked import PATIENCE_S, Marked
 
 for needed in ("torch", "sklearn", "onnx", "matplotlib"):
     pytest.importorskip(needed)
@@ -23,12 +22,6 @@ class Demo(Marked):
 
     def __init__(self, directory: Path, *options: str) -> None:
         super().__init__(directory, str(DEMO), "--out", str(directory / "out"), *options)
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    with short_directory() as path:
-        yield path
 
 
 def test_a_short_run_writes_its_picture_and_its_samples(directory: Path) -> None:

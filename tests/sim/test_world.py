@@ -32,6 +32,7 @@ def scenario(
     seconds: int = 60,
     latency: str = "100ms",
     more: str = "",
+    arrivals: str = "",
 ) -> Scenario:
     return parse_scenario(
         f"""
@@ -42,7 +43,7 @@ services:
   - name: a
     objective: {{latency: {latency}}}
     cost: {{first: {first}, per_row: 3ms, parallel: 0, cv: 0}}
-    arrivals: {{kind: poisson, rate: {rate}}}
+    arrivals: {arrivals or f"{{kind: poisson, rate: {rate}}}"}
     {more}
 jobs: [{jobs}]
 """,
@@ -186,20 +187,8 @@ def test_a_gang_is_lent_idle_space_though_its_pauses_may_look_dear() -> None:
     """It makes little on the core that is left to it, which is not known while it has more."""
     job = "{name: j, cost: {rate: 37, parallel: 1, saturates: 2, gang: 1.3, resume: 5ms}}"
     rates = ", ".join(["0s: 30", *(f"{8 * i}s: {95 + 95 * (i % 2)}" for i in range(3, 30))])
-    found = parse_scenario(
-        f"""
-name: s
-duration: 240s
-device: {{kind: cpu, units: 2}}
-services:
-  - name: a
-    objective: {{latency: 40ms}}
-    cost: {{first: 2700us, per_row: 2400us, parallel: 0}}
-    arrivals: {{kind: steps, rates: {{{rates}}}}}
-jobs: [{job}]
-""",
-        Path(),
-    )
+    steps = f"{{kind: steps, rates: {{{rates}}}}}"
+    found = scenario(units=2, first="2700us", latency="40ms", jobs=job, seconds=240, arrivals=steps)
     lent = run(found, Tuning(learn=False)).figures()["job_rate"]
     kept = run(found, Tuning(lend=False)).figures()["job_rate"]
     assert lent > 1.3 * kept

@@ -248,47 +248,44 @@ def test_weights_divide_a_partition_between_two_jobs() -> None:
     assert held["a"] / held["b"] == pytest.approx(2.0, rel=0.1)
 
 
+TWO_OWN = {"a": (1,), "b": (2,)}
+
+
+def two_jobs(targets: dict[str, float], **service: int) -> World:
+    """Each has a core of its own; the service's is lent."""
+    world = World(units=3).service(**service).worker()
+    world.planned({"s": (0,)}, TWO_OWN, targets=targets)
+    for name in ("a", "b"):
+        for grant in only(world.job(name), a.Grant):
+            world.send(e.Granted(grant.job, grant.partition))
+    return world
+
+
 @pytest.mark.parametrize(
     ("targets", "ratio"), [({}, 1.0), ({"a": 2.0, "b": 1.0}, 2.0), ({"a": 1.2, "b": 1.8}, 2 / 3)]
 )
 def test_what_is_lent_goes_to_whom_the_plan_says(targets: dict[str, float], ratio: float) -> None:
-    """Each has a core of its own; the service's is for who holds less than it is to hold."""
-    world = World(units=3).service().worker()
-    world.planned({"s": (0,)}, {"a": (1,), "b": (2,)}, targets=targets)
-    for name in ("a", "b"):
-        for grant in only(world.job(name), a.Grant):
-            world.send(e.Granted(grant.job, grant.partition))
-    held = run_for(world, 20 * S)
+    held = run_for(two_jobs(targets), 20 * S)
     assert held["a"] + held["b"] == pytest.approx(60 * S, rel=0.01)
     assert held["a"] / held["b"] == pytest.approx(ratio, rel=0.1)
 
 
 def test_who_holds_what_changes_with_the_plan() -> None:
-    world = World(units=3).service().worker()
-    world.planned({"s": (0,)}, {"a": (1,), "b": (2,)})
-    for name in ("a", "b"):
-        for grant in only(world.job(name), a.Grant):
-            world.send(e.Granted(grant.job, grant.partition))
+    world = two_jobs({})
     run_for(world, 10 * S)
-    own = {"a": (1,), "b": (2,)}
     for version, targets, ratio in (
         (2, {"a": 1.2, "b": 1.8}, 1.5),
         (3, {"a": 1.8, "b": 1.2}, 2 / 3),
         (4, {}, 1.0),
     ):
-        world.planned({"s": (0,)}, own, version=version, targets=targets)
+        world.planned({"s": (0,)}, TWO_OWN, version=version, targets=targets)
         held = run_for(world, 10 * S)
         assert held["b"] / held["a"] == pytest.approx(ratio, rel=0.05), targets
 
 
 def test_what_was_not_there_to_be_lent_is_no_claim_later() -> None:
     """While a service is busy nothing is lent, and the one that is to hold more falls behind."""
-    world = World(units=3).service(objective=10 * S).worker()
-    own, targets = {"a": (1,), "b": (2,)}, {"a": 1.2, "b": 1.8}
-    world.planned({"s": (0,)}, own, targets=targets)
-    for name in ("a", "b"):
-        for grant in only(world.job(name), a.Grant):
-            world.send(e.Granted(grant.job, grant.partition))
+    world = two_jobs({"a": 1.2, "b": 1.8}, objective=10 * S)
     for action in world.arrive():
         if isinstance(action, a.Revoke):
             world.send(e.Revoked(action.job, action.partition, 0))

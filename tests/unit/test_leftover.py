@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import msgspec
 import pytest
 
 from tests.unit.test_planner import Planning, job, service
@@ -38,7 +39,7 @@ def worth_of(
     )
     verdict = judge(view, unit_layout(world.devices[0], units, 1), 0.0)
     own = dict.fromkeys(names, (8 - units) // len(names))
-    return math.exp(worth(view, verdict, own, {}, 1.0))
+    return math.exp(worth(view, verdict, own, 1.0))
 
 
 def test_what_nobody_asks_for_is_worth_as_much_borrowed_as_owned() -> None:
@@ -67,8 +68,8 @@ def test_what_is_lent_counts_for_whom_it_goes_to() -> None:
     verdict = judge(view, unit_layout(world.devices[0], 4, 1), 0.0)
     own = {"a": 2, "b": 2}
     to_b, to_both = (
-        worth(view, verdict, own, targets, 0.0)
-        for targets in ({"a": 2.0, "b": 6.0}, {"a": 4, "b": 4})
+        worth(msgspec.structs.replace(view, targets=targets), verdict, own, 0.0)
+        for targets in ({"a": 2.0, "b": 6.0}, {"a": 4.0, "b": 4.0})
     )
     assert to_b == pytest.approx(math.log1p(2.0) + math.log1p(6.0), rel=0.02)
     assert to_b > 1.1 * to_both

@@ -6,8 +6,6 @@ What jobs make of space is learned from their progress, and tried out where it c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import msgspec
 
 from weft.domain.snapshot import ServiceFacts, Snapshot
@@ -178,16 +176,19 @@ class Demand:
             shares[probe] += moved
         return shares
 
-    def targets(self, view: View, own: Mapping[str, int]) -> dict[str, float]:
-        """What jobs with so many units of their ``own`` are to hold in all, in units: as if all
-        units were divided among them. None for a single job, without units of their own, or while
-        what one makes of space is not known: then they take turns by weight."""
-        if len(own) < 2 or not all(job.id in view.speed_ups for job in view.jobs):
-            return {}
+    def with_targets(self, view: View) -> View:
+        """The view with what jobs are to hold in all: as if all units were divided among them. A
+        single job has no target, nor have any while what one makes of space is not known, or where
+        none can be lent any."""
+        if not view.device.trains or view.device.pins_jobs:
+            return view
+        if len(view.jobs) < 2 or not all(job.id in view.speed_ups for job in view.jobs):
+            return view
         compute = view.device.compute
         parts = max(1, PARTS // compute)
         found = divide(compute, view.jobs, compute, view.speed_ups, parts)
-        return {job: max(1, held) / parts for job, held in found.items()}
+        targets = {job: max(1, held) / parts for job, held in found.items()}
+        return msgspec.structs.replace(view, targets=targets)
 
 
 def scaled(service: ServiceFacts, factor: float) -> ServiceFacts:

@@ -55,18 +55,13 @@ def share_out(
     return total, bound
 
 
-def worth(
-    view: View,
-    verdict: Verdict,
-    own: Mapping[str, int],
-    targets: Mapping[str, float],
-    pauses: float,
-) -> float:
+def worth(view: View, verdict: Verdict, own: Mapping[str, int], pauses: float) -> float:
     """Sum of the utilities of jobs that can move: each has its ``own`` units and, in turn, what
-    services leave, so that it comes to hold what ``targets`` says; without ``own`` units they have
-    all that is left in turn, by weight. ``pauses``: how many there are, of those that there would
-    be if each request that finds a partition idle took it back."""
-    claims = {j.id: max(0.0, targets[j.id] - own[j.id]) if targets else j.weight for j in view.jobs}
+    services leave, so that it comes to hold its target; without ``own`` units, or targets, they
+    take turns by weight. ``pauses``: how many there are, of those that there would be if each
+    request that finds a partition idle took it back."""
+    aims = view.targets if own else {}
+    claims = {j.id: max(0.0, aims[j.id] - own[j.id]) if aims else j.weight for j in view.jobs}
     total = sum(claims.values())
     chances = _idle_units(verdict)
     idle = sum(k * chance for k, chance in enumerate(chances))

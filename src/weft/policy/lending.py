@@ -123,10 +123,11 @@ def aim(state: DispatcherState) -> None:
 def _forgive(state: DispatcherState, now: int) -> None:
     """Where the plan says what jobs are to hold, nobody is behind by more than ``BEHIND``: what
     was not there to be lent yesterday is nobody's claim today."""
-    ahead = max((virtual_time(state, job, now) for job in state.jobs.values()), default=0)
+    times = {job.id: virtual_time(state, job, now) for job in state.jobs.values()}
+    least = max(times.values(), default=0) - BEHIND
     for job in state.jobs.values():
         if job.target:
-            job.vtime += max(0, ahead - BEHIND - virtual_time(state, job, now))
+            job.vtime += max(0, least - times[job.id])
 
 
 # --- linger ---------------------------------------------------------------------------------

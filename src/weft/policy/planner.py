@@ -59,7 +59,7 @@ class Planner:
                 memory.lending_since = snapshot.now
         placing, reasons = self._next_placing(snapshot, facts, members)
         before = {d: m.layout for d, m in state.devices.items()}
-        views = self._views(snapshot, facts, placing)
+        views = [self._demand.with_targets(v) for v in self._views(snapshot, facts, placing)]
         for view in views:
             new = DeviceMemory(lending_since=snapshot.now)
             memory = state.devices.setdefault(view.device.id, new)
@@ -247,7 +247,7 @@ class Planner:
         owned: dict[str, tuple[str, ...]] = {}
         shares = self._demand.divide(view, layout)
         memory = self.state.devices[view.device.id]
-        memory.shares, memory.targets = shares, self._demand.targets(view, shares)
+        memory.shares, memory.targets = shares, view.targets if shares else {}
         for job, units in shares.items():
             owned[job], rest = tuple(rest[:units]), rest[units:]
         return owned

@@ -37,6 +37,8 @@ class View(msgspec.Struct, frozen=True):
     """What is known of jobs: speed on 0, 1, 2 … units relative to one."""
     lost: dict[str, float] = {}
     """And the work (s) that a pause costs each, where that is known."""
+    targets: dict[str, float] = {}
+    """Units that each is to hold in all, its own and lent; none: they take turns by weight."""
 
 
 class Verdict(msgspec.Struct):

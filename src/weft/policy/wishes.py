@@ -192,9 +192,8 @@ class Wishes:
         """What a layout is worth to jobs that can move if it is lent (0 if nothing may be), and
         if it is not."""
         own = self._demand.divide(view, verdict.layout)
-        targets = self._demand.targets(view, own)
-        kept = worth(view, _unlent(verdict), own, targets, 0.0)
-        return worth(view, verdict, own, targets, pauses) if self.tuning.lend else 0.0, kept
+        kept = worth(view, _unlent(verdict), own, 0.0)
+        return worth(view, verdict, own, pauses) if self.tuning.lend else 0.0, kept
 
     def _pauses(self, view: View, here: Verdict) -> float:
         """Pauses of jobs that there are where idle space is lent, of those that there would be if
@@ -298,18 +297,19 @@ class Wishes:
         if layout is None or state.learned_at != view.now or state.probe:
             return []
         own = self._demand.divide(view, layout)
-        wish = self._demand.targets(view, own)
+        if not own or not view.targets or own.keys() != memory.shares.keys():
+            return []
         weights = sum(job.weight for job in view.jobs)
         by_weight = {j.id: view.device.compute * j.weight / weights for j in view.jobs}
-        have = memory.targets or by_weight
-        if not wish or wish.keys() != have.keys() or own.keys() != memory.shares.keys():
-            return []
-        pairs: tuple[tuple[Mapping[str, float], Mapping[str, float]], ...]
-        pairs = (have, wish), (memory.shares, own)
-        if not any(_utility(view, b) > GAIN * _utility(view, a) for a, b in pairs):
-            return []
-        parts = ", ".join(f"{job} {have[job]:.3g} -> {wish[job]:.3g}" for job in sorted(wish))
-        return [f"units of jobs: {parts}: what each makes of them was learned"]
+        pairs: tuple[tuple[str, Mapping[str, float], Mapping[str, float]], ...] = (
+            ("units that jobs hold in all", memory.targets or by_weight, view.targets),
+            ("units of jobs", memory.shares, own),
+        )
+        for what, have, wish in pairs:
+            if _utility(view, wish) > GAIN * _utility(view, have):
+                parts = ", ".join(f"{j} {have[j]:.3g} -> {wish[j]:.3g}" for j in sorted(wish))
+                return [f"{what}: {parts}: what each makes of them was learned"]
+        return []
 
     def _relend(self, view: View, memory: DeviceMemory) -> list[str]:
         """Why lending should end, or begin again. Where pauses seem to cost jobs more than idle
@@ -347,8 +347,8 @@ class Wishes:
             self._set_lending(view, memory, True)
             return [self._verdict(view, True, lent, kept)]
         seldom = passed * EXPLORE >= UNLENT_FOR
-        after = {0: tuning.settle, 1: RATE_WINDOW}.get(memory.tried, passed + 1)
-        seems = worse and (seldom or passed >= after)
+        counts_after = (tuning.settle, RATE_WINDOW, math.inf)[memory.tried]
+        seems = worse and (seldom or passed >= counts_after)
         seems = _has_held(memory, "lending", seems, view.now, tuning.shrink_after)
         due = seldom and self._is_open(view, here, pauses)
         if not (seems or due) or state.probe or view.now - state.tried_own < PROBE_FOR:
@@ -383,10 +383,7 @@ class Wishes:
     def _possible(self, view: View) -> list[View]:
         """The view as it may be, all jobs being as good or as bad as may be at once; what is not
         known of pauses is from nothing to ``DEAR``."""
-        curves = self.state.curves
-        if not all(job.id in curves for job in view.jobs):
-            return [view]
-        possible = {job.id: curves[job.id].possible() for job in view.jobs}
+        possible = {job.id: self.state.curves[job.id].possible() for job in view.jobs}
         found = []
         for index in range(len(QUANTILES)):
             speed_ups = {job: each[index][0] for job, each in possible.items()}

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,20 @@ from weft.serving.control import ControlClient
 
 START_S = 60.0
 JOB_START_S = 120.0
+
+
+def _prepare(
+    sent: signal.Signals, cores: set[int] | None = None, nice: int = 0
+) -> Callable[[], None]:
+    """What a new process does first: on which cores it runs, and how it ends with this one."""
+
+    def prepare() -> None:
+        proctree.end_with_parent(sent)
+        if cores:
+            os.sched_setaffinity(0, cores)
+        os.nice(nice)
+
+    return prepare
 
 
 class NodeRig:
@@ -46,13 +61,6 @@ class NodeRig:
 
     def start(self) -> None:
         """Start it and wait until its model is warm; raises EnvironmentProblem."""
-        cores = self._cores
-
-        def prepare() -> None:
-            proctree.end_with_parent(signal.SIGTERM)
-            if cores:
-                os.sched_setaffinity(0, cores)
-
         with (self.directory / "log").open("wb") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "weft", "serve", "weft.yaml"],
@@ -61,7 +69,7 @@ class NodeRig:
                 stderr=log,
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
-                preexec_fn=prepare,
+                preexec_fn=_prepare(signal.SIGTERM, self._cores),
             )
         end = time.monotonic() + START_S
         while time.monotonic() < end and self._process.poll() is None:
@@ -109,13 +117,6 @@ class PlainJob:
 
     def __init__(self, counter: Path, threads: int, cores: set[int] | None, nice: int) -> None:
         self.counter = counter
-
-        def prepare() -> None:
-            proctree.end_with_parent(signal.SIGKILL)
-            if cores:
-                os.sched_setaffinity(0, cores)
-            os.nice(nice)
-
         self._process = subprocess.Popen(
             _train_command(counter, threads),
             stdout=subprocess.DEVNULL,
@@ -124,7 +125,7 @@ class PlainJob:
             # the default, long spinning, the arms without Weft come out worse.
             env={**os.environ, "GOMP_SPINCOUNT": "1000"},
             start_new_session=True,
-            preexec_fn=prepare,
+            preexec_fn=_prepare(signal.SIGKILL, cores, nice),
         )
 
     def resume(self) -> None:
@@ -206,7 +207,7 @@ def generate(port: int, request: bytes, times: list[float], core: int | None) ->
     done = subprocess.run(
         [sys.executable, "-m", "weft.cli.bench.loadgen"],
         input=json.dumps(order).encode(),
-        preexec_fn=lambda: proctree.end_with_parent(signal.SIGKILL),
+        preexec_fn=_prepare(signal.SIGKILL),
         capture_output=True,
         timeout=max(times, default=0.0) + 60,
         check=False,
