@@ -364,6 +364,40 @@ def test_requests_that_arrive_together_become_one_batch() -> None:
     assert one(world.arrive(), a.Dispatch).batch.requests == (1, 2, 3)
 
 
+def together(world: World, count: int, **kw: int) -> list[tuple[str, tuple[int, ...]]]:
+    """Workers and requests of the batches that this many arrivals in one turn start."""
+    actions = [x for left in reversed(range(count)) for x in world.arrive(more=left > 0, **kw)]
+    return [(d.worker, d.batch.requests) for d in only(actions, a.Dispatch)]
+
+
+def two_idle(max_batch: int = 8) -> World:
+    """One service with a warm instance on each of two cores."""
+    world = World(units=2).service(max_batch=max_batch).worker("w0").worker("w1")
+    world.planned({"s": (0, 1)})
+    return world
+
+
+def test_of_requests_that_arrive_together_each_idle_instance_gets_its_share() -> None:
+    assert together(two_idle(), 8) == [("w0", (1, 2, 3, 4)), ("w1", (5, 6, 7, 8))]
+    assert together(two_idle(), 5) == [("w0", (1, 2, 3, 4)), ("w1", (5,))]
+    assert together(two_idle(), 4, rows=2) == [("w0", (1, 2)), ("w1", (3, 4))]
+    assert together(two_idle(max_batch=1), 2) == [("w0", (1,)), ("w1", (2,))]
+
+
+def test_fewer_than_a_share_that_arrive_together_stay_together() -> None:
+    assert together(two_idle(), 3) == [("w0", (1, 2, 3))]
+
+
+def test_the_share_of_the_only_idle_instance_is_a_full_batch() -> None:
+    world = two_idle()
+    world.arrive()
+    assert together(world, 7) == [("w1", tuple(range(2, 9)))]
+    # More instances than partitions: those without one cannot begin.
+    world = World(units=2).service(max_batch=8).worker("w0").worker("w1")
+    world.planned({"s": (0,)})
+    assert together(world, 8) == [("w0", tuple(range(1, 9)))]
+
+
 def test_a_refusal_at_the_end_of_arrivals_holds_none_of_them_back() -> None:
     world = ready()
     world.arrive(more=True)

@@ -33,7 +33,8 @@ class ServiceRemoved(_Event, frozen=True):
 class Arrived(_Event, frozen=True):
     """A request was decoded and is ready to execute.
 
-    ``more``: others arrived with it and follow at once; nothing is started before the last.
+    ``more``: others arrived with it and follow at once; no batch starts before the last or
+    before it has an idle instance's share of a full one.
     """
 
     request: Request

@@ -8,8 +8,9 @@ Laws (docs/design.md says why):
 2. Inference never waits for a slice to end: an arrival on a lent partition revokes the grant
    at once.
 3. Order: priority class, then least slack; ageing keeps the lowest class alive.
-4. Batching is work-conserving; a batch is held back only if its service says so. One that can
-   grow no more and is short is handed to a worker while it executes the one before.
+4. Batching is work-conserving; a batch is held back only if its service says so. Of requests that
+   arrive together each idle worker gets its share. A batch that can grow no more and is short is
+   handed to a worker while it executes the one before.
 5. What cannot make its deadline is refused on arrival; what was accepted is answered exactly
    once, with a result or an error.
 6. An idle partition is lent after a linger of at most the cost of taking it back.
@@ -103,15 +104,27 @@ class Dispatcher:
     # --- requests ---------------------------------------------------------------------------
 
     def _arrived(self, event: e.Arrived) -> None:
-        state = self.state
+        state, service = self.state, self.state.services.get(event.request.service)
         self._admit(event.request)
         if event.more:
+            if service is not None and self._has_share(service):
+                state.unplaced.pop(service.name, None)
+                self._place(service)
             return
         arrived, state.unplaced = state.unplaced, {}
         for name in arrived:
             service = state.services.get(name)
             if service is not None and service.queued:
                 self._place(service)
+
+    def _has_share(self, service: ServiceState) -> bool:
+        """Whether what is queued is the share of a full batch of one of those that could begin now:
+        then it begins, and what follows is for the others. Else the first would take all."""
+        idle = sum(queues.idle_count(service, device) for device in service.idle)
+        if not idle:
+            return False
+        free = sum(not self.state.partitions[p].batch for p in service.partitions)
+        return sum(service.rows) * min(free, idle) >= service.max_batch
 
     def _admit(self, request: Request) -> None:
         state = self.state
