@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 COMPILED := $(addprefix weft/,$(addsuffix .py, \
 	$(addprefix policy/,dispatcher admission lending queues state estimate pressure \
 		planner wishes demand judging leftover layouts placing sharing queueing forecast utility) \
-	sim/world sim/reactive telemetry/monitor))
+	sim/world sim/outcome sim/reactive telemetry/monitor))
 
 .PHONY: help demo test lint bench bench-peers bench-simulator compile uncompile clean
 

@@ -64,7 +64,7 @@ class JobTally(msgspec.Struct):
     grants: int = 0
 
 
-class Span(msgspec.Struct, frozen=True):
+class Span(msgspec.Struct):
     """Somebody held these units from ``start`` to ``end`` (ns)."""
 
     who: str
@@ -92,7 +92,7 @@ def merge(outcomes: Sequence[Outcome]) -> Outcome:
     return first
 
 
-class Moment(msgspec.Struct, frozen=True):
+class Moment(msgspec.Struct):
     """A stretch of a run that ends at ``at`` (ns). ``p95``: of each service, relative to its
     objective (0 if nothing was answered); ``share``: of all compute, held by each workload."""
 

@@ -452,20 +452,21 @@ class World:
             start = self._draws.time(cost.follow if follows and cost.follow else cost.start)
         if action.preempting:
             start += self._draws.time(cost.preempt)
-        mean = self._mean(service, kind, partition.compute, batch.rows)
+        units = partition.compute
+        mean = self._mean(service, kind, units, batch.rows)
         slowed = 1 + self._contention(partition)
         took = round(mean * self._draws.factor(service.costs[kind].cv) * slowed)
-        self._running[partition.id] = partition.compute
-        self._served[partition.device] += partition.compute
-        self._served[""] += partition.compute
+        self._running[partition.id] = units
+        self._served[partition.device] += units
+        self._served[""] += units
         began = self._now
 
         def done() -> None:
             del self._running[partition.id]
-            self._served[partition.device] -= partition.compute
-            self._served[""] -= partition.compute
+            self._served[partition.device] -= units
+            self._served[""] -= units
             self._ended[partition.id] = self._now
-            used = partition.compute * (self._now - began)
+            used = units * (self._now - began)
             self.outcome.served_ns += used
             if self._diary is not None:
                 self._diary.served(batch.service, used)
