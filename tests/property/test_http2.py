@@ -142,6 +142,13 @@ payloads = st.one_of(
     st.sampled_from([message(), message()[:9], message() * 3, block("ModelInfer"), b"", bytes(8)]),
     st.binary(max_size=40),
 )
+
+
+def in_small_frames(number: int, body: bytes, size: int) -> bytes:
+    """A body, or part of one, in data frames of ``size`` that follow each other."""
+    return b"".join(frame(DATA, 0, number, body[at : at + size]) for at in range(0, len(body), size))
+
+
 FRAMES = st.one_of(
     st.builds(frame, st.integers(0, 10), flags, numbers, payloads),
     st.builds(
@@ -155,6 +162,12 @@ FRAMES = st.one_of(
         st.sampled_from([1, 3, 5, 7, 9]),
         st.sampled_from([message(), message()[:30], message()[30:], message() * 5]),
         st.sampled_from([0, END_STREAM]),
+    ),
+    st.builds(
+        in_small_frames,
+        st.sampled_from([1, 3, 5]),
+        st.sampled_from([message(), message()[:30], message()[30:], message() * 30]),
+        st.sampled_from([1, 3, 50, 500]),
     ),
     st.builds(
         word_frame,
@@ -228,6 +241,14 @@ async def play(steps: list[bytes | str], size: int | None) -> bytes:
 
 
 @example([frame(HEADERS, END_HEADERS, 1, block("ModelInfer")), frame(DATA, 0, 1, message() * 3)], 1)
+@example(
+    [
+        frame(HEADERS, END_HEADERS, 1, block("ModelStreamInfer")),
+        in_small_frames(1, message() * 30, 7),
+        frame(DATA, END_STREAM, 1, b""),
+    ],
+    13,
+)
 @given(STEPS, st.sampled_from([1, 2, 7, 13, 30]))
 def test_pieces_make_no_difference_and_nothing_is_left(steps: list[Any], size: int) -> None:
     whole = asyncio.run(play(steps, None))

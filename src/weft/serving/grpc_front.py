@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from google.protobuf.message import DecodeError
@@ -159,10 +159,10 @@ class _Call:
             self._timer = loop.call_later(head.timeout_s, self.finish, _PAST_DEADLINE)
         front.running.add(self)
 
-    def data(self, piece: memoryview) -> None:
+    def data(self, pieces: Sequence[memoryview]) -> None:
         """See ``Receiver``."""
         try:
-            for message in self._assembler.feed(piece):
+            for message in self._assembler.feed(pieces):
                 self.message(message)
                 if self.over:
                     return
@@ -296,9 +296,9 @@ class _StreamCall(_Call):
         self._ended = False
         self._moving = False
 
-    def data(self, piece: memoryview) -> None:
+    def data(self, pieces: Sequence[memoryview]) -> None:
         """See ``Receiver``."""
-        super().data(piece)
+        super().data(pieces)
         self._watch()
 
     def message(self, message: Message) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 from urllib.parse import quote_from_bytes
 
@@ -191,8 +191,31 @@ class Assembler:
         """Whether a message has begun and is not complete."""
         return self._data is not None or bool(self._prefix)
 
-    def feed(self, piece: memoryview) -> Iterator[Message]:
-        """The messages that ``piece`` completes. Raises Damaged, BodyRefused."""
+    def feed(self, pieces: Sequence[memoryview]) -> Iterator[Message]:
+        """The messages that ``pieces`` complete. Raises Damaged, BodyRefused."""
+        for piece in pieces[self._fill(pieces) :]:
+            yield from self._take(piece)
+
+    def _fill(self, pieces: Sequence[memoryview]) -> int:
+        """Copy those pieces, the first so many, that a message under way is longer than."""
+        data, at = self._data, self._filled
+        if data is None:
+            return 0
+        count, end = 0, at
+        for piece in pieces:
+            if end + len(piece) >= len(data):
+                break
+            end += len(piece)
+            count += 1
+        self._hold(end - at)
+        for piece in pieces[:count]:
+            stop = at + len(piece)
+            data[at:stop] = piece
+            at = stop
+        self._filled = at
+        return count
+
+    def _take(self, piece: memoryview) -> Iterator[Message]:
         at, end = 0, len(piece)
         while at < end:
             if self._data is None:

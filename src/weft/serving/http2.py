@@ -26,7 +26,7 @@ import logging
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, ClassVar, Generic, Protocol
 
 from weft.serving.http2_frames import (
@@ -92,8 +92,8 @@ _NOT_HTTP2 = (
 class Receiver(Protocol):
     """What becomes of one request. Its methods may answer at once."""
 
-    def data(self, piece: memoryview) -> None:
-        """More of the body; ``piece`` is to be copied before this returns."""
+    def data(self, pieces: Sequence[memoryview]) -> None:
+        """More of the body; ``pieces`` are to be copied before this returns."""
 
     def end(self) -> None:
         """The body is complete."""
@@ -264,6 +264,9 @@ class Connection(asyncio.Protocol, Generic[Head]):
             if length > (FRAME_BYTES if kind == DATA else _CONTROL_BYTES):
                 raise Fault(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
             if kind == DATA:
+                if not flags and (stop := self._take_run(data, view, at, number)) > at:
+                    at = stop
+                    continue
                 padding = 0
                 if flags & PADDED:
                     if begin == size and length:
@@ -290,6 +293,36 @@ class Connection(asyncio.Protocol, Generic[Head]):
         }
         more = word_frame(WINDOW_UPDATE, 0, CONNECTION_WINDOW - DEFAULT_WINDOW)
         self._transport.write(settings(offer) + more)
+
+    def _take_run(self, data: bytes, view: memoryview, at: int, number: int) -> int:
+        """Take data frames of one stream that follow each other, are here entirely and bring
+        nothing but bytes, nor use so much of a window that more is to be given: most of a large
+        body that comes in small frames. Returns where the first other one begins."""
+        stream = self._streams.get(number)
+        if stream is None or stream.receiver is None or stream.ended or stream.answered:
+            return at
+        if self._block is not None:
+            return at
+        room = min(self._room - CONNECTION_WINDOW // 2, stream.room - STREAM_WINDOW // 4)
+        pieces: list[memoryview] = []
+        size, taken = len(data), 0
+        while size - at >= HEAD_BYTES:
+            word, flags, other = FRAME_HEAD.unpack_from(data, at)
+            length, begin = word >> 8, at + HEAD_BYTES
+            stop = begin + length
+            if flags or word & 0xFF != DATA or other & MAX_WINDOW != number or stop > size:
+                break
+            taken += length
+            if taken >= room or length > FRAME_BYTES:
+                taken -= length
+                break
+            pieces.append(view[begin:stop])
+            at = stop
+        if pieces:
+            self._room -= taken
+            stream.room -= taken
+            stream.receiver.data(pieces)
+        return at
 
     def _begin_data(self, number: int, length: int, padding: int, flags: int) -> None:
         """A data frame of ``length`` bytes begins; ``padding`` of them, with the byte that tells
@@ -331,7 +364,7 @@ class Connection(asyncio.Protocol, Generic[Head]):
         if stream is None or stream.ended:
             return after
         if stop > at and stream.receiver is not None and not stream.answered:
-            stream.receiver.data(view[at:stop])
+            stream.receiver.data((view[at:stop],))
         if not self._left and self._data_ends:
             self._end(stream)
         elif stream.room < STREAM_WINDOW // 4:
