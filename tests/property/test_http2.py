@@ -146,7 +146,8 @@ payloads = st.one_of(
 
 def in_small_frames(number: int, body: bytes, size: int) -> bytes:
     """A body, or part of one, in data frames of ``size`` that follow each other."""
-    return b"".join(frame(DATA, 0, number, body[at : at + size]) for at in range(0, len(body), size))
+    pieces = (body[at : at + size] for at in range(0, len(body), size))
+    return b"".join(frame(DATA, 0, number, piece) for piece in pieces)
 
 
 FRAMES = st.one_of(
