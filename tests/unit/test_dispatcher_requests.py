@@ -398,6 +398,15 @@ def test_the_share_of_the_only_idle_instance_is_a_full_batch() -> None:
     assert together(world, 8) == [("w0", tuple(range(1, 9)))]
 
 
+def test_nothing_is_taken_back_for_a_share() -> None:
+    world = World(units=2).service(max_batch=8).worker("w0").worker("w1")
+    world.planned({"s": (0, 1)}, lendable=("p1",))
+    world.job("j")
+    world.send(e.Woke(), after=S)
+    assert world.d.state.partitions["p1"].job == "j"
+    assert together(world, 8) == [("w0", tuple(range(1, 9)))]
+
+
 def test_a_refusal_at_the_end_of_arrivals_holds_none_of_them_back() -> None:
     world = ready()
     world.arrive(more=True)

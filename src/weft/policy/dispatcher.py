@@ -119,11 +119,13 @@ class Dispatcher:
 
     def _has_share(self, service: ServiceState) -> bool:
         """Whether what is queued is the share of a full batch of one of those that could begin now:
-        then it begins, and what follows is for the others. Else the first would take all."""
+        then it begins, and what follows is for the others. Else the first would take all. What is
+        lent is not taken back for a share: that waits for what all who arrived come to."""
         idle = sum(queues.idle_count(service, device) for device in service.idle)
         if not idle:
             return False
-        free = sum(not self.state.partitions[p].batch for p in service.partitions)
+        partitions = (self.state.partitions[p] for p in service.partitions)
+        free = sum(p.hold == Hold.NONE and not p.batch for p in partitions)
         return sum(service.rows) * min(free, idle) >= service.max_batch
 
     def _admit(self, request: Request) -> None:
