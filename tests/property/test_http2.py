@@ -250,6 +250,15 @@ async def play(steps: list[bytes | str], size: int | None) -> bytes:
     ],
     13,
 )
+@example(
+    [
+        frame(HEADERS, END_HEADERS, 1, block("ModelInfer")),
+        frame(DATA, 0, 1, message()[:6]),
+        in_small_frames(1, message()[6:], 3),
+        frame(DATA, END_STREAM, 1, b""),
+    ],
+    1,
+)
 @given(STEPS, st.sampled_from([1, 2, 7, 13, 30]))
 def test_pieces_make_no_difference_and_nothing_is_left(steps: list[Any], size: int) -> None:
     whole = asyncio.run(play(steps, None))

@@ -118,14 +118,14 @@ class Dispatcher:
                 self._place(service)
 
     def _has_share(self, service: ServiceState) -> bool:
-        """Whether what is queued is the share of a full batch of one of those that could begin now:
-        then it begins, and what follows is for the others. Else the first would take all. What is
-        lent is not taken back for a share: that waits for what all who arrived come to."""
+        """Whether what is queued is one free partition's share of a full batch: then it begins, and
+        what follows is for the others. Else the first would take all. Lent partitions do not count,
+        or they would be taken back for what the free ones can do together."""
         idle = sum(queues.idle_count(service, device) for device in service.idle)
         if not idle:
             return False
         partitions = (self.state.partitions[p] for p in service.partitions)
-        free = sum(p.hold == Hold.NONE and not p.batch for p in partitions)
+        free = sum(p.hold == Hold.NONE and not p.batch and not p.retiring for p in partitions)
         return sum(service.rows) * min(free, idle) >= service.max_batch
 
     def _admit(self, request: Request) -> None:

@@ -299,9 +299,9 @@ class Connection(asyncio.Protocol, Generic[Head]):
         nothing but bytes, nor use so much of a window that more is to be given: most of a large
         body that comes in small frames. Returns where the first other one begins."""
         stream = self._streams.get(number)
-        if stream is None or stream.receiver is None or stream.ended or stream.answered:
+        if self._block is not None or stream is None or stream.receiver is None:
             return at
-        if self._block is not None:
+        if stream.ended or stream.answered:
             return at
         room = min(self._room - CONNECTION_WINDOW // 2, stream.room - STREAM_WINDOW // 4)
         pieces: list[memoryview] = []
@@ -310,13 +310,12 @@ class Connection(asyncio.Protocol, Generic[Head]):
             word, flags, other = FRAME_HEAD.unpack_from(data, at)
             length, begin = word >> 8, at + HEAD_BYTES
             stop = begin + length
-            if flags or word & 0xFF != DATA or other & MAX_WINDOW != number or stop > size:
+            if flags or word & 0xFF != DATA or other & MAX_WINDOW != number:
                 break
-            taken += length
-            if taken >= room or length > FRAME_BYTES:
-                taken -= length
+            if stop > size or taken + length >= room or length > FRAME_BYTES:
                 break
             pieces.append(view[begin:stop])
+            taken += length
             at = stop
         if pieces:
             self._room -= taken

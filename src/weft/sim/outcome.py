@@ -8,9 +8,8 @@ from collections.abc import Sequence
 import msgspec
 
 from weft.domain.units import US, S
+from weft.sim.moments import Moment, Span
 
-SPANS = 2 * S
-MOMENTS = 400
 _STEP = math.log(1.02)
 """Latencies are kept in buckets 2 % wide: a percentile is right to that."""
 
@@ -64,15 +63,6 @@ class JobTally(msgspec.Struct):
     grants: int = 0
 
 
-class Span(msgspec.Struct):
-    """Somebody held these units from ``start`` to ``end`` (ns)."""
-
-    who: str
-    units: tuple[int, ...]
-    start: int
-    end: int
-
-
 def merge(outcomes: Sequence[Outcome]) -> Outcome:
     """The outcome of several boxes together; reasons and spans are those of the first."""
     first, *others = outcomes
@@ -92,15 +82,6 @@ def merge(outcomes: Sequence[Outcome]) -> Outcome:
     return first
 
 
-class Moment(msgspec.Struct):
-    """A stretch of a run that ends at ``at`` (ns). ``p95``: of each service, relative to its
-    objective (0 if nothing was answered); ``share``: of all compute, held by each workload."""
-
-    at: int
-    p95: dict[str, float]
-    share: dict[str, float]
-
-
 class Outcome(msgspec.Struct):
     """One run. Times in ns; ``served_ns`` is unit-nanoseconds in which batches held space;
     ``open`` counts requests that were neither answered nor refused at the end."""
@@ -115,9 +96,9 @@ class Outcome(msgspec.Struct):
     open: int = 0
     reasons: list[tuple[int, tuple[str, ...]]] = []
     spans: list[Span] = []
-    """Kept if asked for, of the middle ``SPANS`` ns of the run."""
+    """Kept if asked for, of the middle ``moments.SPANS`` ns of the run."""
     moments: list[Moment] = []
-    """Kept if asked for, ``MOMENTS`` at most."""
+    """Kept if asked for, ``moments.MOMENTS`` at most."""
 
     def figures(self) -> dict[str, float]:
         """The figures that policies are compared by; shares are 0..1. Where a job is still being

@@ -28,7 +28,8 @@ from weft.policy.dispatcher import Dispatcher
 from weft.policy.planner import Planner
 from weft.sim.arrivals import Recorded
 from weft.sim.costs import Spread
-from weft.sim.outcome import MOMENTS, SPANS, JobTally, Moment, Outcome, ServiceTally, Span
+from weft.sim.moments import MOMENTS, SPANS, Moment, Span
+from weft.sim.outcome import JobTally, Outcome, ServiceTally
 from weft.sim.scenario import Scenario, SimJob, SimService, sizes
 from weft.telemetry.monitor import Monitor
 

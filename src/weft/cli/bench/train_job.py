@@ -37,8 +37,8 @@ def read_counter(path: Path) -> tuple[int, int]:
 
 def keep_memory() -> None:
     """Have glibc keep what is freed. By default it gives large buffers back to the kernel and asks
-    for them anew in each step: a quarter of the time, by luck up to 6 % more or less of it from
-    one process to another. Then arms would differ by their processes and not by how they share."""
+    for them anew in each step: a fifth of the time, by luck up to 6 % more or less of it from one
+    process to another. Then arms would differ by their processes and not by how they share."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_THRESHOLD, KEPT)

@@ -1,0 +1,35 @@
+"""Messages put together from the pieces of a body, and the memory they take meanwhile."""
+
+from __future__ import annotations
+
+import struct
+
+from weft.serving.grpc_wire import Assembler
+from weft.serving.intake import Budget
+from weft.serving.tensors import Limits
+
+BODY = bytes(range(100))
+MESSAGE = memoryview(struct.pack(">BI", 0, len(BODY)) + BODY)
+
+
+def pieces(data: memoryview, size: int) -> list[memoryview]:
+    return [data[at : at + size] for at in range(0, len(data), size)]
+
+
+def test_pieces_of_a_message_under_way_take_memory_as_they_come() -> None:
+    budget = Budget(1000)
+    assembler = Assembler(Limits(), budget, "")
+    assert not list(assembler.feed([MESSAGE[:15]]))
+    begun = budget.held
+    assert not list(assembler.feed(pieces(MESSAGE[15:75], 7)))
+    assert budget.held == begun + 60
+    (message,) = assembler.feed(pieces(MESSAGE[75:], 7))
+    assert bytes(message.data) == BODY
+    assert message.held == budget.held
+
+
+def test_a_run_of_pieces_ends_one_message_and_begins_the_next() -> None:
+    assembler = Assembler(Limits(), Budget(10_000), "")
+    assert not list(assembler.feed([MESSAGE[:15]]))
+    both = memoryview(bytes(MESSAGE[15:]) + bytes(MESSAGE))
+    assert [bytes(m.data) for m in assembler.feed(pieces(both, 9))] == [BODY, BODY]
