@@ -22,9 +22,14 @@ from tests.replay.histories import record
 from tests.unit.test_views import status
 from weft.cli import commands
 from weft.cli.joblog import JobLog
+from weft.domain.actions import Action, WakeAt
+from weft.domain.device import DeviceSpec
 from weft.domain.errors import EnvironmentProblem, JournalError, NotFound, WeftError
+from weft.domain.events import Event
 from weft.domain.port import JobStatus
 from weft.domain.workload import JobSpec, RestartPolicy
+from weft.policy.dispatcher import Dispatcher
+from weft.policy.state import DispatcherState
 from weft.serving.control import ControlServer
 
 PROGRAM = """
@@ -304,6 +309,18 @@ def test_explain_finds_the_journal_with_and_without_a_node(
         weft("explain", "--journal", str(tmp_path / "none"))
 
 
+class Sleepy:
+    """Weft's policy, but it wakes up a nanosecond later."""
+
+    def __init__(self, devices: tuple[DeviceSpec, ...], state: DispatcherState | None) -> None:
+        self._policy = Dispatcher(devices, state)
+        self.state = self._policy.state
+
+    def handle(self, now: int, event: Event) -> list[Action]:
+        actions = self._policy.handle(now, event)
+        return [WakeAt(x.cause, x.at + 1) if isinstance(x, WakeAt) else x for x in actions]
+
+
 def test_replay_exits_with_1_on_a_difference(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,9 +329,7 @@ def test_replay_exits_with_1_on_a_difference(
     assert "no difference" in capsys.readouterr().out
     assert weft("replay", "--json", str(tmp_path)) == 0
     assert json.loads(capsys.readouterr().out)["identical"] is True
-    monkeypatch.setattr("weft.policy.admission.BURST", 1)
-    monkeypatch.setattr("weft.policy.lending.SLICE_STEP", 7)
-    monkeypatch.setattr("weft.policy.queues.AGEING", 1)
+    monkeypatch.setattr("weft.sim.replay.Dispatcher", Sleepy)
     assert weft("replay", str(tmp_path)) == 1
     assert "first difference" in capsys.readouterr().out
     with pytest.raises(JournalError):

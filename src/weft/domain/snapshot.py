@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from weft.domain.device import DeviceSpec
@@ -9,7 +11,7 @@ from weft.domain.plan import Plan
 from weft.domain.units import S
 from weft.domain.workload import Variant
 
-SEASON_AHEAD = 30 * S
+SEASON_AHEAD: Final = 30 * S
 """How far ahead the season of a rate is looked up (ns)."""
 
 
@@ -48,7 +50,7 @@ class ServiceFacts(msgspec.Struct, frozen=True):
     variants: dict[str, Variant] = {}
 
 
-RATE_WINDOW = 60 * S
+RATE_WINDOW: Final = 60 * S
 """Over which the progress rate of a job is taken (ns)."""
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import enum
+from typing import Final
 
 import msgspec
 
 from weft.domain.units import MS, S
 
-PRIORITY_CLASSES = 3
+PRIORITY_CLASSES: Final = 3
 """Request priority classes: 0 high, 1 normal, 2 low."""
 
 

@@ -12,6 +12,7 @@ letting accepted requests wait.
 from __future__ import annotations
 
 from math import isqrt
+from typing import Final
 
 from weft.domain.request import Refusal, Request
 from weft.domain.units import MS
@@ -20,13 +21,13 @@ from weft.policy.lending import note_headroom, starved
 from weft.policy.queues import work_ns
 from weft.policy.state import DispatcherState, PartitionState, ServiceState
 
-BURST = 50 * MS
+BURST: Final = 50 * MS
 """Inference that may be admitted at once while a share is owed (per compute unit)."""
-RETRY_MIN = 1 * MS
-TRY_AFTER = 200 * MS
+RETRY_MIN: Final = 1 * MS
+TRY_AFTER: Final = 200 * MS
 """Predictions are corrected by executions alone. A service that has had none for this long takes
 one request however bad they look, lest a slow spell close it for ever."""
-MARGIN = 8
+MARGIN: Final = 8
 """A predicted wait is taken 1/MARGIN longer: its errors are not independent (the whole box gets
 slower at times), so they do not average out over a queue."""
 
@@ -146,11 +147,17 @@ def _lanes(service: ServiceState, mine: list[PartitionState]) -> dict[str, float
 
 def _worker_wait(state: DispatcherState, service: ServiceState, device: str, now: int) -> int:
     """Ns until some instance of the service on a device is idle."""
-    if any(service.idle.get(device, {}).values()):
-        return 0
-    mine = [r for r in state.running.values() if r.batch.service == service.name]
-    where = [state.partitions[r.partition] for r in mine]
-    return max(0, min((busy_for(state, p, now) for p in where if p.device == device), default=0))
+    for names in service.idle.get(device, {}).values():
+        if names:
+            return 0
+    soonest = -1
+    for running in state.running.values():
+        partition = state.partitions[running.partition]
+        if partition.device == device and running.batch.service == service.name:
+            wait = max(0, busy_for(state, partition, now))
+            if wait < soonest or soonest < 0:
+                soonest = wait
+    return max(0, soonest)
 
 
 def _others_ahead(

@@ -6,6 +6,8 @@ What jobs make of space is learned from their progress, and tried out where it c
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from weft.domain.snapshot import ServiceFacts, Snapshot
@@ -16,12 +18,12 @@ from weft.policy.sharing import divide
 from weft.policy.utility import EXPLORE, Curve
 from weft.policy.views import Layout, View
 
-LEARN_EVERY = 10 * S
+LEARN_EVERY: Final = 10 * S
 RISES_OVER, FALLS_OVER = 10 * S, 30 * S
 """Time constants of the rate that is usual: bursts of a few seconds hardly change it."""
-PARTS = 256
+PARTS: Final = 256
 """Of a device, in which it is reckoned what a job is to hold in all; or whole units."""
-PROBE_FOR = 90 * S
+PROBE_FOR: Final = 90 * S
 """How long something is tried out: progress is known over a minute."""
 
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from heapq import heappop, heappush
-from typing import Any
+from typing import Any, Final
 
 from weft.domain import actions as a
 from weft.domain import events as e
@@ -45,7 +45,7 @@ from weft.policy.state import (
     WorkerState,
 )
 
-BLOCKED_AFTER_FAILED_GRANT = 1 * S
+BLOCKED_AFTER_FAILED_GRANT: Final = 1 * S
 AHEAD_SHARE, AHEAD_MOST = 16, 5 * MS
 """A batch is handed to a busy worker if it is predicted to take at most 1/AHEAD_SHARE of the
 objective and at most AHEAD_MOST. So much longer may somebody more urgent, who comes meanwhile,
@@ -67,7 +67,7 @@ class Dispatcher:
         self._specs = {d.id: d for d in devices}
         self.state = state if state is not None else DispatcherState()
         self._out: list[a.Action] = []
-        self._cause = ""
+        self._event: e.Event = e.Woke()
         self._handlers: dict[type, Callable[[Any], None]] = {
             e.ServiceAdded: self._service_added,
             e.ServiceRemoved: self._service_removed,
@@ -96,10 +96,14 @@ class Dispatcher:
         if now > state.now:
             state.now = now
         self._out = []
-        self._cause = _cause(event)
+        self._event = event
         self._handlers[type(event)](event)
         self._arm()
         return self._out
+
+    @property
+    def _cause(self) -> str:
+        return _cause(self._event)
 
     # --- requests ---------------------------------------------------------------------------
 

@@ -8,8 +8,9 @@ Avoidance and Control", SIGCOMM 1988, appendix A): gains of 1/8 and 1/4, predict
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Final
 
-_OUTLIER = 4
+_OUTLIER: Final = 4
 """A sample counts as at most this multiple of the mean: one theft of the core by the host
 must not make the predictor refuse traffic for seconds."""
 

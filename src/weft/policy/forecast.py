@@ -8,10 +8,12 @@ period: what comes is to what is as their slots are to each other.
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
-DAMPING = 0.8
-MOST = 4.0
+DAMPING: Final = 0.8
+MOST: Final = 4.0
 """A season never predicts more than this many times the present rate."""
 
 

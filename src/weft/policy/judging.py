@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from heapq import heappop, heappush
+from typing import Final
 
 from weft.domain.device import DeviceSpec, Partition
 from weft.domain.snapshot import ServiceFacts
@@ -15,13 +16,13 @@ from weft.domain.units import format_bytes
 from weft.policy.queueing import batch_delay, wait_quantile
 from weft.policy.views import Layout, Verdict, View
 
-RHO_MAX = 0.85
+RHO_MAX: Final = 0.85
 """Highest planned utilization of a service partition."""
-HEADROOM = 0.9
+HEADROOM: Final = 0.9
 """Share of the objective that the predicted percentile may use."""
-SLOWER = 2.0
+SLOWER: Final = 2.0
 """A partition that no load calls for does not help a service that it slows down by more."""
-NO_PLACE = 10.0
+NO_PLACE: Final = 10.0
 """What a service that fits into no partition counts as overload."""
 
 

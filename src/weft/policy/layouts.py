@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from functools import cache, lru_cache
 from itertools import combinations
+from typing import Final
 
 from weft.domain.device import DeviceSpec, Partition
 from weft.domain.mig import Placement, Placements, Table, table
 from weft.policy.views import Layout
 
-MIB = 2**20
+MIB: Final = 2**20
 
 
 def make_partition(device: DeviceSpec, units: tuple[int, ...]) -> Partition:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Final
 
 from weft.policy.utility import DEAR, LOST
 from weft.policy.views import Verdict, View
 
-STAY = 1.2
+STAY: Final = 1.2
 """A job is bound to another partition only if it would gain this much there."""
 
 

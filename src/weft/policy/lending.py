@@ -13,21 +13,23 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from weft.domain.plan import Plan
 from weft.domain.units import MS, US, S
 from weft.policy.state import DispatcherState, JobShare, PartitionState, ServiceState
 
-ADJUST_EVERY = 100 * MS
-SLICE_STEP = 5 * MS
-NEAR = 800
+ADJUST_EVERY: Final = 100 * MS
+SLICE_STEP: Final = 5 * MS
+NEAR: Final = 800
 """Permille of the objective at which slices are halved; at 1000 lending pauses."""
-NEGLIGIBLE = 100 * US
+NEGLIGIBLE: Final = 100 * US
 """A linger shorter than this costs more in timer events than it saves."""
-OWED = 20
+OWED: Final = 20
 """A job is in debt when it is owed more than 1/OWED of one window's guaranteed share."""
-BEHIND = 10 * S
+BEHIND: Final = 10 * S
 """By how much virtual time at most a job may be behind that of another."""
-_SCALE = 1_000_000
+_SCALE: Final = 1_000_000
 
 
 # --- accounts -------------------------------------------------------------------------------

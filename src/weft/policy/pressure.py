@@ -10,17 +10,19 @@ the roles of increase and decrease exchanged, because here too little space is w
 
 from __future__ import annotations
 
+from typing import Final
+
 import msgspec
 
 from weft.domain.snapshot import ServiceFacts
 from weft.domain.units import S
 
-WINDOW = 10 * S
+WINDOW: Final = 10 * S
 """Over which misses are counted, fading (ns)."""
-EVIDENCE = 5.0
+EVIDENCE: Final = 5.0
 """Fewer misses than this say nothing."""
-STEP = 1.25
-MOST = 4.0
+STEP: Final = 1.25
+MOST: Final = 4.0
 
 
 class Pressure(msgspec.Struct):

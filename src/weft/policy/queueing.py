@@ -23,10 +23,11 @@ from __future__ import annotations
 
 import math
 import statistics
+from typing import Final
 
-ARRIVAL_CV2 = 1.5
+ARRIVAL_CV2: Final = 1.5
 """Squared coefficient of variation of arrivals: a little burstier than Poisson."""
-SERVICE_CV2 = 0.1
+SERVICE_CV2: Final = 0.1
 _NORMAL = statistics.NormalDist()
 
 

@@ -13,14 +13,15 @@ from __future__ import annotations
 from collections.abc import Collection
 from heapq import heapify, heappop, heappush
 from math import isqrt
+from typing import Final
 
 from weft.domain.request import Request
 from weft.domain.units import S
 from weft.policy.estimate import ExecTable
 from weft.policy.state import DispatcherState, Lane, PartitionState, ServiceState
 
-AGEING = 1 * S
-_FAR = 1 << 62
+AGEING: Final = 1 * S
+_FAR: Final = 1 << 62
 
 
 def enqueue(state: DispatcherState, service: ServiceState, request: Request) -> None:
@@ -30,14 +31,15 @@ def enqueue(state: DispatcherState, service: ServiceState, request: Request) -> 
     lane = service.lanes.get(lane_key)
     if lane is None:
         lane = service.lanes[lane_key] = Lane(version=request.version)
-    own = service.exec[service.home].predict(1, request.rows)
-    key = request.deadline + request.priority * AGEING - own
+    rows, priority = request.rows, request.priority
+    own = service.exec[service.home].predict(1, rows)
+    key = request.deadline + priority * AGEING - own
     heappush(lane.heap, (key, request.arrived, request.id))
     if request.expires:
         heappush(state.expiries, (request.expires, request.id))
     lane.live += 1
     service.queued += 1
-    service.rows[request.priority] += request.rows
+    service.rows[priority] += rows
     if service.queued == 1:
         for partition in service.partitions:
             state.partitions[partition].waiting[service.name] = None

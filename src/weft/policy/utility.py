@@ -19,31 +19,32 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import cache
+from typing import Final
 
 import msgspec
 
 PARALLEL = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
 GANGS = tuple((p, g) for p in (0.9, 1.0) for g in (1.3, 1.7))
 """Parallel part and gain of gangs."""
-GANG = 0.1
+GANG: Final = 0.1
 """A gang's prior, as a part of that of threads that do not wait for each other."""
-FADE = 0.99
+FADE: Final = 0.99
 """What an observation still counts for when the next one comes."""
-NOISE = 0.05
-LOST = 0.001
+NOISE: Final = 0.05
+LOST: Final = 0.001
 """Work (s) that a pause is taken to cost a job of which nothing is known."""
-LOST_SURE = 100.0
+LOST_SURE: Final = 100.0
 """How much that is trusted: as much as one look at ten pauses a second."""
-DEAR = 0.01
+DEAR: Final = 0.01
 """What a pause may well cost (s)."""
-APART = 0.01
+APART: Final = 0.01
 """Part of the variance of pauses that must not go with that of time held."""
-EXPLORE = 0.03
+EXPLORE: Final = 0.03
 """Share of the time that may be spent on trying out what a job makes of more units; and that
 for which nothing may be lent to learn what jobs make without."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 """Of what may be true, those at which it is looked at."""
-UNSURE = 0.1
+UNSURE: Final = 0.1
 """Relative standard deviation of a predicted speed-up from which trying out is worth it."""
 
 

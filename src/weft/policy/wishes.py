@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -27,15 +27,15 @@ from weft.policy.sharing import speed_at
 from weft.policy.utility import DEAR, EXPLORE, QUANTILES
 from weft.policy.views import Layout, Verdict, View
 
-CALM = 0.6
+CALM: Final = 0.6
 """Space is taken from services only where what is left would be used no more than this."""
-SPARE = 1.25
+SPARE: Final = 1.25
 """Such a layout must hold at this much more than the recent peak."""
-GAIN = 1.05
+GAIN: Final = 1.05
 """Where jobs cannot move, a layout must be worth this much more to them to be changed for."""
-GAIN_OWN = 1.02
+GAIN_OWN: Final = 1.02
 """Jobs are given space of their own only if it is worth this much more than borrowing it."""
-LOSE_NOTHING = 0.99
+LOSE_NOTHING: Final = 0.99
 """And give it back if borrowing is worth this much of owning it."""
 UNLENT_LEAST, UNLENT_FOR = 20 * S, 30 * S
 """How long it is tried what jobs make if nothing is lent (ns): progress is known over a minute."""

@@ -7,13 +7,15 @@ lent as Weft lends it, so that what differs is the planning alone.
 
 from __future__ import annotations
 
+from typing import Final
+
 from weft.policy.layouts import mig_layouts, unit_layouts
 from weft.policy.planner import Planner
 from weft.policy.views import Layout, View
 from weft.policy.wishes import Wish, Wishes
 
-HIGH = 0.8
-LOW = 0.4
+HIGH: Final = 0.8
+LOW: Final = 0.4
 
 
 class ReactivePlanner(Planner):

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from heapq import heappop, heappush
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 
@@ -33,9 +33,13 @@ from weft.sim.outcome import JobTally, Outcome, ServiceTally
 from weft.sim.scenario import Scenario, SimJob, SimService, sizes
 from weft.telemetry.monitor import Monitor
 
-TICK = 1 * S
-DEBT_WINDOW = 10 * S
-_ACK, _DONE, _ARRIVAL, _WAKE, _TICK = range(5)
+TICK: Final = 1 * S
+DEBT_WINDOW: Final = 10 * S
+_ACK: Final = 0
+_DONE: Final = 1
+_ARRIVAL: Final = 2
+_WAKE: Final = 3
+_TICK: Final = 4
 
 
 class Draws:
@@ -70,6 +74,7 @@ class _Progress:
         self.place = ""
         self._speeds: dict[int, float] = {}
         self.held: dict[str, int] = {}
+        self._units = 0
         self.owed: dict[str, float] = {}
         """Steps that are done over on a partition before there is progress there."""
         self.since = 0
@@ -84,6 +89,7 @@ class _Progress:
             lost = self.cost.move if self.place else lost
             self.place = partition
         self.held[partition] = units
+        self._units += units
         if lost:
             self.owed[partition] = self._speed(units) * lost / S
         self.tally.grants += 1
@@ -91,7 +97,7 @@ class _Progress:
     def revoke(self, now: int, partition: str) -> None:
         """It may not use a partition any more."""
         self.settle(now)
-        self.held.pop(partition, None)
+        self._units -= self.held.pop(partition, 0)
         self.owed.pop(partition, None)
 
     def rate(self, now: int) -> float:
@@ -107,8 +113,7 @@ class _Progress:
         """Book progress up to ``now``."""
         if now <= self.since:
             return
-        units = sum(self.held.values())
-        used = max(self.held.values(), default=0) if self.bound else units
+        used = max(self.held.values(), default=0) if self.bound else self._units
         made = self._speed(used) * (now - self.since) / S * (1 - self.slowed)
         self.tally.steps += made
         if self.owed:
@@ -116,13 +121,39 @@ class _Progress:
             self.tally.steps -= min(made, owed)
             left = max(0.0, 1.0 - made / owed)
             self.owed = {name: steps * left for name, steps in self.owed.items()} if left else {}
-        self.tally.held_ns += units * (now - self.since)
+        self.tally.held_ns += self._units * (now - self.since)
         self.since = now
 
     def _speed(self, units: int) -> float:
         if units not in self._speeds:
             self._speeds[units] = self.cost.speed(units)
         return self._speeds[units]
+
+
+class _Source:
+    """Where a service's requests come from."""
+
+    def __init__(self, service: SimService, tally: ServiceTally, rng: np.random.Generator) -> None:
+        self._service = service.spec.name
+        self._objective = service.spec.slo.latency
+        self._recorded = service.arrivals if isinstance(service.arrivals, Recorded) else None
+        self._times = service.arrivals.times(rng)
+        self._tally = tally
+
+    def next(self) -> int | None:
+        """When the next one comes (ns); None if none does."""
+        return next(self._times, None)
+
+    def request(self, number: int, now: int) -> Request:
+        """The one that comes now."""
+        nth = self._tally.offered
+        self._tally.offered += 1
+        recorded = self._recorded
+        if recorded is None:
+            return Request(number, self._service, now, now + self._objective)
+        deadline = now + recorded.budgets[nth]
+        priority, rows = recorded.priorities[nth], recorded.rows[nth]
+        return Request(number, self._service, now, deadline, priority, rows)
 
 
 class _Diary:
@@ -236,8 +267,20 @@ class World:
         self._jobs = {
             j.spec.id: _Progress(j, self.outcome.jobs[j.spec.id], bound) for j in scenario.jobs
         }
-        self._arrivals: dict[str, Iterator[int]] = {
-            s.spec.name: s.arrivals.times(np.random.default_rng((*seed, 1 + i)))
+        self._hands: dict[type, Callable[[Any], None]] = {
+            a.Dispatch: self._dispatch,
+            a.Complete: self._complete,
+            a.Reject: self._reject,
+            a.WakeAt: self._wake_at,
+            a.Grant: self._grant,
+            a.Revoke: self._revoke,
+            a.Repartition: self._repartition,
+            a.StopJob: self._stop_job,
+        }
+        self._sources = {
+            s.spec.name: _Source(
+                s, self.outcome.services[s.spec.name], np.random.default_rng((*seed, 1 + i))
+            )
             for i, s in enumerate(scenario.services)
         }
 
@@ -280,7 +323,7 @@ class World:
                     spec.strict,
                 )
             )
-            self._schedule_arrival(spec.name)
+            self._schedule_arrival(self._sources[spec.name])
         trains = sum(d.compute for d in self._specs if d.trains)
         for job in self._scenario.jobs:
             spec_ = job.spec
@@ -293,30 +336,16 @@ class World:
         self._order += 1
         heappush(self._heap, (when, kind, self._order, what))
 
-    def _schedule_arrival(self, service: str) -> None:
-        at = next(self._arrivals[service], None)
+    def _schedule_arrival(self, source: _Source) -> None:
+        at = source.next()
         if at is not None:
-            self._at(at, _ARRIVAL, service)
+            self._at(at, _ARRIVAL, source)
 
-    def _arrive(self, name: str) -> None:
-        self._schedule_arrival(name)
-        service, now = self._services[name], self._now
-        tally, recorded = self.outcome.services[name], service.arrivals
-        if isinstance(recorded, Recorded):
-            nth = tally.offered
-            request = Request(
-                self._next_request,
-                name,
-                now,
-                now + recorded.budgets[nth],
-                recorded.priorities[nth],
-                recorded.rows[nth],
-            )
-        else:
-            request = Request(self._next_request, name, now, now + service.spec.slo.latency)
+    def _arrive(self, source: _Source) -> None:
+        self._schedule_arrival(source)
+        request = source.request(self._next_request, self._now)
         self._next_request += 1
         self._open[request.id] = request
-        tally.offered += 1
         self._feed(e.Arrived(request))
 
     # --- the policy -------------------------------------------------------------------------
@@ -327,7 +356,7 @@ class World:
         if self._observer is not None:
             self._observer.decided(self._now, event, actions)
         for action in actions:
-            self._carry_out(action)
+            self._hands[type(action)](action)
 
     def _tick(self) -> None:
         if self._diary is not None:
@@ -408,33 +437,30 @@ class World:
 
     # --- the device -------------------------------------------------------------------------
 
-    def _carry_out(self, action: a.Action) -> None:
-        match action:
-            case a.Dispatch(after=0):
-                self._execute(action)
-            case a.Dispatch(after=before):
-                self._at_hand[before] = action
-            case a.Complete(requests=requests):
-                for request in requests:
-                    found = self._open.pop(request)
-                    tally = self.outcome.services[found.service]
-                    tally.answer(self._now - found.arrived)
-                    if self._diary is not None:
-                        self._diary.answered(found.service, self._now - found.arrived)
-            case a.Reject(request=request, refusal=refusal):
-                found = self._open.pop(request)
-                self.outcome.services[found.service].refuse(refusal.name)
-            case a.WakeAt(at=at):
-                self._wake_token += 1
-                self._at(max(at, self._now), _WAKE, self._wake_token)
-            case a.Grant():
-                self._grant(action)
-            case a.Revoke():
-                self._revoke(action)
-            case a.Repartition():
-                self._repartition(action)
-            case a.StopJob(job=job):
-                raise AssertionError(f"{job}: simulated devices never fail to revoke")
+    def _dispatch(self, action: a.Dispatch) -> None:
+        if action.after:
+            self._at_hand[action.after] = action
+        else:
+            self._execute(action)
+
+    def _complete(self, action: a.Complete) -> None:
+        for request in action.requests:
+            found = self._open.pop(request)
+            latency = self._now - found.arrived
+            self.outcome.services[found.service].answer(latency)
+            if self._diary is not None:
+                self._diary.answered(found.service, latency)
+
+    def _reject(self, action: a.Reject) -> None:
+        found = self._open.pop(action.request)
+        self.outcome.services[found.service].refuse(action.refusal.name)
+
+    def _wake_at(self, action: a.WakeAt) -> None:
+        self._wake_token += 1
+        self._at(max(action.at, self._now), _WAKE, self._wake_token)
+
+    def _stop_job(self, action: a.StopJob) -> None:
+        raise AssertionError(f"{action.job}: simulated devices never fail to revoke")
 
     def _mean(self, service: SimService, kind: str, units: int, rows: int) -> int:
         key = service.spec.name, kind, units, rows

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from typing import Any, Final
 
 from weft.domain import actions as a
 from weft.domain import events as e
@@ -32,12 +33,12 @@ LATENCY_BUCKETS_S = (
 )
 REVOKE_BUCKETS_S = (10e-6, 20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3)
 _WANT_OF_CAPACITY = (Refusal.OVERLOADED, Refusal.QUEUE_FULL)
-DAY = 24 * 3600 * S
-SEASON_SLOTS = 288
+DAY: Final = 24 * 3600 * S
+SEASON_SLOTS: Final = 288
 """Slots of a season: five minutes of a day."""
-RECENT = 2000
+RECENT: Final = 2000
 """Latencies kept for quantiles, and for no longer than ``RECENT_NS``."""
-RECENT_NS = 30 * S
+RECENT_NS: Final = 30 * S
 
 
 class Histogram:
@@ -203,6 +204,22 @@ class Monitor:
         self._granted: dict[tuple[str, str], int] = {}
         self._compute: dict[str, int] = {}
         self._last_tick = 0
+        self._heard: dict[type, Callable[[int, Any], None]] = {
+            e.Arrived: self._arrived,
+            e.Planned: self._planned,
+            e.BatchDone: self._batch_done,
+            e.BatchFailed: self._batch_failed,
+            e.Revoked: self._revoked,
+            e.ActionFailed: self._action_failed,
+            e.JobExited: self._job_exited,
+            e.WorkerDown: self._worker_down,
+        }
+        self._seen: dict[type, Callable[[int, Any], None]] = {
+            a.Dispatch: self._dispatched,
+            a.Complete: self._completed,
+            a.Reject: self._rejected,
+            a.Grant: self._granting,
+        }
 
     # --- observing --------------------------------------------------------------------------
 
@@ -210,57 +227,67 @@ class Monitor:
         """Learn from one step of the dispatcher."""
         if not self._last_tick:
             self._last_tick = now
-        if isinstance(event, e.Planned):
-            self._compute |= {p.id: p.compute for p in event.plan.partitions}
-        match event:
-            case e.Arrived(request=request):
-                self._open[request.id] = request
-                self.service(request.service).arrive(request.rows)
-            case e.BatchDone(batch=batch, exec_ns=exec_ns, failed=failed):
-                self._batch_over(now, batch, exec_ns, failed)
-            case e.BatchFailed(batch=batch):
-                self._batch_over(now, batch, 0)
-            case e.Revoked(job=job, partition=partition, took_ns=took):
-                meter = self.partition(partition)
-                meter.revoke.add(took)
-                meter.recent_revoke.add(now, took)
-                self._grant_over(now, job, partition)
-            case e.ActionFailed(action="Grant", target=partition, job=job):
-                self._grant_over(now, job, partition)
-            case e.JobExited(job=job):
-                for held in [p for j, p in self._granted if j == job]:
-                    self._grant_over(now, job, held)
-            case e.WorkerDown(worker=worker):
-                self._worker_lost(now, worker)
-            case _:
-                pass
+        heard = self._heard.get(type(event))
+        if heard is not None:
+            heard(now, event)
         for action in actions:
-            self._act(now, action)
+            seen = self._seen.get(type(action))
+            if seen is not None:
+                seen(now, action)
 
-    def _worker_lost(self, now: int, worker: str) -> None:
-        lost = [x for x in self._running.values() if x.worker == worker]
+    def _arrived(self, _: int, event: e.Arrived) -> None:
+        request = event.request
+        self._open[request.id] = request
+        self.service(request.service).arrive(request.rows)
+
+    def _planned(self, _: int, event: e.Planned) -> None:
+        self._compute |= {p.id: p.compute for p in event.plan.partitions}
+
+    def _batch_done(self, now: int, event: e.BatchDone) -> None:
+        self._batch_over(now, event.batch, event.exec_ns, event.failed)
+
+    def _batch_failed(self, now: int, event: e.BatchFailed) -> None:
+        self._batch_over(now, event.batch, 0)
+
+    def _revoked(self, now: int, event: e.Revoked) -> None:
+        meter = self.partition(event.partition)
+        meter.revoke.add(event.took_ns)
+        meter.recent_revoke.add(now, event.took_ns)
+        self._grant_over(now, event.job, event.partition)
+
+    def _action_failed(self, now: int, event: e.ActionFailed) -> None:
+        if event.action == "Grant":
+            self._grant_over(now, event.job, event.target)
+
+    def _job_exited(self, now: int, event: e.JobExited) -> None:
+        for held in [p for j, p in self._granted if j == event.job]:
+            self._grant_over(now, event.job, held)
+
+    def _worker_down(self, now: int, event: e.WorkerDown) -> None:
+        lost = [x for x in self._running.values() if x.worker == event.worker]
         for dispatch in lost:
             self._at_hand.pop(dispatch.batch.id, None)
             self._batch_over(now, dispatch.batch.id, 0)
 
-    def _act(self, now: int, action: a.Action) -> None:
-        match action:
-            case a.Dispatch(after=0):
-                self._begin(now, action)
-            case a.Dispatch(after=before):
-                self._at_hand[before] = action
-            case a.Complete(requests=requests):
-                for request_id in requests:
-                    if request_id in self._open:
-                        self._answered(now, self._open.pop(request_id))
-            case a.Reject(request=request_id, refusal=refusal):
-                self._refused(request_id, refusal)
-            case a.Grant(job=job, partition=partition):
-                self._granted[job, partition] = now
-                self.job(job).grant(now, self._compute.get(partition, 1))
-                self.partition(partition).hold(f"job:{job}", now)
-            case _:
-                pass
+    def _dispatched(self, now: int, action: a.Dispatch) -> None:
+        if action.after:
+            self._at_hand[action.after] = action
+        else:
+            self._begin(now, action)
+
+    def _completed(self, now: int, action: a.Complete) -> None:
+        for request_id in action.requests:
+            request = self._open.pop(request_id, None)
+            if request is not None:
+                self._answered(now, request)
+
+    def _rejected(self, _: int, action: a.Reject) -> None:
+        self._refused(action.request, action.refusal)
+
+    def _granting(self, now: int, action: a.Grant) -> None:
+        self._granted[action.job, action.partition] = now
+        self.job(action.job).grant(now, self._compute.get(action.partition, 1))
+        self.partition(action.partition).hold(f"job:{action.job}", now)
 
     def _begin(self, now: int, dispatch: a.Dispatch) -> None:
         batch = dispatch.batch
