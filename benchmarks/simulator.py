@@ -10,6 +10,7 @@ import argparse
 import heapq
 import json
 import multiprocessing
+import os
 import resource
 import statistics
 import time
@@ -73,6 +74,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
+    # One core is what it says: numpy's BLAS has a thread for each, which spins for a tenth of a
+    # second of CPU time after it was made, whether it is used or not.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
     context = multiprocessing.get_context("spawn")
     samples: dict[str, list[dict[str, float]]] = {}
     for _ in range(args.rounds):
