@@ -288,7 +288,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     figure, axes = pyplot.subplots(1, len(results), figsize=(5 * len(results), 4.2), squeeze=False)
     for axis, result in zip(axes[0], results, strict=True):
@@ -308,6 +308,8 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         axis.axhline(1.05, linestyle=":", color="grey")
         axis.axvline(0.90, linestyle=":", color="grey")
         axis.set_yscale("log")
+        axis.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:.3g}"))
+        axis.yaxis.set_minor_formatter(ticker.StrMethodFormatter("{x:.3g}"))
         axis.set_xlabel("training rate / what is left (right is better)")
         axis.set_ylabel("p99 / p99 alone (down is better)")
         axis.set_title(f"load {result['load']:g} of one core")
