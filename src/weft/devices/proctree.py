@@ -122,6 +122,17 @@ def threads(pids: Iterable[int]) -> list[int]:
     return ids
 
 
+def run_delays() -> dict[int, int]:
+    """Ns that each thread of this process has waited for a core so far (``schedstat``, proc(5));
+    empty where the kernel does not count it."""
+    delays: dict[int, int] = {}
+    for tid in threads([os.getpid()]):
+        fields = _read(f"/proc/self/task/{tid}/schedstat").split()
+        if len(fields) > 1:
+            delays[tid] = int(fields[1])
+    return delays
+
+
 def cpu_seconds(root: int, table: Mapping[int, Stat] | None = None) -> float:
     """CPU seconds used by everything below ``root``, the dead that were waited for included.
 
