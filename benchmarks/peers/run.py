@@ -104,7 +104,10 @@ def choose_arms(args: argparse.Namespace) -> list[Arm]:
     patterns = args.only or ["*"]
     # A literal '[' begins the options of a label; fnmatch would read it as a set.
     escaped = [pattern.replace("[", "[[]") for pattern in patterns]
-    return [arm for arm in arms if any(fnmatch.fnmatchcase(arm.label, p) for p in escaped)]
+    chosen = [arm for arm in arms if any(fnmatch.fnmatchcase(arm.label, p) for p in escaped)]
+    if not chosen:
+        sys.exit(f"--only {' '.join(patterns)}: no arm is named so; --list names them")
+    return chosen
 
 
 def measure(
