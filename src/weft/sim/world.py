@@ -88,8 +88,8 @@ class _Progress:
         if self.bound and self.place != partition:
             lost = self.cost.move if self.place else lost
             self.place = partition
+        self._units += units - self.held.get(partition, 0)
         self.held[partition] = units
-        self._units += units
         if lost:
             self.owed[partition] = self._speed(units) * lost / S
         self.tally.grants += 1
