@@ -43,6 +43,7 @@ def test_every_example_is_in_order(path: Path) -> None:
         ("rate: 5", "rate: 0", r"jobs\[0\].cost.rate: must be above 0"),
         ("rate: 5}", "rate: 5}, guaranteed: 1.5", "guaranteed: must be a share"),
         ("latency: 50ms", "latency: 2ms", "infeasible.*smallest change.*latency"),
+        ("first: 10ms,", "first: 49ms, parallel: 0, cv: 0.2,", "infeasible: 99 %.* to 76.2 ms"),
         ("{rate: 5}", "{rate: 5, speed: 3}", "cost.speed: unknown key"),
         ("{rate: 5}", "{rate: 5, saturates: 2, gang: 0.5}", "cost.gang: must be between 1 and"),
         ("{rate: 5}", "{rate: 5, gang: 2}", "cost.gang: needs saturates"),

@@ -12,11 +12,16 @@ takes the place of the formula, interpolated between its nearest sizes.
 
 from __future__ import annotations
 
+import math
+from statistics import NormalDist
+
 import msgspec
 
 from weft.domain.units import MS, US, S
 from weft.policy.estimate import ExecTable
 from weft.policy.utility import speed_up
+
+_NORMAL = NormalDist()
 
 
 class ExecCost(msgspec.Struct, frozen=True):
@@ -41,6 +46,12 @@ class ExecCost(msgspec.Struct, frozen=True):
             return self._table().predict(units, rows, 0)
         one = self.first + self.per_row * (rows - 1)
         return round(one / speed_up(self.parallel, self.saturates, units))
+
+    def quantile(self, units: int, rows: int, share: float) -> int:
+        """Ns within which this share of executions ends (the log-normal's quantile)."""
+        variance = math.log1p(self.cv * self.cv)
+        normal = _NORMAL.inv_cdf(share)
+        return round(self.mean(units, rows) * math.exp(math.sqrt(variance) * normal - variance / 2))
 
     def _table(self) -> ExecTable:
         known = ExecTable()

@@ -153,23 +153,25 @@ def _with_move(device: SimDevice, jobs: tuple[SimJob, ...]) -> SimDevice:
 
 
 def _check_feasible(service: SimService, devices: tuple[SimDevice, ...], at: str) -> None:
-    """Whether it fits anywhere, and one request alone, on the best share allowed, makes the
-    objective."""
+    """Whether it fits anywhere, and requests that come one by one, on the best share allowed, make
+    the objective: as many as it asks for, by the spread of their execution times."""
     facts = _as_facts(service.spec)
     able = [d.spec for d in devices if not why_not(facts, d.spec, d.spec.memory)]
     if not able:
         whys = "; ".join(why_not(facts, d.spec, d.spec.memory) for d in devices)
         raise ConfigError(f"infeasible: it can run on none of the devices: {whys}", at)
+    percentile = service.spec.slo.percentile
     best, where = min(
-        (service.costs[d.kind].mean(units, 1), d.id)
+        (service.costs[d.kind].quantile(units, 1, percentile / 100), d.id)
         for d in able
         for units in sizes(d)
         if units <= max(1, int(service.spec.limit * d.compute + 1e-9)) or not d.trains
     )
     if best > service.spec.slo.latency:
         raise ConfigError(
-            f"infeasible: a single request takes {best / MS:.3g} ms on the best share of "
-            f"{where} it may have, the objective is {service.spec.slo.latency / MS:g} ms; "
+            f"infeasible: {percentile:g} % of single requests take up to {best / MS:.3g} ms on the "
+            f"best share of {where} it may have, the objective is "
+            f"{service.spec.slo.latency / MS:g} ms; "
             f"the smallest change that would do is latency: {best / MS * 1.01:.3g}ms",
             f"{at}.objective",
         )
