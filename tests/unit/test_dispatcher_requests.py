@@ -204,6 +204,50 @@ def test_the_whole_queue_counts_for_a_newcomer() -> None:
     assert 50 * MS / 2 < admitted * predicted(world) <= 50 * MS + predicted(world)
 
 
+def serve(world: World, slo: int, took: int, rounds: int) -> None:
+    """Fill the queue and work it off, ``rounds`` times: one execution of each holds the
+    partition for ``took``, the others for 2 ms."""
+    for _ in range(rounds):
+        dispatched: list[a.Dispatch] = []
+        while not only(actions := world.arrive(slo=slo), a.Reject):
+            dispatched += only(actions, a.Dispatch)
+        first = dispatched[0]
+        while dispatched:
+            batch = dispatched.pop(0).batch.id
+            done = finish(world, batch, took if batch == first.batch.id else 2 * MS)
+            dispatched += only(done, a.Dispatch)
+
+
+def admitted(world: World, slo: int) -> int:
+    """Requests that a full queue holds."""
+    before = world.d.state.services["s"].queued
+    while not only(world.arrive(slo=slo), a.Reject):
+        pass
+    return world.d.state.services["s"].queued - before
+
+
+def test_waits_that_turn_out_longer_than_predicted_make_admission_careful_for_a_while() -> None:
+    slo = 50 * MS
+    steady, stalled, recovered = (ready(max_batch=1, max_queue=1000) for _ in range(3))
+    serve(steady, slo, 2 * MS, rounds=201)
+    serve(stalled, slo, 30 * MS, rounds=1)
+    serve(stalled, slo, 2 * MS, rounds=3)
+    serve(recovered, slo, 30 * MS, rounds=1)
+    serve(recovered, slo, 2 * MS, rounds=200)
+    usual = admitted(steady, slo)
+    assert usual / 2 < admitted(stalled, slo) < 0.95 * usual
+    assert admitted(recovered, slo) == usual
+
+
+def test_a_late_answer_to_what_did_not_queue_says_nothing_of_waits() -> None:
+    world = ready(max_batch=1, max_queue=1000)
+    for _ in range(40):
+        finish(world, one(world.arrive(slo=4 * MS), a.Dispatch).batch.id, 5 * MS)
+        for _ in range(30):  # the prediction comes down again
+            finish(world, one(world.arrive(), a.Dispatch).batch.id)
+    assert world.d.state.services["s"].margin == 0
+
+
 def test_an_urgent_request_does_not_queue_behind_lower_classes() -> None:
     world = ready(max_batch=1, max_queue=1000)
     while not only(world.arrive(slo=50 * MS, priority=1), a.Reject):

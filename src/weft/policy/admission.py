@@ -2,11 +2,12 @@
 
 The predicted finish of a newcomer is, on the least loaded of its service's partitions: what is
 left of the batch under way, plus the predicted work queued there of its own priority class and
-above, plus its own execution in the company that is expected to join its batch. While a
-guaranteed share of a job is owed, admission also spends tokens that refill at the rate of what
-is not guaranteed, so that gaps open for the job
-(token bucket; Turner, IEEE Communications 1986): the debt is paid by serving less, never by
-letting accepted requests wait.
+above, plus its own execution in the company that is expected to join its batch. Waits are taken
+longer by a margin that late answers widen.
+
+While a guaranteed share of a job is owed, admission also spends tokens that refill at the rate of
+what is not guaranteed, so that gaps open for the job (token bucket; Turner, IEEE Communications
+1986): the debt is paid by serving less, never by letting accepted requests wait.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from weft.domain.units import MS
 from weft.domain.workload import PRIORITY_CLASSES
 from weft.policy.lending import note_headroom, starved
 from weft.policy.queues import work_ns
-from weft.policy.state import DispatcherState, PartitionState, ServiceState
+from weft.policy.state import DispatcherState, PartitionState, Running, ServiceState
 
 BURST: Final = 50 * MS
 """Inference that may be admitted at once while a share is owed (per compute unit)."""
@@ -28,8 +29,15 @@ TRY_AFTER: Final = 200 * MS
 """Predictions are corrected by executions alone. A service that has had none for this long takes
 one request however bad they look, lest a slow spell close it for ever."""
 MARGIN: Final = 8
-"""A predicted wait is taken 1/MARGIN longer: its errors are not independent (the whole box gets
-slower at times), so they do not average out over a queue."""
+"""A predicted wait is taken at least 1/MARGIN longer: its errors are not independent (the whole
+box gets slower at times), so they do not average out over a queue. How much more that takes on
+this box is learned."""
+_LATE: Final = 20_000
+_IN_TIME: Final = 200
+"""Ppm of the wait by which each request that queued widens the margin if it was answered late,
+and narrows it if not: so it settles where 1 % are late (stochastic approximation; Robbins and
+Monro, 1951)."""
+_WIDEST: Final = 1_000_000
 
 
 def refuse(
@@ -46,7 +54,7 @@ def refuse(
         return Refusal.QUEUE_FULL, max(RETRY_MIN, _queued_work(service))
     budget = request.deadline - now
     wait, own, partition = _best_finish(state, service, request, now, mine)
-    wait += wait // MARGIN
+    wait += wait // MARGIN + wait * service.margin // 1_000_000
     if wait + own > budget and _due_for_a_try(state, service, budget, now):
         return None
     if own > budget:
@@ -68,6 +76,17 @@ def busy_for(state: DispatcherState, partition: PartitionState, now: int) -> int
     if not partition.at_hand:
         return end - now
     return max(end, now) + state.running[partition.at_hand].expected_end - end - now
+
+
+def learn_margin(service: ServiceState, running: Running, now: int) -> None:
+    """Correct the margin by a batch that is done. Who did not queue says nothing of waits."""
+    for request in running.requests:
+        if running.started - request.arrived < now - running.started:
+            continue
+        if now > request.deadline:
+            service.margin = min(_WIDEST, service.margin + _LATE)
+        else:
+            service.margin = max(0, service.margin - _IN_TIME)
 
 
 def _due_for_a_try(state: DispatcherState, service: ServiceState, budget: int, now: int) -> bool:

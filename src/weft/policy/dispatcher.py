@@ -326,6 +326,7 @@ class Dispatcher:
                 service.p95.add(now - request.arrived)
             lending.note_headroom(partition, service.p95.value * 1000 // service.objective)
             lending.adjust_slice(state, partition, now)
+        admission.learn_margin(service, running, now)
         for request in running.requests:
             state.retried.pop(request.id, None)
         self._out.append(a.Complete(self._cause, event.batch, running.batch.requests))

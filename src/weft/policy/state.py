@@ -91,6 +91,8 @@ class ServiceState:
     """Mean time between arrivals (ns, exponentially weighted)."""
     last_start: int = 0
     """When a batch was last dispatched."""
+    margin: int = 0
+    """By how much longer (ppm) admission has learned to take a predicted wait."""
 
 
 @dataclass
