@@ -7,7 +7,8 @@ import pytest
 from tests.builders import World, one, only
 from weft.domain import actions as a
 from weft.domain import events as e
-from weft.domain.device import PreemptLevel
+from weft.domain.device import Partition, PreemptLevel
+from weft.domain.plan import Plan
 from weft.domain.request import Refusal, Request
 from weft.domain.units import MS, S
 from weft.policy.queues import AGEING
@@ -254,6 +255,23 @@ def test_an_urgent_request_does_not_queue_behind_lower_classes() -> None:
         pass
     assert not only(world.arrive(slo=50 * MS, priority=0), a.Reject)
     assert only(world.arrive(slo=50 * MS, priority=2), a.Reject)
+
+
+def test_what_other_services_have_queued_counts_at_the_speed_of_the_partition() -> None:
+    world = World(units=2)
+    for worker, name in (("w0", "s"), ("w1", "other")):
+        world.service(name, objective=1 * S, max_batch=1)
+        profile = ((1, 1, 40 * MS), (2, 1, 10 * MS))
+        world.send(e.WorkerUp(worker, name, "1", "cpu", profile))
+    whole = Partition("p0", "cpu", (0, 1))
+    both = {"s": ("p0",), "other": ("p0",)}
+    for action in world.send(e.Planned(Plan(1, (whole,), both, {}, ()))):
+        if isinstance(action, a.Repartition):
+            world.send(e.Repartitioned(1))
+    for _ in range(4):
+        assert not only(world.arrive("other", slo=100 * MS), a.Reject)
+    assert not only(world.arrive("s", slo=80 * MS), a.Reject)
+    assert only(world.arrive("s", slo=50 * MS), a.Reject)
 
 
 def test_one_more_than_the_queue_holds_is_refused() -> None:

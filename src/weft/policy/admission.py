@@ -51,7 +51,7 @@ def refuse(
     if not mine:
         return Refusal.UNAVAILABLE, 1000 * MS
     if service.queued >= service.max_queue:
-        return Refusal.QUEUE_FULL, max(RETRY_MIN, _queued_work(service))
+        return Refusal.QUEUE_FULL, max(RETRY_MIN, _queued_work(service, mine[0]))
     budget = request.deadline - now
     wait, own, partition = _best_finish(state, service, request, now, mine)
     wait += wait // MARGIN + wait * service.margin // 1_000_000
@@ -95,11 +95,15 @@ def _due_for_a_try(state: DispatcherState, service: ServiceState, budget: int, n
     return all(r.batch.service != service.name for r in state.running.values())
 
 
-def _queued_work(service: ServiceState, priority: int = PRIORITY_CLASSES) -> int:
-    """Predicted ns of what is queued in this class and above, shared out over the partitions."""
+def _queued_work(
+    service: ServiceState, partition: PartitionState, priority: int = PRIORITY_CLASSES
+) -> int:
+    """Predicted ns of what the service has queued in this class and above, shared out over as
+    many partitions like this one as it has."""
     rows = sum(service.rows[: priority + 1])
-    table = service.exec[service.home]
-    return work_ns(table, service.max_batch, 1, rows) // max(1, len(service.partitions))
+    table = service.exec[partition.kind]
+    work = work_ns(table, service.max_batch, partition.compute, rows)
+    return work // max(1, len(service.partitions))
 
 
 def _best_finish(
@@ -187,7 +191,7 @@ def _others_ahead(
     for name in partition.waiting:
         other = state.services[name]
         if other is not service:
-            ahead += _queued_work(other, request.priority)
+            ahead += _queued_work(other, partition, request.priority)
     return ahead
 
 
