@@ -7,6 +7,7 @@ import time
 from itertools import pairwise
 from typing import Any
 
+import msgspec
 import pytest
 
 from tests.builders import cpu
@@ -174,6 +175,55 @@ def test_an_objective_that_cannot_be_held_is_said() -> None:
     plan = world.see(service(rate=1000.0))
     assert plan is not None
     assert any("over saturation" in reason for reason in plan.reasons)
+
+
+def view(cores: int, *services: ServiceFacts) -> View:
+    return View(100 * S, cpu(cores), EMPTY_PLAN, services, (job(),))
+
+
+def times(one_ns: int, on_two: float = 1.0) -> dict[str, dict[str, int]]:
+    """Of executions that gain by a second core, and nothing by batching."""
+    return {
+        "cpu": {
+            f"{units}x{rows}": int(rows * one_ns * (on_two if units == 2 else 1.0))
+            for units in (1, 2)
+            for rows in (1, 8)
+        }
+    }
+
+
+def test_of_layouts_that_overload_the_one_that_loses_least_is_better() -> None:
+    """A core for each spares the small service, at the cost of most of the large one's load."""
+    large = service("large", rate=150.0, objective=20 * MS, exec_ns=times(14 * MS, 0.55))
+    small = service("small", rate=5.0, objective=50 * MS, exec_ns=times(7 * MS))
+    large, small = (msgspec.structs.replace(s, instances=1) for s in (large, small))
+    here = view(2, large, small)
+    together, apart = (judge(here, unit_layout(here.device, 2, size), 0.0) for size in (2, 1))
+    assert together.misses and apart.misses
+    assert together.overload < 0.8 * apart.overload
+
+
+def test_what_is_lost_grows_with_the_load_and_is_all_where_executions_take_too_long() -> None:
+    found = []
+    for rate in (10.0, 40.0, 80.0, 160.0, 640.0):
+        here = view(1, service(rate=rate, objective=40 * MS, exec_ns=times(20 * MS)))
+        found.append(judge(here, unit_layout(here.device, 1, 1), 0.0).overload)
+    assert found == sorted(found)
+    assert found[0] < 0.2 and 0.9 < found[-1] < 1.0
+    tight = []
+    for objective in (30, 22, 21, 20, 10):
+        here = view(1, service(rate=0.1, objective=objective * MS, exec_ns=times(20 * MS)))
+        tight.append(judge(here, unit_layout(here.device, 1, 1), 0.0).overload)
+    assert tight[0] < 0.01 < tight[1] < tight[2] < tight[3] == 1.0 < tight[4]
+
+
+def test_a_service_has_as_many_partitions_as_it_needs_beside_another() -> None:
+    busy = service("busy", rate=400.0, exec_ns=times(20 * MS))
+    other = service("other", rate=20.0, exec_ns=times(20 * MS))
+    here = view(8, busy, other)
+    verdict = judge(here, unit_layout(here.device, 8, 1), 0.0)
+    assert len(verdict.services["busy"]) == len(verdict.services["other"]) == 8
+    assert max(verdict.rho) - min(verdict.rho) < 0.01
 
 
 def test_services_of_no_load_keep_out_of_each_others_way() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weft.domain.units import MS
-from weft.policy.queueing import batch_delay, wait_quantile
+from weft.policy.queueing import batch_delay, lost, wait_quantile
 
 
 def test_an_idle_server_makes_nobody_wait() -> None:
@@ -77,3 +77,55 @@ def test_batches_that_fill_up_are_not_predicted() -> None:
     assert math.isinf(batch_delay(1e9, 2e9, 8, 100.0, 99.0))
     assert math.isinf(batch_delay(1e9, 16e9, 16, 1.0, 99.0))
     assert math.isinf(batch_delay(1e9, 1e9, 1, 0.1, 99.0))
+
+
+def refused(loads: list[tuple[float, float]], servers: int) -> list[float]:
+    """For each class of (patience, load): the share that comes when the work before it would take
+    longer than it waits, of Poisson arrivals at servers that take 1 for each."""
+    source, now = random.Random(1), 0.0
+    free, gone, came = [0.0] * servers, [0] * len(loads), [0] * len(loads)
+    total = sum(load for _, load in loads)
+    for _ in range(60_000):
+        now += source.expovariate(total * servers)
+        (index,) = source.choices(range(len(loads)), [load for _, load in loads])
+        first = min(range(servers), key=free.__getitem__)
+        came[index] += 1
+        if free[first] - now > loads[index][0]:
+            gone[index] += 1
+        else:
+            free[first] = max(now, free[first]) + 1.0
+    return [out / n for out, n in zip(gone, came, strict=True)]
+
+
+@pytest.mark.parametrize("servers", [1, 4])
+@pytest.mark.parametrize("patience", [0.5, 3.0, 20.0])
+@pytest.mark.parametrize("rho", [0.4, 0.8, 1.0, 1.2, 2.5])
+def test_the_part_that_is_lost_is_about_that_of_a_queue_with_refusals(
+    rho: float, patience: float, servers: int
+) -> None:
+    (seen,) = refused([(patience, rho)], servers)
+    assert lost(1.0, [(patience, rho)], patience, servers) == pytest.approx(seen, abs=0.05)
+
+
+@pytest.mark.parametrize("rho", [0.8, 1.2, 2.0])
+def test_those_who_can_wait_longer_lose_less(rho: float) -> None:
+    loads = [(2.0, rho), (8.0, 0.2)]
+    hasty, patient = refused(loads, 1)
+    assert lost(1.0, loads, 2.0) == pytest.approx(hasty, abs=0.06)
+    assert lost(1.0, loads, 8.0) == pytest.approx(patient, abs=0.02)
+    assert lost(1.0, loads, 8.0) < 0.1 * lost(1.0, loads, 2.0)
+
+
+@given(st.floats(0.0, 5.0), st.floats(0.0, 50.0), st.floats(0.01, 3.0), st.integers(1, 8))
+def test_more_load_and_less_patience_never_lose_less(
+    rho: float, patience: float, more: float, servers: int
+) -> None:
+    share = lost(1.0, [(patience, rho)], patience, servers)
+    assert 0.0 <= share <= 1.0
+    assert lost(1.0, [(patience, rho + more)], patience, servers) >= share - 1e-6
+    assert lost(1.0, [(patience + more, rho)], patience + more, servers) <= share + 1e-6
+
+
+def test_what_is_lost_over_saturation_goes_to_what_cannot_be_served() -> None:
+    assert lost(1.0, [(1e4, 2.0)], 1e4) == pytest.approx(0.5)
+    assert lost(1.0, [(1e4, 0.9)], 1e4) == pytest.approx(0.0, abs=1e-6)

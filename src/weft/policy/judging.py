@@ -13,7 +13,7 @@ from typing import Final
 from weft.domain.device import DeviceSpec, Partition
 from weft.domain.snapshot import ServiceFacts
 from weft.domain.units import format_bytes
-from weft.policy.queueing import batch_delay, wait_quantile
+from weft.policy.queueing import batch_delay, lost, wait_quantile
 from weft.policy.views import Layout, Verdict, View
 
 RHO_MAX: Final = 0.85
@@ -54,7 +54,7 @@ def _judge(view: View, layout: Layout, horizon_s: float, order_of_size: int) -> 
         own = times[name] = {size: exec_ns(kind, service, size, 1) for size in crowd.sizes}
         within = HEADROOM * service.objective
         emptiest = crowd.emptiest(memory_of(service, view.device), own, within)
-        chosen, share = _take(view, service, mine, emptiest, horizon_s)
+        chosen, share = _take(view, service, mine, emptiest, rho, horizon_s)
         for index in chosen:
             guests[index] += 1
             rho[index] += share
@@ -63,6 +63,7 @@ def _judge(view: View, layout: Layout, horizon_s: float, order_of_size: int) -> 
         placed[name], shares[name] = chosen, share
     _fill(view, mine, placed, shares, rho, horizon_s)
     verdict = Verdict(layout, placed, rho, [0.0] * len(mine), {})
+    queues = _queues(view, placed, shares, times, sizes)
     for service in view.services:
         where = placed[service.name]
         if not where:
@@ -84,9 +85,52 @@ def _judge(view: View, layout: Layout, horizon_s: float, order_of_size: int) -> 
             expected = min(expected, _batched(view, service, there, rates))
         if expected > HEADROOM * service.objective or busiest > RHO_MAX:
             verdict.misses[service.name] = _why(service, expected, busiest)
-            verdict.overload += max(0.0, 1.0 - HEADROOM * service.objective / expected)
-            verdict.overload += max(0.0, 1.0 - RHO_MAX / busiest) if busiest else 0.0
+            crowded = max((queues[i] for i in where), key=lambda q: sum(load for _, load in q))
+            verdict.overload += _overload(
+                service, longest, max(longest, other), crowded, len(where)
+            )
     return verdict
+
+
+def _queues(
+    view: View,
+    placed: dict[str, tuple[int, ...]],
+    shares: dict[str, float],
+    times: dict[str, dict[int, int]],
+    sizes: list[int],
+) -> list[list[tuple[float, float]]]:
+    """For each partition: how long (ns) the requests of each of its services can wait, and the
+    utilization that it brings."""
+    queues: list[list[tuple[float, float]]] = [[] for _ in sizes]
+    for service in view.services:
+        for index in placed[service.name]:
+            patience = _patience(service, times[service.name][sizes[index]])
+            queues[index].append((patience, shares[service.name]))
+    return queues
+
+
+def _patience(service: ServiceFacts, exec_ns: int) -> float:
+    return HEADROOM * service.objective - exec_ns
+
+
+def _overload(
+    service: ServiceFacts,
+    longest: int,
+    slowest: int,
+    queue: list[tuple[float, float]],
+    servers: int,
+) -> float:
+    """The part of a service's load (0..1) that could not be answered in time, be it that its queue
+    is too long, its partitions too busy or that executions alone (of ``longest`` ns) take too
+    long; over 1 where they do so on average."""
+    alone = longest / service.objective
+    if alone >= 1.0:
+        return 2.0 - 1.0 / alone
+    patience = _patience(service, longest)
+    busy = sum(load for limit, load in queue if limit >= patience)
+    refused = max(lost(slowest, queue, patience, servers), 1.0 - RHO_MAX / busy if busy else 0.0)
+    tight = max(0.0, alone - HEADROOM) / (1.0 - HEADROOM)
+    return refused + (1.0 - refused) * tight
 
 
 class _Crowd:
@@ -170,13 +214,15 @@ def _take(
     service: ServiceFacts,
     mine: Sequence[Partition],
     order: Iterable[int],
+    rho: list[float],
     horizon_s: float,
 ) -> tuple[tuple[int, ...], float]:
-    """As many partitions, in this order, as the service's load calls for, and the utilization
-    that it brings to each: work goes to whoever is free, so it is the same for all."""
+    """As many partitions, in this order, as the service's load calls for beside what they have
+    (``rho``), and the utilization that it brings to each: work goes to whoever is free, so it is
+    the same for all."""
     most = max(1.0, service.limit * view.device.compute + 1e-9)
     chosen: list[int] = []
-    capacity, units, share = 0.0, 0, 0.0
+    capacity, units, share, had = 0.0, 0, 0.0, 0.0
     for index in order:
         size = mine[index].compute
         if chosen and (len(chosen) == service.instances or units + size > most):
@@ -185,8 +231,8 @@ def _take(
         chosen.append(index)
         units += size
         capacity += 1.0 / max(here, 1e-12)
-        share = 1.0 / capacity
-        if share <= RHO_MAX + 1e-9:
+        share, had = 1.0 / capacity, max(had, rho[index])
+        if share + had <= RHO_MAX + 1e-9:
             break
     return tuple(sorted(chosen)), share
 

@@ -9,6 +9,14 @@ mean of Kingman's heavy-traffic formula (1961) for ``c`` servers::
 (Sakasegawa, Annals of the Institute of Statistical Mathematics 1977; with one server, P is rho.)
 So the p-quantile of the wait is ``E * ln(P / (1 - p))`` where that is positive.
 
+Where requests that would be late are refused, the queue does not grow beyond what its patience
+is, ``K``, whatever the load. The share that is refused then follows from the tail ``T = P(W > K)``
+that the queue would have without refusals (Tijms, Stochastic Models, 1994)::
+
+    lost = (1 - rho) T / (1 - rho T)
+
+which over saturation, where ``T`` stands for the same expression, goes to ``1 - 1 / rho``.
+
 A server that batches whatever waits is better than that while its batches do not fill up: nobody
 waits for more than the batch under way. A batch of ``n`` takes ``t + a n``, and on average as many
 come meanwhile (Inoue, Performance Evaluation 2021, has the exact mean)::
@@ -23,12 +31,17 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Final
 
 ARRIVAL_CV2: Final = 1.5
 """Squared coefficient of variation of arrivals: a little burstier than Poisson."""
 SERVICE_CV2: Final = 0.1
 _NORMAL = statistics.NormalDist()
+_SATURATED: Final = 1e-6
+"""Nearer to saturation than this the formula is 0 / 0."""
+_FAR: Final = 50.0
 
 
 def highest_load(exec_ns: float, budget_ns: float, percentile: float, highest: float) -> float:
@@ -57,6 +70,35 @@ def wait_quantile(exec_ns: float, rho: float, percentile: float, servers: int = 
         return 0.0
     mean = exec_ns / (servers * (1.0 - rho)) * (ARRIVAL_CV2 + SERVICE_CV2) / 2.0
     return mean * math.log(waits / tail)
+
+
+def lost(
+    exec_ns: float, loads: Sequence[tuple[float, float]], budget_ns: float, servers: int = 1
+) -> float:
+    """Share (0..1) of a service's requests that are refused, for they would wait longer than
+    ``budget_ns``, before ``servers`` partitions. ``loads``: of all who queue there, itself
+    included, (longest wait that makes sense, utilization it brings).
+
+    Those who cannot wait as long are refused first, so a longer queue is made by the others."""
+    patient = sorted((max(0.0, budget), load) for budget, load in loads)
+    budget_ns = max(0.0, budget_ns)
+    rho = sum(load for _, load in patient)
+    if abs(1.0 - rho) < _SATURATED:
+        rho = 1.0 - _SATURATED
+    scale = exec_ns / servers * (ARRIVAL_CV2 + SERVICE_CV2) / 2.0
+    if rho <= 0.0 or scale <= 0.0:
+        return 0.0
+    longest = min(patient[0][0], budget_ns)
+    decay = min(_FAR, max(-_FAR, longest * (1.0 - rho) / scale))
+    tail: float = rho ** (math.sqrt(2.0 * (servers + 1)) - 1.0) * math.exp(-decay)
+    share = (1.0 - rho) * tail / (1.0 - rho * tail)
+    for (budget, load), (following, _) in pairwise((*patient, (math.inf, 0.0))):
+        rho -= load
+        if budget >= budget_ns:
+            break
+        further = min(following, budget_ns) - budget
+        share *= math.exp(-min(_FAR, further * max(0.0, 1.0 - rho) / scale))
+    return share
 
 
 def batch_delay(

@@ -44,8 +44,8 @@ class View(msgspec.Struct, frozen=True):
 class Verdict(msgspec.Struct):
     """A layout judged: the partitions of each service, the utilization of each partition and the
     rows per second that come to it, and for each service that would miss its objective why.
-    ``overload`` says how badly, to compare infeasible layouts: the parts of their load that
-    services could not be given, and of their latencies that are too much, each 0..1."""
+    ``overload`` says how badly, to compare infeasible layouts: the parts of their load (each 0..1)
+    that those services could not answer in time."""
 
     layout: Layout
     services: dict[str, tuple[int, ...]]

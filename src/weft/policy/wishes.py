@@ -31,6 +31,10 @@ CALM: Final = 0.6
 """Space is taken from services only where what is left would be used no more than this."""
 SPARE: Final = 1.25
 """Such a layout must hold at this much more than the recent peak."""
+LESS: Final = 0.3
+MUCH_LESS: Final = 0.01
+"""Services are given another layout for their overload if that takes away this part of it, or as
+much as this."""
 GAIN: Final = 1.05
 """Where jobs cannot move, a layout must be worth this much more to them to be changed for."""
 GAIN_OWN: Final = 1.02
@@ -122,7 +126,7 @@ class Wishes:
         pressing, patience = self._demand.pressing(view)
         here = judge(pressing, current, horizon_s)
         if here.misses or current.compute < least:
-            best = self._step_up(pressing, current, here.overload - 0.01)
+            best = self._step_up(pressing, current, _lower(here.overload))
             if best is None:
                 return Wish(current)
             held = patience if best.compute > current.compute else tuning.grow_after
@@ -218,7 +222,7 @@ class Wishes:
                 options += unit_layouts(view.device, min(units + 1, view.device.compute))
             best = min(
                 _judge_all(view, options, horizon_s),
-                key=lambda v: (round(v.overload, 3), v.layout.compute),
+                key=lambda v: (round(v.overload, 4), v.layout.compute),
             )
             if best.overload < below:
                 return best.layout
@@ -237,10 +241,10 @@ class Wishes:
             return Wish(current)
         if here.misses:
             verdicts = _judge_all(pressing, options, horizon_s)
-            best = min(verdicts, key=lambda v: (round(v.overload, 3), -self._worth(view, v)))
+            best = min(verdicts, key=lambda v: (round(v.overload, 4), -self._worth(view, v)))
             # Less that does as well makes room for the next step.
             less = best.layout.compute < current.compute and best.overload <= here.overload
-            if best.overload < here.overload - 0.01 or less:
+            if best.overload < _lower(here.overload) or less:
                 # A rise that is only foreseen may not come, and jobs would start again for it.
                 now = judge(pressing, current, 0.0).misses
                 patience = tuning.grow_after if now else max(tuning.grow_after, moving)
@@ -439,6 +443,11 @@ def _has_held(memory: DeviceMemory, who: str, wish: bool, now: int, patience: in
         return False
     del memory.restless[who]
     return True
+
+
+def _lower(overload: float) -> float:
+    """What a layout must bring an overload below to be changed for."""
+    return max((1.0 - LESS) * overload, overload - MUCH_LESS)
 
 
 def _judge_all(view: View, layouts: list[Layout], horizon_s: float) -> list[Verdict]:
