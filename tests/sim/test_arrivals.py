@@ -10,7 +10,17 @@ import pytest
 
 from weft.domain.errors import ConfigError
 from weft.domain.units import S
-from weft.sim.arrivals import Arrivals, Bursts, Diurnal, Poisson, Steps, read_trace
+from weft.sim.arrivals import (
+    Arrivals,
+    Bursts,
+    Diurnal,
+    Poisson,
+    Recorded,
+    Steps,
+    Trace,
+    read_trace,
+    thin,
+)
 
 
 def until(arrivals: Arrivals, seconds: float, seed: int = 1) -> list[int]:
@@ -43,6 +53,31 @@ def test_steps_follow_their_times() -> None:
     times = until(Steps(((0, 10), (100, 40))), 200)
     early = sum(t < 100 * S for t in times)
     assert len(times) - early == pytest.approx(4 * early, rel=0.25)
+
+
+@pytest.mark.parametrize(
+    "arrivals",
+    [Poisson(50), Bursts(10, 200, 3, 1), Steps(((0, 20), (50, 80))), Trace((5, 9, 30) * 1000)],
+    ids=lambda x: type(x).__name__,
+)
+def test_fewer_of_the_same_arrivals(arrivals: Arrivals) -> None:
+    all_of_them = until(arrivals, 200)
+    most, few = until(thin(arrivals, 0.8), 200), until(thin(arrivals, 0.2), 200)
+    assert set(few) <= set(most) <= set(all_of_them)
+    assert len(most) == pytest.approx(0.8 * len(all_of_them), rel=0.05)
+    assert len(few) == pytest.approx(0.2 * len(all_of_them), rel=0.1)
+    assert thin(thin(arrivals, 0.5), 0.4) == thin(arrivals, 0.2)
+
+
+def test_recorded_requests_that_stay_keep_what_is_theirs() -> None:
+    many = range(1000)
+    found = thin(Recorded(*(tuple(range(k, 1000 + k)) for k in range(4))), 0.3)
+    assert isinstance(found, Recorded)
+    assert len(found.at) == pytest.approx(300, rel=0.15)
+    assert set(found.at) <= set(many)
+    assert [(a + 1, a + 2, a + 3) for a in found.at] == list(
+        zip(found.rows, found.priorities, found.budgets, strict=True)
+    )
 
 
 def test_no_rate_gives_no_arrivals() -> None:

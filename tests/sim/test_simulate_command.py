@@ -78,6 +78,46 @@ def test_bad_options_are_named(
     assert said in capsys.readouterr().err
 
 
+def test_an_objective_that_load_breaks_is_said_with_what_would_do(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    path.write_text(SCENARIO.replace("rate: 20", "rate: 600").replace("50ms", "15ms"))
+    out = tmp_path / "out.json"
+    args = ["simulate", str(path), "--policies", "weft,static", "--seeds", "1", "--json", str(out)]
+    assert main(args) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    (missed,) = json.loads(out.read_text())["missed"]
+    assert missed["service"] == "a" and missed["met_by"] == []
+    assert "a misses its objective, infeasible: " in printed
+    changes = (missed["latency"] / 1e6, 100 * missed["requests"])
+    said = "the smallest change that would do is latency: {:g}ms or {:.3g} % of its requests"
+    assert said.format(*changes) in printed
+
+    def attained(text: str) -> float:
+        path.write_text(text)
+        assert main([*args[:-2], "--no-search", "--json", str(out)]) == 0
+        (run,) = (r for r in json.loads(out.read_text())["runs"] if r["policy"] == "weft")
+        share: float = run["services"]["a"]
+        return share
+
+    asked = path.read_text()
+    assert attained(asked) == pytest.approx(missed["attained"])
+    assert "would do" not in capsys.readouterr().out
+    assert attained(asked.replace("15ms", f"{changes[0]:g}ms")) >= 0.99
+    assert attained(asked.replace("15ms", f"{changes[0] / 1.15:g}ms")) < 0.99
+
+
+def test_an_objective_that_is_met_is_not_mentioned(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out.json"
+    args = ["simulate", str(path), "--policies", "weft", "--seeds", "1", "--json", str(out)]
+    assert main(args) == 0
+    assert "misses" not in capsys.readouterr().out
+    assert json.loads(out.read_text())["missed"] == []
+
+
 def test_interval_is_students() -> None:
     assert interval([1.0]) == 0
     assert interval([1.0, 2.0, 3.0]) == pytest.approx(4.30 / 3**0.5, rel=0.01)

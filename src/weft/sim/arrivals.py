@@ -7,6 +7,8 @@
   (Naval Research Logistics 1979).
 * ``steps``: a Poisson process whose rate jumps at given times.
 * ``trace``: recorded times.
+
+Any of these can be thinned: of each arrival a coin decides whether it stays.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import csv
 import math
 from collections.abc import Callable, Iterator
 from datetime import datetime
-from itertools import islice
+from itertools import compress, islice
 from pathlib import Path
 
 import msgspec
@@ -131,7 +133,20 @@ class Every(msgspec.Struct, frozen=True, tag="every"):
         return islice(self.of.times(rng), self.index, None, self.count)
 
 
-Arrivals = Poisson | Bursts | Diurnal | Steps | Trace | Every | Recorded
+class Thinned(msgspec.Struct, frozen=True, tag="thinned"):
+    """Each of other arrivals with probability ``kept``; those of a smaller ``kept`` are among
+    those of a larger one."""
+
+    of: Poisson | Bursts | Diurnal | Steps | Trace | Every
+    kept: float
+
+    def times(self, rng: np.random.Generator) -> Iterator[int]:
+        """Ns from the start, ascending."""
+        marks = rng.spawn(1)[0]
+        return (at for at in self.of.times(rng) if marks.random() < self.kept)
+
+
+Arrivals = Poisson | Bursts | Diurnal | Steps | Trace | Every | Recorded | Thinned
 
 
 def share(arrivals: Arrivals, index: int, count: int) -> Arrivals:
@@ -147,6 +162,19 @@ def share(arrivals: Arrivals, index: int, count: int) -> Arrivals:
             return Every(arrivals, index, count)
         case _:
             raise ValueError("these arrivals are those of one box")
+
+
+def thin(arrivals: Arrivals, kept: float) -> Arrivals:
+    """Each of the arrivals with probability ``kept``, independently."""
+    match arrivals:
+        case Thinned():
+            return Thinned(arrivals.of, arrivals.kept * kept)
+        case Recorded():
+            stays = (np.random.default_rng(0).random(len(arrivals.at)) < kept).tolist()
+            fields = msgspec.structs.astuple(arrivals)
+            return Recorded(*(tuple(compress(column, stays)) for column in fields))
+        case _:
+            return Thinned(arrivals, kept)
 
 
 def _poisson(rate: float, rng: np.random.Generator) -> Iterator[int]:

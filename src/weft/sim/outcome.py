@@ -45,6 +45,12 @@ class ServiceTally(msgspec.Struct):
         for index, count in other.buckets.items():
             self.buckets[index] = self.buckets.get(index, 0) + count
 
+    @property
+    def attainment(self) -> float:
+        """Share (0..1) answered in time of what was answered or refused; 1 if nothing was."""
+        decided = self.answered + sum(self.refused.values())
+        return self.attained / decided if decided else 1.0
+
     def quantile_ns(self, share: float) -> float:
         """Upper edge (ns) of the bucket that holds the quantile; 0 if nothing was answered."""
         wanted, seen = share * self.answered, 0

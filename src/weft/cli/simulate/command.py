@@ -26,10 +26,11 @@ from rich.table import Table
 from weft.devices import proctree
 from weft.domain.errors import ConfigError, EnvironmentProblem
 from weft.domain.units import S, parse_duration
+from weft.sim.feasible import Missed, with_changes
 from weft.sim.outcome import Outcome, merge
 from weft.sim.policies import POLICIES, Setting, better, choose, simulate, simulate_box
 from weft.sim.recorded import Recording
-from weft.sim.scenario import Scenario, SimService, read_scenario
+from weft.sim.scenario import Scenario, SimService, one_box, read_scenario
 from weft.telemetry.records import read
 
 Figures = dict[str, float]
@@ -58,6 +59,16 @@ class _Run(msgspec.Struct, frozen=True):
     policy: str
     setting: str
     seed: int
+
+
+class _Result(msgspec.Struct, frozen=True):
+    """``services``: the share (0..1) of each one's requests that was answered in time."""
+
+    figures: Figures
+    services: dict[str, float]
+
+
+_Results = dict[_Run, _Result]
 
 
 def add_simulate(commands: Any) -> None:
@@ -90,24 +101,24 @@ def add_simulate(commands: Any) -> None:
     parser.add_argument(
         "--html", type=Path, metavar="FILE", help="table, pictures and reasons (needs matplotlib)"
     )
+    parser.add_argument(
+        "--no-search",
+        action="store_true",
+        help="do not look for the smallest change by which weft would meet an objective that it "
+        "misses, which takes some fifteen runs of each seed",
+    )
     parser.add_argument("--why", action="store_true", help="print what the planner changed and why")
     parser.set_defaults(func=_simulate)
 
 
+_JUDGED = "weft"
+"""The policy whose misses are reported."""
 NOT_MODELLED = "not modelled where several devices train"
 
 
 def _simulate(args: argparse.Namespace) -> int:
     policies = choose([name.strip() for name in args.policies.split(",")])
-    scenario = _scenario(args)
-    if args.duration is not None:
-        try:
-            duration = parse_duration(args.duration)
-        except ValueError as error:
-            raise ConfigError(str(error), "--duration") from None
-        if duration <= 0:
-            raise ConfigError("must be longer than 0", "--duration")
-        scenario = msgspec.structs.replace(scenario, duration=duration)
+    scenario = _lasting(_scenario(args), args.duration)
     if args.seeds < 1:
         raise ConfigError(f"must be at least 1, got {args.seeds}", "--seeds")
     _check_outputs([path for path in (args.json, args.plot, args.html) if path is not None])
@@ -128,27 +139,50 @@ def _simulate(args: argparse.Namespace) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=WIDE)
     rows = _rows(scenario, best, results, args.seeds)
     console.print(_table(scenario, rows))
-    requests = sum(r["requests"] for r in results.values())
+    note = _note(scenario, results, took, left_out)
+    console.print(note, style="dim")
+    chosen = {name: settings[name, setting] for name, setting in best.items()}
+    missed = _missed(scenario, best, results, args.seeds)
+    if not args.no_search:
+        missed = [_searched(scenario, m, chosen[_JUDGED], args.seeds) for m in missed]
+    said = [m.said(_JUDGED) for m in missed]
+    for line in said:
+        console.print(line, style="yellow", highlight=False)
+    if args.why:
+        for name, setting in chosen.items():
+            _print_reasons(console, scenario, name, setting)
+    try:
+        if args.json:
+            args.json.write_text(json.dumps(_document(scenario, best, results, missed), indent=1))
+        if args.plot or args.html:
+            _draw(args, scenario, chosen, rows, [*said, note])
+    except OSError as error:
+        raise EnvironmentProblem(f"cannot write {error.filename}: {error.strerror}") from None
+    return 0
+
+
+def _lasting(scenario: Scenario, given: str | None) -> Scenario:
+    """For as long as the option says."""
+    if given is None:
+        return scenario
+    try:
+        duration = parse_duration(given)
+    except ValueError as error:
+        raise ConfigError(str(error), "--duration") from None
+    if duration <= 0:
+        raise ConfigError("must be longer than 0", "--duration")
+    return msgspec.structs.replace(scenario, duration=duration)
+
+
+def _note(scenario: Scenario, results: _Results, took: float, left_out: list[str]) -> str:
+    requests = sum(r.figures["requests"] for r in results.values())
     note = (
         f"{len(results)} runs, {requests:,.0f} requests in {took:.1f} s; execution times: "
         + ", ".join(_sources(s) for s in scenario.services)
         + "; "
         + "; ".join(f"{d.spec.id}: {d.cost.source}" for d in scenario.devices)
     )
-    if left_out:
-        note += f"; left out: {', '.join(left_out)} ({NOT_MODELLED})"
-    console.print(note, style="dim")
-    if args.why:
-        for name, setting in best.items():
-            _print_reasons(console, scenario, name, settings[name, setting])
-    try:
-        if args.json:
-            args.json.write_text(json.dumps(_document(scenario, best, results), indent=1))
-        if args.plot or args.html:
-            _draw(args, scenario, {name: settings[name, s] for name, s in best.items()}, rows, note)
-    except OSError as error:
-        raise EnvironmentProblem(f"cannot write {error.filename}: {error.strerror}") from None
-    return 0
+    return f"{note}; left out: {', '.join(left_out)} ({NOT_MODELLED})" if left_out else note
 
 
 def _draw(
@@ -156,7 +190,7 @@ def _draw(
     scenario: Scenario,
     settings: dict[str, Setting],
     rows: list[tuple[str, ...]],
-    note: str,
+    notes: list[str],
 ) -> None:
     from weft.cli.simulate import chart
 
@@ -164,7 +198,7 @@ def _draw(
     if args.plot:
         chart.draw(scenario, shown, args.plot)
     if args.html:
-        chart.report(scenario, shown, rows, [note], args.html)
+        chart.report(scenario, shown, rows, notes, args.html)
 
 
 def _check_outputs(paths: list[Path]) -> None:
@@ -196,11 +230,14 @@ def _sources(service: SimService) -> str:
 
 
 def _run_all(
-    scenario: Scenario, settings: dict[tuple[str, str], Setting], runs: list[_Run]
-) -> dict[_Run, Figures]:
+    scenario: Scenario,
+    settings: dict[tuple[str, str], Setting],
+    runs: list[_Run],
+    title: str = "",
+) -> _Results:
     parts: dict[_Run, dict[int, Outcome]] = {run: {} for run in runs}
-    with _workers() as pool, Progress(transient=True) as progress:
-        bar = progress.add_task(scenario.name, total=len(runs) * scenario.boxes)
+    with _workers() as pool, Progress(transient=True, disable=not sys.stdout.isatty()) as progress:
+        bar = progress.add_task(title or scenario.name, total=len(runs) * scenario.boxes)
         waiting = {
             pool.submit(simulate_box, scenario, settings[run.policy, run.setting], run.seed, box): (
                 run,
@@ -214,7 +251,7 @@ def _run_all(
             parts[run][box] = done.result()
             progress.advance(bar)
     return {
-        run: _figures(merge([outcomes[box] for box in sorted(outcomes)]))
+        run: _result(merge([outcomes[box] for box in sorted(outcomes)]))
         for run, outcomes in parts.items()
     }
 
@@ -240,13 +277,14 @@ def _end_with_parent() -> None:
     proctree.end_with_parent(signal.SIGTERM)
 
 
-def _figures(outcome: Outcome) -> Figures:
+def _result(outcome: Outcome) -> _Result:
     offered = sum(s.offered for s in outcome.services.values())
-    return outcome.figures() | {"requests": float(offered)}
+    services = {name: s.attainment for name, s in outcome.services.items()}
+    return _Result(outcome.figures() | {"requests": float(offered)}, services)
 
 
 def _leading(
-    policy: str, settings: Iterable[tuple[str, str]], results: dict[_Run, Figures]
+    policy: str, settings: Iterable[tuple[str, str]], results: _Results
 ) -> list[tuple[str, str]]:
     """The best settings of a policy by its first seed."""
     left = [key for key in settings if key[0] == policy]
@@ -254,23 +292,21 @@ def _leading(
     while left and len(found) < SEARCH_KEEPS:
         best = left[0]
         for key in left[1:]:
-            if better(results[_Run(*key, 0)], results[_Run(*best, 0)]):
+            if better(results[_Run(*key, 0)].figures, results[_Run(*best, 0)].figures):
                 best = key
         left.remove(best)
         found.append(best)
     return found
 
 
-def _samples(
-    key: str, policy: str, setting: str, results: dict[_Run, Figures], seeds: int
-) -> list[float]:
-    return [results[_Run(policy, setting, seed)][key] for seed in range(seeds)]
+def _samples(key: str, policy: str, setting: str, results: _Results, seeds: int) -> list[float]:
+    return [results[_Run(policy, setting, seed)].figures[key] for seed in range(seeds)]
 
 
 def _best(
     policy: str,
     settings: Iterable[tuple[str, str]],
-    results: dict[_Run, Figures],
+    results: _Results,
     seeds: int,
 ) -> str:
     """The best setting of a policy by its means over the seeds."""
@@ -287,8 +323,41 @@ def _best(
     return best
 
 
+def _missed(
+    scenario: Scenario, best: dict[str, str], results: _Results, seeds: int
+) -> list[Missed]:
+    """The services that miss their objective under the policy that is judged."""
+
+    def attained(policy: str, service: str) -> float:
+        runs = (_Run(policy, best[policy], seed) for seed in range(seeds))
+        return statistics.mean(results[run].services[service] for run in runs)
+
+    found = []
+    for spec in (s.spec for s in scenario.services):
+        wanted = spec.slo.percentile / 100
+        by = {policy: attained(policy, spec.name) for policy in best}
+        if by.get(_JUDGED, 1.0) < wanted:
+            others = tuple(p for p, share in by.items() if share >= wanted)
+            found.append(
+                Missed(spec.name, spec.slo.latency, spec.slo.percentile, by[_JUDGED], others)
+            )
+    return found
+
+
+def _searched(scenario: Scenario, missed: Missed, setting: Setting, seeds: int) -> Missed:
+    """With the smallest changes that would do, found on one of the boxes."""
+    settings = {(_JUDGED, ""): setting}
+    runs = [_Run(_JUDGED, "", seed) for seed in range(seeds)]
+
+    def attempt(changed: Scenario) -> float:
+        results = _run_all(changed, settings, runs, f"what {missed.service} would need")
+        return statistics.mean(r.services[missed.service] for r in results.values())
+
+    return with_changes(one_box(scenario, 0), missed, attempt)
+
+
 def _rows(
-    scenario: Scenario, best: dict[str, str], results: dict[_Run, Figures], seeds: int
+    scenario: Scenario, best: dict[str, str], results: _Results, seeds: int
 ) -> list[tuple[str, ...]]:
     """The table's cells, head first."""
     alone = len(scenario.services) < 2
@@ -337,11 +406,15 @@ def _print_reasons(console: Console, scenario: Scenario, name: str, setting: Set
 
 
 def _document(
-    scenario: Scenario, best: dict[str, str], results: dict[_Run, Figures]
+    scenario: Scenario, best: dict[str, str], results: _Results, missed: list[Missed]
 ) -> dict[str, Any]:
     return {
         "scenario": scenario.name,
         "duration_s": scenario.duration / S,
         "best_setting": best,
-        "runs": [msgspec.structs.asdict(run) | figures for run, figures in results.items()],
+        "missed": [msgspec.to_builtins(m) for m in missed],
+        "runs": [
+            msgspec.structs.asdict(run) | result.figures | {"services": result.services}
+            for run, result in results.items()
+        ],
     }
