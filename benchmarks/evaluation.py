@@ -69,6 +69,7 @@ def simulate(name: str, path: Path, seeds: int) -> None:
     policies = dict.fromkeys(("weft", *RIVALS, *FAMILIES, *LAWS))
     command = [sys.executable, "-m", "weft", "simulate", str(SCENARIOS / f"{name}.yaml")]
     command += ["--policies", ",".join(policies), "--seeds", str(seeds), "--json", str(path)]
+    command += ["--no-search"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     print(done.stdout, file=sys.stderr)
 
@@ -81,7 +82,7 @@ def best_of(document: dict[str, Any]) -> Samples:
             continue
         samples = found.setdefault(run["policy"], {})
         for key, value in run.items():
-            if key not in ("policy", "setting", "seed"):
+            if key not in ("policy", "setting", "seed", "services"):
                 samples.setdefault(key, []).append(value)
     return found
 
