@@ -183,26 +183,11 @@ def test_idle_space_is_lent_only_where_jobs_gain_by_it(resume: str, lent: bool) 
     assert rate > (1.1 * never if lent else 1.1 * before)
 
 
-LARGE = """
-name: s
-duration: 60s
-device: {kind: cpu, units: 2}
-services:
-  - name: large
-    objective: {latency: 20ms}
-    cost: {first: 8ms, per_row: 6ms, cv: 0.1}
-    arrivals: {kind: poisson, rate: RATE}
-  - name: small
-    objective: {latency: 50ms}
-    cost: {first: 5ms, per_row: 2ms}
-    arrivals: {kind: poisson, rate: 5}
-jobs: [{name: j, cost: {rate: 5}}]
-"""
-
-
 @pytest.mark.parametrize("rate", [60, 150, 300])
 def test_what_cannot_be_held_is_served_about_as_well_as_by_the_best_fixed_split(rate: int) -> None:
-    found = parse_scenario(LARGE.replace("RATE", str(rate)), Path())
+    example = Path(__file__).parents[2] / "examples" / "scenarios" / "too-much.yaml"
+    text = example.read_text().replace("rate: 150", f"rate: {rate}")
+    found = parse_scenario(text, Path())
     splits = [Tuning(split=split, lend=False) for split in ((1, 1), (2, 1), (2, 2))]
     best = max(run(found, tuning).figures()["attainment"] for tuning in splits)
     assert run(found).figures()["attainment"] > 0.96 * best
