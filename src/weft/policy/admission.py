@@ -80,13 +80,13 @@ def busy_for(state: DispatcherState, partition: PartitionState, now: int) -> int
 
 def learn_margin(service: ServiceState, running: Running, now: int) -> None:
     """Correct the margin by a batch that is done. Who did not queue says nothing of waits."""
+    took = now - running.started
     for request in running.requests:
-        if running.started - request.arrived < now - running.started:
+        late = now > request.deadline
+        if not (late or service.margin) or running.started - request.arrived < took:
             continue
-        if now > request.deadline:
-            service.margin = min(_WIDEST, service.margin + _LATE)
-        else:
-            service.margin = max(0, service.margin - _IN_TIME)
+        step = _LATE if late else -_IN_TIME
+        service.margin = min(_WIDEST, max(0, service.margin + step))
 
 
 def _due_for_a_try(state: DispatcherState, service: ServiceState, budget: int, now: int) -> bool:
