@@ -68,11 +68,14 @@ def test_where_nothing_in_reach_does_that_is_said() -> None:
 
 def test_where_only_fewer_requests_do_that_is_said() -> None:
     said = with_changes(parse_scenario(TWO, Path()), MISSED, Needs(1e6, 0.5)).said("weft")
-    assert said.endswith("; no latency would do, but 50 % of its requests")
+    assert said.endswith("; no latency up to 64 times as long would do, but 50 % of its requests")
 
 
 def test_it_is_infeasible_only_if_no_policy_meets_it() -> None:
-    assert "a misses its objective, infeasible: 70 % of its requests" in MISSED.said("weft")
+    assert (
+        "a misses its objective, infeasible for every policy here: 70 % of its requests"
+        in MISSED.said("weft")
+    )
     met = msgspec.structs.replace(MISSED, met_by=("static", "shared"))
     assert "a misses its objective, which static, shared met: 70 %" in met.said("weft")
     assert "would do" not in met.said("weft"), "nothing was looked for"

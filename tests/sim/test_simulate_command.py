@@ -89,7 +89,7 @@ def test_an_objective_that_load_breaks_is_said_with_what_would_do(
     printed = " ".join(capsys.readouterr().out.split())
     (missed,) = json.loads(out.read_text())["missed"]
     assert missed["service"] == "a" and missed["met_by"] == []
-    assert "a misses its objective, infeasible: " in printed
+    assert "a misses its objective, infeasible for every policy here: " in printed
     changes = (missed["latency"] / 1e6, 100 * missed["requests"])
     said = "the smallest change that would do is latency: {:g}ms or {:.3g} % of its requests"
     assert said.format(*changes) in printed

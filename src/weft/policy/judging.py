@@ -63,7 +63,7 @@ def _judge(view: View, layout: Layout, horizon_s: float, order_of_size: int) -> 
         placed[name], shares[name] = chosen, share
     _fill(view, mine, placed, shares, rho, horizon_s)
     verdict = Verdict(layout, placed, rho, [0.0] * len(mine), {})
-    queues = _queues(view, placed, shares, times, sizes)
+    queues: list[list[tuple[float, float]]] = []
     for service in view.services:
         where = placed[service.name]
         if not where:
@@ -85,6 +85,7 @@ def _judge(view: View, layout: Layout, horizon_s: float, order_of_size: int) -> 
             expected = min(expected, _batched(view, service, there, rates))
         if expected > HEADROOM * service.objective or busiest > RHO_MAX:
             verdict.misses[service.name] = _why(service, expected, busiest)
+            queues = queues or _queues(view, placed, shares, times, sizes)
             crowded = max((queues[i] for i in where), key=lambda q: sum(load for _, load in q))
             verdict.overload += _overload(
                 service, longest, max(longest, other), crowded, len(where)

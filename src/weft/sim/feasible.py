@@ -41,7 +41,11 @@ class Missed(msgspec.Struct, frozen=True):
 
     def said(self, policy: str) -> str:
         """For people."""
-        verdict = f"which {', '.join(self.met_by)} met" if self.met_by else "infeasible"
+        verdict = (
+            f"which {', '.join(self.met_by)} met"
+            if self.met_by
+            else "infeasible for every policy here"
+        )
         return (
             f"{self.service} misses its objective, {verdict}: {100 * self.attained:.4g} % of its "
             f"requests are answered within {self.objective / MS:g} ms under {policy}, "
@@ -57,13 +61,13 @@ class Missed(msgspec.Struct, frozen=True):
             changes = f"{slower} or {rarer}" if rarer else slower
             return f"; the smallest change that would do is {changes}"
         if rarer:
-            return f"; no latency would do, but {rarer}"
+            return f"; no latency up to {_FAR:g} times as long would do, but {rarer}"
         return f"; neither {_FAR:g} times the latency nor 1/{_FAR:g} of its requests would do"
 
 
 def with_changes(scenario: Scenario, missed: Missed, attempt: Attempt) -> Missed:
     """``missed`` with the smallest changes of its service alone that would do. Each was run, and
-    did; one 5 % smaller did not."""
+    did; one at most 5 % smaller did not."""
     name, wanted = missed.service, missed.percentile / 100
 
     def does(service: SimService) -> bool:

@@ -47,7 +47,8 @@ class ServiceTally(msgspec.Struct):
 
     @property
     def attainment(self) -> float:
-        """Share (0..1) answered in time of what was answered or refused; 1 if nothing was."""
+        """Share (0..1) answered in time of what was answered or refused; 1 if nothing was. What is
+        open at the end counts for nothing: with a long objective that would be much of a run."""
         decided = self.answered + sum(self.refused.values())
         return self.attained / decided if decided else 1.0
 
