@@ -56,6 +56,16 @@ def test_a_batch_is_handed_ahead_once_it_is_full() -> None:
     assert ahead.batch.requests == (2, 3, 4, 5) and ahead.after == 1
 
 
+def test_what_would_be_late_behind_the_batch_under_way_is_not_handed_ahead() -> None:
+    world = busy()
+    world.arrive()
+    world.arrive(slo=8 * MS)
+    world.arrive(slo=20 * MS)
+    # The one under way will take 1 ms, the late one 1 ms more: 0.5 ms too much.
+    actions = world.send(e.BatchDone(1, 1 * MS), after=6500 * US)
+    assert one(actions, a.Dispatch).batch.requests == (4,)
+
+
 @pytest.mark.parametrize(
     ("objective", "exec_ns", "ahead"),
     [(50 * MS, 2 * MS, 1), (50 * MS, 3 * MS, 0), (S, 3 * MS, 1), (S, 6 * MS, 0)],

@@ -174,6 +174,78 @@ def test_what_goes_back_to_the_queue_still_expires() -> None:
     assert one(world.send(e.Woke(), after=10 * MS), a.Reject).refusal is Refusal.EXPIRED
 
 
+# --- order after a stall --------------------------------------------------------------------
+
+
+def stalled(*slos: int, stall: int = 20 * MS) -> tuple[World, a.Dispatch]:
+    """Requests with deadlines in so many ms, queued behind one that takes ``stall`` instead of
+    4 ms, and what starts then."""
+    world = ready(max_batch=1, exec_ns=4 * MS)
+    batch = one(world.arrive(), a.Dispatch).batch.id
+    for slo in slos:
+        world.arrive(slo=slo * MS)
+    return world, one(finish(world, batch, after=stall), a.Dispatch)
+
+
+def finishes(world: World, dispatch: a.Dispatch) -> dict[int, int]:
+    """When each request is done, in this order, if executions take 4 ms from now on."""
+    done = {}
+    while True:
+        actions = finish(world, dispatch.batch.id, after=4 * MS)
+        done |= dict.fromkeys(one(actions, a.Complete).requests, world.now)
+        following = only(actions, a.Dispatch)
+        if not following:
+            return done
+        dispatch = following[0]
+
+
+def test_a_stall_makes_as_many_late_as_it_took_the_time_of() -> None:
+    # Each has 12 ms to spare, the stall takes 16 ms: in their order all six would be late.
+    world, first = stalled(20, 24, 28, 32, 36, 40)
+    began = world.now - 20 * MS
+    done = finishes(world, first)
+    assert list(done) == [4, 5, 6, 7, 2, 3]
+    assert [i for i in done if done[i] > began + (12 + 4 * i) * MS] == [2, 3]
+
+
+def test_what_was_put_off_goes_before_what_comes_after() -> None:
+    world, first = stalled(20, 24, 28, 32, 36, 40)
+    world.arrive(slo=80 * MS)
+    assert list(finishes(world, first)) == [4, 5, 6, 7, 2, 3, 8]
+
+
+def test_what_was_put_off_once_is_not_put_off_again() -> None:
+    world, first = stalled(20, 24, 28, 32, 36, 40)
+    world.arrive(slo=80 * MS)
+    for _ in range(3):
+        first = one(finish(world, first.batch.id, after=4 * MS), a.Dispatch)
+    first = one(finish(world, first.batch.id, after=40 * MS), a.Dispatch)
+    assert list(finishes(world, first)) == [2, 3, 8]
+
+
+def test_where_all_are_late_their_order_stays() -> None:
+    world, first = stalled(20, 24, 28, stall=60 * MS)
+    assert list(finishes(world, first)) == [2, 3, 4]
+
+
+def test_a_late_request_yields_to_another_service_that_can_be_in_time() -> None:
+    world = World().service("s").service("t").worker("w0", "s").worker("w1", "t")
+    world.planned({"s": (0,), "t": (0,)})
+    first = one(world.arrive("s"), a.Dispatch)
+    world.arrive("s", slo=10 * MS)
+    world.arrive("t", slo=30 * MS)
+    assert one(finish(world, first.batch.id, after=20 * MS), a.Dispatch).batch.service == "t"
+
+
+def test_a_request_that_age_brought_to_the_front_is_not_put_off() -> None:
+    world = ready(max_batch=1, exec_ns=4 * MS)
+    batch = one(world.arrive(), a.Dispatch).batch.id
+    world.arrive(priority=2)
+    low = world.next_id
+    world.arrive(after=2 * AGEING, priority=0, slo=1 * S)
+    assert one(finish(world, batch), a.Dispatch).batch.requests == (low,)
+
+
 # --- refusals -------------------------------------------------------------------------------
 
 

@@ -288,7 +288,7 @@ class Dispatcher:
         longest = service.exec[partition.kind].predict(partition.compute, service.max_batch)
         if not 0 < longest <= min(AHEAD_MOST, service.objective // AHEAD_SHARE):
             return
-        lane_key = queues.full_lane(state, service, worker.version)
+        lane_key = queues.full_lane(state, service, running, worker.version)
         if lane_key:
             partition.at_hand = self._send(partition, service, lane_key, worker, before=running)
 

@@ -4,21 +4,27 @@ Order: priority class, then least slack. A request's key is ``deadline - predict
 class × AGEING``, fixed when it is queued: a low-class request that has waited ``AGEING`` longer
 than a high-class newcomer goes first, so no class starves and the heap never needs re-sorting.
 
-Batches: the largest whose predicted end meets the tightest deadline in it. A request that
-cannot meet its deadline any more (its prediction turned out wrong) does not shrink a batch.
+A request that cannot meet its deadline any more (the box stalled, its prediction was wrong) goes,
+once, to where it would be had it come only then. Kept in its place it would make those behind it
+late as well, one after the other: a single stall would cost all that is queued instead of as many
+as it took the time of. For executions of one length no order has fewer late ones (Moore,
+Management Science 1968).
+
+Batches: the largest whose predicted end meets the tightest deadline in it. A request that was
+put off does not shrink a batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from heapq import heapify, heappop, heappush
+from heapq import heapify, heappop, heappush, heapreplace
 from math import isqrt
 from typing import Final
 
 from weft.domain.request import Request
 from weft.domain.units import S
 from weft.policy.estimate import ExecTable
-from weft.policy.state import DispatcherState, Lane, PartitionState, ServiceState
+from weft.policy.state import DispatcherState, Lane, PartitionState, Running, ServiceState
 
 AGEING: Final = 1 * S
 _FAR: Final = 1 << 62
@@ -75,16 +81,40 @@ def idle_count(service: ServiceState, device: str) -> int:
     return sum(map(len, service.idle.get(device, {}).values()))
 
 
-def choose_lane(state: DispatcherState, service: ServiceState, device: str) -> tuple[int, str]:
-    """The most urgent lane that has an idle worker on a device: (key of its head, lane key);
+def put_off(
+    state: DispatcherState,
+    service: ServiceState,
+    lane: Lane,
+    partition: PartitionState,
+    start: int,
+) -> int:
+    """Put off what would be late even if it started at ``start``; the key of the head then."""
+    table, units, heap = service.exec[partition.kind], partition.compute, lane.heap
+    while (key := head(state, lane)) != _FAR:
+        request = state.queued[heap[0][2]]
+        if start + table.predict(units, request.rows, 0) <= request.deadline:
+            return key
+        aged = request.priority * AGEING
+        was_put_off = key >= request.deadline + aged
+        if was_put_off or any(service.rows[: request.priority]):
+            return key  # (or its age has brought it before those of higher classes)
+        behind = max(request.deadline, start + service.objective) + aged
+        heapreplace(heap, (behind, request.arrived, request.id))
+    return key
+
+
+def choose_lane(
+    state: DispatcherState, service: ServiceState, partition: PartitionState
+) -> tuple[int, str]:
+    """The most urgent lane that has an idle worker for a partition: (key of its head, lane key);
     ("" if none)."""
     best, chosen = _FAR, ""
-    idle = service.idle.get(device)
+    idle = service.idle.get(partition.device)
     if not idle:
         return best, chosen
     for lane_key, lane in service.lanes.items():
         if idle.get(lane.version or service.version):
-            key = head(state, lane)
+            key = put_off(state, service, lane, partition, state.now)
             if key < best:
                 best, chosen = key, lane_key
     return best, chosen
@@ -99,16 +129,23 @@ def choose_service(
     for name in partition.waiting:
         if name in held:
             continue
-        key, lane_key = choose_lane(state, state.services[name], partition.device)
+        key, lane_key = choose_lane(state, state.services[name], partition)
         if key < best:
             best, chosen, lane_of = key, name, lane_key
     return chosen, lane_of
 
 
-def full_lane(state: DispatcherState, service: ServiceState, version: str) -> str:
-    """The most urgent lane of a service, if instances of ``version`` run it and what it has
-    queued fills a batch; else ""."""
-    chosen = min(service.lanes, key=lambda key: head(state, service.lanes[key]), default="")
+def full_lane(state: DispatcherState, service: ServiceState, before: Running, version: str) -> str:
+    """The most urgent lane of a service, once the batch ``before`` is done, if instances of
+    ``version`` run it and what it has queued fills a batch; else ""."""
+    partition = state.partitions[before.partition]
+    table = service.exec[partition.kind]
+    start = before.started + table.predict(partition.compute, before.batch.rows, 0)
+    best, chosen = _FAR, ""
+    for lane_key, lane in service.lanes.items():
+        key = put_off(state, service, lane, partition, start)
+        if key < best:
+            best, chosen = key, lane_key
     if not chosen:
         return ""
     lane = service.lanes[chosen]
