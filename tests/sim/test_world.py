@@ -28,6 +28,7 @@ def scenario(
     units: int = 4,
     rate: float = 20,
     first: str = "10ms",
+    per_row: str = "3ms",
     jobs: str = "",
     seconds: int = 60,
     latency: str = "100ms",
@@ -42,7 +43,7 @@ device: {{kind: cpu, units: {units}, contention: 0}}
 services:
   - name: a
     objective: {{latency: {latency}}}
-    cost: {{first: {first}, per_row: 3ms, parallel: 0, cv: 0}}
+    cost: {{first: {first}, per_row: {per_row}, parallel: 0, cv: 0}}
     arrivals: {arrivals or f"{{kind: poisson, rate: {rate}}}"}
     {more}
 jobs: [{jobs}]
@@ -126,6 +127,22 @@ def test_what_is_taken_is_in_time_however_many_come(rate: float) -> None:
     tally = run(scenario(units=1, rate=rate, latency="50ms", seconds=20)).services["a"]
     assert tally.attained >= 0.98 * tally.answered
     assert tally.answered / 20 >= min(0.9 * rate, 200)
+
+
+@pytest.mark.parametrize(("rate", "latency"), [(50, "40ms"), (60, "60ms"), (70, "80ms")])
+def test_a_box_that_has_time_left_refuses_next_to_nothing(rate: float, latency: str) -> None:
+    """Batches of such rows save little, and at this rate nobody needs them."""
+    found = scenario(units=1, rate=rate, per_row="8ms", latency=latency, seconds=60)
+    tally = run(found, Tuning(split=(1, 1))).services["a"]
+    assert tally.attained >= 0.99 * tally.offered
+
+
+@pytest.mark.parametrize("latency", ["40ms", "60ms", "80ms"])
+def test_under_overload_a_partition_does_not_idle(latency: str) -> None:
+    """At one request each 10 ms it answers 100 a second, in batches more."""
+    found = scenario(units=1, rate=400, per_row="8ms", latency=latency, seconds=30)
+    tally = run(found, Tuning(split=(1, 1))).services["a"]
+    assert tally.attained >= 100 * 30
 
 
 def test_spans_show_each_unit_held_once() -> None:

@@ -2,8 +2,8 @@
 
 The predicted finish of a newcomer is, on the least loaded of its service's partitions: what is
 left of the batch under way, plus the predicted work queued there of its own priority class and
-above, plus its own execution in the company that is expected to join its batch. Waits are taken
-longer by a margin that late answers widen.
+above, plus its own execution in the company that is expected to join its batch. Queues are taken
+longer than predicted, and waits by a margin that late answers widen.
 
 While a guaranteed share of a job is owed, admission also spends tokens that refill at the rate of
 what is not guaranteed, so that gaps open for the job (token bucket; Turner, IEEE Communications
@@ -29,9 +29,12 @@ TRY_AFTER: Final = 200 * MS
 """Predictions are corrected by executions alone. A service that has had none for this long takes
 one request however bad they look, lest a slow spell close it for ever."""
 MARGIN: Final = 8
-"""A predicted wait is taken at least 1/MARGIN longer: its errors are not independent (the whole
-box gets slower at times), so they do not average out over a queue. How much more that takes on
-this box is learned."""
+"""A queue is taken 1/MARGIN longer than predicted: its errors are not independent (the whole box
+gets slower at times), so they do not average out. How much longer waits are on this box is
+learned."""
+FIT: Final = 2
+"""How many batches must fit into the objective for batches of their length to form: whoever comes
+as one begins waits for it and for one's own."""
 _LATE: Final = 20_000
 _IN_TIME: Final = 200
 """Ppm of the wait by which each request that queued widens the margin if it was answered late,
@@ -54,7 +57,7 @@ def refuse(
         return Refusal.QUEUE_FULL, max(RETRY_MIN, _queued_work(service, mine[0]))
     budget = request.deadline - now
     wait, own, partition = _best_finish(state, service, request, now, mine)
-    wait += wait // MARGIN + wait * service.margin // 1_000_000
+    wait += wait * service.margin // 1_000_000
     if wait + own > budget and _due_for_a_try(state, service, budget, now):
         return None
     if own > budget:
@@ -128,7 +131,8 @@ def _best_finish(
         if wait < idle_at:
             wait = idle_at
         if partition.waiting:
-            wait += _others_ahead(state, service, partition, request)
+            others = _others_ahead(state, service, partition, request)
+            wait += others + others // MARGIN
         alike = partition.kind, partition.compute
         known = soonest.get(alike)
         if known is None or wait < known[0]:
@@ -141,12 +145,16 @@ def _best_finish(
         lanes = shared.get(partition.id, lanes)
         ahead = int(queued / lanes)
         own = _own(service, partition, request)
-        wait = free_in
-        if queued:
-            wait += _ahead(service, partition, ahead + request.rows, own)
+        behind = _ahead(service, partition, ahead + request.rows, own) if queued else 0
+        wait = free_in + behind
         if wait and service.gap:
             joining = int(wait / (service.gap * lanes))
-            wait += _company(service, partition, ahead % service.max_batch + request.rows, joining)
+            last = ahead % service.max_batch + request.rows
+            behind += _company(service, partition, last, joining)
+        wait = free_in + behind + behind // MARGIN
+        if queued or partition.batch:
+            # Errors of executions that follow each other add up by the root of their squares.
+            own = _own(service, partition, request, 1)
         if best is None or wait + own < best[0] + best[1]:
             best = wait, own, partition
     assert best is not None
@@ -205,21 +213,26 @@ def _ahead(service: ServiceState, partition: PartitionState, rows: int, own: int
 def _company(service: ServiceState, partition: PartitionState, last: int, joining: int) -> int:
     """Ns by which those who come meanwhile and join the newcomer's batch, the ``last``, will
     lengthen it: as many as arrive on average (``joining``), and one standard deviation (of a
-    Poisson count) more.
+    Poisson count) more; but up to a batch that fits ``FIT`` times into the objective, since longer
+    ones do not form.
 
     Left out, the first of a batch are admitted for a short one: then either they are late, or
     batches are cut short for them, which costs the throughput that the others count on.
     """
+    table, units = service.exec[partition.kind], partition.compute
     last = min(service.max_batch, last)
     grown = min(service.max_batch, last + joining + isqrt(joining))
-    if grown == last:
-        return 0
-    table, units = service.exec[partition.kind], partition.compute
-    return max(0, table.predict(units, grown) - table.predict(units, last))
+    longer = table.predict(units, grown)
+    while grown > last and FIT * longer > service.objective:
+        grown -= 1
+        longer = table.predict(units, grown)
+    return max(0, longer - table.predict(units, last)) if grown > last else 0
 
 
-def _own(service: ServiceState, partition: PartitionState, request: Request) -> int:
-    return service.exec[partition.kind].predict(partition.compute, request.rows)
+def _own(
+    service: ServiceState, partition: PartitionState, request: Request, deviations: int = 2
+) -> int:
+    return service.exec[partition.kind].predict(partition.compute, request.rows, deviations)
 
 
 def _spend(
