@@ -145,13 +145,13 @@ def _best_finish(
         lanes = shared.get(partition.id, lanes)
         ahead = int(queued / lanes)
         own = _own(service, partition, request)
-        behind = _ahead(service, partition, ahead + request.rows, own) if queued else 0
-        wait = free_in + behind
+        queue = _ahead(service, partition, ahead + request.rows, own) if queued else 0
+        wait = free_in + queue
         if wait and service.gap:
             joining = int(wait / (service.gap * lanes))
             last = ahead % service.max_batch + request.rows
-            behind += _company(service, partition, last, joining)
-        wait = free_in + behind + behind // MARGIN
+            queue += _company(service, partition, last, joining)
+        wait = free_in + queue + queue // MARGIN
         if queued or partition.batch:
             # Errors of executions that follow each other add up by the root of their squares.
             own = _own(service, partition, request, 1)
@@ -222,11 +222,11 @@ def _company(service: ServiceState, partition: PartitionState, last: int, joinin
     table, units = service.exec[partition.kind], partition.compute
     last = min(service.max_batch, last)
     grown = min(service.max_batch, last + joining + isqrt(joining))
-    longer = table.predict(units, grown)
-    while grown > last and FIT * longer > service.objective:
+    while grown > last and FIT * table.predict(units, grown) > service.objective:
         grown -= 1
-        longer = table.predict(units, grown)
-    return max(0, longer - table.predict(units, last)) if grown > last else 0
+    if grown == last:
+        return 0
+    return max(0, table.predict(units, grown) - table.predict(units, last))
 
 
 def _own(
