@@ -144,7 +144,8 @@ def _best_finish(
     for free_in, partition in soonest.values():
         lanes = shared.get(partition.id, lanes)
         ahead = int(queued / lanes)
-        own = _own(service, partition, request)
+        mean, dev = service.exec[partition.kind].moments(partition.compute, request.rows)
+        own = mean + 2 * dev
         queue = _ahead(service, partition, ahead + request.rows, own) if queued else 0
         wait = free_in + queue
         if wait and service.gap:
@@ -153,8 +154,9 @@ def _best_finish(
             queue += _company(service, partition, last, joining)
         wait = free_in + queue + queue // MARGIN
         if queued or partition.batch:
-            # Errors of executions that follow each other add up by the root of their squares.
-            own = _own(service, partition, request, 1)
+            # Errors of executions that follow each other add up by the root of their squares, so
+            # beside those of the wait one deviation of its own is enough.
+            own = mean + dev
         if best is None or wait + own < best[0] + best[1]:
             best = wait, own, partition
     assert best is not None
@@ -227,12 +229,6 @@ def _company(service: ServiceState, partition: PartitionState, last: int, joinin
     if grown == last:
         return 0
     return max(0, table.predict(units, grown) - table.predict(units, last))
-
-
-def _own(
-    service: ServiceState, partition: PartitionState, request: Request, deviations: int = 2
-) -> int:
-    return service.exec[partition.kind].predict(partition.compute, request.rows, deviations)
 
 
 def _spend(

@@ -7,7 +7,8 @@ Laws (docs/design.md says why):
    one more batch at hand, which it goes on with.
 2. Inference never waits for a slice to end: an arrival on a lent partition revokes the grant
    at once.
-3. Order: priority class, then least slack; ageing keeps the lowest class alive.
+3. Order: priority class, then least slack; ageing keeps the lowest class alive. What cannot be in
+   time any more makes way, once.
 4. Batching is work-conserving; a batch is held back only if its service says so. Of requests that
    arrive together each idle worker gets its share. A batch that can grow no more and is short is
    handed to a worker while it executes the one before.

@@ -1,17 +1,18 @@
 """Order and batching: which request is next, and which others go with it.
 
 Order: priority class, then least slack. A request's key is ``deadline - predicted execution +
-class × AGEING``, fixed when it is queued: a low-class request that has waited ``AGEING`` longer
-than a high-class newcomer goes first, so no class starves and the heap never needs re-sorting.
+class × AGEING``, fixed while it can be in time: a low-class request that has waited ``AGEING``
+longer than a high-class newcomer goes first, so no class starves and the heap never needs
+re-sorting.
 
 A request that cannot meet its deadline any more (the box stalled, its prediction was wrong) goes,
 once, to where it would be had it come only then. Kept in its place it would make those behind it
 late as well, one after the other: a single stall would cost all that is queued instead of as many
-as it took the time of. For executions of one length no order has fewer late ones (Moore,
-Management Science 1968).
+as it took the time of. For executions of one length no order of what is queued has fewer late
+ones (Moore, Management Science 1968).
 
-Batches: the largest whose predicted end meets the tightest deadline in it. A request that was
-put off does not shrink a batch.
+Batches: the largest whose predicted end meets the tightest deadline in it. A request that is
+late anyway does not shrink a batch.
 """
 
 from __future__ import annotations
@@ -141,11 +142,11 @@ def full_lane(state: DispatcherState, service: ServiceState, before: Running, ve
     partition = state.partitions[before.partition]
     table = service.exec[partition.kind]
     start = before.started + table.predict(partition.compute, before.batch.rows, 0)
-    best, chosen = _FAR, ""
-    for lane_key, lane in service.lanes.items():
-        key = put_off(state, service, lane, partition, start)
-        if key < best:
-            best, chosen = key, lane_key
+    chosen = min(
+        service.lanes,
+        key=lambda key: put_off(state, service, service.lanes[key], partition, start),
+        default="",
+    )
     if not chosen:
         return ""
     lane = service.lanes[chosen]
