@@ -20,7 +20,7 @@ from weft.policy.planstate import Tuning
 from weft.sim.outcome import Outcome
 from weft.sim.policies import Scheduled, simulate
 from weft.sim.scenario import Scenario, one_box, parse_scenario
-from weft.sim.world import World
+from weft.sim.world import World, _Place
 
 JOB = "jobs:\n  - {name: j, cost: {rate: 5, move: 2s}}\n"
 
@@ -238,7 +238,9 @@ def test_services_move_between_devices_when_one_has_too_much() -> None:
 def test_a_job_is_slowed_down_by_the_neighbours_on_its_own_device_only() -> None:
     world = World(parse_scenario(GPUS, Path()), Planner(), (0, 0))
     job = world._jobs["j"]
-    world._partitions = {name: Partition(name, name, (0,)) for name in ("g0", "g1")}
+    world._places = {
+        name: _Place(Partition(name, name, (0,)), world._devices[name], 0) for name in ("g0", "g1")
+    }
     world._served["g1"] = 4  # all of it; nothing is served on the other
     for held, slow in (({"g0": 1}, 0.0), ({"g1": 1}, 0.3), ({"g0": 1, "g1": 1}, 0.15)):
         job.held = held

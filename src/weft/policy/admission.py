@@ -122,7 +122,7 @@ def _best_finish(
     Of partitions that are alike the one that is free first is it, so the queue is predicted once
     for each likeness.
     """
-    soonest: dict[tuple[str, int], tuple[int, PartitionState]] = {}
+    soonest: list[tuple[int, PartitionState]] = []
     device, idle_at = "", 0
     for partition in mine:
         if partition.device != device:
@@ -133,15 +133,18 @@ def _best_finish(
         if partition.waiting:
             others = _others_ahead(state, service, partition, request)
             wait += others + others // MARGIN
-        alike = partition.kind, partition.compute
-        known = soonest.get(alike)
-        if known is None or wait < known[0]:
-            soonest[alike] = wait, partition
+        for i, (known, other) in enumerate(soonest):
+            if other.compute == partition.compute and other.kind == partition.kind:
+                if wait < known:
+                    soonest[i] = wait, partition
+                break
+        else:
+            soonest.append((wait, partition))
     best: tuple[int, int, PartitionState] | None = None
     queued = sum(service.rows[: request.priority + 1])
     lanes = float(min(max(1, service.workers), len(mine)))
     shared = _lanes(service, mine) if len(soonest) > 1 else {}
-    for free_in, partition in soonest.values():
+    for free_in, partition in soonest:
         lanes = shared.get(partition.id, lanes)
         ahead = int(queued / lanes)
         mean, dev = service.exec[partition.kind].moments(partition.compute, request.rows)

@@ -69,6 +69,7 @@ class Dispatcher:
         self.state = state if state is not None else DispatcherState()
         self._out: list[a.Action] = []
         self._event: e.Event = e.Woke()
+        self._caused_by = ""
         self._handlers: dict[type, Callable[[Any], None]] = {
             e.ServiceAdded: self._service_added,
             e.ServiceRemoved: self._service_removed,
@@ -97,14 +98,15 @@ class Dispatcher:
         if now > state.now:
             state.now = now
         self._out = []
-        self._event = event
+        self._event, self._caused_by = event, ""
         self._handlers[type(event)](event)
         self._arm()
         return self._out
 
     @property
     def _cause(self) -> str:
-        return _cause(self._event)
+        self._caused_by = self._caused_by or _cause(self._event)
+        return self._caused_by
 
     # --- requests ---------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from weft.sim.arrivals import Recorded
 from weft.sim.costs import Spread
 from weft.sim.moments import MOMENTS, SPANS, Moment, Span
 from weft.sim.outcome import JobTally, Outcome, ServiceTally
-from weft.sim.scenario import Scenario, SimJob, SimService, sizes
+from weft.sim.scenario import Scenario, SimDevice, SimJob, SimService, sizes
 from weft.telemetry.monitor import Monitor
 
 TICK: Final = 1 * S
@@ -128,6 +128,30 @@ class _Progress:
         if units not in self._speeds:
             self._speeds[units] = self.cost.speed(units)
         return self._speeds[units]
+
+
+class _Place:
+    """A partition of the layout in force and what its device charges. ``first``: where the
+    device's units begin if all are numbered through."""
+
+    def __init__(self, partition: Partition, device: SimDevice, first: int) -> None:
+        self.id = partition.id
+        self.device = partition.device
+        self.compute = partition.compute
+        self.kind = device.spec.kind
+        self.cost = device.cost
+        self.rows = tuple(first + unit for unit in partition.units)
+
+
+class _Execution:
+    """A batch under way: where, since when, and how long starting and executing it take (ns)."""
+
+    def __init__(self, action: a.Dispatch, place: _Place, began: int, start: int, took: int):
+        self.action = action
+        self.place = place
+        self.began = began
+        self.start = start
+        self.took = took
 
 
 class _Source:
@@ -234,7 +258,7 @@ class World:
         self._heap: list[tuple[int, int, int, Any]] = []
         self._order = 0
         self._wake_token = 0
-        self._partitions: dict[str, Partition] = {}
+        self._places: dict[str, _Place] = {}
         self._rows = _rows(self._specs)
         self._instances: dict[tuple[str, str], set[str]] = {}
         """Instances of a service on a device that serve."""
@@ -247,6 +271,8 @@ class World:
         """Batches that instances have at hand, by the batch that they follow."""
         self._served = dict.fromkeys(self._compute, 0)
         """Units that executions use, by device and (under "") of all the box."""
+        self._load_changed = False
+        """Whether jobs are to be slowed down by more or less than up to now."""
         self._ended: dict[str, int] = {}
         """When a batch last ended on a partition."""
         self._services = {s.spec.name: s for s in scenario.services}
@@ -292,6 +318,8 @@ class World:
             self._now, kind, _, what = heappop(heap)
             if kind == _ARRIVAL:
                 self._arrive(what)
+            elif kind == _DONE:
+                self._executed(what)
             elif kind == _WAKE:
                 if what == self._wake_token:
                     self._feed(e.Woke())
@@ -299,9 +327,11 @@ class World:
                 self._tick()
             else:
                 what()
+            if self._load_changed:
+                self._slow_jobs()
         self._now = end
         for (job, name), began in self._granted.items():
-            self._record(job, self._partitions[name], began)
+            self._record(job, self._places[name], began)
         for progress in self._jobs.values():
             progress.settle(end)
         self.outcome.open = len(self._open)
@@ -418,7 +448,7 @@ class World:
     def _start(self, name: str, device: str) -> None:
         service, spec = self._services[name], self._devices[device].spec
         profile = tuple(
-            (units, rows, self._mean(service, spec.kind, units, rows))
+            (units, rows, service.costs[spec.kind].mean(units, rows))
             for units in sizes(spec)
             for rows in (1, service.spec.batch.max)
         )
@@ -462,95 +492,90 @@ class World:
     def _stop_job(self, action: a.StopJob) -> None:
         raise AssertionError(f"{action.job}: simulated devices never fail to revoke")
 
-    def _mean(self, service: SimService, kind: str, units: int, rows: int) -> int:
-        key = service.spec.name, kind, units, rows
-        if key not in self._means:
-            self._means[key] = service.costs[kind].mean(units, rows)
-        return self._means[key]
-
     def _execute(self, action: a.Dispatch) -> None:
-        batch, partition = action.batch, self._partitions[action.partition]
-        device = self._devices[partition.device]
-        service, cost, kind = self._services[batch.service], device.cost, device.spec.kind
-        follows = cost.follow is not None and self._ended.get(partition.id) == self._now
+        batch, place, draws = action.batch, self._places[action.partition], self._draws
+        cost, units, rows = place.cost, place.compute, batch.rows
         if action.after:
-            start = self._draws.time(cost.at_hand)
+            spread = cost.at_hand
+        elif cost.follow is not None and self._ended.get(place.id) == self._now:
+            spread = cost.follow
         else:
-            start = self._draws.time(cost.follow if follows and cost.follow else cost.start)
+            spread = cost.start
+        start = draws.time(spread)
         if action.preempting:
-            start += self._draws.time(cost.preempt)
-        units = partition.compute
-        mean = self._mean(service, kind, units, batch.rows)
-        slowed = 1 + self._contention(partition)
-        took = round(mean * self._draws.factor(service.costs[kind].cv) * slowed)
-        self._running[partition.id] = units
-        self._served[partition.device] += units
+            start += draws.time(cost.preempt)
+        model = self._services[batch.service].costs[place.kind]
+        key = batch.service, place.kind, units, rows
+        mean = self._means.get(key)
+        if mean is None:
+            mean = self._means[key] = model.mean(units, rows)
+        took = round(mean * draws.factor(model.cv) * (1 + self._contention(place)))
+        self._running[place.id] = units
+        self._served[place.device] += units
         self._served[""] += units
-        began = self._now
+        self._load_changed = True
+        begun = _Execution(action, place, self._now, start, took)
+        self._at(self._now + start + took, _DONE, begun)
 
-        def done() -> None:
-            del self._running[partition.id]
-            self._served[partition.device] -= units
-            self._served[""] -= units
-            self._ended[partition.id] = self._now
-            used = units * (self._now - began)
-            self.outcome.served_ns += used
-            if self._diary is not None:
-                self._diary.served(batch.service, used)
-            self._record(batch.service, partition, began)
-            at_hand = self._at_hand.pop(batch.id, None)
-            if at_hand is not None:
-                self._execute(at_hand)
-            else:
-                self._slow_jobs()
-            self._feed(e.BatchDone(batch.id, took, start))
-            if at_hand is None and action.worker in self._ending:
-                self._ending.remove(action.worker)
-                self._feed(e.WorkerDown(action.worker, "unloaded"))
+    def _executed(self, execution: _Execution) -> None:
+        action, place, now = execution.action, execution.place, self._now
+        batch, units = action.batch, place.compute
+        del self._running[place.id]
+        self._served[place.device] -= units
+        self._served[""] -= units
+        self._load_changed = True
+        self._ended[place.id] = now
+        used = units * (now - execution.began)
+        self.outcome.served_ns += used
+        if self._diary is not None:
+            self._diary.served(batch.service, used)
+        self._record(batch.service, place, execution.began)
+        at_hand = self._at_hand.pop(batch.id, None)
+        if at_hand is not None:
+            self._execute(at_hand)
+        self._feed(e.BatchDone(batch.id, execution.took, execution.start))
+        if at_hand is None and action.worker in self._ending:
+            self._ending.remove(action.worker)
+            self._feed(e.WorkerDown(action.worker, "unloaded"))
 
-        self._slow_jobs()
-        self._at(self._now + start + took, _DONE, done)
-
-    def _record(self, who: str, partition: Partition, began: int) -> None:
+    def _record(self, who: str, place: _Place, began: int) -> None:
         if self._recorded is None:
             return
         start, end = max(began, self._recorded[0]), min(self._now, self._recorded[1])
         if start < end:
-            first = self._rows[partition.device]
-            rows = tuple(first + unit for unit in partition.units)
-            self.outcome.spans.append(Span(who, rows, start, end))
+            self.outcome.spans.append(Span(who, place.rows, start, end))
 
-    def _contention(self, partition: Partition) -> float:
+    def _contention(self, place: _Place) -> float:
         """By how much an execution is slowed down by what else is busy: on its device, and, where
         all devices share a memory, in the box."""
-        cost, shared = self._devices[partition.device].cost, self._scenario.shared_bandwidth
+        contention, shared = place.cost.contention, self._scenario.shared_bandwidth
         slowed = 0.0
-        if cost.contention:
-            slowed += cost.contention * self._busy(partition.device, partition)
+        if contention:
+            slowed += contention * self._busy(place.device, place)
         if shared:
-            slowed += shared * self._busy("", partition)
+            slowed += shared * self._busy("", place)
         return slowed
 
-    def _busy(self, device: str, but: Partition | None) -> float:
+    def _busy(self, device: str, but: _Place) -> float:
         """Share of a device (of the box, if not named) that is busy, 0..1, one partition aside."""
-        running, partitions = self._running, self._partitions
-        aside = but.id if but is not None else ""
+        running, places, aside = self._running, self._places, but.id
         anywhere = not device or len(self._specs) == 1
         busy = 0
         for name, units in running.items():
-            if name != aside and (anywhere or partitions[name].device == device):
+            if name != aside and (anywhere or places[name].device == device):
                 busy += units
         for job in self._jobs.values():
             for name, units in job.held.items():
                 if name == aside or name in running:
                     continue
-                if anywhere or partitions[name].device == device:
+                if anywhere or places[name].device == device:
                     busy += units
         there = self._compute[device]
-        return min(1.0, busy / max(1, there - (but.compute if but is not None else 0)))
+        return min(1.0, busy / max(1, there - but.compute))
 
     def _slow_jobs(self) -> None:
         """Jobs are slowed down by executions beside them."""
+        self._load_changed = False
         shared = self._scenario.shared_bandwidth
         if not (shared or self._contended):
             return
@@ -562,38 +587,33 @@ class World:
             if job.held:
                 job.settle(self._now)
                 if not self._only_trainer:  # by what it holds of each
-                    held = [
-                        (slow.get(self._partitions[p].device, 0.0), n) for p, n in job.held.items()
-                    ]
+                    held = [(slow.get(self._places[p].device, 0.0), n) for p, n in job.held.items()]
                     slowed = sum(s * n for s, n in held) / sum(n for _, n in held)
             job.slowed = 1 - 1 / (1 + slowed + everywhere)
 
     def _grant(self, action: a.Grant) -> None:
-        job, partition = action.job, self._partitions[action.partition]
+        job, place = action.job, self._places[action.partition]
 
         def done() -> None:
-            self._jobs[job].grant(self._now, partition.id, partition.compute)
-            if not self._only_trainer:
-                self._slow_jobs()
-            self._granted[job, partition.id] = self._now
-            self._feed(e.Granted(job, partition.id))
+            self._jobs[job].grant(self._now, place.id, place.compute)
+            self._load_changed = self._load_changed or not self._only_trainer
+            self._granted[job, place.id] = self._now
+            self._feed(e.Granted(job, place.id))
 
-        cost = self._devices[partition.device].cost
-        self._acknowledge(partition.id, self._draws.time(cost.grant), done)
+        self._acknowledge(place.id, self._draws.time(place.cost.grant), done)
 
     def _revoke(self, action: a.Revoke) -> None:
-        job, partition = action.job, action.partition
-        cost = self._devices[self._partitions[partition].device].cost
-        took = self._draws.time(cost.revoke)
+        job, place = action.job, self._places[action.partition]
+        took = self._draws.time(place.cost.revoke)
 
         def done() -> None:
-            self._jobs[job].revoke(self._now, partition)
-            began = self._granted.pop((job, partition), None)
+            self._jobs[job].revoke(self._now, place.id)
+            began = self._granted.pop((job, place.id), None)
             if began is not None:
-                self._record(job, self._partitions[partition], began)
-            self._feed(e.Revoked(job, partition, took))
+                self._record(job, place, began)
+            self._feed(e.Revoked(job, place.id, took))
 
-        self._acknowledge(partition, took, done)
+        self._acknowledge(place.id, took, done)
 
     def _acknowledge(self, partition: str, took: int, done: Callable[[], None]) -> None:
         """Orders for one partition are carried out one after the other."""
@@ -604,13 +624,16 @@ class World:
     def _repartition(self, action: a.Repartition) -> None:
         plan = action.plan
         # What is there when the run begins was made before it.
-        took = self._change_time(plan) if self._partitions else 0
-        if self._partitions:
+        took = self._change_time(plan) if self._places else 0
+        if self._places:
             self.outcome.repartitions += 1
             self.outcome.repartition_ns += took
 
         def done() -> None:
-            self._partitions = {p.id: p for p in plan.partitions}
+            self._places = {
+                p.id: _Place(p, self._devices[p.device], self._rows[p.device])
+                for p in plan.partitions
+            }
             self._feed(e.Repartitioned(plan.version))
 
         self._at(self._now + took, _ACK, done)
@@ -620,10 +643,8 @@ class World:
         wanted = {p.id: p for p in plan.partitions}
         longest = 0
         for name, device in self._devices.items():
-            made = [p for p in wanted if p not in self._partitions and wanted[p].device == name]
-            gone = [
-                p for p, old in self._partitions.items() if p not in wanted and old.device == name
-            ]
+            made = [p for p in wanted if p not in self._places and wanted[p].device == name]
+            gone = [p for p, old in self._places.items() if p not in wanted and old.device == name]
             if not (made or gone):
                 continue
             took = self._draws.time(device.cost.repartition)
