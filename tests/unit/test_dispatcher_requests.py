@@ -58,16 +58,32 @@ def test_a_batch_holds_no_more_rows_than_the_service_takes() -> None:
 
 def test_a_batch_is_the_largest_that_meets_the_tightest_deadline_in_it() -> None:
     world = ready()
-    first = one(world.arrive(), a.Dispatch)
+    finish(world, one(world.arrive(), a.Dispatch).batch.id)
+    first = one(world.arrive(after=1000 * MS), a.Dispatch)
     world.arrive(slo=9 * MS)
     for _ in range(7):
         world.arrive()
     tightest = world.now + 9 * MS
     batch = one(finish(world, first.batch.id, after=3 * MS), a.Dispatch).batch
     assert 1 < len(batch.requests) < 8
-    assert batch.requests[0] == 2
+    assert batch.requests[0] == 3
     assert world.now + predicted(world, len(batch.requests)) <= tightest
     assert world.now + predicted(world, len(batch.requests) + 1) > tightest
+
+
+def test_a_batch_is_not_cut_for_one_request_where_that_costs_more() -> None:
+    """A batch of four takes hardly longer than one: to save the first of them, the others would
+    wait for a batch of their own, and so would those that come meanwhile."""
+    world = World().service(max_batch=4)
+    world.send(e.WorkerUp("w0", "s", "1", "cpu", ((1, 1, 10 * MS), (1, 4, 16 * MS))))
+    world.planned({"s": (0,)})
+    first = one(world.arrive(), a.Dispatch).batch.id
+    world.arrive(slo=40 * MS)
+    for _ in range(3):
+        world.arrive(slo=100 * MS)
+    stall = 40 * MS - predicted(world, 4) + 1
+    batch = one(world.send(e.BatchDone(first, 10 * MS), after=stall), a.Dispatch).batch
+    assert batch.requests == (2, 3, 4, 5)
 
 
 def test_a_request_that_is_late_already_does_not_shrink_the_batch() -> None:
@@ -319,6 +335,20 @@ def test_a_late_answer_to_what_did_not_queue_says_nothing_of_waits() -> None:
         for _ in range(30):  # the prediction comes down again
             finish(world, one(world.arrive(), a.Dispatch).batch.id)
     assert world.d.state.services["s"].margin == 0
+
+
+def test_answers_in_time_narrow_the_margin_even_if_they_did_not_wait() -> None:
+    """One answer in a hundred may be late; those that wait long are few where load is low."""
+    world = ready(max_batch=1)
+    first = one(world.arrive(), a.Dispatch).batch.id
+    second = one(world.arrive(slo=10 * MS), a.Dispatch).batch.id
+    finish(world, first, 6 * MS)
+    finish(world, second, 6 * MS)  # late
+    service = world.d.state.services["s"]
+    assert service.margin > 0
+    for _ in range(100):
+        finish(world, one(world.arrive(after=100 * MS), a.Dispatch).batch.id)
+    assert service.margin == 0
 
 
 def test_an_urgent_request_does_not_queue_behind_lower_classes() -> None:

@@ -37,9 +37,9 @@ FIT: Final = 2
 as one begins waits for it and for one's own."""
 _LATE: Final = 20_000
 _IN_TIME: Final = 200
-"""Ppm of the wait by which each request that queued widens the margin if it was answered late,
-and narrows it if not: so it settles where 1 % are late (stochastic approximation; Robbins and
-Monro, 1951)."""
+"""Ppm of the wait by which each request that waited widens the margin if it was answered late, and
+each that was in time narrows it: so it settles where 1 % of the answers are late (stochastic
+approximation; Robbins and Monro, 1951)."""
 _WIDEST: Final = 1_000_000
 
 
@@ -82,14 +82,13 @@ def busy_for(state: DispatcherState, partition: PartitionState, now: int) -> int
 
 
 def learn_margin(service: ServiceState, running: Running, now: int) -> None:
-    """Correct the margin by a batch that is done. Who did not queue says nothing of waits."""
-    took = now - running.started
+    """Correct the margin by a batch that is done. Who is late without having waited says nothing
+    of waits."""
     for request in running.requests:
-        late = now > request.deadline
-        if not (late or service.margin) or running.started - request.arrived < took:
-            continue
-        step = _LATE if late else -_IN_TIME
-        service.margin = min(_WIDEST, max(0, service.margin + step))
+        if now <= request.deadline:
+            service.margin = max(0, service.margin - _IN_TIME)
+        elif running.started > request.arrived:
+            service.margin = min(_WIDEST, service.margin + _LATE)
 
 
 def _due_for_a_try(state: DispatcherState, service: ServiceState, budget: int, now: int) -> bool:

@@ -11,8 +11,10 @@ late as well, one after the other: a single stall would cost all that is queued 
 as it took the time of. For executions of one length no order of what is queued has fewer late
 ones (Moore, Management Science 1968).
 
-Batches: the largest whose predicted end meets the tightest deadline in it. A request that is
-late anyway does not shrink a batch.
+Batches: the largest whose predicted end meets the tightest deadline in it, a request that is late
+anyway aside; unless that costs more than it saves. Two batches take longer than one: those left
+for the second may be late for it, and so may as many more as come, or could be served in full
+batches, in that time.
 """
 
 from __future__ import annotations
@@ -164,30 +166,63 @@ def take_batch(
     """Remove and return the requests of the next batch, to start at ``now``, of a lane that has
     a live entry."""
     lane = service.lanes[lane_key]
-    head(state, lane)
-    heap, units, predict = lane.heap, partition.compute, service.exec[partition.kind].predict
+    heap = lane.heap
+    entries: list[tuple[int, int, int]] = []
     taken: list[Request] = []
-    rows, tightest = 0, _FAR
+    rows = 0
     while heap:
         request = state.queued.get(heap[0][2])
         if request is None:
             heappop(heap)
             continue
-        total = rows + request.rows
-        if taken and total > service.max_batch:
+        if taken and rows + request.rows > service.max_batch:
             break
-        limit = tightest
-        if now + predict(units, request.rows) <= request.deadline < limit:
-            limit = request.deadline
-        if taken and now + predict(units, total) > limit:
-            break
-        heappop(heap)
+        entries.append(heappop(heap))
         taken.append(request)
-        rows, tightest = total, limit
+        rows += request.rows
+    size = _size(service, partition, taken, rows, now)
+    for entry in entries[size:]:
+        heappush(heap, entry)
+    taken = taken[:size]
     for request in taken:
         del state.queued[request.id]
         _left(state, service, lane_key, lane, request)
     return taken
+
+
+def _size(
+    service: ServiceState,
+    partition: PartitionState,
+    requests: list[Request],
+    rows: int,
+    now: int,
+) -> int:
+    """How many of a lane's first requests, of ``rows`` rows in all, make the batch that starts
+    ``now``."""
+    table, units, count = service.exec[partition.kind], partition.compute, len(requests)
+    end = now + table.predict(units, rows)
+    if end <= min([request.deadline for request in requests]):
+        return count
+    size, first, tightest = 0, 0, _FAR
+    for request in requests:
+        if now + table.predict(units, request.rows) <= request.deadline < tightest:
+            tightest = request.deadline
+        if size and now + table.predict(units, first + request.rows) > tightest:
+            break
+        first += request.rows
+        size += 1
+    if size == count:
+        return count
+    first_end = now + table.predict(units, first)
+    second_end = first_end + table.predict(units, rows - first)
+    saved = 0
+    for i, request in enumerate(requests):
+        in_time = (first_end if i < size else second_end) <= request.deadline
+        saved += in_time - (end <= request.deadline)
+    served = table.predict(units, service.max_batch) // service.max_batch
+    comes = service.gap * len(service.partitions)
+    cost = (second_end - end) // max(1, served, comes)
+    return size if saved >= cost else count
 
 
 def hold_until(
