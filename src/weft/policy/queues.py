@@ -180,7 +180,7 @@ def take_batch(
         entries.append(heappop(heap))
         taken.append(request)
         rows += request.rows
-    size = _size(service, partition, taken, rows, now)
+    size = _batch_size(service, partition, taken, rows, now)
     for entry in entries[size:]:
         heappush(heap, entry)
     taken = taken[:size]
@@ -190,7 +190,7 @@ def take_batch(
     return taken
 
 
-def _size(
+def _batch_size(
     service: ServiceState,
     partition: PartitionState,
     requests: list[Request],
