@@ -14,7 +14,8 @@ ones (Moore, Management Science 1968).
 Batches: the largest whose predicted end meets the tightest deadline in it, a request that is late
 anyway aside; unless that costs more than it saves. Two batches take longer than one: those left
 for the second may be late for it, and so may as many more as come, or could be served in full
-batches, in that time.
+batches, in that time. The second is taken to wait for the first, also where another partition might
+take it sooner.
 """
 
 from __future__ import annotations

@@ -596,7 +596,8 @@ class World:
 
         def done() -> None:
             self._jobs[job].grant(self._now, place.id, place.compute)
-            self._load_changed = self._load_changed or not self._only_trainer
+            if not self._only_trainer:
+                self._load_changed = True
             self._granted[job, place.id] = self._now
             self._feed(e.Granted(job, place.id))
 
