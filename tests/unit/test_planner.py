@@ -15,7 +15,7 @@ from weft.domain.device import DeviceSpec
 from weft.domain.plan import EMPTY_PLAN, Plan
 from weft.domain.snapshot import JobFacts, ServiceFacts, Snapshot
 from weft.domain.units import MS, S
-from weft.policy.judging import judge
+from weft.policy.judging import judge, load
 from weft.policy.layouts import unit_layout
 from weft.policy.planner import Planner
 from weft.policy.planstate import Tuning
@@ -234,6 +234,18 @@ def test_services_of_no_load_keep_out_of_each_others_way() -> None:
 
 
 # --- when -----------------------------------------------------------------------------------
+
+
+def test_a_higher_rate_never_seems_less_load_nor_more_space_more() -> None:
+    times = {"cpu": {f"{u}x{n}": 30 * MS * (4 + n) // 5 // u for u in (1, 2, 4) for n in (1, 8)}}
+    loads = [
+        [load("cpu", service(rate=float(rate), exec_ns=times), size, 0.0) for size in (4, 2, 1)]
+        for rate in range(1, 400)
+    ]
+    for of_sizes in loads:
+        assert of_sizes == sorted(of_sizes)
+    for of_rates in zip(*loads, strict=True):
+        assert list(of_rates) == sorted(of_rates)
 
 
 def test_growth_waits_until_the_trend_has_held_and_takes_one_step() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.unit.test_planner import job, service
@@ -155,20 +155,100 @@ def test_a_job_stays_where_it_is_unless_moving_gains_much() -> None:
     assert moves <= 1
 
 
-def test_layouts_change_by_one_instance_of_services_at_a_time() -> None:
+def one_step(before: list[str], after: list[str]) -> bool:
+    gone, come = list(before), list(after)
+    for name in before:
+        if name in come:
+            come.remove(name)
+            gone.remove(name)
+    if len(gone) <= 1 and len(come) <= 1:
+        return True
+    one, two = sorted((gone, come), key=len)
+    slices = [sum(int(name[0]) for name in names) for names in (one, two)]
+    return (len(one), len(two)) == (1, 2) and slices[1] <= slices[0]
+
+
+def test_layouts_change_by_one_instance_of_services_at_a_time_or_by_a_split() -> None:
     world, seen = Planning(), [["7g.80gb"]]
     for rate in (5.0, 60.0, 150.0, 20.0):
         both = (model(rate=rate, saturates=1), model("t", rate / 2, saturates=1), job())
         seen += [world.instances() for _ in range(60) if world.see(*both) is not None]
     assert len(seen) > 2
     for before, after in pairwise(seen):
-        gone, come = list(before), list(after)
-        for name in before:
-            if name in come:
-                come.remove(name)
-                gone.remove(name)
-        assert len(gone) <= 1
-        assert len(come) <= 1
+        assert one_step(before, after)
+
+
+@pytest.mark.parametrize("name", sorted(tables()))
+def test_all_layouts_one_step_away_are_offered_and_no_others(name: str) -> None:
+    device = gpu(name)
+    every = {tuple(sorted(profile(p.id) for p in x.mine)): x for x in mig_layouts(device, None)}
+    for here, layout in every.items():
+        offered = {
+            tuple(sorted(profile(p.id) for p in x.mine)) for x in mig_layouts(device, layout)
+        }
+        assert offered == {there for there in every if one_step(list(here), list(there))}
+
+
+def two(rate: float, **changes: Any) -> tuple[ServiceFacts, ServiceFacts]:
+    return model(rate=rate, **changes), model("t", rate, **changes)
+
+
+def test_an_instance_is_split_in_one_step_where_it_takes_both_parts() -> None:
+    """With one of the parts alone the objectives would not hold, so it would never come to both."""
+    world, busy = Planning(gpu("A30-24GB")), two(25.0, max_batch=1)
+    world.settle(*two(0.0, max_batch=1), job(), seconds=3)
+    assert world.instances() == ["4g.24gb"]
+    world.settle(*busy, job(), seconds=30)
+    assert world.instances() == ["2g.12gb", "2g.12gb"]
+
+
+def test_the_more_is_lost_the_sooner_jobs_are_moved_for_it() -> None:
+    waited = []
+    for rate in (120.0, 150.0, 300.0):
+        world = Planning()
+        world.settle(model(rate=70.0, max_batch=1), job())
+        changes = [i for i in range(30) if world.see(model(rate=rate, max_batch=1), job())]
+        waited.append(changes[0])
+    slight, saturated, twice = waited
+    assert slight == world.device.move_ns // S
+    assert slight > saturated > twice
+    assert twice == Tuning().grow_after // S
+
+
+def test_jobs_are_not_moved_for_a_slight_loss_that_passes() -> None:
+    world = Planning()
+    world.settle(model(rate=70.0, max_batch=1), job())
+    for _ in range(5):
+        for rate in (120.0,) * 5 + (70.0,) * 5:
+            assert world.see(model(rate=rate, max_batch=1), job()) is None
+
+
+CONSTANT = st.tuples(
+    st.sampled_from([1.0, 5.0, 20.0, 30.0, 60.0, 80.0, 120.0]),
+    st.sampled_from([5, 10, 20, 30, 40]),
+    st.integers(1, 4),
+    st.sampled_from([1, 8]),
+)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.sampled_from(["A30-24GB", GPU]), st.lists(CONSTANT, min_size=1, max_size=3))
+@example("A30-24GB", [(30.0, 30, 2, 8), (30.0, 30, 2, 8)])
+@example(GPU, [(120.0, 5, 1, 8), (20.0, 20, 4, 1), (5.0, 40, 2, 1)])
+@example(GPU, [(5.0, 10, 1, 1), (80.0, 20, 1, 1)])
+def test_a_constant_load_keeps_its_layout_for_ever(
+    name: str, loads: list[tuple[float, int, int, int]]
+) -> None:
+    world = Planning(gpu(name))
+    services = [
+        model(f"s{i}", rate, ms, saturates, max_batch=rows)
+        for i, (rate, ms, saturates, rows) in enumerate(loads)
+    ]
+    idle = [msgspec.structs.replace(s, rate=0.0) for s in services]
+    world.settle(*idle, job(), seconds=3)
+    world.settle(*services, job())
+    for _ in range(60):
+        assert world.see(*services, job()) is None
 
 
 def test_a_model_goes_only_where_its_memory_fits() -> None:

@@ -20,6 +20,8 @@ RHO_MAX: Final = 0.85
 """Highest planned utilization of a service partition."""
 HEADROOM: Final = 0.9
 """Share of the objective that the predicted percentile may use."""
+BATCHING: Final = 0.5
+"""Utilization by single requests from which on they find company in the queue."""
 SLOWER: Final = 2.0
 """A partition that no load calls for does not help a service that it slows down by more."""
 NO_PLACE: Final = 10.0
@@ -298,13 +300,15 @@ def utilization(view: View, layout: Layout, horizon_s: float) -> float:
 
 
 def load(kind: str, service: ServiceFacts, size: int, horizon_s: float) -> float:
-    """Partitions of ``size`` units that the service would keep busy: rate x time per row at
-    the batch size that its load calls for."""
+    """Partitions of ``size`` units that the service would keep busy: rate x time per row, of single
+    requests up to half of one, of full batches beyond. Never less for a higher rate or a smaller
+    size: else a layout that is too small at one rate would seem to do at a higher one."""
     rate = _rate(service, horizon_s)
     single = rate * exec_ns(kind, service, size, 1) / 1e9
-    if single < 0.5:
+    if single < BATCHING:
         return single
-    return rate * exec_ns(kind, service, size, service.max_batch) / service.max_batch / 1e9
+    full = rate * exec_ns(kind, service, size, service.max_batch) / service.max_batch / 1e9
+    return max(BATCHING, full)
 
 
 def exec_ns(kind: str, service: ServiceFacts, size: int, rows: int) -> int:

@@ -11,7 +11,8 @@ partition.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from functools import cache, lru_cache
 from itertools import combinations
 from typing import Final
@@ -76,9 +77,10 @@ Profiles = tuple[str, ...]
 
 
 def mig_layouts(device: DeviceSpec, current: Layout | None) -> list[Layout]:
-    """Layouts one step from ``current`` (one instance of services more, less or of another
-    profile), itself included; all there are if it is None. For each choice of services' and
-    jobs' instances the placement that keeps most of what is there."""
+    """Layouts one step from ``current`` (one instance of services more, less, of another profile,
+    or two in the place of one or one in that of two), itself included; all there are if it is
+    None. For each choice of services' and jobs' instances the placement that keeps most of what is
+    there."""
     combos = _combinations(device.mig)
     if current is None or not current.mine:
         kept: frozenset[Placement] = frozenset()
@@ -137,19 +139,20 @@ def _keeps(placed: tuple[Placements, Placements], kept: frozenset[Placement]) ->
 
 @cache
 def _steps(gpu: str, present: Profiles) -> list[Profiles]:
-    return [mine for mine in _combinations(gpu) if _one_step(present, mine)]
+    slices = {profile.name: profile.compute for profile in table(gpu).profiles}
+    return [mine for mine in _combinations(gpu) if _one_step(slices, present, mine)]
 
 
-def _one_step(present: Profiles, other: Profiles) -> bool:
-    """Whether at most one instance comes, goes or is another."""
-    rest = list(other)
-    gone = 0
-    for name in present:
-        if name in rest:
-            rest.remove(name)
-        else:
-            gone += 1
-    return gone <= 1 and len(rest) <= 1
+def _one_step(slices: Mapping[str, int], present: Profiles, other: Profiles) -> bool:
+    """Whether at most one instance comes, goes or is another, or one is split in two, or two are
+    joined, without more than the ``slices`` of the one."""
+    gone, come = Counter(present), Counter(other)
+    one, two = sorted((gone - come, come - gone), key=Counter.total)
+    if two.total() <= 1:
+        return True
+    if (one.total(), two.total()) != (1, 2):
+        return False
+    return sum(slices[n] for n in two.elements()) <= sum(slices[n] for n in one)
 
 
 @cache

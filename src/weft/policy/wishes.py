@@ -41,6 +41,8 @@ GAIN_OWN: Final = 1.02
 """Jobs are given space of their own only if it is worth this much more than borrowing it."""
 LOSE_NOTHING: Final = 0.99
 """And give it back if borrowing is worth this much of owning it."""
+OUTAGE: Final = 30
+"""A second in which services answer nothing costs as much as this many in which jobs rest."""
 UNLENT_LEAST, UNLENT_FOR = 20 * S, 30 * S
 """How long it is tried what jobs make if nothing is lent (ns): progress is known over a minute."""
 
@@ -245,9 +247,8 @@ class Wishes:
             # Less that does as well makes room for the next step.
             less = best.layout.compute < current.compute and best.overload <= here.overload
             if best.overload < _lower(here.overload) or less:
-                # A rise that is only foreseen may not come, and jobs would start again for it.
-                now = judge(pressing, current, 0.0).misses
-                patience = tuning.grow_after if now else max(tuning.grow_after, moving)
+                now = judge(pressing, current, 0.0).overload
+                patience = max(tuning.grow_after, _worth_waiting(moving, now))
                 return Wish(best.layout, _first_miss(here), patience)
             return Wish(current)
         peak = self._demand.at_peak(view, SPARE)
@@ -256,14 +257,17 @@ class Wishes:
             for v in _judge_all(peak, options, horizon_s)
             if not v.misses and (v.busiest <= CALM or v.layout.compute >= current.compute)
         ]
-        if not calm:
-            return Wish(current)
-        best = max(calm, key=lambda v: self._worth(view, v))
-        before, after = self._worth(view, judge(peak, current, horizon_s)), self._worth(view, best)
-        if after <= (GAIN + moving / tuning.payback) * before:
-            return Wish(current)
-        why = f"jobs gain {after / before - 1 if before else 1:.0%} and objectives hold"
-        return Wish(best.layout, why, tuning.shrink_after)
+        before = self._worth(view, judge(peak, current, horizon_s))
+        worths = [(self._worth(view, v), v.layout) for v in calm]
+        for after, layout in sorted(worths, key=lambda each: -each[0]):
+            if after <= (GAIN + moving / tuning.payback) * before:
+                break
+            # Services that a high rate keeps apart may be put together for a low one.
+            if not judge(pressing, layout, horizon_s).misses:
+                gained = after / before - 1 if before else 1
+                why = f"jobs gain {gained:.0%} and objectives hold"
+                return Wish(layout, why, tuning.shrink_after)
+        return Wish(current)
 
     def _worth(self, view: View, verdict: Verdict) -> float:
         """What a layout is worth to jobs that are bound to their partitions."""
@@ -448,6 +452,15 @@ def _has_held(memory: DeviceMemory, who: str, wish: bool, now: int, patience: in
 def _lower(overload: float) -> float:
     """What a layout must bring an overload below to be changed for."""
     return max((1.0 - LESS) * overload, overload - MUCH_LESS)
+
+
+def _worth_waiting(moving: int, overload: float) -> int:
+    """How long (ns) a wish must hold for which jobs start again, which takes them ``moving`` ns:
+    until services have lost by waiting (``overload``, as a part of their load) what the move costs.
+    So no more is lost than twice what was best with hindsight (ski rental; Karlin, Manasse, Rudolph
+    and Sleator, Algorithmica 1988). But no longer than the move takes; that is how long a rise that
+    is only foreseen must last."""
+    return min(moving, round(moving / (OUTAGE * overload))) if overload else moving
 
 
 def _judge_all(view: View, layouts: list[Layout], horizon_s: float) -> list[Verdict]:
