@@ -243,6 +243,28 @@ def test_an_attached_job_stands_still_until_it_is_granted_a_core(
 
 
 @TWO_CORES
+def test_what_a_job_forks_while_it_is_attached_stands_still_and_is_confined_with_it(
+    device_cpu: CpuDevice, trees: Callable[..., Tree], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = trees("sleep", "1000")
+    look = proctree.descendants
+
+    def forks_after_the_look(root: int) -> list[int]:
+        monkeypatch.undo()
+        found = look(root)
+        tree.another()
+        return found
+
+    monkeypatch.setattr(proctree, "descendants", forks_after_the_look)
+    device_cpu.attach_job("j", tree.root.pid)
+    until(tree.is_stopped, tree.states)
+    assert len(tree.pids) == 2
+    device_cpu.grant("j", parts(device_cpu)[0])
+    until(lambda: b"T" not in tree.states())
+    assert tree.masks() == {CORES[:1]}
+
+
+@TWO_CORES
 def test_a_job_runs_on_the_union_of_what_it_is_granted(
     device_cpu: CpuDevice, trees: Callable[..., Tree]
 ) -> None:

@@ -172,10 +172,10 @@ class CpuDevice:
 
     def attach_job(self, job: str, pid: int) -> None:
         """``pid``'s descendants (not itself) are the job; they stand still until a grant."""
-        found = self._jobs[job] = _Job(root=pid)
-        self._look_at_job(found)
-        with self._lock:
-            self._apply(found)
+        found = self._jobs[job] = _Job(root=pid, stopped=True)
+        # So far it ran on any core; what it forks just after a single look would go on doing so.
+        pids = proctree.freeze(lambda: proctree.descendants(pid))
+        self._note_processes(found, pids)
 
     def detach_job(self, job: str) -> None:
         found = self._jobs.pop(job, None)
@@ -227,8 +227,8 @@ class CpuDevice:
                 with contextlib.suppress(OSError):
                     os.sched_setaffinity(job.threads[older + index], {core})
 
-    def _look_at_job(self, job: _Job) -> None:
-        pids = proctree.descendants(job.root)
+    def _note_processes(self, job: _Job, pids: list[int]) -> None:
+        """``pids`` are the job's now: newcomers are brought into line."""
         seen = [_Thread(tid, _thread_ticks(tid)) for tid in proctree.threads(pids)]
         used = {t.tid: t.ticks - job.ticks.get(t.tid, 0) for t in seen}
         fresh = {t.tid for t in seen} - set(job.threads)
@@ -313,7 +313,7 @@ class CpuDevice:
 
     def refresh(self) -> None:
         for job in list(self._jobs.values()):
-            self._look_at_job(job)
+            self._note_processes(job, proctree.descendants(job.root))
         for worker in list(self._workers.values()):
             self._look_at_worker(worker)
         self.protect_self()

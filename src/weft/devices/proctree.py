@@ -187,15 +187,19 @@ def send(pids: Iterable[int], *signals: signal.Signals) -> None:
                 break
 
 
-def freeze(find: Callable[[], list[int]], passes: int = 10) -> None:
-    """SIGSTOP all that ``find`` returns, again until nobody new turns up (``passes`` at most)."""
+def freeze(find: Callable[[], list[int]], passes: int = 10) -> list[int]:
+    """SIGSTOP all that ``find`` returns, again until nobody new turns up (``passes`` at most);
+    what it returned last."""
+    found: list[int] = []
     stopped: set[int] = set()
     for _ in range(passes):
-        new = [pid for pid in find() if pid not in stopped]
+        found = find()
+        new = [pid for pid in found if pid not in stopped]
         if not new:
-            return
+            break
         send(new, signal.SIGSTOP)
         stopped.update(new)
+    return found
 
 
 def kill(find: Callable[[], list[int]], within_s: float = 5.0) -> list[int]:
