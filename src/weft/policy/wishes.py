@@ -257,6 +257,8 @@ class Wishes:
             for v in _judge_all(peak, options, horizon_s)
             if not v.misses and (v.busiest <= CALM or v.layout.compute >= current.compute)
         ]
+        if not calm:
+            return Wish(current)
         before = self._worth(view, judge(peak, current, horizon_s))
         worths = [(self._worth(view, v), v.layout) for v in calm]
         for after, layout in sorted(worths, key=lambda each: -each[0]):
@@ -456,10 +458,10 @@ def _lower(overload: float) -> float:
 
 def _worth_waiting(moving: int, overload: float) -> int:
     """How long (ns) a wish must hold for which jobs start again, which takes them ``moving`` ns:
-    until services have lost by waiting (``overload``, as a part of their load) what the move costs.
-    So no more is lost than twice what was best with hindsight (ski rental; Karlin, Manasse, Rudolph
-    and Sleator, Algorithmica 1988). But no longer than the move takes; that is how long a rise that
-    is only foreseen must last."""
+    until services have lost by waiting (``overload``, as a part of their load) what the move costs,
+    as in ski rental, where under one constant loss no more is lost than twice what was best with
+    hindsight (Karlin, Manasse, Rudolph and Sleator, Algorithmica 1988). But no longer than the move
+    takes; that is how long a rise that is only foreseen must last."""
     return min(moving, round(moving / (OUTAGE * overload))) if overload else moving
 
 
