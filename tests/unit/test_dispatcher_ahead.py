@@ -68,7 +68,7 @@ def test_what_would_be_late_behind_the_batch_under_way_is_not_handed_ahead() -> 
 
 @pytest.mark.parametrize(
     ("objective", "exec_ns", "ahead"),
-    [(50 * MS, 2 * MS, 1), (50 * MS, 3 * MS, 0), (S, 3 * MS, 1), (S, 6 * MS, 0)],
+    [(50 * MS, 2 * MS, 1), (50 * MS, 3 * MS, 0), (S, 15 * MS, 1), (S, 21 * MS, 0)],
 )
 def test_a_batch_that_takes_longer_waits_for_its_turn(
     objective: int, exec_ns: int, ahead: int
@@ -85,13 +85,18 @@ def test_nothing_is_handed_ahead_where_another_service_may_run() -> None:
     assert not only(world.arrive("s") + world.arrive("s"), a.Dispatch)
 
 
-def test_what_stays_queued_is_enough_for_the_other_partitions() -> None:
+def test_what_stays_queued_is_enough_for_the_partitions_that_have_none_at_hand() -> None:
     world = busy(cores=(0, 1))
     assert not only(world.arrive(), a.Dispatch)
-    assert one(world.arrive(), a.Dispatch).after == 1
-    assert not only(world.arrive() + world.arrive(), a.Dispatch)[1:]
     free = one(done(world, 2), a.Dispatch)
-    assert free.partition == "p1"
+    assert (free.partition, free.after) == ("p1", 0)
+
+
+def test_a_partition_that_has_one_at_hand_needs_none_that_stays_queued() -> None:
+    world = busy(cores=(0, 1))
+    actions = world.arrive() + world.arrive()
+    assert [(d.partition, d.after) for d in only(actions, a.Dispatch)] == [("p0", 1), ("p1", 2)]
+    assert not only(world.arrive(), a.Dispatch)
 
 
 def test_a_worker_that_is_to_go_gets_nothing_more() -> None:

@@ -47,7 +47,7 @@ from weft.policy.state import (
 )
 
 BLOCKED_AFTER_FAILED_GRANT: Final = 1 * S
-AHEAD_SHARE, AHEAD_MOST = 16, 5 * MS
+AHEAD_SHARE, AHEAD_MOST = 16, 20 * MS
 """A batch is handed to a busy worker if it is predicted to take at most 1/AHEAD_SHARE of the
 objective and at most AHEAD_MOST. So much longer may somebody more urgent, who comes meanwhile,
 be predicted to wait; and of more, the time to send it is no part worth speaking of."""
@@ -270,10 +270,13 @@ class Dispatcher:
         self._out.append(a.Dispatch(self._cause, batch, worker.id, partition.id, preempting, after))
         return batch.id
 
-    @staticmethod
-    def _plenty(service: ServiceState) -> bool:
-        """Whether a batch can be handed ahead and each other partition still finds a request."""
-        return service.queued >= service.max_batch + len(service.partitions) - 1
+    def _plenty(self, service: ServiceState) -> bool:
+        """Whether a batch can be handed ahead and each other partition that has none at hand
+        still finds a request."""
+        spare = service.queued - service.max_batch
+        if spare < 0:
+            return False
+        return spare >= sum(not self.state.partitions[p].at_hand for p in service.partitions) - 1
 
     def _hand_ahead(self, partition: PartitionState) -> None:
         """Let a busy worker have its next batch at hand, so that it need not wait for it to be
@@ -286,10 +289,12 @@ class Dispatcher:
         if worker.retiring or partition.services != [worker.service]:
             return
         service = state.services[worker.service]
-        if not self._plenty(service) or running.expected_end < state.now:
+        if running.expected_end < state.now:
             return
         longest = service.exec[partition.kind].predict(partition.compute, service.max_batch)
         if not 0 < longest <= min(AHEAD_MOST, service.objective // AHEAD_SHARE):
+            return
+        if not self._plenty(service):
             return
         lane_key = queues.full_lane(state, service, running, worker.version)
         if lane_key:
