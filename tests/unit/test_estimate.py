@@ -76,6 +76,36 @@ def test_the_mean_stays_within_what_was_seen(times: list[int]) -> None:
     assert min(times) <= found.mean[1][1] + len(times) and found.mean[1][1] <= max(times)
 
 
+def warmed(*samples: tuple[int, int, int]) -> ExecTable:
+    found = ExecTable()
+    for units, rows, ns in samples:
+        found.profile(units, rows, ns)
+    return found
+
+
+def test_what_warm_ups_alone_measured_is_expected_to_be_slower_as_the_rest_was() -> None:
+    found = warmed((1, 1, 2 * MS), (1, 8, 6 * MS), (2, 8, 3 * MS))
+    for _ in range(100):
+        found.observe(1, 8, 9 * MS)
+    assert found.expected()[1][8] == pytest.approx(9 * MS, rel=0.01)
+    assert found.expected()[1][1] == pytest.approx(3 * MS, rel=0.01)
+    assert found.expected()[2][8] == pytest.approx(4.5 * MS, rel=0.01)
+
+
+def test_what_was_executed_is_expected_as_it_was() -> None:
+    found = warmed((1, 1, 2 * MS), (2, 1, 1 * MS))
+    for _ in range(100):
+        found.observe(1, 1, 4 * MS)
+        found.observe(2, 1, 3 * MS)
+    assert found.expected()[1][1] == pytest.approx(4 * MS, rel=0.01)
+    assert found.expected()[2][1] == pytest.approx(3 * MS, rel=0.01)
+
+
+def test_until_something_was_executed_warm_ups_are_believed() -> None:
+    assert warmed((1, 1, 2 * MS), (2, 1, 1 * MS)).expected() == {1: {1: 2 * MS}, 2: {1: 1 * MS}}
+    assert table((1, 3, 2 * MS)).expected() == {1: {3: 2 * MS}}
+
+
 def test_a_quantile_settles_where_the_share_of_samples_lies_below() -> None:
     quantile = Quantile(step=MS)
     for n in range(20_000):

@@ -15,6 +15,7 @@ from weft.domain.device import DeviceSpec
 from weft.domain.plan import EMPTY_PLAN, Plan
 from weft.domain.snapshot import JobFacts, ServiceFacts, Snapshot
 from weft.domain.units import MS, S
+from weft.policy.estimate import ExecTable
 from weft.policy.judging import judge, load
 from weft.policy.layouts import unit_layout
 from weft.policy.planner import Planner
@@ -175,6 +176,29 @@ def test_an_objective_that_cannot_be_held_is_said() -> None:
     plan = world.see(service(rate=1000.0))
     assert plan is not None
     assert any("over saturation" in reason for reason in plan.reasons)
+
+
+def test_a_layout_is_not_left_for_what_a_warm_up_alone_has_measured() -> None:
+    table = ExecTable()
+    for units, rows, ns in ((1, 1, 2 * MS), (1, 8, 5 * MS), (2, 1, 2 * MS), (2, 8, 3 * MS)):
+        table.profile(units, rows, ns)
+    for _ in range(50):
+        table.observe(1, 8, 7 * MS)
+    tiny = {"objective": 5 * S, "instances": 2, "guaranteed": 1.0}
+    as_warm = {"1x1": 2 * MS, "1x8": 7 * MS, "2x1": 2 * MS, "2x8": 3 * MS}
+    as_expected = {f"{u}x{n}": ns for u, ts in table.expected().items() for n, ns in ts.items()}
+    assert _layouts(as_warm, **tiny) == {(1, 1), (2,)}
+    assert _layouts(as_expected, **tiny) == {(1, 1)}
+
+
+def _layouts(exec_ns: dict[str, int], **facts: Any) -> set[tuple[int, ...]]:
+    """Which layouts two cores get from a light load on, through one beyond what they can do."""
+    world, found = Planning(2), set()
+    for second in range(30):
+        rate = min(100.0 * second, 2000.0)
+        world.see(service(rate=rate, exec_ns={"cpu": exec_ns}, **facts))
+        found.add(tuple(sorted(p.compute for p in world.present.partitions)))
+    return found
 
 
 def view(cores: int, *services: ServiceFacts) -> View:

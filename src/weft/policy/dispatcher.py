@@ -432,7 +432,7 @@ class Dispatcher:
         service.home = service.home or kind
         table = service.exec.setdefault(kind, ExecTable())
         for units, rows, ns in event.profile:
-            table.observe(units, rows, ns)
+            table.profile(units, rows, ns)
         worker = WorkerState(event.worker, event.service, event.version, event.device)
         state.workers[event.worker] = worker
         self._enter_pool(service, worker)

@@ -3,6 +3,10 @@
 Means and mean deviations follow Jacobson's estimator for round-trip times ("Congestion
 Avoidance and Control", SIGCOMM 1988, appendix A): gains of 1/8 and 1/4, prediction = mean +
 2 deviations. Sizes never seen are interpolated between the nearest measured ones.
+
+A warm-up has the box for itself, or shares it with other warm-ups; requests share it with the node,
+their clients and training. So what warm-ups alone have measured is, for plans, corrected by how
+much longer those sizes take in service that have been executed there.
 """
 
 from __future__ import annotations
@@ -17,13 +21,30 @@ must not make the predictor refuse traffic for seconds."""
 
 @dataclass
 class ExecTable:
-    """Execution times (ns) of one service: ``mean[units][rows]``, 0 where not measured."""
+    """Execution times (ns) of one service: ``mean[units][rows]``, 0 where not measured.
+
+    ``warm[units][rows]`` is what the last warm-up measured, and ``served[units]`` the numbers of
+    rows that have been executed for requests.
+    """
 
     mean: dict[int, list[int]] = field(default_factory=dict)
     dev: dict[int, list[int]] = field(default_factory=dict)
+    warm: dict[int, dict[int, int]] = field(default_factory=dict)
+    served: dict[int, list[int]] = field(default_factory=dict)
+
+    def profile(self, units: int, rows: int, ns: int) -> None:
+        """Learn from a warm-up: ``rows`` rows on ``units`` compute units took ``ns``."""
+        self.warm.setdefault(units, {})[rows] = ns
+        self._learn(units, rows, ns)
 
     def observe(self, units: int, rows: int, ns: int) -> None:
         """Learn from one execution of ``rows`` rows on ``units`` compute units."""
+        served = self.served.setdefault(units, [])
+        if rows not in served:
+            served.append(rows)
+        self._learn(units, rows, ns)
+
+    def _learn(self, units: int, rows: int, ns: int) -> None:
         means = self.mean.setdefault(units, [])
         devs = self.dev.setdefault(units, [])
         if rows >= len(means):
@@ -65,6 +86,25 @@ class ExecTable:
         if rows < len(means) and means[rows]:
             return means[rows], self.dev[units][rows]
         return _interpolate(means, self.dev[units], rows)
+
+    def expected(self) -> dict[int, dict[int, int]]:
+        """Mean times in service (ns) by units and rows: of sizes that were executed, and of those
+        that warm-ups alone have measured."""
+        warm = seen = 0
+        for units, rows in self.served.items():
+            for n in rows:
+                ns = self.warm.get(units, {}).get(n, 0)
+                if ns:
+                    warm += ns
+                    seen += self.mean[units][n]
+        found: dict[int, dict[int, int]] = {}
+        for units, means in self.mean.items():
+            served = self.served.get(units, [])
+            known = found[units] = {}
+            for n, mean in enumerate(means):
+                if mean:
+                    known[n] = mean if n in served or not warm else mean * seen // warm
+        return found
 
     def _nearest_units(self, units: int) -> int:
         smaller = [u for u in self.mean if u <= units]

@@ -255,7 +255,12 @@ COMPOUND: dict[type, dict[str, Any]] = {
         "pending": Plan | None,
         "successor": Plan | None,
     },
-    ExecTable: {"mean": dict[int, list[int]], "dev": dict[int, list[int]]},
+    ExecTable: {
+        "mean": dict[int, list[int]],
+        "dev": dict[int, list[int]],
+        "warm": dict[int, dict[int, int]],
+        "served": dict[int, list[int]],
+    },
 }
 """Types of fields that are made of others. A compiled class keeps only the outermost (``list``),
 and a checkpoint could not be decoded by that."""

@@ -56,7 +56,7 @@ class ExecCost(msgspec.Struct, frozen=True):
     def _table(self) -> ExecTable:
         known = ExecTable()
         for units, rows, ns in self.profile:
-            known.observe(units, rows, ns)
+            known.profile(units, rows, ns)
         return known
 
 

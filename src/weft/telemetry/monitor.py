@@ -443,9 +443,8 @@ class Monitor:
         exec_ns = {
             kind: {
                 f"{units}x{rows}": ns
-                for units, means in table.mean.items()
-                for rows, ns in enumerate(means)
-                if ns
+                for units, times in table.expected().items()
+                for rows, ns in times.items()
             }
             for kind, table in known.exec.items()
         }
