@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -122,15 +123,11 @@ def rows_of(meta: EngineMeta, max_batch: int, call: InferCall) -> int:
     Raises InvalidRequest naming the tensor and what would be right.
     """
     given = {tensor.name: tensor for tensor in call.inputs}
-    known = {tensor.name for tensor in meta.inputs}
-    for name in given:
-        if name not in known:
-            raise InvalidRequest(f"input {name!r}: the model has no such input; {_names(meta)}")
     rows = -1
     for want in meta.inputs:
-        have = given.get(want.name)
+        have = given.pop(want.name, None)
         if have is None:
-            raise InvalidRequest(f"input {want.name!r} is missing; {_names(meta)}")
+            raise _wrong_names(meta, given, want.name)
         _check_input(have, want)
         if meta.batchable:
             if rows not in (-1, have.shape[0]):
@@ -139,6 +136,8 @@ def rows_of(meta: EngineMeta, max_batch: int, call: InferCall) -> int:
                     "inputs must have equal first dimensions"
                 )
             rows = have.shape[0]
+    if given:
+        raise _wrong_names(meta, given)
     for name in call.outputs:
         if all(name != output.name for output in meta.outputs):
             known_outputs = ", ".join(repr(o.name) for o in meta.outputs)
@@ -157,10 +156,10 @@ def _check_input(have: TensorIn, want: TensorMeta) -> None:
         raise InvalidRequest(
             f"input {want.name!r} has the datatype {have.datatype}, the model takes {want.datatype}"
         )
-    fits = len(have.shape) == len(want.shape) and all(
-        w in (-1, h) for h, w in zip(have.shape, want.shape, strict=True)
-    )
-    if not fits or any(d < 0 for d in have.shape):
+    fits = len(have.shape) == len(want.shape)
+    for given, wanted in zip(have.shape, want.shape, strict=False):
+        fits = fits and given >= 0 and wanted in (-1, given)
+    if not fits:
         raise InvalidRequest(
             f"input {want.name!r} has the shape {list(have.shape)}, the model takes "
             f"{list(want.shape)} (-1: any length)"
@@ -173,16 +172,25 @@ def _check_input(have: TensorIn, want: TensorMeta) -> None:
         )
 
 
-def _names(meta: EngineMeta) -> str:
-    return "the model's inputs are " + ", ".join(repr(t.name) for t in meta.inputs)
+def _wrong_names(
+    meta: EngineMeta, given: Iterable[str], missing: str | None = None
+) -> InvalidRequest:
+    """Of what was given, what the model does not know; else what is missing."""
+    names = ", ".join(repr(t.name) for t in meta.inputs)
+    for name in given:
+        if all(name != tensor.name for tensor in meta.inputs):
+            said = f"input {name!r}: the model has no such input"
+            return InvalidRequest(f"{said}; the model's inputs are {names}")
+    return InvalidRequest(f"input {missing!r} is missing; the model's inputs are {names}")
 
 
 def signature(meta: EngineMeta, call: InferCall) -> str:
     """What must be equal for two requests to share a batch; "" where it always is."""
-    if all(-1 not in tensor.shape[1:] for tensor in meta.inputs):
-        return ""
-    shapes = {tensor.name: tensor.shape for tensor in call.inputs}
-    return ";".join(",".join(map(str, shapes[t.name][1:])) for t in meta.inputs)
+    for tensor in meta.inputs:
+        if -1 in tensor.shape[1:]:
+            shapes = {tensor.name: tensor.shape for tensor in call.inputs}
+            return ";".join(",".join(map(str, shapes[t.name][1:])) for t in meta.inputs)
+    return ""
 
 
 def place(
@@ -191,7 +199,7 @@ def place(
     """Copy a call's inputs into tensor memory. Raises ArenaFull, TooLarge for what never fits, or
     InvalidRequest for what only shows in the bytes; nothing is kept then."""
     given = {tensor.name: tensor for tensor in call.inputs}
-    total = sum(_aligned(given[t.name].nbytes) for t in meta.inputs)
+    total = sum([_aligned(tensor.nbytes) for tensor in call.inputs])
     if total + out_bytes > arena.size:
         raise TooLarge(
             f"the request's tensors need {total + out_bytes} bytes, tensor memory is {arena.size}; "

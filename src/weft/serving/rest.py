@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Iterable
+from functools import lru_cache
 
 from weft.domain.errors import WeftError
 from weft.domain.port import InferCall, NodePort, Outcome, Refused
@@ -165,9 +166,7 @@ class App:
         """Execute and answer an inference request that is here entirely, without a task of its
         own. False leaves it to ASGI: other routes, and whatever is to be refused before it is
         looked into or has to be unpacked first."""
-        if method != b"POST" or not url.isascii() or b"?" in url or b"%" in url:
-            return False
-        target = _target(url.decode())
+        target = _plain_target(url) if method == b"POST" else None
         if target is None:
             return False
         head = parse_head(headers)
@@ -269,6 +268,14 @@ def _failure(exc: Exception, model: str) -> Answer:
         return error_answer(error_status(exc), str(exc))
     log.error("inference on %s failed inside the server", model, exc_info=exc)
     return error_answer(500, "the server failed; its log says how")
+
+
+@lru_cache(maxsize=128)
+def _plain_target(url: bytes) -> tuple[str, str] | None:
+    """As ``_target``, of a URL as it was sent; None too if it has a query or escapes."""
+    if not url.isascii() or b"?" in url or b"%" in url:
+        return None
+    return _target(url.decode())
 
 
 def _target(path: str) -> tuple[str, str] | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import struct
 import sys
-from array import array
 from collections.abc import Sequence
 from functools import cache
 from itertools import chain
@@ -26,7 +25,7 @@ if sys.byteorder != "little":  # pragma: no cover
 
 _LENGTH = struct.Struct("<I")
 
-# Datatypes that JSON can carry: (Python element type, array and memoryview type code).
+# Datatypes that JSON can carry: (Python element type, struct and memoryview type code).
 _JSON: dict[str, tuple[type, str]] = {
     "BOOL": (bool, "B"),
     "UINT8": (int, "B"),
@@ -157,8 +156,12 @@ def split_bytes(name: str, data: memoryview, count: int) -> list[bytes]:
 def pack_numbers(name: str, datatype: str, values: Any) -> bytes:
     """Bytes of a flat list of numbers; raises InvalidRequest for one that does not fit."""
     try:
-        return array(_JSON[datatype][1], values).tobytes()
-    except OverflowError:
+        return struct.pack(f"<{len(values)}{_JSON[datatype][1]}", *values)
+    except OverflowError:  # only of floats
+        raise InvalidRequest(
+            f"tensor {shown(name)}: an element is beyond the range of {datatype}"
+        ) from None
+    except struct.error:
         raise InvalidRequest(f"tensor {shown(name)}: an element does not fit {datatype}") from None
 
 
@@ -194,10 +197,7 @@ def json_to_bytes(
         )
     if element is str:
         return join_bytes([_utf8(name, value) for value in values])
-    packed = pack_numbers(name, datatype, values)
-    if datatype == "FP32" and not all(map(math.isfinite, memoryview(packed).cast("f"))):
-        raise InvalidRequest(f"tensor {shown(name)}: an element is beyond the range of FP32")
-    return packed
+    return pack_numbers(name, datatype, values)
 
 
 def bytes_to_json(name: str, datatype: str, count: int, data: memoryview) -> list[Any]:
