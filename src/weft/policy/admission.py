@@ -49,8 +49,8 @@ def refuse(
     """(reason, retry-after ns) if ``request`` must be refused; None to admit it."""
     if state.draining:
         return Refusal.SHUTTING_DOWN, 0
-    mine = [state.partitions[name] for name in service.partitions]
-    mine = [p for p in mine if service.at.get(p.device)]
+    parts = state.partitions
+    mine = [parts[name] for name in service.partitions if service.at.get(parts[name].device)]
     if not mine:
         return Refusal.UNAVAILABLE, 1000 * MS
     if service.queued >= service.max_queue:
@@ -122,13 +122,8 @@ def _best_finish(
     for each likeness.
     """
     soonest: list[tuple[int, PartitionState]] = []
-    device, idle_at = "", 0
     for partition in mine:
-        if partition.device != device:
-            device, idle_at = partition.device, _worker_wait(state, service, partition.device, now)
-        wait = busy_for(state, partition, now) if partition.batch else partition.revoke_cost
-        if wait < idle_at:
-            wait = idle_at
+        wait = _free_in(state, service, partition, now)
         if partition.waiting:
             others = _others_ahead(state, service, partition, request)
             wait += others + others // MARGIN
@@ -180,6 +175,18 @@ def _lanes(service: ServiceState, mine: list[PartitionState]) -> dict[str, float
     return {name: min(most, total / speed) for name, speed in speeds.items()}
 
 
+def _free_in(
+    state: DispatcherState, service: ServiceState, partition: PartitionState, now: int
+) -> int:
+    """Ns until a partition is free, and an instance of the service on its device."""
+    wait = partition.revoke_cost
+    if partition.batch:
+        wait = max(0, busy_for(state, partition, now))
+        if state.running[partition.batch].batch.service == service.name:
+            return wait  # its instance is idle then
+    return max(wait, _worker_wait(state, service, partition.device, now))
+
+
 def _worker_wait(state: DispatcherState, service: ServiceState, device: str, now: int) -> int:
     """Ns until some instance of the service on a device is idle."""
     for names in service.idle.get(device, {}).values():
@@ -225,12 +232,11 @@ def _company(service: ServiceState, partition: PartitionState, last: int, joinin
     """
     table, units = service.exec[partition.kind], partition.compute
     last = min(service.max_batch, last)
-    grown = min(service.max_batch, last + joining + isqrt(joining))
-    while grown > last and FIT * table.predict(units, grown) > service.objective:
-        grown -= 1
-    if grown == last:
-        return 0
-    return max(0, table.predict(units, grown) - table.predict(units, last))
+    for grown in range(min(service.max_batch, last + joining + isqrt(joining)), last, -1):
+        longer = table.predict(units, grown)
+        if FIT * longer <= service.objective:
+            return max(0, longer - table.predict(units, last))
+    return 0
 
 
 def _spend(
