@@ -9,14 +9,15 @@ COMPILED := $(addprefix weft/,$(addsuffix .py, \
 		planner wishes demand judging leftover layouts placing sharing queueing forecast utility) \
 	sim/world sim/outcome sim/reactive telemetry/monitor))
 
-.PHONY: help demo test lint bench bench-peers bench-simulator compile uncompile clean
+.PHONY: help demo test lint bench bench-peers bench-simulator compile compiled-modules \
+	uncompile clean
 
 help:
 	@echo "make demo         the story in about two minutes: serve, drift, retrain, swap; draws a picture"
 	@echo "make test         all tests (about 5 minutes on 2 cores)"
 	@echo "make lint         ruff, mypy, import contracts, generated docs"
 	@echo "make bench        policy costs (1 minute), then weft bench colocate (about 15 minutes)"
-	@echo "make bench-peers  Weft, Triton, MLServer, LitServe side by side (about 30 minutes)"
+	@echo "make bench-peers  Weft, Triton, MLServer, LitServe side by side (about 35 minutes)"
 	@echo "make bench-simulator  its speed and how well it predicts a live run (3 minutes)"
 	@echo "make compile      compile policy and simulator in place (needs gcc; a minute); make uncompile undoes it"
 	@echo "make clean        remove what the other targets made"
@@ -54,6 +55,9 @@ bench-simulator: $(VENV)/test.stamp
 	mkdir -p bench-out
 	$(BIN)/python benchmarks/simulator.py --json bench-out/simulator.json
 	$(BIN)/python benchmarks/fidelity.py --json bench-out/fidelity.json
+
+compiled-modules:
+	@echo $(COMPILED)
 
 compile: $(VENV)/test.stamp
 	cd src && ../$(BIN)/mypyc $(COMPILED)

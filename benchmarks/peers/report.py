@@ -51,6 +51,7 @@ def plot(document: Document, path: Path) -> None:
 _MEASURES = ("per_s", "p50_ms", "p99_ms", "server_cpu_ms", "elsewhere_cores")
 _COLOURS = {
     "weft": "tab:red",
+    "weft-compiled": "darkred",
     "bare": "tab:gray",
     "triton": "tab:green",
     "mlserver": "tab:blue",

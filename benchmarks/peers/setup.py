@@ -1,14 +1,20 @@
-"""Make one virtual environment per rival under ``.venvs``: ``python setup.py [--only NAME]``."""
+"""Make one virtual environment per rival under ``.venvs``: ``python setup.py [--only NAME]``.
+
+``weft-compiled`` is no environment but a copy of this source as ``make compile`` leaves it.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 VENVS = Path(__file__).resolve().parent / ".venvs"
+ROOT = VENVS.parent.parent.parent
+COMPILED = "weft-compiled"
 ONNXRUNTIME = "onnxruntime==1.31.1"
 
 PACKAGES = {
@@ -30,16 +36,20 @@ PACKAGES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=PACKAGES, action="append", help="may be repeated")
+    parser.add_argument(
+        "--only", choices=(*PACKAGES, COMPILED), action="append", help="may be repeated"
+    )
     parser.add_argument(
         "--triton-python",
         default="/usr/bin/python3",
         help="Triton's stub is linked against the distribution's libpython: use its Python",
     )
     args = parser.parse_args()
-    for name in args.only or PACKAGES:
-        python = args.triton_python if name == "triton" else sys.executable
-        make(name, python)
+    for name in args.only or (*PACKAGES, COMPILED):
+        if name == COMPILED:
+            compile_weft(VENVS / COMPILED)
+        else:
+            make(name, args.triton_python if name == "triton" else sys.executable)
     print("ready:", ", ".join(sorted(path.name for path in VENVS.iterdir())))
 
 
@@ -52,6 +62,27 @@ def make(name: str, python: str) -> None:
     subprocess.run([*pip, *PACKAGES[name]], check=True)
     if name == "triton":
         assemble_triton_backend(folder)
+
+
+def compile_weft(folder: Path) -> None:
+    """Copy the source and compile what ``make compile`` does, with this interpreter's mypyc."""
+    shutil.rmtree(folder, ignore_errors=True)
+    if shutil.which("gcc") is None or importlib.util.find_spec("mypyc") is None:
+        print(f"{COMPILED} is left out: it needs gcc, and mypy in {sys.executable}")
+        return
+    shutil.copytree(
+        ROOT / "src", folder, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
+    )
+    modules = subprocess.check_output(
+        ["make", "--silent", "compiled-modules"], cwd=ROOT, text=True
+    ).split()
+    subprocess.run(
+        [sys.executable, "-m", "mypyc", *modules],
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    shutil.rmtree(folder / "build")
 
 
 def assemble_triton_backend(venv: Path) -> None:

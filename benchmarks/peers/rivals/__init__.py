@@ -7,10 +7,11 @@ from rivals.base import Arm, Rival
 from rivals.litserve import LitServe
 from rivals.mlserver import MLServer
 from rivals.triton import Triton
-from rivals.weft import Weft
+from rivals.weft import Weft, WeftCompiled
 
 RIVALS: dict[str, Rival] = {
-    rival.name: rival for rival in (Weft(), Bare(), Triton(), MLServer(), LitServe())
+    rival.name: rival
+    for rival in (Weft(), WeftCompiled(), Bare(), Triton(), MLServer(), LitServe())
 }
 
 __all__ = ["RIVALS", "Arm", "Rival"]

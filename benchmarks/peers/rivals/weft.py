@@ -1,4 +1,4 @@
-"""Weft, from the interpreter that runs the benchmark."""
+"""Weft, from the interpreter that runs the benchmark: as it is installed, and compiled."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from model import Model
 from procs import Launch, free_port
-from rivals.base import Arm
+from rivals.base import VENVS, Arm
 from wire import Payload, grpc_raw, rest_binary, rest_json
 
 _CONFIG = """node: {{state_dir: ./state, models: {models}, http: 127.0.0.1:{http}, grpc: {grpc}}}
@@ -33,8 +33,13 @@ class Weft:
             return "the package weft is not installed in the interpreter running the benchmark"
         return None
 
+    def env(self) -> dict[str, str]:
+        """Environment variables that the server needs."""
+        return {}
+
     def versions(self) -> dict[str, str]:
-        found = {"python": platform.python_version()}
+        compiled = "yes" if _is_compiled(_installed()) else "no"
+        found = {"python": platform.python_version(), "compiled": compiled}
         for package in ("weft", "onnxruntime", "numpy"):
             try:
                 found[package] = version(package)
@@ -62,7 +67,41 @@ class Weft:
         )
         (folder / "weft.yaml").write_text(config)
         argv = [sys.executable, "-m", "weft", "serve", "weft.yaml"]
-        return Launch(argv, {}, "/v2/health/ready", http, grpc)
+        return Launch(argv, self.env(), "/v2/health/ready", http, grpc)
 
     def payload(self, arm: Arm, model: Model) -> Payload:
         return {"json": rest_json, "binary": rest_binary, "grpc": grpc_raw}[arm.wire](model)
+
+
+class WeftCompiled(Weft):
+    """The copy of the source that ``setup.py`` compiled."""
+
+    name = "weft-compiled"
+    _folder = VENVS / name
+
+    def missing(self) -> str | None:
+        if not _is_compiled(self._folder / "weft"):
+            return "there is no compiled copy: run setup.py --only weft-compiled"
+        if _source(self._folder / "weft") != _source(_installed()):
+            return "its copy is of another version: run setup.py --only weft-compiled"
+        return super().missing()
+
+    def env(self) -> dict[str, str]:
+        return {"PYTHONPATH": str(self._folder)}
+
+    def versions(self) -> dict[str, str]:
+        return super().versions() | {"compiled": "yes"}
+
+
+def _installed() -> Path:
+    spec = importlib.util.find_spec("weft")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
+
+
+def _is_compiled(package: Path) -> bool:
+    return any((package / "policy").glob("*.so"))
+
+
+def _source(package: Path) -> dict[Path, bytes]:
+    return {p.relative_to(package): p.read_bytes() for p in package.rglob("*.py")}
