@@ -182,7 +182,7 @@ def test_a_layout_is_not_left_for_what_a_warm_up_alone_has_measured() -> None:
     table = ExecTable()
     for units, rows, ns in ((1, 1, 2 * MS), (1, 8, 5 * MS), (2, 1, 2 * MS), (2, 8, 3 * MS)):
         table.profile(units, rows, ns)
-    for _ in range(50):
+    for _ in range(1000):
         table.observe(1, 8, 7 * MS)
     tiny = {"objective": 5 * S, "instances": 2, "guaranteed": 1.0}
     as_warm = {"1x1": 2 * MS, "1x8": 7 * MS, "2x1": 2 * MS, "2x8": 3 * MS}

@@ -5,8 +5,8 @@ Avoidance and Control", SIGCOMM 1988, appendix A): gains of 1/8 and 1/4, predict
 2 deviations. Sizes never seen are interpolated between the nearest measured ones.
 
 A warm-up has the box for itself, or shares it with other warm-ups; requests share it with the node,
-their clients and training. So what warm-ups alone have measured is, for plans, corrected by how
-much longer those sizes take in service that have been executed there.
+their clients and training. So what larger partitions promise, which only warm-ups have measured,
+is for plans corrected by how much longer executions have taken in service.
 """
 
 from __future__ import annotations
@@ -17,20 +17,24 @@ from typing import Final
 _OUTLIER: Final = 4
 """A sample counts as at most this multiple of the mean: one theft of the core by the host
 must not make the predictor refuse traffic for seconds."""
+_STEADY: Final = 256
+"""Executions over which it is averaged how much longer they take than in a warm-up: layouts that
+are compared by it must not seem to change places with every few samples."""
 
 
 @dataclass
 class ExecTable:
     """Execution times (ns) of one service: ``mean[units][rows]``, 0 where not measured.
 
-    ``warm[units][rows]`` is what the last warm-up measured, and ``served[units]`` the numbers of
-    rows that have been executed for requests.
+    ``warm[units][rows]`` is what the last warm-up measured, ``served`` the most units on which
+    requests have been executed, and ``extra`` how much longer (ns) they took than in the warm-up.
     """
 
     mean: dict[int, list[int]] = field(default_factory=dict)
     dev: dict[int, list[int]] = field(default_factory=dict)
     warm: dict[int, dict[int, int]] = field(default_factory=dict)
-    served: dict[int, list[int]] = field(default_factory=dict)
+    served: int = 0
+    extra: int = 0
 
     def profile(self, units: int, rows: int, ns: int) -> None:
         """Learn from a warm-up: ``rows`` rows on ``units`` compute units took ``ns``."""
@@ -39,9 +43,10 @@ class ExecTable:
 
     def observe(self, units: int, rows: int, ns: int) -> None:
         """Learn from one execution of ``rows`` rows on ``units`` compute units."""
-        served = self.served.setdefault(units, [])
-        if rows not in served:
-            served.append(rows)
+        self.served = max(self.served, units)
+        warm = self.warm.get(units, {}).get(rows, 0)
+        if warm:
+            self.extra += (min(ns, _OUTLIER * warm) - warm - self.extra) // _STEADY
         self._learn(units, rows, ns)
 
     def _learn(self, units: int, rows: int, ns: int) -> None:
@@ -88,22 +93,12 @@ class ExecTable:
         return _interpolate(means, self.dev[units], rows)
 
     def expected(self) -> dict[int, dict[int, int]]:
-        """Mean times in service (ns) by units and rows: of sizes that were executed, and of those
-        that warm-ups alone have measured."""
-        warm = seen = 0
-        for units, rows in self.served.items():
-            for n in rows:
-                ns = self.warm.get(units, {}).get(n, 0)
-                if ns:
-                    warm += ns
-                    seen += self.mean[units][n]
+        """Mean times (ns) by units and rows, for plans: on more units than have ever served it will
+        not be what the warm-up measured."""
         found: dict[int, dict[int, int]] = {}
         for units, means in self.mean.items():
-            served = self.served.get(units, [])
-            known = found[units] = {}
-            for n, mean in enumerate(means):
-                if mean:
-                    known[n] = mean if n in served or not warm else mean * seen // warm
+            more = max(0, self.extra) if units > self.served else 0
+            found[units] = {rows: mean + more for rows, mean in enumerate(means) if mean}
         return found
 
     def _nearest_units(self, units: int) -> int:

@@ -259,7 +259,6 @@ COMPOUND: dict[type, dict[str, Any]] = {
         "mean": dict[int, list[int]],
         "dev": dict[int, list[int]],
         "warm": dict[int, dict[int, int]],
-        "served": dict[int, list[int]],
     },
 }
 """Types of fields that are made of others. A compiled class keeps only the outermost (``list``),
