@@ -181,7 +181,9 @@ def eventually(condition: Callable[[], bool]) -> bool:
 
 
 @contextmanager
-def serving(limits: Limits | None = None, token: str | None = None) -> Iterator[Any]:
+def serving(
+    limits: Limits | None = None, token: str | None = None, connections: int = 4096
+) -> Iterator[Any]:
     """Both front ends over a FakeNode, in a thread with a loop of its own.
 
     Yields ``node``, ``http`` and ``grpc`` (host:port), ``intake``, and ``call``, which runs
@@ -197,7 +199,7 @@ def serving(limits: Limits | None = None, token: str | None = None) -> Iterator[
 
     async def start() -> Any:
         node, intake = FakeNode(), Intake(limits)
-        http = HttpFront(build_app(node, intake, token), "127.0.0.1", 0)
+        http = HttpFront(build_app(node, intake, token), "127.0.0.1", 0, connections)
         rpc = GrpcFront(node, intake, token, "127.0.0.1", 0)
         ports = await http.start(), await rpc.start()
         return SimpleNamespace(

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.contract.fake_node import serving
+from tests.contract.fake_node import eventually, serving
 from tests.contract.test_serving import AUTH, GOOD, ROUTE, ask, post, read_all
 from weft.serving.tensors import Limits
 
@@ -245,3 +245,45 @@ def test_stopping_answers_those_that_wait(cut: int) -> None:
         assert status == 503
         assert b"the node is shutting down" in answer
         assert served.node.withdrawn.acquire(timeout=20)
+
+
+def test_a_connection_too_many_is_told_so_and_the_others_go_on() -> None:
+    request = post(len(BODY)) + BODY
+    with serving(connections=2) as served:
+        kept = [send(served, b"", request) for _ in range(2)]
+        for sock in kept:
+            assert one_answer(sock)[0] == 200
+        third = send(served, b"", request)
+        head, _, body = read_all(third).lower().partition(b"\r\n\r\n")  # until it is closed
+        assert head.startswith(b"http/1.1 503")
+        assert b"retry-after: 1" in head
+        assert b"weft-refusal: unavailable" in head
+        assert b"2 connections" in body
+        kept[0].sendall(request)
+        assert one_answer(kept[0])[0] == 200
+        for sock in (*kept, third):
+            sock.close()
+
+
+def test_a_client_that_reads_slowly_delays_no_other_and_gets_all() -> None:
+    rows = json.dumps(GOOD | {"inputs": [tensor(2**18)]}).encode()
+    with serving() as served:
+        slow = socket.socket()
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.settimeout(20)
+        slow.connect(("127.0.0.1", served.port))
+        slow.sendall(post(len(rows)) + rows)
+        for _ in range(20):
+            sock = send(served, b"", post(len(BODY)) + BODY)
+            assert one_answer(sock)[0] == 200
+            sock.close()
+        status, answer = one_answer(slow)
+        slow.close()
+        assert status == 200
+        assert json.loads(answer)["outputs"][0]["data"] == [2.0] * 2**18
+        assert eventually(lambda: served.node.unreleased == 0)
+
+
+def tensor(elements: int) -> dict[str, object]:
+    shape = [elements // 4, 4]
+    return {"name": "x", "datatype": "FP32", "shape": shape, "data": [1.0] * elements}

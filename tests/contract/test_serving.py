@@ -326,6 +326,13 @@ def test_refusals_say_why_and_when_to_retry(served: Any, refusal: Refusal, statu
     assert retry == (("2", "1201") if status in (429, 503) else (None, None))
 
 
+@pytest.mark.parametrize("refusal", [Refusal.UNAVAILABLE, Refusal.SHUTTING_DOWN])
+def test_what_has_gone_is_to_be_asked_for_again_in_a_second(served: Any, refusal: Refusal) -> None:
+    served.node.refuse = Refused(refusal, 0, "")
+    _, headers, _ = ask(served, "POST", ROUTE, GOOD)
+    assert (headers["retry-after"], headers["weft-retry-after-ms"]) == ("1", "1000")
+
+
 def test_a_short_wait_is_still_a_whole_second(served: Any) -> None:
     served.node.refuse = Refused(Refusal.QUEUE_FULL, 1, "")
     _, headers, _ = ask(served, "POST", ROUTE, GOOD)

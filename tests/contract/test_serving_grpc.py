@@ -341,6 +341,13 @@ def test_refusals_say_why_and_when_to_retry(
     assert metadata.get("retry-after-ms") == ("3" if retry else None)
 
 
+def test_what_has_gone_is_to_be_asked_for_again_in_a_second(served: Any, stub: Any) -> None:
+    served.node.refuse = Refused(Refusal.SHUTTING_DOWN, 0, "")
+    with pytest.raises(grpc.RpcError) as error:
+        stub.ModelInfer(request())
+    assert dict(error.value.trailing_metadata())["retry-after-ms"] == "1000"
+
+
 def test_a_bug_is_answered_without_its_details(served: Any, stub: Any, caplog: Any) -> None:
     served.node.fail = RuntimeError("secret")
     with pytest.raises(grpc.RpcError) as error:

@@ -25,6 +25,16 @@ N = np.array([1])
 TWO_CORES = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 
 
+def may_be_realtime() -> bool:
+    """Whether what is started here may have real-time priority."""
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO | os.SCHED_RESET_ON_FORK, os.sched_param(1))
+    except PermissionError:
+        return False
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
+    return True
+
+
 def test_a_worker_killed_under_load_costs_nothing_while_another_lives(boxes: Boxes) -> None:
     box = boxes()
     box.model("count", "count")
@@ -111,6 +121,7 @@ def test_an_execution_that_never_ends_is_ended_and_the_other_service_keeps_answe
         [{"name": "count", "exec_timeout": "1s"}, {"name": "double"}],
         policy={"split": {"cores": 2, "size": 1}},
     ).start()
+    assert not may_be_realtime() or box.status()["device"]["level"] == "PRIORITY"
     before = set(box.workers())
     with box.under_load("double", rate=50, x=X) as load:
         box.until(lambda: box.service("double")["answered"] > 20)
@@ -130,6 +141,7 @@ def test_an_execution_that_never_ends_on_a_shared_core_is_ended(boxes: Boxes) ->
         [{"name": "count", "exec_timeout": "1s"}, {"name": "double"}],
         devices=[{"kind": "cpu", "cores": [core]}],
     ).start()
+    assert not may_be_realtime() or box.status()["device"]["level"] == "PRIORITY"
     assert box.infer("count", n=np.array([2**62])).status == 503
     box.until(lambda: box.infer("double", x=X).status == 200)
     box.until(lambda: box.infer("count", n=N).status == 200)

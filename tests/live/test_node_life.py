@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -140,3 +142,19 @@ def test_the_control_socket_stops_the_node(boxes: Boxes) -> None:
     box.control.shutdown()
     assert box.process is not None
     assert box.process.wait(30) == 0
+
+
+def test_what_a_node_decided_is_decided_again_from_its_journal(boxes: Boxes) -> None:
+    box = boxes()
+    box.model("scale", "double")
+    box.configure([{"name": "double", "objective": {"latency": "50ms"}}]).start()
+    box.submit("sh", "-c", "while :; do :; done")
+    box.until(lambda: box.job("job").state == "running")
+    with box.under_load("double", rate=100, x=X):
+        box.until(lambda: box.service("double")["answered"] > 100)
+    assert box.stop() == 0
+    journal = str(box.state / "journal")
+    replay = [sys.executable, "-m", "weft", "replay", journal]
+    done = subprocess.run(replay, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "no difference" in done.stdout

@@ -10,7 +10,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
+import tritonclient.grpc as grpc_client
+import tritonclient.http as http_client
 import uvloop
+from tritonclient.utils import InferenceServerException
 
 if TYPE_CHECKING:
     from tests.live.conftest import Answer, Box, Boxes
@@ -211,3 +214,25 @@ def test_no_file_is_kept_open_by_answered_requests(box: Box) -> None:
     for _ in range(20):
         box.infer("double", x=X)
     box.until(lambda: len(os.listdir(fds)) < 200, lambda: len(os.listdir(fds)))
+
+
+def test_the_public_client_is_answered_over_http_and_grpc(boxes: Boxes) -> None:
+    box = boxes()
+    box.model("scale", "double")
+    box.configure([{"name": "double"}], node={"grpc": "127.0.0.1:0"}).start()
+    addresses = {http_client: f"127.0.0.1:{box.port}", grpc_client: box.status()["grpc"]}
+    for library, address in addresses.items():
+        client = library.InferenceServerClient(address)
+        assert client.is_model_ready("double")
+        assert client.get_model_metadata("double")
+        for rows in (1, 3):
+            given = library.InferInput("x", [rows, 4], "FP32")
+            given.set_data_from_numpy(np.full((rows, 4), rows, np.float32))
+            answer = client.infer("double", [given], request_id="a1")
+            assert (answer.as_numpy("y") == 2 * rows).all()
+            assert answer.as_numpy("y").shape == (rows, 4)
+        wrong = library.InferInput("z", [1, 4], "FP32")
+        wrong.set_data_from_numpy(X)
+        with pytest.raises(InferenceServerException, match="the model's inputs are 'x'"):
+            client.infer("double", [wrong])
+        client.close()

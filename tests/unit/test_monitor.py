@@ -63,6 +63,13 @@ def test_refusals_are_counted_by_reason() -> None:
     assert meter.answered == 0
 
 
+def test_who_is_turned_away_before_the_dispatcher_counts_as_refused() -> None:
+    world = ready()
+    world.monitor.turned_away("s", Refusal.MEMORY)
+    meter = world.monitor.service("s")
+    assert (meter.arrived, dict(meter.refused)) == (1, {"MEMORY": 1})
+
+
 def test_the_time_in_the_queue_counts_from_the_arrival() -> None:
     world = ready()
     batch = world.arrive()[0].batch.id

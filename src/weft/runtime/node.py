@@ -360,10 +360,10 @@ class Node:
     def submit(self, call: InferCall, done: OnOutcome) -> Withdraw | Refused:
         """See NodePort."""
         if self.draining:
-            return Refused(Refusal.SHUTTING_DOWN, 0, "")
+            return self._turn_away(call, Refusal.SHUTTING_DOWN, 0, "")
         loaded = self.models.version(call.model, call.version)
         if call.model in self.models.leaving:
-            return Refused(Refusal.UNAVAILABLE, 0, "the model is being unloaded")
+            return self._turn_away(call, Refusal.UNAVAILABLE, 0, "the model is being unloaded")
         if not 0 <= call.priority < PRIORITY_CLASSES:
             raise InvalidRequest(f"priority {call.priority}: classes are 0 (high) to 2 (low)")
         instances = self.models.services[call.model]
@@ -379,10 +379,15 @@ class Node:
                 meta, call, rows, instances.arena, sizes.expect(rows), instances.spec.refuse_nan
             )
         except ArenaFull as error:
-            return Refused(Refusal.MEMORY, RETRY_MEMORY, str(error))
+            return self._turn_away(call, Refusal.MEMORY, RETRY_MEMORY, str(error))
         pending = Pending(call.model, version, meta, placed, done)
         request_id = self._arrive(call, pending, calls.signature(meta, call))
         return partial(self._withdraw, request_id, pending)
+
+    def _turn_away(self, call: InferCall, refusal: Refusal, retry_after: int, why: str) -> Refused:
+        if call.model in self.models.services:  # no meters for names that clients make up
+            self.monitor.turned_away(call.model, refusal)
+        return Refused(refusal, retry_after, why)
 
     def _arrive(self, call: InferCall, pending: Pending, shape: str) -> int:
         request_id, now = self._next_request, self._clock()

@@ -104,7 +104,7 @@ def refusal_status(refused: Refused) -> Status:
     """The status of a refusal, with its reason and, where it may pass, the time to retry."""
     code = REFUSAL_CODE[refused.refusal]
     metadata = [("weft-refusal", refused.refusal.name)]
-    if refused.retry_after > 0 and code in (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE):
+    if code in (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE):
         metadata.append(("retry-after-ms", str(retry_after_ms(refused))))
     return Status(code, _clean(refused.message), tuple(metadata))
 

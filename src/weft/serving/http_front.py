@@ -22,6 +22,8 @@ from uvicorn.protocols.http.httptools_impl import (
     RequestResponseCycle,
 )
 
+from weft.domain.port import Refused
+from weft.domain.request import Refusal
 from weft.serving.bodies import (
     STOPPING,
     WHOLE_ANSWER,
@@ -31,8 +33,10 @@ from weft.serving.bodies import (
     Scope,
     Send,
     refusal_answer,
+    respond_unread,
 )
 from weft.serving.listening import BACKLOG, bind
+from weft.serving.refusals import AWAY, refusal_headers
 
 KEEP_ALIVE_S = 75
 HEADER_TIMEOUT_S = 30.0
@@ -157,8 +161,15 @@ class _Protocol(HttpToolsProtocol):
     """The body of a request that may turn out to be here entirely."""
     _exchange: _Exchange | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # uvicorn would refuse the next request of every connection once there are too many.
+        self._most, self.limit_concurrency = self.limit_concurrency, None
+
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if self._most is not None and len(self.connections) > self._most:
+            self.app = _Full(self._most)
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -201,13 +212,11 @@ class _Protocol(HttpToolsProtocol):
         self._in_head = False
         self._stop_head_timer()
         idle = self.cycle is None or self.cycle.response_complete
-        limit = self.limit_concurrency
         if (
             idle
             and not self.flow.write_paused
             and not self.expect_100_continue
             and not self.parser.should_upgrade()
-            and (limit is None or len(self.connections) < limit)
         ):
             self._parts = []
         else:
@@ -276,6 +285,26 @@ class _Protocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+
+class _Full:
+    """What a connection beyond the most gets instead of the application."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+
+    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
+        """Refuse a request, and close."""
+        refused = Refused(Refusal.UNAVAILABLE, AWAY, "")
+        said = (
+            f"the server has {self._most} connections, as many as it takes; keep fewer open, or"
+            " try again later"
+        )
+        await respond_unread(send, receive, 503, said, refusal_headers(refused))
+
+    def whole(self, *_: object, **__: object) -> bool:
+        """Never: the connection is to be closed."""
+        return False
 
 
 class _Exchange:

@@ -28,6 +28,10 @@ HTTP_STATUS: dict[Refusal, int] = {
 }
 """429 and 503 invite a retry, later; 499 (the client closed the request) is seen by nobody."""
 
+AWAY = 1 * S
+"""When to come back (ns) to what has gone, where nobody knows when, or if, it will be there again:
+a node that stops, a model that is unloaded."""
+
 _ERROR_STATUS: tuple[tuple[type[WeftError], int], ...] = (
     (InvalidRequest, 400),
     (NotFound, 404),
@@ -45,19 +49,18 @@ def error_status(error: WeftError) -> int:
 
 
 def retry_after_ms(refused: Refused) -> int:
-    """Whole milliseconds, rounded up, after which to try again; 0 = never."""
-    return -(-refused.retry_after // MS)
+    """Whole milliseconds, rounded up, after which to try again what may then be possible."""
+    return -(-(refused.retry_after or AWAY) // MS)
 
 
 def refusal_headers(refused: Refused) -> list[tuple[bytes, bytes]]:
     """HTTP headers that go with a refusal: its reason and, for 429 and 503, when to retry.
 
-    ``Retry-After`` can only say whole seconds; ``Weft-Retry-After-Ms`` says it precisely. A
-    refusal with no time to retry (``retry_after`` 0) gets neither.
+    ``Retry-After`` can only say whole seconds; ``Weft-Retry-After-Ms`` says it precisely.
     """
     headers = [(b"weft-refusal", refused.refusal.name.encode())]
-    if refused.retry_after > 0 and HTTP_STATUS[refused.refusal] in (429, 503):
-        seconds = -(-refused.retry_after // S)
-        headers.append((b"retry-after", b"%d" % seconds))
-        headers.append((b"weft-retry-after-ms", b"%d" % retry_after_ms(refused)))
+    if HTTP_STATUS[refused.refusal] in (429, 503):
+        wait = retry_after_ms(refused)
+        headers.append((b"retry-after", b"%d" % -(-wait * MS // S)))
+        headers.append((b"weft-retry-after-ms", b"%d" % wait))
     return headers

@@ -317,6 +317,12 @@ class Monitor:
             meter.refused[refusal.name] += 1
             meter.failed += refusal == Refusal.FAILED
 
+    def turned_away(self, service: str, refusal: Refusal) -> None:
+        """A request was refused before the dispatcher knew of it."""
+        meter = self.service(service)
+        meter.arrived += 1
+        meter.refused[refusal.name] += 1
+
     def _batch_over(self, now: int, batch: int, exec_ns: int, failed: tuple[int, ...] = ()) -> None:
         for request in failed:
             self._refused(request, Refusal.FAILED)
