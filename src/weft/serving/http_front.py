@@ -293,8 +293,9 @@ class _Full:
     def __init__(self, most: int) -> None:
         self._most = most
 
-    async def __call__(self, _: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse a request, and close."""
+        del scope  # whatever it was
         refused = Refused(Refusal.UNAVAILABLE, AWAY, "")
         said = (
             f"the server has {self._most} connections, as many as it takes; keep fewer open, or"
