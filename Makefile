@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 # The pure modules that gain from being compiled: no struct classes with options in them.
-COMPILED := $(addprefix weft/,$(addsuffix .py, \
+COMPILED := $(addprefix cotenant/,$(addsuffix .py, \
 	$(addprefix policy/,dispatcher admission lending queues state estimate pressure \
 		planner wishes demand judging leftover layouts placing sharing queueing forecast utility) \
 	sim/world sim/outcome sim/reactive telemetry/monitor))
@@ -16,8 +16,8 @@ help:
 	@echo "make demo         the story in about two minutes: serve, drift, retrain, swap; draws a picture"
 	@echo "make test         all tests (about 5 minutes on 2 cores)"
 	@echo "make lint         ruff, mypy, import contracts, generated docs"
-	@echo "make bench        policy costs (1 minute), then weft bench colocate (about 15 minutes)"
-	@echo "make bench-peers  Weft, Triton, MLServer, LitServe side by side (about 35 minutes)"
+	@echo "make bench        policy costs (1 minute), then cotenant bench colocate (about 15 minutes)"
+	@echo "make bench-peers  Cotenant, Triton, MLServer, LitServe side by side (about 35 minutes)"
 	@echo "make bench-simulator  its speed and how well it predicts a live run (3 minutes)"
 	@echo "make compile      compile policy and simulator in place (needs gcc; a minute); make uncompile undoes it"
 	@echo "make clean        remove what the other targets made"
@@ -44,7 +44,7 @@ lint: $(VENV)/test.stamp
 bench: $(VENV)/test.stamp
 	mkdir -p bench-out
 	$(BIN)/python benchmarks/policy.py --json bench-out/policy.json
-	$(BIN)/weft bench colocate --json bench-out/colocate.json --plot bench-out/colocate.png
+	$(BIN)/cotenant bench colocate --json bench-out/colocate.json --plot bench-out/colocate.png
 
 bench-peers: $(VENV)/test.stamp
 	mkdir -p bench-out

@@ -1,7 +1,7 @@
-"""The tables of docs/evaluation.md: every policy on every scenario, and Weft less a law at a time.
+"""The tables of docs/evaluation.md: every policy on every scenario, Cotenant less a law at a time.
 
-Each scenario is one run of ``weft simulate`` (all policies, seeds on all cores); what it wrote is
-kept beside the tables, so that a table can be printed again without running.
+Each scenario is one run of ``cotenant simulate`` (all policies, seeds on all cores); what it wrote
+is kept beside the tables, so that a table can be printed again without running.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from weft.cli.simulate.command import interval
+from cotenant.cli.simulate.command import interval
 
 SCENARIOS = Path(__file__).parents[1] / "examples" / "scenarios"
 RIVALS = ("static", "exclusive", "temporal", "spatial", "sliced", "shared", "reactive")
@@ -58,16 +58,16 @@ def main() -> None:
         if not path.exists():
             simulate(name, path, args.seeds)
         found[name] = best_of(json.loads(path.read_text()))
-    print(comparison(found, ("weft", *RIVALS)))
-    print(comparison(found, ("weft", *FAMILIES)))
-    print(summary(found, ("weft", *RIVALS, *FAMILIES)))
+    print(comparison(found, ("cotenant", *RIVALS)))
+    print(comparison(found, ("cotenant", *FAMILIES)))
+    print(summary(found, ("cotenant", *RIVALS, *FAMILIES)))
     print(ablations(found))
 
 
 def simulate(name: str, path: Path, seeds: int) -> None:
     """Run all policies on a scenario."""
-    policies = dict.fromkeys(("weft", *RIVALS, *FAMILIES, *LAWS))
-    command = [sys.executable, "-m", "weft", "simulate", str(SCENARIOS / f"{name}.yaml")]
+    policies = dict.fromkeys(("cotenant", *RIVALS, *FAMILIES, *LAWS))
+    command = [sys.executable, "-m", "cotenant", "simulate", str(SCENARIOS / f"{name}.yaml")]
     command += ["--policies", ",".join(policies), "--seeds", str(seeds), "--json", str(path)]
     command += ["--no-search"]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
@@ -123,7 +123,7 @@ def summary(found: dict[str, Samples], policies: tuple[str, ...]) -> str:
         "policy",
         "scenarios that attain 99 %",
         "lowest attained",
-        "job steps against weft",
+        "job steps against cotenant",
         "utilization",
         "re-layouts a run",
         "s lost to them",
@@ -136,9 +136,9 @@ def summary(found: dict[str, Samples], policies: tuple[str, ...]) -> str:
         attains = [statistics.mean(s["attainment"]) for s in all_of]
         ratios = [
             statistics.mean(samples[policy]["job_rate"])
-            / statistics.mean(samples["weft"]["job_rate"])
+            / statistics.mean(samples["cotenant"]["job_rate"])
             for samples in found.values()
-            if policy in samples and statistics.mean(samples["weft"]["job_rate"])
+            if policy in samples and statistics.mean(samples["cotenant"]["job_rate"])
         ]
         cells = (
             f"`{policy}`",
@@ -154,7 +154,7 @@ def summary(found: dict[str, Samples], policies: tuple[str, ...]) -> str:
 
 
 def ablations(found: dict[str, Samples]) -> str:
-    """Weft less a law, where that changes attainment by 0.05 points or training by 1 %."""
+    """Cotenant less a law, where that changes attainment by 0.05 points or training by 1 %."""
     lines = [
         row(("without", "scenario", "attained", "points", "job steps/s", "times", "re-layouts"))
     ]
@@ -163,7 +163,7 @@ def ablations(found: dict[str, Samples]) -> str:
         for name, samples in found.items():
             if law not in samples:
                 continue
-            whole, less = samples["weft"], samples[law]
+            whole, less = samples["cotenant"], samples[law]
             points = (mean(less, "attainment") - mean(whole, "attainment")) * 100
             times = mean(less, "job_rate") / (mean(whole, "job_rate") or 1.0)
             if abs(points) < 0.05 and abs(times - 1) < 0.01:

@@ -16,16 +16,16 @@ import tempfile
 import time
 from pathlib import Path
 
-from weft import __version__
-from weft.cli.bench import arrivals
-from weft.cli.bench.colocate import Bench, quantile, request
-from weft.cli.bench.rigs import generate, steal_s
-from weft.cli.bench.train_job import read_counter
-from weft.domain.units import MS, S
-from weft.policy.planstate import Tuning
-from weft.sim.policies import Scheduled, simulate
-from weft.sim.recorded import Recording
-from weft.telemetry.records import read
+from cotenant import __version__
+from cotenant.cli.bench import arrivals
+from cotenant.cli.bench.colocate import Bench, quantile, request
+from cotenant.cli.bench.rigs import generate, steal_s
+from cotenant.cli.bench.train_job import read_counter
+from cotenant.domain.units import MS, S
+from cotenant.policy.planstate import Tuning
+from cotenant.sim.policies import Scheduled, simulate
+from cotenant.sim.recorded import Recording
+from cotenant.telemetry.records import read
 
 LEVELS = ("calibrated at", "predicted at")
 SEEDS = 5
@@ -40,7 +40,7 @@ class Phase:
 
 def phase(bench: Bench, level: int, load: float, seconds: float, seed: int) -> Phase:
     """Load the node for a while."""
-    node, job = bench.nodes["weft"], bench.jobs["weft"]
+    node, job = bench.nodes["cotenant"], bench.jobs["cotenant"]
     times = arrivals.make("poisson", load / bench.exec_s, seconds, seed)
     start, first = time.monotonic_ns(), read_counter(job.counter)
     generate(node.port, request("bench", node.port), times, bench.cores[-1])
@@ -50,10 +50,10 @@ def phase(bench: Bench, level: int, load: float, seconds: float, seed: int) -> P
 
 def live(directory: Path, loads: list[float], rounds: int, seconds: float) -> list[Phase]:
     """Run the node through all phases."""
-    bench = Bench(directory, sorted(os.sched_getaffinity(0)), ("weft",))
+    bench = Bench(directory, sorted(os.sched_getaffinity(0)), ("cotenant",))
     try:
         bench.start()
-        bench.jobs["weft"].resume()
+        bench.jobs["cotenant"].resume()
         time.sleep(3)
         return [
             phase(bench, level, loads[level], seconds, seed=100 * level + index)
@@ -84,15 +84,15 @@ def main() -> None:
     args = parser.parse_args()
     loads = [float(part) for part in args.loads.split(",")]
     stolen = steal_s()
-    with tempfile.TemporaryDirectory(prefix="weft-fidelity-") as directory:
+    with tempfile.TemporaryDirectory(prefix="cotenant-fidelity-") as directory:
         phases = live(Path(directory), loads, args.rounds, args.seconds)
-        journal = Path(directory) / "weft" / "state" / "journal"
+        journal = Path(directory) / "cotenant" / "state" / "journal"
         sides = [recording(journal, phases, level) for level in (0, 1)]
     costs = sides[0].costs()
     print(f"{'':<20}{'p50 ms':>16}{'p95 ms':>16}{'p99 ms':>16}{'steps/s':>16}   (live, simulated)")
     document = {
         "date": time.strftime("%Y-%m-%d"),
-        "weft": __version__,
+        "cotenant": __version__,
         "machine": {"cores": os.cpu_count(), "python": platform.python_version()},
         "options": {"loads": loads, "rounds": args.rounds, "seconds": args.seconds},
         "steal_s": steal_s() - stolen,

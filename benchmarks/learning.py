@@ -17,12 +17,12 @@ import re
 import statistics
 from pathlib import Path
 
-from weft.policy.demand import PROBE_FOR
-from weft.policy.planner import Planner
-from weft.policy.planstate import Tuning
-from weft.sim.outcome import Outcome
-from weft.sim.scenario import Scenario, parse_scenario, read_scenario
-from weft.sim.world import World
+from cotenant.policy.demand import PROBE_FOR
+from cotenant.policy.planner import Planner
+from cotenant.policy.planstate import Tuning
+from cotenant.sim.outcome import Outcome
+from cotenant.sim.scenario import Scenario, parse_scenario, read_scenario
+from cotenant.sim.world import World
 
 SCENARIOS = Path(__file__).parents[1] / "examples" / "scenarios"
 ONE_JOB = """

@@ -16,15 +16,15 @@ from pathlib import Path
 
 import msgspec
 
-from weft.domain import actions as a
-from weft.domain import events as e
-from weft.domain.device import DeviceSpec, Partition, PreemptLevel
-from weft.domain.plan import EMPTY_PLAN, Plan
-from weft.domain.request import Request
-from weft.domain.snapshot import JobFacts, ServiceFacts, Snapshot
-from weft.domain.units import MS, S
-from weft.policy.dispatcher import Dispatcher
-from weft.policy.planner import Planner
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.domain.device import DeviceSpec, Partition, PreemptLevel
+from cotenant.domain.plan import EMPTY_PLAN, Plan
+from cotenant.domain.request import Request
+from cotenant.domain.snapshot import JobFacts, ServiceFacts, Snapshot
+from cotenant.domain.units import MS, S
+from cotenant.policy.dispatcher import Dispatcher
+from cotenant.policy.planner import Planner
 
 EVENTS = 20_000
 EXEC_NS = 100_000

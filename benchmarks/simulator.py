@@ -18,10 +18,10 @@ from pathlib import Path
 
 import msgspec
 
-from weft.domain.units import S
-from weft.policy.planner import Planner
-from weft.sim.scenario import parse_scenario, read_scenario
-from weft.sim.world import World
+from cotenant.domain.units import S
+from cotenant.policy.planner import Planner
+from cotenant.sim.scenario import parse_scenario, read_scenario
+from cotenant.sim.world import World
 
 SCENARIOS = Path(__file__).parents[1] / "examples" / "scenarios"
 ONE_GPU = """

@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from weft.domain.protocol import answer_table
-from weft.domain.workload import JOB_TRANSITIONS
-from weft.policy.state import HOLD_TRANSITIONS
+from cotenant.domain.protocol import answer_table
+from cotenant.domain.workload import JOB_TRANSITIONS
+from cotenant.policy.state import HOLD_TRANSITIONS
 
 TARGET = Path(__file__).parent / "protocol.md"
 

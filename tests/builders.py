@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from weft.domain import actions as a
-from weft.domain import events as e
-from weft.domain.device import DeviceSpec, Partition, PreemptLevel
-from weft.domain.plan import Plan
-from weft.domain.request import Request
-from weft.domain.units import MS, S
-from weft.policy.dispatcher import Dispatcher
-from weft.policy.invariants import check
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.domain.device import DeviceSpec, Partition, PreemptLevel
+from cotenant.domain.plan import Plan
+from cotenant.domain.request import Request
+from cotenant.domain.units import MS, S
+from cotenant.policy.dispatcher import Dispatcher
+from cotenant.policy.invariants import check
 
 
 def cpu(

@@ -17,7 +17,7 @@ class Marked:
 
     def __init__(self, directory: Path, *command: str) -> None:
         self.directory = directory
-        self._mark = f"WEFT_TEST_MARK={uuid.uuid4().hex}"
+        self._mark = f"COTENANT_TEST_MARK={uuid.uuid4().hex}"
         name, _, value = self._mark.partition("=")
         self._output = (directory / "output").open("w+")
         (directory / "tmp").mkdir()

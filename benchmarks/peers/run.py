@@ -1,4 +1,4 @@
-"""Compare Weft with public model servers on this machine.
+"""Compare Cotenant with public model servers on this machine.
 
 Each round starts every arm's server in turn, checks one answer, warms up, measures every
 concurrency, and ends the server, so arms alternate (A B C, A B C, ...) and only one server lives
@@ -59,7 +59,7 @@ def main() -> int:
         signal.signal(signum, signal.default_int_handler)
     adopt_orphans()
     results, started = Results(), datetime.now(UTC)
-    with tempfile.TemporaryDirectory(prefix="weft-peers-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="cotenant-peers-") as scratch:
         models = make_models(Path(scratch) / "models")
         head = describe(args, models, started)
         try:

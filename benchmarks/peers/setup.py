@@ -1,6 +1,6 @@
 """Make one virtual environment per rival under ``.venvs``: ``python setup.py [--only NAME]``.
 
-``weft-compiled`` is no environment but a copy of this source as ``make compile`` leaves it.
+``cotenant-compiled`` is no environment but a copy of this source as ``make compile`` leaves it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 VENVS = Path(__file__).resolve().parent / ".venvs"
 ROOT = VENVS.parent.parent.parent
-COMPILED = "weft-compiled"
+COMPILED = "cotenant-compiled"
 ONNXRUNTIME = "onnxruntime==1.31.1"
 
 PACKAGES = {
@@ -47,7 +47,7 @@ def main() -> None:
     args = parser.parse_args()
     for name in args.only or (*PACKAGES, COMPILED):
         if name == COMPILED:
-            compile_weft(VENVS / COMPILED)
+            compile_cotenant(VENVS / COMPILED)
         else:
             make(name, args.triton_python if name == "triton" else sys.executable)
     print("ready:", ", ".join(sorted(path.name for path in VENVS.iterdir())))
@@ -64,7 +64,7 @@ def make(name: str, python: str) -> None:
         assemble_triton_backend(folder)
 
 
-def compile_weft(folder: Path) -> None:
+def compile_cotenant(folder: Path) -> None:
     """Copy the source and compile what ``make compile`` does, with this interpreter's mypyc."""
     shutil.rmtree(folder, ignore_errors=True)
     if shutil.which("gcc") is None or importlib.util.find_spec("mypyc") is None:

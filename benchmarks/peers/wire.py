@@ -62,7 +62,7 @@ def rest_binary(model: Model) -> Payload:
 
 def multipart(model: Model, path: str) -> Payload:
     """The tensor's bytes as a file upload named ``x``, for servers whose protocol is the user's."""
-    boundary = "weft-peers"
+    boundary = "cotenant-peers"
     head = (
         f"--{boundary}\r\n"
         'Content-Disposition: form-data; name="x"; filename="x.bin"\r\n'

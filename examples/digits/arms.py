@@ -1,6 +1,6 @@
 """The three ways to share a box that the demo compares; each runs the same stream.
 
-weft         a node as it is meant to be; the training job is submitted to it
+cotenant         a node as it is meant to be; the training job is submitted to it
 unscheduled  a plain server (no pinning, no priority, no admission control) beside the job as an
              ordinary process, both on all cores: what one gets by starting the two
 split        the plain server on the first core, the job on the others, for good
@@ -30,14 +30,14 @@ from numpy.typing import NDArray
 from shares import CoreTime, Meter
 from stream import TEST, Digits, Stream, write_samples
 
-from weft.cli.bench.rigs import NodeRig
-from weft.domain.errors import EnvironmentProblem, WeftError
-from weft.domain.units import S
-from weft.domain.workload import JobSpec
+from cotenant.cli.bench.rigs import NodeRig
+from cotenant.domain.errors import CotenantError, EnvironmentProblem
+from cotenant.domain.units import S
+from cotenant.domain.workload import JobSpec
 
 HERE = Path(__file__).resolve().parent
 MODEL = "digits"
-ARMS = {"weft": "Weft", "unscheduled": "no scheduling", "split": "fixed split"}
+ARMS = {"cotenant": "Cotenant", "unscheduled": "no scheduling", "split": "fixed split"}
 OBJECTIVE_MS = 25.0
 PLAIN_OBJECTIVE_MS = 10_000.0
 ACCURACY_FLOOR = 0.5
@@ -113,7 +113,7 @@ class Job:
         raise NotImplementedError
 
 
-class WeftJob(Job):
+class CotenantJob(Job):
     """Submitted to a node, which stops it with itself."""
 
     def __init__(self, command: list[str], log: Path, node: NodeRig) -> None:
@@ -174,13 +174,13 @@ class Arm:
         self._box = box
         first, rest = box.cores[:1], box.cores[1:] or box.cores
         device = {
-            "weft": "realtime: auto",
+            "cotenant": "realtime: auto",
             "unscheduled": "realtime: never, pin: false",
             "split": f"realtime: never, cores: {first}",
         }[name]
         own = set(first) if name == "split" else None
         # A plain server knows no objective and refuses nothing; it is judged by the same one.
-        objective_ms = OBJECTIVE_MS if name == "weft" else PLAIN_OBJECTIVE_MS
+        objective_ms = OBJECTIVE_MS if name == "cotenant" else PLAIN_OBJECTIVE_MS
         self.node = NodeRig(name, box.directory, _config(device, objective_ms), own)
         directory = self.node.directory
         self.journal = directory / "state" / "journal"
@@ -190,9 +190,9 @@ class Arm:
         job_cores = rest if name == "split" else box.cores
         command = [sys.executable, str(HERE / "train.py"), *self._arguments(len(job_cores))]
         log = directory / "train.log"
-        self.job: WeftJob | PlainJob = (
-            WeftJob(command, log, self.node)
-            if name == "weft"
+        self.job: CotenantJob | PlainJob = (
+            CotenantJob(command, log, self.node)
+            if name == "cotenant"
             else PlainJob(command, log, job_cores)
         )
         self._client: subprocess.Popen[bytes] | None = None
@@ -350,6 +350,6 @@ def _read_start(pipe: int) -> bytes:
 
 def tail(path: Path) -> str:
     """The end of a log."""
-    with contextlib.suppress(OSError, WeftError):
+    with contextlib.suppress(OSError, CotenantError):
         return path.read_text(errors="replace").strip()[-1500:]
     return "(no log)"

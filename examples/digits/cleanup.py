@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from weft.devices import proctree
+from cotenant.devices import proctree
 
 _PR_SET_CHILD_SUBREAPER = 36
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -31,7 +31,7 @@ def nothing_left() -> Iterator[Path]:
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     signal.signal(signal.SIGTERM, _interrupt)
     with _held_back():
-        directory = Path(tempfile.mkdtemp(prefix="weft-demo-"))
+        directory = Path(tempfile.mkdtemp(prefix="cotenant-demo-"))
     # What the libraries of our children like to keep (torch does) goes with the rest.
     os.environ["TMPDIR"] = str(directory)
     try:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from weft.domain import actions as a
-from weft.domain import events as e
-from weft.telemetry.records import Header, Record, read
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.telemetry.records import Header, Record, read
 
 SERVED, TRAINED = "served", "trained"
 

@@ -1,12 +1,12 @@
 """A model is served under an objective while its data drift and a job retrains it beside.
 
     python examples/digits/demo.py                      about two minutes, three arms
-    python examples/digits/demo.py --arms weft --seconds 20
+    python examples/digits/demo.py --arms cotenant --seconds 20
 
 Handwritten digits are sent as a stream of requests; every few seconds the camera turns, and the
 model's accuracy falls. A training job learns from the labels that arrive a second late and
 publishes new versions, which the node checks, warms and swaps in. The same stream runs in three
-arms, one after another: Weft; no scheduling; a fixed split of the cores. See README.md.
+arms, one after another: Cotenant; no scheduling; a fixed split of the cores. See README.md.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ def main() -> int:
     if missing:
         print(
             f"the demo needs {', '.join(missing)}; install what it needs with:"
-            " pip install 'weft[demo]'",
+            " pip install 'cotenant[demo]'",
             file=sys.stderr,
         )
         return 2
     from cleanup import nothing_left
 
-    from weft.domain.errors import WeftError
+    from cotenant.domain.errors import CotenantError
 
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nstopped; nothing is left behind", file=sys.stderr)
         return 130
-    except (WeftError, OSError) as error:
+    except (CotenantError, OSError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     return 0
@@ -83,7 +83,7 @@ def _tell(args: argparse.Namespace, directory: Path) -> None:
 
 
 _ABOUT = {
-    "weft": "the job runs on every core that no request needs at the moment",
+    "cotenant": "the job runs on every core that no request needs at the moment",
     "unscheduled": "a plain server and the job, both on all cores",
     "split": "the server on the first core, the job on the others",
 }
@@ -95,7 +95,7 @@ def _prepare(args: argparse.Namespace, directory: Path) -> Any:
     from arms import OBJECTIVE_MS, Box
     from stream import TEST, make_digits, make_stream, write_samples
 
-    from weft.cli.bench.arrivals import poisson
+    from cotenant.cli.bench.arrivals import poisson
 
     cores = sorted(os.sched_getaffinity(0))
     print(
@@ -126,7 +126,7 @@ def _prepare(args: argparse.Namespace, directory: Path) -> Any:
 
 
 def _run_arm(name: str, box: Any, seconds: float) -> tuple[Any, list[Any]]:
-    """One arm from start to end: what was seen, and (Weft only) who had the cores."""
+    """One arm from start to end: what was seen, and (Cotenant only) who had the cores."""
     from arms import Arm
     from cores import read_spans
 
@@ -139,7 +139,7 @@ def _run_arm(name: str, box: Any, seconds: float) -> tuple[Any, list[Any]]:
         run = arm.run(seconds, Live(box.stream, box.digits, len(box.cores)).watch)
     finally:
         arm.stop()
-    spans = read_spans(arm.journal, run.start_ns, seconds) if name == "weft" else []
+    spans = read_spans(arm.journal, run.start_ns, seconds) if name == "cotenant" else []
     return run, spans
 
 
@@ -152,10 +152,10 @@ def _write(
 ) -> None:
     from picture import draw
 
-    from weft import __version__
+    from cotenant import __version__
 
     document = {
-        "weft": __version__,
+        "cotenant": __version__,
         "date": time.strftime("%Y-%m-%d"),
         "machine": {
             "cores": len(box.cores),
@@ -173,7 +173,7 @@ def _write(
             name: {"summary": _plain(summaries[name]), **_samples(run)}
             for name, run in runs.items()
         },
-        "weft_core_spans": [
+        "cotenant_core_spans": [
             [s.core, round(s.since, 6), round(s.until, 6), s.holder] for s in spans
         ],
     }

@@ -1,4 +1,4 @@
-"""The picture of the demo: latency, accuracy and training of all arms, and Weft's cores."""
+"""The picture of the demo: latency, accuracy and training of all arms, and Cotenant's cores."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 
-COLOURS = {"weft": "#0b6e4f", "unscheduled": "#c8553d", "split": "#3d5a98"}
+COLOURS = {"cotenant": "#0b6e4f", "unscheduled": "#c8553d", "split": "#3d5a98"}
 SERVED_COLOUR, TRAINED_COLOUR, IDLE_COLOUR = "#d1495b", "#66a182", "#eceae4"
 INK, FAINT = "#22262b", "#8a9099"
 BIN_S = 0.5
@@ -44,7 +44,7 @@ def draw(
     summaries: dict[str, dict[str, float]],
     spans: list[Span],
 ) -> None:
-    """Write the PNG. ``spans`` (of the arm ``weft``) may be empty."""
+    """Write the PNG. ``spans`` (of the arm ``cotenant``) may be empty."""
     with pyplot.rc_context(STYLE):
         heights = [3.0, 2.4, 1.7] + ([2.2] if spans else [])
         size = (5.0 * max(2, len(runs)), 1.35 * sum(heights))
@@ -174,7 +174,7 @@ def _cores_over_time(axis: Axes, box: Box, spans: list[Span], seconds: float) ->
     axis.set_ylim(0, 100)
     axis.set_xlabel("seconds into the stream")
     axis.set_ylabel("core time, %")
-    axis.set_title("Weft: who had the cores", color=COLOURS["weft"], pad=18)
+    axis.set_title("Cotenant: who had the cores", color=COLOURS["cotenant"], pad=18)
     axis.legend(loc="lower left", bbox_to_anchor=(0, 0.99), ncols=3, fontsize=8.5)
 
 
@@ -201,6 +201,6 @@ def _zoom(axis: Axes, box: Box, spans: list[Span]) -> None:
     axis.set_title(
         f"its busiest {ZOOM_S * 1e3:.0f} ms, from the journal: each request takes a core and"
         " gives it back",
-        color=COLOURS["weft"],
+        color=COLOURS["cotenant"],
         pad=18,
     )

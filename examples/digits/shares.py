@@ -6,9 +6,13 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from weft.devices import proctree
+from cotenant.devices import proctree
 
-_MARKS = {b"weft.runtime.worker": "served", b"weft.cli.main": "served", b"train.py": "trained"}
+_MARKS = {
+    b"cotenant.runtime.worker": "served",
+    b"cotenant.cli.main": "served",
+    b"train.py": "trained",
+}
 
 
 class CoreTime(NamedTuple):

@@ -1,8 +1,8 @@
 """The training job: keeps learning from recent labelled images and publishes what is better.
 
-Any PyTorch program could stand here. It knows nothing of Weft but ``weft.report``, which does
-nothing outside Weft, and the layout of a model directory: a version is a directory with a number
-for its name, ``model.onnx`` and, for the node's own check of accuracy, ``check.npz``.
+Any PyTorch program could stand here. It knows nothing of Cotenant but ``cotenant.report``, which
+does nothing outside Cotenant, and the layout of a model directory: a version is a directory with a
+number for its name, ``model.onnx`` and, for the node's own check of accuracy, ``check.npz``.
 
     train.py --models DIR --samples FILE --first 160       make version 1 and end
     train.py --models DIR --samples FILE --counter FILE    go on from the newest version for ever
@@ -25,7 +25,7 @@ import torch
 from counter import Counter
 from torch import Tensor, nn
 
-import weft
+import cotenant
 
 BATCH = 128
 PIECES = 4
@@ -211,7 +211,7 @@ def go_on(args: argparse.Namespace) -> None:
     while True:
         loss = trainer.step(samples)
         counter.step()
-        weft.report(step=counter.steps, loss=loss)
+        cotenant.report(step=counter.steps, loss=loss)
         if counter.steps % LOOK_EVERY or args.samples.stat().st_mtime_ns == seen:
             continue
         seen = args.samples.stat().st_mtime_ns
@@ -219,7 +219,7 @@ def go_on(args: argparse.Namespace) -> None:
         if len(samples.check_labels) < LEAST_CHECK:
             continue
         candidate, current = accuracy(trainer.network, samples), accuracy(served, samples)
-        weft.report(step=counter.steps, candidate=candidate, current=current)
+        cotenant.report(step=counter.steps, candidate=candidate, current=current)
         # Few images are held out: a small difference is no difference. And a new version costs
         # the box a second of computing until it serves, so not one after the other.
         rested = time.monotonic() - publisher.at >= args.pause

@@ -14,7 +14,7 @@ from sklearn.model_selection import train_test_split
 
 
 def main() -> None:
-    """Train, write the model and the data that Weft checks it with."""
+    """Train, write the model and the data that Cotenant checks it with."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--version", default="1", help="version directory to write (default: 1)")
     version = parser.parse_args().version
@@ -22,7 +22,7 @@ def main() -> None:
     x, x_check, y, y_check = train_test_split(images / 16.0, labels, random_state=0)
     fitted = LogisticRegression(max_iter=500).fit(x, y)
     target = Path("models/digits") / version
-    # Beside its final place first: Weft must never see half a version.
+    # Beside its final place first: Cotenant must never see half a version.
     made = target.with_name(f".{version}.tmp")
     made.mkdir(parents=True)
     weights = numpy_helper.from_array(fitted.coef_.T.astype(np.float32), "weights")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from sklearn.datasets import load_digits
 
-import weft
+import cotenant
 
 images, labels = load_digits(return_X_y=True)
 x, y = images / 16.0, np.eye(10)[labels]
@@ -18,4 +18,4 @@ while True:
     weights -= 0.5 * x.T @ (chances - y) / len(x)
     step += 1
     loss = -np.log(chances[np.arange(len(x)), labels]).mean()
-    weft.report(step=step, loss=float(loss))
+    cotenant.report(step=step, loss=float(loss))

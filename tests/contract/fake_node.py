@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import uvloop
 
-from weft.domain.errors import InvalidRequest, ModelError, NotFound
-from weft.domain.port import (
+from cotenant.domain.errors import InvalidRequest, ModelError, NotFound
+from cotenant.domain.port import (
     IndexEntry,
     InferCall,
     InferResult,
@@ -26,12 +26,12 @@ from weft.domain.port import (
     TensorOut,
     Withdraw,
 )
-from weft.domain.workload import JobSpec
-from weft.serving.grpc_front import GrpcFront
-from weft.serving.http_front import HttpFront
-from weft.serving.intake import Intake
-from weft.serving.rest import build_app
-from weft.serving.tensors import Limits
+from cotenant.domain.workload import JobSpec
+from cotenant.serving.grpc_front import GrpcFront
+from cotenant.serving.http_front import HttpFront
+from cotenant.serving.intake import Intake
+from cotenant.serving.rest import build_app
+from cotenant.serving.tensors import Limits
 
 NUMPY = {"FP32": np.float32, "INT32": np.int32, "INT8": np.int8, "FP64": np.float64}
 
@@ -146,7 +146,7 @@ class FakeNode:
         }
 
     def metrics(self) -> bytes:
-        return b"# TYPE weft_requests counter\nweft_requests 1\n"
+        return b"# TYPE cotenant_requests counter\ncotenant_requests 1\n"
 
     def status(self) -> dict[str, Any]:
         return {"node": "fake"}
@@ -160,7 +160,7 @@ class FakeNode:
 
     def cancel_job(self, ref: str) -> str:
         if ref not in ("j1", "train"):
-            raise NotFound(f"no job {ref!r}; see weft jobs")
+            raise NotFound(f"no job {ref!r}; see cotenant jobs")
         return "j1"
 
     hold_job = release_job = cancel_job

@@ -16,13 +16,13 @@ from typing import Any
 
 import pytest
 
-from weft.devices import cpu, proctree
-from weft.devices.base import Device
-from weft.devices.cpu import JOB_NICE, WORKER_PRIORITY, CpuDevice
-from weft.devices.null import NullDevice
-from weft.domain.device import Partition, PreemptLevel
-from weft.domain.errors import DeviceError, EnvironmentProblem
-from weft.domain.units import S
+from cotenant.devices import cpu, proctree
+from cotenant.devices.base import Device
+from cotenant.devices.cpu import JOB_NICE, WORKER_PRIORITY, CpuDevice
+from cotenant.devices.null import NullDevice
+from cotenant.domain.device import Partition, PreemptLevel
+from cotenant.domain.errors import DeviceError, EnvironmentProblem
+from cotenant.domain.units import S
 
 PATIENCE_S = 20.0
 CORES = tuple(sorted(os.sched_getaffinity(0)))[:2]
@@ -463,7 +463,7 @@ def test_with_real_time_workers_come_before_jobs_and_are_bounded(
 def test_closing_gives_this_process_its_priority_back() -> None:
     script = (
         "import os\n"
-        "from weft.devices.cpu import CpuDevice\n"
+        "from cotenant.devices.cpu import CpuDevice\n"
         "device = CpuDevice()\n"
         "device.open()\n"
         "device.protect_self()\n"
@@ -478,7 +478,7 @@ def test_closing_gives_this_process_its_priority_back() -> None:
 
 SHOW = (
     "import json\n"
-    "from weft.devices.cpu import CpuDevice\n"
+    "from cotenant.devices.cpu import CpuDevice\n"
     "device = CpuDevice()\n"
     "device.open()\n"
     "print(json.dumps([device.spec.preempt.name, device.spec.units, device.spec.limits]))\n"

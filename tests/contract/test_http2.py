@@ -24,11 +24,10 @@ import pytest
 from hpack import Decoder, Encoder
 from tritonclient.grpc import service_pb2
 
-from tests.contract.fake_node import eventually, serving
-from weft.domain.port import Refused
-from weft.domain.request import Refusal
-from weft.serving import http2
-from weft.serving.http2_frames import (
+from cotenant.domain.port import Refused
+from cotenant.domain.request import Refusal
+from cotenant.serving import http2
+from cotenant.serving.http2_frames import (
     ACK,
     CONTINUATION,
     DATA,
@@ -52,7 +51,8 @@ from weft.serving.http2_frames import (
     settings,
     word_frame,
 )
-from weft.serving.tensors import Limits
+from cotenant.serving.tensors import Limits
+from tests.contract.fake_node import eventually, serving
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
 STREAM_INFER = "/inference.GRPCInferenceService/ModelStreamInfer"
@@ -667,7 +667,7 @@ def test_small_messages_count_for_more_than_their_bytes() -> None:
         client.send(number, framed(infer_message("sleepy")) * 64, ends=False)
         client.send(number, framed(b"") * 1000, ends=False)
         answer = client.answer(number)
-        assert (answer.status, answer.headers["weft-refusal"]) == (8, "MEMORY")
+        assert (answer.status, answer.headers["cotenant-refusal"]) == (8, "MEMORY")
         assert eventually(lambda: served.intake.budget.held == 0)
 
 
@@ -863,14 +863,14 @@ def test_messages_share_the_memory_of_all_bodies() -> None:
         held = client.open()
         client.send(held, big[:-10], ends=False)
         answer = client.answer(client.call(big))
-        assert (answer.status, answer.headers["weft-refusal"]) == (8, "MEMORY")
+        assert (answer.status, answer.headers["cotenant-refusal"]) == (8, "MEMORY")
         assert int(answer.headers["retry-after-ms"]) > 0
         client.send(held, big[-10:])
         assert client.answer(held).status == 0
         assert client.answer(client.call(big)).status == 0
         packed = framed(gzip.compress(bytes(300_000)), packed=1)
         answer = client.answer(client.call(packed, head(grpc_encoding="gzip")))
-        assert (answer.status, answer.headers["weft-refusal"]) == (8, "MEMORY")
+        assert (answer.status, answer.headers["cotenant-refusal"]) == (8, "MEMORY")
         assert eventually(lambda: served.intake.budget.held == 0)
 
 

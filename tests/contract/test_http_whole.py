@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from cotenant.serving.tensors import Limits
 from tests.contract.fake_node import eventually, serving
 from tests.contract.test_serving import AUTH, GOOD, ROUTE, ask, post, read_all
-from weft.serving.tensors import Limits
 
 SLEEPY = "/v2/models/sleepy/infer"
 BODY = json.dumps(GOOD).encode()
@@ -196,7 +196,7 @@ def test_bodies_share_a_memory_budget() -> None:
     with serving(limits) as served:
         held = [send(served, post(len(BODY), SLEEPY), BODY) for _ in range(2)]
         assert all(served.node.waiting.acquire(timeout=20) for _ in held)
-        assert ask(served, "POST", ROUTE, GOOD)[1]["weft-refusal"] == "MEMORY"
+        assert ask(served, "POST", ROUTE, GOOD)[1]["cotenant-refusal"] == "MEMORY"
         held.pop().close()
         assert served.node.withdrawn.acquire(timeout=20)
         assert ask(served, "POST", ROUTE, GOOD)[0] == 200
@@ -257,7 +257,7 @@ def test_a_connection_too_many_is_told_so_and_the_others_go_on() -> None:
         head, _, body = read_all(third).lower().partition(b"\r\n\r\n")  # until it is closed
         assert head.startswith(b"http/1.1 503")
         assert b"retry-after: 1" in head
-        assert b"weft-refusal: unavailable" in head
+        assert b"cotenant-refusal: unavailable" in head
         assert b"2 connections" in body
         kept[0].sendall(request)
         assert one_answer(kept[0])[0] == 200

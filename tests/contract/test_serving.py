@@ -21,13 +21,13 @@ import tritonclient.http as triton
 import tritonclient.utils.shared_memory as shm
 from tritonclient.utils import InferenceServerException
 
+from cotenant.domain.errors import EnvironmentProblem, InvalidRequest, NotFound, TooLarge
+from cotenant.domain.port import Refused
+from cotenant.domain.request import Refusal
+from cotenant.serving.http_front import HEADER_BYTES, HttpFront
+from cotenant.serving.regions import Regions
+from cotenant.serving.tensors import Limits
 from tests.contract.fake_node import serving
-from weft.domain.errors import EnvironmentProblem, InvalidRequest, NotFound, TooLarge
-from weft.domain.port import Refused
-from weft.domain.request import Refusal
-from weft.serving.http_front import HEADER_BYTES, HttpFront
-from weft.serving.regions import Regions
-from weft.serving.tensors import Limits
 
 X = np.arange(4, dtype=np.float32).reshape(1, 4)
 GOOD = {"inputs": [{"name": "x", "shape": [1, 4], "datatype": "FP32", "data": [0, 1, 2, 3]}]}
@@ -140,7 +140,7 @@ def test_client_sees_health_and_metadata(served: Any, client: Any) -> None:
     assert client.is_model_ready("double", "1")
     assert not client.is_model_ready("double", "9")
     assert not client.is_model_ready("nothing")
-    assert client.get_server_metadata()["name"] == "weft"
+    assert client.get_server_metadata()["name"] == "cotenant"
     meta = client.get_model_metadata("double", "1")
     assert meta["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1, 4]}]
     config = client.get_model_config("double")
@@ -250,7 +250,7 @@ def test_a_region_is_bounded(client: Any, region: Any) -> None:
         ("..", "POSIX shared memory"),
         ("", "POSIX shared memory"),
         ("a\0b", "POSIX shared memory"),
-        ("/weft-pool", "reserved"),
+        ("/cotenant-pool", "reserved"),
         ("sem.x", "reserved"),
         ("/not-there-at-all", "no shared memory has the key"),
         ("x" * 300, "POSIX shared memory"),
@@ -321,8 +321,8 @@ def test_refusals_say_why_and_when_to_retry(served: Any, refusal: Refusal, statu
     got, headers, body = ask(served, "POST", ROUTE, GOOD)
     assert got == status
     assert body == {"error": f"{refusal.value}: a detail"}
-    assert headers["weft-refusal"] == refusal.name
-    retry = (headers.get("retry-after"), headers.get("weft-retry-after-ms"))
+    assert headers["cotenant-refusal"] == refusal.name
+    retry = (headers.get("retry-after"), headers.get("cotenant-retry-after-ms"))
     assert retry == (("2", "1201") if status in (429, 503) else (None, None))
 
 
@@ -330,13 +330,13 @@ def test_refusals_say_why_and_when_to_retry(served: Any, refusal: Refusal, statu
 def test_what_has_gone_is_to_be_asked_for_again_in_a_second(served: Any, refusal: Refusal) -> None:
     served.node.refuse = Refused(refusal, 0, "")
     _, headers, _ = ask(served, "POST", ROUTE, GOOD)
-    assert (headers["retry-after"], headers["weft-retry-after-ms"]) == ("1", "1000")
+    assert (headers["retry-after"], headers["cotenant-retry-after-ms"]) == ("1", "1000")
 
 
 def test_a_short_wait_is_still_a_whole_second(served: Any) -> None:
     served.node.refuse = Refused(Refusal.QUEUE_FULL, 1, "")
     _, headers, _ = ask(served, "POST", ROUTE, GOOD)
-    assert (headers["retry-after"], headers["weft-retry-after-ms"]) == ("1", "1")
+    assert (headers["retry-after"], headers["cotenant-retry-after-ms"]) == ("1", "1")
 
 
 def test_errors_have_their_status(served: Any) -> None:
@@ -362,7 +362,7 @@ def test_a_bug_is_answered_without_its_details(served: Any, caplog: Any) -> None
 def test_metrics_and_index(served: Any) -> None:
     status, headers, body = ask(served, "GET", "/metrics")
     assert (status, headers["content-type"].split(";")[0]) == (200, "text/plain")
-    assert b"weft_requests 1" in body
+    assert b"cotenant_requests 1" in body
     ready = ask(served, "POST", "/v2/repository/index", {"ready": True})[2]
     assert len(ready) == 3
     assert ask(served, "POST", "/v2/repository/index", "[")[0] == 400
@@ -468,7 +468,7 @@ def test_bodies_share_a_memory_budget(narrow: Any) -> None:
         second.close()
         if b"429" in answers[:20]:
             break
-    assert b"weft-refusal: MEMORY" in answers
+    assert b"cotenant-refusal: MEMORY" in answers
     first.close()
 
 
@@ -548,7 +548,7 @@ def test_stopping_answers_those_that_wait() -> None:
         served.run(served.fronts[0].stop(0.1))
         thread.join(20)
         status, headers, _ = answers[0]
-        assert (status, headers["weft-refusal"]) == (503, "SHUTTING_DOWN")
+        assert (status, headers["cotenant-refusal"]) == (503, "SHUTTING_DOWN")
         assert served.node.withdrawn.acquire(timeout=20)
         with pytest.raises(ConnectionRefusedError):
             raw(served, b"")

@@ -18,12 +18,12 @@ import tritonclient.utils.shared_memory as shm
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
+from cotenant.domain.errors import EnvironmentProblem
+from cotenant.domain.port import Refused
+from cotenant.domain.request import Refusal
+from cotenant.serving.grpc_front import STREAM_WINDOW, GrpcFront
+from cotenant.serving.tensors import Limits
 from tests.contract.fake_node import serving
-from weft.domain.errors import EnvironmentProblem
-from weft.domain.port import Refused
-from weft.domain.request import Refusal
-from weft.serving.grpc_front import STREAM_WINDOW, GrpcFront
-from weft.serving.tensors import Limits
 
 X = np.arange(4, dtype=np.float32).reshape(1, 4)
 
@@ -101,7 +101,7 @@ def test_client_sees_health_and_metadata(client: Any) -> None:
     assert client.is_server_ready()
     assert client.is_model_ready("double", "1")
     assert not client.is_model_ready("nothing")
-    assert client.get_server_metadata().name == "weft"
+    assert client.get_server_metadata().name == "cotenant"
     meta = client.get_model_metadata("double")
     assert (meta.inputs[0].name, list(meta.inputs[0].shape)) == ("x", [-1, 4])
     config = client.get_model_config("double").config
@@ -196,7 +196,7 @@ def test_a_refusal_on_a_stream_says_why(served: Any, stub: Any) -> None:
     assert answer.error_message == Refusal.QUEUE_FULL.value
     assert answer.infer_response.id == "r1"
     parameters = answer.infer_response.parameters
-    assert parameters["weft-refusal"].string_param == "QUEUE_FULL"
+    assert parameters["cotenant-refusal"].string_param == "QUEUE_FULL"
     assert parameters["retry-after-ms"].string_param == "2"
 
 
@@ -337,7 +337,7 @@ def test_refusals_say_why_and_when_to_retry(
     metadata = dict(error.value.trailing_metadata())
     assert error.value.code().name == code
     assert error.value.details() == f"{refusal.value}: a detail"
-    assert metadata["weft-refusal"] == refusal.name
+    assert metadata["cotenant-refusal"] == refusal.name
     assert metadata.get("retry-after-ms") == ("3" if retry else None)
 
 

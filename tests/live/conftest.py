@@ -1,4 +1,4 @@
-"""A real box for tests: models on disk, ``weft serve`` as a process, and clients that talk to it.
+"""A real box for tests: models on disk, ``cotenant serve`` as a process, clients that talk to it.
 
 Tests get it through the fixtures ``boxes`` (makes one, ends it, looks for what is left) and
 ``sabotage`` (lets workers misbehave on purpose, by what stands in the model's directory).
@@ -31,18 +31,18 @@ import pytest
 import yaml
 from onnx import TensorProto, helper, numpy_helper
 
-from weft.cli import wiring
-from weft.cli.bench.loadgen import PRIORITY
-from weft.devices import proctree
-from weft.domain.errors import WeftError
-from weft.domain.port import JobStatus
-from weft.domain.workload import JobSpec
-from weft.runtime.node import Node
-from weft.serving.control import ControlClient
-from weft.serving.http_front import HttpFront
-from weft.serving.intake import Intake
-from weft.serving.rest import build_app
-from weft.serving.tensors import Limits
+from cotenant.cli import wiring
+from cotenant.cli.bench.loadgen import PRIORITY
+from cotenant.devices import proctree
+from cotenant.domain.errors import CotenantError
+from cotenant.domain.port import JobStatus
+from cotenant.domain.workload import JobSpec
+from cotenant.runtime.node import Node
+from cotenant.serving.control import ControlClient
+from cotenant.serving.http_front import HttpFront
+from cotenant.serving.intake import Intake
+from cotenant.serving.rest import build_app
+from cotenant.serving.tensors import Limits
 
 PATIENCE_S = 40.0
 """A bound on waiting, never a measure: what takes this long will not happen."""
@@ -297,7 +297,7 @@ class Load:
 
 
 class Box:
-    """One ``weft serve`` process with its models and state in ``directory``."""
+    """One ``cotenant serve`` process with its models and state in ``directory``."""
 
     def __init__(self, directory: Path, env: dict[str, str]) -> None:
         self.directory = directory
@@ -307,7 +307,7 @@ class Box:
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
         self._mark = secrets.token_hex(8)
-        self._env = env | {"WEFT_TEST_BOX": self._mark}
+        self._env = env | {"COTENANT_TEST_BOX": self._mark}
 
     # life
 
@@ -324,7 +324,7 @@ class Box:
         }
         services = [{"objective": {"latency": "2s"}, **service} for service in services]
         config = {"node": node, "services": services, **sections}
-        (self.directory / "weft.yaml").write_text(yaml.safe_dump(config))
+        (self.directory / "cotenant.yaml").write_text(yaml.safe_dump(config))
         return self
 
     def start(self, ready: bool = True) -> Box:
@@ -338,7 +338,7 @@ class Box:
         """Only start the process."""
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "weft.cli.main", "serve", "weft.yaml"],
+                [sys.executable, "-m", "cotenant.cli.main", "serve", "cotenant.yaml"],
                 cwd=self.directory,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -351,7 +351,7 @@ class Box:
     def _serves(self, ready: bool) -> bool:
         assert self.process is not None
         assert self.process.poll() is None, f"it ended: {self.log()}"
-        with contextlib.suppress(WeftError):
+        with contextlib.suppress(CotenantError):
             status = self.status()
             return bool(status["http"]) and (status["ready"] or not ready)
         return False
@@ -365,7 +365,7 @@ class Box:
 
     def processes(self) -> list[int]:
         """Everything that was started for this box and lives."""
-        return proctree.marked("WEFT_TEST_BOX", self._mark)
+        return proctree.marked("COTENANT_TEST_BOX", self._mark)
 
     def close(self) -> None:
         """End it and whatever it left."""
@@ -414,7 +414,7 @@ class Box:
         found = []
         for pid in proctree.descendants(self.process.pid):
             with contextlib.suppress(OSError):
-                if b"weft.runtime.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                if b"cotenant.runtime.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     found.append(pid)
         return sorted(found)
 
@@ -492,7 +492,7 @@ class Box:
     @contextlib.asynccontextmanager
     async def here(self, clock: Callable[[], int] = time.monotonic_ns) -> AsyncIterator[Node]:
         """The node within this process, to look inside, with its HTTP front end."""
-        config = wiring.read_config(self.directory / "weft.yaml")
+        config = wiring.read_config(self.directory / "cotenant.yaml")
         # This process keeps its ordinary priority.
         device = msgspec.structs.replace(config.device, realtime="never")
         limits = Limits(body_bytes=config.limits.body)
@@ -512,8 +512,8 @@ Boxes = Callable[..., Box]
 SABOTAGE = """
 import os, signal, sys, threading, time
 
-if "weft.runtime.worker" in sys.orig_argv:
-    from weft.engines import onnx
+if "cotenant.runtime.worker" in sys.orig_argv:
+    from cotenant.engines import onnx
 
     class Sabotaged(onnx.OnnxEngine):
         def __init__(self, path, units):
@@ -562,7 +562,7 @@ def _boxes(new: Callable[[], Path]) -> Iterator[Boxes]:
 @pytest.fixture
 def directory() -> Iterator[Path]:
     """One whose path is short, as that of a Unix socket in it must be."""
-    path = Path(tempfile.mkdtemp(prefix="weft-"))
+    path = Path(tempfile.mkdtemp(prefix="cotenant-"))
     yield path
     shutil.rmtree(path, ignore_errors=True)
 

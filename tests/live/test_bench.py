@@ -15,12 +15,12 @@ from tests.marked import PATIENCE_S, Marked
 for needed in ("torch", "onnx"):
     pytest.importorskip(needed)
 
-COMMAND = ("-m", "weft", "bench", "colocate", "--load", "0.1", "--seconds", "1", "--arms")
+COMMAND = ("-m", "cotenant", "bench", "colocate", "--load", "0.1", "--seconds", "1", "--arms")
 
 
 def test_every_arm_is_reported(directory: Path) -> None:
     out = directory / "out.json"
-    arms = ("alone", "train", "weft")
+    arms = ("alone", "train", "cotenant")
     bench = Marked(directory, *COMMAND, ",".join(arms), "--rounds", "1", "--json", str(out))
     try:
         assert bench.process.wait(PATIENCE_S) == 0, bench.said
@@ -31,13 +31,13 @@ def test_every_arm_is_reported(directory: Path) -> None:
         figures = load["arms"][arm]
         assert (figures["train_rate"] > 0) == (arm != "alone"), figures
         assert (figures["p99_ms"] is None) == (arm == "train"), figures
-    assert set(load["ratios"]["weft"]) >= {"p99_vs_alone", "train_vs_left"}
+    assert set(load["ratios"]["cotenant"]) >= {"p99_vs_alone", "train_vs_left"}
     assert left_behind(bench) == []
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_however_it_ends_nothing_is_left_behind(directory: Path, sent: signal.Signals) -> None:
-    bench = Marked(directory, *COMMAND, "alone,train,weft", "--rounds", "60")
+    bench = Marked(directory, *COMMAND, "alone,train,cotenant", "--rounds", "60")
     try:
         bench.wait_for("round 1/60")
         os.kill(bench.process.pid, sent)

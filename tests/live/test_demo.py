@@ -25,7 +25,7 @@ class Demo(Marked):
 
 
 def test_a_short_run_writes_its_picture_and_its_samples(directory: Path) -> None:
-    demo = Demo(directory, "--arms", "weft", "--seconds", "4")
+    demo = Demo(directory, "--arms", "cotenant", "--seconds", "4")
     try:
         assert demo.process.wait(PATIENCE_S) == 0, demo.said
     finally:
@@ -33,20 +33,20 @@ def test_a_short_run_writes_its_picture_and_its_samples(directory: Path) -> None
     picture = (directory / "out" / "demo.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 20_000
     document = json.loads((directory / "out" / "demo.json").read_text())
-    arm = document["arms"]["weft"]
+    arm = document["arms"]["cotenant"]
     requests = len(document["stream"]["due_s"])
     assert len(arm["status"]) == len(arm["latency_ms"]) == len(arm["predicted"]) == requests
     assert arm["status"].count(200) > requests / 2
     assert arm["summary"]["steps_per_s"] > 0
-    assert {holder for *_, holder in document["weft_core_spans"]} == {"served", "trained"}
+    assert {holder for *_, holder in document["cotenant_core_spans"]} == {"served", "trained"}
     assert "req/s" in demo.said and "last stage" in demo.said
     assert demo.left_behind() == []
 
 
 def test_ctrl_c_leaves_nothing_behind(directory: Path) -> None:
-    demo = Demo(directory, "--arms", "weft", "--seconds", "30")
+    demo = Demo(directory, "--arms", "cotenant", "--seconds", "30")
     try:
-        demo.wait_for("Weft     ")  # the first line of the live table
+        demo.wait_for("Cotenant     ")  # the first line of the live table
         os.killpg(demo.process.pid, signal.SIGINT)
         assert demo.process.wait(30) == 130, demo.said
     finally:

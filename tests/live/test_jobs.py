@@ -18,15 +18,15 @@ from typing import Any
 import pytest
 import uvloop
 
-from weft.devices import proctree
-from weft.domain.errors import EnvironmentProblem, InvalidRequest, NotFound
-from weft.domain.port import JobStatus
-from weft.domain.units import S
-from weft.domain.workload import JobSpec, RestartPolicy
-from weft.runtime.jobs import JobOptions, JobSupervisor
-from weft.runtime.jobshim import BoundedLog
-from weft.runtime.jobstore import JobStore
-from weft.runtime.jobverdict import RestartRules
+from cotenant.devices import proctree
+from cotenant.domain.errors import EnvironmentProblem, InvalidRequest, NotFound
+from cotenant.domain.port import JobStatus
+from cotenant.domain.units import S
+from cotenant.domain.workload import JobSpec, RestartPolicy
+from cotenant.runtime.jobs import JobOptions, JobSupervisor
+from cotenant.runtime.jobshim import BoundedLog
+from cotenant.runtime.jobstore import JobStore
+from cotenant.runtime.jobverdict import RestartRules
 
 PATIENCE_S = 30.0
 SOURCE = str(Path(__file__).parents[2] / "src")
@@ -180,7 +180,7 @@ print(json.dumps({
     "oom": open("/proc/self/oom_score_adj").read().strip(),
     "ignored": [l.split()[1] for l in open("/proc/self/status") if l.startswith("SigIgn")],
     "blocked": [l.split()[1] for l in open("/proc/self/status") if l.startswith("SigBlk")],
-    "env": {k: v for k, v in os.environ.items() if k.startswith(("WEFT", "GOMP", "MINE"))},
+    "env": {k: v for k, v in os.environ.items() if k.startswith(("COTENANT", "GOMP", "MINE"))},
 }))
 """
 
@@ -208,9 +208,9 @@ print(json.dumps({
             assert int(seen["blocked"][0], 16) == 0
             assert seen["env"]["MINE"] == "1"
             assert seen["env"]["GOMP_SPINCOUNT"] == "1000"
-            assert seen["env"]["WEFT_JOB_ID"] == ids[1]
-            assert seen["env"]["WEFT_REPORT_SOCKET"] == str(tmp_path / "report.sock")
-            assert seen["env"]["WEFT_JOB_RUN"]
+            assert seen["env"]["COTENANT_JOB_ID"] == ids[1]
+            assert seen["env"]["COTENANT_REPORT_SOCKET"] == str(tmp_path / "report.sock")
+            assert seen["env"]["COTENANT_JOB_RUN"]
 
     run(main)
 
@@ -258,7 +258,7 @@ def test_forks_and_daemons_die_with_their_job(tmp_path: Path) -> None:
             )
             id = n.submit(script)
             await n.state(id, "succeeded")
-            assert not proctree.marked("WEFT_JOB_ID", id)
+            assert not proctree.marked("COTENANT_JOB_ID", id)
 
     run(main)
 
@@ -281,7 +281,7 @@ def test_cancel_gives_grace_and_then_takes_all(tmp_path: Path) -> None:
             assert (await n.state(kind, "cancelled")).reason == "cancelled"
             assert (await n.state(deaf, "cancelled")).reason == "it could not be made to yield"
             assert n.lines("saved") == ["saved"]
-            assert not proctree.marked("WEFT_JOB_ID", deaf)
+            assert not proctree.marked("COTENANT_JOB_ID", deaf)
             assert sorted(n.calls) == sorted(
                 (call, id) for id in (kind, deaf) for call in ("ready", "exited")
             )
@@ -399,7 +399,7 @@ def test_hold_stops_a_job_and_release_continues_it(tmp_path: Path) -> None:
 def test_progress_comes_from_reports_else_from_cpu_time(tmp_path: Path) -> None:
     report = """
 import time
-from weft.report import report
+from cotenant.report import report
 step = 0
 while True:
     step += 1
@@ -444,7 +444,7 @@ while True:
 def test_closing_stops_all_and_the_next_daemon_takes_them_up(tmp_path: Path) -> None:
     async def main() -> None:
         async with node(tmp_path, max_running=2) as n:
-            script = f"echo up >> $WEFT_JOB_ID; trap 'exit 0' TERM; {FOREVER}"
+            script = f"echo up >> $COTENANT_JOB_ID; trap 'exit 0' TERM; {FOREVER}"
             ids = [n.submit(script) for _ in range(3)]
             held = ids[1]
             await until(lambda: n.lines(ids[0]) and n.lines(held) and len(n.pids) == 2)
@@ -465,7 +465,7 @@ def test_closing_stops_all_and_the_next_daemon_takes_them_up(tmp_path: Path) -> 
 def test_a_directory_has_one_supervisor_and_a_short_path(tmp_path: Path) -> None:
     async def main() -> None:
         async with node(tmp_path):
-            with pytest.raises(EnvironmentProblem, match="another Weft"):
+            with pytest.raises(EnvironmentProblem, match="another Cotenant"):
                 await Node(tmp_path).jobs.open()
         deep = tmp_path / ("d" * 120)
         with pytest.raises(EnvironmentProblem, match="107; choose a state directory"):
@@ -484,7 +484,7 @@ def test_a_killed_shim_leaves_nothing_and_its_job_is_restarted(tmp_path: Path) -
             once = n.submit(FOREVER, restart=RestartPolicy.NEVER)
             await until(lambda: n.lines("runs") and len(n.pids) == 2)
             await until(lambda: len(proctree.descendants(n.pids[id])) >= 3)
-            first = proctree.marked("WEFT_JOB_ID", id)
+            first = proctree.marked("COTENANT_JOB_ID", id)
             for shim in (parent(n.pids[id]), parent(n.pids[once])):
                 os.kill(shim, signal.SIGKILL)
             await until(lambda: len(n.lines("runs")) == 2)
@@ -508,9 +508,9 @@ def parent(pid: int) -> int:
 DAEMON = """
 import asyncio, sys
 from pathlib import Path
-from weft.domain.workload import JobSpec, RestartPolicy
-from weft.runtime.jobs import JobSupervisor
-from weft.runtime.jobstore import JobStore
+from cotenant.domain.workload import JobSpec, RestartPolicy
+from cotenant.runtime.jobs import JobSupervisor
+from cotenant.runtime.jobstore import JobStore
 
 async def main():
     directory = Path(sys.argv[1])

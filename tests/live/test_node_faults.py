@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import uvloop
 
-from weft.telemetry.segments import SegmentFiles
+from cotenant.telemetry.segments import SegmentFiles
 
 if TYPE_CHECKING:
     from tests.live.conftest import Boxes

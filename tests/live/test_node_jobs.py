@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from weft.devices import proctree
+from cotenant.devices import proctree
 
 if TYPE_CHECKING:
     from collections.abc import Callable

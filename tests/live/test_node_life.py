@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from weft.devices import proctree
+from cotenant.devices import proctree
 
 if TYPE_CHECKING:
     from tests.live.conftest import Answer, Box, Boxes
@@ -28,7 +28,7 @@ def shared_memory() -> set[str]:
 
 def is_worker(pid: int) -> bool:
     try:
-        return b"weft.runtime.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        return b"cotenant.runtime.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return False
 
@@ -60,7 +60,7 @@ def test_a_state_directory_in_use_is_named_with_its_owner(boxes: Boxes) -> None:
 
 def test_a_wrong_configuration_is_one_line_and_exit_1(boxes: Boxes) -> None:
     box = boxes()
-    (box.directory / "weft.yaml").write_text("servces: []\n")
+    (box.directory / "cotenant.yaml").write_text("servces: []\n")
     assert box.spawn().wait(30) == 1
     assert "did you mean 'services'?" in box.log()
     assert "Traceback" not in box.log()
@@ -81,7 +81,7 @@ def test_sigterm_answers_what_was_accepted_and_leaves_nothing(boxes: Boxes) -> N
     ]
     for thread in threads:
         thread.start()
-    came = b'weft_requests_total{service="count"} 3.0'
+    came = b'cotenant_requests_total{service="count"} 3.0'
     box.until(lambda: came in box.ask("GET", "/metrics").body)
     assert box.stop(signal.SIGTERM) == 0
     for thread in threads:
@@ -154,7 +154,7 @@ def test_what_a_node_decided_is_decided_again_from_its_journal(boxes: Boxes) -> 
         box.until(lambda: box.service("double")["answered"] > 100)
     assert box.stop() == 0
     journal = str(box.state / "journal")
-    replay = [sys.executable, "-m", "weft", "replay", journal]
+    replay = [sys.executable, "-m", "cotenant", "replay", journal]
     done = subprocess.run(replay, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no difference" in done.stdout

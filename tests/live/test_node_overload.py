@@ -41,7 +41,7 @@ def test_overload_is_refused_fast_and_what_is_accepted_meets_its_objective(boxes
     refused = [a for a in answers if a.status != 200]
     assert len(accepted) + load.count(429) == len(answers)
     assert len(refused) > len(answers) / 3, "it was no overload"
-    assert all("weft-retry-after-ms" in a.headers for a in refused)
+    assert all("cotenant-retry-after-ms" in a.headers for a in refused)
     # What was admitted is judged by the node's own clock: the client may starve beside it.
     service = box.service("work")
     assert service["answered"] == len(accepted)

@@ -162,7 +162,7 @@ def test_an_input_on_which_the_model_fails_fails_alone(box: Box) -> None:
     assert batches(box, "pick") - before < 8, "nothing was batched"
     assert [a.values for a in answers[:7]] == [[i] for i in range(7)]
     assert answers[7].status == 400
-    assert answers[7].headers["weft-refusal"] == "FAILED"
+    assert answers[7].headers["cotenant-refusal"] == "FAILED"
 
 
 def test_outputs_that_do_not_match_the_rows_are_never_shared_out(box: Box) -> None:

@@ -9,17 +9,17 @@ import msgspec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.domain.device import PreemptLevel
+from cotenant.domain.plan import Plan
+from cotenant.domain.protocol import ANSWERS
+from cotenant.domain.request import Request
+from cotenant.domain.units import MS, S
+from cotenant.policy.dispatcher import Dispatcher
+from cotenant.policy.invariants import check
+from cotenant.policy.state import DispatcherState
 from tests.builders import cpu, plan
-from weft.domain import actions as a
-from weft.domain import events as e
-from weft.domain.device import PreemptLevel
-from weft.domain.plan import Plan
-from weft.domain.protocol import ANSWERS
-from weft.domain.request import Request
-from weft.domain.units import MS, S
-from weft.policy.dispatcher import Dispatcher
-from weft.policy.invariants import check
-from weft.policy.state import DispatcherState
 
 SERVICES = ("s0", "s1", "s2")
 JOBS = ("j0", "j1", "j2")

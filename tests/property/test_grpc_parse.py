@@ -7,8 +7,8 @@ from google.protobuf.message import DecodeError
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.serving import protos
-from weft.serving.grpc_codec import parse
+from cotenant.serving import protos
+from cotenant.serving.grpc_codec import parse
 
 Request = protos.ModelInferRequest
 

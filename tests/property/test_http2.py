@@ -12,11 +12,11 @@ from hpack import Encoder
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from weft.domain.port import InferCall, InferResult, OnOutcome, Refused, TensorOut, Withdraw
-from weft.domain.request import Refusal
-from weft.serving import http2, protos
-from weft.serving.grpc_front import GrpcFront
-from weft.serving.http2_frames import (
+from cotenant.domain.port import InferCall, InferResult, OnOutcome, Refused, TensorOut, Withdraw
+from cotenant.domain.request import Refusal
+from cotenant.serving import http2, protos
+from cotenant.serving.grpc_front import GrpcFront
+from cotenant.serving.http2_frames import (
     CONTINUATION,
     DATA,
     END_HEADERS,
@@ -31,8 +31,8 @@ from weft.serving.http2_frames import (
     settings,
     word_frame,
 )
-from weft.serving.intake import Intake
-from weft.serving.tensors import Limits
+from cotenant.serving.intake import Intake
+from cotenant.serving.tensors import Limits
 
 
 class Transport:

@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
-from weft.domain.errors import ConfigError
-from weft.domain.mig import Placement, Placements, Table, table, tables
+from cotenant.domain.errors import ConfigError
+from cotenant.domain.mig import Placement, Placements, Table, table, tables
 
 
 def brute_force(found: Table, media: bool) -> set[Placements]:

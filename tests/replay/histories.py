@@ -5,15 +5,15 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.domain.device import PreemptLevel
+from cotenant.domain.plan import Plan
+from cotenant.domain.snapshot import JobFacts, ServiceFacts, Snapshot
+from cotenant.domain.units import MS, S
+from cotenant.policy.planner import Planner
+from cotenant.telemetry.journal import Header, Journal, checkpoint
 from tests.property.test_dispatcher_random import Chaos
-from weft.domain import actions as a
-from weft.domain import events as e
-from weft.domain.device import PreemptLevel
-from weft.domain.plan import Plan
-from weft.domain.snapshot import JobFacts, ServiceFacts, Snapshot
-from weft.domain.units import MS, S
-from weft.policy.planner import Planner
-from weft.telemetry.journal import Header, Journal, checkpoint
 
 PLAN_EVERY = 20
 """Events between two runs of the planner."""

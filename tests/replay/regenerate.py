@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python -m tests.replay.regenerate
 
-Look at what ``weft replay tests/replay/golden`` says before: it names the first decision that
+Look at what ``cotenant replay tests/replay/golden`` says before: it names the first decision that
 changed. The result depends on the policy alone, so running it twice changes nothing.
 """
 
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import msgspec
 
+from cotenant.telemetry.records import MAGIC, Entry, Header, block, read
 from tests.replay.histories import record
-from weft.telemetry.records import MAGIC, Entry, Header, block, read
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -24,7 +24,7 @@ def entries() -> list[Entry]:
     with tempfile.TemporaryDirectory() as directory:
         record(Path(directory), seed=7, steps=600, segment_bytes=16_000)
         return [
-            msgspec.structs.replace(entry, weft="golden", run="golden")
+            msgspec.structs.replace(entry, cotenant="golden", run="golden")
             if isinstance(entry, Header)
             else entry
             for entry in read(directory)
@@ -34,9 +34,9 @@ def entries() -> list[Entry]:
 def main() -> None:
     """Replace the golden journal."""
     GOLDEN.mkdir(exist_ok=True)
-    for old in GOLDEN.glob("*.weftj"):
+    for old in GOLDEN.glob("*.cotj"):
         old.unlink()
-    (GOLDEN / "00000001-golden.weftj").write_bytes(MAGIC + block(entries()))
+    (GOLDEN / "00000001-golden.cotj").write_bytes(MAGIC + block(entries()))
 
 
 if __name__ == "__main__":

@@ -9,15 +9,15 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 
+from cotenant.domain import actions as a
+from cotenant.domain.errors import JournalError
+from cotenant.domain.plan import Plan
+from cotenant.sim.replay import replay
+from cotenant.telemetry.journal import Journal
+from cotenant.telemetry.records import Entry, Gap, Header, PlanRecord, Record, read, segments
 from tests.property.test_dispatcher_random import worlds
 from tests.replay.histories import Recorded, record, tamper
 from tests.replay.regenerate import GOLDEN, entries
-from weft.domain import actions as a
-from weft.domain.errors import JournalError
-from weft.domain.plan import Plan
-from weft.sim.replay import replay
-from weft.telemetry.journal import Journal
-from weft.telemetry.records import Entry, Gap, Header, PlanRecord, Record, read, segments
 
 
 @pytest.fixture(scope="module")
@@ -144,11 +144,11 @@ def test_a_restart_of_the_node_begins_a_new_run(tmp_path: Path) -> None:
     assert report.identical and (report.runs, report.events) == (2, events)
 
 
-def test_a_checkpoint_of_another_weft_is_an_error(history: list[Entry]) -> None:
+def test_a_checkpoint_of_another_cotenant_is_an_error(history: list[Entry]) -> None:
     header = history[0]
     assert isinstance(header, Header)
-    with pytest.raises(JournalError, match=r"written by Weft 9\.9 and does not fit"):
-        replay([msgspec.structs.replace(header, weft="9.9", dispatcher=b"\xc0")])
+    with pytest.raises(JournalError, match=r"written by Cotenant 9\.9 and does not fit"):
+        replay([msgspec.structs.replace(header, cotenant="9.9", dispatcher=b"\xc0")])
 
 
 def test_a_replay_of_nothing_reports_nothing() -> None:

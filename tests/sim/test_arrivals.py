@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from weft.domain.errors import ConfigError
-from weft.domain.units import S
-from weft.sim.arrivals import (
+from cotenant.domain.errors import ConfigError
+from cotenant.domain.units import S
+from cotenant.sim.arrivals import (
     Arrivals,
     Bursts,
     Diurnal,

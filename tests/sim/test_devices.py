@@ -7,20 +7,20 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.domain.device import Partition
+from cotenant.domain.mig import table
+from cotenant.domain.plan import Plan
+from cotenant.domain.snapshot import Snapshot
+from cotenant.policy.planner import Planner
+from cotenant.policy.planstate import Tuning
+from cotenant.sim.outcome import Outcome
+from cotenant.sim.policies import Scheduled, simulate
+from cotenant.sim.scenario import Scenario, one_box, parse_scenario
+from cotenant.sim.world import World, _Place
 from tests.sim.test_scenario import MIG, NPU
 from tests.unit.test_planner_mig import placements
-from weft.domain import actions as a
-from weft.domain import events as e
-from weft.domain.device import Partition
-from weft.domain.mig import table
-from weft.domain.plan import Plan
-from weft.domain.snapshot import Snapshot
-from weft.policy.planner import Planner
-from weft.policy.planstate import Tuning
-from weft.sim.outcome import Outcome
-from weft.sim.policies import Scheduled, simulate
-from weft.sim.scenario import Scenario, one_box, parse_scenario
-from weft.sim.world import World, _Place
 
 JOB = "jobs:\n  - {name: j, cost: {rate: 5, move: 2s}}\n"
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from weft.domain.units import MS
-from weft.sim.arrivals import Recorded, Thinned
-from weft.sim.feasible import Missed, with_changes
-from weft.sim.scenario import Scenario, parse_scenario
+from cotenant.domain.units import MS
+from cotenant.sim.arrivals import Recorded, Thinned
+from cotenant.sim.feasible import Missed, with_changes
+from cotenant.sim.scenario import Scenario, parse_scenario
 
 TWO = """
 name: two
@@ -54,7 +54,7 @@ def test_the_smallest_change_is_found_to_five_percent(latency_ms: float, share: 
     assert latency_ms <= found.latency / MS <= 1.06 * latency_ms
     assert share / 1.06 <= found.requests <= share
     assert len(needs.tried) <= 22
-    said = found.said("weft")
+    said = found.said("cotenant")
     assert f"latency: {found.latency / MS:g}ms or {100 * found.requests:.3g} % of" in said
     tried = {s.services[0].spec.slo.latency for s in needs.tried}
     assert found.latency in tried, "what is said was run"
@@ -63,22 +63,24 @@ def test_the_smallest_change_is_found_to_five_percent(latency_ms: float, share: 
 def test_where_nothing_in_reach_does_that_is_said() -> None:
     found = with_changes(parse_scenario(TWO, Path()), MISSED, Needs(1e6, 0.001))
     assert (found.latency, found.requests) == (None, None)
-    assert "neither 64 times the latency nor 1/64 of its requests would do" in found.said("weft")
+    assert "neither 64 times the latency nor 1/64 of its requests would do" in found.said(
+        "cotenant"
+    )
 
 
 def test_where_only_fewer_requests_do_that_is_said() -> None:
-    said = with_changes(parse_scenario(TWO, Path()), MISSED, Needs(1e6, 0.5)).said("weft")
+    said = with_changes(parse_scenario(TWO, Path()), MISSED, Needs(1e6, 0.5)).said("cotenant")
     assert said.endswith("; no latency up to 64 times as long would do, but 50 % of its requests")
 
 
 def test_it_is_infeasible_only_if_no_policy_meets_it() -> None:
     assert (
         "a misses its objective, infeasible for every policy here: 70 % of its requests"
-        in MISSED.said("weft")
+        in MISSED.said("cotenant")
     )
     met = msgspec.structs.replace(MISSED, met_by=("static", "shared"))
-    assert "a misses its objective, which static, shared met: 70 %" in met.said("weft")
-    assert "would do" not in met.said("weft"), "nothing was looked for"
+    assert "a misses its objective, which static, shared met: 70 %" in met.said("cotenant")
+    assert "would do" not in met.said("cotenant"), "nothing was looked for"
 
 
 def test_recorded_requests_that_had_the_objective_have_the_changed_one() -> None:

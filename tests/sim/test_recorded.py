@@ -7,23 +7,23 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from cotenant.cli.main import main
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.domain.errors import JournalError
+from cotenant.domain.plan import Plan
+from cotenant.domain.snapshot import Snapshot
+from cotenant.domain.units import S
+from cotenant.policy.dispatcher import Dispatcher
+from cotenant.policy.planner import Planner
+from cotenant.sim.policies import Scheduled, simulate
+from cotenant.sim.recorded import Recording
+from cotenant.sim.scenario import Scenario
+from cotenant.sim.world import World
+from cotenant.telemetry.journal import checkpoint
+from cotenant.telemetry.records import MAGIC, Entry, PlanRecord, Record, block
 from tests.sim.test_scenario import GOOD
 from tests.sim.test_world import scenario
-from weft.cli.main import main
-from weft.domain import actions as a
-from weft.domain import events as e
-from weft.domain.errors import JournalError
-from weft.domain.plan import Plan
-from weft.domain.snapshot import Snapshot
-from weft.domain.units import S
-from weft.policy.dispatcher import Dispatcher
-from weft.policy.planner import Planner
-from weft.sim.policies import Scheduled, simulate
-from weft.sim.recorded import Recording
-from weft.sim.scenario import Scenario
-from weft.sim.world import World
-from weft.telemetry.journal import checkpoint
-from weft.telemetry.records import MAGIC, Entry, PlanRecord, Record, block
 
 JOB = "{name: j, cost: {rate: 5, parallel: 0.5, resume: 0ms}}"
 
@@ -134,7 +134,7 @@ def test_costs_of_another_service_are_refused(run: Journaled) -> None:
 
 def write(entries: list[Entry], directory: Path) -> Path:
     directory.mkdir()
-    (directory / "00000001-x.weftj").write_bytes(MAGIC + block(entries))
+    (directory / "00000001-x.cotj").write_bytes(MAGIC + block(entries))
     return directory
 
 
@@ -142,7 +142,7 @@ def test_the_command_takes_a_journal_and_other_devices(
     run: Journaled, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     journal = str(write(run.entries, tmp_path / "journal"))
-    options = ["--policies", "weft,temporal", "--seeds", "1"]
+    options = ["--policies", "cotenant,temporal", "--seeds", "1"]
     assert main(["simulate", "--from-journal", journal, *options]) == 0
     said = capsys.readouterr().out
     assert "a recorded run's arrivals" in said
@@ -174,6 +174,6 @@ def test_what_does_not_go_together_is_said(
 def test_a_journal_of_another_version_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "1.weftj").write_bytes(b"weft journal 1\n")
+    (tmp_path / "1.cotj").write_bytes(b"cotenant journal 1\n")
     assert main(["simulate", "--from-journal", str(tmp_path)]) != 0
-    assert "journal format 1, this Weft reads 2" in capsys.readouterr().err
+    assert "journal format 1, this Cotenant reads 2" in capsys.readouterr().err

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from weft.domain.errors import ConfigError
-from weft.sim.scenario import parse_scenario, read_scenario
+from cotenant.domain.errors import ConfigError
+from cotenant.sim.scenario import parse_scenario, read_scenario
 
 GOOD = """
 name: s

@@ -5,14 +5,14 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from cotenant.domain.units import MS
+from cotenant.policy.utility import speed_up
+from cotenant.sim.outcome import Outcome
+from cotenant.sim.policies import POLICIES, simulate
+from cotenant.sim.scenario import Scenario
+from cotenant.sim.sharing import SharedWorld, Unscheduled
 from tests.sim.test_devices import mig
 from tests.sim.test_world import scenario
-from weft.domain.units import MS
-from weft.policy.utility import speed_up
-from weft.sim.outcome import Outcome
-from weft.sim.policies import POLICIES, simulate
-from weft.sim.scenario import Scenario
-from weft.sim.sharing import SharedWorld, Unscheduled
 
 MODES = [Unscheduled(), Unscheduled(quantum=2 * MS)]
 JOB = "{name: j, cost: {rate: 5, parallel: 0.9, resume: 0ms}}"

@@ -1,4 +1,4 @@
-"""``weft simulate`` as its user types it."""
+"""``cotenant simulate`` as its user types it."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from weft.cli.main import main
-from weft.cli.simulate.command import interval
+from cotenant.cli.main import main
+from cotenant.cli.simulate.command import interval
 
 SCENARIO = """
 name: small
@@ -42,22 +42,22 @@ def test_a_table_a_document_and_reasons(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     out = tmp_path / "out.json"
-    args = ["simulate", str(path), "--policies", "weft,static,exclusive", "--seeds", "2"]
+    args = ["simulate", str(path), "--policies", "cotenant,static,exclusive", "--seeds", "2"]
     assert main([*args, "--json", str(out), "--why"]) == 0
     printed = capsys.readouterr().out
     assert "small: a test" in printed
     assert "first layout" in printed
     document = json.loads(out.read_text())
-    assert set(document["best_setting"]) == {"weft", "static", "exclusive"}
+    assert set(document["best_setting"]) == {"cotenant", "static", "exclusive"}
     rates = {r["policy"]: r["job_rate"] for r in document["runs"]}
     assert rates["exclusive"] == 0
-    assert rates["weft"] > 0
+    assert rates["cotenant"] > 0
 
 
 def test_a_chart(path: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "out.png"
-    args = ["simulate", str(path), "--policies", "weft", "--seeds", "1", "--duration", "3s"]
+    args = ["simulate", str(path), "--policies", "cotenant", "--seeds", "1", "--duration", "3s"]
     assert main([*args, "--plot", str(out)]) == 0
     assert out.read_bytes().startswith(b"\x89PNG")
 
@@ -65,7 +65,7 @@ def test_a_chart(path: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--policies", "weft,magic"], "no policy 'magic'; there are weft"),
+        (["--policies", "cotenant,magic"], "no policy 'magic'; there are cotenant"),
         (["--seeds", "0"], "--seeds: must be at least 1"),
         (["--duration", "long"], "--duration"),
         (["--json", "/no/such/folder/x.json"], "there is no folder"),
@@ -84,7 +84,16 @@ def test_an_objective_that_load_breaks_is_said_with_what_would_do(
     monkeypatch.setenv("COLUMNS", "300")
     path.write_text(SCENARIO.replace("rate: 20", "rate: 600").replace("50ms", "15ms"))
     out = tmp_path / "out.json"
-    args = ["simulate", str(path), "--policies", "weft,static", "--seeds", "1", "--json", str(out)]
+    args = [
+        "simulate",
+        str(path),
+        "--policies",
+        "cotenant,static",
+        "--seeds",
+        "1",
+        "--json",
+        str(out),
+    ]
     assert main(args) == 0
     printed = " ".join(capsys.readouterr().out.split())
     (missed,) = json.loads(out.read_text())["missed"]
@@ -97,7 +106,7 @@ def test_an_objective_that_load_breaks_is_said_with_what_would_do(
     def attained(text: str) -> float:
         path.write_text(text)
         assert main([*args[:-2], "--no-search", "--json", str(out)]) == 0
-        (run,) = (r for r in json.loads(out.read_text())["runs"] if r["policy"] == "weft")
+        (run,) = (r for r in json.loads(out.read_text())["runs"] if r["policy"] == "cotenant")
         share: float = run["services"]["a"]
         return share
 
@@ -112,7 +121,7 @@ def test_an_objective_that_is_met_is_not_mentioned(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out.json"
-    args = ["simulate", str(path), "--policies", "weft", "--seeds", "1", "--json", str(out)]
+    args = ["simulate", str(path), "--policies", "cotenant", "--seeds", "1", "--json", str(out)]
     assert main(args) == 0
     assert "misses" not in capsys.readouterr().out
     assert json.loads(out.read_text())["missed"] == []
@@ -129,7 +138,7 @@ def test_an_end_from_outside_leaves_no_process(
 ) -> None:
     path = tmp_path / "s.yaml"
     path.write_text(SCENARIO.replace("duration: 5s", "duration: 100000s"))
-    command = [sys.executable, "-m", "weft", "simulate", str(path), "--seeds", "4"]
+    command = [sys.executable, "-m", "cotenant", "simulate", str(path), "--seeds", "4"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         parent = psutil.Process(process.pid)
         workers: list[psutil.Process] = []
@@ -159,7 +168,7 @@ def test_an_end_from_outside_leaves_no_process(
 def test_what_cannot_be_written_or_run_is_said(
     path: Path, capsys: pytest.CaptureFixture[str], options: list[str], said: str
 ) -> None:
-    assert main(["simulate", str(path), "--policies", "weft", "--seeds", "1", *options]) == 1
+    assert main(["simulate", str(path), "--policies", "cotenant", "--seeds", "1", *options]) == 1
     assert said in capsys.readouterr().err
 
 
@@ -170,8 +179,8 @@ def test_a_policy_that_is_not_modelled_is_left_out_and_named(
     two = "devices: [{kind: cpu, name: x, units: 1}, {kind: cpu, name: y, units: 1}]"
     path = tmp_path / "two.yaml"
     path.write_text(SCENARIO.replace("device: {kind: cpu, units: 2}", two))
-    assert main(["simulate", str(path), "--policies", "shared,weft,tgs", "--seeds", "1"]) == 0
+    assert main(["simulate", str(path), "--policies", "shared,cotenant,tgs", "--seeds", "1"]) == 0
     printed = " ".join(capsys.readouterr().out.split())
     assert "left out: shared, tgs (not modelled where several devices train)" in printed
     assert main(["simulate", str(path), "--policies", "shared,tgs", "--seeds", "1"]) == 1
-    assert "add weft" in capsys.readouterr().err
+    assert "add cotenant" in capsys.readouterr().err

@@ -8,20 +8,20 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from weft.domain.actions import Action
-from weft.domain.events import Event
-from weft.domain.plan import Plan
-from weft.domain.snapshot import Snapshot
-from weft.domain.units import MS, S
-from weft.policy.planner import Planner
-from weft.policy.planstate import Tuning
-from weft.policy.utility import EXPLORE, speed_up
-from weft.policy.wishes import UNLENT_FOR
-from weft.sim.costs import ExecCost, JobCost
-from weft.sim.outcome import Outcome
-from weft.sim.policies import POLICIES, simulate
-from weft.sim.scenario import Scenario, parse_scenario
-from weft.sim.world import World
+from cotenant.domain.actions import Action
+from cotenant.domain.events import Event
+from cotenant.domain.plan import Plan
+from cotenant.domain.snapshot import Snapshot
+from cotenant.domain.units import MS, S
+from cotenant.policy.planner import Planner
+from cotenant.policy.planstate import Tuning
+from cotenant.policy.utility import EXPLORE, speed_up
+from cotenant.policy.wishes import UNLENT_FOR
+from cotenant.sim.costs import ExecCost, JobCost
+from cotenant.sim.outcome import Outcome
+from cotenant.sim.policies import POLICIES, simulate
+from cotenant.sim.scenario import Scenario, parse_scenario
+from cotenant.sim.world import World
 
 
 def scenario(

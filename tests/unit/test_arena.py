@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.runtime.arena import SMALLEST, Arena, ArenaFull, map_arena
+from cotenant.runtime.arena import SMALLEST, Arena, ArenaFull, map_arena
 
 
 @pytest.fixture
@@ -81,4 +81,4 @@ def test_the_other_side_sees_what_was_written(arena: Arena) -> None:
 
 
 def test_it_has_no_name_that_could_be_left_behind(arena: Arena) -> None:
-    assert "memfd:weft-test (deleted)" in str(Path(f"/proc/self/fd/{arena.fd}").readlink())
+    assert "memfd:cotenant-test (deleted)" in str(Path(f"/proc/self/fd/{arena.fd}").readlink())

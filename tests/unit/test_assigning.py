@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft.policy import assigning
-from weft.policy.assigning import (
+from cotenant.policy import assigning
+from cotenant.policy.assigning import (
     COPY,
     LEAST_PART,
     MOVE,
@@ -20,7 +20,7 @@ from weft.policy.assigning import (
     settle,
     uneven,
 )
-from weft.policy.judging import RHO_MAX
+from cotenant.policy.judging import RHO_MAX
 
 GIB = 2**30
 

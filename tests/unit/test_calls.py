@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from weft.domain.errors import InvalidRequest, TooLarge
-from weft.domain.port import InferCall, InferResult, Outcome, Refused, TensorIn, TensorMeta
-from weft.domain.request import Refusal
-from weft.engines.base import EngineMeta
-from weft.runtime.arena import Arena, ArenaFull
-from weft.runtime.calls import OutputSizes, Pending, place, rows_of, signature
-from weft.runtime.messages import Item, Outputs, Place
+from cotenant.domain.errors import InvalidRequest, TooLarge
+from cotenant.domain.port import InferCall, InferResult, Outcome, Refused, TensorIn, TensorMeta
+from cotenant.domain.request import Refusal
+from cotenant.engines.base import EngineMeta
+from cotenant.runtime.arena import Arena, ArenaFull
+from cotenant.runtime.calls import OutputSizes, Pending, place, rows_of, signature
+from cotenant.runtime.messages import Item, Outputs, Place
 
 
 def meta(*inputs: tuple[str, str, tuple[int, ...]], batchable: bool = True) -> EngineMeta:

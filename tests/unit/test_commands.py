@@ -18,23 +18,23 @@ from typing import Any
 import msgspec
 import pytest
 
+from cotenant.cli import commands
+from cotenant.cli.joblog import JobLog
+from cotenant.domain.actions import Action, WakeAt
+from cotenant.domain.device import DeviceSpec
+from cotenant.domain.errors import CotenantError, EnvironmentProblem, JournalError, NotFound
+from cotenant.domain.events import Event
+from cotenant.domain.port import JobStatus
+from cotenant.domain.workload import JobSpec, RestartPolicy
+from cotenant.policy.dispatcher import Dispatcher
+from cotenant.policy.state import DispatcherState
+from cotenant.serving.control import ControlServer
 from tests.replay.histories import record
 from tests.unit.test_views import status
-from weft.cli import commands
-from weft.cli.joblog import JobLog
-from weft.domain.actions import Action, WakeAt
-from weft.domain.device import DeviceSpec
-from weft.domain.errors import EnvironmentProblem, JournalError, NotFound, WeftError
-from weft.domain.events import Event
-from weft.domain.port import JobStatus
-from weft.domain.workload import JobSpec, RestartPolicy
-from weft.policy.dispatcher import Dispatcher
-from weft.policy.state import DispatcherState
-from weft.serving.control import ControlServer
 
 PROGRAM = """
 import argparse, sys
-from weft.cli.commands import add_commands
+from cotenant.cli.commands import add_commands
 parser = argparse.ArgumentParser()
 add_commands(parser.add_subparsers(required=True))
 args = parser.parse_args()
@@ -99,7 +99,7 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubNode]:
     thread = threading.Thread(target=lambda: loop.run_until_complete(serve()))
     thread.start()
     assert ready.wait(10)
-    monkeypatch.setenv("WEFT_STATE_DIR", str(tmp_path))
+    monkeypatch.setenv("COTENANT_STATE_DIR", str(tmp_path))
     monkeypatch.setattr(commands, "FOLLOW_S", 0.01)
     monkeypatch.setattr(commands, "ASK_S", 0.02)
     yield stub
@@ -108,9 +108,9 @@ def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StubNode]:
     loop.close()
 
 
-def weft(*argv: str) -> int:
+def cotenant(*argv: str) -> int:
     """Run a command as ``main`` does."""
-    parser = argparse.ArgumentParser(prog="weft")
+    parser = argparse.ArgumentParser(prog="cotenant")
     commands.add_commands(parser.add_subparsers(required=True))
     args = parser.parse_args(argv)
     return int(args.func(args))
@@ -127,29 +127,29 @@ def test_status_jobs_and_top_show_the_node(
     node: StubNode, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for argv in (["status"], ["jobs"], ["top", "--once"]):
-        assert weft(*argv) == 0
+        assert cotenant(*argv) == 0
         shown = capsys.readouterr().out
         assert "train" in shown and "\x1b" not in shown, "no colours in a pipe"
 
 
 def test_json_is_what_the_node_said(node: StubNode, capsys: pytest.CaptureFixture[str]) -> None:
-    assert weft("status", "--json") == 0
+    assert cotenant("status", "--json") == 0
     assert json.loads(capsys.readouterr().out) == node.status()
-    assert weft("jobs", "--json") == 0
+    assert cotenant("jobs", "--json") == 0
     assert json.loads(capsys.readouterr().out)[0]["name"] == "train"
 
 
 def test_without_a_node_there_is_one_clear_error(tmp_path: Path) -> None:
     for name in ("status", "jobs", "top"):
         with pytest.raises(EnvironmentProblem, match="no node is running"):
-            weft(name, "--state-dir", str(tmp_path / "none"))
+            cotenant(name, "--state-dir", str(tmp_path / "none"))
 
 
 def test_the_state_directory_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WEFT_STATE_DIR", raising=False)
+    monkeypatch.delenv("COTENANT_STATE_DIR", raising=False)
     parser = argparse.ArgumentParser()
     commands.add_commands(parser.add_subparsers())
-    assert parser.parse_args(["jobs"]).state_dir == "weft-state"
+    assert parser.parse_args(["jobs"]).state_dir == "cotenant-state"
 
 
 def test_run_submits_the_whole_specification(
@@ -158,7 +158,7 @@ def test_run_submits_the_whole_specification(
     options = ["--name", "n", "--weight", "2", "--guaranteed", "25%", "--limit", "0.5"]
     options += ["--memory", "2GiB", "--restart", "always", "--max-restarts", "3"]
     options += ["--env", "A=1", "--env", "B=x=y", "--cwd", "/"]
-    assert weft("run", *options, "--", "python", "t.py", "--name", "other", "--", "-x") == 0
+    assert cotenant("run", *options, "--", "python", "t.py", "--name", "other", "--", "-x") == 0
     assert capsys.readouterr().out == "a1b2c3d4\n"
     assert node.submitted == [
         JobSpec(
@@ -170,7 +170,7 @@ def test_run_submits_the_whole_specification(
 
 
 def test_run_has_the_defaults_of_a_job_and_this_directory(node: StubNode) -> None:
-    weft("run", "--", "true")
+    cotenant("run", "--", "true")
     assert node.submitted == [JobSpec(id="", name="", command=("true",), cwd=str(Path.cwd()))]
 
 
@@ -194,9 +194,9 @@ def test_run_has_the_defaults_of_a_job_and_this_directory(node: StubNode) -> Non
 )
 def test_wrong_usage_exits_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
-        weft(*argv)
+        cotenant(*argv)
     assert exit.value.code == 2
-    assert "usage: weft" in capsys.readouterr().err
+    assert "usage: cotenant" in capsys.readouterr().err
 
 
 def test_help_of_every_command_can_be_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -206,7 +206,7 @@ def test_help_of_every_command_can_be_printed(capsys: pytest.CaptureFixture[str]
     assert len(subparsers.choices) == 10
     for name in subparsers.choices:
         with pytest.raises(SystemExit) as exit:
-            weft(name, "--help")
+            cotenant(name, "--help")
         assert exit.value.code == 0
         assert "%%" not in capsys.readouterr().out
 
@@ -215,23 +215,23 @@ def test_jobs_are_cancelled_held_and_released(
     node: StubNode, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, said in (("cancel", "cancelled"), ("hold", "held"), ("release", "released")):
-        assert weft(name, "train") == 0
+        assert cotenant(name, "train") == 0
         assert capsys.readouterr().out == f"{said} a1b2c3d4\n"
     assert node.asked == [("cancel", "train"), ("hold", "train"), ("release", "train")]
     with pytest.raises(NotFound):
-        weft("cancel", "other")
+        cotenant("cancel", "other")
 
 
 def test_logs_print_all_or_the_last_lines(
     node: StubNode, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     log = node.directory / "log"
-    assert weft("logs", "train") == 0
+    assert cotenant("logs", "train") == 0
     assert capfdbinary.readouterr().out == b"", "no output yet"
     log.write_bytes(b"one\ntwo\n\xff\xfe three\n")
-    weft("logs", "train")
+    cotenant("logs", "train")
     assert capfdbinary.readouterr().out == b"one\ntwo\n\xff\xfe three\n"
-    weft("logs", "train", "-n", "2")
+    cotenant("logs", "train", "-n", "2")
     assert capfdbinary.readouterr().out == b"two\n\xff\xfe three\n"
 
 
@@ -254,7 +254,7 @@ def test_following_a_log_ends_with_the_job(
 
     writer = threading.Thread(target=go_on)
     writer.start()
-    assert weft("logs", "-f", "-n", "1", "train") == 0
+    assert cotenant("logs", "-f", "-n", "1", "train") == 0
     writer.join()
     assert capfdbinary.readouterr().out == b"first\nsecond\nthird\nlast\n"
 
@@ -264,11 +264,11 @@ def test_run_with_follow_says_how_it_ended(
 ) -> None:
     (node.directory / "log").write_bytes(b"hello\n")
     node.state = "succeeded"
-    assert weft("run", "--follow", "--", "true") == 0
+    assert cotenant("run", "--follow", "--", "true") == 0
     assert capfdbinary.readouterr().out == b"hello\n"
     node.state, node.reason = "failed", "exit code 3"
-    with pytest.raises(WeftError, match="job a1b2c3d4 failed: exit code 3"):
-        weft("run", "--follow", "--", "false")
+    with pytest.raises(CotenantError, match="job a1b2c3d4 failed: exit code 3"):
+        cotenant("run", "--follow", "--", "false")
 
 
 @pytest.mark.parametrize("lines", range(9))
@@ -298,19 +298,19 @@ def test_explain_finds_the_journal_with_and_without_a_node(
     node: StubNode, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     record(tmp_path / "journal", seed=4, segment_bytes=3000)
-    assert weft("explain", "--last", "2") == 0
+    assert cotenant("explain", "--last", "2") == 0
     text = capsys.readouterr().out
     assert "Plans, newest first" in text and text.count("before:") == 2
-    assert weft("explain", "--journal", str(tmp_path / "journal"), "--json") == 0
+    assert cotenant("explain", "--journal", str(tmp_path / "journal"), "--json") == 0
     told = json.loads(capsys.readouterr().out)
     assert len(told["plans"]) > 2 and told["arrived"] > 0
-    assert weft("explain", "--state-dir", str(tmp_path / "journal" / "..")) == 0
+    assert cotenant("explain", "--state-dir", str(tmp_path / "journal" / "..")) == 0
     with pytest.raises(JournalError, match="no journal here"):
-        weft("explain", "--journal", str(tmp_path / "none"))
+        cotenant("explain", "--journal", str(tmp_path / "none"))
 
 
 class Sleepy:
-    """Weft's policy, but it wakes up a nanosecond later."""
+    """Cotenant's policy, but it wakes up a nanosecond later."""
 
     def __init__(self, devices: tuple[DeviceSpec, ...], state: DispatcherState | None) -> None:
         self._policy = Dispatcher(devices, state)
@@ -325,15 +325,15 @@ def test_replay_exits_with_1_on_a_difference(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record(tmp_path, seed=4)
-    assert weft("replay", str(tmp_path)) == 0
+    assert cotenant("replay", str(tmp_path)) == 0
     assert "no difference" in capsys.readouterr().out
-    assert weft("replay", "--json", str(tmp_path)) == 0
+    assert cotenant("replay", "--json", str(tmp_path)) == 0
     assert json.loads(capsys.readouterr().out)["identical"] is True
-    monkeypatch.setattr("weft.sim.replay.Dispatcher", Sleepy)
-    assert weft("replay", str(tmp_path)) == 1
+    monkeypatch.setattr("cotenant.sim.replay.Dispatcher", Sleepy)
+    assert cotenant("replay", str(tmp_path)) == 1
     assert "first difference" in capsys.readouterr().out
     with pytest.raises(JournalError):
-        weft("replay", str(tmp_path / "none"))
+        cotenant("replay", str(tmp_path / "none"))
 
 
 @pytest.mark.parametrize("argv", [["top", "--interval", "0.05"], ["logs", "-f", "train"]])

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from weft.domain.config import is_loopback, parse_config, parse_model_settings
-from weft.domain.errors import ConfigError
-from weft.domain.units import MS
-from weft.domain.workload import RestartPolicy
+from cotenant.domain.config import is_loopback, parse_config, parse_model_settings
+from cotenant.domain.errors import ConfigError
+from cotenant.domain.units import MS
+from cotenant.domain.workload import RestartPolicy
 
 SERVICE = """
 services:
@@ -203,6 +203,6 @@ def test_model_settings_are_read_as_strictly() -> None:
         parse_model_settings("warmup_shapes: {x: wide}")
 
 
-@pytest.mark.parametrize("path", sorted(Path("examples").glob("**/weft*.yaml")), ids=str)
+@pytest.mark.parametrize("path", sorted(Path("examples").glob("**/cotenant*.yaml")), ids=str)
 def test_the_examples_are_in_order(path: Path) -> None:
     parse_config(path.read_text())

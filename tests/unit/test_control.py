@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from cotenant.domain.errors import CotenantError, EnvironmentProblem, InvalidRequest, NotFound
+from cotenant.domain.workload import JobSpec, RestartPolicy
+from cotenant.serving import control
+from cotenant.serving.control import LINE_BYTES, ControlClient, ControlServer
 from tests.contract.fake_node import FakeNode
-from weft.domain.errors import EnvironmentProblem, InvalidRequest, NotFound, WeftError
-from weft.domain.workload import JobSpec, RestartPolicy
-from weft.serving import control
-from weft.serving.control import LINE_BYTES, ControlClient, ControlServer
 
 
 def with_server(tmp_path: Path, use: Callable[[Any], Any], node: Any = None) -> Any:
@@ -90,7 +90,7 @@ def test_a_bug_is_answered_without_its_details(tmp_path: Path, caplog: Any) -> N
             raise RuntimeError("secret")
 
     def use(path: Path) -> None:
-        with pytest.raises(WeftError, match="its log says how"):
+        with pytest.raises(CotenantError, match="its log says how"):
             ControlClient(path).status()
 
     with_server(tmp_path, use, Broken())
@@ -152,7 +152,9 @@ def test_only_the_owner_may_connect(tmp_path: Path, monkeypatch: Any) -> None:
 
 def test_no_node_is_said_plainly(tmp_path: Path) -> None:
     path = tmp_path / "control.sock"
-    with pytest.raises(EnvironmentProblem, match=r"no node is running in .*weft serve weft\.yaml"):
+    with pytest.raises(
+        EnvironmentProblem, match=r"no node is running in .*cotenant serve cotenant\.yaml"
+    ):
         ControlClient(path).status()
     with socket.socket(socket.AF_UNIX) as stale:
         stale.bind(str(path))

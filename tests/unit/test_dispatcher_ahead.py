@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.domain.request import Refusal
+from cotenant.domain.units import MS, US, S
+from cotenant.policy.state import PartitionState
 from tests.builders import World, one, only, plan
-from weft.domain import actions as a
-from weft.domain import events as e
-from weft.domain.request import Refusal
-from weft.domain.units import MS, US, S
-from weft.policy.state import PartitionState
 
 
 def busy(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.domain.device import Partition
+from cotenant.domain.plan import Plan
+from cotenant.domain.units import MS
 from tests.builders import World, one, only, plan
-from weft.domain import actions as a
-from weft.domain import events as e
-from weft.domain.device import Partition
-from weft.domain.plan import Plan
-from weft.domain.units import MS
 
 
 def whole(version: int, units: tuple[int, ...] = (0, 1)) -> Plan:

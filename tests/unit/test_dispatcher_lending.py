@@ -7,14 +7,14 @@ from itertools import pairwise
 
 import pytest
 
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.domain.device import PreemptLevel
+from cotenant.domain.request import Refusal
+from cotenant.domain.units import MS, US, S
+from cotenant.policy import lending
+from cotenant.policy.state import DispatcherState, PartitionState, ServiceState
 from tests.builders import World, one, only
-from weft.domain import actions as a
-from weft.domain import events as e
-from weft.domain.device import PreemptLevel
-from weft.domain.request import Refusal
-from weft.domain.units import MS, US, S
-from weft.policy import lending
-from weft.policy.state import DispatcherState, PartitionState, ServiceState
 
 EVERY_LEVEL = pytest.mark.parametrize("level", list(PreemptLevel))
 BELOW_PRIORITY = pytest.mark.parametrize(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.domain.device import Partition, PreemptLevel
+from cotenant.domain.plan import Plan
+from cotenant.domain.request import Refusal, Request
+from cotenant.domain.units import MS, S
+from cotenant.policy.queues import AGEING
 from tests.builders import World, one, only
-from weft.domain import actions as a
-from weft.domain import events as e
-from weft.domain.device import Partition, PreemptLevel
-from weft.domain.plan import Plan
-from weft.domain.request import Refusal, Request
-from weft.domain.units import MS, S
-from weft.policy.queues import AGEING
 
 
 def ready(level: PreemptLevel = PreemptLevel.PRIORITY, exec_ns: int = 2 * MS, **kw: int) -> World:

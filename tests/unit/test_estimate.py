@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.domain.units import MS
-from weft.policy.estimate import ExecTable, Quantile
+from cotenant.domain.units import MS
+from cotenant.policy.estimate import ExecTable, Quantile
 
 TIMES = st.integers(1, 10**9)
 

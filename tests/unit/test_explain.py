@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.domain.plan import Plan
+from cotenant.domain.snapshot import Snapshot
+from cotenant.domain.units import MS, S
+from cotenant.policy.planner import Planner
+from cotenant.telemetry.explain import Explanation, ago, explain, layout, moment
+from cotenant.telemetry.journal import checkpoint
+from cotenant.telemetry.records import Entry, Gap, PlanRecord, Record
 from tests.builders import World, cpu, plan
-from weft.domain import actions as a
-from weft.domain import events as e
-from weft.domain.plan import Plan
-from weft.domain.snapshot import Snapshot
-from weft.domain.units import MS, S
-from weft.policy.planner import Planner
-from weft.telemetry.explain import Explanation, ago, explain, layout, moment
-from weft.telemetry.journal import checkpoint
-from weft.telemetry.records import Entry, Gap, PlanRecord, Record
 
 EPOCH = 1_700_000_000.0
 """Wall time at monotonic zero in these tests."""

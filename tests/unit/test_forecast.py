@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from weft.domain.units import S
-from weft.policy.forecast import MOST, Holt, Season
+from cotenant.domain.units import S
+from cotenant.policy.forecast import MOST, Holt, Season
 
 
 def after(*values: float) -> Holt:

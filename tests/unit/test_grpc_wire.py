@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import struct
 
-from weft.serving.grpc_wire import Assembler
-from weft.serving.intake import Budget
-from weft.serving.tensors import Limits
+from cotenant.serving.grpc_wire import Assembler
+from cotenant.serving.intake import Budget
+from cotenant.serving.tensors import Limits
 
 BODY = bytes(range(100))
 MESSAGE = memoryview(struct.pack(">BI", 0, len(BODY)) + BODY)

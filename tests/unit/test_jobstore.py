@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from weft.domain.errors import EnvironmentProblem, InvalidRequest, NotFound
-from weft.domain.workload import JOB_TRANSITIONS, JobSpec, JobState, RestartPolicy
-from weft.runtime.jobledger import JobLedger
-from weft.runtime.jobrun import Outcome
-from weft.runtime.jobspec import checked, environment
-from weft.runtime.jobstore import JobRecord, JobStore, advance
-from weft.runtime.jobverdict import RestartRules, verdict
+from cotenant.domain.errors import EnvironmentProblem, InvalidRequest, NotFound
+from cotenant.domain.workload import JOB_TRANSITIONS, JobSpec, JobState, RestartPolicy
+from cotenant.runtime.jobledger import JobLedger
+from cotenant.runtime.jobrun import Outcome
+from cotenant.runtime.jobspec import checked, environment
+from cotenant.runtime.jobstore import JobRecord, JobStore, advance
+from cotenant.runtime.jobverdict import RestartRules, verdict
 
 
 def spec(id: str = "j1", **fields: object) -> JobSpec:
@@ -125,7 +125,10 @@ def test_a_full_disk_is_an_environment_problem(store: JobStore) -> None:
 
 @pytest.mark.parametrize(
     ("statement", "problem"),
-    [("PRAGMA user_version = 99", "newer Weft"), ("PRAGMA application_id = 1", "another program")],
+    [
+        ("PRAGMA user_version = 99", "newer Cotenant"),
+        ("PRAGMA application_id = 1", "another program"),
+    ],
 )
 def test_foreign_files_are_left_alone(tmp_path: Path, statement: str, problem: str) -> None:
     store = JobStore(tmp_path / "jobs.db")
@@ -256,11 +259,11 @@ def test_a_spec_that_can_never_run_is_refused() -> None:
 
 
 def test_the_environment_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WEFT_TOKEN", "secret")
+    monkeypatch.setenv("COTENANT_TOKEN", "secret")
     monkeypatch.setenv("NOTIFY_SOCKET", "/run/notify")
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     env = environment(spec(env={"A": "1"}), {"B": "2", "A": "0"})
-    assert "WEFT_TOKEN" not in env
+    assert "COTENANT_TOKEN" not in env
     assert "NOTIFY_SOCKET" not in env
     assert (env["A"], env["B"], env["GOMP_SPINCOUNT"]) == ("1", "2", "1000")
     assert environment(spec(env={"GOMP_SPINCOUNT": "7"}), {})["GOMP_SPINCOUNT"] == "7"

@@ -13,19 +13,19 @@ from pathlib import Path
 
 import pytest
 
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.domain.errors import JournalError
+from cotenant.domain.plan import EMPTY_PLAN
+from cotenant.domain.snapshot import Snapshot
+from cotenant.domain.units import MS, S
+from cotenant.policy.dispatcher import Dispatcher
+from cotenant.policy.planner import Planner
+from cotenant.telemetry import journal as module
+from cotenant.telemetry.journal import Gap, Header, Journal, PlanRecord, Record, checkpoint, read
+from cotenant.telemetry.records import BLOCK, MAGIC, block, segments
+from cotenant.telemetry.segments import SegmentFiles
 from tests.builders import cpu
-from weft.domain import actions as a
-from weft.domain import events as e
-from weft.domain.errors import JournalError
-from weft.domain.plan import EMPTY_PLAN
-from weft.domain.snapshot import Snapshot
-from weft.domain.units import MS, S
-from weft.policy.dispatcher import Dispatcher
-from weft.policy.planner import Planner
-from weft.telemetry import journal as module
-from weft.telemetry.journal import Gap, Header, Journal, PlanRecord, Record, checkpoint, read
-from weft.telemetry.records import BLOCK, MAGIC, block, segments
-from weft.telemetry.segments import SegmentFiles
 
 
 class Node:
@@ -68,7 +68,7 @@ class FullDisk:
         self.full = False
         self.attempts = 0
         self._write = os.write
-        monkeypatch.setattr("weft.telemetry.segments.os.write", self.write)
+        monkeypatch.setattr("cotenant.telemetry.segments.os.write", self.write)
 
     def write(self, fd: int, data: memoryview) -> int:
         if not self.full:
@@ -89,7 +89,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     header, first, *rest = read(tmp_path / "deep" / "journal")
     assert isinstance(header, Header)
     assert header.dispatcher_state().now == 0
-    assert header.weft and header.run and header.wall == 1001.0
+    assert header.cotenant and header.run and header.wall == 1001.0
     assert first == Record(7, order, (a.WakeAt("x", 9), a.Complete("x", batch=4, requests=(1, 2))))
     assert [type(r) for r in rest] == [Record] * 3
     assert (node.journal.dropped, node.journal.error) == (0, None)
@@ -198,38 +198,40 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_damage_names_file_and_offset(tmp_path: Path) -> None:
-    path = tmp_path / "1.weftj"
+    path = tmp_path / "1.cotj"
     record = Record(1, e.Woke(), ())
     good = MAGIC + block([record])
     bad = bytearray(block([record, record]))
     bad[BLOCK.size + 12] ^= 0xFF
     path.write_bytes(good + bytes(bad) + block([record]))
     read_so_far = []
-    with pytest.raises(JournalError, match=f"1.weftj: damaged at offset {len(good)}"):
+    with pytest.raises(JournalError, match=f"1.cotj: damaged at offset {len(good)}"):
         read_so_far.extend(read(path))
     # extend() keeps what came before the error
     assert read_so_far == [record]
 
 
 def test_a_record_of_another_shape_is_an_error(tmp_path: Path) -> None:
-    path = tmp_path / "1.weftj"
+    path = tmp_path / "1.cotj"
     path.write_bytes(MAGIC + block([["Record", 1, ["Unheard", 1], []]]))  # type: ignore[list-item]
-    with pytest.raises(JournalError, match=r"1\.weftj: the record at offset .* none that this"):
+    with pytest.raises(JournalError, match=r"1\.cotj: the record at offset .* none that this"):
         list(read(path))
 
 
 def test_another_format_is_refused_by_its_number(tmp_path: Path) -> None:
-    path = tmp_path / "1.weftj"
-    path.write_bytes(b"weft journal 3\n\x00\x01")
-    with pytest.raises(JournalError, match=r"journal format 3, this Weft reads 2; use the Weft"):
+    path = tmp_path / "1.cotj"
+    path.write_bytes(b"cotenant journal 3\n\x00\x01")
+    with pytest.raises(
+        JournalError, match=r"journal format 3, this Cotenant reads 2; use the Cotenant"
+    ):
         list(read(path))
     path.write_bytes(b"PNG and more")
-    with pytest.raises(JournalError, match="not a journal of Weft"):
+    with pytest.raises(JournalError, match="not a journal of Cotenant"):
         list(read(path))
     with pytest.raises(JournalError, match="no journal segments"):
         list(read(tmp_path / "..", kinds=(Header,)))
     with pytest.raises(JournalError, match="cannot be read: No such file"):
-        list(read(tmp_path / "none.weftj"))
+        list(read(tmp_path / "none.cotj"))
 
 
 def test_a_full_disk_costs_records_and_nothing_else(
@@ -242,7 +244,7 @@ def test_a_full_disk_costs_records_and_nothing_else(
     wait_for(
         lambda: any(isinstance(r, Record) for r in read(tmp_path)) if segments(tmp_path) else 0
     )
-    with caplog.at_level(logging.INFO, "weft.journal"):
+    with caplog.at_level(logging.INFO, "cotenant.journal"):
         disk.full = True
         node.tick(10)
         wait_for(lambda: node.journal.error)

@@ -7,12 +7,12 @@ import math
 import msgspec
 import pytest
 
+from cotenant.domain.snapshot import JobFacts
+from cotenant.policy.judging import judge
+from cotenant.policy.layouts import unit_layout
+from cotenant.policy.leftover import pauses_of, worth
+from cotenant.policy.views import View
 from tests.unit.test_planner import Planning, job, service
-from weft.domain.snapshot import JobFacts
-from weft.policy.judging import judge
-from weft.policy.layouts import unit_layout
-from weft.policy.leftover import pauses_of, worth
-from weft.policy.views import View
 
 STUCK = [0.0, 1.0, 1.9, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
 """Speeds of a job that makes nothing of more than two units."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from cotenant.domain import events as e
+from cotenant.domain.port import JobStatus
+from cotenant.domain.units import MS
+from cotenant.telemetry import metrics
 from tests.unit.test_monitor import Watched, ready
-from weft.domain import events as e
-from weft.domain.port import JobStatus
-from weft.domain.units import MS
-from weft.telemetry import metrics
 
 JOB = JobStatus("1", "train", "running", ("x",), 1.0, 0.0, 0.0, 0, progress=7.0, held_s=2.5)
 
@@ -32,14 +32,14 @@ def test_services_partitions_and_jobs_are_shown() -> None:
     world.arrive()
     world.send(e.Revoked("1", "p0", 40_000))
     found = samples(world)
-    assert found["weft_requests_total", ("s",)] == 3
-    assert found["weft_answers_total", ("s",)] == 1
-    assert found["weft_refusals_total", ("DEADLINE", "s")] == 1
-    assert found["weft_objective_seconds", ("s",)] == 0.05
-    assert found["weft_preemption_seconds_count", ("p0",)] == 1
-    assert found["weft_job_progress", ("1", "train")] == 7.0
-    assert found["weft_job_held_seconds_total", ("1", "train")] == 2.5
-    assert found["weft_job_state", ("1", "train", "running")] == 1
+    assert found["cotenant_requests_total", ("s",)] == 3
+    assert found["cotenant_answers_total", ("s",)] == 1
+    assert found["cotenant_refusals_total", ("DEADLINE", "s")] == 1
+    assert found["cotenant_objective_seconds", ("s",)] == 0.05
+    assert found["cotenant_preemption_seconds_count", ("p0",)] == 1
+    assert found["cotenant_job_progress", ("1", "train")] == 7.0
+    assert found["cotenant_job_held_seconds_total", ("1", "train")] == 2.5
+    assert found["cotenant_job_state", ("1", "train", "running")] == 1
 
 
 def test_histograms_are_cumulative_and_end_at_infinity() -> None:
@@ -50,12 +50,12 @@ def test_histograms_are_cumulative_and_end_at_infinity() -> None:
     buckets = [
         value
         for (name, labels), value in found.items()
-        if name == "weft_latency_seconds_bucket" and "s" in labels
+        if name == "cotenant_latency_seconds_bucket" and "s" in labels
     ]
     assert buckets == sorted(buckets)
-    assert buckets[-1] == found["weft_latency_seconds_count", ("s",)] == 3
-    assert found["weft_batch_rows_count", ("s",)] == 3
+    assert buckets[-1] == found["cotenant_latency_seconds_count", ("s",)] == 3
+    assert found["cotenant_batch_rows_count", ("s",)] == 3
 
 
 def test_an_idle_node_is_shown_too() -> None:
-    assert samples(Watched())["weft_job_pauses_total", ("1", "train")] == 0
+    assert samples(Watched())["cotenant_job_pauses_total", ("1", "train")] == 0

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.domain.request import Refusal, Request
+from cotenant.domain.units import MS, S
+from cotenant.telemetry.monitor import RECENT_NS, Monitor, Recent
 from tests.builders import World
-from weft.domain import actions as a
-from weft.domain import events as e
-from weft.domain.request import Refusal, Request
-from weft.domain.units import MS, S
-from weft.telemetry.monitor import RECENT_NS, Monitor, Recent
 
 
 class Watched(World):

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from weft.domain.errors import InvalidRequest, NotFound, TooLarge, WeftError
-from weft.domain.port import DATATYPES, InferResult, TensorOut
-from weft.serving import oip
-from weft.serving.oip import Limits
-from weft.serving.regions import Regions
-from weft.serving.tensors import join_bytes, split_bytes
+from cotenant.domain.errors import CotenantError, InvalidRequest, NotFound, TooLarge
+from cotenant.domain.port import DATATYPES, InferResult, TensorOut
+from cotenant.serving import oip
+from cotenant.serving.oip import Limits
+from cotenant.serving.regions import Regions
+from cotenant.serving.tensors import join_bytes, split_bytes
 
 NUMPY = {
     "BOOL": np.bool_,
@@ -132,7 +132,7 @@ def test_strings_round_trip(texts: list[str]) -> None:
 @given(st.binary(max_size=200), st.one_of(st.none(), st.text(max_size=4), st.integers(-5, 300)))
 def test_no_body_brings_the_decoder_down(body: bytes, header: Any) -> None:
     length = None if header is None else str(header)
-    with pytest.raises(WeftError):
+    with pytest.raises(CotenantError):
         oip.decode(body, length, "m", "", Limits(), Regions())
 
 
@@ -159,7 +159,7 @@ def test_no_field_brings_the_decoder_down(fields: dict, keep: str) -> None:
     item = {**good, **{k: v for k, v in fields.items() if k != keep}}
     try:
         request = decode({"inputs": [item], **({"id": fields["id"]} if "id" in fields else {})})
-    except WeftError:
+    except CotenantError:
         return
     got = request.call.inputs[0]
     size = DATATYPES[got.datatype]

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cotenant.domain.device import DeviceSpec, PreemptLevel
+from cotenant.domain.snapshot import ServiceFacts
+from cotenant.domain.units import MS
+from cotenant.domain.workload import Variant
+from cotenant.policy.placing import place, why_not
+from cotenant.policy.views import Placing
 from tests.builders import cpu
 from tests.unit.test_planner import Planning, service
-from weft.domain.device import DeviceSpec, PreemptLevel
-from weft.domain.snapshot import ServiceFacts
-from weft.domain.units import MS
-from weft.domain.workload import Variant
-from weft.policy.placing import place, why_not
-from weft.policy.views import Placing
 
 MIB = 2**20
 

@@ -10,17 +10,17 @@ from typing import Any
 import msgspec
 import pytest
 
+from cotenant.domain.device import DeviceSpec
+from cotenant.domain.plan import EMPTY_PLAN, Plan
+from cotenant.domain.snapshot import JobFacts, ServiceFacts, Snapshot
+from cotenant.domain.units import MS, S
+from cotenant.policy.estimate import ExecTable
+from cotenant.policy.judging import judge, load
+from cotenant.policy.layouts import unit_layout
+from cotenant.policy.planner import Planner
+from cotenant.policy.planstate import Tuning
+from cotenant.policy.views import View
 from tests.builders import cpu
-from weft.domain.device import DeviceSpec
-from weft.domain.plan import EMPTY_PLAN, Plan
-from weft.domain.snapshot import JobFacts, ServiceFacts, Snapshot
-from weft.domain.units import MS, S
-from weft.policy.estimate import ExecTable
-from weft.policy.judging import judge, load
-from weft.policy.layouts import unit_layout
-from weft.policy.planner import Planner
-from weft.policy.planstate import Tuning
-from weft.policy.views import View
 
 TIMES = {f"{units}x{rows}": 20 * MS * (3 + rows) // 4 for units in (1, 2) for rows in (1, 2, 4, 8)}
 SLOW = {"cpu": TIMES}

@@ -11,16 +11,16 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from cotenant.domain.device import DeviceSpec, PreemptLevel
+from cotenant.domain.mig import Placement, table, tables
+from cotenant.domain.plan import EMPTY_PLAN, Plan
+from cotenant.domain.snapshot import JobFacts, ServiceFacts, Snapshot
+from cotenant.domain.units import MS, S
+from cotenant.domain.workload import Variant
+from cotenant.policy.layouts import mig_fixed, mig_layouts, service_profiles
+from cotenant.policy.planner import Planner
+from cotenant.policy.planstate import Tuning
 from tests.unit.test_planner import job, service
-from weft.domain.device import DeviceSpec, PreemptLevel
-from weft.domain.mig import Placement, table, tables
-from weft.domain.plan import EMPTY_PLAN, Plan
-from weft.domain.snapshot import JobFacts, ServiceFacts, Snapshot
-from weft.domain.units import MS, S
-from weft.domain.workload import Variant
-from weft.policy.layouts import mig_fixed, mig_layouts, service_profiles
-from weft.policy.planner import Planner
-from weft.policy.planstate import Tuning
 
 GPU = "A100-SXM4-80GB"
 GIB = 2**30

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+from cotenant.domain.snapshot import ServiceFacts
+from cotenant.domain.units import S
+from cotenant.policy.pressure import MOST, Pressure, note_pressure
 from tests.unit.test_planner import Planning, job, service
-from weft.domain.snapshot import ServiceFacts
-from weft.domain.units import S
-from weft.policy.pressure import MOST, Pressure, note_pressure
 
 
 class Counting:

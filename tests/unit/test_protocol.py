@@ -9,12 +9,12 @@ from typing import get_args
 
 import pytest
 
+from cotenant.domain.actions import Action
+from cotenant.domain.device import PreemptLevel
+from cotenant.domain.events import Event
+from cotenant.domain.protocol import ANSWERS, EFFECTS, answer_table
+from cotenant.policy.state import HOLD_TRANSITIONS, Hold
 from tests.property.test_dispatcher_random import Chaos
-from weft.domain.actions import Action
-from weft.domain.device import PreemptLevel
-from weft.domain.events import Event
-from weft.domain.protocol import ANSWERS, EFFECTS, answer_table
-from weft.policy.state import HOLD_TRANSITIONS, Hold
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,7 +64,12 @@ def test_partitions_pass_only_through_the_holds_of_the_table(level: PreemptLevel
 def test_importing_the_package_or_the_policy_loads_no_engine_and_no_server() -> None:
     heavy = ["torch", "onnxruntime", "openvino", "google.protobuf", "uvicorn"]
     heavy += ["hpack", "numpy", "kubernetes"]
-    for module in ("weft", "weft.policy.dispatcher", "weft.policy.planner", "weft.sim.replay"):
+    for module in (
+        "cotenant",
+        "cotenant.policy.dispatcher",
+        "cotenant.policy.planner",
+        "cotenant.sim.replay",
+    ):
         code = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules])"
         done = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, check=True

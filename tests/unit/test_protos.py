@@ -8,10 +8,10 @@ import pytest
 from google.protobuf.descriptor import Descriptor
 from tritonclient.grpc import service_pb2
 
-from weft.serving import protos
-from weft.serving.grpc_front import GrpcFront
-from weft.serving.intake import Intake
-from weft.serving.tensors import Limits
+from cotenant.serving import protos
+from cotenant.serving.grpc_front import GrpcFront
+from cotenant.serving.intake import Intake
+from cotenant.serving.tensors import Limits
 
 THEIRS = service_pb2.DESCRIPTOR.pool
 MESSAGES = [name for name in protos._TABLE.split("\n") if name and name[0] != " "]

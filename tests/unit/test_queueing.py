@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.domain.units import MS
-from weft.policy.queueing import batch_delay, lost, wait_quantile
+from cotenant.domain.units import MS
+from cotenant.policy.queueing import batch_delay, lost, wait_quantile
 
 
 def test_an_idle_server_makes_nobody_wait() -> None:

@@ -1,4 +1,4 @@
-"""``weft.report``: harmless anywhere, newest state, bounded rate; and the rate made of it."""
+"""``cotenant.report``: harmless anywhere, newest state, bounded rate; and the rate made of it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from pathlib import Path
 
 import pytest
 
-from weft.runtime.jobreports import Progress, Report
+from cotenant.runtime.jobreports import Progress, Report
 
-module = importlib.import_module("weft.report")
+module = importlib.import_module("cotenant.report")
 
 
 @pytest.fixture
 def inbox(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
         sock.bind(str(tmp_path / "s"))
-        monkeypatch.setenv("WEFT_REPORT_SOCKET", str(tmp_path / "s"))
-        monkeypatch.setenv("WEFT_JOB_ID", "j1")
-        monkeypatch.setenv("WEFT_JOB_RUN", "r1")
+        monkeypatch.setenv("COTENANT_REPORT_SOCKET", str(tmp_path / "s"))
+        monkeypatch.setenv("COTENANT_JOB_ID", "j1")
+        monkeypatch.setenv("COTENANT_JOB_RUN", "r1")
         monkeypatch.setattr(module, "_reporter", module._Reporter())
         yield sock
 
@@ -37,8 +37,8 @@ def received(sock: socket.socket) -> list[dict[str, object]]:
     return messages
 
 
-def test_outside_weft_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WEFT_REPORT_SOCKET", raising=False)
+def test_outside_cotenant_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COTENANT_REPORT_SOCKET", raising=False)
     assert module.report(1, loss=0.5) is False
 
 
@@ -86,10 +86,10 @@ def test_a_dead_or_full_socket_neither_raises_nor_blocks(
     now[0] += 1
     assert module.report() is True
     assert received(inbox)[-1]["step"] == 999
-    monkeypatch.setenv("WEFT_REPORT_SOCKET", "/nonexistent/socket")
+    monkeypatch.setenv("COTENANT_REPORT_SOCKET", "/nonexistent/socket")
     now[0] += 1
     assert module.report(5) is False
-    monkeypatch.setenv("WEFT_REPORT_SOCKET", "/" + "x" * 200)
+    monkeypatch.setenv("COTENANT_REPORT_SOCKET", "/" + "x" * 200)
     now[0] += 1
     assert module.report(6) is False
 
@@ -119,7 +119,7 @@ def test_a_forked_child_reports_for_itself(inbox: socket.socket) -> None:
 
 
 def test_the_last_report_goes_out_at_the_end_of_the_program(inbox: socket.socket) -> None:
-    code = "from weft.report import report\nfor n in range(50): report(n)"
+    code = "from cotenant.report import report\nfor n in range(50): report(n)"
     source = str(Path(__file__).parents[2] / "src")
     subprocess.run(
         [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": source}
@@ -129,7 +129,7 @@ def test_the_last_report_goes_out_at_the_end_of_the_program(inbox: socket.socket
 
 def test_it_needs_the_standard_library_only() -> None:
     source = str(Path(__file__).parents[2] / "src")
-    code = "import sys; sys.path.append(sys.argv[1]); from weft.report import report; report(1)"
+    code = "import sys; sys.path.append(sys.argv[1]); from cotenant.report import report; report(1)"
     subprocess.run([sys.executable, "-I", "-S", "-c", code, source], check=True)
 
 

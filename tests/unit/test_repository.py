@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from weft.domain.errors import ModelError, NotFound
-from weft.runtime.repository import Repository, stamp
+from cotenant.domain.errors import ModelError, NotFound
+from cotenant.runtime.repository import Repository, stamp
 
 
 @pytest.fixture

@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from weft.domain.port import InferCall, InferResult, OnOutcome, Outcome, Refused, Withdraw
-from weft.domain.request import Refusal
-from weft.serving.calls import infer
+from cotenant.domain.port import InferCall, InferResult, OnOutcome, Outcome, Refused, Withdraw
+from cotenant.domain.request import Refusal
+from cotenant.serving.calls import infer
 
 CALL = InferCall("m", [])
 

@@ -8,8 +8,8 @@ from itertools import product
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.domain.snapshot import JobFacts
-from weft.policy.sharing import divide
+from cotenant.domain.snapshot import JobFacts
+from cotenant.policy.sharing import divide
 
 JOBS = st.lists(
     st.tuples(

@@ -8,7 +8,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from weft.policy import state
+from cotenant.policy import state
 
 CLASSES = [
     kind for _, kind in inspect.getmembers(state, inspect.isclass) if dataclasses.is_dataclass(kind)

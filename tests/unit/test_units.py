@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from weft.domain.units import MS, S, format_bytes, format_duration, parse_bytes, parse_duration
+from cotenant.domain.units import MS, S, format_bytes, format_duration, parse_bytes, parse_duration
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.policy.utility import LOST, QUANTILES, Curve, speed_up
+from cotenant.policy.utility import LOST, QUANTILES, Curve, speed_up
 
 
 def learned(parallel: float, cap: int, tried: tuple[int, ...], noise: float = 0.05) -> Curve:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from weft.cli.views import (
+from cotenant.cli.views import (
     busy_bar,
     explain_view,
     jobs_view,
@@ -20,8 +20,8 @@ from weft.cli.views import (
     status_view,
     top_view,
 )
-from weft.sim.replay import Difference, Report
-from weft.telemetry.explain import (
+from cotenant.sim.replay import Difference, Report
+from cotenant.telemetry.explain import (
     Explanation,
     Incident,
     Pause,
@@ -29,7 +29,7 @@ from weft.telemetry.explain import (
     RefusalGroup,
     SlowRequest,
 )
-from weft.telemetry.records import Gap
+from cotenant.telemetry.records import Gap
 
 
 def show(view: RenderableType, width: int = 160) -> str:
@@ -61,14 +61,14 @@ def status(**changes: Any) -> dict[str, Any]:
         "revoke_p99_us": 90.0, "switches": 1234,
     }  # fmt: skip
     whole = {
-        "version": "0.1.0", "pid": 17, "uptime_s": 3700.0, "state_dir": "weft-state",
+        "version": "0.1.0", "pid": 17, "uptime_s": 3700.0, "state_dir": "cotenant-state",
         "http": "127.0.0.1:8000", "grpc": None, "ready": True, "draining": False,
         "device": {"id": "cpu", "kind": "cpu", "units": [0, 1], "level": "PRIORITY",
                    "limits": ["no real-time scheduling"]},
         "plan": {"version": 3, "reasons": ["job train came"], "age_s": 12.0},
         "partitions": [partition, {**partition, "id": "cpu:1", "holder": "batch:digits"}],
         "services": [service], "jobs": [job],
-        "journal": {"directory": "weft-state/journal", "dropped": 0, "error": None},
+        "journal": {"directory": "cotenant-state/journal", "dropped": 0, "error": None},
     }  # fmt: skip
     return {**whole, **changes}
 
@@ -193,4 +193,4 @@ def test_a_replay_says_what_differed() -> None:
     text = show(replay_view(report, "0.1.0"))
     for part in ("first difference (actions) at 5 ns: Woke()", "journal: A()", "replay:  nothing"):
         assert part in text
-    assert "written by Weft 0.0.9, replayed by 0.1.0" in text and "gap: 3 records: torn" in text
+    assert "written by Cotenant 0.0.9, replayed by 0.1.0" in text and "gap: 3 records: torn" in text

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from weft.devices import proctree
-from weft.runtime.worker import _timed
+from cotenant.devices import proctree
+from cotenant.runtime.worker import _timed
 
 BURNT_NS = 15_000_000
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from rivals.bare import Bare
 from rivals.base import Arm, Rival
+from rivals.cotenant import Cotenant, CotenantCompiled
 from rivals.litserve import LitServe
 from rivals.mlserver import MLServer
 from rivals.triton import Triton
-from rivals.weft import Weft, WeftCompiled
 
 RIVALS: dict[str, Rival] = {
     rival.name: rival
-    for rival in (Weft(), WeftCompiled(), Bare(), Triton(), MLServer(), LitServe())
+    for rival in (Cotenant(), CotenantCompiled(), Bare(), Triton(), MLServer(), LitServe())
 }
 
 __all__ = ["RIVALS", "Arm", "Rival"]

@@ -1,0 +1,411 @@
+"""The subcommands that talk to a running node, or read what one has written.
+
+Each returns its exit code; expected failures are raised as ``CotenantError`` for ``main`` to print.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cotenant import __version__
+from cotenant.cli.joblog import JobLog
+from cotenant.domain.errors import CotenantError, EnvironmentProblem, JournalError, NotFound
+from cotenant.domain.port import JobStatus
+from cotenant.domain.units import parse_bytes
+from cotenant.domain.workload import JOB_ENDED, JobSpec, JobState, RestartPolicy
+from cotenant.serving.control import ControlClient
+from cotenant.sim.replay import replay
+from cotenant.telemetry.explain import explain
+from cotenant.telemetry.records import Entry, Gap, Header, PlanRecord, read, segments
+
+PIPE_COLUMNS = 2000
+"""Width of what is written into a pipe: nothing is to be cut or wrapped there."""
+FOLLOW_S = 0.2
+ASK_S = 1.0
+"""Seconds between questions after a followed job's state."""
+DETAILED_BYTES = 8 * 2**20
+"""How much of the newest journal segments ``explain`` reads whole, some 2 s a piece of this size;
+of older segments it reads the plans."""
+
+_ENDED = {state.value for state in JOB_ENDED}
+Command = Callable[[argparse.Namespace], int]
+
+
+def _command(func: Command) -> Command:
+    """Let a reader that went away (``| head``) end a command quietly."""
+
+    @functools.wraps(func)
+    def run(args: argparse.Namespace) -> int:
+        try:
+            code = func(args)
+            sys.stdout.flush()
+            return code
+        except BrokenPipeError:
+            with contextlib.suppress(OSError, ValueError):
+                # Python flushes stdout at exit once more, and must not fail then.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+
+    return run
+
+
+# --- what a node says of itself ---------------------------------------------------------------
+
+
+@_command
+def cmd_status(args: argparse.Namespace) -> int:
+    """``cotenant status``: the node in short."""
+    from cotenant.cli.views import status_view
+
+    status = _client(args).status()
+    return _json(status) if args.json else _print(status_view(status))
+
+
+@_command
+def cmd_jobs(args: argparse.Namespace) -> int:
+    """``cotenant jobs``: all jobs, oldest first."""
+    from cotenant.cli.views import jobs_view
+
+    jobs = [msgspec.to_builtins(job) for job in _client(args).jobs()]
+    return _json(jobs) if args.json else _print(jobs_view(jobs))
+
+
+@_command
+def cmd_top(args: argparse.Namespace) -> int:
+    """``cotenant top``: a live view until Ctrl-C."""
+    from rich.live import Live
+
+    from cotenant.cli.views import top_view
+
+    client, console = _client(args), _console()
+    status, problem = client.status(), ""
+    if args.once:
+        return _print(top_view(status))
+    with contextlib.suppress(KeyboardInterrupt):
+        if not console.is_terminal:
+            while True:
+                console.print(top_view(status))
+                sys.stdout.flush()
+                time.sleep(args.interval)
+                status = client.status()
+        with Live(console=console, screen=True, auto_refresh=False) as live:
+            while True:
+                live.update(top_view(status, problem), refresh=True)
+                time.sleep(args.interval)
+                try:
+                    status, problem = client.status(), ""
+                except EnvironmentProblem as error:
+                    problem = str(error)  # it may be restarting: keep the last figures
+    return 0
+
+
+# --- jobs -------------------------------------------------------------------------------------
+
+
+@_command
+def cmd_run(args: argparse.Namespace) -> int:
+    """``cotenant run``: submit a job; with ``--follow`` show its log until it has ended."""
+    if args.guaranteed > args.limit:
+        args.parser.error("--guaranteed must not exceed --limit")
+    spec = JobSpec(
+        id="",
+        name=args.name,
+        command=tuple(args.command),
+        cwd=str(Path(args.cwd).absolute()),
+        env=dict(args.env),
+        weight=args.weight,
+        guaranteed=args.guaranteed,
+        limit=args.limit,
+        memory=args.memory,
+        restart=RestartPolicy(args.restart),
+        max_restarts=args.max_restarts,
+    )
+    client = _client(args)
+    job = client.submit(spec)
+    if not args.follow:
+        print(job)
+        return 0
+    print(f"cotenant: job {job}", file=sys.stderr)
+    try:
+        ended = _follow(client, job, None)
+    except KeyboardInterrupt:
+        print(f"cotenant: job {job} goes on; stop it with: cotenant cancel {job}", file=sys.stderr)
+        return 0
+    if ended.state != JobState.SUCCEEDED.value:
+        raise CotenantError(
+            f"job {job} {ended.state}" + (f": {ended.reason}" if ended.reason else "")
+        )
+    return 0
+
+
+@_command
+def cmd_logs(args: argparse.Namespace) -> int:
+    """``cotenant logs``: a job's output; with ``-f`` until the job has ended."""
+    client = _client(args)
+    with contextlib.suppress(KeyboardInterrupt):
+        if args.follow:
+            _follow(client, args.job, args.lines)
+        else:
+            log = JobLog(Path(client.log_path(args.job)))
+            _copy(log, args.lines)
+            log.close()
+    return 0
+
+
+@_command
+def cmd_cancel(args: argparse.Namespace) -> int:
+    """``cotenant cancel``: end a job for good."""
+    print(f"cancelled {_client(args).cancel(args.job)}")
+    return 0
+
+
+@_command
+def cmd_hold(args: argparse.Namespace) -> int:
+    """``cotenant hold``: keep a job from running."""
+    print(f"held {_client(args).hold(args.job)}")
+    return 0
+
+
+@_command
+def cmd_release(args: argparse.Namespace) -> int:
+    """``cotenant release``: let a held job run again."""
+    print(f"released {_client(args).release(args.job)}")
+    return 0
+
+
+def _follow(client: ControlClient, ref: str, lines: int | None) -> JobStatus:
+    """Copy a job's log to stdout until the job has ended; returns how it ended."""
+    log = JobLog(Path(client.log_path(ref)))
+    job = _find(client, ref)
+    try:
+        asked = time.monotonic()
+        while True:
+            ended = job.state in _ENDED  # before the last read, which then has everything
+            _copy(log, lines)
+            if ended:
+                return job
+            time.sleep(FOLLOW_S)
+            if time.monotonic() - asked >= ASK_S:
+                job, asked = _find(client, job.id), time.monotonic()
+    finally:
+        log.close()
+
+
+def _copy(log: JobLog, lines: int | None) -> None:
+    for data in log.read(lines):
+        sys.stdout.buffer.write(data)
+    sys.stdout.buffer.flush()
+
+
+def _find(client: ControlClient, ref: str) -> JobStatus:
+    """The job that the node means by ``ref``: an id, the newest of a name, or a prefix."""
+    jobs = client.jobs()
+    for matches in (
+        [job for job in jobs if job.id == ref],
+        [job for job in jobs if job.name == ref],
+        [job for job in jobs if job.id.startswith(ref)],
+    ):
+        if matches:
+            return matches[-1]
+    raise NotFound(f"there is no job {ref!r} any more; `cotenant jobs` lists them")
+
+
+# --- journals ---------------------------------------------------------------------------------
+
+
+@_command
+def cmd_explain(args: argparse.Namespace) -> int:
+    """``cotenant explain``: why the node did what it did, from its journal."""
+    from cotenant.cli.views import explain_view
+
+    directory = args.journal or _journal_directory(args)
+    told = explain(_recent(directory), time.time(), args.last)
+    return _json(msgspec.to_builtins(told)) if args.json else _print(explain_view(told))
+
+
+@_command
+def cmd_replay(args: argparse.Namespace) -> int:
+    """``cotenant replay``: decide a journal's events again; 1 if anything comes out differently."""
+    from cotenant.cli.views import replay_view
+
+    report = replay(read(args.journal))
+    if args.json:
+        _json({"identical": report.identical, **msgspec.to_builtins(report)})
+    else:
+        _print(replay_view(report, __version__))
+    return 0 if report.identical else 1
+
+
+def _journal_directory(args: argparse.Namespace) -> Path:
+    """Where the running node keeps its journal, or where one in this directory would."""
+    with contextlib.suppress(CotenantError):
+        directory = (_client(args).status().get("journal") or {}).get("directory")
+        if directory:
+            return Path(directory)
+    return Path(args.state_dir) / "journal"
+
+
+def _recent(directory: Path) -> Iterator[Entry]:
+    """The newest segments whole, of older ones only the plans."""
+    found = segments(directory) if directory.is_dir() else []
+    if not found:
+        raise JournalError(
+            f"{directory}: no journal here; give its directory with --journal,"
+            " or the node's with --state-dir"
+        )
+    detailed, size = len(found), 0
+    while detailed > 0 and size < DETAILED_BYTES:
+        detailed -= 1
+        size += _size_of(found[detailed])
+    for path in found[:detailed]:
+        if path.exists():  # the node may delete its oldest meanwhile
+            yield from read(path, kinds=(Header, PlanRecord, Gap))
+    for path in found[detailed:]:
+        yield from read(path)
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+# --- output -----------------------------------------------------------------------------------
+
+
+def _client(args: argparse.Namespace) -> ControlClient:
+    return ControlClient(Path(args.state_dir) / "control.sock")
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    class PlainConsole(Console):
+        """Leaves a reader that went away to ``_command``; rich would exit with 1."""
+
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_COLUMNS
+    return PlainConsole(width=width, markup=False, highlight=False, emoji=False)
+
+
+def _print(view: Any) -> int:
+    _console().print(view)
+    return 0
+
+
+def _json(value: Any) -> int:
+    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
+    return 0
+
+
+# --- arguments --------------------------------------------------------------------------------
+
+
+def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Register the commands of this module; each sets ``func``."""
+    node = argparse.ArgumentParser(add_help=False)
+    node.add_argument(
+        "--state-dir",
+        metavar="DIR",
+        default=os.environ.get("COTENANT_STATE_DIR") or "cotenant-state",
+        help="the node's state directory (default: $COTENANT_STATE_DIR, else ./cotenant-state)",
+    )
+    machine = argparse.ArgumentParser(add_help=False)
+    machine.add_argument("--json", action="store_true", help="print JSON, for machines")
+
+    def add(name: str, func: Command, summary: str, *parents: Any) -> argparse.ArgumentParser:
+        parser = subparsers.add_parser(name, help=summary, parents=list(parents))
+        parser.set_defaults(func=func, parser=parser)
+        return parser
+
+    add("status", cmd_status, "show what a node serves and runs", node, machine)
+    top = add("top", cmd_top, "watch partitions, services and jobs", node)
+    top.add_argument("--interval", type=_positive, default=1.0, metavar="S", help="seconds (1)")
+    top.add_argument("--once", action="store_true", help="print one picture and stop")
+    add("jobs", cmd_jobs, "list jobs", node, machine)
+    _add_run(add("run", cmd_run, "submit a training or other batch job", node))
+    logs = add("logs", cmd_logs, "print a job's output", node)
+    logs.add_argument("-f", "--follow", action="store_true", help="go on until the job ends")
+    logs.add_argument("-n", "--lines", type=_count, help="only the last LINES lines")
+    parsers = [logs]
+    parsers.append(add("cancel", cmd_cancel, "end a job for good", node))
+    parsers.append(add("hold", cmd_hold, "keep a job from running until released", node))
+    parsers.append(add("release", cmd_release, "let a held job run again", node))
+    for parser in parsers:
+        parser.add_argument("job", metavar="JOB", help="id, name, or the beginning of an id")
+    why = add("explain", cmd_explain, "say why a node did what it did", node, machine)
+    why.add_argument("--last", type=_count, default=10, metavar="N", help="of each kind (10)")
+    why.add_argument("--journal", type=Path, metavar="DIR", help="default: that of the node")
+    again = add("replay", cmd_replay, "check that a journal's decisions come out again", machine)
+    again.add_argument("journal", type=Path, metavar="JOURNAL", help="a directory or a segment")
+
+
+def _add_run(run: argparse.ArgumentParser) -> None:
+    run.usage = "cotenant run [options] -- COMMAND [ARGUMENT ...]"
+    run.add_argument("--name", default="", help="default: the command's")
+    run.add_argument("--weight", type=_positive, default=1.0, metavar="W",
+                     help="its part of what jobs share (1)")  # fmt: skip
+    run.add_argument("--guaranteed", type=_share, default=0.0, metavar="SHARE",
+                     help="share of the device owed to it, such as 0.25 or 25%% (0)")  # fmt: skip
+    run.add_argument("--limit", type=_share, default=1.0, metavar="SHARE",
+                     help="largest share of the device it may hold (1)")  # fmt: skip
+    run.add_argument("--memory", type=_size, default=0, metavar="SIZE",
+                     help="resident memory at which it is ended, such as 2GiB")  # fmt: skip
+    run.add_argument("--restart", choices=[p.value for p in RestartPolicy], default="on-failure")
+    run.add_argument("--max-restarts", type=_count, default=5, metavar="N")
+    run.add_argument("--env", type=_variable, action="append", default=[], metavar="K=V")
+    run.add_argument("--cwd", default=".", metavar="D", help="default: this directory")
+    run.add_argument("--follow", action="store_true", help="show its output until it ends")
+    run.add_argument("command", nargs="+", metavar="COMMAND", help="after --")
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is below 0")
+    return value
+
+
+def _share(text: str) -> float:
+    """A share of the device: ``0.25`` or ``25%``."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 0.25 or 25%")
+    return value
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _variable(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
+    return name, value

@@ -1,0 +1,1 @@
+"""``cotenant simulate``: policies side by side on a scenario, in virtual time."""

@@ -1,0 +1,145 @@
+"""Where the parts meet: a configuration becomes a device, a node and its front ends."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import gc
+import resource
+import signal
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import msgspec
+
+from cotenant.devices.base import Device
+from cotenant.devices.cpu import CpuDevice
+from cotenant.domain.config import DeviceConfig, NodeConfig, parse_config
+from cotenant.domain.errors import ConfigError, EnvironmentProblem
+from cotenant.runtime.node import Node
+from cotenant.serving.control import ControlServer
+from cotenant.serving.grpc_front import GrpcFront
+from cotenant.serving.http_front import HttpFront
+from cotenant.serving.intake import Intake
+from cotenant.serving.rest import build_app
+from cotenant.serving.tensors import Limits
+
+STOP_GRACE_S = 10.0
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
+
+
+def read_config(path: Path) -> NodeConfig:
+    """The configuration in a file; relative paths in it are taken from the file's directory.
+
+    Raises ConfigError naming the file and the key.
+    """
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    try:
+        config = parse_config(text)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    base = path.absolute().parent
+    return msgspec.structs.replace(
+        config,
+        state_dir=str(base / config.state_dir),
+        models=str(base / config.models),
+        token_file=str(base / config.token_file) if config.token_file else None,
+        jobs=tuple(msgspec.structs.replace(job, cwd=str(base / job.cwd)) for job in config.jobs),
+    )
+
+
+def make_device(config: DeviceConfig) -> Device:
+    """The device that the configuration names."""
+    return CpuDevice(config.id, config.cores, config.realtime, config.pin)
+
+
+async def serve(config: NodeConfig) -> None:
+    """Run a node until SIGTERM, SIGINT or ``cotenant`` tells it to stop; then drain and stop it."""
+    _tune_process()
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    token = _token(config)
+    intake = Intake(Limits(body_bytes=config.limits.body, tensors=config.limits.tensors))
+    async with AsyncExitStack() as stack:
+        node = await stack.enter_async_context(Node(config, make_device(config.device)))
+        control = ControlServer(node, Path(config.state_dir) / "control.sock", stop.set)
+        await control.start()
+        stack.push_async_callback(control.stop)
+        if config.http:
+            host, port = split_address(config.http)
+            http = HttpFront(build_app(node, intake, token), host, port)
+            node.addresses["http"] = f"{host}:{await http.start()}"
+            stack.push_async_callback(http.stop, STOP_GRACE_S)
+        if config.grpc:
+            host, port = split_address(config.grpc)
+            grpc = GrpcFront(node, intake, token, host, port)
+            node.addresses["grpc"] = f"{host}:{await grpc.start()}"
+            stack.push_async_callback(grpc.stop, STOP_GRACE_S)
+        starting = asyncio.create_task(node.start())
+        stopped = asyncio.create_task(stop.wait())
+        await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
+        if starting.done():
+            starting.result()
+            _settle_heap()
+            _announce(node)
+            await stopped
+        else:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+
+
+def _tune_process() -> None:
+    """As many connections as the hard limit allows, and a heap that keeps large buffers: by
+    default the C library returns each request body to the kernel and faults it in again."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it, musl does not
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 128 * 2**20)
+        mallopt(_M_TRIM_THRESHOLD, 256 * 2**20)
+
+
+def _settle_heap() -> None:
+    """What is alive now lives as long as the node: the collector need not look at it again, nor
+    look as often at the rest, which hardly has cycles."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
+def _announce(node: Node) -> None:
+    addresses = [f"{kind} {address}" for kind, address in node.addresses.items() if address]
+    spec = node.device.spec
+    print(f"cotenant: serving on {', '.join(addresses) or 'no address'}", flush=True)
+    print(
+        f"cotenant: {spec.kind} with {len(spec.units)} units, level {spec.preempt.name}", flush=True
+    )
+    for limit in spec.limits:
+        print(f"cotenant: note: {limit}", flush=True)
+    for entry in node.index():
+        if entry.state == "UNAVAILABLE" and entry.name in node.models.declared:
+            print(f"cotenant: model {entry.name} is not served: {entry.reason}", flush=True)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host and port of ``host:port`` (brackets around IPv6 addresses are removed)."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _token(config: NodeConfig) -> str | None:
+    if config.token_file is None:
+        return None
+    try:
+        token = Path(config.token_file).read_text().strip()
+    except OSError as error:
+        raise EnvironmentProblem(f"node.token_file cannot be read: {error}") from error
+    if len(token) < 16:
+        raise ConfigError("holds fewer than 16 characters", "node.token_file")
+    return token

@@ -1,0 +1,1 @@
+"""What Cotenant runs on: one file a device kind, behind the Protocol in ``base``."""

@@ -1,0 +1,347 @@
+"""The CPU as an accelerator: a partition is a set of cores.
+
+How it takes space back from a job, and what was found to matter:
+
+* A job's threads are moved by ``sched_setaffinity``, all of them, about 5 µs each. A thread
+  inherits the mask of the one that makes it, so what is born between two looks at ``/proc`` is
+  confined as its maker was.
+* A job that loses its last core is stopped as a whole (SIGSTOP to every process, so that a
+  gang does not spin at a barrier for a member that is gone) and continued when it gets one.
+* A thread moved off a core does not come back by itself for some milliseconds: the kernel
+  balances lazily. On a grant the busiest threads are therefore put on the new cores one by one
+  (pinned there, then given the whole mask).
+* What a request waits for on a busy core is the wake-up of its worker, not the taking back.
+  Where the right to do so exists, workers and the node run at ``SCHED_FIFO`` and start at once;
+  that is level ``PRIORITY``. Otherwise jobs run at a lower weight (nice) and the level is
+  ``PAUSE``.
+* Real-time priority is a loaded gun: the kernel's own budget (``RLIMIT_RTTIME``) ends a worker
+  that computes without a pause for longer than its time-out, even when nobody else can run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import threading
+import time
+from typing import NamedTuple
+
+import msgspec
+
+from cotenant.devices import proctree
+from cotenant.domain.device import DeviceSpec, Partition, PreemptLevel
+from cotenant.domain.errors import DeviceError, EnvironmentProblem
+from cotenant.domain.units import MS, US, S
+
+NODE_PRIORITY = 10
+WORKER_PRIORITY = 20
+"""The node stays below its workers. Whoever reaps a process, or looks it up in ``/proc`` while it
+ends, may spin in the kernel until that process's own threads have let go of its entries there; if
+they wait for the core the node spins on, neither ever moves. The kernel moves a node that a
+worker displaces to another core at once."""
+NATIVE_NICE = -10
+"""Niceness of the node's native threads beside its real-time ones."""
+JOB_NICE = 10
+"""Niceness of jobs where inference cannot have real-time priority."""
+_FIFO = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
+"""Threads made later start at ordinary priority; ``refresh`` raises those of workers."""
+
+
+class _Thread(NamedTuple):
+    tid: int
+    ticks: int
+
+
+class _Job(msgspec.Struct):
+    root: int
+    granted: dict[str, tuple[int, ...]] = {}
+    pids: list[int] = []
+    threads: list[int] = []
+    """Thread ids, those that used most CPU since the last look first."""
+    ticks: dict[int, int] = {}
+    stopped: bool = False
+
+    @property
+    def cores(self) -> set[int]:
+        """Union of what is granted."""
+        return {core for cores in self.granted.values() for core in cores}
+
+
+class _Worker(msgspec.Struct):
+    pid: int
+    cores: tuple[int, ...] = ()
+    threads: list[int] = []
+
+
+class CpuDevice:
+    """Core sets of this machine.
+
+    ``cores``: the cores to use (None: all this process may run on). ``realtime``: "auto" uses
+    SCHED_FIFO where allowed, "never" does not, "require" raises EnvironmentProblem without.
+    ``pin``: whether workers are bound to their partition's cores.
+    """
+
+    blocking = False
+
+    def __init__(
+        self,
+        device_id: str = "cpu",
+        cores: tuple[int, ...] | None = None,
+        realtime: str = "auto",
+        pin: bool = True,
+    ) -> None:
+        self._id = device_id
+        self._wanted = cores
+        self._realtime_mode = realtime
+        self._pin = pin
+        self._realtime = False
+        self._cores: tuple[int, ...] = ()
+        self._limits: list[str] = []
+        self._jobs: dict[str, _Job] = {}
+        self._workers: dict[str, _Worker] = {}
+        self._raised: set[int] = set()
+        """Our own threads that were made urgent."""
+        self._lock = threading.Lock()
+        """``refresh`` runs beside the loop; a mask is computed and set under this lock."""
+
+    # --- life -------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Raises EnvironmentProblem if the cores asked for are not there."""
+        allowed = os.sched_getaffinity(0)
+        wanted = set(self._wanted) if self._wanted is not None else allowed
+        missing = wanted - allowed
+        if missing or not wanted:
+            raise EnvironmentProblem(
+                f"device {self._id}: cores {sorted(missing)} are not in this process's affinity "
+                f"mask {sorted(allowed)}; name only those, or start Cotenant with a wider mask"
+            )
+        self._cores = tuple(sorted(wanted))
+        self._limits = []
+        self._realtime = self._realtime_mode != "never" and self._try_realtime()
+        if self._realtime_mode == "require" and not self._realtime:
+            raise EnvironmentProblem(
+                f"device {self._id}: real-time priority is required but not allowed; grant "
+                "CAP_SYS_NICE (or an rtprio limit of at least 20), or set realtime: auto"
+            )
+        if not self._pin:
+            self._limits.append("workers are not pinned: partitions bind jobs only")
+        if not self._realtime:
+            why = "switched off" if self._realtime_mode == "never" else "not allowed here"
+            self._limits.append(f"no real-time priority ({why}): waking on a busy core costs")
+        if len(self._cores) == 1:
+            self._limits.append("one core: jobs are stopped while a request runs")
+
+    def close(self) -> None:
+        """Let jobs that are still attached run freely; this process is as urgent as it was."""
+        for name in list(self._jobs):
+            self.detach_job(name)
+        self._workers.clear()
+        for tid in self._raised:
+            with contextlib.suppress(OSError):
+                os.sched_setscheduler(tid, os.SCHED_OTHER, os.sched_param(0))
+        self._raised.clear()
+
+    @property
+    def spec(self) -> DeviceSpec:
+        level = PreemptLevel.PRIORITY if self._realtime else PreemptLevel.PAUSE
+        return DeviceSpec(
+            id=self._id,
+            kind="cpu",
+            units=self._cores,
+            memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+            shapes=tuple(range(1, len(self._cores) + 1)),
+            preempt=level,
+            resizes_live=True,
+            revoke_ns=20 * US,
+            repartition_ns=1 * MS,
+            limits=tuple(self._limits),
+        )
+
+    def repartition(self, partitions: tuple[Partition, ...]) -> None:
+        taken: set[int] = set()
+        for partition in partitions:
+            units = set(partition.units)
+            if not units or not units <= set(self._cores) - taken:
+                raise DeviceError(f"{partition.id}: cores {sorted(units)} are taken or not ours")
+            taken |= units
+
+    # --- jobs -------------------------------------------------------------------------------
+
+    def attach_job(self, job: str, pid: int) -> None:
+        """``pid``'s descendants (not itself) are the job; they stand still until a grant."""
+        found = self._jobs[job] = _Job(root=pid, stopped=True)
+        # So far it ran on any core; what it forks just after a single look would go on doing so.
+        pids = proctree.freeze(lambda: proctree.descendants(pid))
+        self._note_processes(found, pids)
+
+    def detach_job(self, job: str) -> None:
+        found = self._jobs.pop(job, None)
+        if found is not None:
+            with self._lock:
+                found.granted = {"": self._cores}
+                self._apply(found)
+
+    def grant(self, job: str, partition: Partition) -> None:
+        found = self._find(job)
+        with self._lock:
+            found.granted[partition.id] = partition.units
+            self._spread(found, partition.units)
+            self._apply(found)
+
+    def revoke(self, job: str, partition: Partition) -> int:
+        started = time.monotonic_ns()
+        found = self._find(job)
+        with self._lock:
+            found.granted.pop(partition.id, None)
+            self._apply(found)
+        return time.monotonic_ns() - started
+
+    def _find(self, job: str) -> _Job:
+        if job not in self._jobs:
+            raise DeviceError(f"{job}: not attached to {self._id}")
+        return self._jobs[job]
+
+    def _apply(self, job: _Job) -> None:
+        cores = job.cores
+        if not cores:
+            proctree.send(job.pids, signal.SIGSTOP)
+            job.stopped = True
+            if not self._realtime:
+                _await_stopped(job.pids)
+            return
+        for tid in job.threads:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(tid, cores)
+        if job.stopped:
+            proctree.send(job.pids, signal.SIGCONT)
+            job.stopped = False
+
+    def _spread(self, job: _Job, new: tuple[int, ...]) -> None:
+        """Put one busy thread on each core that is new to the job; ``_apply`` widens after."""
+        older = len(job.cores) - len(new)
+        for index, core in enumerate(new):
+            if older + index < len(job.threads):
+                with contextlib.suppress(OSError):
+                    os.sched_setaffinity(job.threads[older + index], {core})
+
+    def _note_processes(self, job: _Job, pids: list[int]) -> None:
+        """``pids`` are the job's now: newcomers are brought into line."""
+        seen = [_Thread(tid, _thread_ticks(tid)) for tid in proctree.threads(pids)]
+        used = {t.tid: t.ticks - job.ticks.get(t.tid, 0) for t in seen}
+        fresh = {t.tid for t in seen} - set(job.threads)
+        job.threads = sorted(used, key=lambda tid: (-used[tid], tid))
+        job.ticks = {t.tid: t.ticks for t in seen}
+        newborn = [pid for pid in pids if pid not in job.pids]
+        job.pids = pids
+        with self._lock:
+            if job.stopped:
+                proctree.send(newborn, signal.SIGSTOP)
+            for tid in fresh:
+                self._tame(tid, job.cores)
+
+    def _tame(self, tid: int, cores: set[int]) -> None:
+        """Bring a thread that is new to us into line."""
+        with contextlib.suppress(OSError):
+            if cores:
+                os.sched_setaffinity(tid, cores)
+            if not self._realtime and os.getpriority(os.PRIO_PROCESS, tid) < JOB_NICE:
+                os.setpriority(os.PRIO_PROCESS, tid, JOB_NICE)
+
+    # --- workers ----------------------------------------------------------------------------
+
+    def attach_worker(self, worker: str, pid: int, exec_timeout_ns: int) -> None:
+        found = self._workers[worker] = _Worker(pid=pid)
+        if self._realtime:
+            self._limit_realtime(pid, exec_timeout_ns)
+        self._look_at_worker(found)
+
+    def detach_worker(self, worker: str) -> None:
+        self._workers.pop(worker, None)
+
+    def bind_worker(self, worker: str, partition: Partition) -> None:
+        found = self._workers.get(worker)
+        if found is None:
+            raise DeviceError(f"{worker}: not attached to {self._id}")
+        if found.cores == partition.units or not self._pin:
+            return
+        found.cores = partition.units
+        for tid in found.threads:
+            with contextlib.suppress(OSError):
+                os.sched_setaffinity(tid, partition.units)
+
+    def _look_at_worker(self, worker: _Worker) -> None:
+        known = set(worker.threads)
+        worker.threads = proctree.threads([worker.pid])
+        for tid in worker.threads:
+            if tid in known:
+                continue
+            with contextlib.suppress(OSError):
+                if worker.cores:
+                    os.sched_setaffinity(tid, worker.cores)
+                if self._realtime:
+                    _make_realtime(tid, WORKER_PRIORITY)
+
+    @staticmethod
+    def _limit_realtime(pid: int, exec_timeout_ns: int) -> None:
+        budget_us = exec_timeout_ns // US
+        hard_us = (exec_timeout_ns + 2 * S) // US
+        with contextlib.suppress(OSError, ValueError):
+            resource.prlimit(pid, resource.RLIMIT_RTTIME, (budget_us, hard_us))
+
+    # --- the node itself --------------------------------------------------------------------
+
+    def protect_self(self) -> None:
+        """Raise this process's threads above all but the workers (not inherited by children).
+
+        Python's threads all of them, since any may hold the interpreter's lock. Threads of
+        native libraries only get a lower niceness: they are pools whose work can wait, and at
+        real-time priority a whole pool may wake up for each piece of it.
+        """
+        if not self._realtime:
+            return
+        python = {thread.native_id for thread in threading.enumerate()}
+        for tid in proctree.threads([os.getpid()]):
+            with contextlib.suppress(OSError):
+                if tid in python:
+                    _make_realtime(tid, NODE_PRIORITY)
+                    self._raised.add(tid)
+                else:
+                    os.setpriority(os.PRIO_PROCESS, tid, NATIVE_NICE)
+
+    def refresh(self) -> None:
+        for job in list(self._jobs.values()):
+            self._note_processes(job, proctree.descendants(job.root))
+        for worker in list(self._workers.values()):
+            self._look_at_worker(worker)
+        self.protect_self()
+
+    @staticmethod
+    def _try_realtime() -> bool:
+        before = os.sched_getscheduler(0), os.sched_getparam(0)
+        try:
+            _make_realtime(0, WORKER_PRIORITY)
+        except OSError:
+            return False
+        os.sched_setscheduler(0, *before)
+        return True
+
+
+def _make_realtime(tid: int, priority: int) -> None:
+    os.sched_setscheduler(tid, _FIFO, os.sched_param(priority))
+
+
+def _thread_ticks(tid: int) -> int:
+    found = proctree.thread_stat(tid)
+    return found.cpu_ticks if found is not None else 0
+
+
+def _await_stopped(pids: list[int], within_ns: int = 2 * MS) -> None:
+    """Wait until the kernel has stopped all of them: a running one takes a moment."""
+    end = time.monotonic_ns() + within_ns
+    for pid in pids:
+        while (found := proctree.stat(pid)) is not None and found.state in b"RSD":
+            if time.monotonic_ns() > end:
+                return

@@ -1,0 +1,280 @@
+"""One configuration object, parsed once, strict.
+
+Unknown keys, wrong units and impossible values are refused with the path of the key and what
+would be right. ``parse_config`` takes text; reading files is the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from cotenant.domain import reading
+from cotenant.domain.errors import ConfigError
+from cotenant.domain.units import MS, S
+from cotenant.domain.workload import BatchSpec, JobSpec, RestartPolicy, ServiceSpec, Slo
+
+
+class DeviceConfig(msgspec.Struct, frozen=True):
+    """``kind`` cpu; ``cores`` None = all that this process may use; ``realtime`` auto, never or
+    require; ``pin`` false leaves it to the kernel where workers run (to compare with)."""
+
+    kind: str = "cpu"
+    id: str = "cpu"
+    cores: tuple[int, ...] | None = None
+    realtime: str = "auto"
+    pin: bool = True
+
+
+class PolicyConfig(msgspec.Struct, frozen=True):
+    """Bounds for the planner (times in ns). ``split`` fixes (cores, partition size)."""
+
+    lend: bool = True
+    split: tuple[int, int] | None = None
+    grow_after: int = 2 * S
+    shrink_after: int = 10 * S
+    slice_min: int = 2 * MS
+    slice_max: int = 200 * MS
+    linger_max: int = 20 * MS
+
+
+class LimitsConfig(msgspec.Struct, frozen=True):
+    """Stated limits: request body and a service's tensor memory in bytes, tensors a request,
+    jobs running at once."""
+
+    body: int = 64 * 2**20
+    tensors: int = 64
+    arena: int = 256 * 2**20
+    jobs: int = 8
+
+
+class JournalConfig(msgspec.Struct, frozen=True):
+    """``segment`` bytes a file, ``keep`` files."""
+
+    enabled: bool = True
+    segment: int = 32 * 2**20
+    keep: int = 8
+
+
+class NodeConfig(msgspec.Struct, frozen=True):
+    """Everything ``cotenant serve`` reads from its file. ``token_file`` names a file that holds the
+    bearer token clients must send; needed when an address is not loopback."""
+
+    state_dir: str
+    models: str
+    http: str | None
+    grpc: str | None
+    token_file: str | None
+    plan_every: int
+    poll_models_every: int
+    journal: JournalConfig
+    limits: LimitsConfig
+    device: DeviceConfig
+    policy: PolicyConfig
+    services: tuple[ServiceSpec, ...]
+    jobs: tuple[JobSpec, ...]
+
+
+class ModelSettings(msgspec.Struct, frozen=True):
+    """``model.yaml`` of a model directory: all optional. ``shapes`` fills free axes of inputs
+    for the warm-up; ``keep_versions`` newest versions stay loaded."""
+
+    slo: Slo | None = None
+    batch: BatchSpec | None = None
+    shapes: dict[str, tuple[int, ...]] = {}
+    keep_versions: int = 1
+    accuracy_floor: float = 0.0
+
+
+def parse_config(text: str) -> NodeConfig:
+    """The node's configuration; raises ConfigError naming the key."""
+    root = reading.Section(reading.load(text), "")
+    node = root.section("node")
+    policy = _policy(root.section("policy"))
+    devices = root.sections("devices")
+    if len(devices) > 1:
+        raise ConfigError("one device a node for now", "devices")
+    device = _device(devices[0]) if devices else DeviceConfig()
+    services = tuple(_service(s) for s in root.sections("services"))
+    jobs = tuple(_job(j) for j in root.sections("jobs"))
+    root.done()
+    _unique("services", [s.name for s in services])
+    _unique("jobs", [j.name for j in jobs])
+    _guarantees(services, jobs)
+    config = NodeConfig(
+        state_dir=node.take("state_dir", reading.text, "./cotenant-state"),
+        models=node.take("models", reading.text, "./models"),
+        http=node.take("http", reading.optional(reading.address), "127.0.0.1:8000"),
+        grpc=node.take("grpc", reading.optional(reading.address), "127.0.0.1:8001"),
+        token_file=node.take("token_file", reading.optional(reading.text), None),
+        plan_every=node.take("plan_every", reading.duration, 1 * S),
+        poll_models_every=node.take("poll_models_every", reading.duration, 1 * S),
+        journal=_journal(node.section("journal")),
+        limits=_limits(node.section("limits")),
+        device=device,
+        policy=policy,
+        services=services,
+        jobs=jobs,
+    )
+    node.done()
+    for key, address in (("http", config.http), ("grpc", config.grpc)):
+        if address and not is_loopback(address) and not config.token_file:
+            raise ConfigError(
+                f"{address} can be reached from other machines: set node.token_file to a file "
+                "with a bearer token, or use 127.0.0.1",
+                f"node.{key}",
+            )
+    return config
+
+
+def parse_model_settings(text: str) -> ModelSettings:
+    """``model.yaml``; raises ConfigError naming the key."""
+    root = reading.Section(reading.load(text), "")
+    objective = root.raw("objective", None)
+    batch = root.raw("batch", None)
+    shapes = root.section("warmup_shapes")
+    settings = ModelSettings(
+        slo=None if objective is None else _slo(reading.Section(objective, "objective")),
+        batch=None if batch is None else _batch(reading.Section(batch, "batch")),
+        shapes={name: shapes.take(name, reading.shape) for name in shapes.names()},
+        keep_versions=root.take("keep_versions", reading.integer(1, 100), 1),
+        accuracy_floor=root.take("accuracy_floor", reading.share, 0.0),
+    )
+    root.done()
+    return settings
+
+
+def is_loopback(address: str) -> bool:
+    """Whether ``host:port`` can be reached from this machine alone."""
+    host = address.rpartition(":")[0].strip("[]")
+    return host in ("localhost", "::1") or host.startswith("127.")
+
+
+# --- sections -------------------------------------------------------------------------------
+
+
+def _device(section: reading.Section) -> DeviceConfig:
+    device = DeviceConfig(
+        kind=section.take("kind", reading.one_of(("cpu",))),
+        id=section.take("id", reading.name, "cpu"),
+        cores=section.take("cores", reading.cores, None),
+        realtime=section.take("realtime", reading.one_of(("auto", "never", "require")), "auto"),
+        pin=section.take("pin", reading.boolean, True),
+    )
+    section.done()
+    return device
+
+
+def _policy(section: reading.Section) -> PolicyConfig:
+    policy = PolicyConfig(
+        lend=section.take("lend", reading.boolean, True),
+        split=section.take("split", reading.split, None),
+        grow_after=section.take("grow_after", reading.duration, 2 * S),
+        shrink_after=section.take("shrink_after", reading.duration, 10 * S),
+        slice_min=section.take("slice_min", reading.duration, 2 * MS),
+        slice_max=section.take("slice_max", reading.duration, 200 * MS),
+        linger_max=section.take("linger_max", reading.duration_or_zero, 20 * MS),
+    )
+    if policy.slice_min > policy.slice_max:
+        raise ConfigError("is longer than policy.slice_max", "policy.slice_min")
+    section.done()
+    return policy
+
+
+def _journal(section: reading.Section) -> JournalConfig:
+    journal = JournalConfig(
+        enabled=section.take("enabled", reading.boolean, True),
+        segment=section.take("segment", reading.size, 32 * 2**20),
+        keep=section.take("keep", reading.integer(1, 10_000), 8),
+    )
+    section.done()
+    return journal
+
+
+def _limits(section: reading.Section) -> LimitsConfig:
+    limits = LimitsConfig(
+        body=section.take("body", reading.size, 64 * 2**20),
+        tensors=section.take("tensors", reading.integer(1, 4096), 64),
+        arena=section.take("arena", reading.size, 256 * 2**20),
+        jobs=section.take("jobs", reading.integer(1, 1000), 8),
+    )
+    section.done()
+    return limits
+
+
+def _service(section: reading.Section) -> ServiceSpec:
+    name = section.take("name", reading.name)
+    service = ServiceSpec(
+        name=name,
+        model=section.take("model", reading.name, name),
+        slo=_slo(section.section("objective", required=True)),
+        batch=_batch(section.section("batch")),
+        guaranteed=section.take("guaranteed", reading.share, 0.0),
+        limit=section.take("limit", reading.positive_share, 1.0),
+        accuracy_floor=section.take("accuracy_floor", reading.share, 0.0),
+        max_queue=section.take("max_queue", reading.integer(1, 1_000_000), 1024),
+        strict=section.take("strict", reading.boolean, False),
+        refuse_nan=section.take("refuse_nan", reading.boolean, False),
+        instances=section.take("instances", reading.integer(1, 256), 1),
+        threads=section.take("threads", reading.integer(0, 4096), 0),
+        exec_timeout=section.take("exec_timeout", reading.duration, 30 * S),
+    )
+    section.done()
+    return service
+
+
+def _slo(section: reading.Section) -> Slo:
+    slo = Slo(
+        latency=section.take("latency", reading.duration),
+        percentile=section.take("percentile", reading.percentile, 99.0),
+    )
+    section.done()
+    return slo
+
+
+def _batch(section: reading.Section) -> BatchSpec:
+    batch = BatchSpec(
+        max=section.take("max", reading.integer(1, 4096), 8),
+        preferred=section.take("preferred", reading.integers, ()),
+        max_queue_delay=section.take("max_queue_delay", reading.duration_or_zero, 0),
+    )
+    if any(size > batch.max for size in batch.preferred):
+        raise ConfigError(f"a preferred size exceeds max ({batch.max})", section.at("preferred"))
+    section.done()
+    return batch
+
+
+def _job(section: reading.Section) -> JobSpec:
+    name = section.take("name", reading.name)
+    job = JobSpec(
+        id="",
+        name=name,
+        command=section.take("command", reading.command),
+        cwd=section.take("cwd", reading.text, "."),
+        env=section.take("env", reading.environment, {}),
+        weight=section.take("weight", reading.positive, 1.0),
+        guaranteed=section.take("guaranteed", reading.share, 0.0),
+        limit=section.take("limit", reading.positive_share, 1.0),
+        memory=section.take("memory", reading.size, 0),
+        restart=RestartPolicy(
+            section.take("restart", reading.one_of([p.value for p in RestartPolicy]), "on-failure")
+        ),
+        max_restarts=section.take("max_restarts", reading.integer(0, 1_000_000), 5),
+        grace=section.take("grace", reading.duration, 5 * S),
+        log_limit=section.take("log_limit", reading.size, 64 * 2**20),
+    )
+    section.done()
+    return job
+
+
+def _unique(key: str, names: list[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"the name {name!r} stands twice; names must differ", key)
+
+
+def _guarantees(services: Iterable[ServiceSpec], jobs: Iterable[JobSpec]) -> None:
+    total = sum(s.guaranteed for s in services) + sum(j.guaranteed for j in jobs)
+    if total > 1.0 + 1e-9:
+        raise ConfigError(f"guaranteed shares add up to {total:g}; at most 1 can be guaranteed")

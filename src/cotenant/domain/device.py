@@ -1,0 +1,84 @@
+"""What a device is to the policy: a set of compute units, memory, and levels of capability."""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+
+class PreemptLevel(enum.IntEnum):
+    """How work of a job on a device can be made to yield, weakest first."""
+
+    NONE = 0
+    """Runs to completion."""
+    GATE = 1
+    """Submission stops; what is in flight drains (bounded)."""
+    PAUSE = 2
+    """Stopped in the middle, state kept."""
+    PRIORITY = 3
+    """The hardware or kernel puts urgent work first by itself: an urgent batch may start
+    before the job's revocation is acknowledged."""
+
+
+class Partition(msgspec.Struct, frozen=True):
+    """A piece of a device's space; the only thing that work runs on.
+
+    ``units`` are the device's own unit numbers (cores, SM groups, MIG memory slices), so two
+    partitions of one device overlap exactly when their units intersect. ``slices`` is set where
+    compute is counted otherwise: a MIG instance of four memory slices may have three compute
+    slices. ``memory`` in bytes, 0 where it is not divided.
+    """
+
+    id: str
+    device: str
+    units: tuple[int, ...]
+    memory: int = 0
+    slices: int = 0
+
+    @property
+    def compute(self) -> int:
+        """Number of compute units."""
+        return self.slices or len(self.units)
+
+
+class DeviceSpec(msgspec.Struct, frozen=True):
+    """A device as the planner sees it.
+
+    ``shapes`` lists partition sizes (in compute units) that the device can form;
+    ``resizes_live`` says whether a partition may change while work runs on others;
+    ``revoke_ns`` is a first guess at the cost of taking a partition back from a job, replaced
+    by measurements; ``repartition_ns`` likewise for a change of layout. Devices of one ``kind``
+    execute a model equally fast. Memory in bytes, 0 where it is no constraint.
+    """
+
+    id: str
+    kind: str
+    units: tuple[int, ...]
+    memory: int
+    shapes: tuple[int, ...]
+    preempt: PreemptLevel
+    resizes_live: bool
+    revoke_ns: int
+    repartition_ns: int
+    limits: tuple[str, ...] = ()
+    """What this device does without on this machine, in words (shown by ``cotenant status``)."""
+    mig: str = ""
+    """The GPU model whose MIG tables (``cotenant.domain.mig``) say which partitions it can form:
+    ``units`` are its memory slices and ``shapes`` says nothing. Empty: any units together."""
+    slices: int = 0
+    """Compute units, where they are counted otherwise than ``units``."""
+    trains: bool = True
+    """Whether jobs can run on it."""
+    pins_jobs: bool = False
+    """Whether a running job is bound to its partition: it can be paused there, but to move it
+    is to start it again."""
+    move_ns: int = 0
+    """What that costs a job."""
+    operators: tuple[str, ...] = ()
+    """What a model may be made of to run here; empty: anything."""
+
+    @property
+    def compute(self) -> int:
+        """Number of compute units."""
+        return self.slices or len(self.units)

@@ -1,0 +1,181 @@
+"""What happens to a node. Data only; ``domain.protocol`` says which action each answers."""
+
+from __future__ import annotations
+
+import msgspec
+
+from cotenant.domain.plan import Plan
+from cotenant.domain.request import Request
+
+
+class _Event(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    pass
+
+
+class ServiceAdded(_Event, frozen=True):
+    """A service may receive requests from now on. ``objective`` and ``ageing`` in ns."""
+
+    service: str
+    objective: int
+    max_batch: int
+    max_queue: int
+    preferred: tuple[int, ...] = ()
+    max_queue_delay: int = 0
+    strict: bool = False
+
+
+class ServiceRemoved(_Event, frozen=True):
+    """The service takes no more requests; those queued are answered with an error."""
+
+    service: str
+
+
+class Arrived(_Event, frozen=True):
+    """A request was decoded and is ready to execute.
+
+    ``more``: others arrived with it and follow at once; no batch starts before the last or
+    before it has an idle instance's share of a full one.
+    """
+
+    request: Request
+    more: bool = False
+
+
+class Cancelled(_Event, frozen=True):
+    """The client of a request went away."""
+
+    request: int
+
+
+class BatchDone(_Event, frozen=True):
+    """A batch executed. ``exec_ns`` is the worker's own execution time; ``start_ns`` the time
+    between dispatch and the start of execution (hand-over, wake-up, queueing by the kernel, and
+    the batch before it if the worker had one); ``failed`` holds the requests that are answered
+    with an error of their own."""
+
+    batch: int
+    exec_ns: int
+    start_ns: int = 0
+    failed: tuple[int, ...] = ()
+
+
+class BatchFailed(_Event, frozen=True):
+    """The model refused or failed on a batch; the worker lives on."""
+
+    batch: int
+    reason: str
+
+
+class WorkerUp(_Event, frozen=True):
+    """A warmed model instance is ready on ``device``. ``profile`` holds measured execution times
+    there as ``(units, rows, ns)``."""
+
+    worker: str
+    service: str
+    version: str
+    device: str
+    profile: tuple[tuple[int, int, int], ...] = ()
+
+
+class WorkerRetiring(_Event, frozen=True):
+    """This instance is to take no further batch (its version was replaced); it may finish one."""
+
+    worker: str
+
+
+class WorkerDown(_Event, frozen=True):
+    """A model instance is gone, with whatever it was executing."""
+
+    worker: str
+    reason: str = ""
+
+
+class VersionCurrent(_Event, frozen=True):
+    """Requests that name no version go to this one from now on."""
+
+    service: str
+    version: str
+
+
+class JobReady(_Event, frozen=True):
+    """A job's processes run and may be granted partitions. ``guaranteed`` is a share of the
+    compute that trains, owed over ``window`` ns; ``limit`` the most units it may hold."""
+
+    job: str
+    weight: float
+    guaranteed: float
+    limit: int
+    window: int
+
+
+class JobExited(_Event, frozen=True):
+    """A job's processes are gone (or it is held); its grants are void."""
+
+    job: str
+
+
+class Granted(_Event, frozen=True):
+    """The job may run on the partition now."""
+
+    job: str
+    partition: str
+
+
+class Revoked(_Event, frozen=True):
+    """No process of the job runs on the partition any more. ``took_ns``: from the order."""
+
+    job: str
+    partition: str
+    took_ns: int
+
+
+class Repartitioned(_Event, frozen=True):
+    """The device's layout is now that of plan ``version``."""
+
+    version: int
+
+
+class ActionFailed(_Event, frozen=True):
+    """A grant, revocation or repartition could not be carried out."""
+
+    action: str
+    target: str
+    job: str
+    reason: str
+
+
+class Woke(_Event, frozen=True):
+    """The time asked for by ``WakeAt`` has come."""
+
+
+class Planned(_Event, frozen=True):
+    """The planner set new bounds."""
+
+    plan: Plan
+
+
+class Draining(_Event, frozen=True):
+    """The node is about to stop: no new request is admitted."""
+
+
+Event = (
+    ServiceAdded
+    | ServiceRemoved
+    | Arrived
+    | Cancelled
+    | BatchDone
+    | BatchFailed
+    | WorkerUp
+    | WorkerRetiring
+    | WorkerDown
+    | VersionCurrent
+    | JobReady
+    | JobExited
+    | Granted
+    | Revoked
+    | Repartitioned
+    | ActionFailed
+    | Woke
+    | Planned
+    | Draining
+)

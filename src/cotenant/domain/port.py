@@ -1,0 +1,207 @@
+"""How front ends (REST, gRPC, control socket, Kubernetes) see the node: one Protocol.
+
+Front ends turn bytes into these calls and the answers back into bytes. They decide nothing,
+hold no model and know no device. ``cotenant.cli.wiring`` hands them the node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import msgspec
+
+from cotenant.domain.request import Refusal
+from cotenant.domain.workload import JobSpec
+
+DATATYPES: dict[str, int] = {
+    "BOOL": 1,
+    "UINT8": 1,
+    "UINT16": 2,
+    "UINT32": 4,
+    "UINT64": 8,
+    "INT8": 1,
+    "INT16": 2,
+    "INT32": 4,
+    "INT64": 8,
+    "FP16": 2,
+    "BF16": 2,
+    "FP32": 4,
+    "FP64": 8,
+    "BYTES": 0,
+}
+"""Open Inference Protocol datatypes and their element size in bytes (0: variable; each
+element is a 4-byte little-endian length followed by that many bytes)."""
+
+
+class TensorMeta(msgspec.Struct, frozen=True):
+    """Name, datatype and shape of a model's input or output; -1 is any length."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+
+
+class ModelMeta(msgspec.Struct, frozen=True):
+    """What clients may know of a model. ``versions`` are those loaded now, newest last."""
+
+    name: str
+    versions: tuple[str, ...]
+    platform: str
+    inputs: tuple[TensorMeta, ...]
+    outputs: tuple[TensorMeta, ...]
+
+
+class IndexEntry(msgspec.Struct, frozen=True):
+    """One line of the model repository: ``state`` is READY, LOADING, UNAVAILABLE or UNLOADING."""
+
+    name: str
+    version: str
+    state: str
+    reason: str
+
+
+class TensorIn(msgspec.Struct):
+    """An input tensor. Its bytes (little-endian, row-major) are ``data``, or are fetched by
+    calling ``read_into`` with a writable buffer of ``nbytes`` (a client's shared memory)."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    nbytes: int
+    data: bytes | bytearray | memoryview | None = None
+    read_into: Callable[[memoryview], None] | None = None
+
+
+class TensorOut(msgspec.Struct):
+    """An output tensor; ``data`` is valid until ``InferResult.release`` is called."""
+
+    name: str
+    datatype: str
+    shape: tuple[int, ...]
+    data: memoryview
+
+
+class InferCall(msgspec.Struct):
+    """One inference. ``timeout_ns`` 0 = the service's objective sets the deadline.
+    ``outputs`` empty = all. ``priority`` is a class 0..2 (see ``PRIORITY_CLASSES``)."""
+
+    model: str
+    inputs: list[TensorIn]
+    version: str = ""
+    id: str = ""
+    outputs: tuple[str, ...] = ()
+    priority: int = 1
+    timeout_ns: int = 0
+
+
+class InferResult(msgspec.Struct):
+    """The answer. Call ``release`` exactly once when the bytes have been written out."""
+
+    model: str
+    version: str
+    outputs: list[TensorOut]
+    release: Callable[[], None]
+
+
+class Refused(msgspec.Struct, frozen=True):
+    """An expected refusal, a value and not an exception. ``retry_after`` in ns, 0 = never."""
+
+    refusal: Refusal
+    retry_after: int
+    detail: str
+
+    @property
+    def message(self) -> str:
+        """One sentence for the client."""
+        return f"{self.refusal.value}: {self.detail}" if self.detail else self.refusal.value
+
+
+Outcome = InferResult | Refused
+OnOutcome = Callable[[Outcome], None]
+Withdraw = Callable[[], None]
+
+
+class JobStatus(msgspec.Struct, frozen=True):
+    """A job as ``cotenant jobs`` shows it. ``rate`` is progress (or CPU seconds) per second."""
+
+    id: str
+    name: str
+    state: str
+    command: tuple[str, ...]
+    weight: float
+    guaranteed: float
+    created: float
+    restarts: int
+    pid: int = 0
+    exit_code: int | None = None
+    reason: str = ""
+    progress: float = 0.0
+    progress_unit: str = "steps"
+    rate: float = 0.0
+    cpu_s: float = 0.0
+    held_s: float = 0.0
+    pauses: int = 0
+    partitions: tuple[str, ...] = ()
+    metrics: dict[str, float | None] = {}
+    """What the job reported beside its steps; None for what was no number."""
+
+
+class NodePort(Protocol):
+    """The node as front ends see it. It must be called on the node's own loop.
+
+    Raises as in ``cotenant.domain.errors``: ``NotFound`` for unknown names, ``InvalidRequest`` for
+    input that does not fit, ``TooLarge`` over a limit, ``ModelError`` for a failed load.
+    """
+
+    def is_ready(self) -> bool:
+        """Whether every declared model is loaded and warmed, and the node is not draining."""
+
+    def model_ready(self, name: str, version: str = "") -> bool:
+        """Whether this model (version) can be inferred now; False for unknown names."""
+
+    def metadata(self, name: str, version: str = "") -> ModelMeta:
+        """Metadata; raises NotFound."""
+
+    def index(self) -> list[IndexEntry]:
+        """All models in the repository, loaded or not."""
+
+    async def load(self, name: str) -> None:
+        """Load (or reload the newest version of) a model; raises ModelError, NotFound."""
+
+    async def unload(self, name: str) -> None:
+        """Drain and unload a model; raises NotFound."""
+
+    def submit(self, call: InferCall, done: OnOutcome) -> Withdraw | Refused:
+        """Validate and queue. ``done`` is called once, from the loop and never from within, with
+        the result or a refusal, unless the request is withdrawn before."""
+
+    def statistics(self, name: str, version: str = "") -> dict[str, Any]:
+        """Counters of one model, in ns and counts; ``""`` is not a wildcard. Keys: version,
+        last_inference_ms, inference_count, execution_count, success_count, success_ns,
+        fail_count, fail_ns, queue_count, queue_ns, compute_input_ns, compute_infer_ns,
+        compute_output_ns."""
+
+    def metrics(self) -> bytes:
+        """Prometheus text exposition."""
+
+    def status(self) -> dict[str, Any]:
+        """Everything ``cotenant status`` and ``cotenant top`` show, as JSON-ready values."""
+
+    def submit_job(self, spec: JobSpec) -> str:
+        """Queue a job durably; returns its id."""
+
+    def jobs(self) -> list[JobStatus]:
+        """All jobs, oldest first."""
+
+    def cancel_job(self, ref: str) -> str:
+        """Cancel by id, unique id prefix or name; returns the id; raises NotFound."""
+
+    def hold_job(self, ref: str) -> str:
+        """Keep a running job from any partition until released; returns the id."""
+
+    def release_job(self, ref: str) -> str:
+        """Let a held job run again; returns the id."""
+
+    def job_log_path(self, ref: str) -> str:
+        """Path of the job's log file; raises NotFound."""

@@ -1,0 +1,54 @@
+"""Which events answer which action: written before the code, tested, and printed in the docs.
+
+An action that takes time is always answered by exactly one of its events. Where a failure and
+an ordinary answer can cross (a worker dies while its last batch is on the way back), the first
+one counts and the dispatcher ignores the other.
+"""
+
+from __future__ import annotations
+
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+
+ANSWERS: dict[type, tuple[type, ...]] = {
+    a.Dispatch: (e.BatchDone, e.BatchFailed, e.WorkerDown),
+    a.Grant: (e.Granted, e.ActionFailed, e.JobExited),
+    a.Revoke: (e.Revoked, e.ActionFailed, e.JobExited),
+    a.StopJob: (e.JobExited,),
+    a.Repartition: (e.Repartitioned, e.ActionFailed),
+    a.WakeAt: (e.Woke,),
+    a.Complete: (),
+    a.Reject: (),
+}
+
+EFFECTS: dict[tuple[type, type], str] = {
+    (a.Dispatch, e.BatchDone): "answers every request of the batch; the partition is free, or "
+    "the worker goes on with the batch it has at hand",
+    (a.Dispatch, e.BatchFailed): "refuses every request of the batch; the partition is free, or "
+    "the worker goes on with the batch it has at hand",
+    (a.Dispatch, e.WorkerDown): "each request of the batch goes back to the queue once, the second "
+    "time it is refused; what the worker only had at hand goes back; the partition is free",
+    (a.Grant, e.Granted): "the partition is lent",
+    (a.Grant, e.ActionFailed): "the partition is free and not lent to this job for a while",
+    (a.Grant, e.JobExited): "the partition is free",
+    (a.Revoke, e.Revoked): "the partition is free for the batch that waits",
+    (a.Revoke, e.ActionFailed): "the job is stopped",
+    (a.Revoke, e.JobExited): "the partition is free for the batch that waits",
+    (a.StopJob, e.JobExited): "the job's partitions are free",
+    (a.Repartition, e.Repartitioned): "the new partitions are free",
+    (a.Repartition, e.ActionFailed): "the old layout stays; the planner is told",
+    (a.WakeAt, e.Woke): "due lingers, slices, holds and time-outs are acted on",
+}
+
+
+def answer_table() -> str:
+    """The table as Markdown (``docs/protocol.md`` is made from it)."""
+    lines = ["| action | answered by | effect |", "| --- | --- | --- |"]
+    for action, answers in ANSWERS.items():
+        if not answers:
+            lines.append(f"| `{action.__name__}` | nothing: it ends a request | |")
+        lines.extend(
+            f"| `{action.__name__}` | `{answer.__name__}` | {EFFECTS[action, answer]} |"
+            for answer in answers
+        )
+    return "\n".join(lines)

@@ -1,0 +1,91 @@
+"""The facts that the planner decides on; no opinions."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import msgspec
+
+from cotenant.domain.device import DeviceSpec
+from cotenant.domain.plan import Plan
+from cotenant.domain.units import S
+from cotenant.domain.workload import Variant
+
+SEASON_AHEAD: Final = 30 * S
+"""How far ahead the season of a rate is looked up (ns)."""
+
+
+class ServiceFacts(msgspec.Struct, frozen=True):
+    """One service over the last observation window. Times in ns, rates in rows per second.
+
+    ``exec_ns`` maps a kind of device, and there units and rows (``"2x8"``), to the measured
+    execution time. ``rate_trend`` is the change of the arrival rate per second. ``misses`` and
+    those after it count from the node's start; ``pressed`` are answers after the deadline and
+    refusals for want of capacity. ``rate_season`` is how many times the present rate is usual
+    ``SEASON_AHEAD`` later. ``instances`` are those on each device that carries it.
+    ``variants`` says what the model is on kinds of device; empty: it runs anywhere.
+    """
+
+    name: str
+    objective: int
+    percentile: float
+    guaranteed: float
+    limit: float
+    max_batch: int
+    rate: float
+    rate_trend: float
+    queued: int
+    p50: int
+    p95: int
+    p99: int
+    misses: int
+    refused: int
+    answered: int
+    exec_ns: dict[str, dict[str, int]]
+    instances: int = 1
+    live_instances: int = 1
+    pressed: int = 0
+    rate_season: float = 1.0
+    accuracy_floor: float = 0.0
+    variants: dict[str, Variant] = {}
+
+
+RATE_WINDOW: Final = 60 * S
+"""Over which the progress rate of a job is taken (ns)."""
+
+
+class JobFacts(msgspec.Struct, frozen=True):
+    """One job. ``rate`` is its progress per second over ``RATE_WINDOW``, in which it held so many
+    units for the shares of the time that ``units`` tells; ``grants`` is how often per second it
+    was given space, each time counted as the part that it was of what the job then held.
+    ``held_ns``: unit-nanoseconds granted in all."""
+
+    id: str
+    weight: float
+    guaranteed: float
+    limit: float
+    rate: float
+    held_ns: int
+    units: dict[int, float] = {}
+    grants: float = 0.0
+
+
+class PartitionFacts(msgspec.Struct, frozen=True):
+    """Busy time of one partition by workload over the window, in ns, and switches."""
+
+    id: str
+    busy_ns: dict[str, int]
+    idle_ns: int
+    switches: int
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """Everything the planner may know at ``now`` (ns, monotonic)."""
+
+    now: int
+    window: int
+    devices: tuple[DeviceSpec, ...]
+    plan: Plan
+    services: tuple[ServiceFacts, ...]
+    jobs: tuple[JobFacts, ...]
+    partitions: tuple[PartitionFacts, ...] = ()

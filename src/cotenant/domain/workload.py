@@ -1,0 +1,156 @@
+"""Services (latency-bound) and jobs (everything left over): what their owners declare."""
+
+from __future__ import annotations
+
+import enum
+from typing import Final
+
+import msgspec
+
+from cotenant.domain.units import MS, S
+
+PRIORITY_CLASSES: Final = 3
+"""Request priority classes: 0 high, 1 normal, 2 low."""
+
+
+class Slo(msgspec.Struct, frozen=True):
+    """``percentile`` % of answers within ``latency`` nanoseconds of arrival."""
+
+    latency: int
+    percentile: float = 99.0
+
+
+class BatchSpec(msgspec.Struct, frozen=True):
+    """Bounds on dynamic batching.
+
+    ``max`` rows per batch (1 disables batching); ``preferred`` sizes worth waiting for;
+    ``max_queue_delay`` nanoseconds a batch below a preferred size may be held back on an idle
+    partition, as far as the oldest request's slack allows. 0 never waits.
+    """
+
+    max: int = 8
+    preferred: tuple[int, ...] = ()
+    max_queue_delay: int = 0
+
+
+class Variant(msgspec.Struct, frozen=True):
+    """What a model is on one kind of device: bytes that an instance holds there, accuracy (0..1)
+    as it runs there (quantized, perhaps), and what it is made of."""
+
+    memory: int = 0
+    accuracy: float = 1.0
+    operators: tuple[str, ...] = ()
+
+
+class ServiceSpec(msgspec.Struct, frozen=True):
+    """A model served under an objective."""
+
+    name: str
+    model: str
+    slo: Slo
+    batch: BatchSpec = BatchSpec()
+    guaranteed: float = 0.0
+    """Share of the device (0..1) that is never planned away from this service."""
+    limit: float = 1.0
+    """Largest share of the device that may be planned for this service."""
+    accuracy_floor: float = 0.0
+    """A version whose check data show less accuracy (0..1) is refused."""
+    max_queue: int = 1024
+    """Requests waiting; one more is refused."""
+    strict: bool = False
+    """If set, jobs' guaranteed shares never tighten this service's admission."""
+    refuse_nan: bool = False
+    """If set, floating-point inputs that hold NaN or infinity are refused."""
+    instances: int = 1
+    """Model instances (worker processes) kept warm; each runs one batch at a time."""
+    threads: int = 0
+    """Compute units that one execution may use at most; 0 = all of its partition."""
+    exec_timeout: int = 30 * S
+    """A batch that executes longer than this is ended together with its worker."""
+    variants: dict[str, Variant] = {}
+    """What the model is on kinds of device; empty: the same anywhere."""
+
+
+class RestartPolicy(enum.Enum):
+    """When a job that ended is started again."""
+
+    NEVER = "never"
+    ON_FAILURE = "on-failure"
+    ALWAYS = "always"
+
+
+class JobSpec(msgspec.Struct, frozen=True):
+    """A training (or other batch) program: any command.
+
+    ``weight`` divides what is left among jobs; ``guaranteed`` is a share of the device (0..1)
+    owed over ``window`` ns; ``limit`` caps what it may borrow; ``memory`` (bytes, 0 = none)
+    ends the job alone when its process tree's resident memory exceeds it.
+    """
+
+    id: str
+    name: str
+    command: tuple[str, ...]
+    cwd: str = "."
+    env: dict[str, str] = {}
+    weight: float = 1.0
+    guaranteed: float = 0.0
+    limit: float = 1.0
+    memory: int = 0
+    restart: RestartPolicy = RestartPolicy.ON_FAILURE
+    max_restarts: int = 5
+    grace: int = 5 * S
+    """Nanoseconds between SIGTERM and SIGKILL when the job is stopped."""
+    log_limit: int = 64 * 2**20
+    """Bytes of log kept per job (the newest)."""
+
+
+class JobState(enum.Enum):
+    """Life of a job; ``JOB_TRANSITIONS`` holds every legal step."""
+
+    QUEUED = "queued"
+    STARTING = "starting"
+    RUNNING = "running"
+    HELD = "held"
+    BACKOFF = "backoff"
+    STOPPING = "stopping"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+JOB_TRANSITIONS: dict[JobState, frozenset[JobState]] = {
+    JobState.QUEUED: frozenset({JobState.STARTING, JobState.CANCELLED}),
+    JobState.STARTING: frozenset(
+        {JobState.RUNNING, JobState.QUEUED, JobState.BACKOFF, JobState.FAILED, JobState.STOPPING}
+    ),
+    JobState.RUNNING: frozenset(
+        {
+            JobState.HELD,
+            JobState.BACKOFF,
+            JobState.STOPPING,
+            JobState.SUCCEEDED,
+            JobState.FAILED,
+            JobState.QUEUED,
+        }
+    ),
+    JobState.HELD: frozenset(
+        {
+            JobState.RUNNING,
+            JobState.BACKOFF,
+            JobState.STOPPING,
+            JobState.SUCCEEDED,
+            JobState.FAILED,
+            JobState.QUEUED,
+        }
+    ),
+    JobState.BACKOFF: frozenset({JobState.STARTING, JobState.CANCELLED, JobState.QUEUED}),
+    JobState.STOPPING: frozenset({JobState.CANCELLED, JobState.QUEUED}),
+    JobState.SUCCEEDED: frozenset(),
+    JobState.FAILED: frozenset(),
+    JobState.CANCELLED: frozenset(),
+}
+
+JOB_ENDED = frozenset(s for s, to in JOB_TRANSITIONS.items() if not to)
+
+DEFAULT_SLO = Slo(latency=100 * MS)
+"""Objective of a model that is loaded by name without a service entry."""

@@ -1,0 +1,70 @@
+"""The contract between a worker and an engine. To add one, see docs/howto-device.md."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from cotenant.domain.errors import ModelError
+from cotenant.domain.port import TensorMeta
+
+Array = npt.NDArray[Any]
+
+NUMPY: dict[str, npt.DTypeLike] = {
+    "BOOL": np.bool_,
+    "UINT8": np.uint8,
+    "UINT16": np.uint16,
+    "UINT32": np.uint32,
+    "UINT64": np.uint64,
+    "INT8": np.int8,
+    "INT16": np.int16,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "FP16": np.float16,
+    "FP32": np.float32,
+    "FP64": np.float64,
+    "BYTES": np.object_,
+}
+"""Open Inference Protocol datatypes as NumPy types. BF16 has none, so no engine takes it."""
+
+
+class EngineMeta(msgspec.Struct, frozen=True):
+    """What a loaded model takes and gives. ``batchable``: axis 0 of every tensor is free, so
+    rows of several requests may be joined along it (shapes here include that axis, as -1)."""
+
+    platform: str
+    inputs: tuple[TensorMeta, ...]
+    outputs: tuple[TensorMeta, ...]
+    batchable: bool
+
+
+class Engine(Protocol):
+    """A loaded model, ready on each of the unit counts it was opened for."""
+
+    @property
+    def meta(self) -> EngineMeta:
+        """Inputs, outputs, platform."""
+
+    def run(self, units: int, inputs: dict[str, Array]) -> list[Array]:
+        """Execute on ``units`` compute units; outputs in the order of ``meta.outputs``.
+
+        Raises ModelError with the engine's own words if the model refuses the input.
+        """
+
+
+SUFFIXES = (".onnx",)
+"""Model files that some engine opens, by preference."""
+
+
+def open_engine(path: Path, units: Sequence[int]) -> Engine:
+    """Load the model at ``path`` for each unit count in ``units``; raises ModelError."""
+    if path.suffix == ".onnx":
+        from cotenant.engines.onnx import OnnxEngine
+
+        return OnnxEngine(path, units)
+    raise ModelError(f"{path.name}: no engine for this kind of file; known: {SUFFIXES}")

@@ -1,0 +1,86 @@
+"""ONNX Runtime on the CPU: one session for each core count that the model may get.
+
+A change of partition picks another session and loads nothing. Threads of a session wait
+without spinning: what spins is taken from the training beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import onnxruntime as ort
+
+from cotenant.domain.errors import ModelError
+from cotenant.domain.port import TensorMeta
+from cotenant.engines.base import Array, EngineMeta
+
+_TYPES = {
+    "tensor(bool)": "BOOL",
+    "tensor(uint8)": "UINT8",
+    "tensor(uint16)": "UINT16",
+    "tensor(uint32)": "UINT32",
+    "tensor(uint64)": "UINT64",
+    "tensor(int8)": "INT8",
+    "tensor(int16)": "INT16",
+    "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64",
+    "tensor(float16)": "FP16",
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
+    "tensor(string)": "BYTES",
+}
+
+
+class OnnxEngine:
+    """A model file opened once per unit count."""
+
+    def __init__(self, path: Path, units: Sequence[int]) -> None:
+        ort.set_default_logger_severity(4)
+        try:
+            self._sessions = {n: _session(path, n) for n in units}
+        except Exception as error:  # ONNX Runtime raises a dozen kinds of its own
+            raise ModelError(f"{path.name} cannot be loaded: {_first_line(error)}") from error
+        first = next(iter(self._sessions.values()))
+        inputs = tuple(_meta(i) for i in first.get_inputs())
+        outputs = tuple(_meta(o) for o in first.get_outputs())
+        batchable = all(t.shape and t.shape[0] == -1 for t in (*inputs, *outputs))
+        self._meta = EngineMeta("onnxruntime_onnx", inputs, outputs, batchable)
+        self._names = [o.name for o in outputs]
+
+    @property
+    def meta(self) -> EngineMeta:
+        return self._meta
+
+    def run(self, units: int, inputs: dict[str, Array]) -> list[Array]:
+        session = self._sessions.get(units)
+        if session is None:
+            # Fewer threads than cores is slower but right; more would fight for them.
+            smaller = [n for n in self._sessions if n <= units]
+            session = self._sessions[max(smaller, default=min(self._sessions))]
+        try:
+            outputs: list[Array] = session.run(self._names, inputs)
+        except Exception as error:
+            raise ModelError(_first_line(error)) from error
+        return outputs
+
+
+def _session(path: Path, threads: int) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 4
+    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def _meta(node: ort.NodeArg) -> TensorMeta:
+    if node.type not in _TYPES:
+        raise ModelError(f"tensor {node.name} has the type {node.type}, which is not served")
+    shape = tuple(d if isinstance(d, int) and d >= 0 else -1 for d in node.shape)
+    return TensorMeta(node.name, _TYPES[node.type], shape)
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0][:500] if text else type(error).__name__

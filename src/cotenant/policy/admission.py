@@ -1,0 +1,259 @@
+"""Admission: what cannot make its deadline is refused on arrival, with a time to retry.
+
+The predicted finish of a newcomer is, on the least loaded of its service's partitions: what is
+left of the batch under way, plus the predicted work queued there of its own priority class and
+above, plus its own execution in the company that is expected to join its batch. Queues are taken
+longer than predicted, and waits by a margin that late answers widen.
+
+While a guaranteed share of a job is owed, admission also spends tokens that refill at the rate of
+what is not guaranteed, so that gaps open for the job (token bucket; Turner, IEEE Communications
+1986): the debt is paid by serving less, never by letting accepted requests wait.
+"""
+
+from __future__ import annotations
+
+from math import isqrt
+from typing import Final
+
+from cotenant.domain.request import Refusal, Request
+from cotenant.domain.units import MS
+from cotenant.domain.workload import PRIORITY_CLASSES
+from cotenant.policy.lending import note_headroom, starved
+from cotenant.policy.queues import work_ns
+from cotenant.policy.state import DispatcherState, PartitionState, Running, ServiceState
+
+BURST: Final = 50 * MS
+"""Inference that may be admitted at once while a share is owed (per compute unit)."""
+RETRY_MIN: Final = 1 * MS
+TRY_AFTER: Final = 200 * MS
+"""Predictions are corrected by executions alone. A service that has had none for this long takes
+one request however bad they look, lest a slow spell close it for ever."""
+MARGIN: Final = 8
+"""A queue is taken 1/MARGIN longer than predicted: its errors are not independent (the whole box
+gets slower at times), so they do not average out. How much longer waits are on this box is
+learned."""
+FIT: Final = 2
+"""How many batches must fit into the objective for batches of their length to form: whoever comes
+as one begins waits for it and for one's own."""
+_LATE: Final = 20_000
+_IN_TIME: Final = 200
+"""Ppm of the wait by which each request that waited widens the margin if it was answered late, and
+each that was in time narrows it: so it settles where 1 % of the answers are late (stochastic
+approximation; Robbins and Monro, 1951)."""
+_WIDEST: Final = 1_000_000
+
+
+def refuse(
+    state: DispatcherState, service: ServiceState, request: Request, now: int, total_units: int
+) -> tuple[Refusal, int] | None:
+    """(reason, retry-after ns) if ``request`` must be refused; None to admit it."""
+    if state.draining:
+        return Refusal.SHUTTING_DOWN, 0
+    parts = state.partitions
+    mine = [parts[name] for name in service.partitions if service.at.get(parts[name].device)]
+    if not mine:
+        return Refusal.UNAVAILABLE, 1000 * MS
+    if service.queued >= service.max_queue:
+        return Refusal.QUEUE_FULL, max(RETRY_MIN, _queued_work(service, mine[0]))
+    budget = request.deadline - now
+    wait, own, partition = _best_finish(state, service, request, now, mine)
+    wait += wait * service.margin // 1_000_000
+    if wait + own > budget and _due_for_a_try(state, service, budget, now):
+        return None
+    if own > budget:
+        return Refusal.DEADLINE, 0
+    if wait + own > budget:
+        note_headroom(partition, 1000)
+        return Refusal.OVERLOADED, max(RETRY_MIN, wait + own - budget)
+    if budget > 0:
+        note_headroom(partition, (wait + own) * 1000 // budget - 1)
+    if not service.strict:
+        return _spend(state, own * partition.compute, now, total_units)
+    return None
+
+
+def busy_for(state: DispatcherState, partition: PartitionState, now: int) -> int:
+    """Predicted ns until a busy partition's worker is done with what it has; negative if it
+    should be already."""
+    end = state.running[partition.batch].expected_end
+    if not partition.at_hand:
+        return end - now
+    return max(end, now) + state.running[partition.at_hand].expected_end - end - now
+
+
+def learn_margin(service: ServiceState, running: Running, now: int) -> None:
+    """Correct the margin by a batch that is done. Who is late without having waited says nothing
+    of waits."""
+    for request in running.requests:
+        if now <= request.deadline:
+            service.margin = max(0, service.margin - _IN_TIME)
+        elif running.started > request.arrived:
+            service.margin = min(_WIDEST, service.margin + _LATE)
+
+
+def _due_for_a_try(state: DispatcherState, service: ServiceState, budget: int, now: int) -> bool:
+    if budget < service.objective or service.queued or now - service.last_start < TRY_AFTER:
+        return False
+    return all(r.batch.service != service.name for r in state.running.values())
+
+
+def _queued_work(
+    service: ServiceState, partition: PartitionState, priority: int = PRIORITY_CLASSES
+) -> int:
+    """Predicted ns of what the service has queued in this class and above, shared out over as
+    many partitions like this one as it has."""
+    rows = sum(service.rows[: priority + 1])
+    table = service.exec[partition.kind]
+    work = work_ns(table, service.max_batch, partition.compute, rows)
+    return work // max(1, len(service.partitions))
+
+
+def _best_finish(
+    state: DispatcherState,
+    service: ServiceState,
+    request: Request,
+    now: int,
+    mine: list[PartitionState],
+) -> tuple[int, int, PartitionState]:
+    """(wait, own execution, partition) on that of the service's partitions (``mine``) where it
+    would finish first.
+
+    Of partitions that are alike the one that is free first is it, so the queue is predicted once
+    for each likeness.
+    """
+    soonest: list[tuple[int, PartitionState]] = []
+    for partition in mine:
+        wait = _free_in(state, service, partition, now)
+        if partition.waiting:
+            others = _others_ahead(state, service, partition, request)
+            wait += others + others // MARGIN
+        for i, (known, other) in enumerate(soonest):
+            if other.compute == partition.compute and other.kind == partition.kind:
+                if wait < known:
+                    soonest[i] = wait, partition
+                break
+        else:
+            soonest.append((wait, partition))
+    best: tuple[int, int, PartitionState] | None = None
+    queued = sum(service.rows[: request.priority + 1])
+    lanes = float(min(max(1, service.workers), len(mine)))
+    shared = _lanes(service, mine) if len(soonest) > 1 else {}
+    for free_in, partition in soonest:
+        lanes = shared.get(partition.id, lanes)
+        ahead = int(queued / lanes)
+        mean, dev = service.exec[partition.kind].moments(partition.compute, request.rows)
+        own = mean + 2 * dev
+        queue = _ahead(service, partition, ahead + request.rows, own) if queued else 0
+        wait = free_in + queue
+        if wait and service.gap:
+            joining = int(wait / (service.gap * lanes))
+            last = ahead % service.max_batch + request.rows
+            queue += _company(service, partition, last, joining)
+        wait = free_in + queue + queue // MARGIN
+        if queued or partition.batch:
+            # Errors of executions that follow each other add up by the root of their squares, so
+            # beside those of the wait one deviation of its own is enough.
+            own = mean + dev
+        if best is None or wait + own < best[0] + best[1]:
+            best = wait, own, partition
+    assert best is not None
+    return best
+
+
+def _lanes(service: ServiceState, mine: list[PartitionState]) -> dict[str, float]:
+    """For each of a service's partitions: among how many like it the queue is shared out.
+
+    Work goes to whoever is free, so a partition's part of the queue is in proportion to its
+    speed: sum of all speeds / its own. Where all are equal that is their number.
+    """
+    most = max(1, service.workers)
+    speeds = {}
+    for partition in mine:
+        table = service.exec[partition.kind]
+        speeds[partition.id] = 1.0 / max(1, table.predict(partition.compute, service.max_batch, 0))
+    total = sum(speeds.values())
+    return {name: min(most, total / speed) for name, speed in speeds.items()}
+
+
+def _free_in(
+    state: DispatcherState, service: ServiceState, partition: PartitionState, now: int
+) -> int:
+    """Ns until a partition is free, and an instance of the service on its device."""
+    wait = partition.revoke_cost
+    if partition.batch:
+        wait = max(0, busy_for(state, partition, now))
+        if state.running[partition.batch].batch.service == service.name:
+            return wait  # its instance is idle then
+    return max(wait, _worker_wait(state, service, partition.device, now))
+
+
+def _worker_wait(state: DispatcherState, service: ServiceState, device: str, now: int) -> int:
+    """Ns until some instance of the service on a device is idle."""
+    for names in service.idle.get(device, {}).values():
+        if names:
+            return 0
+    soonest = -1
+    for running in state.running.values():
+        partition = state.partitions[running.partition]
+        if partition.device == device and running.batch.service == service.name:
+            wait = max(0, busy_for(state, partition, now))
+            if wait < soonest or soonest < 0:
+                soonest = wait
+    return max(0, soonest)
+
+
+def _others_ahead(
+    state: DispatcherState, service: ServiceState, partition: PartitionState, request: Request
+) -> int:
+    """Predicted work of other services before the newcomer, shared out over their partitions."""
+    ahead = 0
+    for name in partition.waiting:
+        other = state.services[name]
+        if other is not service:
+            ahead += _queued_work(other, partition, request.priority)
+    return ahead
+
+
+def _ahead(service: ServiceState, partition: PartitionState, rows: int, own: int) -> int:
+    """Predicted work of its own service before the newcomer: the queue with it included
+    (``rows``), less its own share of the last batch."""
+    table = service.exec[partition.kind]
+    return max(0, work_ns(table, service.max_batch, partition.compute, rows) - own)
+
+
+def _company(service: ServiceState, partition: PartitionState, last: int, joining: int) -> int:
+    """Ns by which those who come meanwhile and join the newcomer's batch, the ``last``, will
+    lengthen it: as many as arrive on average (``joining``), and one standard deviation (of a
+    Poisson count) more; but up to a batch that fits ``FIT`` times into the objective, since longer
+    ones do not form.
+
+    Left out, the first of a batch are admitted for a short one: then either they are late, or
+    batches are cut short for them, which costs the throughput that the others count on.
+    """
+    table, units = service.exec[partition.kind], partition.compute
+    last = min(service.max_batch, last)
+    for grown in range(min(service.max_batch, last + joining + isqrt(joining)), last, -1):
+        longer = table.predict(units, grown)
+        if FIT * longer <= service.objective:
+            return max(0, longer - table.predict(units, last))
+    return 0
+
+
+def _spend(
+    state: DispatcherState, cost: int, now: int, total_units: int
+) -> tuple[Refusal, int] | None:
+    """Spend tokens while any job is owed its share; refill at the rate of the rest."""
+    owed = starved(state, now, total_units)
+    reserve = state.reserve
+    if not owed:
+        reserve.tokens, reserve.refilled = BURST * total_units, now
+        return None
+    free = max(0, 1_000_000 - owed)
+    gained = (now - reserve.refilled) * total_units * free // 1_000_000
+    reserve.tokens = min(BURST * total_units, reserve.tokens + gained)
+    reserve.refilled = now
+    if reserve.tokens < cost:
+        rate = max(1, total_units * free)
+        return Refusal.RESERVED, max(RETRY_MIN, (cost - reserve.tokens) * 1_000_000 // rate)
+    reserve.tokens -= cost
+    return None

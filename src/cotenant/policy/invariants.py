@@ -1,0 +1,120 @@
+"""What must hold after every event. Tests call ``check`` after each; it is too slow for live."""
+
+from __future__ import annotations
+
+from cotenant.domain.device import PreemptLevel
+from cotenant.policy.dispatcher import Dispatcher
+from cotenant.policy.queues import idle_count
+from cotenant.policy.state import DispatcherState, Hold
+
+
+def check(dispatcher: Dispatcher) -> None:
+    """Raise AssertionError naming the law that is broken."""
+    state = dispatcher.state
+    _holders(state, {d.id: d.preempt for d in dispatcher.devices})
+    _workers(state)
+    _queues(state)
+    _jobs(state, dispatcher.total_units)
+    _work_conserving(state)
+    _timers(state)
+
+
+def _holders(state: DispatcherState, levels: dict[str, PreemptLevel]) -> None:
+    taken: set[tuple[str, int]] = set()
+    for p in state.partitions.values():
+        assert (p.job == "") == (p.hold == Hold.NONE), f"{p.id}: holder {p.job!r} but {p.hold!r}"
+        if p.batch and p.job:
+            level = levels[p.device]
+            assert level >= PreemptLevel.PRIORITY, f"{p.id}: batch and job at level {level!r}"
+            assert p.hold in (Hold.CLOSING, Hold.STOPPING), f"{p.id}: batch beside a held job"
+        if p.batch:
+            assert p.batch in state.running, f"{p.id}: unknown batch {p.batch}"
+            assert state.running[p.batch].partition == p.id
+        if p.at_hand:
+            assert p.batch and p.at_hand != p.batch, f"{p.id}: a batch at hand and none under way"
+            now, then = state.running[p.batch], state.running[p.at_hand]
+            assert (then.partition, then.worker) == (p.id, now.worker), f"{p.id}: not its worker"
+            assert then.after == p.batch, f"{p.id}: {p.at_hand} is not to follow {p.batch}"
+        mine = {(p.device, unit) for unit in p.units}
+        assert not taken & mine, f"{p.id}: units {taken & mine} belong to two partitions"
+        taken |= mine
+    for running in state.running.values():
+        partition, worker = state.partitions[running.partition], state.workers[running.worker]
+        assert running.batch.id in (partition.batch, partition.at_hand)
+        assert worker.batch == partition.batch
+        assert worker.device == partition.device
+
+
+def _workers(state: DispatcherState) -> None:
+    for service in state.services.values():
+        idle = [w for pool in service.idle.values() for ws in pool.values() for w in ws]
+        assert len(idle) == len(set(idle)), f"{service.name}: a worker is idle twice"
+        for name in idle:
+            assert state.workers[name].batch == 0, f"{name}: idle and busy"
+            assert not state.workers[name].retiring, f"{name}: idle and retiring"
+        mine = [w for w in state.workers.values() if w.service == service.name]
+        assert service.workers == sum(not w.retiring for w in mine), f"{service.name}: count"
+        for device, count in service.at.items():
+            there = sum(w.device == device and not w.retiring for w in mine)
+            assert there == count, f"{service.name}: count on {device}"
+        busy = sum(1 for w in mine if w.batch and not w.retiring)
+        assert busy + len(idle) == service.workers, f"{service.name}: a worker is lost"
+
+
+def _queues(state: DispatcherState) -> None:
+    running = {r for run in state.running.values() for r in run.batch.requests}
+    assert not running & set(state.queued), "a request is queued and running"
+    assert set(state.retried) <= running | set(state.queued), "a retried request was forgotten"
+    for service in state.services.values():
+        mine = [r for r in state.queued.values() if r.service == service.name]
+        assert service.queued == len(mine), f"{service.name}: queue length"
+        assert sum(service.rows) == sum(r.rows for r in mine), f"{service.name}: rows"
+        live = {e[2] for lane in service.lanes.values() for e in lane.heap} & set(state.queued)
+        assert live == {r.id for r in mine}, f"{service.name}: a queued request is in no lane"
+        for lane in service.lanes.values():
+            assert lane.live == sum(e[2] in state.queued for e in lane.heap)
+        for partition in state.partitions.values():
+            waits = service.name in partition.waiting
+            assert waits == (service.queued > 0 and partition.id in service.partitions)
+
+
+def _jobs(state: DispatcherState, total_units: int) -> None:
+    for job in state.jobs.values():
+        held = [p for p in state.partitions.values() if p.job == job.id]
+        assert sorted(job.held) == sorted(p.id for p in held), f"{job.id}: holds {job.held}"
+        assert job.units == sum(p.compute for p in held) <= total_units
+        assert job.units <= max(job.limit, 0) or not held, f"{job.id}: over its limit"
+    for p in state.partitions.values():
+        assert not p.job or p.job in state.jobs, f"{p.id}: held by the unknown job {p.job}"
+        assert 0 <= p.slice_ns <= state.plan.slice_max
+
+
+def _work_conserving(state: DispatcherState) -> None:
+    """No free partition idles while a request that could run waits, and no partition stays
+    lent while one waits that no other partition is being taken back for. In between arrivals
+    that belong together nothing is started."""
+    if state.unplaced:
+        return
+    for p in state.partitions.values():
+        if p.batch or p.retiring or p.hold in (Hold.CLOSING, Hold.STOPPING):
+            continue
+        for name in p.waiting:
+            service = state.services[name]
+            mine = [state.partitions[q] for q in service.partitions]
+            if service.max_queue_delay and any(q.wake for q in mine):
+                continue
+            beside = [q for q in mine if q.device == p.device]
+            closing = sum(not q.batch and q.hold >= Hold.CLOSING for q in beside)
+            if p.hold != Hold.NONE and closing >= idle_count(service, p.device):
+                continue
+            for lane in service.lanes.values():
+                pool = service.idle.get(p.device, {})
+                idle = pool.get(lane.version or service.version)
+                assert not (lane.live and idle), f"{p.id} idles while {name} waits"
+
+
+def _timers(state: DispatcherState) -> None:
+    for p in state.partitions.values():
+        if p.wake:
+            assert (p.wake, p.id) in state.timers, f"{p.id}: wake-up lost"
+            assert state.armed and state.armed <= p.wake, f"{p.id}: wake-up not ordered"

@@ -1,0 +1,215 @@
+"""Lending idle space to jobs: to whom, when, for how long, and what is owed.
+
+* To whom: a job that is owed its guaranteed share first (most owed), else the least virtual
+  time (start-time fair queueing; Goyal, Vin and Cheng, SIGCOMM 1996), by what the plan says that
+  jobs are to hold, or by weight.
+* When: a service's partition is lent once it has been idle for the linger. Holding on longer
+  than taking back costs cannot pay (ski rental; Karlin et al., 1988), so that cost, measured,
+  is the linger, lengthened when the next arrival is due within it and dropped when the next
+  arrival is far off.
+* How long: slices grow by a step while the objective has headroom, are halved when p95 comes
+  near it, and are zero (nothing is lent) while it is missed.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from cotenant.domain.plan import Plan
+from cotenant.domain.units import MS, US, S
+from cotenant.policy.state import DispatcherState, JobShare, PartitionState, ServiceState
+
+ADJUST_EVERY: Final = 100 * MS
+SLICE_STEP: Final = 5 * MS
+NEAR: Final = 800
+"""Permille of the objective at which slices are halved; at 1000 lending pauses."""
+NEGLIGIBLE: Final = 100 * US
+"""A linger shorter than this costs more in timer events than it saves."""
+OWED: Final = 20
+"""A job is in debt when it is owed more than 1/OWED of one window's guaranteed share."""
+BEHIND: Final = 10 * S
+"""By how much virtual time at most a job may be behind that of another."""
+_SCALE: Final = 1_000_000
+
+
+# --- accounts -------------------------------------------------------------------------------
+
+
+def settle(job: JobShare, now: int, units: int, since: int) -> None:
+    """Book ``units`` held from ``since`` until ``now``."""
+    used = (now - since) * units
+    job.received += used
+    job.vtime += used * 1000 // job.pace
+
+
+def _running(state: DispatcherState, job: JobShare, now: int) -> int:
+    """Unit-ns of the grants under way, not booked yet."""
+    held = (state.partitions[p] for p in job.held)
+    return sum((now - p.held_since) * p.compute for p in held)
+
+
+def debt(state: DispatcherState, job: JobShare, now: int, total_units: int) -> int:
+    """Unit-ns owed to a job now (negative: it received more than its guarantee)."""
+    if not job.guaranteed:
+        return 0
+    running = _running(state, job, now)
+    due = (now - job.since) * total_units * job.guaranteed // _SCALE
+    cap = job.window * total_units * job.guaranteed // _SCALE
+    return max(-cap, min(cap, job.carried + due - job.received - running))
+
+
+def roll_window(state: DispatcherState, job: JobShare, now: int, total_units: int) -> None:
+    """Start a new window once the old one is over, carrying its debt."""
+    if job.guaranteed and now - job.since > job.window:
+        owed = debt(state, job, now, total_units)
+        job.since, job.received, job.carried = now, -_running(state, job, now), owed
+
+
+def in_debt(state: DispatcherState, job: JobShare, now: int, total_units: int) -> bool:
+    """Whether a job is owed enough to act on."""
+    if not job.guaranteed:
+        return False
+    threshold = job.window * total_units * job.guaranteed // (_SCALE * OWED)
+    return debt(state, job, now, total_units) > threshold
+
+
+def starved(state: DispatcherState, now: int, total_units: int) -> int:
+    """Sum of the guaranteed shares (millionths) of jobs that are in debt."""
+    return sum(j.guaranteed for j in state.jobs.values() if in_debt(state, j, now, total_units))
+
+
+def choose_job(
+    state: DispatcherState, partition: PartitionState, now: int, total_units: int, pinned: bool
+) -> JobShare | None:
+    """Who gets an idle partition; None if nobody may. ``pinned``: none but its owners, because
+    others cannot move there."""
+    if state.plan.targets:
+        _forgive(state, now)
+    owners = [state.jobs[j] for j in partition.owners if j in state.jobs]
+    candidates = owners if owners or pinned else list(state.jobs.values())
+    size = partition.compute
+    best: JobShare | None = None
+    best_key: tuple[int, int, str] | None = None
+    for job in candidates:
+        if job.blocked_until > now or job.units + size > job.limit:
+            continue
+        owed = debt(state, job, now, total_units) if in_debt(state, job, now, total_units) else 0
+        key = (-owed, virtual_time(state, job, now), job.id)
+        if best_key is None or key < best_key:
+            best, best_key = job, key
+    return best
+
+
+def virtual_time(state: DispatcherState, job: JobShare, now: int) -> int:
+    """A job's virtual time including what it holds right now."""
+    running = _running(state, job, now)
+    return job.vtime + running * 1000 // job.pace
+
+
+def target(plan: Plan, job: str) -> int:
+    """What the plan says that a job is to hold in all, in thousandths of a unit."""
+    return round(1000 * plan.targets.get(job, 0.0))
+
+
+def aim(state: DispatcherState) -> None:
+    """Jobs are to hold what the plan now says. Where that is something else, what they held so
+    far no longer counts."""
+    wish = {job.id: target(state.plan, job.id) for job in state.jobs.values()}
+    if all(job.target == wish[job.id] for job in state.jobs.values()):
+        return
+    for job in state.jobs.values():
+        job.target = wish[job.id]
+        job.vtime = -(_running(state, job, state.now) * 1000 // job.pace)
+
+
+def _forgive(state: DispatcherState, now: int) -> None:
+    """Where the plan says what jobs are to hold, nobody is behind by more than ``BEHIND``: what
+    was not there to be lent yesterday is nobody's claim today."""
+    times = {job.id: virtual_time(state, job, now) for job in state.jobs.values()}
+    least = max(times.values(), default=0) - BEHIND
+    for job in state.jobs.values():
+        if job.target:
+            job.vtime += max(0, least - times[job.id])
+
+
+# --- linger ---------------------------------------------------------------------------------
+
+
+def linger(state: DispatcherState, partition: PartitionState) -> int:
+    """How long (ns) to hold an idle service partition back before lending it."""
+    penalty = max(0, partition.start_preempting - partition.start_idle)
+    cost = partition.revoke_cost + penalty
+    gap = min((state.services[s].gap for s in partition.services), default=0)
+    if gap:
+        if gap <= cost:
+            cost = 2 * gap
+        elif gap > 8 * cost:
+            cost = 0
+    cost = min(cost, state.plan.linger_max)
+    return cost if cost >= NEGLIGIBLE else 0
+
+
+def note_arrival(service: ServiceState, now: int) -> None:
+    """Keep the mean gap between arrivals (gain 1/8)."""
+    if service.last_arrival:
+        gap = min(now - service.last_arrival, 10 * S)
+        service.gap += (gap - service.gap) // 8 if service.gap else gap
+    service.last_arrival = now
+
+
+def note_start(partition: PartitionState, start_ns: int, preempting: bool) -> None:
+    """Learn what starting a batch costs with and without a job to push aside (gain 1/16)."""
+    if preempting:
+        old = partition.start_preempting
+        partition.start_preempting = old + (start_ns - old) // 16 if old else start_ns
+    else:
+        old = partition.start_idle
+        partition.start_idle = old + (start_ns - old) // 16 if old else start_ns
+
+
+def note_revoked(partition: PartitionState, took_ns: int) -> None:
+    """Learn what taking a partition back costs (gain 1/16)."""
+    old = partition.revoke_cost
+    partition.revoke_cost = old + (took_ns - old) // 16 if old else took_ns
+
+
+# --- slices ---------------------------------------------------------------------------------
+
+
+def note_headroom(partition: PartitionState, permille: int) -> None:
+    """Note how near a service came to its objective (1000 = at it)."""
+    if permille > partition.hot:
+        partition.hot = permille
+
+
+def adjust_slice(state: DispatcherState, partition: PartitionState, now: int) -> None:
+    """Once per window: grow, halve or zero the slice by the worst headroom seen in it."""
+    if now < partition.adjust_at:
+        return
+    plan = state.plan
+    if partition.hot >= 1000:
+        partition.slice_ns = 0
+    elif partition.hot >= NEAR:
+        if partition.slice_ns:
+            partition.slice_ns = max(plan.slice_min, partition.slice_ns // 2)
+    elif partition.slice_ns == 0:
+        partition.slice_ns = plan.slice_min
+    else:
+        partition.slice_ns = min(plan.slice_max, partition.slice_ns + SLICE_STEP)
+    partition.hot = 0
+    partition.adjust_at = now + ADJUST_EVERY
+
+
+def lendable_now(
+    state: DispatcherState,
+    partition: PartitionState,
+    job: JobShare,
+    total_units: int,
+) -> bool:
+    """Whether an idle partition may go to ``job``: one without services always, a service's
+    while the slice is not zero or the job is owed its guarantee."""
+    if not partition.services:
+        return True
+    if not partition.lendable:
+        return False
+    return partition.slice_ns > 0 or in_debt(state, job, state.now, total_units)

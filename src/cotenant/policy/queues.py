@@ -1,0 +1,274 @@
+"""Order and batching: which request is next, and which others go with it.
+
+Order: priority class, then least slack. A request's key is ``deadline - predicted execution +
+class × AGEING``, fixed while it can be in time: a low-class request that has waited ``AGEING``
+longer than a high-class newcomer goes first, so no class starves and the heap never needs
+re-sorting.
+
+A request that cannot meet its deadline any more (the box stalled, its prediction was wrong) goes,
+once, to where it would be had it come only then. Kept in its place it would make those behind it
+late as well, one after the other: a single stall would cost all that is queued instead of as many
+as it took the time of. For executions of one length no order of what is queued has fewer late
+ones (Moore, Management Science 1968).
+
+Batches: the largest whose predicted end meets the tightest deadline in it, a request that is late
+anyway aside; unless that costs more than it saves. Two batches take longer than one: those left
+for the second may be late for it, and so may as many more as come, or could be served in full
+batches, in that time. The second is taken to wait for the first, also where another partition might
+take it sooner.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from heapq import heapify, heappop, heappush, heapreplace
+from math import isqrt
+from typing import Final
+
+from cotenant.domain.request import Request
+from cotenant.domain.units import S
+from cotenant.policy.estimate import ExecTable
+from cotenant.policy.state import DispatcherState, Lane, PartitionState, Running, ServiceState
+
+AGEING: Final = 1 * S
+_FAR: Final = 1 << 62
+
+
+def enqueue(state: DispatcherState, service: ServiceState, request: Request) -> None:
+    """Put an admitted request into its lane and note the load it brings."""
+    state.queued[request.id] = request
+    lane_key = f"{request.version}|{request.shape}"
+    lane = service.lanes.get(lane_key)
+    if lane is None:
+        lane = service.lanes[lane_key] = Lane(version=request.version)
+    rows, priority = request.rows, request.priority
+    own = service.exec[service.home].predict(1, rows)
+    key = request.deadline + priority * AGEING - own
+    heappush(lane.heap, (key, request.arrived, request.id))
+    if request.expires:
+        heappush(state.expiries, (request.expires, request.id))
+    lane.live += 1
+    service.queued += 1
+    service.rows[priority] += rows
+    if service.queued == 1:
+        for partition in service.partitions:
+            state.partitions[partition].waiting[service.name] = None
+
+
+def withdraw(state: DispatcherState, request_id: int) -> Request | None:
+    """Take a queued request out (cancelled, expired); None if it is not queued."""
+    request = state.queued.pop(request_id, None)
+    if request is None:
+        return None
+    service = state.services[request.service]
+    lane_key = f"{request.version}|{request.shape}"
+    lane = service.lanes[lane_key]
+    _left(state, service, lane_key, lane, request)
+    if len(lane.heap) > 64 and len(lane.heap) > 4 * lane.live:
+        lane.heap = [entry for entry in lane.heap if entry[2] in state.queued]
+        heapify(lane.heap)
+    return request
+
+
+def head(state: DispatcherState, lane: Lane) -> int:
+    """Key of the lane's first live entry; a very large number if there is none."""
+    heap, queued = lane.heap, state.queued
+    while heap:
+        if heap[0][2] in queued:
+            return heap[0][0]
+        heappop(heap)
+    return _FAR
+
+
+def idle_count(service: ServiceState, device: str) -> int:
+    """Instances on a device that have nothing to do."""
+    return sum(map(len, service.idle.get(device, {}).values()))
+
+
+def put_off(
+    state: DispatcherState,
+    service: ServiceState,
+    lane: Lane,
+    partition: PartitionState,
+    start: int,
+) -> int:
+    """Put off what would be late even if it started at ``start``; the key of the head then."""
+    table, units, heap = service.exec[partition.kind], partition.compute, lane.heap
+    while (key := head(state, lane)) != _FAR:
+        request = state.queued[heap[0][2]]
+        if start + table.predict(units, request.rows, 0) <= request.deadline:
+            return key
+        aged = request.priority * AGEING
+        was_put_off = key >= request.deadline + aged
+        if was_put_off or any(service.rows[: request.priority]):
+            return key  # (or its age has brought it before those of higher classes)
+        behind = max(request.deadline, start + service.objective) + aged
+        heapreplace(heap, (behind, request.arrived, request.id))
+    return key
+
+
+def choose_lane(
+    state: DispatcherState, service: ServiceState, partition: PartitionState
+) -> tuple[int, str]:
+    """The most urgent lane that has an idle worker for a partition: (key of its head, lane key);
+    ("" if none)."""
+    best, chosen = _FAR, ""
+    idle = service.idle.get(partition.device)
+    if not idle:
+        return best, chosen
+    for lane_key, lane in service.lanes.items():
+        if idle.get(lane.version or service.version):
+            key = put_off(state, service, lane, partition, state.now)
+            if key < best:
+                best, chosen = key, lane_key
+    return best, chosen
+
+
+def choose_service(
+    state: DispatcherState, partition: PartitionState, held: Collection[str] = ()
+) -> tuple[str, str]:
+    """The service (and lane) that should run next on a partition, those in ``held`` aside;
+    ("", "") if none can."""
+    best, chosen, lane_of = _FAR, "", ""
+    for name in partition.waiting:
+        if name in held:
+            continue
+        key, lane_key = choose_lane(state, state.services[name], partition)
+        if key < best:
+            best, chosen, lane_of = key, name, lane_key
+    return chosen, lane_of
+
+
+def full_lane(state: DispatcherState, service: ServiceState, before: Running, version: str) -> str:
+    """The most urgent lane of a service, once the batch ``before`` is done, if instances of
+    ``version`` run it and what it has queued fills a batch; else ""."""
+    partition = state.partitions[before.partition]
+    table = service.exec[partition.kind]
+    start = before.started + table.predict(partition.compute, before.batch.rows, 0)
+    chosen = min(
+        service.lanes,
+        key=lambda key: put_off(state, service, service.lanes[key], partition, start),
+        default="",
+    )
+    if not chosen:
+        return ""
+    lane = service.lanes[chosen]
+    runs = (lane.version or service.version) == version
+    return chosen if runs and lane.live >= service.max_batch else ""
+
+
+def take_batch(
+    state: DispatcherState,
+    service: ServiceState,
+    lane_key: str,
+    partition: PartitionState,
+    now: int,
+) -> list[Request]:
+    """Remove and return the requests of the next batch, to start at ``now``, of a lane that has
+    a live entry."""
+    lane = service.lanes[lane_key]
+    heap = lane.heap
+    entries: list[tuple[int, int, int]] = []
+    taken: list[Request] = []
+    rows = 0
+    while heap:
+        request = state.queued.get(heap[0][2])
+        if request is None:
+            heappop(heap)
+            continue
+        if taken and rows + request.rows > service.max_batch:
+            break
+        entries.append(heappop(heap))
+        taken.append(request)
+        rows += request.rows
+    size = _batch_size(service, partition, taken, rows, now)
+    for entry in entries[size:]:
+        heappush(heap, entry)
+    taken = taken[:size]
+    for request in taken:
+        del state.queued[request.id]
+        _left(state, service, lane_key, lane, request)
+    return taken
+
+
+def _batch_size(
+    service: ServiceState,
+    partition: PartitionState,
+    requests: list[Request],
+    rows: int,
+    now: int,
+) -> int:
+    """How many of a lane's first requests, of ``rows`` rows in all, make the batch that starts
+    ``now``."""
+    table, units, count = service.exec[partition.kind], partition.compute, len(requests)
+    end = now + table.predict(units, rows)
+    if end <= min([request.deadline for request in requests]):
+        return count
+    size, first, tightest = 0, 0, _FAR
+    for request in requests:
+        if now + table.predict(units, request.rows) <= request.deadline < tightest:
+            tightest = request.deadline
+        if size and now + table.predict(units, first + request.rows) > tightest:
+            break
+        first += request.rows
+        size += 1
+    if size == count:
+        return count
+    first_end = now + table.predict(units, first)
+    second_end = first_end + table.predict(units, rows - first)
+    saved = 0
+    for i, request in enumerate(requests):
+        in_time = (first_end if i < size else second_end) <= request.deadline
+        saved += in_time - (end <= request.deadline)
+    served = table.predict(units, service.max_batch) // service.max_batch
+    comes = service.gap * len(service.partitions)
+    cost = (second_end - end) // max(1, served, comes)
+    return size if saved >= cost else count
+
+
+def hold_until(
+    state: DispatcherState, service: ServiceState, lane_key: str, partition: PartitionState
+) -> int:
+    """Until when (ns) a batch may be held back for company; 0 if it should go now."""
+    if not service.max_queue_delay:
+        return 0
+    lane = service.lanes[lane_key]
+    head(state, lane)
+    rows = sum(state.queued[e[2]].rows for e in lane.heap if e[2] in state.queued)
+    enough = min(service.preferred, default=service.max_batch)
+    if rows >= enough:
+        return 0
+    first = state.queued[lane.heap[0][2]]
+    table = service.exec[partition.kind]
+    latest_start = first.deadline - table.predict(partition.compute, enough)
+    return max(0, min(first.arrived + service.max_queue_delay, latest_start))
+
+
+def _left(
+    state: DispatcherState, service: ServiceState, lane_key: str, lane: Lane, request: Request
+) -> None:
+    lane.live -= 1
+    service.queued -= 1
+    service.rows[request.priority] -= request.rows
+    if lane.live == 0:
+        del service.lanes[lane_key]
+    if service.queued == 0:
+        for partition in service.partitions:
+            state.partitions[partition].waiting.pop(service.name, None)
+
+
+def work_ns(table: ExecTable, max_batch: int, units: int, rows: int) -> int:
+    """Predicted ns to execute ``rows`` rows of a service in the largest batches allowed.
+
+    The means of the batches add up, their deviations like those of independent samples (by the
+    root of the sum of squares).
+    """
+    if rows <= max_batch:
+        return table.predict(units, rows) if rows else 0
+    full, rest = divmod(rows, max_batch)
+    mean, dev = table.moments(units, max_batch)
+    ns = full * mean
+    if rest:
+        ns += table.predict(units, rest, 0)
+        full += 1
+    return ns + isqrt(4 * full * dev * dev)

@@ -1,0 +1,269 @@
+"""Everything the dispatcher remembers, as plain data: one tree that can be encoded.
+
+A checkpoint of this tree at the head of each journal segment lets a replay start anywhere.
+Behaviour lives in the modules that decide: ``queues``, ``admission``, ``lending``,
+``dispatcher``. The classes are dataclasses because mypyc makes those native: compiled, reading
+a field is a load from memory.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from cotenant.domain.plan import EMPTY_PLAN, Plan
+from cotenant.domain.request import Batch, Request
+from cotenant.domain.workload import PRIORITY_CLASSES
+from cotenant.policy.estimate import ExecTable, Quantile
+
+
+class Hold(enum.IntEnum):
+    """How a job stands to a partition; ``HOLD_TRANSITIONS`` holds every legal step."""
+
+    NONE = 0
+    GRANTING = 1
+    HELD = 2
+    CLOSING = 3
+    STOPPING = 4
+
+
+HOLD_TRANSITIONS: dict[Hold, dict[str, Hold]] = {
+    Hold.NONE: {"Grant": Hold.GRANTING},
+    Hold.GRANTING: {
+        "Granted": Hold.HELD,
+        "Revoke": Hold.CLOSING,
+        "JobExited": Hold.NONE,
+        "ActionFailed(Grant)": Hold.NONE,
+    },
+    Hold.HELD: {"Revoke": Hold.CLOSING, "JobExited": Hold.NONE},
+    Hold.CLOSING: {
+        "Revoked": Hold.NONE,
+        "JobExited": Hold.NONE,
+        "ActionFailed(Grant)": Hold.NONE,
+        "ActionFailed(Revoke)": Hold.STOPPING,
+    },
+    Hold.STOPPING: {"JobExited": Hold.NONE},
+}
+"""State → what happens → state; whatever is not listed is ignored as late news."""
+
+
+@dataclass
+class Lane:
+    """Requests of one service that may share a batch, as a heap of (key, arrival, id).
+
+    Entries of requests that were cancelled or expired stay until they surface."""
+
+    version: str
+    heap: list[tuple[int, int, int]] = field(default_factory=list)
+    live: int = 0
+
+
+@dataclass
+class ServiceState:
+    """One service: its bounds, queue, idle instances and what was learned of it."""
+
+    name: str
+    objective: int
+    max_batch: int
+    max_queue: int
+    preferred: tuple[int, ...]
+    max_queue_delay: int
+    strict: bool
+    p95: Quantile
+    exec: dict[str, ExecTable] = field(default_factory=dict)
+    """What executions cost, by kind of device."""
+    home: str = ""
+    """The kind of device that the service is planned on first: it measures its queue."""
+    version: str = ""
+    lanes: dict[str, Lane] = field(default_factory=dict)
+    queued: int = 0
+    rows: list[int] = field(default_factory=lambda: [0] * PRIORITY_CLASSES)
+    """What is queued, by priority class."""
+    partitions: list[str] = field(default_factory=list)
+    idle: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    """Idle workers by device and version."""
+    workers: int = 0
+    at: dict[str, int] = field(default_factory=dict)
+    """Those workers by device."""
+    last_arrival: int = 0
+    gap: int = 0
+    """Mean time between arrivals (ns, exponentially weighted)."""
+    last_start: int = 0
+    """When a batch was last dispatched."""
+    margin: int = 0
+    """By how much longer (ppm) admission has learned to take a predicted wait."""
+
+
+@dataclass
+class WorkerState:
+    """One model instance; ``partition`` is where it last ran."""
+
+    id: str
+    service: str
+    version: str
+    device: str
+    batch: int = 0
+    partition: str = ""
+    retiring: bool = False
+
+
+@dataclass
+class Running:
+    """A batch that a worker has: under way, or at hand (``after`` is the batch before it).
+    ``started``: when it was dispatched or, if that is later, when the batch before it was done."""
+
+    batch: Batch
+    requests: list[Request]
+    worker: str
+    partition: str
+    started: int
+    expected_end: int
+    preempting: bool
+    after: int = 0
+
+
+@dataclass
+class PartitionState:
+    """One partition: who may use it, who holds it, and what lending it was seen to cost."""
+
+    id: str
+    device: str
+    kind: str
+    units: tuple[int, ...]
+    compute: int
+    slice_ns: int
+    services: list[str] = field(default_factory=list)
+    owners: list[str] = field(default_factory=list)
+    lendable: bool = False
+    batch: int = 0
+    at_hand: int = 0
+    """The batch that the worker of ``batch`` has already and goes on with."""
+    job: str = ""
+    hold: Hold = Hold.NONE
+    held_since: int = 0
+    slice_end: int = 0
+    idle_since: int = 0
+    wake: int = 0
+    retiring: bool = False
+    waiting: dict[str, None] = field(default_factory=dict)
+    """Services with requests queued that may run here, in order of becoming so."""
+    hot: int = 0
+    """Worst headroom seen in the present adjustment window: permille of the objective."""
+    adjust_at: int = 0
+    revoke_cost: int = 0
+    start_idle: int = 0
+    start_preempting: int = 0
+
+
+@dataclass
+class JobShare:
+    """One job's account of compute, in unit-nanoseconds."""
+
+    id: str
+    weight: int
+    """Weight in thousandths."""
+    guaranteed: int
+    """Guaranteed share of the device in millionths."""
+    limit: int
+    window: int
+    vtime: int = 0
+    held: list[str] = field(default_factory=list)
+    units: int = 0
+    since: int = 0
+    received: int = 0
+    carried: int = 0
+    """Debt carried over from earlier windows."""
+    blocked_until: int = 0
+    target: int = 0
+    """What the plan says that it is to hold in all, in thousandths of a unit; 0: nothing said."""
+
+    @property
+    def pace(self) -> int:
+        """By which its virtual time runs."""
+        return self.target or self.weight
+
+
+@dataclass
+class Reserve:
+    """Tokens (unit-ns) that admission may spend while a guaranteed share is owed."""
+
+    tokens: int = 0
+    refilled: int = 0
+
+
+@dataclass
+class DispatcherState:
+    """The whole."""
+
+    now: int = 0
+    services: dict[str, ServiceState] = field(default_factory=dict)
+    workers: dict[str, WorkerState] = field(default_factory=dict)
+    partitions: dict[str, PartitionState] = field(default_factory=dict)
+    jobs: dict[str, JobShare] = field(default_factory=dict)
+    queued: dict[int, Request] = field(default_factory=dict)
+    unplaced: dict[str, None] = field(default_factory=dict)
+    """Services that were sent requests of which more follow at once."""
+    retried: dict[int, None] = field(default_factory=dict)
+    """Accepted requests that lost a worker once."""
+    running: dict[int, Running] = field(default_factory=dict)
+    expiries: list[tuple[int, int]] = field(default_factory=list)
+    timers: list[tuple[int, str]] = field(default_factory=list)
+    armed: int = 0
+    next_batch: int = 1
+    plan: Plan = EMPTY_PLAN
+    pending: Plan | None = None
+    """A plan whose layout waits for partitions to fall idle."""
+    moving: bool = False
+    """Whether ``Repartition`` of the pending plan was ordered."""
+    successor: Plan | None = None
+    """A plan that came while the device was being repartitioned."""
+    draining: bool = False
+    reserve: Reserve = field(default_factory=Reserve)
+
+
+COMPOUND: dict[type, dict[str, Any]] = {
+    Lane: {"heap": list[tuple[int, int, int]]},
+    ServiceState: {
+        "preferred": tuple[int, ...],
+        "exec": dict[str, ExecTable],
+        "lanes": dict[str, Lane],
+        "rows": list[int],
+        "partitions": list[str],
+        "idle": dict[str, dict[str, list[str]]],
+        "at": dict[str, int],
+    },
+    Running: {"requests": list[Request]},
+    PartitionState: {
+        "units": tuple[int, ...],
+        "services": list[str],
+        "owners": list[str],
+        "waiting": dict[str, None],
+    },
+    JobShare: {"held": list[str]},
+    DispatcherState: {
+        "services": dict[str, ServiceState],
+        "workers": dict[str, WorkerState],
+        "partitions": dict[str, PartitionState],
+        "jobs": dict[str, JobShare],
+        "queued": dict[int, Request],
+        "unplaced": dict[str, None],
+        "retried": dict[int, None],
+        "running": dict[int, Running],
+        "expiries": list[tuple[int, int]],
+        "timers": list[tuple[int, str]],
+        "pending": Plan | None,
+        "successor": Plan | None,
+    },
+    ExecTable: {
+        "mean": dict[int, list[int]],
+        "dev": dict[int, list[int]],
+        "warm": dict[int, dict[int, int]],
+    },
+}
+"""Types of fields that are made of others. A compiled class keeps only the outermost (``list``),
+and a checkpoint could not be decoded by that."""
+
+if not __file__.endswith(".py"):
+    for _kind, _types in COMPOUND.items():
+        _kind.__annotations__.update(_types)

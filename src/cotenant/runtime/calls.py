@@ -1,0 +1,258 @@
+"""From an inference call to a request in tensor memory, and back to a result.
+
+Every input is checked against the model before anything is queued, so that a batch can only
+fail on what the model itself refuses.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Iterable
+
+import numpy as np
+
+from cotenant.domain.errors import InvalidRequest, TooLarge
+from cotenant.domain.port import (
+    InferCall,
+    InferResult,
+    OnOutcome,
+    Outcome,
+    Refused,
+    TensorIn,
+    TensorMeta,
+    TensorOut,
+)
+from cotenant.engines.base import NUMPY, EngineMeta
+from cotenant.runtime.arena import Arena
+from cotenant.runtime.messages import LENGTH, Item, Outputs, Place
+
+ALIGN = 64
+Placed = tuple[Arena, int, Item]
+"""Where a request lies in tensor memory: the arena, the block in it, and what a worker is told."""
+UNKNOWN_OUTPUT = 64 * 1024
+"""Bytes reserved for an output whose size is not known from the model, until one was seen."""
+
+
+class Pending:
+    """A request that was accepted and not answered yet. ``done`` is called from the loop, when
+    what is going on has been seen to: the next batch comes before the last one's answers."""
+
+    __slots__ = ("arena", "block", "done", "item", "meta", "service", "version")
+
+    def __init__(
+        self, service: str, version: str, meta: EngineMeta, placed: Placed, done: OnOutcome
+    ) -> None:
+        self.service = service
+        self.version = version
+        self.meta = meta
+        self.arena, self.block, self.item = placed
+        self.done = done
+
+    def withdraw(self) -> None:
+        """Nobody waits for it any more: nothing of theirs is kept until the batch is done."""
+        self.done = _give_back
+
+    def free(self) -> None:
+        """Give the tensor memory back (once)."""
+        if self.block >= 0:
+            self.arena.free(self.block)
+            self.block = -1
+
+    def answer(self, wanted: tuple[str, ...], outputs: Outputs) -> None:
+        """Say what came out; the result's ``release`` frees the memory."""
+        spilled = iter(outputs.spilled)
+        tensors = []
+        for meta, place in zip(self.meta.outputs, outputs.places, strict=True):
+            data = (
+                self.arena.memory[place.offset : place.offset + place.nbytes]
+                if place.offset >= 0
+                else memoryview(next(spilled))
+            )
+            if not wanted or meta.name in wanted:
+                tensors.append(TensorOut(meta.name, meta.datatype, place.shape, data))
+        if wanted and len(tensors) > 1:
+            tensors.sort(key=lambda t: wanted.index(t.name))
+        self._say(InferResult(self.service, self.version, tensors, self.free))
+
+    def refuse(self, refused: Refused) -> None:
+        """Say that there will be no result."""
+        self.free()
+        self._say(refused)
+
+    def _say(self, outcome: Outcome) -> None:
+        asyncio.get_running_loop().call_soon(self._deliver, outcome)
+
+    def _deliver(self, outcome: Outcome) -> None:
+        self.done(outcome)
+
+
+def _give_back(outcome: Outcome) -> None:
+    if isinstance(outcome, InferResult):
+        outcome.release()
+
+
+class OutputSizes:
+    """How many bytes a row's outputs take: from the model, or from what was seen."""
+
+    def __init__(self, meta: EngineMeta) -> None:
+        self._per_row = 0
+        for tensor in meta.outputs:
+            shape = tensor.shape[1:] if meta.batchable else tensor.shape
+            size = NUMPY_SIZE.get(tensor.datatype, 0)
+            known = size and all(d >= 0 for d in shape)
+            self._per_row += (math.prod(shape) * size if known else UNKNOWN_OUTPUT) + ALIGN
+
+    def expect(self, rows: int) -> int:
+        """Bytes to reserve for ``rows`` rows."""
+        return self._per_row * rows
+
+    def learn(self, rows: int, outputs: Outputs) -> None:
+        """Reserve more next time if something had to be spilled."""
+        if outputs.spilled:
+            total = sum(place.nbytes + ALIGN for place in outputs.places)
+            self._per_row = max(self._per_row, -(-total // rows))
+
+
+NUMPY_SIZE = {name: np.dtype(t).itemsize for name, t in NUMPY.items() if name != "BYTES"}
+
+
+def rows_of(meta: EngineMeta, max_batch: int, call: InferCall) -> int:
+    """Check a call against the model; returns its rows along the batch axis (1 without one).
+
+    Raises InvalidRequest naming the tensor and what would be right.
+    """
+    given = {tensor.name: tensor for tensor in call.inputs}
+    rows = -1
+    for want in meta.inputs:
+        have = given.pop(want.name, None)
+        if have is None:
+            raise _wrong_names(meta, given, want.name)
+        _check_input(have, want)
+        if meta.batchable:
+            if rows not in (-1, have.shape[0]):
+                raise InvalidRequest(
+                    f"input {want.name!r} has {have.shape[0]} rows, another input {rows}; all "
+                    "inputs must have equal first dimensions"
+                )
+            rows = have.shape[0]
+    if given:
+        raise _wrong_names(meta, given)
+    for name in call.outputs:
+        if all(name != output.name for output in meta.outputs):
+            known_outputs = ", ".join(repr(o.name) for o in meta.outputs)
+            raise InvalidRequest(f"output {name!r}: the model's outputs are {known_outputs}")
+    if not meta.batchable:
+        return 1
+    if not 1 <= rows <= max_batch:
+        raise InvalidRequest(
+            f"batch of {rows} rows: this service takes 1 to {max_batch} rows a request"
+        )
+    return rows
+
+
+def _check_input(have: TensorIn, want: TensorMeta) -> None:
+    if have.datatype != want.datatype:
+        raise InvalidRequest(
+            f"input {want.name!r} has the datatype {have.datatype}, the model takes {want.datatype}"
+        )
+    fits = len(have.shape) == len(want.shape)
+    for given, wanted in zip(have.shape, want.shape, strict=False):
+        fits = fits and given >= 0 and wanted in (-1, given)
+    if not fits:
+        raise InvalidRequest(
+            f"input {want.name!r} has the shape {list(have.shape)}, the model takes "
+            f"{list(want.shape)} (-1: any length)"
+        )
+    size = NUMPY_SIZE.get(want.datatype)
+    if size is not None and have.nbytes != math.prod(have.shape) * size:
+        raise InvalidRequest(
+            f"input {want.name!r} has {have.nbytes} bytes; shape {list(have.shape)} of "
+            f"{want.datatype} needs {math.prod(have.shape) * size}"
+        )
+
+
+def _wrong_names(
+    meta: EngineMeta, given: Iterable[str], missing: str | None = None
+) -> InvalidRequest:
+    """Of what was given, what the model does not know; else what is missing."""
+    names = ", ".join(repr(t.name) for t in meta.inputs)
+    for name in given:
+        if all(name != tensor.name for tensor in meta.inputs):
+            said = f"input {name!r}: the model has no such input"
+            return InvalidRequest(f"{said}; the model's inputs are {names}")
+    return InvalidRequest(f"input {missing!r} is missing; the model's inputs are {names}")
+
+
+def signature(meta: EngineMeta, call: InferCall) -> str:
+    """What must be equal for two requests to share a batch; "" where it always is."""
+    for tensor in meta.inputs:
+        if -1 in tensor.shape[1:]:
+            shapes = {tensor.name: tensor.shape for tensor in call.inputs}
+            return ";".join(",".join(map(str, shapes[t.name][1:])) for t in meta.inputs)
+    return ""
+
+
+def place(
+    meta: EngineMeta, call: InferCall, rows: int, arena: Arena, out_bytes: int, refuse_nan: bool
+) -> Placed:
+    """Copy a call's inputs into tensor memory. Raises ArenaFull, TooLarge for what never fits, or
+    InvalidRequest for what only shows in the bytes; nothing is kept then."""
+    given = {tensor.name: tensor for tensor in call.inputs}
+    total = sum([_aligned(tensor.nbytes) for tensor in call.inputs])
+    if total + out_bytes > arena.size:
+        raise TooLarge(
+            f"the request's tensors need {total + out_bytes} bytes, tensor memory is {arena.size}; "
+            "send fewer rows, or raise limits.arena"
+        )
+    block = arena.alloc(total + out_bytes)
+    try:
+        offset, places = block, []
+        for want in meta.inputs:
+            tensor = given[want.name]
+            target = arena.memory[offset : offset + tensor.nbytes]
+            _fill(target, tensor)
+            _check_content(target, tensor, refuse_nan)
+            places.append(Place(tensor.shape, offset, tensor.nbytes))
+            offset += _aligned(tensor.nbytes)
+    except BaseException:
+        arena.free(block)
+        raise
+    return arena, block, Item(rows, tuple(places), offset, out_bytes)
+
+
+def _fill(target: memoryview, tensor: TensorIn) -> None:
+    if tensor.read_into is not None:
+        tensor.read_into(target)
+    elif tensor.data is None or len(tensor.data) != tensor.nbytes:
+        raise InvalidRequest(f"input {tensor.name!r}: its data do not have {tensor.nbytes} bytes")
+    else:
+        target[:] = tensor.data
+
+
+def _check_content(data: memoryview, tensor: TensorIn, refuse_nan: bool) -> None:
+    if tensor.datatype == "BYTES":
+        _check_strings(data, tensor)
+    elif refuse_nan and tensor.datatype.startswith("FP"):
+        values = np.frombuffer(data, dtype=NUMPY[tensor.datatype])
+        if not np.isfinite(values).all():
+            raise InvalidRequest(
+                f"input {tensor.name!r} holds NaN or infinity, which this service refuses"
+            )
+
+
+def _check_strings(data: memoryview, tensor: TensorIn) -> None:
+    """Length prefixes must fit the buffer and the shape exactly."""
+    count, position = 0, 0
+    while position + LENGTH.size <= len(data):
+        position += LENGTH.size + LENGTH.unpack_from(data, position)[0]
+        count += 1
+    if position != len(data) or count != math.prod(tensor.shape):
+        raise InvalidRequest(
+            f"input {tensor.name!r}: shape {list(tensor.shape)} needs {math.prod(tensor.shape)} "
+            "length-prefixed elements that fill the data exactly"
+        )
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN

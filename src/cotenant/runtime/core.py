@@ -1,0 +1,172 @@
+"""The loop between world and policy: events in, actions carried out, both journaled.
+
+``feed`` runs the dispatcher and its actions at once, in the same turn of the event loop. What
+carrying out an action brings about (a revocation that is done when the call returns) is fed
+back in order, never from within.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from cotenant.devices.base import Device
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.domain.device import Partition
+from cotenant.domain.errors import DeviceError
+from cotenant.domain.units import MS, S
+from cotenant.policy.dispatcher import Dispatcher
+from cotenant.runtime.blocking import DeviceCaller
+from cotenant.telemetry.journal import Journal
+from cotenant.telemetry.monitor import Monitor
+
+log = logging.getLogger("cotenant.node")
+Clock = Callable[[], int]
+
+
+def steady(clock: Clock) -> Clock:
+    """The clock, going on from where it was if it ever jumps back: deadlines are made from it
+    and compared with the dispatcher's time, which never goes back either."""
+    last = lead = 0
+
+    def now() -> int:
+        nonlocal last, lead
+        at = clock() + lead
+        if at < last:
+            lead += last - at
+            at = last
+        last = at
+        return at
+
+    return now
+
+
+class Hands(Protocol):
+    """The node's part of carrying actions out."""
+
+    def on_dispatch(self, action: a.Dispatch, partition: Partition) -> None:
+        """Send a batch to its worker."""
+
+    def on_complete(self, action: a.Complete) -> None:
+        """Answer requests with their results."""
+
+    def on_reject(self, action: a.Reject) -> None:
+        """Answer a request with a refusal."""
+
+    def on_stop_job(self, action: a.StopJob) -> None:
+        """End a job."""
+
+
+class Core:
+    """Dispatcher, device, monitor and journal joined."""
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        device: Device,
+        monitor: Monitor,
+        journal: Journal | None,
+        hands: Hands,
+        clock: Clock,
+    ) -> None:
+        self.dispatcher = dispatcher
+        self.device = device
+        self.monitor = monitor
+        self.journal = journal
+        self.clock = clock
+        self._hands = hands
+        self._caller = DeviceCaller(device)
+        self._partitions: dict[str, Partition] = {}
+        self._inbox: deque[e.Event] = deque()
+        self._feeding = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._carry_out: dict[type, Callable[[Any], None]] = {
+            a.Dispatch: self._dispatch,
+            a.Complete: hands.on_complete,
+            a.Reject: hands.on_reject,
+            a.Grant: self._grant,
+            a.Revoke: self._revoke,
+            a.StopJob: hands.on_stop_job,
+            a.Repartition: self._repartition,
+            a.WakeAt: self._wake_at,
+        }
+
+    def feed(self, event: e.Event) -> None:
+        """Hand an event to the dispatcher and carry out what it decides."""
+        self._inbox.append(event)
+        if self._feeding:
+            return
+        self._feeding = True
+        try:
+            while self._inbox:
+                self._step(self._inbox.popleft())
+        finally:
+            self._feeding = False
+
+    def _step(self, event: e.Event) -> None:
+        now = self.clock()
+        actions = self.dispatcher.handle(now, event)
+        if self.journal is not None:
+            self.journal.append(now, event, actions)
+        self.monitor.observe(now, event, actions)
+        for action in actions:
+            self._carry_out[type(action)](action)
+
+    def close(self) -> None:
+        """No further wake-ups."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._caller.close()
+
+    # --- carrying out -----------------------------------------------------------------------
+
+    def _dispatch(self, action: a.Dispatch) -> None:
+        self._hands.on_dispatch(action, self._partitions[action.partition])
+
+    def _grant(self, action: a.Grant) -> None:
+        partition = self._partitions[action.partition]
+        self._caller.call(
+            lambda: self.device.grant(action.job, partition),
+            lambda _: self.feed(e.Granted(action.job, action.partition)),
+            lambda error: self._failed("Grant", action.partition, action.job, error),
+        )
+
+    def _revoke(self, action: a.Revoke) -> None:
+        partition = self._partitions[action.partition]
+        self._caller.call(
+            lambda: self.device.revoke(action.job, partition),
+            lambda took: self.feed(e.Revoked(action.job, action.partition, took)),
+            lambda error: self._failed("Revoke", action.partition, action.job, error),
+        )
+
+    def _repartition(self, action: a.Repartition) -> None:
+        plan = action.plan
+
+        def done(_: None) -> None:
+            self._partitions = {p.id: p for p in plan.partitions}
+            self.feed(e.Repartitioned(plan.version))
+
+        self._caller.call(
+            lambda: self.device.repartition(plan.partitions),
+            done,
+            lambda error: self._failed("Repartition", str(plan.version), "", error),
+        )
+
+    def _failed(self, action: str, target: str, job: str, error: DeviceError) -> None:
+        log.warning("device refused", extra={"action": action, "target": target, "why": str(error)})
+        self.feed(e.ActionFailed(action, target, job, str(error)))
+
+    def _wake_at(self, action: a.WakeAt) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        # Loop timers may be as coarse as a millisecond; early would only mean again.
+        wait_ms = max(0, -(-(action.at - self.clock()) // MS))
+        self._timer = asyncio.get_running_loop().call_later(wait_ms * MS / S, self._woke)
+
+    def _woke(self) -> None:
+        self._timer = None
+        self.feed(e.Woke())

@@ -1,0 +1,69 @@
+"""A job that runs now: what is known of it besides its record, and both as users see them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from cotenant.domain.port import JobStatus
+from cotenant.domain.workload import JobState
+from cotenant.runtime.jobreports import Progress
+from cotenant.runtime.jobrun import JobRun
+from cotenant.runtime.jobstore import JobRecord
+
+
+class LiveJob:
+    """A job's current run and what was seen of it."""
+
+    def __init__(self, run: JobRun) -> None:
+        self.run = run
+        self.progress = Progress()
+        self.cpu_s = 0.0
+        self.told = False
+        """Whether ``on_ready`` was the last callback."""
+        self.settled = asyncio.Event()
+        """Its command runs, or it is clear that it will not."""
+        self.force: asyncio.TimerHandle | None = None
+
+    def stop(self, within_s: float) -> None:
+        """Ask the shim to stop the job; kill the shim if it has not obeyed by then."""
+        self.run.stop()
+        if self.force is None:
+            self.force = asyncio.get_running_loop().call_later(within_s, self.run.force)
+
+    def note_cpu(self, seconds: float) -> None:
+        """CPU seconds of the tree so far; the sum sinks when a process ends unreaped."""
+        self.cpu_s = max(self.cpu_s, seconds)
+        self.progress.note_cpu(time.monotonic(), self.cpu_s)
+
+    def progress_fields(self) -> dict[str, Any]:
+        """What a record keeps of the progress."""
+        if not self.progress.unit:
+            return {}
+        return {"progress": self.progress.value, "progress_unit": self.progress.unit}
+
+
+def status_of(record: JobRecord, live: LiveJob | None) -> JobStatus:
+    """A job as users see it. ``partitions``, ``pauses`` and ``held_s`` are left to the node."""
+    spec = record.spec
+    progress = live.progress if live is not None else Progress()
+    waits_held = record.held and record.state in (JobState.QUEUED, JobState.BACKOFF)
+    return JobStatus(
+        id=spec.id,
+        name=spec.name,
+        state=record.state.value,
+        command=spec.command,
+        weight=spec.weight,
+        guaranteed=spec.guaranteed,
+        created=record.created,
+        restarts=record.restarts,
+        pid=record.pid,
+        exit_code=record.exit_code,
+        reason="held: release it to let it start" if waits_held else record.reason,
+        progress=progress.value if progress.unit else record.progress,
+        progress_unit=progress.unit or record.progress_unit or "cpu-s",
+        rate=progress.rate(time.monotonic()),
+        cpu_s=record.cpu_s + (live.cpu_s if live is not None else 0.0),
+        metrics=dict(progress.metrics),
+    )

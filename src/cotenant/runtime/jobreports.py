@@ -1,0 +1,165 @@
+"""What jobs say about their progress: the socket they report to, and the rate made of it."""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from cotenant.domain.errors import EnvironmentProblem
+
+MAX_MESSAGE_BYTES = 8192
+MAX_METRICS = 64
+MAX_NAME = 64
+MAX_SOCKET_PATH_BYTES = 107
+"""``sun_path`` has 108 bytes, its end included (unix(7))."""
+BATCH = 64
+PAUSE_S = 0.01
+"""After a full batch the socket rests: a job that floods it costs some 2 % of a core and then
+only fills its own queue."""
+
+
+class Report(msgspec.Struct, frozen=True):
+    """One message of a job; see ``cotenant.report``. A metric of None was not finite."""
+
+    job: str
+    run: str
+    step: float | None = None
+    unit: str = "steps"
+    metrics: dict[str, float | None] = {}
+
+
+class Progress:
+    """Progress of one run and its rate over a sliding window. ``now`` is in seconds."""
+
+    WINDOW_S = 60.0
+    GRAIN_S = 0.25
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self.unit = ""
+        self.metrics: dict[str, float] = {}
+        self.reported = False
+        self._samples: collections.deque[tuple[float, float]] = collections.deque(maxlen=256)
+
+    def note(self, now: float, report: Report) -> None:
+        """Take a report in."""
+        self.metrics.update(
+            (name, float("nan") if value is None else value)
+            for name, value in report.metrics.items()
+            if name in self.metrics or len(self.metrics) < MAX_METRICS
+        )
+        if report.step is not None:
+            if not self.reported or report.unit != self.unit:
+                self._samples.clear()  # until now it was CPU seconds, or other units
+            self.reported, self.unit = True, report.unit
+            self._add(now, report.step)
+
+    def note_cpu(self, now: float, seconds: float) -> None:
+        """CPU seconds of the run so far: its progress as long as it reports none itself."""
+        if not self.reported:
+            self.unit = "cpu-s"
+            self._add(now, seconds)
+
+    def rate(self, now: float) -> float:
+        """Units per second over the last minute; 0 until two values are known in it."""
+        while self._samples and self._samples[0][0] < now - self.WINDOW_S:
+            self._samples.popleft()
+        if len(self._samples) < 2:
+            return 0.0
+        (t0, v0), (t1, v1) = self._samples[0], self._samples[-1]
+        return (v1 - v0) / (t1 - t0) if t1 > t0 else 0.0
+
+    def _add(self, now: float, value: float) -> None:
+        if self._samples and value < self._samples[-1][1]:
+            self._samples.clear()  # it went back to a checkpoint
+        if len(self._samples) > 1 and now - self._samples[-2][0] < self.GRAIN_S:
+            self._samples.pop()
+        self._samples.append((now, value))
+        self.value = value
+
+
+class ReportSocket:
+    """A Unix datagram socket that jobs report to.
+
+    Counts what it cannot use (``invalid``): no JSON of the right shape, too many metrics, too
+    long names. Whether job and run exist is the receiver's to say: it returns False if not.
+    """
+
+    def __init__(self, path: Path, receive: Callable[[Report], bool]) -> None:
+        self.path = path
+        self.invalid = 0
+        self._receive = receive
+        self._decoder = msgspec.json.Decoder(Report)
+        self._socket: socket.socket | None = None
+        self._resume: asyncio.TimerHandle | None = None
+
+    def open(self) -> None:
+        """Bind and listen on the running loop; a socket file left by a dead daemon is replaced.
+
+        Raises ``EnvironmentProblem`` if the path is too long for a socket or cannot be bound.
+        """
+        length = len(os.fsencode(self.path))
+        if length > MAX_SOCKET_PATH_BYTES:
+            raise EnvironmentProblem(
+                f"the path of the report socket {self.path} has {length} bytes, the system allows "
+                f"{MAX_SOCKET_PATH_BYTES}; choose a state directory with a shorter path"
+            )
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            sock.setblocking(False)
+            with contextlib.suppress(FileNotFoundError):
+                self.path.unlink()
+            sock.bind(str(self.path))
+            self.path.chmod(0o600)
+        except OSError as error:
+            sock.close()
+            raise EnvironmentProblem(f"cannot listen on {self.path}: {error}") from error
+        self._socket = sock
+        self._listen()
+
+    def close(self) -> None:
+        """Stop listening and remove the socket file."""
+        if self._resume is not None:
+            self._resume.cancel()
+        if self._socket is not None:
+            asyncio.get_running_loop().remove_reader(self._socket.fileno())
+            self._socket.close()
+            self._socket = None
+            self.path.unlink(missing_ok=True)
+
+    def _listen(self) -> None:
+        assert self._socket is not None
+        self._resume = None
+        asyncio.get_running_loop().add_reader(self._socket.fileno(), self._on_readable)
+
+    def _on_readable(self) -> None:
+        assert self._socket is not None
+        for _ in range(BATCH):
+            try:
+                data = self._socket.recv(MAX_MESSAGE_BYTES + 1)
+            except OSError:
+                return
+            if not self._take(data):
+                self.invalid += 1
+        loop = asyncio.get_running_loop()
+        loop.remove_reader(self._socket.fileno())
+        self._resume = loop.call_later(PAUSE_S, self._listen)
+
+    def _take(self, data: bytes) -> bool:
+        if len(data) > MAX_MESSAGE_BYTES:
+            return False
+        try:
+            report = self._decoder.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            return False
+        names = (report.unit, *report.metrics)
+        if len(report.metrics) > MAX_METRICS or any(len(name) > MAX_NAME for name in names):
+            return False
+        return self._receive(report)

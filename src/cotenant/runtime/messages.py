@@ -1,0 +1,121 @@
+"""What a node and a worker say to each other: length-prefixed msgpack over a socket pair.
+
+Tensors are not in the messages: they lie in the service's arena, at the offsets named.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+import msgspec
+
+from cotenant.engines.base import EngineMeta
+
+LENGTH = struct.Struct("<I")
+
+
+class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
+    pass
+
+
+class Open(_Message, frozen=True):
+    """Load, check and profile a model. ``check`` is an .npz with the model's inputs by name and
+    ``labels``, or ""; ``shapes`` fills in the free axes of inputs for the warm-up;
+    ``exec_timeout`` is how long (ns) an execution may take."""
+
+    path: str
+    units: tuple[int, ...]
+    max_batch: int
+    exec_timeout: int
+    check: str = ""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+
+class Place(msgspec.Struct, frozen=True, array_like=True):
+    """A tensor in the arena."""
+
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Item(msgspec.Struct, frozen=True, array_like=True):
+    """One request of a batch: inputs in the model's order, and where its outputs may go."""
+
+    rows: int
+    inputs: tuple[Place, ...]
+    out_offset: int
+    out_bytes: int
+
+
+class Run(_Message, frozen=True):
+    """Execute a batch on ``units`` compute units. ``sent`` is the monotonic ns of dispatch."""
+
+    batch: int
+    units: int
+    sent: int
+    items: tuple[Item, ...]
+
+
+class Opened(_Message, frozen=True):
+    """The model is warm. ``profile``: (units, rows, ns); ``accuracy`` on the check data."""
+
+    meta: EngineMeta
+    profile: tuple[tuple[int, int, int], ...]
+    accuracy: float | None = None
+
+
+class OpenFailed(_Message, frozen=True):
+    """The model cannot be served, and why."""
+
+    reason: str
+
+
+class Outputs(msgspec.Struct, frozen=True, array_like=True):
+    """One request's outputs. ``spilled`` holds the bytes of those whose place was too small
+    (offset -1), in order. ``error`` says why this request of a batch has none."""
+
+    places: tuple[Place, ...]
+    spilled: tuple[bytes, ...] = ()
+    error: str = ""
+
+
+class Done(_Message, frozen=True):
+    """A batch executed: times in ns, outputs by request in the order of ``Run.items``."""
+
+    batch: int
+    start_ns: int
+    exec_ns: int
+    items: tuple[Outputs, ...]
+
+
+class Failed(_Message, frozen=True):
+    """The model refused a batch; the worker lives on."""
+
+    batch: int
+    reason: str
+
+
+ToWorker = Open | Run
+FromWorker = Opened | OpenFailed | Done | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def frame(message: ToWorker | FromWorker) -> bytes:
+    """The bytes of one message."""
+    body = _encoder.encode(message)
+    return LENGTH.pack(len(body)) + body
+
+
+def unframe(buffer: bytearray) -> Iterator[bytes]:
+    """Take whole messages off the front of ``buffer``."""
+    while len(buffer) >= LENGTH.size:
+        (length,) = LENGTH.unpack_from(buffer)
+        end = LENGTH.size + length
+        if len(buffer) < end:
+            return
+        body = bytes(memoryview(buffer)[LENGTH.size : end])
+        del buffer[:end]
+        yield body

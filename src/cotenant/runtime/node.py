@@ -1,0 +1,558 @@
+"""The node: everything joined and run. Implements ``NodePort`` for the front ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import logging
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cotenant.devices import proctree
+from cotenant.devices.base import Device
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.domain.config import NodeConfig
+from cotenant.domain.device import Partition
+from cotenant.domain.errors import CotenantError, EnvironmentProblem, InvalidRequest
+from cotenant.domain.port import (
+    IndexEntry,
+    InferCall,
+    JobStatus,
+    ModelMeta,
+    OnOutcome,
+    Refused,
+    Withdraw,
+)
+from cotenant.domain.request import Refusal, Request
+from cotenant.domain.units import MS, S
+from cotenant.domain.workload import PRIORITY_CLASSES, JobSpec
+from cotenant.policy.dispatcher import Dispatcher
+from cotenant.policy.planner import Planner
+from cotenant.policy.planstate import Tuning
+from cotenant.runtime import calls
+from cotenant.runtime.arena import ArenaFull
+from cotenant.runtime.calls import OutputSizes, Pending
+from cotenant.runtime.core import Clock, Core, steady
+from cotenant.runtime.jobs import JobSupervisor
+from cotenant.runtime.jobstore import JobStore
+from cotenant.runtime.messages import Done, Failed, Outputs, Run
+from cotenant.runtime.models import Models
+from cotenant.runtime.repository import Repository
+from cotenant.runtime.status import node_status
+from cotenant.telemetry import metrics
+from cotenant.telemetry.journal import Journal, checkpoint
+from cotenant.telemetry.monitor import Monitor
+from cotenant.telemetry.records import Header
+
+log = logging.getLogger("cotenant.node")
+
+REFRESH_S = 0.25
+"""How often the device looks for new threads and children of jobs."""
+RETRY_MEMORY = 50 * MS
+DEBT_WINDOW = 2 * S
+"""A job's guaranteed share is owed over windows of this length."""
+DRAIN_S = 10.0
+
+
+class Node:
+    """One box. ``async with`` it, ``await start()``; front ends call the ``NodePort`` methods
+    from the time it is entered."""
+
+    def __init__(
+        self, config: NodeConfig, device: Device, clock: Clock = time.monotonic_ns
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.addresses: dict[str, str | None] = {"http": None, "grpc": None}
+        self._state_dir = Path(config.state_dir).absolute()
+        self._clock = steady(clock)
+        self._next_request = 1
+        self._arrivals: list[Request] = []
+        self._pending: dict[int, Pending] = {}
+        self._wanted: dict[int, tuple[str, ...]] = {}
+        self._results: dict[int, tuple[Outputs, ...]] = {}
+        self._sizes: dict[tuple[str, str], OutputSizes] = {}
+        self._drained: dict[str, asyncio.Event] = {}
+        self._open_requests: dict[str, int] = {}
+        self._job_specs: dict[str, JobSpec] = {}
+        self.draining = False
+        self.started = time.monotonic()
+        self.planned_at = self.started
+        self._tasks: list[asyncio.Task[None]] = []
+        self._replan: asyncio.Handle | None = None
+        self._stack = contextlib.AsyncExitStack()
+
+    # --- life -------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Node:
+        """Take the state directory and open the device. Raises EnvironmentProblem."""
+        async with contextlib.AsyncExitStack() as stack:
+            self._lock_state_dir(stack)
+            self.device.open()
+            stack.callback(self.device.close)
+            self._make_parts(stack)
+            self._looker = ThreadPoolExecutor(1, "cotenant-look")
+            stack.callback(self._looker.shutdown)
+            stack.push_async_callback(self._stop_tasks)
+            stack.push_async_callback(self.models.close)
+            stack.callback(self.core.close)
+            await self.jobs_supervisor.open()
+            stack.push_async_callback(self.jobs_supervisor.close)
+            stack.push_async_callback(self._drain)
+            self._stack = stack.pop_all()
+        return self
+
+    async def start(self) -> None:
+        """Load the declared models, then submit the declared jobs and watch over both.
+
+        A model that cannot be loaded does not stop the node: it is logged, shown by the index,
+        and tried again when its files change.
+        """
+        await asyncio.gather(*(self._load_declared(s.name) for s in self.config.services))
+        self._plan()
+        self._submit_declared()
+        self._every(self.config.plan_every / S, self._tick)
+        self._every(self.config.poll_models_every / S, self.models.poll)
+        self._every(REFRESH_S, self._refresh)
+
+    async def __aexit__(self, *_: object) -> None:
+        """Drain, stop jobs (they go back to the queue), end workers."""
+        await self._stack.aclose()
+
+    def _lock_state_dir(self, stack: contextlib.AsyncExitStack) -> None:
+        try:
+            self._state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (self._state_dir / "workers").mkdir(exist_ok=True)
+            fd = os.open(self._state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"cannot use the state directory {self._state_dir}: {error.strerror}; set "
+                "node.state_dir to a directory that can be written"
+            ) from error
+        stack.callback(os.close, fd)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = os.pread(fd, 32, 0).decode(errors="replace").strip()
+            raise EnvironmentProblem(
+                f"the state directory {self._state_dir} is in use by another node (pid {owner}); "
+                "stop it, or set another node.state_dir"
+            ) from None
+        os.ftruncate(fd, 0)
+        os.pwrite(fd, str(os.getpid()).encode(), 0)
+
+    def _make_parts(self, stack: contextlib.AsyncExitStack) -> None:
+        config, spec = self.config, self.device.spec
+        policy = config.policy
+        if policy.split is not None and policy.split[0] > len(spec.units):
+            raise EnvironmentProblem(
+                f"policy.split.cores is {policy.split[0]}, the device has {len(spec.units)}"
+            )
+        self.monitor = Monitor()
+        self.planner = Planner(Tuning(**msgspec.structs.asdict(policy)))
+        dispatcher = Dispatcher((spec,))
+        self.journal = self._make_journal(stack, dispatcher)
+        self.core = Core(dispatcher, self.device, self.monitor, self.journal, self, self._clock)
+        self.models = Models(
+            Repository(Path(config.models).absolute()),
+            config.services,
+            spec.shapes,
+            config.limits.arena,
+            self._state_dir / "workers",
+            self,
+        )
+        self.jobs_supervisor = JobSupervisor(
+            JobStore(self._state_dir / "jobs.sqlite"),
+            self._state_dir,
+            self._on_job_ready,
+            self._on_job_exited,
+            config.limits.jobs,
+        )
+
+    def _make_journal(
+        self, stack: contextlib.AsyncExitStack, dispatcher: Dispatcher
+    ) -> Journal | None:
+        if not self.config.journal.enabled:
+            return None
+
+        def header() -> Header:
+            return checkpoint(dispatcher, self.planner, self._clock(), time.time())
+
+        settings = self.config.journal
+        journal = Journal(self._state_dir / "journal", header, settings.segment, settings.keep)
+        journal.open()
+        stack.callback(journal.close)
+        return journal
+
+    async def _load_declared(self, name: str) -> None:
+        try:
+            await self.models.load(name)
+        except CotenantError as error:
+            log.error("model not loaded", extra={"service": name, "why": str(error)})
+
+    def _submit_declared(self) -> None:
+        alive = {s.name for s in self.jobs() if s.state not in ("succeeded", "failed", "cancelled")}
+        for job in self.config.jobs:
+            if job.name not in alive:
+                self.submit_job(job)
+
+    async def _drain(self) -> None:
+        """Admit nothing more and answer what was accepted."""
+        self.draining = True
+        self.core.feed(e.Draining())
+        end = time.monotonic() + DRAIN_S
+        while self._pending and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+
+    async def _stop_tasks(self) -> None:
+        if self._replan is not None:
+            self._replan.cancel()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    # --- what happens by itself -------------------------------------------------------------
+
+    def _every(self, seconds: float, work: Any) -> None:
+        async def repeat() -> None:
+            while True:
+                await asyncio.sleep(seconds)
+                try:
+                    await work()
+                except Exception:
+                    log.exception("background work failed", extra={"work": work.__name__})
+
+        self._tasks.append(asyncio.create_task(repeat()))
+
+    async def _tick(self) -> None:
+        now = self._clock()
+        self.monitor.tick(now)
+        for instances in self.models.services.values():
+            instances.end_overdue(now)
+        self._plan()
+
+    async def _refresh(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._looker, self.device.refresh)
+
+    def _plan_soon(self) -> None:
+        if self._replan is None:
+            self._replan = asyncio.get_running_loop().call_soon(self._plan)
+
+    def _plan(self) -> None:
+        self._replan = None
+        state = self.core.dispatcher.state
+        if state.pending is not None or self.draining:
+            return
+        now = self._clock()
+        statuses = {s.id: s for s in self._job_statuses()}
+        self.monitor.forget_jobs(statuses)
+        snapshot = self.monitor.snapshot(
+            now,
+            (self.device.spec,),
+            state,
+            {n: (i.spec, i.live) for n, i in self.models.services.items()},
+            {
+                j: (self._job_specs[j], statuses[j].rate)
+                for j in state.jobs
+                if j in self._job_specs and j in statuses
+            },
+        )
+        plan = self.planner.plan(snapshot)
+        if self.journal is not None:
+            self.journal.append_plan(now, snapshot, plan)
+        if plan is not None:
+            self.planned_at = time.monotonic()
+            log.info("plan", extra={"version": plan.version, "reasons": list(plan.reasons)})
+            self.core.feed(e.Planned(plan))
+
+    # --- Shell for the instances ------------------------------------------------------------
+
+    def now(self) -> int:
+        """See Shell."""
+        return self._clock()
+
+    def feed(self, event: e.Event) -> None:
+        """Hand an event to the dispatcher; a change of membership also wakes the planner."""
+        self.core.feed(event)
+        if isinstance(event, e.ServiceAdded | e.ServiceRemoved | e.WorkerUp):
+            self._plan_soon()
+
+    def attach_worker(self, worker: str, pid: int, exec_timeout_ns: int) -> str:
+        """A new model instance; returns the device it is on."""
+        self.device.attach_worker(worker, pid, exec_timeout_ns)
+        return self.device.spec.id
+
+    def detach_worker(self, worker: str) -> None:
+        """A model instance is gone."""
+        self.device.detach_worker(worker)
+
+    def on_result(self, message: Done | Failed) -> None:
+        """A batch came back from a worker."""
+        if isinstance(message, Failed):
+            self.core.feed(e.BatchFailed(message.batch, message.reason))
+            return
+        self._results[message.batch] = message.items
+        failed: tuple[int, ...] = ()
+        running = self.core.dispatcher.state.running.get(message.batch)
+        if running is not None and any(outputs.error for outputs in message.items):
+            pairs = zip(running.batch.requests, message.items, strict=True)
+            failed = tuple(request for request, outputs in pairs if outputs.error)
+        self.core.feed(e.BatchDone(message.batch, message.exec_ns, message.start_ns, failed))
+        self._results.pop(message.batch, None)  # late news of a batch that was given up
+
+    # --- Hands for the core -----------------------------------------------------------------
+
+    def on_dispatch(self, action: a.Dispatch, partition: Partition) -> None:
+        """See Hands."""
+        batch = action.batch
+        self.device.bind_worker(action.worker, partition)
+        instances = self.models.services.get(batch.service)
+        if instances is None:
+            return  # unloaded this very turn: WorkerDown is on its way
+        requests = [self._pending[r] for r in batch.requests]
+        for pending in requests:
+            pending.version = batch.version  # a swap may have come since it was queued
+        items = tuple(pending.item for pending in requests)
+        units = min(partition.compute, instances.spec.threads or partition.compute)
+        instances.send(action.worker, Run(batch.id, units, self._clock(), items))
+
+    def on_complete(self, action: a.Complete) -> None:
+        """See Hands."""
+        items = self._results.pop(action.batch)
+        for request_id, outputs in zip(action.requests, items, strict=True):
+            pending = self._close_request(request_id)
+            wanted = self._wanted.pop(request_id, ())
+            if outputs.error:
+                pending.refuse(Refused(Refusal.FAILED, 0, outputs.error))
+                continue
+            sizes = self._sizes.get((pending.service, pending.version))
+            if sizes is not None:
+                sizes.learn(pending.item.rows, outputs)
+            pending.answer(wanted, outputs)
+
+    def on_reject(self, action: a.Reject) -> None:
+        """See Hands."""
+        pending = self._close_request(action.request)
+        self._wanted.pop(action.request, None)
+        pending.refuse(Refused(action.refusal, action.retry_after, action.detail))
+
+    def _close_request(self, request_id: int) -> Pending:
+        pending = self._pending.pop(request_id)
+        left = self._open_requests[pending.service] = self._open_requests[pending.service] - 1
+        if left == 0 and pending.service in self._drained:
+            self._drained[pending.service].set()
+        return pending
+
+    def on_stop_job(self, action: a.StopJob) -> None:
+        """See Hands."""
+        self.jobs_supervisor.cancel(action.job, f"it could not be made to yield: {action.reason}")
+
+    # --- inference --------------------------------------------------------------------------
+
+    def submit(self, call: InferCall, done: OnOutcome) -> Withdraw | Refused:
+        """See NodePort."""
+        if self.draining:
+            return self._turn_away(call, Refusal.SHUTTING_DOWN, 0, "")
+        loaded = self.models.version(call.model, call.version)
+        if call.model in self.models.leaving:
+            return self._turn_away(call, Refusal.UNAVAILABLE, 0, "the model is being unloaded")
+        if not 0 <= call.priority < PRIORITY_CLASSES:
+            raise InvalidRequest(f"priority {call.priority}: classes are 0 (high) to 2 (low)")
+        instances = self.models.services[call.model]
+        service = self.core.dispatcher.state.services[call.model]
+        meta = loaded.meta
+        rows = calls.rows_of(meta, service.max_batch, call)
+        version = loaded.files.version
+        sizes = self._sizes.get((call.model, version))
+        if sizes is None:
+            sizes = self._sizes[call.model, version] = OutputSizes(meta)
+        try:
+            placed = calls.place(
+                meta, call, rows, instances.arena, sizes.expect(rows), instances.spec.refuse_nan
+            )
+        except ArenaFull as error:
+            return self._turn_away(call, Refusal.MEMORY, RETRY_MEMORY, str(error))
+        pending = Pending(call.model, version, meta, placed, done)
+        request_id = self._arrive(call, pending, calls.signature(meta, call))
+        return partial(self._withdraw, request_id, pending)
+
+    def _turn_away(self, call: InferCall, refusal: Refusal, retry_after: int, why: str) -> Refused:
+        if call.model in self.models.services:  # no meters for names that clients make up
+            self.monitor.turned_away(call.model, refusal)
+        return Refused(refusal, retry_after, why)
+
+    def _arrive(self, call: InferCall, pending: Pending, shape: str) -> int:
+        request_id, now = self._next_request, self._clock()
+        self._next_request += 1
+        self._pending[request_id] = pending
+        if call.outputs:
+            self._wanted[request_id] = call.outputs
+        self._open_requests[call.model] = self._open_requests.get(call.model, 0) + 1
+        spec = self.models.services[call.model].spec
+        budget = call.timeout_ns or spec.slo.latency
+        if not self._arrivals:
+            asyncio.get_running_loop().call_soon(self._hand_over)
+        self._arrivals.append(
+            Request(
+                id=request_id,
+                service=call.model,
+                arrived=now,
+                deadline=now + budget,
+                priority=call.priority,
+                rows=pending.item.rows,
+                version=call.version,
+                shape=shape,
+                expires=now + call.timeout_ns if call.timeout_ns else 0,
+                payload=request_id,
+            )
+        )
+        return request_id
+
+    def _hand_over(self) -> None:
+        """Feed the arrivals of this turn of the loop, which may so become one batch."""
+        arrivals, self._arrivals = self._arrivals, []
+        left = len(arrivals)
+        for request in arrivals:
+            left -= 1
+            self.core.feed(e.Arrived(request, more=left > 0))
+
+    def _withdraw(self, request_id: int, pending: Pending) -> None:
+        """The caller went away: what is queued goes too; what runs is thrown away when done."""
+        pending.withdraw()
+        self._hand_over()
+        if request_id in self._pending:
+            self.core.feed(e.Cancelled(request_id))
+
+    # --- models -----------------------------------------------------------------------------
+
+    def is_ready(self) -> bool:
+        """See NodePort."""
+        return not self.draining and all(self.model_ready(n) for n in self.models.declared)
+
+    def model_ready(self, name: str, version: str = "") -> bool:
+        """See NodePort."""
+        found = self.models.services.get(name)
+        if found is None or name in self.models.leaving or self.draining:
+            return False
+        return found.live > 0 if not version else version in found.loaded
+
+    def metadata(self, name: str, version: str = "") -> ModelMeta:
+        """See NodePort."""
+        return self.models.metadata(name, version)
+
+    def index(self) -> list[IndexEntry]:
+        """See NodePort."""
+        return self.models.index()
+
+    async def load(self, name: str) -> None:
+        """See NodePort."""
+        await self.models.load(name)
+
+    async def unload(self, name: str) -> None:
+        """See NodePort."""
+        self.models.find(name)
+        drained = None
+        if self._open_requests.get(name):
+            drained = self._drained[name] = asyncio.Event()
+        try:
+            await self.models.unload(name, drained)
+        finally:
+            self._drained.pop(name, None)
+        self._sizes = {key: s for key, s in self._sizes.items() if key[0] != name}
+
+    def statistics(self, name: str, version: str = "") -> dict[str, Any]:
+        """See NodePort."""
+        loaded = self.models.version(name, version)
+        meter = self.monitor.service(name)
+        return {
+            "version": loaded.files.version,
+            "last_inference_ms": self._wall_ms(meter.last_answer) if meter.last_answer else 0,
+            "inference_count": meter.batched_rows,
+            "execution_count": meter.batches,
+            "success_count": meter.answered,
+            "success_ns": meter.latency_ns,
+            "fail_count": sum(meter.refused.values()),
+            "fail_ns": 0,
+            "queue_count": meter.answered,
+            "queue_ns": meter.queue_ns,
+            "compute_input_ns": 0,
+            "compute_infer_ns": meter.exec_ns,
+            "compute_output_ns": 0,
+        }
+
+    def _wall_ms(self, monotonic_ns: int) -> int:
+        return round((time.time_ns() - (self._clock() - monotonic_ns)) / MS)
+
+    # --- jobs -------------------------------------------------------------------------------
+
+    def _on_job_ready(self, spec: JobSpec, pid: int) -> None:
+        found = proctree.stat(pid)
+        if found is None:
+            return  # it ended before we could look; on_exited is on its way
+        units = len(self.device.spec.units)
+        self._job_specs[spec.id] = spec
+        # The shim above the command is the one ancestor that a daemonised child keeps.
+        self.device.attach_job(spec.id, found.parent)
+        limit = max(1, int(spec.limit * units + 1e-9))
+        self.core.feed(e.JobReady(spec.id, spec.weight, spec.guaranteed, limit, DEBT_WINDOW))
+        self._plan_soon()
+
+    def _on_job_exited(self, job: str) -> None:
+        self.core.feed(e.JobExited(job))
+        self.device.detach_job(job)
+        self._job_specs.pop(job, None)
+        self._plan_soon()
+
+    def submit_job(self, spec: JobSpec) -> str:
+        """See NodePort."""
+        return self.jobs_supervisor.submit(spec)
+
+    def jobs(self) -> list[JobStatus]:
+        """See NodePort."""
+        return self._job_statuses()
+
+    def _job_statuses(self) -> list[JobStatus]:
+        now, shares = self._clock(), self.core.dispatcher.state.jobs
+        return [
+            msgspec.structs.replace(
+                status,
+                held_s=self.monitor.held_ns(status.id, now) / S,
+                pauses=self.monitor.job(status.id).pauses,
+                partitions=tuple(shares[status.id].held) if status.id in shares else (),
+            )
+            for status in self.jobs_supervisor.statuses()
+        ]
+
+    def cancel_job(self, ref: str) -> str:
+        """See NodePort."""
+        return self.jobs_supervisor.cancel(ref)
+
+    def hold_job(self, ref: str) -> str:
+        """See NodePort."""
+        return self.jobs_supervisor.hold(ref)
+
+    def release_job(self, ref: str) -> str:
+        """See NodePort."""
+        return self.jobs_supervisor.release(ref)
+
+    def job_log_path(self, ref: str) -> str:
+        """See NodePort."""
+        return self.jobs_supervisor.log_path(ref)
+
+    # --- views ------------------------------------------------------------------------------
+
+    def metrics(self) -> bytes:
+        """See NodePort."""
+        return metrics.exposition(self.monitor, self.core.dispatcher.state, self._job_statuses())
+
+    def status(self) -> dict[str, Any]:
+        """See NodePort."""
+        return node_status(self)

@@ -1,0 +1,104 @@
+"""What ``cotenant status`` and ``top`` show, as JSON-ready values (null: not measured yet)."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from cotenant import __version__
+from cotenant.domain.units import MS, US
+from cotenant.policy.state import PartitionState
+
+if TYPE_CHECKING:
+    from cotenant.runtime.instances import Instances
+    from cotenant.runtime.node import Node
+
+
+def node_status(node: Node) -> dict[str, Any]:
+    """The whole node."""
+    spec, state = node.device.spec, node.core.dispatcher.state
+    journal = node.journal
+    return {
+        "version": __version__,
+        "pid": os.getpid(),
+        "uptime_s": time.monotonic() - node.started,
+        "state_dir": node.config.state_dir,
+        "http": node.addresses["http"],
+        "grpc": node.addresses["grpc"],
+        "ready": node.is_ready(),
+        "draining": node.draining,
+        "device": {
+            "id": spec.id,
+            "kind": spec.kind,
+            "units": list(spec.units),
+            "level": spec.preempt.name,
+            "limits": list(spec.limits),
+        },
+        "plan": {
+            "version": state.plan.version,
+            "reasons": list(state.plan.reasons),
+            "age_s": time.monotonic() - node.planned_at,
+        },
+        "partitions": [_partition(node, p) for p in state.partitions.values()],
+        "services": [_service(node, n, i) for n, i in node.models.services.items()],
+        "jobs": [msgspec.to_builtins(job) for job in node.jobs()],
+        "journal": {
+            "directory": str(journal.directory) if journal else None,
+            "dropped": journal.dropped if journal else 0,
+            "error": journal.error if journal else None,
+        },
+    }
+
+
+def _partition(node: Node, partition: PartitionState) -> dict[str, Any]:
+    meter = node.monitor.partition(partition.id)
+    p50, p99 = meter.recent_revoke.quantiles(node.core.clock(), 0.5, 0.99)
+    holder = f"job:{partition.job}" if partition.job else "idle"
+    if partition.batch:
+        service = node.core.dispatcher.state.running[partition.batch].batch.service
+        holder = f"batch:{service}"
+    return {
+        "id": partition.id,
+        "units": list(partition.units),
+        "services": list(partition.services),
+        "owners": list(partition.owners),
+        "holder": holder,
+        "slice_ms": partition.slice_ns / MS,
+        "busy": dict(meter.last_window),
+        "revoke_p50_us": None if p50 is None else p50 / US,
+        "revoke_p99_us": None if p99 is None else p99 / US,
+        "switches": meter.switches,
+    }
+
+
+def _service(node: Node, name: str, instances: Instances) -> dict[str, Any]:
+    meter = node.monitor.service(name)
+    known = node.core.dispatcher.state.services.get(name)
+    p50, p95, p99 = meter.recent.quantiles(node.core.clock(), 0.5, 0.95, 0.99)
+    current = instances.current
+    state = "READY" if node.model_ready(name) else "LOADING" if instances.loading else "UNAVAILABLE"
+    refused = sum(meter.refused.values()) - meter.refused["CANCELLED"]
+    counted = meter.answered + refused
+    return {
+        "name": name,
+        "model": instances.spec.model,
+        "version": current.files.version if current else "",
+        "state": state,
+        "reason": next((why for _, why in reversed(instances.refused.values())), ""),
+        "objective_ms": instances.spec.slo.latency / MS,
+        "percentile": instances.spec.slo.percentile,
+        "rate": meter.rate.level,
+        "queue": known.queued if known else 0,
+        "batch_mean": meter.batched_rows / meter.batches if meter.batches else None,
+        "p50_ms": None if p50 is None else p50 / MS,
+        "p95_ms": None if p95 is None else p95 / MS,
+        "p99_ms": None if p99 is None else p99 / MS,
+        "attainment": (meter.answered - meter.misses) / counted if counted else None,
+        "misses": meter.misses,
+        "refused": dict(meter.refused),
+        "answered": meter.answered,
+        "workers": instances.live,
+    }

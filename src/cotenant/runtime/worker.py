@@ -1,0 +1,286 @@
+"""A model instance: a process that executes batches, one at a time, until its socket closes.
+
+Started by the node as ``python -m cotenant.runtime.worker SOCKET_FD ARENA_FD``. Whatever happens
+in here, a crash of the engine included, ends this process alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import socket
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from cotenant.devices import proctree
+from cotenant.domain.errors import ModelError
+from cotenant.engines.base import NUMPY, Array, Engine, open_engine
+from cotenant.runtime.arena import map_arena
+from cotenant.runtime.messages import (
+    LENGTH,
+    Done,
+    Failed,
+    FromWorker,
+    Item,
+    Open,
+    Opened,
+    OpenFailed,
+    Outputs,
+    Place,
+    Run,
+    ToWorker,
+    frame,
+)
+
+ALIGN = 64
+PROFILE_RUNS = 5
+PROFILE_BUDGET_NS = 2_000_000_000
+"""Profiling stops here: a slow model learns the rest from traffic."""
+REST_EVERY_NS, REST_S = 100_000_000, 100e-6
+"""With the next batch always at hand a worker never blocks, and at real-time priority the kernel
+would end it for that (RLIMIT_RTTIME): so often, or four times within the limit, it sleeps, long
+enough to count."""
+_FAILURES = (ModelError, ValueError, MemoryError)
+"""What a model may raise on an input; anything else is a bug and ends the worker."""
+
+
+class Worker:
+    """Socket, tensor memory and the model."""
+
+    def __init__(self, sock: socket.socket, arena: memoryview) -> None:
+        self._sock = sock
+        self._arena = arena
+        self._engine: Engine | None = None
+        self._rest_every = REST_EVERY_NS
+        self._decoder = msgspec.msgpack.Decoder(ToWorker)
+
+    def serve(self) -> None:
+        """Answer messages until the node goes away."""
+        rested = time.monotonic_ns()
+        while (message := self._receive()) is not None:
+            if isinstance(message, Open):
+                self._send(self._open(message))
+            else:
+                self._send(self._run(message))
+            now = time.monotonic_ns()
+            if now - rested > self._rest_every:
+                time.sleep(REST_S)
+                rested = now
+
+    def _receive(self) -> ToWorker | None:
+        head = self._read(LENGTH.size)
+        if head is None:
+            return None
+        body = self._read(LENGTH.unpack(head)[0])
+        return None if body is None else self._decoder.decode(body)
+
+    def _read(self, count: int) -> bytes | None:
+        data = self._sock.recv(count, socket.MSG_WAITALL)
+        return data if len(data) == count else None
+
+    def _send(self, message: FromWorker) -> None:
+        self._sock.sendall(frame(message))
+
+    # --- loading ----------------------------------------------------------------------------
+
+    def _open(self, order: Open) -> Opened | OpenFailed:
+        self._rest_every = min(REST_EVERY_NS, order.exec_timeout // 4)
+        try:
+            self._engine = open_engine(Path(order.path), order.units)
+            profile = self._profile(self._engine, order)
+            accuracy = self._accuracy(self._engine, order) if order.check else None
+        except ModelError as error:
+            return OpenFailed(str(error))
+        gc.collect()
+        gc.freeze()  # a pass over all that the engine's imports brought would delay a batch
+        return Opened(self._engine.meta, profile, accuracy)
+
+    def _profile(self, engine: Engine, order: Open) -> tuple[tuple[int, int, int], ...]:
+        """Warm every session and measure it: medians over a few runs per size."""
+        sizes = [1]
+        while engine.meta.batchable and sizes[-1] < order.max_batch:
+            sizes.append(min(order.max_batch, 2 * sizes[-1]))
+        measured: list[tuple[int, int, int]] = []
+        began = time.monotonic_ns()
+        for units in order.units:
+            for rows in sizes:
+                if measured and time.monotonic_ns() - began > PROFILE_BUDGET_NS:
+                    break
+                inputs = _made_up(engine, rows, order.shapes)
+                try:
+                    engine.run(units, inputs)
+                except ModelError:
+                    if measured or order.shapes:
+                        raise
+                    # Free axes besides the batch: one row of ones may be no legal input.
+                    return ()
+                times = [_timed(engine, units, inputs) for _ in range(PROFILE_RUNS)]
+                measured.append((units, rows, round(statistics.median(times))))
+        return tuple(measured)
+
+    def _accuracy(self, engine: Engine, order: Open) -> float:
+        """Share of the check data whose first output's largest class is the label."""
+        try:
+            with np.load(order.check, allow_pickle=False) as data:
+                labels = data["labels"]
+                inputs = {t.name: data[t.name] for t in engine.meta.inputs}
+        except Exception as error:  # zip, pickle, key and value errors alike
+            raise ModelError(f"{Path(order.check).name} cannot be read: {error}") from error
+        right = 0
+        step = order.max_batch if engine.meta.batchable else 1
+        for start in range(0, len(labels), step):
+            part = {name: array[start : start + step] for name, array in inputs.items()}
+            scores = engine.run(order.units[0], part)[0]
+            right += int((scores.argmax(axis=-1).ravel() == labels[start : start + step]).sum())
+        return right / max(1, len(labels))
+
+    # --- executing --------------------------------------------------------------------------
+
+    def _run(self, order: Run) -> Done | Failed:
+        started = time.monotonic_ns()
+        try:
+            items = self._execute(order.units, order.items)
+        except _FAILURES as error:
+            if len(order.items) == 1:
+                return Failed(order.batch, _said(error))
+            items = None
+        if items is None:
+            # One request's fault, or outputs that are not row by row: nobody else's business.
+            items = tuple(self._execute_alone(order.units, item) for item in order.items)
+        ended = time.monotonic_ns()
+        return Done(order.batch, max(0, started - order.sent), ended - started, items)
+
+    def _execute(self, units: int, items: tuple[Item, ...]) -> tuple[Outputs, ...] | None:
+        """Outputs of requests run as one; None if they cannot be told apart by their rows."""
+        assert self._engine is not None
+        outputs = self._engine.run(units, self._gather(self._engine, items))
+        rows = sum(item.rows for item in items)
+        if len(items) > 1 and any(output.shape[:1] != (rows,) for output in outputs):
+            return None
+        return self._scatter(items, outputs)
+
+    def _execute_alone(self, units: int, item: Item) -> Outputs:
+        try:
+            outputs = self._execute(units, (item,))
+        except _FAILURES as error:
+            return Outputs((), error=_said(error))
+        assert outputs is not None
+        return outputs[0]
+
+    def _gather(self, engine: Engine, items: tuple[Item, ...]) -> dict[str, Array]:
+        """One array an input: a view of the arena for one request, else rows joined."""
+        inputs: dict[str, Array] = {}
+        for index, meta in enumerate(engine.meta.inputs):
+            parts = [self._view(item.inputs[index], meta.datatype) for item in items]
+            inputs[meta.name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return inputs
+
+    def _view(self, place: Place, datatype: str) -> Array:
+        raw = self._arena[place.offset : place.offset + place.nbytes]
+        if datatype == "BYTES":
+            return _strings(raw, place.shape)
+        return np.frombuffer(raw, dtype=NUMPY[datatype]).reshape(place.shape)
+
+    def _scatter(self, items: tuple[Item, ...], outputs: list[Array]) -> tuple[Outputs, ...]:
+        results: list[Outputs] = []
+        row = 0
+        for item in items:
+            parts = outputs
+            if len(items) > 1:
+                parts = [output[row : row + item.rows] for output in outputs]
+                row += item.rows
+            results.append(self._store(item, parts))
+        return tuple(results)
+
+    def _store(self, item: Item, parts: list[Array]) -> Outputs:
+        places: list[Place] = []
+        spilled: list[bytes] = []
+        offset, end = item.out_offset, item.out_offset + item.out_bytes
+        for part in parts:
+            data = _packed(part)
+            size = len(data)
+            if offset + size > end:
+                places.append(Place(part.shape, -1, size))
+                spilled.append(bytes(data))
+                continue
+            self._arena[offset : offset + size] = data
+            places.append(Place(part.shape, offset, size))
+            offset += -(-size // ALIGN) * ALIGN
+        return Outputs(tuple(places), tuple(spilled))
+
+
+def _said(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _packed(array: Array) -> memoryview | bytes:
+    """The tensor's bytes, row-major; strings length-prefixed."""
+    if array.dtype == np.object_:
+        encoded = [str(x).encode() if not isinstance(x, bytes) else x for x in array.ravel()]
+        return b"".join(LENGTH.pack(len(x)) + x for x in encoded)
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _strings(raw: memoryview, shape: tuple[int, ...]) -> Array:
+    """Length-prefixed elements as an array of str (what ONNX Runtime takes)."""
+    found: list[str] = []
+    position = 0
+    while position < len(raw):
+        (length,) = LENGTH.unpack_from(raw, position)
+        position += LENGTH.size
+        found.append(bytes(raw[position : position + length]).decode("utf-8", "replace"))
+        position += length
+    return np.array(found, dtype=np.object_).reshape(shape)
+
+
+def _made_up(engine: Engine, rows: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
+    """Inputs of the right shape for the warm-up; free axes are 1 unless ``shapes`` says."""
+    random = np.random.default_rng(0)
+    inputs: dict[str, Array] = {}
+    for meta in engine.meta.inputs:
+        shape = [d if d >= 0 else 1 for d in shapes.get(meta.name, meta.shape)]
+        if engine.meta.batchable:
+            shape[0] = rows
+        if meta.datatype == "BYTES":
+            inputs[meta.name] = np.full(shape, "cotenant", dtype=np.object_)
+        elif meta.datatype.startswith("FP"):
+            inputs[meta.name] = random.random(shape).astype(NUMPY[meta.datatype])
+        else:
+            inputs[meta.name] = np.zeros(shape, dtype=NUMPY[meta.datatype])
+    return inputs
+
+
+def _timed(engine: Engine, units: int, inputs: dict[str, Array]) -> int:
+    """Ns of one execution, less what it waited for a core: while a version is loaded jobs have
+    them, and a batch that looks too long for the objective is never tried."""
+    before = proctree.run_delays()
+    began = time.monotonic_ns()
+    engine.run(units, inputs)
+    took = time.monotonic_ns() - began
+    waited = (ns - before.get(tid, 0) for tid, ns in proctree.run_delays().items())
+    return max(1, took - max(waited, default=0))
+
+
+def main() -> None:
+    """Entry point of the process."""
+    parent = os.getppid()
+    proctree.end_with_parent(signal.SIGKILL)
+    if os.getppid() != parent:
+        sys.exit(0)
+    # Ctrl-C reaches the whole foreground group; ending workers is the node's business.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    Worker(sock, map_arena(int(sys.argv[2]))).serve()
+    # Tidying up takes an interpreter with a model tens of milliseconds, at real-time priority on
+    # a core that its successor needs. There is nothing to save.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

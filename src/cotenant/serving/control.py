@@ -1,0 +1,315 @@
+"""The control API: jobs and status for the command line, over a Unix socket.
+
+Submitting a job is running code, so this never goes over a network. The socket's mode is 0600
+and the peer's uid is checked on every connection: the node's own user, or root.
+
+One request is one line of JSON, ``{"op": "status"}``; one answer is one line, ``{"ok": true,
+"result": ...}`` or ``{"ok": false, "kind": "NotFound", "error": "..."}``. A connection can
+carry any number of them, in turn.
+
+    op         fields                 result
+    status                            what NodePort.status returns
+    jobs                              list of JobStatus
+    submit     those of JobSpec       the new job's id (a given id is ignored by the node)
+    cancel     ref                    the job's id
+    hold       ref                    the job's id
+    release    ref                    the job's id
+    log_path   ref                    path of the job's log
+    shutdown                          null; the node then stops
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from cotenant.domain import errors
+from cotenant.domain.errors import CotenantError, EnvironmentProblem, InvalidRequest
+from cotenant.domain.port import JobStatus, NodePort
+from cotenant.domain.workload import JobSpec
+
+log = logging.getLogger("cotenant.serving")
+
+LINE_BYTES = 2**20
+PATH_BYTES = 107
+"""Longest path of a Unix socket on Linux (108 bytes with the closing zero)."""
+
+_ANSWER_BYTES = 64 * 2**20
+_PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
+
+
+class ControlServer:
+    """Serves the control API on the node's loop until stopped."""
+
+    def __init__(self, node: NodePort, path: str | Path, on_shutdown: Callable[[], None]) -> None:
+        self._node = node
+        self._path = Path(path)
+        self._on_shutdown = on_shutdown
+        self._server: asyncio.Server | None = None
+        self._inode = 0
+        self._connections: set[asyncio.Task[None]] = set()
+        self._ops: dict[str, Callable[[dict[str, Any]], Any]] = {
+            "status": lambda _: node.status(),
+            "jobs": lambda _: node.jobs(),
+            "submit": lambda fields: node.submit_job(_job_spec(fields)),
+            "cancel": lambda fields: node.cancel_job(_ref(fields)),
+            "hold": lambda fields: node.hold_job(_ref(fields)),
+            "release": lambda fields: node.release_job(_ref(fields)),
+            "log_path": lambda fields: node.job_log_path(_ref(fields)),
+            "shutdown": lambda _: None,
+        }
+
+    async def start(self) -> None:
+        """Listen; raises EnvironmentProblem if the path is too long, taken or not writable."""
+        _check_length(self._path)
+        _remove_stale(self._path)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            sock.bind(str(self._path))
+            # Nobody can connect before listen(), so there is no moment with other rights.
+            self._path.chmod(0o600)
+            self._inode = self._path.stat().st_ino
+        except OSError as exc:
+            sock.close()
+            raise EnvironmentProblem(
+                f"cannot create the control socket {self._path}: {exc.strerror};"
+                " choose a state directory that this user can write"
+            ) from None
+        self._server = await asyncio.start_unix_server(self._connected, sock=sock, limit=LINE_BYTES)
+
+    async def stop(self) -> None:
+        """Stop listening, end the connections, remove the socket's file."""
+        server, self._server = self._server, None
+        if server is None:
+            return
+        server.close()
+        for task in tuple(self._connections):
+            task.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+        with contextlib.suppress(FileNotFoundError):
+            if self._path.stat().st_ino == self._inode:  # else another node has taken the place
+                self._path.unlink()
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.add(task)
+        try:
+            await self._converse(reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            pass
+        except asyncio.CancelledError:
+            pass  # by stop(); asyncio's stream server would log it as an error
+        finally:
+            self._connections.discard(task)
+            writer.close()
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        uid = _peer_uid(writer)
+        if uid not in (0, os.geteuid()):
+            log.warning("refused a control connection of uid %d", uid)
+            await _send(writer, _failure("EnvironmentProblem", "this node belongs to another user"))
+            return
+        while True:
+            try:
+                line = await reader.readuntil(b"\n")
+            except asyncio.IncompleteReadError:
+                return
+            except asyncio.LimitOverrunError:
+                message = f"a request line is longer than {LINE_BYTES} bytes"
+                await _send(writer, _failure("TooLarge", message))
+                return
+            answer, stop = self._handle(line)
+            await _send(writer, answer)
+            if stop:
+                self._on_shutdown()
+                return
+
+    def _handle(self, line: bytes) -> tuple[dict[str, Any], bool]:
+        """The answer to one request line, and whether to shut down after sending it."""
+        op = ""
+        try:
+            fields = _fields(line)
+            op = str(fields.pop("op", ""))
+            run = self._ops.get(op)
+            if run is None:
+                raise InvalidRequest(f"unknown op {op[:64]!r}; use one of {', '.join(self._ops)}")
+            return {"ok": True, "result": run(fields)}, op == "shutdown"
+        except CotenantError as exc:
+            return _failure(type(exc).__name__, str(exc)), False
+        except Exception:
+            log.exception("control op %s failed inside the node", op)
+            return _failure("CotenantError", "the node failed; its log says how"), False
+
+
+class ControlClient:
+    """A synchronous client, for the command line. ``timeout`` in seconds, per request.
+
+    Every method raises EnvironmentProblem if no node answers, and otherwise the error that
+    the node raised.
+    """
+
+    def __init__(self, path: str | Path, timeout: float = 10.0) -> None:
+        self._path = Path(path)
+        self._timeout = timeout
+
+    def status(self) -> dict[str, Any]:
+        """What the node says of itself; see NodePort.status."""
+        return msgspec.convert(self._call("status"), dict[str, Any])
+
+    def jobs(self) -> list[JobStatus]:
+        """All jobs, oldest first."""
+        return msgspec.convert(self._call("jobs"), list[JobStatus])
+
+    def submit(self, spec: JobSpec) -> str:
+        """Queue a job; returns its id."""
+        return str(self._call("submit", **msgspec.to_builtins(spec)))
+
+    def cancel(self, ref: str) -> str:
+        """Cancel a job by id, unique prefix or name; returns its id."""
+        return str(self._call("cancel", ref=ref))
+
+    def hold(self, ref: str) -> str:
+        """Keep a job from running until released; returns its id."""
+        return str(self._call("hold", ref=ref))
+
+    def release(self, ref: str) -> str:
+        """Let a held job run again; returns its id."""
+        return str(self._call("release", ref=ref))
+
+    def log_path(self, ref: str) -> str:
+        """Path of the job's log file."""
+        return str(self._call("log_path", ref=ref))
+
+    def shutdown(self) -> None:
+        """Ask the node to stop; returns once it has agreed."""
+        self._call("shutdown")
+
+    def _call(self, op: str, **fields: Any) -> Any:
+        _check_length(self._path)
+        line = msgspec.json.encode({"op": op, **fields}) + b"\n"
+        if len(line) > LINE_BYTES:
+            raise InvalidRequest(
+                f"the request is {len(line)} bytes; the node accepts {LINE_BYTES}"
+                " (is a command or environment too long?)"
+            )
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+                sock.settimeout(self._timeout)
+                sock.connect(str(self._path))
+                # A node that refuses us closes without reading; its answer says why.
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    sock.sendall(line)
+                with sock.makefile("rb") as stream:
+                    answer = stream.readline(_ANSWER_BYTES)
+        except (FileNotFoundError, ConnectionRefusedError):
+            raise EnvironmentProblem(
+                f"no node is running in {self._path.parent}; "
+                "start one with: cotenant serve cotenant.yaml"
+            ) from None
+        except PermissionError:
+            raise EnvironmentProblem(
+                f"the node in {self._path.parent} belongs to another user; run this as that user"
+            ) from None
+        except TimeoutError:
+            raise EnvironmentProblem(
+                f"the node in {self._path.parent} did not answer within {self._timeout:g} s"
+            ) from None
+        except OSError as exc:
+            raise EnvironmentProblem(
+                f"cannot talk to the node in {self._path.parent}: {exc.strerror or exc}"
+            ) from None
+        return self._result(answer)
+
+    def _result(self, answer: bytes) -> Any:
+        if not answer.endswith(b"\n"):
+            raise EnvironmentProblem(
+                f"the node in {self._path.parent} closed the connection without an answer;"
+                " it may be stopping"
+            )
+        reply = msgspec.json.decode(answer, type=dict[str, Any])
+        if reply.get("ok"):
+            return reply.get("result")
+        kind = getattr(errors, str(reply.get("kind")), CotenantError)
+        raise kind(reply.get("error", "the node refused without saying why"))
+
+
+def _fields(line: bytes) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(line, type=dict[str, Any])
+    except (msgspec.DecodeError, RecursionError) as exc:
+        raise InvalidRequest(f"a request is one line with one JSON object: {exc}") from None
+
+
+def _job_spec(fields: dict[str, Any]) -> JobSpec:
+    unknown = fields.keys() - set(JobSpec.__struct_fields__)
+    if unknown:
+        raise InvalidRequest(f"unknown job fields: {', '.join(sorted(unknown))}")
+    try:
+        return msgspec.convert({"id": "", **fields}, JobSpec)
+    except msgspec.ValidationError as exc:
+        raise InvalidRequest(f"the job cannot be submitted: {exc}") from None
+
+
+def _ref(fields: dict[str, Any]) -> str:
+    ref = fields.get("ref")
+    if not isinstance(ref, str) or not ref:
+        raise InvalidRequest("ref is missing; give a job's id, a unique prefix of it, or its name")
+    return ref
+
+
+def _failure(kind: str, message: str) -> dict[str, Any]:
+    return {"ok": False, "kind": kind, "error": message}
+
+
+async def _send(writer: asyncio.StreamWriter, answer: dict[str, Any]) -> None:
+    writer.write(msgspec.json.encode(answer) + b"\n")
+    await writer.drain()
+
+
+def _peer_uid(writer: asyncio.StreamWriter) -> int:
+    sock = writer.get_extra_info("socket")
+    uid: int = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))[1]
+    return uid
+
+
+def _check_length(path: Path) -> None:
+    length = len(os.fsencode(path))
+    if length > PATH_BYTES:
+        raise EnvironmentProblem(
+            f"the control socket's path has {length} bytes, but Linux allows {PATH_BYTES}:"
+            f" {path}; choose a shorter state directory"
+        )
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the socket of a node that is gone; raises EnvironmentProblem if one answers."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)
+        try:
+            probe.connect(str(path))
+        except FileNotFoundError:
+            return
+        except ConnectionRefusedError:
+            if path.is_socket():
+                path.unlink(missing_ok=True)
+                return
+            raise EnvironmentProblem(
+                f"{path} is in the way of the control socket and is not a socket; remove it"
+            ) from None
+        except OSError as exc:
+            raise EnvironmentProblem(
+                f"cannot use {path} for the control socket: {exc.strerror or exc}"
+            ) from None
+    raise EnvironmentProblem(
+        f"another node is running in {path.parent}; stop it, or choose another state directory"
+    )

@@ -1,0 +1,277 @@
+"""Inference requests and answers as gRPC messages: the same laws as ``cotenant.serving.oip``.
+
+Tensors arrive in ``raw_input_contents`` (in the order of the inputs, skipping those in shared
+memory), or in the inputs' typed ``contents``; never a mixture. Answers are always raw. The
+answer's message is serialised without its payload, which is then appended in wire form: that
+is one copy of the payload instead of three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from cotenant.domain.errors import InvalidRequest
+from cotenant.domain.port import InferCall, InferResult, TensorIn
+from cotenant.serving import calls, protos
+from cotenant.serving.calls import Decoded, RegionIO, Wanted
+from cotenant.serving.tensors import (
+    Limits,
+    check_bytes,
+    check_size,
+    element_count,
+    join_bytes,
+    pack_numbers,
+    shown,
+)
+
+# Where the typed contents of a datatype lie. FP16 and BF16 have no typed form.
+_CONTENTS = {
+    "BOOL": "bool_contents",
+    "UINT8": "uint_contents",
+    "UINT16": "uint_contents",
+    "UINT32": "uint_contents",
+    "UINT64": "uint64_contents",
+    "INT8": "int_contents",
+    "INT16": "int_contents",
+    "INT32": "int_contents",
+    "INT64": "int64_contents",
+    "FP32": "fp32_contents",
+    "FP64": "fp64_contents",
+    "BYTES": "bytes_contents",
+}
+
+_RAW_OUTPUT_TAG = b"\x32"  # ModelInferResponse.raw_output_contents: field 6, length-delimited
+_RAW_INPUT_TAG = 0x3A  # ModelInferRequest.raw_input_contents: field 7, length-delimited
+_VARINT, _LENGTH_DELIMITED = 0, 2
+_STREAM_ANSWER_TAG = b"\x12"  # ModelStreamInferResponse.infer_response: field 2
+
+
+class InferMessage(NamedTuple):
+    """A ModelInferRequest whose raw inputs are views of the bytes it came in."""
+
+    message: Any
+    raw: Sequence[bytes | memoryview]
+
+
+def parse(data: bytes | memoryview) -> InferMessage:
+    """A serialised ModelInferRequest; raises DecodeError.
+
+    Its payload is left where it is: protobuf would copy it twice, once when it parses and once
+    when it is asked for the field.
+    """
+    try:
+        rest, raw = _split(data)
+    except IndexError:  # truncated, or in a form that nobody writes any more: not for us to judge
+        message = protos.ModelInferRequest.FromString(data)
+        return InferMessage(message, message.raw_input_contents)
+    return InferMessage(protos.ModelInferRequest.FromString(rest), raw)
+
+
+def _split(data: bytes | memoryview) -> tuple[bytes, list[memoryview]]:
+    """The message without its ``raw_input_contents``, and those; raises IndexError if it cannot
+    be told apart."""
+    view = memoryview(data)
+    rest: list[bytes | memoryview] = []
+    raw: list[memoryview] = []
+    at = kept = 0
+    while at < len(data):
+        start = at
+        tag, at = _read_varint(data, at)
+        if tag & 7 == _LENGTH_DELIMITED:
+            length, at = _read_varint(data, at)
+            if tag == _RAW_INPUT_TAG:
+                rest.append(data[kept:start])
+                raw.append(view[at : at + length])
+                kept = at + length
+            at += length
+        elif tag & 7 == _VARINT:
+            _, at = _read_varint(data, at)
+        else:
+            raise IndexError(at)  # no field of this message has another wire type
+    if at > len(data):
+        raise IndexError(at)
+    rest.append(data[kept:])
+    return b"".join(rest), raw
+
+
+def decode(request: InferMessage, limits: Limits, regions: RegionIO) -> Decoded:
+    """A ModelInferRequest as a call; raises InvalidRequest, NotFound (region)."""
+    message, raw = request
+    calls.check_count(len(message.inputs), len(message.outputs), limits)
+    inputs: list[TensorIn] = []
+    used = 0
+    for tensor in message.inputs:
+        name, datatype, shape = tensor.name, tensor.datatype, tuple(tensor.shape)
+        count = element_count(name, datatype, shape, limits)
+        parameters = _parameters(tensor.parameters) if tensor.parameters else {}
+        if parameters.get("shared_memory_region"):
+            source = _region(name, parameters)
+            inputs.append(calls.region_input(name, datatype, shape, count, source, regions))
+            continue
+        data: bytes | memoryview
+        if not raw:
+            data = _typed(name, datatype, count, tensor.contents)
+        elif tensor.HasField("contents"):
+            raise InvalidRequest(
+                f"tensor {shown(name)}: it has contents although raw_input_contents are given;"
+                " give all inputs raw, or all of them typed"
+            )
+        elif used == len(raw):
+            raise InvalidRequest(
+                f"tensor {shown(name)}: raw_input_contents has only {used} entries;"
+                " it needs one for each input that is not in shared memory"
+            )
+        else:
+            data = raw[used]
+            used += 1
+            check_size(name, datatype, count, len(data))
+            if datatype == "BYTES":
+                check_bytes(name, data, count)
+        inputs.append(TensorIn(name, datatype, shape, len(data), data))
+    if used != len(raw):
+        raise InvalidRequest(
+            f"raw_input_contents has {len(raw)} entries, but {used} inputs take one; it needs"
+            " one for each input that is not in shared memory"
+        )
+    calls.check_unique("input", (item.name for item in inputs))
+    wanted = _wanted(message.outputs, regions)
+    call = InferCall(message.model_name, inputs, message.model_version, message.id, tuple(wanted))
+    if message.parameters:
+        _apply(call, _parameters(message.parameters))
+    return Decoded(call, wanted, binary=True)
+
+
+def encode(result: InferResult, request: Decoded, regions: RegionIO) -> bytes:
+    """A serialised ModelInferResponse; ``result`` can be released when this returns.
+
+    ``raw_output_contents`` has an entry for every output, an empty one for those that were
+    written to shared memory. Raises InvalidRequest where such an output does not fit.
+    """
+    answer = protos.ModelInferResponse(
+        model_name=result.model, model_version=result.version, id=request.call.id
+    )
+    raw: list[Any] = []
+    for output in result.outputs:
+        want = request.wanted.get(output.name)
+        if want is None and request.wanted:
+            continue
+        item = answer.outputs.add(name=output.name, datatype=output.datatype, shape=output.shape)
+        if want is not None and want.region:
+            nbytes = calls.write_region(output, want, regions)
+            item.parameters["shared_memory_region"].string_param = want.region
+            item.parameters["shared_memory_offset"].int64_param = want.offset
+            item.parameters["shared_memory_byte_size"].int64_param = nbytes
+            raw += (_RAW_OUTPUT_TAG, b"\x00")
+        else:
+            raw += (_RAW_OUTPUT_TAG, _varint(output.data.nbytes), output.data)
+    return b"".join((answer.SerializeToString(), *raw))
+
+
+def stream_answer(answer: bytes) -> bytes:
+    """A serialised ModelStreamInferResponse around a serialised ModelInferResponse."""
+    return b"".join((_STREAM_ANSWER_TAG, _varint(len(answer)), answer))
+
+
+def stream_error(message: str, request: Any | None, extra: dict[str, str]) -> bytes:
+    """A serialised ModelStreamInferResponse for a request that has no result.
+
+    ``request`` is the ModelInferRequest if it could be read, for its id; ``extra`` becomes
+    parameters of the (otherwise empty) answer.
+    """
+    answer = protos.ModelStreamInferResponse(error_message=message)
+    if request is not None:
+        answer.infer_response.id = request.id
+        answer.infer_response.model_name = request.model_name
+    for key, value in extra.items():
+        answer.infer_response.parameters[key].string_param = value
+    data: bytes = answer.SerializeToString()
+    return data
+
+
+def _parameters(found: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for key, parameter in found.items():
+        kind = parameter.WhichOneof("parameter_choice")
+        if kind is not None:
+            values[key] = getattr(parameter, kind)
+    return values
+
+
+def _integer(parameters: dict[str, Any], key: str, where: str) -> int | None:
+    value = parameters.get(key)
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise InvalidRequest(f"{where}parameter {key} must be a whole number")
+    return value
+
+
+def _region(name: str, parameters: dict[str, Any]) -> tuple[str, int, int | None]:
+    where = f"tensor {shown(name)}: "
+    region = parameters["shared_memory_region"]
+    if not isinstance(region, str):
+        raise InvalidRequest(f"{where}parameter shared_memory_region must be a string")
+    offset = _integer(parameters, "shared_memory_offset", where) or 0
+    return region, offset, _integer(parameters, "shared_memory_byte_size", where)
+
+
+def _apply(call: InferCall, parameters: dict[str, Any]) -> None:
+    if any(parameters.get(key) for key in ("sequence_id", "sequence_start", "sequence_end")):
+        calls.refuse_sequence()
+    call.priority = calls.priority_class(_integer(parameters, "priority", "") or 0)
+    call.timeout_ns = calls.timeout_ns(_integer(parameters, "timeout", "") or 0)
+
+
+def _typed(name: str, datatype: str, count: int, contents: Any) -> bytes:
+    field = _CONTENTS.get(datatype)
+    if field is None:
+        raise InvalidRequest(
+            f"tensor {shown(name)}: {datatype} has no typed contents; send raw_input_contents"
+        )
+    values = getattr(contents, field)
+    if len(values) != count:
+        raise InvalidRequest(
+            f"tensor {shown(name)}: {field} holds {len(values)} elements, but its shape means"
+            f" {count} (or send raw_input_contents)"
+        )
+    if datatype == "BYTES":
+        return join_bytes(values)
+    return pack_numbers(name, datatype, values)
+
+
+def _wanted(outputs: Any, regions: RegionIO) -> dict[str, Wanted]:
+    if not outputs:
+        return {}
+    wanted: dict[str, Wanted] = {}
+    calls.check_unique("output", (output.name for output in outputs))
+    for output in outputs:
+        want = wanted[output.name] = Wanted(output.name, binary=True)
+        parameters = _parameters(output.parameters) if output.parameters else {}
+        if parameters.get("classification"):
+            calls.refuse_classification(output.name)
+        if parameters.get("shared_memory_region"):
+            calls.want_region(want, *_region(output.name, parameters), regions)
+    return wanted
+
+
+def _read_varint(data: bytes | memoryview, at: int) -> tuple[int, int]:
+    """The integer that starts at ``at`` and where it ends; raises IndexError beyond the end."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise IndexError(at)
+
+
+def _varint(value: int) -> bytes:
+    """Protobuf's variable-length integer: 7 bits to a byte, least significant first."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)

@@ -1,0 +1,114 @@
+"""What requests may take, whichever protocol they come by: memory, decompression, a token."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import zlib
+from collections.abc import Callable
+
+from cotenant.domain.errors import InvalidRequest
+from cotenant.domain.port import Refused
+from cotenant.domain.request import Refusal
+from cotenant.domain.units import MS
+from cotenant.serving.regions import Regions
+from cotenant.serving.tensors import Limits, shown
+
+ENCODINGS = ("gzip", "deflate")
+
+_AT_ONCE_BYTES = 256 * 1024
+_STEP_BYTES = 2**20
+_BUSY_RETRY_NS = 100 * MS
+
+
+class BodyRefused(Exception):
+    """Bodies being received hold all the memory set aside for them."""
+
+    def __init__(self) -> None:
+        self.refused = Refused(
+            Refusal.MEMORY, _BUSY_RETRY_NS, "too many request bodies are held at this moment"
+        )
+        super().__init__(self.refused.message)
+
+
+class Intake:
+    """What the front ends of one node share: limits, the memory budget of all request bodies,
+    and clients' shared memory."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.budget = Budget(limits.buffered_bytes)
+        self.regions = Regions(limits.regions)
+
+
+class Budget:
+    """The memory of all bodies held at one time, so that many large uploads cannot exhaust it
+    together."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+
+    @property
+    def held(self) -> int:
+        """Bytes taken and not given back."""
+        return self._held
+
+    def hold(self, nbytes: int) -> None:
+        """Take ``nbytes``; raises BodyRefused if not so much is left."""
+        if self._held + nbytes > self._limit:
+            raise BodyRefused
+        self._held += nbytes
+
+    def release(self, nbytes: int) -> None:
+        """Give back what ``hold`` took."""
+        self._held -= nbytes
+
+
+def authorised(authorization: bytes, token: bytes) -> bool:
+    """Whether an Authorization header carries this bearer token; compared in constant time."""
+    scheme, _, given = authorization.partition(b" ")
+    return hmac.compare_digest(given.strip(), token) and scheme.lower() == b"bearer"
+
+
+async def inflate(
+    body: bytes | memoryview, named: tuple[str, str], limit: int, hold: Callable[[int], None]
+) -> bytes | None:
+    """Decompress at most ``limit`` bytes; None if there are more.
+
+    ``named`` is the encoding and the header that named it. ``hold`` is called with the size of
+    each piece before the next is made; what it raises ends it. Raises InvalidRequest.
+    """
+    encoding, header = named
+    if encoding not in ENCODINGS:
+        raise InvalidRequest(
+            f"{header} {shown(encoding)} is not supported; use gzip, deflate or none"
+        )
+    inflater = zlib.decompressobj(wbits=31 if encoding == "gzip" else 15)
+    pieces: list[bytes] = []
+    left, rest = limit + 1, bytes(body) if len(body) <= _AT_ONCE_BYTES else body
+    try:
+        # The first piece here, all others in a thread: more would hold the loop for too long.
+        piece = inflater.decompress(rest[:_AT_ONCE_BYTES], min(left, _AT_ONCE_BYTES))
+        rest = rest[_AT_ONCE_BYTES:]
+        while True:
+            left -= len(piece)
+            if left <= 0:
+                return None
+            hold(len(piece))
+            pieces.append(piece)
+            if inflater.eof or not (inflater.unconsumed_tail or rest):
+                break
+            tail = inflater.unconsumed_tail
+            if not tail:
+                tail, rest = bytes(rest[:_STEP_BYTES]), rest[_STEP_BYTES:]
+            step = min(left, _STEP_BYTES)
+            piece = await asyncio.to_thread(inflater.decompress, tail, step)
+    except zlib.error as exc:
+        raise InvalidRequest(f"the body is not {encoding} data as {header} says: {exc}") from None
+    if not inflater.eof or inflater.unused_data or rest:
+        what = "is followed by other bytes" if inflater.eof else "is cut short"
+        raise InvalidRequest(
+            f"the body's {encoding} data {what}; send one complete {encoding} stream"
+        )
+    return b"".join(pieces)

@@ -1,0 +1,290 @@
+"""The REST front end: the inference route by itself, Starlette for the rest.
+
+The inference route carries the load, so it pays for no framework: what arrives in one piece is
+answered by callbacks (``App.whole``), the rest as raw ASGI. It answers exactly once, releases
+the node's result once its bytes are copied out, and withdraws the request if the client hangs
+up while it waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Iterable
+from functools import lru_cache
+
+from cotenant.domain.errors import CotenantError
+from cotenant.domain.port import InferCall, NodePort, Outcome, Refused
+from cotenant.serving import oip
+from cotenant.serving.bodies import (
+    JSON_TYPE,
+    STOPPING,
+    WHOLE_ANSWER,
+    Answer,
+    BodyReader,
+    Exchange,
+    Hangup,
+    Head,
+    Header,
+    Receive,
+    Scope,
+    Send,
+    SlowBody,
+    WholeAnswer,
+    error_answer,
+    parse_head,
+    refusal_answer,
+    respond,
+    respond_unread,
+)
+from cotenant.serving.calls import infer
+from cotenant.serving.intake import BodyRefused, Intake, authorised
+from cotenant.serving.overdue import Overdue
+from cotenant.serving.refusals import HTTP_STATUS, error_status, refusal_headers
+from cotenant.serving.rest_admin import build_admin
+
+log = logging.getLogger("cotenant.serving")
+
+_PREFIX = "/v2/models/"
+_SUFFIX = "/infer"
+_OPEN_PATHS = frozenset({"/v2/health/live", "/v2/health/ready"})
+_BINARY_TYPE = (b"content-type", b"application/octet-stream")
+
+# A hang-up is looked for only once a request has waited this long. Starting a task for each
+# request costs more than the answer to most of them; withdrawing younger ones gains nothing.
+_HANGUP_DELAY_S = 0.05
+
+
+class App:
+    """The ASGI application. Build it with ``build_app``."""
+
+    def __init__(self, node: NodePort, intake: Intake, token: str | None) -> None:
+        self._node = node
+        self._limits = intake.limits
+        self._budget = intake.budget
+        self._regions = intake.regions
+        self._token = token.encode() if token else None
+        self._bodies = BodyReader(intake.limits, intake.budget)
+        self._waiting = Overdue(_HANGUP_DELAY_S)
+        self._admin = build_admin(node, intake, self._bodies)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._admin(scope, receive, send)
+            return
+        path: str = scope["path"]
+        head = parse_head(scope["headers"])
+        if (
+            self._token is not None
+            and path not in _OPEN_PATHS
+            and not authorised(head.authorization, self._token)
+        ):
+            await respond_unread(
+                send,
+                receive,
+                401,
+                "this node needs a token; send the header Authorization: Bearer TOKEN",
+                [(b"www-authenticate", b"Bearer")],
+            )
+            return
+        target = _target(path) if scope["method"] == "POST" else None
+        if target is not None:
+            await self._infer(head, target, receive, send, scope["extensions"][WHOLE_ANSWER])
+            return
+        try:
+            await self._admin(scope, receive, send)
+        except Exception:  # answered with 500 by now; Starlette passes it on to be logged
+            log.exception("%s %s failed inside the server", scope["method"], path)
+
+    async def _infer(
+        self, head: Head, target: tuple[str, str], receive: Receive, send: Send, whole: WholeAnswer
+    ) -> None:
+        """Receive, decode, execute, answer: one inference request."""
+        try:
+            body, held = await self._bodies.read(receive, head)
+        except Hangup:
+            return
+        except asyncio.CancelledError:
+            # Only the HTTP server's stop cancels a request.
+            await respond(send, *refusal_answer(STOPPING))
+        except SlowBody:
+            seconds = self._limits.body_timeout_s
+            await respond_unread(
+                send, receive, 408, f"the body did not arrive within {seconds:g} s; send it faster"
+            )
+        except BodyRefused as exc:
+            refused = exc.refused
+            await respond_unread(
+                send,
+                receive,
+                HTTP_STATUS[refused.refusal],
+                refused.message,
+                refusal_headers(refused),
+            )
+        except CotenantError as exc:
+            await respond_unread(send, receive, error_status(exc), str(exc))
+        else:
+            try:
+                status, answer, headers = await self._answer(body, head, target, receive)
+                if not whole(status, answer, headers):
+                    await respond(send, status, answer, headers)
+            except Hangup:
+                log.debug("the client of a request for %s went away", target[0])
+            finally:
+                self._budget.release(held)
+
+    async def _answer(
+        self, body: bytes, head: Head, target: tuple[str, str], receive: Receive
+    ) -> Answer:
+        """What to answer; raises Hangup if there is nobody to answer."""
+        try:
+            request = oip.decode(body, head.json_length, *target, self._limits, self._regions)
+            return self._said(await self._execute(request.call, receive), request)
+        except Hangup:
+            raise
+        except asyncio.CancelledError:
+            return refusal_answer(STOPPING)
+        except Exception as exc:
+            return _failure(exc, target[0])
+
+    def _said(self, outcome: Outcome, request: oip.Decoded) -> Answer:
+        if isinstance(outcome, Refused):
+            return refusal_answer(outcome)
+        try:
+            answer, json_length = oip.encode(outcome, request, self._regions)
+        finally:
+            outcome.release()
+        if json_length is None:
+            return 200, answer, (JSON_TYPE,)
+        length = (b"inference-header-content-length", b"%d" % json_length)
+        return 200, answer, (_BINARY_TYPE, length)
+
+    def whole(
+        self, method: bytes, url: bytes, headers: Iterable[Header], body: bytes, exchange: Exchange
+    ) -> bool:
+        """Execute and answer an inference request that is here entirely, without a task of its
+        own. False leaves it to ASGI: other routes, and whatever is to be refused before it is
+        looked into or has to be unpacked first."""
+        target = _plain_target(url) if method == b"POST" else None
+        if target is None:
+            return False
+        head = parse_head(headers)
+        if (
+            (head.encoding and head.encoding != b"identity")
+            or (self._token is not None and not authorised(head.authorization, self._token))
+            or len(body) > self._limits.body_bytes
+        ):
+            return False
+        try:
+            self._budget.hold(len(body))
+        except BodyRefused:
+            return False
+        self._start(body, head, target, exchange)
+        return True
+
+    def _start(self, body: bytes, head: Head, target: tuple[str, str], exchange: Exchange) -> None:
+        """Decode and submit; answer now if that fails, else when there is an outcome."""
+        size = len(body)
+
+        def answer(status: int, said: bytes, extra: tuple[Header, ...]) -> None:
+            self._budget.release(size)
+            exchange.answer(status, said, extra)
+
+        def done(outcome: Outcome) -> None:
+            try:
+                reply = self._said(outcome, request)
+            except Exception as exc:
+                reply = _failure(exc, target[0])
+            answer(*reply)
+
+        try:
+            request = oip.decode(body, head.json_length, *target, self._limits, self._regions)
+            withdraw = self._node.submit(request.call, done)
+        except Exception as exc:
+            answer(*_failure(exc, target[0]))
+            return
+        if isinstance(withdraw, Refused):
+            answer(*refusal_answer(withdraw))
+            return
+
+        def gone() -> None:
+            self._budget.release(size)
+            withdraw()
+
+        exchange.withdraw = gone
+
+    async def _execute(self, call: InferCall, receive: Receive) -> Outcome:
+        """Run a call; raises Hangup if the client goes away meanwhile."""
+        task = asyncio.current_task()
+        assert task is not None
+        watch = _HangupWatch(task, receive)
+        self._waiting.enter(task, watch.start)
+        try:
+            return await infer(self._node, call)
+        except asyncio.CancelledError:
+            if watch.fired and task.uncancel() == 0:
+                raise Hangup from None
+            raise
+        finally:
+            self._waiting.leave(task)
+            watch.stop()
+
+
+class _HangupWatch:
+    """Cancels a request's task when its client disconnects."""
+
+    def __init__(self, request: asyncio.Task[object], receive: Receive) -> None:
+        self.fired = False
+        self._request = request
+        self._receive = receive
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._watch())
+
+    def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _watch(self) -> None:
+        with contextlib.suppress(Exception):  # a broken connection is a hang-up too
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+        self.fired = True
+        self._request.cancel()
+
+
+def build_app(node: NodePort, intake: Intake, token: str | None) -> App:
+    """The REST application over ``node``.
+
+    ``token``: if set, every route but health needs it as a bearer token.
+    """
+    return App(node, intake, token)
+
+
+def _failure(exc: Exception, model: str) -> Answer:
+    if isinstance(exc, CotenantError):
+        return error_answer(error_status(exc), str(exc))
+    log.error("inference on %s failed inside the server", model, exc_info=exc)
+    return error_answer(500, "the server failed; its log says how")
+
+
+@lru_cache(maxsize=128)
+def _plain_target(url: bytes) -> tuple[str, str] | None:
+    """As ``_target``, of a URL as it was sent; None too if it has a query or escapes."""
+    if not url.isascii() or b"?" in url or b"%" in url:
+        return None
+    return _target(url.decode())
+
+
+def _target(path: str) -> tuple[str, str] | None:
+    """Model and version (empty if not named) of an inference path, None for other paths."""
+    if not (path.startswith(_PREFIX) and path.endswith(_SUFFIX)):
+        return None
+    parts = path[len(_PREFIX) : -len(_SUFFIX)].split("/")
+    if len(parts) == 1 and parts[0]:
+        return parts[0], ""
+    if len(parts) == 3 and parts[1] == "versions" and parts[0] and parts[2]:
+        return parts[0], parts[2]
+    return None

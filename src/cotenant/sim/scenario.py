@@ -1,0 +1,476 @@
+"""A scenario: device, services, jobs and arrivals, from one YAML file; strict, with units.
+
+Impossible ones are refused with the place and what would be right: guarantees that sum to more
+than the device, an objective that no share of the device can meet, a trace that is out of order.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+
+from cotenant.domain import reading
+from cotenant.domain.device import DeviceSpec, PreemptLevel
+from cotenant.domain.errors import ConfigError
+from cotenant.domain.mig import table, tables
+from cotenant.domain.snapshot import ServiceFacts
+from cotenant.domain.units import MS, S
+from cotenant.domain.workload import BatchSpec, JobSpec, ServiceSpec, Slo, Variant
+from cotenant.policy.layouts import MIB, mig_fixed
+from cotenant.policy.placing import why_not
+from cotenant.sim.arrivals import Arrivals, Bursts, Diurnal, Poisson, Steps, read_trace, share
+from cotenant.sim.costs import DEVICES, DeviceCost, ExecCost, JobCost
+from cotenant.telemetry.monitor import DAY
+
+MAX_UNITS = 1024
+MAX_GANG = 10.0
+SERVING = ("npu", "cpu")
+"""Kinds of device that may be there to serve only."""
+
+
+class SimDevice(msgspec.Struct, frozen=True):
+    """A device and what it charges. ``layout`` is the split that its owner has now, if stated:
+    (units, size) or MIG profiles."""
+
+    spec: DeviceSpec
+    cost: DeviceCost
+    layout: tuple[int, int] | tuple[str, ...] | None = None
+
+
+class SimService(msgspec.Struct, frozen=True):
+    """A service, its execution times by kind of device, how long loading it takes (ns), and its
+    arrivals."""
+
+    spec: ServiceSpec
+    costs: dict[str, ExecCost]
+    load: int
+    arrivals: Arrivals
+
+
+class SimJob(msgspec.Struct, frozen=True):
+    """A job and its progress."""
+
+    spec: JobSpec
+    cost: JobCost
+
+
+class Scenario(msgspec.Struct, frozen=True):
+    """All that a run needs but policy and seed. ``duration`` in ns. ``boxes`` of these devices
+    share the arrivals. ``shared_bandwidth``: how much all devices of a box slow each other down,
+    because they use one memory (0..1, as ``DeviceCost.contention``). ``season``: the period (ns)
+    that demand is taken to have."""
+
+    name: str
+    story: str
+    duration: int
+    devices: tuple[SimDevice, ...]
+    services: tuple[SimService, ...]
+    jobs: tuple[SimJob, ...]
+    boxes: int = 1
+    shared_bandwidth: float = 0.0
+    season: int = DAY
+
+    @property
+    def device(self) -> SimDevice:
+        """The first device that trains, or the first."""
+        return next((d for d in self.devices if d.spec.trains), self.devices[0])
+
+    @property
+    def compute(self) -> int:
+        """Compute units of a box."""
+        return sum(d.spec.compute for d in self.devices)
+
+
+def one_box(scenario: Scenario, box: int) -> Scenario:
+    """The scenario of one of the boxes: an even share of the arrivals."""
+    if scenario.boxes == 1:
+        return scenario
+    services = tuple(
+        msgspec.structs.replace(s, arrivals=share(s.arrivals, box, scenario.boxes))
+        for s in scenario.services
+    )
+    return msgspec.structs.replace(scenario, services=services, boxes=1)
+
+
+def read_scenario(path: Path) -> Scenario:
+    """The scenario of a file; traces are looked for beside it. Raises ConfigError."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        why = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise ConfigError(f"cannot read the scenario {path}: {why}") from None
+    if not text.strip():
+        raise ConfigError(f"the scenario {path} is empty")
+    try:
+        return parse_scenario(text, path.parent)
+    except ConfigError as error:
+        raise ConfigError(str(error), path.name) from None
+
+
+def parse_scenario(text: str, folder: Path) -> Scenario:
+    """As ``read_scenario``, from text; ``folder`` is where traces are."""
+    root = reading.Section(reading.load(text), "")
+    name = root.take("name", reading.name)
+    story = root.take("story", reading.text, "")
+    duration = root.take("duration", reading.duration)
+    devices = _devices(root)
+    services = tuple(_service(s, folder, devices) for s in root.sections("services"))
+    jobs = tuple(_job(s) for s in root.sections("jobs"))
+    devices = tuple(_with_move(d, jobs) for d in devices)
+    boxes = root.take("boxes", reading.integer(1, 10_000), 1)
+    bandwidth = root.take("shared_bandwidth", reading.share, 0.0)
+    season = root.take("season", reading.duration, DAY)
+    root.done()
+    for kind, names in (
+        ("devices", [d.spec.id for d in devices]),
+        ("services", [s.spec.name for s in services]),
+        ("jobs", [j.spec.id for j in jobs]),
+    ):
+        for twice in {n for n in names if names.count(n) > 1}:
+            raise ConfigError(f"{twice!r} stands twice; names must differ", kind)
+    if not services and not jobs:
+        raise ConfigError("there is nothing to run; add services or jobs", "services")
+    owed = sum(s.spec.guaranteed for s in services) + sum(j.spec.guaranteed for j in jobs)
+    if owed > 1 + 1e-9:
+        raise ConfigError(
+            f"the guaranteed shares of services and jobs sum to {owed:g}; at most 1 can be given",
+            "services",
+        )
+    if jobs and not any(d.spec.trains for d in devices):
+        raise ConfigError("no device can train; add one that does, or leave jobs out", "jobs")
+    for index, service in enumerate(services):
+        _check_feasible(service, devices, f"services[{index}]")
+    return Scenario(name, story, duration, devices, services, jobs, boxes, bandwidth, season)
+
+
+def _with_move(device: SimDevice, jobs: tuple[SimJob, ...]) -> SimDevice:
+    """The device with what moving a job costs there: the most that it costs any of these."""
+    if not device.spec.pins_jobs:
+        return device
+    most = max((j.cost.move for j in jobs), default=0)
+    return msgspec.structs.replace(device, spec=msgspec.structs.replace(device.spec, move_ns=most))
+
+
+def _check_feasible(service: SimService, devices: tuple[SimDevice, ...], at: str) -> None:
+    """Whether it fits anywhere, and requests that come one by one, on the best share allowed, make
+    the objective: as many as it asks for, by the spread of their execution times."""
+    facts = _as_facts(service.spec)
+    able = [d.spec for d in devices if not why_not(facts, d.spec, d.spec.memory)]
+    if not able:
+        whys = "; ".join(why_not(facts, d.spec, d.spec.memory) for d in devices)
+        raise ConfigError(f"infeasible: it can run on none of the devices: {whys}", at)
+    percentile = service.spec.slo.percentile
+    best, where = min(
+        (service.costs[d.kind].quantile(units, 1, percentile / 100), d.id)
+        for d in able
+        for units in sizes(d)
+        if units <= max(1, int(service.spec.limit * d.compute + 1e-9)) or not d.trains
+    )
+    if best > service.spec.slo.latency:
+        raise ConfigError(
+            f"infeasible: {percentile:g} % of single requests take up to {best / MS:.3g} ms on the "
+            f"best share of {where} it may have, the objective is "
+            f"{service.spec.slo.latency / MS:g} ms; "
+            f"the smallest change that would do is latency: {best / MS * 1.01:.3g}ms",
+            f"{at}.objective",
+        )
+
+
+def sizes(device: DeviceSpec) -> tuple[int, ...]:
+    """Compute units that a partition of a device can have."""
+    if device.mig:
+        return tuple(sorted({p.compute for p in table(device.mig).profiles}))
+    return device.shapes if device.trains else (device.compute,)
+
+
+def _as_facts(spec: ServiceSpec) -> ServiceFacts:
+    """What the planner knows of a service before it ran."""
+    return ServiceFacts(
+        name=spec.name,
+        objective=spec.slo.latency,
+        percentile=spec.slo.percentile,
+        guaranteed=spec.guaranteed,
+        limit=spec.limit,
+        max_batch=spec.batch.max,
+        rate=0.0,
+        rate_trend=0.0,
+        queued=0,
+        p50=0,
+        p95=0,
+        p99=0,
+        misses=0,
+        refused=0,
+        answered=0,
+        exec_ns={},
+        accuracy_floor=spec.accuracy_floor,
+        variants=spec.variants,
+    )
+
+
+def _devices(root: reading.Section) -> tuple[SimDevice, ...]:
+    several = root.sections("devices")
+    one = root.section("device")
+    if bool(several) == bool(one.names()):
+        said = "both are given" if several else "is required"
+        raise ConfigError(f"{said}; give device for one, devices for several", "device")
+    return tuple(_device(section) for section in several or [one])
+
+
+def _device(section: reading.Section) -> SimDevice:
+    kind = section.take("kind", reading.one_of(sorted(DEVICES)))
+    cost = DEVICES[kind]
+    contention = section.take("contention", reading.share, cost.contention)
+    cost = msgspec.structs.replace(cost, contention=contention)
+    name = section.take("name", reading.name, kind)
+    preempt = section.take("preempt", reading.one_of([p.name.lower() for p in PreemptLevel]), None)
+    if kind == "mig":
+        gpu = table(section.take("gpu", reading.one_of(sorted(tables()))))
+        spec = _spec(name, kind, cost, range(gpu.memory_slices), PreemptLevel.GATE)
+        spec = msgspec.structs.replace(
+            spec,
+            shapes=(),
+            slices=gpu.compute_slices,
+            mig=gpu.gpu,
+            pins_jobs=True,
+            memory=max(p.memory_mib or 0 for p in gpu.profiles) * MIB,
+        )
+    elif kind == "npu":
+        spec = msgspec.structs.replace(
+            _spec(name, kind, cost, range(1), PreemptLevel.NONE),
+            trains=False,
+            memory=section.take("memory", reading.size, 0),
+            operators=section.take("operators", _words, ()),
+        )
+    else:
+        units = section.take("units", reading.integer(1, MAX_UNITS))
+        spec = _spec(name, kind, cost, range(units), PreemptLevel.PRIORITY)
+        spec = msgspec.structs.replace(spec, memory=section.take("memory", reading.size, 0))
+        if kind in SERVING:
+            trains = section.take("trains", reading.boolean, True)
+            spec = msgspec.structs.replace(spec, trains=trains)
+    if preempt:
+        spec = msgspec.structs.replace(spec, preempt=PreemptLevel[preempt.upper()])
+    layout = section.take("layout", lambda value: _layout(value, spec), None)
+    section.done()
+    return SimDevice(spec, cost, layout)
+
+
+def _spec(
+    name: str, kind: str, cost: DeviceCost, units: range, preempt: PreemptLevel
+) -> DeviceSpec:
+    return DeviceSpec(
+        id=name,
+        kind=kind,
+        units=tuple(units),
+        memory=0,
+        shapes=tuple(range(1, len(units) + 1)),
+        preempt=preempt,
+        resizes_live=True,
+        revoke_ns=cost.revoke.mean,
+        repartition_ns=cost.repartition.mean + cost.make.mean + cost.unmake.mean,
+    )
+
+
+def _layout(value: object, spec: DeviceSpec) -> tuple[int, int] | tuple[str, ...]:
+    """A split that the device can form; raises ValueError naming what it cannot."""
+    if not spec.trains:
+        raise ValueError(f"{spec.id} is one partition; leave layout out")
+    if not spec.mig:
+        found = reading.integers(value)
+        units, size = found if len(found) == 2 else (0, 1)
+        if not 0 < units <= len(spec.units) or size not in spec.shapes or units % size:
+            raise ValueError(
+                f"expected [units for services, size of a partition] of {len(spec.units)} units, "
+                f"got {reading.shown(value)}"
+            )
+        return units, size
+    names = _words(value)
+    gpu = table(spec.mig)
+    known = sorted(p.name for p in gpu.profiles)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{spec.mig} has no profile {name!r}; it has {', '.join(known)}")
+    if not mig_fixed(spec, names):
+        raise ValueError(
+            f"{spec.mig} cannot form {', '.join(names)} together: no placement of them is free of"
+            " overlap"
+        )
+    return names
+
+
+def _words(value: object) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError("expected a list of names")
+    return tuple(reading.text(item) for item in value)
+
+
+def _service(section: reading.Section, folder: Path, devices: tuple[SimDevice, ...]) -> SimService:
+    name = section.take("name", reading.name)
+    costs, variants = _variants(section, devices)
+    objective = section.section("objective", required=True)
+    slo = Slo(
+        latency=objective.take("latency", reading.duration),
+        percentile=objective.take("percentile", reading.percentile, 99.0),
+    )
+    objective.done()
+    batch = section.section("batch")
+    batching = BatchSpec(
+        max=batch.take("max", reading.integer(1, 4096), 8),
+        max_queue_delay=batch.take("max_queue_delay", reading.duration_or_zero, 0),
+    )
+    batch.done()
+    service = SimService(
+        spec=ServiceSpec(
+            name=name,
+            model=name,
+            slo=slo,
+            batch=batching,
+            guaranteed=section.take("guaranteed", reading.share, 0.0),
+            limit=section.take("limit", reading.positive_share, 1.0),
+            max_queue=section.take("max_queue", reading.integer(1, 1_000_000), 1024),
+            strict=section.take("strict", reading.boolean, False),
+            instances=section.take("instances", reading.integer(1, 256), 1),
+            accuracy_floor=section.take("accuracy_floor", reading.share, 0.0),
+            variants=variants,
+        ),
+        costs=costs,
+        load=section.take("load", reading.duration_or_zero, 1 * S),
+        arrivals=_arrivals(section.section("arrivals", required=True), folder),
+    )
+    section.done()
+    return service
+
+
+def _variants(
+    section: reading.Section, devices: tuple[SimDevice, ...]
+) -> tuple[dict[str, ExecCost], dict[str, Variant]]:
+    """Execution times and builds by kind of device. Those that train share ``cost``; one that
+    only serves has a section of its own, named by its kind, without which there is no build for
+    it."""
+    cost = _exec(section.section("cost", required=True))
+    common = Variant(
+        memory=section.take("memory", reading.size, 0),
+        accuracy=section.take("accuracy", reading.share, 1.0),
+    )
+    costs = {d.spec.kind: cost for d in devices if d.spec.trains}
+    variants = dict.fromkeys(costs, common)
+    for kind in SERVING:
+        own = section.section(kind)
+        if not own.names():
+            continue
+        costs[kind] = _exec(own.section("cost", required=True))
+        variants[kind] = Variant(
+            memory=own.take("memory", reading.size, common.memory),
+            accuracy=own.take("accuracy", reading.share, common.accuracy),
+            operators=own.take("operators", _words, ()),
+        )
+        own.done()
+    return costs, variants
+
+
+def _exec(section: reading.Section) -> ExecCost:
+    first = section.take("first", reading.duration)
+    cost = ExecCost(
+        first=first,
+        per_row=section.take("per_row", reading.duration_or_zero, first),
+        parallel=section.take("parallel", reading.share, 0.9),
+        saturates=section.take("saturates", reading.integer(1, MAX_UNITS), 0),
+        cv=section.take("cv", _not_negative, 0.05),
+    )
+    section.done()
+    return cost
+
+
+def _job(section: reading.Section) -> SimJob:
+    name = section.take("name", reading.name)
+    spec = JobSpec(
+        id=name,
+        name=name,
+        command=(name,),
+        weight=section.take("weight", reading.positive, 1.0),
+        guaranteed=section.take("guaranteed", reading.share, 0.0),
+        limit=section.take("limit", reading.positive_share, 1.0),
+    )
+    cost = section.section("cost", required=True)
+    saturates = cost.take("saturates", reading.integer(1, MAX_UNITS), 0)
+    gang = cost.take("gang", _gang, 1.0)
+    if gang > 1.0 and not saturates:
+        raise ConfigError("needs saturates: how many threads it has", cost.at("gang"))
+    job = SimJob(
+        spec,
+        JobCost(
+            rate=cost.take("rate", reading.positive),
+            parallel=cost.take("parallel", reading.share, 0.9),
+            saturates=saturates,
+            gang=gang,
+            resume=cost.take("resume", reading.duration_or_zero, 1 * MS),
+            move=cost.take("move", reading.duration_or_zero, 10 * S),
+        ),
+    )
+    cost.done()
+    section.done()
+    return job
+
+
+def _arrivals(section: reading.Section, folder: Path) -> Arrivals:
+    kind = section.take("kind", reading.one_of(("poisson", "bursts", "diurnal", "steps", "trace")))
+    found: Arrivals
+    if kind == "poisson":
+        found = Poisson(section.take("rate", _not_negative))
+    elif kind == "bursts":
+        found = Bursts(
+            rate=section.take("rate", _not_negative),
+            burst_rate=section.take("burst_rate", reading.positive),
+            mean_quiet=section.take("mean_quiet", _spell) / S,
+            mean_burst=section.take("mean_burst", _spell) / S,
+        )
+    elif kind == "diurnal":
+        found = Diurnal(
+            rate=section.take("rate", reading.positive),
+            swing=section.take("swing", reading.share),
+            period=section.take("period", reading.duration) / S,
+        )
+    elif kind == "steps":
+        found = Steps(section.take("rates", _steps))
+    else:
+        found = read_trace(
+            folder / section.take("file", reading.text),
+            section.take("column", reading.text, "TIMESTAMP"),
+            section.take("rate", reading.positive, None),
+            section.take("duplicates", reading.boolean, False),
+        )
+    section.done()
+    return found
+
+
+def _gang(value: object) -> float:
+    found = reading.number(value)
+    if not 1 <= found <= MAX_GANG:
+        raise ValueError(f"must be between 1 and {MAX_GANG:g}, got {found:g}")
+    return found
+
+
+def _not_negative(value: object) -> float:
+    found = reading.number(value)
+    if found < 0:
+        raise ValueError(f"must not be negative, got {found:g}")
+    return found
+
+
+def _spell(value: object) -> int:
+    found = reading.duration(value)
+    if found < MS:
+        raise ValueError(f"must be at least 1ms, got {reading.shown(value)}")
+    return found
+
+
+def _steps(value: object) -> tuple[tuple[float, float], ...]:
+    if not isinstance(value, dict) or not value:
+        raise ValueError("expected times and rates, such as {0s: 50, 60s: 150}")
+    found = [(reading.duration_or_zero(k) / S, _not_negative(v)) for k, v in value.items()]
+    if found != sorted(found) or found[0][0] != 0:
+        raise ValueError("the times must ascend and start at 0s")
+    if all(rate == 0 for _, rate in found):
+        raise ValueError("at least one rate must be above 0")
+    return tuple(found)

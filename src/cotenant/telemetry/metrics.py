@@ -1,0 +1,148 @@
+"""Prometheus exposition of what the monitor counted, made when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from prometheus_client import CollectorRegistry, Metric, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+)
+
+from cotenant.domain.port import JobStatus
+from cotenant.domain.units import S
+from cotenant.policy.state import DispatcherState
+from cotenant.telemetry.monitor import Histogram, Monitor
+
+
+class _Once:
+    """A collector over metric families that exist already."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+def exposition(monitor: Monitor, state: DispatcherState, jobs: Sequence[JobStatus]) -> bytes:
+    """The text that ``/metrics`` answers with. Times in seconds."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Once(list(_families(monitor, state, jobs))))
+    return generate_latest(registry)
+
+
+def _families(
+    monitor: Monitor, state: DispatcherState, jobs: Sequence[JobStatus]
+) -> Iterator[Metric]:
+    yield from _services(monitor, state)
+    yield from _partitions(monitor)
+    yield from _jobs(monitor, jobs)
+
+
+def _services(monitor: Monitor, state: DispatcherState) -> Iterator[Metric]:
+    label = ["service"]
+    arrived = CounterMetricFamily("cotenant_requests", "Requests that arrived", labels=label)
+    answered = CounterMetricFamily("cotenant_answers", "Requests answered", labels=label)
+    misses = CounterMetricFamily(
+        "cotenant_deadline_misses", "Answers after the deadline", labels=label
+    )
+    refused = CounterMetricFamily(
+        "cotenant_refusals", "Requests refused, by reason", labels=["service", "reason"]
+    )
+    rate = GaugeMetricFamily("cotenant_request_rate", "Arrivals per second, smoothed", labels=label)
+    trend = GaugeMetricFamily(
+        "cotenant_request_rate_trend", "Change of the arrival rate per second", labels=label
+    )
+    queue = GaugeMetricFamily("cotenant_queue_length", "Requests waiting", labels=label)
+    objective = GaugeMetricFamily("cotenant_objective_seconds", "Latency objective", labels=label)
+    latency = HistogramMetricFamily(
+        "cotenant_latency_seconds", "Arrival to result, in the node", labels=label
+    )
+    batches = HistogramMetricFamily("cotenant_batch_rows", "Rows per batch", labels=label)
+    for name, meter in monitor.services.items():
+        arrived.add_metric([name], meter.arrived)
+        answered.add_metric([name], meter.answered)
+        misses.add_metric([name], meter.misses)
+        for reason, count in meter.refused.items():
+            refused.add_metric([name, reason], count)
+        rate.add_metric([name], meter.rate.level)
+        trend.add_metric([name], meter.rate.trend)
+        _add_histogram(latency, [name], meter.latency)
+        _add_sizes(batches, [name], meter.rows)
+        if name in state.services:
+            queue.add_metric([name], state.services[name].queued)
+            objective.add_metric([name], state.services[name].objective / S)
+    yield from (arrived, answered, misses, refused, rate, trend, queue, objective)
+    yield from (latency, batches)
+
+
+def _partitions(monitor: Monitor) -> Iterator[Metric]:
+    busy = CounterMetricFamily(
+        "cotenant_partition_busy_seconds",
+        "Time a partition was held, by workload",
+        labels=["partition", "workload"],
+    )
+    switches = CounterMetricFamily(
+        "cotenant_partition_switches",
+        "Changes of the workload on a partition",
+        labels=["partition"],
+    )
+    revoke = HistogramMetricFamily(
+        "cotenant_preemption_seconds", "Taking a partition back from a job", labels=["partition"]
+    )
+    for name, meter in monitor.partitions.items():
+        for workload, ns in meter.busy.items():
+            busy.add_metric([name, workload], ns / S)
+        switches.add_metric([name], meter.switches)
+        _add_histogram(revoke, [name], meter.revoke)
+    yield from (busy, switches, revoke)
+
+
+def _jobs(monitor: Monitor, jobs: Sequence[JobStatus]) -> Iterator[Metric]:
+    labels = ["job", "name"]
+    progress = GaugeMetricFamily(
+        "cotenant_job_progress", "Steps reported by the job", labels=labels
+    )
+    rate = GaugeMetricFamily(
+        "cotenant_job_rate",
+        "Progress per second (CPU seconds where none is reported)",
+        labels=labels,
+    )
+    share = CounterMetricFamily(
+        "cotenant_job_held_seconds", "Partition time granted to the job", labels=labels
+    )
+    pauses = CounterMetricFamily(
+        "cotenant_job_pauses", "Times the job lost its last partition", labels=labels
+    )
+    state = GaugeMetricFamily(
+        "cotenant_job_state", "1 for the present state", labels=[*labels, "state"]
+    )
+    for job in jobs:
+        key = [job.id, job.name]
+        progress.add_metric(key, job.progress)
+        rate.add_metric(key, job.rate)
+        share.add_metric(key, job.held_s)
+        pauses.add_metric(key, monitor.job(job.id).pauses)
+        state.add_metric([*key, job.state], 1)
+    yield from (progress, rate, share, pauses, state)
+
+
+def _add_histogram(
+    family: HistogramMetricFamily, labels: Sequence[str], histogram: Histogram
+) -> None:
+    buckets, total = [], 0
+    for bound, count in zip(histogram.bounds, histogram.counts, strict=False):
+        total += count
+        buckets.append((f"{bound:g}", total))
+    buckets.append(("+Inf", total + histogram.counts[-1]))
+    family.add_metric(labels, buckets, histogram.sum)
+
+
+def _add_sizes(family: HistogramMetricFamily, labels: Sequence[str], rows: dict[int, int]) -> None:
+    bounds = [1, 2, 4, 8, 16, 32, 64, 128]
+    buckets = [(str(b), sum(n for r, n in rows.items() if r <= b)) for b in bounds]
+    buckets.append(("+Inf", sum(rows.values())))
+    family.add_metric(labels, buckets, sum(r * n for r, n in rows.items()))

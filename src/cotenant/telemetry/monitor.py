@@ -1,0 +1,480 @@
+"""Measurements: what happened, by service, job and partition. Feeds snapshots and metrics.
+
+``observe`` sees every event with its actions, in order, and costs a few microseconds.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Callable, Collection
+from typing import Any, Final
+
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.domain.device import DeviceSpec
+from cotenant.domain.request import Refusal, Request
+from cotenant.domain.snapshot import (
+    RATE_WINDOW,
+    SEASON_AHEAD,
+    JobFacts,
+    PartitionFacts,
+    ServiceFacts,
+    Snapshot,
+)
+from cotenant.domain.units import S
+from cotenant.domain.workload import JobSpec, ServiceSpec
+from cotenant.policy.forecast import Holt, Season
+from cotenant.policy.state import DispatcherState
+
+LATENCY_BUCKETS_S = (
+    *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075),
+    *(0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0),
+)
+REVOKE_BUCKETS_S = (10e-6, 20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3)
+_WANT_OF_CAPACITY = (Refusal.OVERLOADED, Refusal.QUEUE_FULL)
+DAY: Final = 24 * 3600 * S
+SEASON_SLOTS: Final = 288
+"""Slots of a season: five minutes of a day."""
+RECENT: Final = 2000
+"""Latencies kept for quantiles, and for no longer than ``RECENT_NS``."""
+RECENT_NS: Final = 30 * S
+
+
+class Histogram:
+    """Counts by upper bound (seconds), with sum."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def add(self, ns: int) -> None:
+        """Count one duration."""
+        seconds = ns / S
+        self.counts[bisect_left(self.bounds, seconds)] += 1
+        self.sum += seconds
+
+
+class Recent:
+    """The newest durations, for quantiles."""
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[int, int]] = deque(maxlen=RECENT)
+
+    def add(self, now: int, ns: int) -> None:
+        """Keep one duration."""
+        self._samples.append((now, ns))
+
+    def quantiles(self, now: int, *shares: float) -> list[int | None]:
+        """Quantiles in ns of what is recent at ``now``; None without samples."""
+        while self._samples and now - self._samples[0][0] > RECENT_NS:
+            self._samples.popleft()
+        ordered = sorted(ns for _, ns in self._samples)
+        if not ordered:
+            return [None for _ in shares]
+        return [ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in shares]
+
+
+class ServiceMeter:
+    """Counters of one service since the node started."""
+
+    def __init__(self, season: Season) -> None:
+        self.arrived = 0
+        self.answered = 0
+        self.failed = 0
+        self.misses = 0
+        self.refused: Counter[str] = Counter()
+        self.latency = Histogram(LATENCY_BUCKETS_S)
+        self.recent = Recent()
+        self.batches = 0
+        self.batched_rows = 0
+        self.rows: Counter[int] = Counter()
+        self.queue_ns = 0
+        self.exec_ns = 0
+        self.latency_ns = 0
+        self.rate = Holt()
+        self.season = season
+        self.last_answer = 0
+        self._rows = 0
+        self._counted = 0
+
+    def arrive(self, rows: int) -> None:
+        """A request came."""
+        self.arrived += 1
+        self._rows += rows
+
+    def tick(self, now: int, seconds: float) -> None:
+        """Close one interval of the arrival rate (rows per second)."""
+        rate = (self._rows - self._counted) / seconds
+        self.rate.add(rate)
+        self.season.add(now, rate)
+        self._counted = self._rows
+
+
+class PartitionMeter:
+    """Busy time of one partition by workload (``service:x``, ``job:y``), in ns."""
+
+    def __init__(self) -> None:
+        self.busy: Counter[str] = Counter()
+        self.window: Counter[str] = Counter()
+        self.last_window: dict[str, float] = {}
+        self.switches = 0
+        self.revoke = Histogram(REVOKE_BUCKETS_S)
+        self.recent_revoke = Recent()
+        self.holder = ""
+        self.since = 0
+        self._last = ""
+
+    def hold(self, workload: str, now: int) -> None:
+        """A workload takes the partition ("" = idle)."""
+        if self.holder:
+            self.busy[self.holder] += now - self.since
+            self.window[self.holder] += now - self.since
+        if workload and workload != self._last:
+            self.switches += 1
+            self._last = workload
+        self.holder, self.since = workload, now
+
+
+class JobMeter:
+    """Grants of one job. ``held_ns`` is unit-nanoseconds."""
+
+    def __init__(self, now: int) -> None:
+        self.held_ns = 0
+        self.grants = 0
+        self.pauses = 0
+        self._units = 0
+        self._since = now
+        self._now: Counter[int] = Counter()
+        self._recent: deque[Counter[int]] = deque()
+        self._total: Counter[int] = Counter()
+        self._renewed = 0.0
+        """Grants, each counted as the part that it is of what the job then holds."""
+        self._renewals: deque[float] = deque([0.0], maxlen=RATE_WINDOW // S + 1)
+
+    def change(self, now: int, units: int) -> None:
+        """It got or lost units."""
+        self._now[self._units] += now - self._since
+        self._units, self._since = self._units + units, now
+
+    def tick(self, now: int) -> None:
+        """Close one interval."""
+        self.change(now, 0)
+        self._recent.append(self._now)
+        for units, ns in self._now.items():
+            self._total[units] += ns
+        if len(self._recent) > RATE_WINDOW // S:
+            for units, ns in self._recent.popleft().items():
+                self._total[units] -= ns
+        self._now = Counter()
+        self._renewals.append(self._renewed)
+
+    def grant(self, now: int, units: int) -> None:
+        """It may use so many units more."""
+        self.change(now, units)
+        self.grants += 1
+        self._renewed += units / self._units
+
+    def grant_rate(self) -> float:
+        """How often per second of the last minute it was given what it has."""
+        span = sum(self._total.values())
+        return (self._renewals[-1] - self._renewals[0]) / (span / S) if span else 0.0
+
+    def shares(self) -> dict[int, float]:
+        """For which part of the last minute it held so many units."""
+        span = sum(self._total.values())
+        if not span:
+            return {}
+        return {units: ns / span for units, ns in sorted(self._total.items()) if ns > 0}
+
+
+class Monitor:
+    """Keeps every meter; see the module's docstring. ``season``: the period of demand, ns."""
+
+    def __init__(self, season: int = DAY) -> None:
+        self._season = season
+        self.services: dict[str, ServiceMeter] = {}
+        self.partitions: dict[str, PartitionMeter] = {}
+        self.jobs: dict[str, JobMeter] = {}
+        self._open: dict[int, Request] = {}
+        self._running: dict[int, a.Dispatch] = {}
+        self._at_hand: dict[int, a.Dispatch] = {}
+        """Batches that workers have at hand, by the batch that they follow."""
+        self._granted: dict[tuple[str, str], int] = {}
+        self._compute: dict[str, int] = {}
+        self._last_tick = 0
+        self._heard: dict[type, Callable[[int, Any], None]] = {
+            e.Arrived: self._arrived,
+            e.Planned: self._planned,
+            e.BatchDone: self._batch_done,
+            e.BatchFailed: self._batch_failed,
+            e.Revoked: self._revoked,
+            e.ActionFailed: self._action_failed,
+            e.JobExited: self._job_exited,
+            e.WorkerDown: self._worker_down,
+        }
+        self._seen: dict[type, Callable[[int, Any], None]] = {
+            a.Dispatch: self._dispatched,
+            a.Complete: self._completed,
+            a.Reject: self._rejected,
+            a.Grant: self._granting,
+        }
+
+    # --- observing --------------------------------------------------------------------------
+
+    def observe(self, now: int, event: e.Event, actions: list[a.Action]) -> None:
+        """Learn from one step of the dispatcher."""
+        if not self._last_tick:
+            self._last_tick = now
+        heard = self._heard.get(type(event))
+        if heard is not None:
+            heard(now, event)
+        for action in actions:
+            seen = self._seen.get(type(action))
+            if seen is not None:
+                seen(now, action)
+
+    def _arrived(self, _: int, event: e.Arrived) -> None:
+        request = event.request
+        self._open[request.id] = request
+        self.service(request.service).arrive(request.rows)
+
+    def _planned(self, _: int, event: e.Planned) -> None:
+        self._compute |= {p.id: p.compute for p in event.plan.partitions}
+
+    def _batch_done(self, now: int, event: e.BatchDone) -> None:
+        self._batch_over(now, event.batch, event.exec_ns, event.failed)
+
+    def _batch_failed(self, now: int, event: e.BatchFailed) -> None:
+        self._batch_over(now, event.batch, 0)
+
+    def _revoked(self, now: int, event: e.Revoked) -> None:
+        meter = self.partition(event.partition)
+        meter.revoke.add(event.took_ns)
+        meter.recent_revoke.add(now, event.took_ns)
+        self._grant_over(now, event.job, event.partition)
+
+    def _action_failed(self, now: int, event: e.ActionFailed) -> None:
+        if event.action == "Grant":
+            self._grant_over(now, event.job, event.target)
+
+    def _job_exited(self, now: int, event: e.JobExited) -> None:
+        for held in [p for j, p in self._granted if j == event.job]:
+            self._grant_over(now, event.job, held)
+
+    def _worker_down(self, now: int, event: e.WorkerDown) -> None:
+        lost = [x for x in self._running.values() if x.worker == event.worker]
+        for dispatch in lost:
+            self._at_hand.pop(dispatch.batch.id, None)
+            self._batch_over(now, dispatch.batch.id, 0)
+
+    def _dispatched(self, now: int, action: a.Dispatch) -> None:
+        if action.after:
+            self._at_hand[action.after] = action
+        else:
+            self._begin(now, action)
+
+    def _completed(self, now: int, action: a.Complete) -> None:
+        for request_id in action.requests:
+            request = self._open.pop(request_id, None)
+            if request is not None:
+                self._answered(now, request)
+
+    def _rejected(self, _: int, action: a.Reject) -> None:
+        self._refused(action.request, action.refusal)
+
+    def _granting(self, now: int, action: a.Grant) -> None:
+        self._granted[action.job, action.partition] = now
+        self.job(action.job).grant(now, self._compute.get(action.partition, 1))
+        self.partition(action.partition).hold(f"job:{action.job}", now)
+
+    def _begin(self, now: int, dispatch: a.Dispatch) -> None:
+        batch = dispatch.batch
+        self._running[batch.id] = dispatch
+        self.partition(dispatch.partition).hold(f"service:{batch.service}", now)
+        meter = self.service(batch.service)
+        meter.batches += 1
+        meter.batched_rows += batch.rows
+        meter.rows[batch.rows] += 1
+        for request in batch.requests:
+            meter.queue_ns += now - self._open[request].arrived
+
+    def _answered(self, now: int, request: Request) -> None:
+        meter = self.service(request.service)
+        latency = now - request.arrived
+        meter.answered += 1
+        meter.misses += now > request.deadline
+        meter.latency.add(latency)
+        meter.latency_ns += latency
+        meter.recent.add(now, latency)
+        meter.last_answer = now
+
+    def _refused(self, request_id: int, refusal: Refusal) -> None:
+        request = self._open.pop(request_id, None)
+        if request is not None:
+            meter = self.service(request.service)
+            meter.refused[refusal.name] += 1
+            meter.failed += refusal == Refusal.FAILED
+
+    def turned_away(self, service: str, refusal: Refusal) -> None:
+        """A request was refused before the dispatcher knew of it."""
+        meter = self.service(service)
+        meter.arrived += 1
+        meter.refused[refusal.name] += 1
+
+    def _batch_over(self, now: int, batch: int, exec_ns: int, failed: tuple[int, ...] = ()) -> None:
+        for request in failed:
+            self._refused(request, Refusal.FAILED)
+        dispatch = self._running.pop(batch, None)
+        if dispatch is None:
+            return
+        self.service(dispatch.batch.service).exec_ns += exec_ns
+        self.partition(dispatch.partition).hold("", now)
+        at_hand = self._at_hand.pop(batch, None)
+        if at_hand is not None:
+            self._begin(now, at_hand)
+
+    def _grant_over(self, now: int, job: str, partition: str) -> None:
+        since = self._granted.pop((job, partition), None)
+        if since is None:
+            return
+        meter = self.job(job)
+        meter.held_ns += (now - since) * self._compute.get(partition, 1)
+        meter.change(now, -self._compute.get(partition, 1))
+        meter.pauses += not any(j == job for j, _ in self._granted)
+        occupied = self.partition(partition)
+        if occupied.holder == f"job:{job}":
+            occupied.hold("", now)
+
+    # --- meters -----------------------------------------------------------------------------
+
+    def service(self, name: str) -> ServiceMeter:
+        """The meter of a service, made at need."""
+        if name not in self.services:
+            self.services[name] = ServiceMeter(Season.of(self._season, SEASON_SLOTS))
+        return self.services[name]
+
+    def partition(self, name: str) -> PartitionMeter:
+        """The meter of a partition, made at need."""
+        if name not in self.partitions:
+            self.partitions[name] = PartitionMeter()
+        return self.partitions[name]
+
+    def job(self, name: str) -> JobMeter:
+        """The meter of a job, made at need."""
+        if name not in self.jobs:
+            self.jobs[name] = JobMeter(self._last_tick)
+        return self.jobs[name]
+
+    def held_ns(self, job: str, now: int) -> int:
+        """Unit-nanoseconds granted to a job up to now, grants under way included."""
+        running = sum(
+            (now - since) * self._compute.get(partition, 1)
+            for (j, partition), since in self._granted.items()
+            if j == job
+        )
+        return self.job(job).held_ns + running
+
+    def forget_jobs(self, kept: Collection[str]) -> None:
+        """Drop the meters of all jobs but these."""
+        for name in [n for n in self.jobs if n not in kept]:
+            del self.jobs[name]
+
+    # --- reading ----------------------------------------------------------------------------
+
+    def tick(self, now: int) -> None:
+        """Close an observation interval (about a second)."""
+        window = now - self._last_tick
+        if window <= 0:
+            return
+        for meter in self.services.values():
+            meter.tick(now, window / S)
+        for job in self.jobs.values():
+            job.tick(now)
+        for partition in self.partitions.values():
+            partition.hold(partition.holder, now)
+            partition.last_window = {w: ns / window for w, ns in partition.window.items()}
+            partition.window.clear()
+        self._last_tick = now
+
+    def snapshot(
+        self,
+        now: int,
+        devices: tuple[DeviceSpec, ...],
+        state: DispatcherState,
+        specs: dict[str, tuple[ServiceSpec, int]],
+        jobs: dict[str, tuple[JobSpec, float]],
+    ) -> Snapshot:
+        """Facts for the planner. ``specs`` maps a service to (spec, live instances), ``jobs`` a
+        job to (spec, progress rate)."""
+        return Snapshot(
+            now=now,
+            window=S,
+            devices=devices,
+            plan=state.plan,
+            services=tuple(
+                self._service_facts(now, spec, live, state)
+                for spec, live in specs.values()
+                if spec.name in state.services
+            ),
+            jobs=tuple(
+                JobFacts(
+                    id=spec.id,
+                    weight=spec.weight,
+                    guaranteed=spec.guaranteed,
+                    limit=spec.limit,
+                    rate=rate,
+                    held_ns=self.held_ns(spec.id, now),
+                    units=self.job(spec.id).shares(),
+                    grants=self.job(spec.id).grant_rate(),
+                )
+                for spec, rate in jobs.values()
+            ),
+            partitions=tuple(
+                PartitionFacts(name, dict(m.busy), 0, m.switches)
+                for name, m in self.partitions.items()
+            ),
+        )
+
+    def _service_facts(
+        self,
+        now: int,
+        spec: ServiceSpec,
+        live: int,
+        state: DispatcherState,
+    ) -> ServiceFacts:
+        meter, known = self.service(spec.name), state.services[spec.name]
+        p50, p95, p99 = (q or 0 for q in meter.recent.quantiles(now, 0.5, 0.95, 0.99))
+        exec_ns = {
+            kind: {
+                f"{units}x{rows}": ns
+                for units, times in table.expected().items()
+                for rows, ns in times.items()
+            }
+            for kind, table in known.exec.items()
+        }
+        return ServiceFacts(
+            name=spec.name,
+            objective=spec.slo.latency,
+            percentile=spec.slo.percentile,
+            guaranteed=spec.guaranteed,
+            limit=spec.limit,
+            max_batch=known.max_batch,
+            rate=meter.rate.level,
+            rate_trend=meter.rate.trend,
+            queued=known.queued,
+            p50=p50,
+            p95=p95,
+            p99=p99,
+            misses=meter.misses,
+            refused=sum(meter.refused.values()),
+            answered=meter.answered,
+            exec_ns=exec_ns,
+            instances=spec.instances,
+            live_instances=live,
+            pressed=meter.misses + sum(meter.refused[r.name] for r in _WANT_OF_CAPACITY),
+            rate_season=meter.season.factor(now, now + SEASON_AHEAD),
+            accuracy_floor=spec.accuracy_floor,
+            variants=spec.variants,
+        )

@@ -1,1 +1,0 @@
-"""Benchmarks that come with the command: ``weft bench colocate``."""

@@ -1,1 +1,0 @@
-"""``weft simulate``: policies side by side on a scenario, in virtual time."""

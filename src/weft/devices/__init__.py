@@ -1,1 +1,0 @@
-"""What Weft runs on: one file a device kind, behind the Protocol in ``base``."""
