@@ -89,12 +89,18 @@ class World:
         slo: int = 50 * MS,
         after: int = 0,
         more: bool = False,
+        timeout: int = 0,
+        lag: int = 0,
         **kwargs: Any,
     ) -> list[a.Action]:
+        """A request to be answered within ``slo``, or within ``timeout`` if its client set it. The
+        dispatcher hears of it ``lag`` after it came, as it always does live."""
         self.now += after
         self.next_id += 1
-        request = Request(self.next_id, service, self.now, self.now + slo, **kwargs)
-        return self.send(e.Arrived(request, more))
+        due = self.now + (timeout or slo)
+        kwargs.setdefault("expires", due if timeout else 0)
+        request = Request(self.next_id, service, self.now, due, **kwargs)
+        return self.send(e.Arrived(request, more), after=lag)
 
     def planned(self, *args: Any, **kwargs: Any) -> list[a.Action]:
         """Send a plan and answer the repartition it may ask for."""

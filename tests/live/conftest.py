@@ -160,7 +160,39 @@ def positive_model(path: Path) -> None:
     )
 
 
+def running_sum_model(path: Path) -> None:
+    """Sums over the first axis, which is time: each entry holds all before it."""
+    _save(
+        path,
+        [helper.make_node("CumSum", ["x", "axis"], ["y"])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", 4])],
+        [numpy_helper.from_array(np.array(0, np.int64), "axis")],
+    )
+
+
+def repeating_model(path: Path) -> None:
+    """x itself, and behind it once more the rows that begin with more than a million."""
+    _save(
+        path,
+        [
+            helper.make_node("Gather", ["x", "column"], ["first"], axis=1),
+            helper.make_node("Greater", ["first", "million"], ["large"]),
+            helper.make_node("Compress", ["x", "large"], ["again"], axis=0),
+            helper.make_node("Concat", ["x", "again"], ["y"], axis=0),
+        ],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", 4])],
+        [
+            numpy_helper.from_array(np.array(0, np.int64), "column"),
+            numpy_helper.from_array(np.array(1e6, np.float32), "million"),
+        ],
+    )
+
+
 MODELS: dict[str, Callable[..., None]] = {
+    "running_sum": running_sum_model,
+    "repeating": repeating_model,
     "scale": scale_model,
     "work": work_model,
     "count": count_model,

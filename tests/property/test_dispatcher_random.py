@@ -23,6 +23,9 @@ from tests.builders import cpu, plan
 
 SERVICES = ("s0", "s1", "s2")
 JOBS = ("j0", "j1", "j2")
+SIZES = {"a": 1, "b": 5000}
+LAGS = (0, 10_000, 300_000, 5 * MS)
+"""How much later than it came the dispatcher hears of a request; live never at once."""
 
 
 class Chaos:
@@ -156,23 +159,22 @@ class Chaos:
         if kind == "arrive":
             self.next += 1
             self.submitted.add(self.next)
-            slo = r.choice([1, 5, 50, 500]) * MS
-            self.send(
-                e.Arrived(
-                    Request(
-                        self.next,
-                        r.choice(SERVICES),
-                        self.now,
-                        self.now + slo,
-                        r.randrange(3),
-                        r.choice([1, 1, 1, 2, 8]),
-                        r.choice(["", "", "", "1", "2"]),
-                        r.choice("ab"),
-                        r.choice([0, 0, self.now + slo]),
-                    ),
-                    more=r.random() < 0.3,
-                )
+            due = self.now + r.choice([1, 5, 50, 500]) * MS
+            shape = r.choice("ab")
+            request = Request(
+                self.next,
+                r.choice(SERVICES),
+                self.now,
+                due,
+                r.randrange(3),
+                r.choice([1, 1, 1, 2, 8]),
+                r.choice(["", "", "", "1", "2"]),
+                shape,
+                r.choice([0, 0, due]),
+                size=SIZES[shape],
             )
+            self.now += r.choice(LAGS)
+            self.send(e.Arrived(request, more=r.random() < 0.3))
         elif kind == "cancel" and self.next:
             self.send(e.Cancelled(r.randrange(1, self.next + 1)))
         elif kind == "job":
@@ -215,7 +217,35 @@ class Chaos:
         for name in sorted(self.workers):
             self.send(e.WorkerDown(name))
 
+    def settle(self) -> None:
+        """Let the box fall idle: jobs end, all that was ordered is done, each service is whole."""
+        for job in JOBS:
+            self.exit_job(job)
+        for _ in range(3000):
+            waiting = [x for x in self.open if not isinstance(x, a.WakeAt)]
+            if not waiting and not self.d.state.queued and not self.d.state.pending:
+                break
+            self.answer()
+        self.plan_version += 1
+        everywhere = dict.fromkeys(SERVICES, tuple(range(self.units)))
+        chosen = self.on_devices(plan(everywhere, version=self.plan_version))
+        self.send(e.Planned(chosen))
+        while self.d.state.moving:
+            self.send(e.Repartitioned(self.d.state.pending.version))
+        for name in SERVICES:
+            self.next += 1
+            self.workers[f"w{self.next}"] = (name, "1")
+            self.send(e.WorkerUp(f"w{self.next}", name, "1", "cpu"))
+            self.send(e.VersionCurrent(name, "1"))
+        while self.d.state.running:
+            batch = next(iter(self.d.state.running))
+            self.send(e.BatchDone(batch, MS))
+
     def run(self, steps: int) -> None:
+        self.noise(steps)
+        self.finish()
+
+    def noise(self, steps: int) -> None:
         for name in SERVICES:
             self.send(
                 e.ServiceAdded(name, 50 * MS, 8, 20, max_queue_delay=2 * MS)
@@ -229,7 +259,6 @@ class Chaos:
                 self.answer()
             else:
                 self.spontaneous()
-        self.finish()
 
 
 class Rush(Chaos):
@@ -304,6 +333,26 @@ def test_the_same_events_give_the_same_actions(world) -> None:
     first.run(150)
     second.run(150)
     assert first.history == second.history
+
+
+@given(worlds, st.sampled_from(SERVICES), st.sampled_from("ab"), st.sampled_from(LAGS))
+@settings(max_examples=60, deadline=None)
+def test_no_history_closes_an_idle_service_for_longer_than_a_second(
+    world, service: str, shape: str, lag: int
+) -> None:
+    """Stalls of the node (events that come seconds late) and slow executions included."""
+    chaos = Chaos(*world)
+    chaos.longest = 4 * S
+    chaos.noise(200)
+    chaos.settle()
+    objective = chaos.d.state.services[service].objective
+    chaos.now += S
+    request = Request(
+        10**6, service, chaos.now, chaos.now + objective, shape=shape, size=SIZES[shape]
+    )
+    chaos.now += lag
+    chaos.send(e.Arrived(request))
+    assert 10**6 not in chaos.answered, "refused by an idle box"
 
 
 @given(worlds, st.integers(1, 200))

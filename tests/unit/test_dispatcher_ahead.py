@@ -169,10 +169,10 @@ def test_waiting_at_the_worker_is_not_taken_for_what_starting_costs(waited: int)
 def test_execution_is_counted_from_the_end_of_the_batch_before() -> None:
     world = busy()
     world.arrive()
-    before = world.d.state.services["s"].exec["cpu"].predict(1, 1, 0)
+    before = world.d.state.services["s"].exec["cpu"].predict(1, 1, deviations=0)
     done(world, 1)
     done(world, 2)
-    assert world.d.state.services["s"].exec["cpu"].predict(1, 1, 0) == before == 1 * MS
+    assert world.d.state.services["s"].exec["cpu"].predict(1, 1, deviations=0) == before == 1 * MS
 
 
 def test_nothing_waits_for_the_way_back_of_a_batch_that_another_follows() -> None:
@@ -181,7 +181,7 @@ def test_nothing_waits_for_the_way_back_of_a_batch_that_another_follows() -> Non
     # The node hears of both at once: the first is 1 ms of work all the same.
     world.send(e.BatchDone(1, 1 * MS), after=2 * MS)
     world.send(e.BatchDone(2, 1 * MS, 1 * MS))
-    assert world.d.state.services["s"].exec["cpu"].predict(1, 1, 0) == 1 * MS
+    assert world.d.state.services["s"].exec["cpu"].predict(1, 1, deviations=0) == 1 * MS
 
 
 def test_a_model_that_was_never_measured_is_not_taken_for_a_short_one() -> None:

@@ -89,7 +89,7 @@ def test_an_overload_is_worked_out_with_what_was_ahead() -> None:
 
 def test_a_deadline_too_short_is_set_against_the_execution_time() -> None:
     world = serving()
-    world.arrive(slo=1 * MS, rows=8)
+    world.arrive(timeout=1 * MS, rows=8)
     (group,) = world.told().refusals
     assert "came with 1ms to its deadline, but 8 rows alone would take" in group.example
 
@@ -243,7 +243,7 @@ def test_records_left_out_before_a_header_do_no_harm() -> None:
 def test_gaps_are_told_and_records_behind_them_still_counted() -> None:
     world = serving()
     world.entries.append(Gap(40, 1, 2, "the disk did not keep up"))
-    world.arrive(slo=1, rows=8)
+    world.arrive(timeout=1, rows=8)
     told = world.told()
     assert told.gaps == ["40 records were lost: the disk did not keep up"]
     assert told.refusals[0].count == 1

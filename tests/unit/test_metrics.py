@@ -26,7 +26,7 @@ def samples(world: Watched) -> dict[tuple[str, tuple[str, ...]], float]:
 def test_services_partitions_and_jobs_are_shown() -> None:
     world = ready()
     world.serve(took=2 * MS)
-    world.serve(slo=1)
+    world.serve(timeout=1)
     world.job("1")
     world.send(e.Granted("1", "p0"))
     world.arrive()

@@ -57,7 +57,7 @@ def test_an_answer_after_its_deadline_is_a_miss() -> None:
 
 def test_refusals_are_counted_by_reason() -> None:
     world = ready()
-    world.serve(slo=1)
+    world.serve(timeout=1)
     meter = world.monitor.service("s")
     assert meter.refused[Refusal.DEADLINE.name] == 1
     assert meter.answered == 0

@@ -219,7 +219,10 @@ def _services(status: dict[str, Any]) -> RenderableType:
             _attainment(s.get("attainment"), s.get("percentile")),
             plain(_refusals(s.get("refused") or {})),
         )
-    return table
+    notes = [
+        plain(f"  {s.get('name')}: {n}", "yellow") for s in services for n in s.get("notes", ())
+    ]
+    return Group(table, *notes)
 
 
 def _latency(value: float | None, objective: float | None) -> Text:
@@ -319,6 +322,7 @@ def explain_view(told: Explanation) -> RenderableType:
         ("Layout changes that failed", told.layouts),
         ("Jobs", told.jobs),
         ("Workers lost", told.workers),
+        ("Services", told.services),
     ):
         lines = [f"{moment(x.wall, asked)}  {x.subject}: {x.text}" for x in reversed(incidents)]
         _section(out, title, lines)

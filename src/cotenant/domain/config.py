@@ -7,13 +7,17 @@ would be right. ``parse_config`` takes text; reading files is the caller's busin
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, Final
 
 import msgspec
 
 from cotenant.domain import reading
 from cotenant.domain.errors import ConfigError
 from cotenant.domain.units import MS, S
-from cotenant.domain.workload import BatchSpec, JobSpec, RestartPolicy, ServiceSpec, Slo
+from cotenant.domain.workload import BatchSpec, JobSpec, Joining, RestartPolicy, ServiceSpec, Slo
+
+MEASURES: Final = ("exact", "argmax", "r2")
+"""Ways to compare check data; ``engines.accuracy`` says what they are."""
 
 
 class DeviceConfig(msgspec.Struct, frozen=True):
@@ -76,13 +80,23 @@ class NodeConfig(msgspec.Struct, frozen=True):
     jobs: tuple[JobSpec, ...]
 
 
+class CheckSettings(msgspec.Struct, frozen=True):
+    """Which output the check data are compared with, and how (of ``MEASURES``); "": what fits."""
+
+    output: str = ""
+    measure: str = ""
+
+
 class ModelSettings(msgspec.Struct, frozen=True):
     """``model.yaml`` of a model directory: all optional. ``shapes`` fills free axes of inputs
-    for the warm-up; ``keep_versions`` newest versions stay loaded."""
+    for the warm-up, ``ranges`` says which integers an input may hold (both ends included);
+    ``keep_versions`` newest versions stay loaded."""
 
     slo: Slo | None = None
     batch: BatchSpec | None = None
     shapes: dict[str, tuple[int, ...]] = {}
+    ranges: dict[str, tuple[int, int]] = {}
+    check: CheckSettings = CheckSettings()
     keep_versions: int = 1
     accuracy_floor: float = 0.0
 
@@ -133,11 +147,13 @@ def parse_model_settings(text: str) -> ModelSettings:
     root = reading.Section(reading.load(text), "")
     objective = root.raw("objective", None)
     batch = root.raw("batch", None)
-    shapes = root.section("warmup_shapes")
+    shapes, ranges = root.section("warmup_shapes"), root.section("ranges")
     settings = ModelSettings(
         slo=None if objective is None else _slo(reading.Section(objective, "objective")),
-        batch=None if batch is None else _batch(reading.Section(batch, "batch")),
+        batch=None if batch is None else _batch(batch, "batch"),
         shapes={name: shapes.take(name, reading.shape) for name in shapes.names()},
+        ranges={name: ranges.take(name, reading.integer_range) for name in ranges.names()},
+        check=_check(root.section("check")),
         keep_versions=root.take("keep_versions", reading.integer(1, 100), 1),
         accuracy_floor=root.take("accuracy_floor", reading.share, 0.0),
     )
@@ -209,7 +225,7 @@ def _service(section: reading.Section) -> ServiceSpec:
         name=name,
         model=section.take("model", reading.name, name),
         slo=_slo(section.section("objective", required=True)),
-        batch=_batch(section.section("batch")),
+        batch=_batch(section.raw("batch", None), section.at("batch")),
         guaranteed=section.take("guaranteed", reading.share, 0.0),
         limit=section.take("limit", reading.positive_share, 1.0),
         accuracy_floor=section.take("accuracy_floor", reading.share, 0.0),
@@ -233,16 +249,32 @@ def _slo(section: reading.Section) -> Slo:
     return slo
 
 
-def _batch(section: reading.Section) -> BatchSpec:
+def _batch(value: Any, path: str) -> BatchSpec:
+    if value == "none":
+        return BatchSpec(max=1, joining=Joining.NONE)
+    if isinstance(value, str):
+        raise ConfigError(f"{value!r} is no batch setting; use none, or max, preferred, ...", path)
+    section = reading.Section(value, path)
+    words = (Joining.CHECKED.value, Joining.TRUSTED.value)
     batch = BatchSpec(
         max=section.take("max", reading.integer(1, 4096), 8),
         preferred=section.take("preferred", reading.integers, ()),
         max_queue_delay=section.take("max_queue_delay", reading.duration_or_zero, 0),
+        joining=Joining(section.take("joining", reading.one_of(words), Joining.CHECKED.value)),
     )
     if any(size > batch.max for size in batch.preferred):
         raise ConfigError(f"a preferred size exceeds max ({batch.max})", section.at("preferred"))
     section.done()
     return batch
+
+
+def _check(section: reading.Section) -> CheckSettings:
+    check = CheckSettings(
+        output=section.take("output", reading.text, ""),
+        measure=section.take("measure", reading.one_of(MEASURES), ""),
+    )
+    section.done()
+    return check
 
 
 def _job(section: reading.Section) -> JobSpec:

@@ -13,7 +13,8 @@ class _Event(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class ServiceAdded(_Event, frozen=True):
-    """A service may receive requests from now on. ``objective`` and ``ageing`` in ns."""
+    """A service may receive requests from now on, or its bounds change. Times in ns; ``notes``
+    are for its owner: nothing depends on them."""
 
     service: str
     objective: int
@@ -22,6 +23,7 @@ class ServiceAdded(_Event, frozen=True):
     preferred: tuple[int, ...] = ()
     max_queue_delay: int = 0
     strict: bool = False
+    notes: tuple[str, ...] = ()
 
 
 class ServiceRemoved(_Event, frozen=True):
@@ -68,13 +70,14 @@ class BatchFailed(_Event, frozen=True):
 
 class WorkerUp(_Event, frozen=True):
     """A warmed model instance is ready on ``device``. ``profile`` holds measured execution times
-    there as ``(units, rows, ns)``."""
+    there as ``(units, rows, ns)``, for rows of ``size``."""
 
     worker: str
     service: str
     version: str
     device: str
     profile: tuple[tuple[int, int, int], ...] = ()
+    size: int = 1
 
 
 class WorkerRetiring(_Event, frozen=True):

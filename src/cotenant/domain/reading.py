@@ -181,6 +181,16 @@ def shape(value: Any) -> tuple[int, ...]:
     return tuple(integer(1, 2**31)(item) for item in value)
 
 
+def integer_range(value: Any) -> tuple[int, int]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError(f"expected [lowest, highest], got {shown(value)}")
+    read = integer(-(2**63), 2**63 - 1)
+    low, high = read(value[0]), read(value[1])
+    if low > high:
+        raise ValueError(f"the lowest, {low}, is above the highest, {high}")
+    return low, high
+
+
 def cores(value: Any) -> tuple[int, ...] | None:
     if value == "all":
         return None

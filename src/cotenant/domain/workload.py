@@ -20,17 +20,27 @@ class Slo(msgspec.Struct, frozen=True):
     percentile: float = 99.0
 
 
+class Joining(enum.Enum):
+    """Whether rows of several requests may run together: where trials at load show that each gets
+    the same answer as alone, on the owner's word, or never (the model has no batch axis)."""
+
+    CHECKED = "checked"
+    TRUSTED = "trusted"
+    NONE = "none"
+
+
 class BatchSpec(msgspec.Struct, frozen=True):
     """Bounds on dynamic batching.
 
-    ``max`` rows per batch (1 disables batching); ``preferred`` sizes worth waiting for;
-    ``max_queue_delay`` nanoseconds a batch below a preferred size may be held back on an idle
+    ``max`` rows per batch, and per request (1 disables batching); ``preferred`` sizes worth waiting
+    for; ``max_queue_delay`` nanoseconds a batch below a preferred size may be held back on an idle
     partition, as far as the oldest request's slack allows. 0 never waits.
     """
 
     max: int = 8
     preferred: tuple[int, ...] = ()
     max_queue_delay: int = 0
+    joining: Joining = Joining.CHECKED
 
 
 class Variant(msgspec.Struct, frozen=True):

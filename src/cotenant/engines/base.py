@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -34,8 +35,9 @@ NUMPY: dict[str, npt.DTypeLike] = {
 
 
 class EngineMeta(msgspec.Struct, frozen=True):
-    """What a loaded model takes and gives. ``batchable``: axis 0 of every tensor is free, so
-    rows of several requests may be joined along it (shapes here include that axis, as -1)."""
+    """What a loaded model takes and gives. ``batchable``: axis 0 is a batch axis, so rows of
+    several requests may be joined along it (shapes here include that axis, as -1). An engine says
+    so where axis 0 of every tensor is free; ``engines.joining`` judges whether it is true."""
 
     platform: str
     inputs: tuple[TensorMeta, ...]
@@ -50,11 +52,28 @@ class Engine(Protocol):
     def meta(self) -> EngineMeta:
         """Inputs, outputs, platform."""
 
+    @property
+    def axes(self) -> Mapping[str, tuple[str, ...]]:
+        """By tensor, the model's own names of its axes; "" for those that have none."""
+
     def run(self, units: int, inputs: dict[str, Array]) -> list[Array]:
         """Execute on ``units`` compute units; outputs in the order of ``meta.outputs``.
 
         Raises ModelError with the engine's own words if the model refuses the input.
         """
+
+
+def size_of(meta: EngineMeta, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """How large one row of a request is, in elements: of each input with free axes the product of
+    those (the batch axis aside), added up; 1 where all is fixed. Time grows with it."""
+    first = 1 if meta.batchable else 0
+    total = 0
+    for tensor in meta.inputs:
+        if -1 in tensor.shape[first:]:
+            given = shapes[tensor.name]
+            pairs = zip(given[first:], tensor.shape[first:], strict=True)
+            total += prod(have for have, want in pairs if want == -1)
+    return max(1, total)
 
 
 SUFFIXES = (".onnx",)

@@ -47,10 +47,18 @@ class OnnxEngine:
         batchable = all(t.shape and t.shape[0] == -1 for t in (*inputs, *outputs))
         self._meta = EngineMeta("onnxruntime_onnx", inputs, outputs, batchable)
         self._names = [o.name for o in outputs]
+        nodes = (*first.get_inputs(), *first.get_outputs())
+        self._axes = {
+            n.name: tuple(d if isinstance(d, str) else "" for d in n.shape) for n in nodes
+        }
 
     @property
     def meta(self) -> EngineMeta:
         return self._meta
+
+    @property
+    def axes(self) -> dict[str, tuple[str, ...]]:
+        return self._axes
 
     def run(self, units: int, inputs: dict[str, Array]) -> list[Array]:
         session = self._sessions.get(units)
@@ -75,6 +83,12 @@ def _session(path: Path, threads: int) -> ort.InferenceSession:
 
 
 def _meta(node: ort.NodeArg) -> TensorMeta:
+    if "map(" in node.type:
+        raise ModelError(
+            f"tensor {node.name} is a list of maps ({node.type}), which no protocol carries; export"
+            " the classifier with plain probabilities (skl2onnx: options={id(model): {'zipmap': "
+            "False}})"
+        )
     if node.type not in _TYPES:
         raise ModelError(f"tensor {node.name} has the type {node.type}, which is not served")
     shape = tuple(d if isinstance(d, int) and d >= 0 else -1 for d in node.shape)

@@ -18,9 +18,10 @@ from typing import Final
 from cotenant.domain.request import Refusal, Request
 from cotenant.domain.units import MS
 from cotenant.domain.workload import PRIORITY_CLASSES
+from cotenant.policy.estimate import size_class
 from cotenant.policy.lending import note_headroom, starved
-from cotenant.policy.queues import work_ns
-from cotenant.policy.state import DispatcherState, PartitionState, Running, ServiceState
+from cotenant.policy.queues import lane_key, queued_ns, work_ns
+from cotenant.policy.state import DispatcherState, Hold, PartitionState, Running, ServiceState
 
 BURST: Final = 50 * MS
 """Inference that may be admitted at once while a share is owed (per compute unit)."""
@@ -34,7 +35,8 @@ gets slower at times), so they do not average out. How much longer waits are on 
 learned."""
 FIT: Final = 2
 """How many batches must fit into the objective for batches of their length to form: whoever comes
-as one begins waits for it and for one's own."""
+as one begins waits for it and for one's own. So many executions may also pass until an answer
+where one alone is longer than the objective: such a service is late, not closed."""
 _LATE: Final = 20_000
 _IN_TIME: Final = 200
 """Ppm of the wait by which each request that waited widens the margin if it was answered late, and
@@ -58,14 +60,16 @@ def refuse(
     budget = request.deadline - now
     wait, own, partition = _best_finish(state, service, request, now, mine)
     wait += wait * service.margin // 1_000_000
-    if wait + own > budget and _due_for_a_try(state, service, budget, now):
+    if wait + own > budget and _due_for_a_try(state, service, request, partition, now):
         return None
     if own > budget:
-        return Refusal.DEADLINE, 0
+        if request.expires:
+            return Refusal.DEADLINE, 0
+        budget = FIT * own
     if wait + own > budget:
         note_headroom(partition, 1000)
         return Refusal.OVERLOADED, max(RETRY_MIN, wait + own - budget)
-    if budget > 0:
+    if budget:
         note_headroom(partition, (wait + own) * 1000 // budget - 1)
     if not service.strict:
         return _spend(state, own * partition.compute, now, total_units)
@@ -91,8 +95,19 @@ def learn_margin(service: ServiceState, running: Running, now: int) -> None:
             service.margin = min(_WIDEST, service.margin + _LATE)
 
 
-def _due_for_a_try(state: DispatcherState, service: ServiceState, budget: int, now: int) -> bool:
-    if budget < service.objective or service.queued or now - service.last_start < TRY_AFTER:
+def _due_for_a_try(
+    state: DispatcherState,
+    service: ServiceState,
+    request: Request,
+    partition: PartitionState,
+    now: int,
+) -> bool:
+    """Whether a service that does nothing takes a request against what is predicted. Not if its
+    client set a deadline that the shortest execution of its size ever would miss."""
+    if service.queued or now - service.last_start < TRY_AFTER:
+        return False
+    least = service.exec[partition.kind].least(size_class(request.size))
+    if request.expires and least > request.deadline - now:
         return False
     return all(r.batch.service != service.name for r in state.running.values())
 
@@ -102,10 +117,7 @@ def _queued_work(
 ) -> int:
     """Predicted ns of what the service has queued in this class and above, shared out over as
     many partitions like this one as it has."""
-    rows = sum(service.rows[: priority + 1])
-    table = service.exec[partition.kind]
-    work = work_ns(table, service.max_batch, partition.compute, rows)
-    return work // max(1, len(service.partitions))
+    return queued_ns(service, partition, priority) // max(1, len(service.partitions))
 
 
 def _best_finish(
@@ -136,19 +148,24 @@ def _best_finish(
             soonest.append((wait, partition))
     best: tuple[int, int, PartitionState] | None = None
     queued = sum(service.rows[: request.priority + 1])
+    key, size = lane_key(request), size_class(request.size)
+    lane = service.lanes.get(key)
+    beside = sum(lane.rows[: request.priority + 1]) if lane is not None else 0
     lanes = float(min(max(1, service.workers), len(mine)))
     shared = _lanes(service, mine) if len(soonest) > 1 else {}
     for free_in, partition in soonest:
         lanes = shared.get(partition.id, lanes)
-        ahead = int(queued / lanes)
-        mean, dev = service.exec[partition.kind].moments(partition.compute, request.rows)
+        ahead = int(beside / lanes)
+        mean, dev = service.exec[partition.kind].moments(partition.compute, request.rows, size)
         own = mean + 2 * dev
-        queue = _ahead(service, partition, ahead + request.rows, own) if queued else 0
+        queue = _ahead(service, partition, ahead + request.rows, size, own) if beside else 0
+        if queued > beside:
+            queue += int(queued_ns(service, partition, request.priority, key) / lanes)
         wait = free_in + queue
         if wait and service.gap:
             joining = int(wait / (service.gap * lanes))
             last = ahead % service.max_batch + request.rows
-            queue += _company(service, partition, last, joining)
+            queue += _company(service, partition, last, joining, size)
         wait = free_in + queue + queue // MARGIN
         if queued or partition.batch:
             # Errors of executions that follow each other add up by the root of their squares, so
@@ -170,7 +187,9 @@ def _lanes(service: ServiceState, mine: list[PartitionState]) -> dict[str, float
     speeds = {}
     for partition in mine:
         table = service.exec[partition.kind]
-        speeds[partition.id] = 1.0 / max(1, table.predict(partition.compute, service.max_batch, 0))
+        speeds[partition.id] = 1.0 / max(
+            1, table.predict(partition.compute, service.max_batch, 0, 0)
+        )
     total = sum(speeds.values())
     return {name: min(most, total / speed) for name, speed in speeds.items()}
 
@@ -179,7 +198,7 @@ def _free_in(
     state: DispatcherState, service: ServiceState, partition: PartitionState, now: int
 ) -> int:
     """Ns until a partition is free, and an instance of the service on its device."""
-    wait = partition.revoke_cost
+    wait = partition.revoke_cost if partition.hold != Hold.NONE else 0
     if partition.batch:
         wait = max(0, busy_for(state, partition, now))
         if state.running[partition.batch].batch.service == service.name:
@@ -214,14 +233,16 @@ def _others_ahead(
     return ahead
 
 
-def _ahead(service: ServiceState, partition: PartitionState, rows: int, own: int) -> int:
-    """Predicted work of its own service before the newcomer: the queue with it included
-    (``rows``), less its own share of the last batch."""
+def _ahead(service: ServiceState, partition: PartitionState, rows: int, size: int, own: int) -> int:
+    """Predicted work in its own lane before the newcomer: the queue with it included (``rows``),
+    less its own share of the last batch."""
     table = service.exec[partition.kind]
-    return max(0, work_ns(table, service.max_batch, partition.compute, rows) - own)
+    return max(0, work_ns(table, service.max_batch, partition.compute, rows, size) - own)
 
 
-def _company(service: ServiceState, partition: PartitionState, last: int, joining: int) -> int:
+def _company(
+    service: ServiceState, partition: PartitionState, last: int, joining: int, size: int
+) -> int:
     """Ns by which those who come meanwhile and join the newcomer's batch, the ``last``, will
     lengthen it: as many as arrive on average (``joining``), and one standard deviation (of a
     Poisson count) more; but up to a batch that fits ``FIT`` times into the objective, since longer
@@ -233,9 +254,9 @@ def _company(service: ServiceState, partition: PartitionState, last: int, joinin
     table, units = service.exec[partition.kind], partition.compute
     last = min(service.max_batch, last)
     for grown in range(min(service.max_batch, last + joining + isqrt(joining)), last, -1):
-        longer = table.predict(units, grown)
+        longer = table.predict(units, grown, size)
         if FIT * longer <= service.objective:
-            return max(0, longer - table.predict(units, last))
+            return max(0, longer - table.predict(units, last, size))
     return 0
 
 
@@ -248,6 +269,7 @@ def _spend(
     if not owed:
         reserve.tokens, reserve.refilled = BURST * total_units, now
         return None
+    cost = min(cost, BURST * total_units)  # there never are more tokens
     free = max(0, 1_000_000 - owed)
     gained = (now - reserve.refilled) * total_units * free // 1_000_000
     reserve.tokens = min(BURST * total_units, reserve.tokens + gained)

@@ -35,7 +35,7 @@ from cotenant.domain.plan import Plan
 from cotenant.domain.request import Batch, Refusal, Request
 from cotenant.domain.units import MS, S
 from cotenant.policy import admission, lending, queues
-from cotenant.policy.estimate import ExecTable, Quantile
+from cotenant.policy.estimate import Costs, Median, Quantile, size_class
 from cotenant.policy.state import (
     DispatcherState,
     Hold,
@@ -140,6 +140,9 @@ class Dispatcher:
         service = state.services.get(request.service)
         if service is None:
             self._reject(request.id, Refusal.UNAVAILABLE)
+            return
+        if request.version and request.version not in self._served(service):
+            self._reject(request.id, Refusal.UNAVAILABLE, retry_after=1 * S)
             return
         lending.note_arrival(service, state.now)
         refused = admission.refuse(state, service, request, state.now, self.total_units)
@@ -252,20 +255,23 @@ class Dispatcher:
         state = self.state
         start = before.expected_end if before is not None else state.now
         after = before.batch.id if before is not None else 0
+        size = service.lanes[lane_key].size
         requests = queues.take_batch(state, service, lane_key, partition, start)
         rows = sum(r.rows for r in requests)
         ids = tuple(r.id for r in requests)
         batch = Batch(state.next_batch, service.name, worker.version, ids, rows)
         state.next_batch += 1
+        took = service.exec[partition.kind].predict(partition.compute, rows, size)
         state.running[batch.id] = Running(
             batch=batch,
             requests=requests,
             worker=worker.id,
             partition=partition.id,
             started=state.now,
-            expected_end=start + service.exec[partition.kind].predict(partition.compute, rows),
+            expected_end=start + took,
             preempting=preempting,
             after=after,
+            size=size,
         )
         self._out.append(a.Dispatch(self._cause, batch, worker.id, partition.id, preempting, after))
         return batch.id
@@ -291,7 +297,11 @@ class Dispatcher:
         service = state.services[worker.service]
         if running.expected_end < state.now:
             return
-        longest = service.exec[partition.kind].predict(partition.compute, service.max_batch)
+        costs, lanes = service.exec[partition.kind], service.lanes.values()
+        longest = max(
+            (costs.predict(partition.compute, service.max_batch, lane.size) for lane in lanes),
+            default=0,
+        )
         if not 0 < longest <= min(AHEAD_MOST, service.objective // AHEAD_SHARE):
             return
         if not self._plenty(service):
@@ -320,16 +330,7 @@ class Dispatcher:
         now, service = state.now, state.services[running.batch.service]
         partition = self._free(running)
         if partition is not None:
-            # A batch costs what it holds the partition, the way there and back included: those
-            # behind it wait for that, not for the execution alone. Unless the worker went on with
-            # one that it had at hand: nothing waited for the way back.
-            held = max(event.exec_ns, now - running.started)
-            if partition.batch:
-                held = event.exec_ns + (0 if running.after else event.start_ns)
-            table = service.exec[partition.kind]
-            table.observe(partition.compute, running.batch.rows, held)
-            if not running.after:
-                lending.note_start(partition, event.start_ns, running.preempting)
+            self._learn(event, running, partition)
             for request in running.requests:
                 service.p95.add(now - request.arrived)
             lending.note_headroom(partition, service.p95.value * 1000 // service.objective)
@@ -339,6 +340,22 @@ class Dispatcher:
             state.retried.pop(request.id, None)
         self._out.append(a.Complete(self._cause, event.batch, running.batch.requests))
         self._after_batch(service, partition)
+
+    def _learn(self, event: e.BatchDone, running: Running, partition: PartitionState) -> None:
+        """What a batch cost: what it held the partition, the way there and back included, for those
+        behind it wait for that. The worker measured all but the way back. Of that the median is
+        taken: a stall of the node is not what executions cost. And where the worker went on with a
+        batch that it had at hand nothing waited for the way."""
+        service = self.state.services[running.batch.service]
+        held = event.exec_ns
+        if not running.after:
+            held += event.start_ns
+            lending.note_start(partition, event.start_ns, running.preempting)
+        if not partition.batch:
+            service.back.add(max(0, self.state.now - running.started - held))
+            held += service.back.value
+        costs = service.exec[partition.kind]
+        costs.observe(partition.compute, running.batch.rows, held, running.size)
 
     def _batch_failed(self, event: e.BatchFailed) -> None:
         running = self.state.running.pop(event.batch, None)
@@ -373,7 +390,8 @@ class Dispatcher:
         """The batch that a worker had at hand is under way. More may be known now of what it
         takes."""
         now, service = self.state.now, self.state.services[running.batch.service]
-        took = service.exec[partition.kind].predict(partition.compute, running.batch.rows)
+        costs, rows = service.exec[partition.kind], running.batch.rows
+        took = costs.predict(partition.compute, rows, running.size)
         running.started = service.last_start = now
         running.expected_end = now + took
 
@@ -406,6 +424,7 @@ class Dispatcher:
             max_queue_delay=event.max_queue_delay,
             strict=event.strict,
             p95=Quantile(step=max(1, event.objective // 16)),
+            back=Median(),
         )
         self._link(state.plan)
 
@@ -430,9 +449,9 @@ class Dispatcher:
             return
         kind = self._specs[event.device].kind
         service.home = service.home or kind
-        table = service.exec.setdefault(kind, ExecTable())
+        costs = service.exec.setdefault(kind, Costs())
         for units, rows, ns in event.profile:
-            table.profile(units, rows, ns)
+            costs.profile(units, rows, ns, size_class(event.size))
         worker = WorkerState(event.worker, event.service, event.version, event.device)
         state.workers[event.worker] = worker
         self._enter_pool(service, worker)
@@ -506,14 +525,14 @@ class Dispatcher:
                     state.retried[request.id] = None
                 queues.enqueue(state, service, request)
 
+    def _served(self, service: ServiceState) -> set[str]:
+        """Versions that some instance takes requests for."""
+        workers = self.state.workers.values()
+        return {w.version for w in workers if w.service == service.name and not w.retiring}
+
     def _refuse_orphans(self, service: ServiceState) -> None:
         """Refuse what waits for a version that no instance serves any more."""
-        state = self.state
-        served = {
-            w.version
-            for w in state.workers.values()
-            if w.service == service.name and not w.retiring
-        }
+        served = self._served(service)
         self._refuse_where(
             service,
             Refusal.UNAVAILABLE,
@@ -801,7 +820,7 @@ class Dispatcher:
             kinds = [state.partitions[p].kind for p in service.partitions]
             service.home = kinds[0] if kinds else service.home
             for kind in kinds:
-                service.exec.setdefault(kind, ExecTable())
+                service.exec.setdefault(kind, Costs())
 
     # --- time -------------------------------------------------------------------------------
 

@@ -1,8 +1,13 @@
-"""What a batch will cost: execution times by compute units and rows, learned online.
+"""What a batch will cost: execution times by compute units, rows and size, learned online.
 
 Means and mean deviations follow Jacobson's estimator for round-trip times ("Congestion
 Avoidance and Control", SIGCOMM 1988, appendix A): gains of 1/8 and 1/4, prediction = mean +
-2 deviations. Sizes never seen are interpolated between the nearest measured ones.
+2 deviations. Row counts never seen are interpolated between the nearest measured ones.
+
+Requests with free axes differ in size: a long document is not a short one. Each class of sizes has
+times of its own, so a few long ones say nothing of what the short ones cost; classes never seen are
+interpolated, and what is larger than anything seen is only taken to cost more where two sizes have
+shown that it does.
 
 A warm-up has the box for itself, or shares it with other warm-ups; requests share it with the node,
 their clients and training. So what larger partitions promise, which only warm-ups have measured,
@@ -22,9 +27,15 @@ _STEADY: Final = 256
 are compared by it must not seem to change places with every few samples."""
 
 
+_LAST: Final = 9
+_RECENT: Final = 64
+"""Executions over which it is averaged which sizes come."""
+
+
 @dataclass
 class ExecTable:
-    """Execution times (ns) of one service: ``mean[units][rows]``, 0 where not measured.
+    """Execution times (ns) of one service, for rows of about one size: ``mean[units][rows]``, 0
+    where not measured.
 
     ``warm[units][rows]`` is what the last warm-up measured, ``served`` the most units on which
     requests have been executed, and ``extra`` how much longer (ns) they took than in the warm-up.
@@ -32,6 +43,8 @@ class ExecTable:
 
     mean: dict[int, list[int]] = field(default_factory=dict)
     dev: dict[int, list[int]] = field(default_factory=dict)
+    least: int = 0
+    """The shortest execution ever, ns; 0: none yet."""
     warm: dict[int, dict[int, int]] = field(default_factory=dict)
     served: int = 0
     extra: int = 0
@@ -50,6 +63,8 @@ class ExecTable:
         self._learn(units, rows, ns)
 
     def _learn(self, units: int, rows: int, ns: int) -> None:
+        if ns < self.least or not self.least:
+            self.least = max(1, ns)
         means = self.mean.setdefault(units, [])
         devs = self.dev.setdefault(units, [])
         if rows >= len(means):
@@ -106,6 +121,114 @@ class ExecTable:
         if smaller:
             return max(smaller)
         return min(self.mean, default=0)
+
+
+@dataclass
+class Costs:
+    """Execution times (ns) of one service on one kind of device, by class of size (see
+    ``size_class``). ``recent`` is the share of each class (ppm) in the executions of late."""
+
+    tables: dict[int, ExecTable] = field(default_factory=dict)
+    recent: dict[int, int] = field(default_factory=dict)
+
+    def profile(self, units: int, rows: int, ns: int, size: int = 0) -> None:
+        """Learn from a warm-up."""
+        self._table(size).profile(units, rows, ns)
+
+    def observe(self, units: int, rows: int, ns: int, size: int = 0) -> None:
+        """Learn from one execution of ``rows`` rows of class ``size`` on ``units`` units."""
+        self._table(size).observe(units, rows, ns)
+        recent = self.recent
+        for other, share in recent.items():
+            recent[other] = share - share // _RECENT
+        recent[size] = recent.get(size, 0) + 1_000_000 // _RECENT
+
+    def _table(self, size: int) -> ExecTable:
+        table = self.tables.get(size)
+        if table is None:
+            table = self.tables[size] = ExecTable()
+        return table
+
+    def predict(self, units: int, rows: int, size: int = 0, deviations: int = 2) -> int:
+        """Mean plus ``deviations`` deviations, ns; 0 if nothing was ever measured."""
+        mean, dev = self.moments(units, rows, size)
+        return mean + deviations * dev
+
+    def moments(self, units: int, rows: int, size: int = 0) -> tuple[int, int]:
+        """Mean and mean deviation, ns."""
+        table = self.tables.get(size)
+        if table is not None:
+            return table.moments(units, rows)
+        below = max((s for s in self.tables if s < size), default=-1)
+        above = min((s for s in self.tables if s > size), default=-1)
+        if below < 0:
+            return self.tables[above].moments(units, rows) if above >= 0 else (0, 0)
+        mean, dev = self.tables[below].moments(units, rows)
+        if above >= 0:
+            more, more_dev = self.tables[above].moments(units, rows)
+            part, whole = _elements(size) - _elements(below), _elements(above) - _elements(below)
+            return mean + (more - mean) * part // whole, max(dev, more_dev)
+        second = max((s for s in self.tables if s < below), default=-1)
+        if second < 0:
+            return mean, dev
+        less, _ = self.tables[second].moments(units, rows)
+        part, whole = _elements(size) - _elements(below), _elements(below) - _elements(second)
+        return mean + max(0, mean - less) * part // whole, dev
+
+    def least(self, size: int) -> int:
+        """The shortest execution ever of this class of size, ns; 0: none yet."""
+        table = self.tables.get(size)
+        return table.least if table is not None else 0
+
+    def expected(self) -> dict[int, dict[int, int]]:
+        """Mean times (ns) by units and rows of the sizes that came of late, in the proportion in
+        which they came, for plans."""
+        shares = {s: share for s, share in self.recent.items() if share} or dict.fromkeys(
+            self.tables, 1
+        )
+        if len(shares) == 1:
+            return self.tables[next(iter(shares))].expected()
+        times = {size: self.tables[size].expected() for size in shares}
+        cells = {(u, r) for table in times.values() for u, rows in table.items() for r in rows}
+        whole = sum(shares.values())
+        found: dict[int, dict[int, int]] = {}
+        for units, rows in sorted(cells):
+            total = 0
+            for size, share in shares.items():
+                known = times[size].get(units, {}).get(rows)
+                total += share * (known or self.tables[size].predict(units, rows, 0))
+            found.setdefault(units, {})[rows] = total // whole
+        return found
+
+
+def size_class(size: int) -> int:
+    """Class of a size in elements: two of them to each doubling, 0 for 1."""
+    bits = size.bit_length()
+    return 2 * bits - 2 + (size * size >> (2 * bits - 1))
+
+
+def _elements(size: int) -> int:
+    """About how many elements a class of size has, in fifths: the powers of the root of 2."""
+    return (5 << size // 2) if size % 2 == 0 else (7 << size // 2)
+
+
+@dataclass
+class Median:
+    """Of the last samples, oldest first: a few that are far off, however far, leave it as it is."""
+
+    last: list[int] = field(default_factory=list)
+
+    def add(self, sample: int) -> None:
+        """Learn one sample."""
+        self.last.append(sample)
+        if len(self.last) > _LAST:
+            del self.last[0]
+
+    @property
+    def value(self) -> int:
+        """The lower median; 0 as long as one sample that is off could be it."""
+        count = len(self.last)
+        return sorted(self.last)[(count - 1) // 2] if count > 2 else 0
 
 
 @dataclass

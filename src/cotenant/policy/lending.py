@@ -168,9 +168,9 @@ def note_start(partition: PartitionState, start_ns: int, preempting: bool) -> No
 
 
 def note_revoked(partition: PartitionState, took_ns: int) -> None:
-    """Learn what taking a partition back costs (gain 1/16)."""
+    """Learn what taking a partition back costs (gain 1/16; one that took long counts as four)."""
     old = partition.revoke_cost
-    partition.revoke_cost = old + (took_ns - old) // 16 if old else took_ns
+    partition.revoke_cost = old + (min(took_ns, 4 * old) - old) // 16 if old else took_ns
 
 
 # --- slices ---------------------------------------------------------------------------------

@@ -27,29 +27,35 @@ from typing import Final
 
 from cotenant.domain.request import Request
 from cotenant.domain.units import S
-from cotenant.policy.estimate import ExecTable
+from cotenant.policy.estimate import Costs, size_class
 from cotenant.policy.state import DispatcherState, Lane, PartitionState, Running, ServiceState
 
 AGEING: Final = 1 * S
 _FAR: Final = 1 << 62
 
 
+def lane_key(request: Request) -> str:
+    """Which lane of its service a request is queued in."""
+    return f"{request.version}|{request.shape}"
+
+
 def enqueue(state: DispatcherState, service: ServiceState, request: Request) -> None:
     """Put an admitted request into its lane and note the load it brings."""
     state.queued[request.id] = request
-    lane_key = f"{request.version}|{request.shape}"
-    lane = service.lanes.get(lane_key)
+    key = lane_key(request)
+    lane = service.lanes.get(key)
     if lane is None:
-        lane = service.lanes[lane_key] = Lane(version=request.version)
+        lane = service.lanes[key] = Lane(request.version, size_class(request.size))
     rows, priority = request.rows, request.priority
-    own = service.exec[service.home].predict(1, rows)
-    key = request.deadline + priority * AGEING - own
-    heappush(lane.heap, (key, request.arrived, request.id))
+    own = service.exec[service.home].predict(1, rows, lane.size)
+    due = request.deadline + priority * AGEING - own
+    heappush(lane.heap, (due, request.arrived, request.id))
     if request.expires:
         heappush(state.expiries, (request.expires, request.id))
     lane.live += 1
     service.queued += 1
     service.rows[priority] += rows
+    lane.rows[priority] += rows
     if service.queued == 1:
         for partition in service.partitions:
             state.partitions[partition].waiting[service.name] = None
@@ -61,9 +67,9 @@ def withdraw(state: DispatcherState, request_id: int) -> Request | None:
     if request is None:
         return None
     service = state.services[request.service]
-    lane_key = f"{request.version}|{request.shape}"
-    lane = service.lanes[lane_key]
-    _left(state, service, lane_key, lane, request)
+    key = lane_key(request)
+    lane = service.lanes[key]
+    _left(state, service, key, lane, request)
     if len(lane.heap) > 64 and len(lane.heap) > 4 * lane.live:
         lane.heap = [entry for entry in lane.heap if entry[2] in state.queued]
         heapify(lane.heap)
@@ -96,7 +102,7 @@ def put_off(
     table, units, heap = service.exec[partition.kind], partition.compute, lane.heap
     while (key := head(state, lane)) != _FAR:
         request = state.queued[heap[0][2]]
-        if start + table.predict(units, request.rows, 0) <= request.deadline:
+        if start + table.predict(units, request.rows, lane.size, 0) <= request.deadline:
             return key
         aged = request.priority * AGEING
         was_put_off = key >= request.deadline + aged
@@ -116,11 +122,11 @@ def choose_lane(
     idle = service.idle.get(partition.device)
     if not idle:
         return best, chosen
-    for lane_key, lane in service.lanes.items():
+    for name, lane in service.lanes.items():
         if idle.get(lane.version or service.version):
             key = put_off(state, service, lane, partition, state.now)
             if key < best:
-                best, chosen = key, lane_key
+                best, chosen = key, name
     return best, chosen
 
 
@@ -133,9 +139,9 @@ def choose_service(
     for name in partition.waiting:
         if name in held:
             continue
-        key, lane_key = choose_lane(state, state.services[name], partition)
+        key, lane = choose_lane(state, state.services[name], partition)
         if key < best:
-            best, chosen, lane_of = key, name, lane_key
+            best, chosen, lane_of = key, name, lane
     return chosen, lane_of
 
 
@@ -144,7 +150,8 @@ def full_lane(state: DispatcherState, service: ServiceState, before: Running, ve
     ``version`` run it and what it has queued fills a batch; else ""."""
     partition = state.partitions[before.partition]
     table = service.exec[partition.kind]
-    start = before.started + table.predict(partition.compute, before.batch.rows, 0)
+    took = table.predict(partition.compute, before.batch.rows, before.size, 0)
+    start = before.started + took
     chosen = min(
         service.lanes,
         key=lambda key: put_off(state, service, service.lanes[key], partition, start),
@@ -160,13 +167,13 @@ def full_lane(state: DispatcherState, service: ServiceState, before: Running, ve
 def take_batch(
     state: DispatcherState,
     service: ServiceState,
-    lane_key: str,
+    key: str,
     partition: PartitionState,
     now: int,
 ) -> list[Request]:
     """Remove and return the requests of the next batch, to start at ``now``, of a lane that has
     a live entry."""
-    lane = service.lanes[lane_key]
+    lane = service.lanes[key]
     heap = lane.heap
     entries: list[tuple[int, int, int]] = []
     taken: list[Request] = []
@@ -181,58 +188,58 @@ def take_batch(
         entries.append(heappop(heap))
         taken.append(request)
         rows += request.rows
-    size = _batch_size(service, partition, taken, rows, now)
-    for entry in entries[size:]:
+    count = _batch_count(service, partition, lane, taken, now)
+    for entry in entries[count:]:
         heappush(heap, entry)
-    taken = taken[:size]
+    taken = taken[:count]
     for request in taken:
         del state.queued[request.id]
-        _left(state, service, lane_key, lane, request)
+        _left(state, service, key, lane, request)
     return taken
 
 
-def _batch_size(
+def _batch_count(
     service: ServiceState,
     partition: PartitionState,
+    lane: Lane,
     requests: list[Request],
-    rows: int,
     now: int,
 ) -> int:
-    """How many of a lane's first requests, of ``rows`` rows in all, make the batch that starts
-    ``now``."""
-    table, units, count = service.exec[partition.kind], partition.compute, len(requests)
-    end = now + table.predict(units, rows)
+    """How many of a lane's first requests make the batch that starts ``now``."""
+    table, units, size = service.exec[partition.kind], partition.compute, lane.size
+    rows = sum([request.rows for request in requests])
+    end = now + table.predict(units, rows, size)
     if end <= min([request.deadline for request in requests]):
-        return count
-    size, first, tightest = 0, 0, _FAR
+        return len(requests)
+    count, first, tightest = 0, 0, _FAR
     for request in requests:
-        if now + table.predict(units, request.rows) <= request.deadline < tightest:
+        if now + table.predict(units, request.rows, size) <= request.deadline < tightest:
             tightest = request.deadline
-        if size and now + table.predict(units, first + request.rows) > tightest:
+        if count and now + table.predict(units, first + request.rows, size) > tightest:
             break
         first += request.rows
-        size += 1
-    if size == count:
+        count += 1
+    if count == len(requests):
         return count
-    first_end = now + table.predict(units, first)
-    second_end = first_end + table.predict(units, rows - first)
+    first_end = now + table.predict(units, first, size)
+    second_end = first_end + table.predict(units, rows - first, size)
     saved = 0
     for i, request in enumerate(requests):
-        in_time = (first_end if i < size else second_end) <= request.deadline
+        in_time = (first_end if i < count else second_end) <= request.deadline
         saved += in_time - (end <= request.deadline)
-    served = table.predict(units, service.max_batch) // service.max_batch
+    served = table.predict(units, service.max_batch, size) // service.max_batch
     comes = service.gap * len(service.partitions)
     cost = (second_end - end) // max(1, served, comes)
-    return size if saved >= cost else count
+    return count if saved >= cost else len(requests)
 
 
 def hold_until(
-    state: DispatcherState, service: ServiceState, lane_key: str, partition: PartitionState
+    state: DispatcherState, service: ServiceState, key: str, partition: PartitionState
 ) -> int:
     """Until when (ns) a batch may be held back for company; 0 if it should go now."""
     if not service.max_queue_delay:
         return 0
-    lane = service.lanes[lane_key]
+    lane = service.lanes[key]
     head(state, lane)
     rows = sum(state.queued[e[2]].rows for e in lane.heap if e[2] in state.queued)
     enough = min(service.preferred, default=service.max_batch)
@@ -240,35 +247,49 @@ def hold_until(
         return 0
     first = state.queued[lane.heap[0][2]]
     table = service.exec[partition.kind]
-    latest_start = first.deadline - table.predict(partition.compute, enough)
+    latest_start = first.deadline - table.predict(partition.compute, enough, lane.size)
     return max(0, min(first.arrived + service.max_queue_delay, latest_start))
 
 
 def _left(
-    state: DispatcherState, service: ServiceState, lane_key: str, lane: Lane, request: Request
+    state: DispatcherState, service: ServiceState, key: str, lane: Lane, request: Request
 ) -> None:
     lane.live -= 1
     service.queued -= 1
     service.rows[request.priority] -= request.rows
+    lane.rows[request.priority] -= request.rows
     if lane.live == 0:
-        del service.lanes[lane_key]
+        del service.lanes[key]
     if service.queued == 0:
         for partition in service.partitions:
             state.partitions[partition].waiting.pop(service.name, None)
 
 
-def work_ns(table: ExecTable, max_batch: int, units: int, rows: int) -> int:
-    """Predicted ns to execute ``rows`` rows of a service in the largest batches allowed.
+def work_ns(costs: Costs, max_batch: int, units: int, rows: int, size: int = 0) -> int:
+    """Predicted ns to execute ``rows`` rows of a class of size in the largest batches allowed.
 
     The means of the batches add up, their deviations like those of independent samples (by the
     root of the sum of squares).
     """
     if rows <= max_batch:
-        return table.predict(units, rows) if rows else 0
+        return costs.predict(units, rows, size) if rows else 0
     full, rest = divmod(rows, max_batch)
-    mean, dev = table.moments(units, max_batch)
+    mean, dev = costs.moments(units, max_batch, size)
     ns = full * mean
     if rest:
-        ns += table.predict(units, rest, 0)
+        ns += costs.predict(units, rest, size, 0)
         full += 1
     return ns + isqrt(4 * full * dev * dev)
+
+
+def queued_ns(
+    service: ServiceState, partition: PartitionState, priority: int, but: str = ""
+) -> int:
+    """Predicted ns, on such a partition, of what a service has queued in this class and above, the
+    lane ``but`` aside. Lanes do not share batches."""
+    costs, total = service.exec[partition.kind], 0
+    for key, lane in service.lanes.items():
+        if key != but:
+            rows = sum(lane.rows[: priority + 1])
+            total += work_ns(costs, service.max_batch, partition.compute, rows, lane.size)
+    return total

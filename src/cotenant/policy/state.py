@@ -15,7 +15,7 @@ from typing import Any
 from cotenant.domain.plan import EMPTY_PLAN, Plan
 from cotenant.domain.request import Batch, Request
 from cotenant.domain.workload import PRIORITY_CLASSES
-from cotenant.policy.estimate import ExecTable, Quantile
+from cotenant.policy.estimate import Costs, ExecTable, Median, Quantile
 
 
 class Hold(enum.IntEnum):
@@ -52,11 +52,15 @@ HOLD_TRANSITIONS: dict[Hold, dict[str, Hold]] = {
 class Lane:
     """Requests of one service that may share a batch, as a heap of (key, arrival, id).
 
-    Entries of requests that were cancelled or expired stay until they surface."""
+    All its requests are of one class of ``size`` (see ``estimate.size_class``). Entries of requests
+    that were cancelled or expired stay until they surface."""
 
     version: str
+    size: int = 0
     heap: list[tuple[int, int, int]] = field(default_factory=list)
     live: int = 0
+    rows: list[int] = field(default_factory=lambda: [0] * PRIORITY_CLASSES)
+    """What is queued, by priority class."""
 
 
 @dataclass
@@ -71,7 +75,9 @@ class ServiceState:
     max_queue_delay: int
     strict: bool
     p95: Quantile
-    exec: dict[str, ExecTable] = field(default_factory=dict)
+    back: Median
+    """Time (ns) from the end of an execution until the dispatcher knows."""
+    exec: dict[str, Costs] = field(default_factory=dict)
     """What executions cost, by kind of device."""
     home: str = ""
     """The kind of device that the service is planned on first: it measures its queue."""
@@ -121,6 +127,8 @@ class Running:
     expected_end: int
     preempting: bool
     after: int = 0
+    size: int = 0
+    """Class of size of its requests."""
 
 
 @dataclass
@@ -223,10 +231,10 @@ class DispatcherState:
 
 
 COMPOUND: dict[type, dict[str, Any]] = {
-    Lane: {"heap": list[tuple[int, int, int]]},
+    Lane: {"heap": list[tuple[int, int, int]], "rows": list[int]},
     ServiceState: {
         "preferred": tuple[int, ...],
-        "exec": dict[str, ExecTable],
+        "exec": dict[str, Costs],
         "lanes": dict[str, Lane],
         "rows": list[int],
         "partitions": list[str],
@@ -255,6 +263,8 @@ COMPOUND: dict[type, dict[str, Any]] = {
         "pending": Plan | None,
         "successor": Plan | None,
     },
+    Median: {"last": list[int]},
+    Costs: {"tables": dict[int, ExecTable], "recent": dict[int, int]},
     ExecTable: {
         "mean": dict[int, list[int]],
         "dev": dict[int, list[int]],

@@ -102,9 +102,9 @@ class Curve(msgspec.Struct):
     def weights(self) -> list[float]:
         """Posterior of each member of the family; sums to 1."""
         family = _family(self.units)
-        if not self.seen or not self.yy:
+        spread = 2.0 * (NOISE**2) * self.yy / self.seen if self.seen else 0.0
+        if not spread:
             return [prior for prior, _ in family]
-        spread = 2.0 * (NOISE**2) * self.yy / self.seen
         logs = []
         for index, (prior, _) in enumerate(family):
             rate, lost = self._fit(index)

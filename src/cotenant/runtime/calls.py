@@ -185,11 +185,13 @@ def _wrong_names(
 
 
 def signature(meta: EngineMeta, call: InferCall) -> str:
-    """What must be equal for two requests to share a batch; "" where it always is."""
+    """What must be equal for two requests to share a batch, or to be alike in what they cost; ""
+    where it always is."""
+    first = 1 if meta.batchable else 0
     for tensor in meta.inputs:
-        if -1 in tensor.shape[1:]:
+        if -1 in tensor.shape[first:]:
             shapes = {tensor.name: tensor.shape for tensor in call.inputs}
-            return ";".join(",".join(map(str, shapes[t.name][1:])) for t in meta.inputs)
+            return ";".join(",".join(map(str, shapes[t.name][first:])) for t in meta.inputs)
     return ""
 
 

@@ -20,8 +20,9 @@ import msgspec
 from cotenant.domain import events as e
 from cotenant.domain.config import ModelSettings
 from cotenant.domain.errors import EnvironmentProblem, ModelError
-from cotenant.domain.units import S
-from cotenant.domain.workload import ServiceSpec
+from cotenant.domain.units import S, format_duration
+from cotenant.domain.workload import Joining, ServiceSpec
+from cotenant.engines.accuracy import Accuracy
 from cotenant.engines.base import EngineMeta
 from cotenant.runtime.arena import Arena
 from cotenant.runtime.messages import Done, Failed, FromWorker, Open, Opened, OpenFailed, Run
@@ -36,6 +37,7 @@ BACKOFF_FIRST_S = 0.2
 BACKOFF_MOST_S = 30.0
 HEALTHY_AFTER_S = 60.0
 """An instance that lived this long starts over with the shortest back-off."""
+UNJOINED = "requests run one by one: {} (docs: batch.joining)"
 
 
 class Shell(Protocol):
@@ -62,7 +64,9 @@ class Loaded(msgspec.Struct, frozen=True):
 
     files: ModelFiles
     meta: EngineMeta
-    accuracy: float | None
+    accuracy: Accuracy | None
+    notes: tuple[str, ...] = ()
+    """What its owner should know."""
 
 
 class _Instance:
@@ -132,6 +136,7 @@ class Instances:
             opened = await asyncio.wait_for(
                 asyncio.gather(*(i.opened for i in started)), LOAD_TIMEOUT_S
             )
+            opened = _of_one_mind(opened)
             self._accept(files, settings, opened[0])
         except BaseException as error:
             for instance in started:
@@ -153,10 +158,11 @@ class Instances:
         if stamp(files.path) != files.stamp:
             raise ModelError(f"{files.path.name} was replaced while it was being loaded")
         floor = max(self.spec.accuracy_floor, settings.accuracy_floor)
-        if floor and opened.accuracy is not None and opened.accuracy < floor:
+        found = opened.accuracy
+        if floor and found is not None and found.value < floor:
             raise ModelError(
-                f"version {files.version} has an accuracy of {opened.accuracy:.4f} on its check "
-                f"data, below the floor of {floor:g}"
+                f"version {files.version} has an accuracy of {found.value:.4f} on its check "
+                f"data ({found.how}), below the floor of {floor:g}"
             )
         current = self.current
         if current is None:
@@ -177,11 +183,12 @@ class Instances:
         started: list[_Instance],
         opened: list[Opened],
     ) -> None:
-        meta = opened[0].meta
-        self._shell.feed(self._service_added(meta))
+        first = opened[0]
+        loaded = Loaded(files, first.meta, first.accuracy, self._notes(files, settings, first))
+        self._shell.feed(self._service_added(loaded))
         self.loaded.pop(files.version, None)
         old = [i for i in self._ups() if i not in started and i.version == files.version]
-        self.loaded[files.version] = Loaded(files, meta, opened[0].accuracy)
+        self.loaded[files.version] = loaded
         for instance, answer in zip(started, opened, strict=True):
             self._announce(instance, answer, files, settings)
         self._shell.feed(e.VersionCurrent(self.spec.name, files.version))
@@ -191,10 +198,33 @@ class Instances:
             old += [i for i in self._ups() if i.version == oldest]
         for instance in old:
             self._retire(instance)
-        log.info("version serves", extra={"service": self.spec.name, "version": files.version})
+        self._tell(loaded)
 
-    def _service_added(self, meta: EngineMeta) -> e.ServiceAdded:
-        spec = self.spec
+    def _tell(self, loaded: Loaded) -> None:
+        """Log a version that serves, once, and what its owner should know."""
+        found, said = loaded.accuracy, {"service": self.spec.name, "version": loaded.files.version}
+        accuracy = {} if found is None else {"accuracy": found.value, "measured": found.how}
+        log.info("version serves", extra={**said, **accuracy})
+        for note in loaded.notes:
+            log.warning("version serves, but", extra={**said, "note": note})
+
+    def _notes(self, files: ModelFiles, settings: ModelSettings, opened: Opened) -> tuple[str, ...]:
+        notes = []
+        if opened.unjoined and self.spec.batch.joining is not Joining.NONE:
+            notes.append(UNJOINED.format(opened.unjoined))
+        times = [ns for _, rows, ns in opened.profile if rows == 1]
+        if times and min(times) > self.spec.slo.latency:
+            took, objective = format_duration(min(times)), format_duration(self.spec.slo.latency)
+            notes.append(
+                f"one execution takes {took}, longer than the objective of {objective}: every "
+                "answer will be late"
+            )
+        if files.check is None and max(self.spec.accuracy_floor, settings.accuracy_floor):
+            notes.append("accuracy_floor has no effect: the version has no check.npz")
+        return tuple(notes)
+
+    def _service_added(self, loaded: Loaded) -> e.ServiceAdded:
+        spec, meta = self.spec, loaded.meta
         return e.ServiceAdded(
             service=spec.name,
             objective=spec.slo.latency,
@@ -203,7 +233,19 @@ class Instances:
             preferred=spec.batch.preferred if meta.batchable else (),
             max_queue_delay=spec.batch.max_queue_delay if meta.batchable else 0,
             strict=spec.strict,
+            notes=loaded.notes,
         )
+
+    def _end_joining(self, version: str, why: str) -> None:
+        """A worker found that rows of a version must not be joined."""
+        old = self.loaded.get(version)
+        if old is None or not old.meta.batchable:
+            return
+        meta = msgspec.structs.replace(old.meta, batchable=False)
+        notes = (*old.notes, UNJOINED.format(why))
+        loaded = self.loaded[version] = msgspec.structs.replace(old, meta=meta, notes=notes)
+        self._shell.feed(self._service_added(loaded))
+        self._tell(loaded)
 
     def _announce(
         self, instance: _Instance, opened: Opened, files: ModelFiles, settings: ModelSettings
@@ -215,13 +257,18 @@ class Instances:
         instance.announced = True
         name, pid = instance.process.name, instance.process.pid
         device = self._shell.attach_worker(name, pid, self.spec.exec_timeout)
-        self._shell.feed(e.WorkerUp(name, self.spec.name, instance.version, device, opened.profile))
+        service, version = self.spec.name, instance.version
+        self._shell.feed(e.WorkerUp(name, service, version, device, opened.profile, opened.size))
 
     # --- processes --------------------------------------------------------------------------
 
     def _spawn(self, files: ModelFiles, settings: ModelSettings) -> _Instance:
         self._counter += 1
         name = f"{self.spec.name}#{self._counter}"
+        joining = self.spec.batch.joining
+        loaded = self.loaded.get(files.version)
+        if loaded is not None and loaded.files == files:  # what was found out is not asked again
+            joining = Joining.TRUSTED if loaded.meta.batchable else Joining.NONE
         process = WorkerProcess(
             name,
             self.arena,
@@ -239,7 +286,8 @@ class Instances:
                 max_batch=self.spec.batch.max,
                 exec_timeout=self.spec.exec_timeout,
                 check=str(files.check) if files.check is not None else "",
-                shapes=settings.shapes,
+                settings=settings,
+                joining=joining,
             )
         )
         return instance
@@ -253,6 +301,8 @@ class Instances:
                 if not instance.opened.done():
                     instance.opened.set_exception(ModelError(reason))
             case Done(batch=batch) | Failed(batch=batch):
+                if isinstance(message, Done) and message.unjoined:
+                    self._end_joining(instance.version, message.unjoined)
                 instance.batches.pop(batch, None)
                 if instance.batches:  # the one at hand begins now
                     instance.batches[next(iter(instance.batches))] = self._shell.now()
@@ -373,3 +423,12 @@ class Instances:
                 instance.process.kill()
         await waiting
         self.arena.close()
+
+
+def _of_one_mind(opened: list[Opened]) -> list[Opened]:
+    """What instances of a version found, rows being joined only if all found it right."""
+    why = next((o.unjoined for o in opened if o.unjoined), "")
+    if not why:
+        return opened
+    meta = msgspec.structs.replace(opened[0].meta, batchable=False)
+    return [msgspec.structs.replace(o, meta=meta, unjoined=why) for o in opened]

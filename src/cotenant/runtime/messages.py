@@ -10,6 +10,9 @@ from collections.abc import Iterator
 
 import msgspec
 
+from cotenant.domain.config import ModelSettings
+from cotenant.domain.workload import Joining
+from cotenant.engines.accuracy import Accuracy
 from cotenant.engines.base import EngineMeta
 
 LENGTH = struct.Struct("<I")
@@ -20,16 +23,17 @@ class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Open(_Message, frozen=True):
-    """Load, check and profile a model. ``check`` is an .npz with the model's inputs by name and
-    ``labels``, or ""; ``shapes`` fills in the free axes of inputs for the warm-up;
-    ``exec_timeout`` is how long (ns) an execution may take."""
+    """Load, check and profile a model. ``check`` is the path of a ``check.npz``, or "";
+    ``exec_timeout`` is how long (ns) an execution may take; ``joining`` is what is known of whether
+    rows may be joined."""
 
     path: str
     units: tuple[int, ...]
     max_batch: int
     exec_timeout: int
     check: str = ""
-    shapes: dict[str, tuple[int, ...]] = {}
+    settings: ModelSettings = ModelSettings()
+    joining: Joining = Joining.CHECKED
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True):
@@ -59,11 +63,14 @@ class Run(_Message, frozen=True):
 
 
 class Opened(_Message, frozen=True):
-    """The model is warm. ``profile``: (units, rows, ns); ``accuracy`` on the check data."""
+    """The model is warm. ``profile``: (units, rows, ns) for rows of ``size`` (see ``size_of``);
+    ``accuracy`` on the check data; ``unjoined`` says why rows are not joined, "" if they are."""
 
     meta: EngineMeta
     profile: tuple[tuple[int, int, int], ...]
-    accuracy: float | None = None
+    size: int = 1
+    accuracy: Accuracy | None = None
+    unjoined: str = ""
 
 
 class OpenFailed(_Message, frozen=True):
@@ -82,12 +89,14 @@ class Outputs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Done(_Message, frozen=True):
-    """A batch executed: times in ns, outputs by request in the order of ``Run.items``."""
+    """A batch executed: times in ns, outputs by request in the order of ``Run.items``.
+    ``unjoined`` says why this worker joins no rows from now on, should it have found out."""
 
     batch: int
     start_ns: int
     exec_ns: int
     items: tuple[Outputs, ...]
+    unjoined: str = ""
 
 
 class Failed(_Message, frozen=True):

@@ -34,6 +34,7 @@ from cotenant.domain.port import (
 from cotenant.domain.request import Refusal, Request
 from cotenant.domain.units import MS, S
 from cotenant.domain.workload import PRIORITY_CLASSES, JobSpec
+from cotenant.engines.base import size_of
 from cotenant.policy.dispatcher import Dispatcher
 from cotenant.policy.planner import Planner
 from cotenant.policy.planstate import Tuning
@@ -381,7 +382,9 @@ class Node:
         except ArenaFull as error:
             return self._turn_away(call, Refusal.MEMORY, RETRY_MEMORY, str(error))
         pending = Pending(call.model, version, meta, placed, done)
-        request_id = self._arrive(call, pending, calls.signature(meta, call))
+        shape = calls.signature(meta, call)
+        size = size_of(meta, {t.name: t.shape for t in call.inputs}) if shape else 1
+        request_id = self._arrive(call, pending, shape, size)
         return partial(self._withdraw, request_id, pending)
 
     def _turn_away(self, call: InferCall, refusal: Refusal, retry_after: int, why: str) -> Refused:
@@ -389,7 +392,7 @@ class Node:
             self.monitor.turned_away(call.model, refusal)
         return Refused(refusal, retry_after, why)
 
-    def _arrive(self, call: InferCall, pending: Pending, shape: str) -> int:
+    def _arrive(self, call: InferCall, pending: Pending, shape: str, size: int) -> int:
         request_id, now = self._next_request, self._clock()
         self._next_request += 1
         self._pending[request_id] = pending
@@ -412,6 +415,7 @@ class Node:
                 shape=shape,
                 expires=now + call.timeout_ns if call.timeout_ns else 0,
                 payload=request_id,
+                size=size,
             )
         )
         return request_id

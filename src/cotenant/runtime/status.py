@@ -101,4 +101,7 @@ def _service(node: Node, name: str, instances: Instances) -> dict[str, Any]:
         "refused": dict(meter.refused),
         "answered": meter.answered,
         "workers": instances.live,
+        "accuracy": msgspec.to_builtins(current.accuracy) if current else None,
+        "joined": current.meta.batchable if current else None,
+        "notes": list(current.notes) if current else [],
     }

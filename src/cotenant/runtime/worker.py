@@ -20,7 +20,12 @@ import numpy as np
 
 from cotenant.devices import proctree
 from cotenant.domain.errors import ModelError
+from cotenant.domain.workload import Joining
+from cotenant.engines.accuracy import measure
 from cotenant.engines.base import NUMPY, Array, Engine, open_engine
+from cotenant.engines.checkdata import CheckData, read_check
+from cotenant.engines.joining import ONE_ROW, judge
+from cotenant.engines.samples import Samples, check_samples, make_samples
 from cotenant.runtime.arena import map_arena
 from cotenant.runtime.messages import (
     LENGTH,
@@ -57,6 +62,8 @@ class Worker:
         self._sock = sock
         self._arena = arena
         self._engine: Engine | None = None
+        self._unjoined = ""
+        """Why no rows are joined; "" if they may be."""
         self._rest_every = REST_EVERY_NS
         self._decoder = msgspec.msgpack.Decoder(ToWorker)
 
@@ -92,76 +99,86 @@ class Worker:
     def _open(self, order: Open) -> Opened | OpenFailed:
         self._rest_every = min(REST_EVERY_NS, order.exec_timeout // 4)
         try:
-            self._engine = open_engine(Path(order.path), order.units)
-            profile = self._profile(self._engine, order)
-            accuracy = self._accuracy(self._engine, order) if order.check else None
+            self._engine = engine = open_engine(Path(order.path), order.units)
+            data = None
+            if order.check:
+                data = read_check(Path(order.check), engine.meta.inputs, order.settings.check)
+            samples = _samples(engine, order, data)
+            self._unjoined = _unjoined(engine, order, samples)
+            profile = self._profile(engine, order, samples)
+            accuracy = None
+            if data is not None:
+                step = 1 if self._unjoined else order.max_batch
+                accuracy = measure(engine, order.units[0], data, step)
         except ModelError as error:
             return OpenFailed(str(error))
         gc.collect()
         gc.freeze()  # a pass over all that the engine's imports brought would delay a batch
-        return Opened(self._engine.meta, profile, accuracy)
+        meta = msgspec.structs.replace(engine.meta, batchable=not self._unjoined)
+        return Opened(meta, profile, samples.size(meta), accuracy, self._unjoined)
 
-    def _profile(self, engine: Engine, order: Open) -> tuple[tuple[int, int, int], ...]:
-        """Warm every session and measure it: medians over a few runs per size."""
-        sizes = [1]
-        while engine.meta.batchable and sizes[-1] < order.max_batch:
+    def _profile(
+        self, engine: Engine, order: Open, samples: Samples
+    ) -> tuple[tuple[int, int, int], ...]:
+        """Warm every session and measure it: medians over a few runs per size. Where more rows
+        than one fail after all, they are not joined."""
+        sizes = [1] if samples.rows else []
+        while not self._unjoined and sizes and sizes[-1] < order.max_batch:
             sizes.append(min(order.max_batch, 2 * sizes[-1]))
         measured: list[tuple[int, int, int]] = []
         began = time.monotonic_ns()
         for units in order.units:
             for rows in sizes:
-                if measured and time.monotonic_ns() - began > PROFILE_BUDGET_NS:
+                late = time.monotonic_ns() - began > PROFILE_BUDGET_NS
+                if (measured and late) or (rows > 1 and self._unjoined):
                     break
-                inputs = _made_up(engine, rows, order.shapes)
+                inputs = samples.batch(engine, rows)
                 try:
                     engine.run(units, inputs)
-                except ModelError:
-                    if measured or order.shapes:
+                except ModelError as error:
+                    if rows == 1 or order.joining is Joining.TRUSTED:
                         raise
-                    # Free axes besides the batch: one row of ones may be no legal input.
-                    return ()
+                    self._unjoined = f"{ONE_ROW}: of {rows} it says {error}"
+                    break
                 times = [_timed(engine, units, inputs) for _ in range(PROFILE_RUNS)]
                 measured.append((units, rows, round(statistics.median(times))))
-        return tuple(measured)
-
-    def _accuracy(self, engine: Engine, order: Open) -> float:
-        """Share of the check data whose first output's largest class is the label."""
-        try:
-            with np.load(order.check, allow_pickle=False) as data:
-                labels = data["labels"]
-                inputs = {t.name: data[t.name] for t in engine.meta.inputs}
-        except Exception as error:  # zip, pickle, key and value errors alike
-            raise ModelError(f"{Path(order.check).name} cannot be read: {error}") from error
-        right = 0
-        step = order.max_batch if engine.meta.batchable else 1
-        for start in range(0, len(labels), step):
-            part = {name: array[start : start + step] for name, array in inputs.items()}
-            scores = engine.run(order.units[0], part)[0]
-            right += int((scores.argmax(axis=-1).ravel() == labels[start : start + step]).sum())
-        return right / max(1, len(labels))
+        return tuple(m for m in measured if m[1] == 1 or not self._unjoined)
 
     # --- executing --------------------------------------------------------------------------
 
     def _run(self, order: Run) -> Done | Failed:
         started = time.monotonic_ns()
-        try:
-            items = self._execute(order.units, order.items)
-        except _FAILURES as error:
-            if len(order.items) == 1:
-                return Failed(order.batch, _said(error))
-            items = None
+        was, together = self._unjoined, ""
+        items = None
+        if len(order.items) == 1 or not self._unjoined:
+            try:
+                items = self._execute(order.units, order.items)
+            except _FAILURES as error:
+                if len(order.items) == 1:
+                    return Failed(order.batch, self._why(order.items[0], error))
+                together = _said(error)
         if items is None:
             # One request's fault, or outputs that are not row by row: nobody else's business.
             items = tuple(self._execute_alone(order.units, item) for item in order.items)
+            if together and not any(item.error for item in items):
+                self._unjoined = f"requests that it answers alone failed together: {together}"
         ended = time.monotonic_ns()
-        return Done(order.batch, max(0, started - order.sent), ended - started, items)
+        found = self._unjoined if self._unjoined != was else ""
+        return Done(order.batch, max(0, started - order.sent), ended - started, items, found)
 
     def _execute(self, units: int, items: tuple[Item, ...]) -> tuple[Outputs, ...] | None:
-        """Outputs of requests run as one; None if they cannot be told apart by their rows."""
+        """Outputs of requests run as one; None, and no joining from then on, if an output is not
+        row by row: then whose is whose cannot be told."""
         assert self._engine is not None
         outputs = self._engine.run(units, self._gather(self._engine, items))
-        rows = sum(item.rows for item in items)
-        if len(items) > 1 and any(output.shape[:1] != (rows,) for output in outputs):
+        if not self._unjoined:
+            rows = sum(item.rows for item in items)
+            for meta, output in zip(self._engine.meta.outputs, outputs, strict=True):
+                if output.shape[:1] != (rows,):
+                    shape = list(output.shape)
+                    self._unjoined = f"output {meta.name!r} had the shape {shape} for {rows} rows"
+                    break
+        if len(items) > 1 and self._unjoined:
             return None
         return self._scatter(items, outputs)
 
@@ -169,9 +186,16 @@ class Worker:
         try:
             outputs = self._execute(units, (item,))
         except _FAILURES as error:
-            return Outputs((), error=_said(error))
+            return Outputs((), error=self._why(item, error))
         assert outputs is not None
         return outputs[0]
+
+    def _why(self, item: Item, error: Exception) -> str:
+        """Why a request failed."""
+        rows = max((place.shape[:1] for place in item.inputs), default=())
+        if self._unjoined.startswith(ONE_ROW) and rows > (1,):
+            return f"this model takes one row a request; send the {rows[0]} rows one by one"
+        return _said(error)
 
     def _gather(self, engine: Engine, items: tuple[Item, ...]) -> dict[str, Array]:
         """One array an input: a view of the arena for one request, else rows joined."""
@@ -239,21 +263,19 @@ def _strings(raw: memoryview, shape: tuple[int, ...]) -> Array:
     return np.array(found, dtype=np.object_).reshape(shape)
 
 
-def _made_up(engine: Engine, rows: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, Array]:
-    """Inputs of the right shape for the warm-up; free axes are 1 unless ``shapes`` says."""
-    random = np.random.default_rng(0)
-    inputs: dict[str, Array] = {}
-    for meta in engine.meta.inputs:
-        shape = [d if d >= 0 else 1 for d in shapes.get(meta.name, meta.shape)]
-        if engine.meta.batchable:
-            shape[0] = rows
-        if meta.datatype == "BYTES":
-            inputs[meta.name] = np.full(shape, "cotenant", dtype=np.object_)
-        elif meta.datatype.startswith("FP"):
-            inputs[meta.name] = random.random(shape).astype(NUMPY[meta.datatype])
-        else:
-            inputs[meta.name] = np.zeros(shape, dtype=NUMPY[meta.datatype])
-    return inputs
+def _samples(engine: Engine, order: Open, data: CheckData | None) -> Samples:
+    if data is not None:
+        return check_samples(engine, order.units[0], data)
+    return make_samples(engine, order.units[0], order.settings.shapes, order.settings.ranges)
+
+
+def _unjoined(engine: Engine, order: Open, samples: Samples) -> str:
+    """Why rows are not to be joined, on somebody's word or by trial; "" if they are."""
+    if order.joining is Joining.NONE:
+        return "its settings say so (batch: none)"
+    if order.joining is Joining.TRUSTED and engine.meta.batchable:
+        return ""
+    return judge(engine, order.units[0], samples, order.max_batch)
 
 
 def _timed(engine: Engine, units: int, inputs: dict[str, Array]) -> int:

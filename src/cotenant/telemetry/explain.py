@@ -51,7 +51,7 @@ class RefusalGroup(msgspec.Struct):
 
 
 class Incident(msgspec.Struct, frozen=True):
-    """Something that happened to ``subject`` (a job, a worker, a layout)."""
+    """Something that happened to ``subject`` (a job, a worker, a service, a layout)."""
 
     wall: float
     subject: str
@@ -92,6 +92,7 @@ class Explanation(msgspec.Struct):
     refusals: list[RefusalGroup] = []
     jobs: list[Incident] = []
     workers: list[Incident] = []
+    services: list[Incident] = []
     layouts: list[Incident] = []
     slowest: list[SlowRequest] = []
     pauses: list[Pause] = []
@@ -163,6 +164,7 @@ class _Witness:
         self.arrivals: dict[str, int] = {}
         self.groups: dict[tuple[str, str], RefusalGroup] = {}
         self.paused: dict[str, Pause] = {}
+        self.notes: dict[str, tuple[str, ...]] = {}
 
     def feed(self, entry: Entry) -> None:
         match entry:
@@ -206,6 +208,8 @@ class _Witness:
                 self.requests[request.id] = request
                 self.arrivals[request.service] = self.arrivals.get(request.service, 0) + 1
                 self.told.arrived += 1
+            case e.ServiceAdded():
+                self._noted(wall, event)
             case e.WorkerDown():
                 self._worker_down(wall, event, record)
             case e.JobExited(job=job):
@@ -286,6 +290,12 @@ class _Witness:
         if request is not None and (group.count & (group.count - 1) == 0 or not group.example):
             state = self.dispatcher.state if self.dispatcher is not None else None
             group.example = sentences.refusal(request, now, action, event, state)
+
+    def _noted(self, wall: float, event: e.ServiceAdded) -> None:
+        old, self.notes[event.service] = self.notes.get(event.service, ()), event.notes
+        for note in event.notes:
+            if note not in old:
+                self._keep(self.told.services, Incident(wall, event.service, note))
 
     def _worker_down(self, wall: float, event: e.WorkerDown, record: Record) -> None:
         state = self.dispatcher.state if self.dispatcher is not None else None

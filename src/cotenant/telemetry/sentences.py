@@ -9,6 +9,7 @@ from cotenant.domain import events as e
 from cotenant.domain.request import Refusal, Request
 from cotenant.domain.units import format_duration
 from cotenant.policy.admission import RETRY_MIN, busy_for
+from cotenant.policy.estimate import size_class
 from cotenant.policy.lending import in_debt
 from cotenant.policy.state import DispatcherState, PartitionState, ServiceState, WorkerState
 
@@ -88,7 +89,8 @@ def _own(state: DispatcherState | None, service: ServiceState | None, request: R
 
 def _own_ns(state: DispatcherState, service: ServiceState, request: Request) -> int:
     where = [state.partitions[p] for p in service.partitions]
-    times = (service.exec[p.kind].predict(p.compute, request.rows) for p in where)
+    size = size_class(request.size)
+    times = (service.exec[p.kind].predict(p.compute, request.rows, size) for p in where)
     return min(times, default=0)
 
 

@@ -1,0 +1,119 @@
+"""Whether rows of several requests may be run as one batch: seen, not guessed from names.
+
+A free first axis may be a batch axis, but also time, a count of what was found, or rows that look
+at each other. So rows are run singly and together, in several sizes and positions: only where each
+gets the same answer, to the tolerance of its type, are requests ever joined. Where inputs and
+outputs call their first axis alike fewer trials do; where the names differ (or there are none) more
+are made.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Final
+
+import numpy as np
+
+from cotenant.domain.errors import ModelError
+from cotenant.engines.base import Array, Engine
+from cotenant.engines.samples import Samples, joined
+
+TOLERANCE: Final = {"e": 2e-2, "f": 1e-3, "d": 1e-7}
+"""By NumPy's character of a type: how much of the largest value of a row's answer another order of
+additions may change it. All but floating-point answers must be equal."""
+BUDGET_NS: Final = 4_000_000_000
+"""After this the trials that must be made are enough."""
+ONE_ROW: Final = "it takes one row, but not more"
+_FEW, _MANY = 4, 8
+_LEAST: Final = {_FEW: 2, _MANY: 4}
+"""Trials made whatever they take, by the rows that there are."""
+_LARGEST: Final = 32
+
+
+def judge(engine: Engine, units: int, samples: Samples, limit: int) -> str:
+    """Why rows must not be joined; "" if they may be, up to ``limit`` in a batch."""
+    if not engine.meta.batchable:
+        return "its first axis is not free in all inputs and outputs"
+    if samples.doubt:
+        return samples.doubt
+    if len(samples.rows) < 2:
+        return "the check data have one row; two are needed to see"
+    count = min(_FEW if _named_alike(engine) else _MANY, len(samples.rows))
+    rows = samples.rows[:count]
+    began = time.monotonic_ns()
+    alone = [engine.run(units, row) for row in rows]
+    names = [t.name for t in engine.meta.outputs]
+    for answers in alone:
+        for name, answer in zip(names, answers, strict=True):
+            if answer.shape[:1] != (1,):
+                return f"output {name!r} has {_entries(answer)} for one row"
+    again = engine.run(units, rows[0])
+    if not all(map(same, again, alone[0])):
+        return "it answers the same input differently each time"
+    least = _LEAST[_FEW if count <= _FEW else _MANY]
+    for done, group in enumerate(_groups(count, max(2, limit))):
+        if done >= least and time.monotonic_ns() - began > BUDGET_NS:
+            break
+        problem = _compare(engine, units, rows, group, alone)
+        if problem:
+            return problem
+    return ""
+
+
+def _compare(
+    engine: Engine,
+    units: int,
+    rows: list[dict[str, Array]],
+    group: Sequence[int],
+    alone: list[list[Array]],
+) -> str:
+    try:
+        together = engine.run(units, joined([rows[i] for i in group]))
+    except ModelError as error:
+        return f"{ONE_ROW}: of {len(group)} it says {error}"
+    for index, tensor in enumerate(engine.meta.outputs):
+        answer = together[index]
+        if answer.shape[:1] != (len(group),):
+            return f"output {tensor.name!r} has {_entries(answer)} for {len(group)} rows"
+        for position, row in enumerate(group):
+            if not same(answer[position : position + 1], alone[row][index]):
+                return f"output {tensor.name!r} of a row depends on the rows beside it"
+    return ""
+
+
+def same(a: Array, b: Array) -> bool:
+    """Whether two answers are one, to the tolerance of their type."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    if a.dtype.char not in TOLERANCE:
+        return bool(np.array_equal(a, b))
+    if not a.size:
+        return True
+    finite = np.abs(b[np.isfinite(b)])
+    scale = float(finite.max()) if finite.size else 0.0
+    bound = TOLERANCE[a.dtype.char] * scale
+    return bool(np.allclose(a, b, rtol=0.0, atol=bound, equal_nan=True))
+
+
+def _named_alike(engine: Engine) -> bool:
+    """Whether all inputs and outputs have one name for their first axis."""
+    tensors = (*engine.meta.inputs, *engine.meta.outputs)
+    names = {engine.axes[t.name][0] for t in tensors}
+    return len(names) == 1 and "" not in names
+
+
+def _groups(count: int, limit: int) -> list[list[int]]:
+    """Which rows are run together: pairs both ways round first, then more, each row in several
+    positions."""
+    whole = list(range(count))
+    groups = [[0, 1], [1, 0], whole[::-1], [*whole[2:], *whole[:2]], whole[:3], whole]
+    if count > _FEW:
+        groups += [[*whole[3:], *whole[:3]], whole[1::2] + whole[::2], [0, 0, 1], [5, 2]]
+    groups.append([i % count for i in range(min(limit, _LARGEST))])
+    cut = [group[:limit] for group in groups]
+    return [g for i, g in enumerate(cut) if len(g) > 1 and g not in cut[:i]]
+
+
+def _entries(answer: Array) -> str:
+    return f"{answer.shape[0]} entries along its first axis" if answer.ndim else "no axis"
