@@ -19,6 +19,7 @@ import msgspec
 
 from cotenant import __version__
 from cotenant.cli.joblog import JobLog
+from cotenant.cli.submitting import directory, has_input, inherited
 from cotenant.domain.errors import CotenantError, EnvironmentProblem, JournalError, NotFound
 from cotenant.domain.port import JobStatus
 from cotenant.domain.units import parse_bytes
@@ -117,12 +118,13 @@ def cmd_run(args: argparse.Namespace) -> int:
     """``cotenant run``: submit a job; with ``--follow`` show its log until it has ended."""
     if args.guaranteed > args.limit:
         args.parser.error("--guaranteed must not exceed --limit")
+    env, left_out = inherited()
     spec = JobSpec(
         id="",
         name=args.name,
         command=tuple(args.command),
-        cwd=str(Path(args.cwd).absolute()),
-        env=dict(args.env),
+        cwd=directory(args.cwd),
+        env={**env, **dict(args.env)},
         weight=args.weight,
         guaranteed=args.guaranteed,
         limit=args.limit,
@@ -132,19 +134,28 @@ def cmd_run(args: argparse.Namespace) -> int:
     )
     client = _client(args)
     job = client.submit(spec)
+    if left_out:
+        _note(f"not passed on to the job, being no UTF-8 text: {', '.join(left_out)}")
+    if has_input():
+        _note(
+            "stdin is not passed on: a job's input is empty; let it read a file, as in "
+            "cotenant run -- sh -c 'COMMAND < FILE'"
+        )
     if not args.follow:
         print(job)
         return 0
-    print(f"cotenant: job {job}", file=sys.stderr)
+    _note(f"job {job}")
     try:
         ended = _follow(client, job, None)
     except KeyboardInterrupt:
-        print(f"cotenant: job {job} goes on; stop it with: cotenant cancel {job}", file=sys.stderr)
+        _note(f"job {job} goes on; stop it with: cotenant cancel {job}")
         return 0
     if ended.state != JobState.SUCCEEDED.value:
         raise CotenantError(
             f"job {job} {ended.state}" + (f": {ended.reason}" if ended.reason else "")
         )
+    if ended.reason:
+        _note(f"job {job} {ended.state}: {ended.reason}")
     return 0
 
 
@@ -301,6 +312,10 @@ def _console() -> Any:
     return PlainConsole(width=width, markup=False, highlight=False, emoji=False)
 
 
+def _note(text: str) -> None:
+    print(f"cotenant: {text}", file=sys.stderr)
+
+
 def _print(view: Any) -> int:
     _console().print(view)
     return 0
@@ -355,6 +370,10 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _add_run(run: argparse.ArgumentParser) -> None:
     run.usage = "cotenant run [options] -- COMMAND [ARGUMENT ...]"
+    run.description = (
+        "Submit a job. It gets this shell's environment, without COTENANT_* variables, and this "
+        "working directory. Its standard input is empty, and its output goes to its log."
+    )
     run.add_argument("--name", default="", help="default: the command's")
     run.add_argument("--weight", type=_positive, default=1.0, metavar="W",
                      help="its part of what jobs share (1)")  # fmt: skip
@@ -366,7 +385,8 @@ def _add_run(run: argparse.ArgumentParser) -> None:
                      help="resident memory at which it is ended, such as 2GiB")  # fmt: skip
     run.add_argument("--restart", choices=[p.value for p in RestartPolicy], default="on-failure")
     run.add_argument("--max-restarts", type=_count, default=5, metavar="N")
-    run.add_argument("--env", type=_variable, action="append", default=[], metavar="K=V")
+    run.add_argument("--env", type=_variable, action="append", default=[], metavar="K=V",
+                     help="a variable to add to this environment, or to change")  # fmt: skip
     run.add_argument("--cwd", default=".", metavar="D", help="default: this directory")
     run.add_argument("--follow", action="store_true", help="show its output until it ends")
     run.add_argument("command", nargs="+", metavar="COMMAND", help="after --")
