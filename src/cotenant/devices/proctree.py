@@ -147,19 +147,34 @@ def cpu_seconds(root: int, table: Mapping[int, Stat] | None = None) -> float:
 
 
 def resident_bytes(pids: Iterable[int]) -> int:
-    """Sum of the resident set sizes of these processes.
+    """Sum of the resident set sizes of these processes: cheap, and an upper bound.
 
     Pages that several of them share (libraries, memory not yet written after a fork, shared
-    mappings) count once in each, so the sum is an upper bound: for a loader with many forked
-    workers it can be well above what the tree really occupies. The exact figure (PSS) would
-    cost milliseconds per process and look.
+    mappings) count once in each; ``proportional_bytes`` counts them once in all.
     """
-    pages = 0
-    for pid in pids:
-        fields = _read(f"/proc/{pid}/statm").split()
-        if len(fields) > 1:
-            pages += int(fields[1])
-    return pages * PAGE_BYTES
+    return sum(_resident(pid) for pid in pids)
+
+
+def proportional_bytes(pids: Iterable[int]) -> int:
+    """Sum of the proportional set sizes (PSS, proc(5)): a page that n processes share counts
+    1/n in each of them.
+
+    Costs milliseconds for each GiB of a process. Where the kernel does not say (another user's
+    process), the resident set counts.
+    """
+    return sum(_proportional(pid) for pid in pids)
+
+
+def _resident(pid: int) -> int:
+    fields = _read(f"/proc/{pid}/statm").split()
+    return int(fields[1]) * PAGE_BYTES if len(fields) > 1 else 0
+
+
+def _proportional(pid: int) -> int:
+    for line in _read(f"/proc/{pid}/smaps_rollup").splitlines():
+        if line.startswith(b"Pss:"):
+            return int(line.split()[1]) * 1024
+    return _resident(pid)
 
 
 def marked(variable: str, value: str) -> list[int]:

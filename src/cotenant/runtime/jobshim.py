@@ -35,6 +35,7 @@ import sys
 import time
 
 from cotenant.devices import proctree
+from cotenant.runtime.jobmemory import MemoryLimit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,7 +47,6 @@ PR_SET_CHILD_SUBREAPER = 36
 OOM_SCORE = 500  # when memory runs out the kernel takes a job before it takes the daemon
 CHUNK_BYTES = 65536
 RECORD_BYTES = 512
-MEMORY_EVERY_S = 0.1
 STOP_EVERY_S = 0.05
 LOG_PAUSE_S = 0.005
 """Pause after each chunk: however a job writes, the shim wakes up at most 200 times a second
@@ -115,7 +115,8 @@ class Shim:
         self._began = time.monotonic()
         self._stop_asked = False
         self._stop_at: float | None = None
-        self._memory_at = 0.0
+        limit = spec["memory"]
+        self._memory = MemoryLimit(limit, self._tree) if limit else None
         self._log_at = 0.0
         self._over_memory = 0
 
@@ -261,8 +262,8 @@ class Shim:
         if self._stop_at is not None and now >= self._stop_at and self._status is None:
             proctree.kill(self._tree)
             self._reap()
-        if self._spec["memory"] and now >= self._memory_at:
-            self._check_memory(now)
+        if self._memory is not None and now >= self._memory.due:
+            self._check_memory(self._memory)
 
     def _timeout_ms(self) -> int | None:
         now = time.monotonic()
@@ -271,8 +272,8 @@ class Shim:
             waits.append(self._log_at - now)
         if self._stop_at is not None:
             waits.append(STOP_EVERY_S)
-        if self._spec["memory"]:
-            waits.append(self._memory_at - now)
+        if self._memory is not None:
+            waits.append(self._memory.due - now)
         return max(1, round(1000 * min(waits))) if waits else None
 
     def _reap(self) -> None:
@@ -307,13 +308,9 @@ class Shim:
                     return
                 self._log.write(data)
 
-    def _check_memory(self, now: float) -> None:
-        resident = proctree.resident_bytes(self._tree())
-        took = time.monotonic() - now
-        # On a machine with thousands of processes a look is dear: keep it below 2 % of a core.
-        self._memory_at = now + max(MEMORY_EVERY_S, 50 * took)
-        if resident > self._spec["memory"]:
-            self._over_memory = resident
+    def _check_memory(self, memory: MemoryLimit) -> None:
+        if over := memory.look():
+            self._over_memory = over
             proctree.kill(self._tree)
             self._reap()
 
