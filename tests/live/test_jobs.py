@@ -23,8 +23,8 @@ from cotenant.domain.errors import EnvironmentProblem, InvalidRequest, NotFound
 from cotenant.domain.port import JobStatus
 from cotenant.domain.units import S
 from cotenant.domain.workload import JobSpec, RestartPolicy
+from cotenant.runtime.boundedlog import BoundedLog
 from cotenant.runtime.jobs import JobOptions, JobSupervisor
-from cotenant.runtime.jobshim import BoundedLog
 from cotenant.runtime.jobstore import JobStore
 from cotenant.runtime.jobverdict import RestartRules
 

@@ -59,6 +59,8 @@ class Outcome(msgspec.Struct, frozen=True):
     log_dropped: int = 0
     left: int = 0
     """Processes that could not be killed."""
+    behind: int = 0
+    """Processes that the command had left running, ended with it."""
     ran_s: float = 0.0
     cpu_s: float = 0.0
     ended: float = 0.0
@@ -83,11 +85,22 @@ class Outcome(msgspec.Struct, frozen=True):
             return f"memory limit {limit} exceeded ({resident} resident)"
         if self.lost:
             return "its supervising process was killed" if self.begun else "could not be started"
+        return "; ".join(filter(None, (self._end(), self._left_behind())))
+
+    def _end(self) -> str:
         if self.code is not None and self.code < 0:
             with contextlib.suppress(ValueError):
                 return f"killed by {signal.Signals(-self.code).name}"
             return f"killed by signal {-self.code}"
         return f"exited with {self.code}" if self.code else ""
+
+    def _left_behind(self) -> str:
+        if not self.behind:
+            return ""
+        processes = "process" if self.behind == 1 else "processes"
+        return (
+            f"ended with it: {self.behind} background {processes} (let the command wait for them)"
+        )
 
 
 class _Started(msgspec.Struct, frozen=True):
