@@ -115,11 +115,6 @@ def alive(pid: int) -> bool:
     return proctree.start_time(pid) != 0
 
 
-def is_stopped(pid: int) -> bool:
-    found = proctree.stat(pid)
-    return found is not None and found.state == b"T"
-
-
 def test_a_process_cannot_hide_behind_its_name() -> None:
     code = "open('/proc/self/comm', 'w').write(') Z 1 (x'); print(flush=True); input()"
     with subprocess.Popen(
@@ -369,10 +364,10 @@ def test_hold_stops_a_job_and_release_continues_it(tmp_path: Path) -> None:
             assert n.jobs.hold(id) == id
             assert n.status(id).state == "held"
             assert n.calls == [("ready", id), ("exited", id)]
-            await until(lambda: is_stopped(pid))
+            await until(lambda: proctree.is_stopped(pid))
             os.kill(pid, signal.SIGCONT)  # whoever continues it, it is stopped again
-            await until(lambda: is_stopped(pid))
-            await until(lambda: all(map(is_stopped, proctree.descendants(pid))))
+            await until(lambda: proctree.is_stopped(pid))
+            await until(lambda: all(map(proctree.is_stopped, proctree.descendants(pid))))
             beats = len(n.lines("beats"))
             await asyncio.sleep(0.1)
             assert len(n.lines("beats")) == beats
@@ -565,12 +560,12 @@ def test_a_killed_daemon_loses_no_job_and_runs_none_twice(tmp_path: Path) -> Non
                 if words[0] == "ready":
                     pids[words[1]] = int(words[2])
             os.kill(pids["j1"], signal.SIGSTOP)  # as the dispatcher would between slices
-            await until(lambda: is_stopped(pids["j1"]))
+            await until(lambda: proctree.is_stopped(pids["j1"]))
             cpus = os.sched_getaffinity(0)
             os.sched_setaffinity(pids["j1"], {min(cpus)})
             process.kill()
             process.wait()
-        await until(lambda: not is_stopped(pids["j1"]))
+        await until(lambda: not proctree.is_stopped(pids["j1"]))
         assert os.sched_getaffinity(pids["j1"]) == cpus
         os.kill(parent(pids["j3"]), signal.SIGKILL)
         (tmp_path / "end0").touch()
@@ -608,7 +603,7 @@ def test_an_adopted_job_keeps_its_process_and_outlives_a_second_crash(tmp_path: 
         for count in (1, 0, 0):
             pid = crash(count)
             pids.add(pid)
-            await until(lambda pid=pid: not is_stopped(pid))  # each crash set it free
+            await until(lambda pid=pid: not proctree.is_stopped(pid))  # each crash set it free
         assert len(pids) == 1
         async with node(tmp_path) as n:
             assert n.pids == {"j0": pids.pop()}

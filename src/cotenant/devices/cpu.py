@@ -7,6 +7,11 @@ How it takes space back from a job, and what was found to matter:
   confined as its maker was.
 * A job that loses its last core is stopped as a whole (SIGSTOP to every process, so that a
   gang does not spin at a barrier for a member that is gone) and continued when it gets one.
+  Who watches a process may act on the news of its stop only after that, and stop itself
+  (script, su). So parents are stopped first and continued last, and for some looks after it
+  what is found stopped is continued again; what a job stops later is its own affair.
+* A job may set its own affinity (taskset, numactl, OMP_PROC_BIND). Within its cores that holds
+  until they change; a thread found outside is brought back at the next look.
 * A thread moved off a core does not come back by itself for some milliseconds: the kernel
   balances lazily. On a grant the busiest threads are therefore put on the new cores one by one
   (pinned there, then given the whole mask).
@@ -45,6 +50,8 @@ NATIVE_NICE = -10
 """Niceness of the node's native threads beside its real-time ones."""
 JOB_NICE = 10
 """Niceness of jobs where inference cannot have real-time priority."""
+CONTINUE_LOOKS = 8
+"""Looks after a job was continued at which what is found stopped is continued again."""
 _FIFO = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
 """Threads made later start at ordinary priority; ``refresh`` raises those of workers."""
 
@@ -62,6 +69,8 @@ class _Job(msgspec.Struct):
     """Thread ids, those that used most CPU since the last look first."""
     ticks: dict[int, int] = {}
     stopped: bool = False
+    looks: int = 0
+    """How many more looks continue what they find stopped."""
 
     @property
     def cores(self) -> set[int]:
@@ -216,8 +225,8 @@ class CpuDevice:
             with contextlib.suppress(OSError):
                 os.sched_setaffinity(tid, cores)
         if job.stopped:
-            proctree.send(job.pids, signal.SIGCONT)
-            job.stopped = False
+            proctree.send(reversed(job.pids), signal.SIGCONT)
+            job.stopped, job.looks = False, CONTINUE_LOOKS
 
     def _spread(self, job: _Job, new: tuple[int, ...]) -> None:
         """Put one busy thread on each core that is new to the job; ``_apply`` widens after."""
@@ -230,6 +239,9 @@ class CpuDevice:
     def _note_processes(self, job: _Job, pids: list[int]) -> None:
         """``pids`` are the job's now: newcomers are brought into line."""
         seen = [_Thread(tid, _thread_ticks(tid)) for tid in proctree.threads(pids)]
+        confined = job.cores
+        strays = [t.tid for t in seen if confined and not _affinity(t.tid) <= confined]
+        halted = list(filter(proctree.is_stopped, reversed(pids))) if job.looks else []
         used = {t.tid: t.ticks - job.ticks.get(t.tid, 0) for t in seen}
         fresh = {t.tid for t in seen} - set(job.threads)
         job.threads = sorted(used, key=lambda tid: (-used[tid], tid))
@@ -239,11 +251,14 @@ class CpuDevice:
         with self._lock:
             if job.stopped:
                 proctree.send(newborn, signal.SIGSTOP)
-            for tid in fresh:
+            elif job.looks:
+                job.looks -= 1
+                proctree.send(filter(proctree.is_stopped, halted), signal.SIGCONT)
+            for tid in fresh.union(strays):
                 self._tame(tid, job.cores)
 
     def _tame(self, tid: int, cores: set[int]) -> None:
-        """Bring a thread that is new to us into line."""
+        """Bring a thread into line that is new to us, or has left its cores."""
         with contextlib.suppress(OSError):
             if cores:
                 os.sched_setaffinity(tid, cores)
@@ -331,6 +346,13 @@ class CpuDevice:
 
 def _make_realtime(tid: int, priority: int) -> None:
     os.sched_setscheduler(tid, _FIFO, os.sched_param(priority))
+
+
+def _affinity(tid: int) -> set[int]:
+    try:
+        return os.sched_getaffinity(tid)
+    except OSError:
+        return set()
 
 
 def _thread_ticks(tid: int) -> int:

@@ -82,6 +82,12 @@ def _stat(pid: int, path: str) -> Stat | None:
     return Stat(pid, fields) if len(fields) > 19 else None
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a process stands still because of a signal; one that is traced does not count."""
+    found = stat(pid)
+    return found is not None and found.state == b"T"
+
+
 def start_time(pid: int) -> int:
     """Start of a process in clock ticks after boot; 0 if it does not exist or is a zombie."""
     found = stat(pid)

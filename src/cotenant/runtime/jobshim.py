@@ -215,7 +215,7 @@ class Shim:
         if self._stop is not None:  # its children, say, write their checkpoints
             return now >= self._stop.ends
         # Some only see to it that nothing is left (Python's resource tracker).
-        if not all(map(_is_stopped, left)):
+        if not all(map(proctree.is_stopped, left)):
             self._moment_s -= min(now - self._left_at, LOOK_EVERY_S)
         self._left_at = now
         return self._moment_s <= 0
@@ -343,11 +343,6 @@ class Shim:
         directory = os.open(self._directory, os.O_RDONLY | os.O_CLOEXEC)
         os.fsync(directory)
         os.close(directory)
-
-
-def _is_stopped(pid: int) -> bool:
-    found = proctree.stat(pid)
-    return found is not None and found.state == b"T"
 
 
 def _private(path: str, flags: int) -> int:
