@@ -249,9 +249,9 @@ def test_what_a_job_forks_while_it_is_attached_stands_still_and_is_confined_with
     tree = trees("sleep", "1000")
     look = proctree.descendants
 
-    def forks_after_the_look(root: int) -> list[int]:
+    def forks_after_the_look(root: int, table: Any) -> list[int]:
         monkeypatch.undo()
-        found = look(root)
+        found = look(root, table)
         tree.another()
         return found
 

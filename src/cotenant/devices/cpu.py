@@ -8,8 +8,9 @@ How it takes space back from a job, and what was found to matter:
 * A job that loses its last core is stopped as a whole (SIGSTOP to every process, so that a
   gang does not spin at a barrier for a member that is gone) and continued when it gets one.
   Who watches a process may act on the news of its stop only after that, and stop itself
-  (script, su). So parents are stopped first and continued last, and for some looks after it
-  what is found stopped is continued again; what a job stops later is its own affair.
+  (script, su), or go on without it (a shell with job control). So parents are stopped first
+  and continued last, and for some looks after it what is found stopped is continued again;
+  what a job stops later is its own affair.
 * A job may set its own affinity (taskset, numactl, OMP_PROC_BIND). Within its cores that holds
   until they change; a thread found outside is brought back at the next look.
 * A thread moved off a core does not come back by itself for some milliseconds: the kernel
@@ -65,6 +66,9 @@ class _Job(msgspec.Struct):
     root: int
     granted: dict[str, tuple[int, ...]] = {}
     pids: list[int] = []
+    """Parents first."""
+    watching: set[int] = set()
+    """Those that may act on the news that a child of theirs was stopped."""
     threads: list[int] = []
     """Thread ids, those that used most CPU since the last look first."""
     ticks: dict[int, int] = {}
@@ -183,8 +187,8 @@ class CpuDevice:
         """``pid``'s descendants (not itself) are the job; they stand still until a grant."""
         found = self._jobs[job] = _Job(root=pid, stopped=True)
         # So far it ran on any core; what it forks just after a single look would go on doing so.
-        pids = proctree.freeze(lambda: proctree.descendants(pid))
-        self._note_processes(found, pids)
+        proctree.freeze(pid)
+        self._look_at_job(found, proctree.scan())
 
     def detach_job(self, job: str) -> None:
         found = self._jobs.pop(job, None)
@@ -216,10 +220,10 @@ class CpuDevice:
     def _apply(self, job: _Job) -> None:
         cores = job.cores
         if not cores:
-            proctree.send(job.pids, signal.SIGSTOP)
+            sent = proctree.stop(job.pids, job.watching)
             job.stopped = True
             if not self._realtime:
-                _await_stopped(job.pids)
+                proctree.await_stopped(sent)
             return
         for tid in job.threads:
             with contextlib.suppress(OSError):
@@ -236,24 +240,26 @@ class CpuDevice:
                 with contextlib.suppress(OSError):
                     os.sched_setaffinity(job.threads[older + index], {core})
 
-    def _note_processes(self, job: _Job, pids: list[int]) -> None:
-        """``pids`` are the job's now: newcomers are brought into line."""
+    def _look_at_job(self, job: _Job, table: dict[int, proctree.Stat]) -> None:
+        """See what became of a job: newcomers and strays are brought into line."""
+        pids = proctree.descendants(job.root, table)
+        watching = proctree.watchers(pids, table)
         seen = [_Thread(tid, _thread_ticks(tid)) for tid in proctree.threads(pids)]
         confined = job.cores
         strays = [t.tid for t in seen if confined and not _affinity(t.tid) <= confined]
-        halted = list(filter(proctree.is_stopped, reversed(pids))) if job.looks else []
+        halted = [pid for pid in pids if table[pid].state == b"T"]
+        moving = [pid for pid in pids if table[pid].state not in (b"T", b"t")]
         used = {t.tid: t.ticks - job.ticks.get(t.tid, 0) for t in seen}
         fresh = {t.tid for t in seen} - set(job.threads)
         job.threads = sorted(used, key=lambda tid: (-used[tid], tid))
         job.ticks = {t.tid: t.ticks for t in seen}
-        newborn = [pid for pid in pids if pid not in job.pids]
-        job.pids = pids
         with self._lock:
+            job.pids, job.watching = pids, watching
             if job.stopped:
-                proctree.send(newborn, signal.SIGSTOP)
+                proctree.stop(moving, watching)
             elif job.looks:
                 job.looks -= 1
-                proctree.send(filter(proctree.is_stopped, halted), signal.SIGCONT)
+                proctree.send(filter(proctree.is_stopped, reversed(halted)), signal.SIGCONT)
             for tid in fresh.union(strays):
                 self._tame(tid, job.cores)
 
@@ -327,8 +333,9 @@ class CpuDevice:
                     os.setpriority(os.PRIO_PROCESS, tid, NATIVE_NICE)
 
     def refresh(self) -> None:
+        table = proctree.scan() if self._jobs else {}
         for job in list(self._jobs.values()):
-            self._note_processes(job, proctree.descendants(job.root))
+            self._look_at_job(job, table)
         for worker in list(self._workers.values()):
             self._look_at_worker(worker)
         self.protect_self()
@@ -358,12 +365,3 @@ def _affinity(tid: int) -> set[int]:
 def _thread_ticks(tid: int) -> int:
     found = proctree.thread_stat(tid)
     return found.cpu_ticks if found is not None else 0
-
-
-def _await_stopped(pids: list[int], within_ns: int = 2 * MS) -> None:
-    """Wait until the kernel has stopped all of them: a running one takes a moment."""
-    end = time.monotonic_ns() + within_ns
-    for pid in pids:
-        while (found := proctree.stat(pid)) is not None and found.state in b"RSD":
-            if time.monotonic_ns() > end:
-                return

@@ -191,9 +191,15 @@ class JobRun:
         """Kill the shim; ``outcome`` kills what is left."""
         self._send(signal.SIGKILL)
 
-    def tree(self) -> list[int]:
-        """Pids of the job's processes now (blocking: reads /proc)."""
-        return proctree.descendants(self.shim_pid) if self.shim_pid else []
+    def freeze(self) -> None:
+        """Stop the job's processes (blocking: reads /proc)."""
+        if self.shim_pid:
+            proctree.freeze(self.shim_pid)
+
+    def thaw(self) -> None:
+        """Continue them, children first: their parents then find them running."""
+        if self.shim_pid:
+            proctree.send(reversed(proctree.descendants(self.shim_pid)), signal.SIGCONT)
 
     async def discard(self) -> None:
         """Let go of it and remove its directory: its end has been recorded."""

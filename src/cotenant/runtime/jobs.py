@@ -23,7 +23,6 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -389,9 +388,9 @@ class JobSupervisor:
         def apply() -> None:
             state = self._ledger.records[id].state
             if state is JobState.HELD and self._open:
-                proctree.freeze(live.run.tree)
+                live.run.freeze()
             elif state is JobState.RUNNING:
-                proctree.send(live.run.tree(), signal.SIGCONT)
+                live.run.thaw()
 
         await asyncio.get_running_loop().run_in_executor(self._freezer, apply)
         if self._live.get(id) is not live:
