@@ -73,6 +73,8 @@ class _Job(msgspec.Struct):
     """Thread ids, those that used most CPU since the last look first."""
     ticks: dict[int, int] = {}
     stopped: bool = False
+    relapsing: set[int] = set()
+    """Those that were found to have stopped themselves after they were continued."""
     looks: int = 0
     """How many more looks continue what they find stopped."""
 
@@ -230,6 +232,7 @@ class CpuDevice:
                 os.sched_setaffinity(tid, cores)
         if job.stopped:
             proctree.send(reversed(job.pids), signal.SIGCONT)
+            proctree.continue_again(job.relapsing)
             job.stopped, job.looks = False, CONTINUE_LOOKS
 
     def _spread(self, job: _Job, new: tuple[int, ...]) -> None:
@@ -259,7 +262,9 @@ class CpuDevice:
                 proctree.stop(moving, watching)
             elif job.looks:
                 job.looks -= 1
-                proctree.send(filter(proctree.is_stopped, reversed(halted)), signal.SIGCONT)
+                again = list(filter(proctree.is_stopped, reversed(halted)))
+                proctree.send(again, signal.SIGCONT)
+                job.relapsing = job.relapsing.intersection(pids).union(again)
             for tid in fresh.union(strays):
                 self._tame(tid, job.cores)
 

@@ -268,6 +268,17 @@ def await_stopped(pids: Iterable[int]) -> None:
                 return
 
 
+def continue_again(pids: Iterable[int]) -> None:
+    """Continue each of these once it has stopped itself, within ``STOP_WITHIN_S`` in all."""
+    end = time.monotonic() + STOP_WITHIN_S
+    for pid in pids:
+        while not is_stopped(pid):
+            if time.monotonic() > end:
+                return
+            time.sleep(_PAUSE_S)
+        send([pid], signal.SIGCONT)
+
+
 def freeze(root: int) -> None:
     """Stop all that is below ``root``, again until nobody new turns up."""
     stopped: set[int] = set()
