@@ -32,6 +32,7 @@ from cotenant.domain.errors import (
 )
 from cotenant.domain.events import Event
 from cotenant.domain.port import JobStatus
+from cotenant.domain.units import S
 from cotenant.domain.workload import JobSpec, RestartPolicy
 from cotenant.policy.dispatcher import Dispatcher
 from cotenant.policy.state import DispatcherState
@@ -164,7 +165,7 @@ def test_run_submits_the_whole_specification(
 ) -> None:
     options = ["--name", "n", "--weight", "2", "--guaranteed", "25%", "--limit", "0.5"]
     options += ["--memory", "2GiB", "--restart", "always", "--max-restarts", "3"]
-    options += ["--env", "A=1", "--env", "B=x=y", "--cwd", "/"]
+    options += ["--env", "A=1", "--env", "B=x=y", "--cwd", "/", "--grace", "1.5m"]
     monkeypatch.setattr(os, "environb", {b"B": b"0", b"C": b"2", b"COTENANT_STATE_DIR": b"x"})
     assert cotenant("run", *options, "--", "python", "t.py", "--name", "other", "--", "-x") == 0
     assert capsys.readouterr().out == "a1b2c3d4\n"
@@ -172,7 +173,7 @@ def test_run_submits_the_whole_specification(
         JobSpec(
             id="", name="n", command=("python", "t.py", "--name", "other", "--", "-x"), cwd="/",
             env={"A": "1", "B": "x=y", "C": "2"}, weight=2.0, guaranteed=0.25, limit=0.5,
-            memory=2 * 2**30, restart=RestartPolicy.ALWAYS, max_restarts=3,
+            grace=90 * S, memory=2 * 2**30, restart=RestartPolicy.ALWAYS, max_restarts=3,
         )
     ]  # fmt: skip
 
@@ -270,6 +271,7 @@ def test_a_directory_that_is_gone_and_a_command_that_is_no_text_are_said(
         ["run", "--guaranteed", "60%", "--limit", "50%", "--", "true"],
         ["run", "--memory", "lots", "--", "true"],
         ["run", "--env", "A", "--", "true"],
+        ["run", "--grace", "5", "--", "true"],
         ["run", "--restart", "maybe", "--", "true"],
         ["run", "--max-restarts", "-1", "--", "true"],
         ["top", "--interval", "-1"],

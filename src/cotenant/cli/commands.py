@@ -18,11 +18,11 @@ from typing import Any
 import msgspec
 
 from cotenant import __version__
+from cotenant.cli import options
 from cotenant.cli.joblog import JobLog
 from cotenant.cli.submitting import directory, has_input, inherited
 from cotenant.domain.errors import CotenantError, EnvironmentProblem, JournalError, NotFound
 from cotenant.domain.port import JobStatus
-from cotenant.domain.units import parse_bytes
 from cotenant.domain.workload import JOB_ENDED, JobSpec, JobState, RestartPolicy
 from cotenant.serving.control import ControlClient
 from cotenant.sim.replay import replay
@@ -131,6 +131,7 @@ def cmd_run(args: argparse.Namespace) -> int:
         memory=args.memory,
         restart=RestartPolicy(args.restart),
         max_restarts=args.max_restarts,
+        grace=args.grace,
     )
     client = _client(args)
     job = client.submit(spec)
@@ -348,13 +349,15 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
     add("status", cmd_status, "show what a node serves and runs", node, machine)
     top = add("top", cmd_top, "watch partitions, services and jobs", node)
-    top.add_argument("--interval", type=_positive, default=1.0, metavar="S", help="seconds (1)")
+    top.add_argument(
+        "--interval", type=options.positive, default=1.0, metavar="S", help="seconds (1)"
+    )
     top.add_argument("--once", action="store_true", help="print one picture and stop")
     add("jobs", cmd_jobs, "list jobs", node, machine)
     _add_run(add("run", cmd_run, "submit a training or other batch job", node))
     logs = add("logs", cmd_logs, "print a job's output", node)
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the job ends")
-    logs.add_argument("-n", "--lines", type=_count, help="only the last LINES lines")
+    logs.add_argument("-n", "--lines", type=options.count, help="only the last LINES lines")
     parsers = [logs]
     parsers.append(add("cancel", cmd_cancel, "end a job for good", node))
     parsers.append(add("hold", cmd_hold, "keep a job from running until released", node))
@@ -362,7 +365,9 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     for parser in parsers:
         parser.add_argument("job", metavar="JOB", help="id, name, or the beginning of an id")
     why = add("explain", cmd_explain, "say why a node did what it did", node, machine)
-    why.add_argument("--last", type=_count, default=10, metavar="N", help="of each kind (10)")
+    why.add_argument(
+        "--last", type=options.count, default=10, metavar="N", help="of each kind (10)"
+    )
     why.add_argument("--journal", type=Path, metavar="DIR", help="default: that of the node")
     again = add("replay", cmd_replay, "check that a journal's decisions come out again", machine)
     again.add_argument("journal", type=Path, metavar="JOURNAL", help="a directory or a segment")
@@ -375,57 +380,20 @@ def _add_run(run: argparse.ArgumentParser) -> None:
         "working directory. Its standard input is empty, and its output goes to its log."
     )
     run.add_argument("--name", default="", help="default: the command's")
-    run.add_argument("--weight", type=_positive, default=1.0, metavar="W",
+    run.add_argument("--weight", type=options.positive, default=1.0, metavar="W",
                      help="its part of what jobs share (1)")  # fmt: skip
-    run.add_argument("--guaranteed", type=_share, default=0.0, metavar="SHARE",
+    run.add_argument("--guaranteed", type=options.share, default=0.0, metavar="SHARE",
                      help="share of the device owed to it, such as 0.25 or 25%% (0)")  # fmt: skip
-    run.add_argument("--limit", type=_share, default=1.0, metavar="SHARE",
+    run.add_argument("--limit", type=options.share, default=1.0, metavar="SHARE",
                      help="largest share of the device it may hold (1)")  # fmt: skip
-    run.add_argument("--memory", type=_size, default=0, metavar="SIZE",
+    run.add_argument("--memory", type=options.size, default=0, metavar="SIZE",
                      help="resident memory at which it is ended, such as 2GiB")  # fmt: skip
     run.add_argument("--restart", choices=[p.value for p in RestartPolicy], default="on-failure")
-    run.add_argument("--max-restarts", type=_count, default=5, metavar="N")
-    run.add_argument("--env", type=_variable, action="append", default=[], metavar="K=V",
+    run.add_argument("--max-restarts", type=options.count, default=5, metavar="N")
+    run.add_argument("--grace", type=options.duration, default="5s", metavar="TIME",
+                     help="from SIGTERM to SIGKILL when it is stopped (5s)")  # fmt: skip
+    run.add_argument("--env", type=options.variable, action="append", default=[], metavar="K=V",
                      help="a variable to add to this environment, or to change")  # fmt: skip
     run.add_argument("--cwd", default=".", metavar="D", help="default: this directory")
     run.add_argument("--follow", action="store_true", help="show its output until it ends")
     run.add_argument("command", nargs="+", metavar="COMMAND", help="after --")
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return value
-
-
-def _share(text: str) -> float:
-    """A share of the device: ``0.25`` or ``25%``."""
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 0.25 or 25%")
-    return value
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _variable(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
-    return name, value
