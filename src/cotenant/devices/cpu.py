@@ -73,6 +73,8 @@ class _Job(msgspec.Struct):
     """Thread ids, those that used most CPU since the last look first."""
     ticks: dict[int, int] = {}
     stopped: bool = False
+    late: set[int] = set()
+    """Those that are still to be stopped: they were not reached in time."""
     relapsing: set[int] = set()
     """Those that were found to have stopped themselves after they were continued."""
     looks: int = 0
@@ -222,10 +224,10 @@ class CpuDevice:
     def _apply(self, job: _Job) -> None:
         cores = job.cores
         if not cores:
-            sent = proctree.stop(job.pids, job.watching)
-            job.stopped = True
+            reached = proctree.stop(job.pids, job.watching)
+            job.stopped, job.late = True, set(job.pids).difference(reached)
             if not self._realtime:
-                proctree.await_stopped(sent)
+                proctree.await_stopped(reached)
             return
         for tid in job.threads:
             with contextlib.suppress(OSError):
@@ -251,15 +253,16 @@ class CpuDevice:
         confined = job.cores
         strays = [t.tid for t in seen if confined and not _affinity(t.tid) <= confined]
         halted = [pid for pid in pids if table[pid].state == b"T"]
-        moving = [pid for pid in pids if table[pid].state not in (b"T", b"t")]
         used = {t.tid: t.ticks - job.ticks.get(t.tid, 0) for t in seen}
         fresh = {t.tid for t in seen} - set(job.threads)
         job.threads = sorted(used, key=lambda tid: (-used[tid], tid))
         job.ticks = {t.tid: t.ticks for t in seen}
         with self._lock:
+            known = set(job.pids) - job.late
+            due = [pid for pid in pids if pid not in known]
             job.pids, job.watching = pids, watching
             if job.stopped:
-                proctree.stop(moving, watching)
+                job.late = set(due).difference(proctree.stop(due, watching))
             elif job.looks:
                 job.looks -= 1
                 again = list(filter(proctree.is_stopped, reversed(halted)))

@@ -240,23 +240,23 @@ def watchers(tree: Iterable[int], table: Mapping[int, Stat]) -> set[int]:
 
 
 def stop(pids: Iterable[int], watching: Container[int]) -> list[int]:
-    """SIGSTOP, parents first (as ``descendants`` has them); returns those that were sent it.
+    """SIGSTOP, parents first (as ``descendants`` has them); returns whom it reached.
 
     Those of ``watching`` stand still before their children are stopped: a shell that sees its
     child stop takes that for Ctrl-Z, and goes on to its next command. That takes some 0.2 ms
-    each; where one takes longer than ``STOP_WITHIN_S`` those after it are left for later.
+    each; one that takes longer than ``STOP_WITHIN_S`` is left for later with those after it.
     """
-    sent = []
+    reached: list[int] = []
     for pid in pids:
         send([pid], signal.SIGSTOP)
-        sent.append(pid)
         if pid in watching:
             end = time.monotonic() + STOP_WITHIN_S
             while runs(pid):
                 if time.monotonic() > end:
-                    return sent
+                    return reached
                 time.sleep(_PAUSE_S)  # it may want the very core that we are on
-    return sent
+        reached.append(pid)
+    return reached
 
 
 def await_stopped(pids: Iterable[int]) -> None:
