@@ -387,7 +387,7 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument("--limit", type=options.share, default=1.0, metavar="SHARE",
                      help="largest share of the device it may hold (1)")  # fmt: skip
     run.add_argument("--memory", type=options.size, default=0, metavar="SIZE",
-                     help="resident memory at which it is ended, such as 2GiB")  # fmt: skip
+                     help="of all its processes; over it, it is ended: 2GiB")  # fmt: skip
     run.add_argument("--restart", choices=[p.value for p in RestartPolicy], default="on-failure")
     run.add_argument("--max-restarts", type=options.count, default=5, metavar="N")
     run.add_argument("--grace", type=options.duration, default="5s", metavar="TIME",
