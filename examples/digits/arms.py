@@ -31,6 +31,7 @@ from shares import CoreTime, Meter
 from stream import TEST, Digits, Stream, write_samples
 
 from cotenant.cli.bench.rigs import NodeRig
+from cotenant.cli.submitting import inherited
 from cotenant.domain.errors import CotenantError, EnvironmentProblem
 from cotenant.domain.units import S
 from cotenant.domain.workload import JobSpec
@@ -122,7 +123,8 @@ class CotenantJob(Job):
 
     def start(self) -> None:
         command = tuple(self.command)
-        spec = JobSpec(id="", name="train", command=command, cwd="/", grace=1 * S)
+        env = inherited()[0]
+        spec = JobSpec(id="", name="train", command=command, cwd="/", env=env, grace=1 * S)
         self._node.control.submit(spec)
 
     def problem(self) -> str:

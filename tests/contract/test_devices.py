@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ import pytest
 
 from cotenant.devices import cpu, proctree
 from cotenant.devices.base import Device
-from cotenant.devices.cpu import JOB_NICE, WORKER_PRIORITY, CpuDevice
+from cotenant.devices.cpu import CONTINUE_LOOKS, JOB_NICE, WORKER_PRIORITY, CpuDevice
 from cotenant.devices.null import NullDevice
 from cotenant.domain.device import Partition, PreemptLevel
 from cotenant.domain.errors import DeviceError, EnvironmentProblem
@@ -249,9 +250,9 @@ def test_what_a_job_forks_while_it_is_attached_stands_still_and_is_confined_with
     tree = trees("sleep", "1000")
     look = proctree.descendants
 
-    def forks_after_the_look(root: int) -> list[int]:
+    def forks_after_the_look(root: int, table: Any) -> list[int]:
         monkeypatch.undo()
-        found = look(root)
+        found = look(root, table)
         tree.another()
         return found
 
@@ -333,6 +334,103 @@ def test_what_is_born_outside_the_jobs_cores_is_confined_at_the_next_look(
     assert tree.masks() == {CORES[:1], CORES}
     device_cpu.refresh()
     assert tree.masks() == {CORES[:1]}
+
+
+@TWO_CORES
+def test_who_leaves_the_jobs_cores_is_brought_back_at_the_next_look(
+    device_cpu: CpuDevice, trees: Callable[..., Tree]
+) -> None:
+    tree = trees(sys.executable, "-c", THREADS)
+    until(lambda: len(tree.threads) == 4)
+    first, second = parts(device_cpu)
+    device_cpu.attach_job("j", tree.root.pid)
+    device_cpu.grant("j", first)
+    device_cpu.refresh()
+    for core in (CORES, CORES[1:]):
+        os.sched_setaffinity(tree.threads[2], core)
+        device_cpu.refresh()
+        assert tree.masks() == {CORES[:1]}
+    device_cpu.grant("j", second)
+    os.sched_setaffinity(tree.threads[2], CORES[1:])
+    device_cpu.refresh()
+    assert tree.masks() == {CORES, CORES[1:]}, "one of its own cores is a job's to choose"
+
+
+def test_what_stops_on_the_news_of_a_pause_is_continued_and_what_stops_later_is_not(
+    device_cpu: CpuDevice, trees: Callable[..., Tree]
+) -> None:
+    tree = trees("sleep", "1000")
+    (pid,) = tree.pids
+    device_cpu.attach_job("j", tree.root.pid)
+    device_cpu.grant("j", parts(device_cpu)[0])
+    for _ in range(2):
+        os.kill(pid, signal.SIGSTOP)
+        until(tree.is_stopped)
+        device_cpu.refresh()
+        until(lambda: not tree.is_stopped())
+    for _ in range(CONTINUE_LOOKS):
+        device_cpu.refresh()
+    os.kill(pid, signal.SIGSTOP)
+    until(tree.is_stopped)
+    device_cpu.refresh()
+    assert tree.is_stopped()
+
+
+def test_looking_does_not_continue_a_job_that_stands_still(
+    device_cpu: CpuDevice, trees: Callable[..., Tree]
+) -> None:
+    tree = trees("sleep", "1000")
+    partition = parts(device_cpu)[0]
+    device_cpu.attach_job("j", tree.root.pid)
+    device_cpu.grant("j", partition)
+    device_cpu.revoke("j", partition)
+    until(tree.is_stopped)
+    device_cpu.refresh()
+    assert tree.is_stopped()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["script", "-qec", "sleep 1000", "/dev/null"],
+        ["strace", "-f", "-o", "/dev/null", "sleep", "1000"],
+        ["bash", "-c", "set -m; sleep 1000; sleep 1001"],
+        ["bash", "-c", "set -m; sleep 1000 & wait; sleep 1001"],
+        ["script", "-qec", "bash -ic 'sleep 1000; sleep 1001'", "/dev/null"],
+    ],
+    ids=["script", "strace", "shell", "background", "shell in script"],
+)
+def test_who_watches_a_job_goes_on_with_it_after_a_pause(
+    device_cpu: CpuDevice, trees: Callable[..., Tree], command: list[str]
+) -> None:
+    if shutil.which(command[0]) is None or (command[0] == "script" and not shutil.which("bash")):
+        pytest.skip(f"{command[0]} is not here")
+
+    def sleeps() -> bool:
+        return any(is_command(pid, "sleep\x001000") for pid in tree.pids)
+
+    tree = trees(*command)
+    until(sleeps)
+    device_cpu.attach_job("j", tree.root.pid)
+    partition = parts(device_cpu)[0]
+    before = tree.pids
+    for _ in range(20):
+        device_cpu.grant("j", partition)
+        device_cpu.refresh()
+        device_cpu.revoke("j", partition)
+    device_cpu.grant("j", partition)
+    for _ in range(CONTINUE_LOOKS):
+        time.sleep(0.02)
+        device_cpu.refresh()
+    until(lambda: tree.states().isdisjoint({b"T"}), tree.states)
+    assert tree.pids == before
+    assert sleeps()
+
+
+def is_command(pid: int, text: str) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith(text.encode())
+    return False
 
 
 def test_a_detached_job_runs_freely(device_cpu: CpuDevice, trees: Callable[..., Tree]) -> None:

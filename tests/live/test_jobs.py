@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -23,8 +24,8 @@ from cotenant.domain.errors import EnvironmentProblem, InvalidRequest, NotFound
 from cotenant.domain.port import JobStatus
 from cotenant.domain.units import S
 from cotenant.domain.workload import JobSpec, RestartPolicy
+from cotenant.runtime.boundedlog import BoundedLog
 from cotenant.runtime.jobs import JobOptions, JobSupervisor
-from cotenant.runtime.jobshim import BoundedLog
 from cotenant.runtime.jobstore import JobStore
 from cotenant.runtime.jobverdict import RestartRules
 
@@ -113,11 +114,6 @@ def run(test: Callable[[], Any]) -> None:
 
 def alive(pid: int) -> bool:
     return proctree.start_time(pid) != 0
-
-
-def is_stopped(pid: int) -> bool:
-    found = proctree.stat(pid)
-    return found is not None and found.state == b"T"
 
 
 def test_a_process_cannot_hide_behind_its_name() -> None:
@@ -306,6 +302,148 @@ def test_children_finish_their_checkpoint_within_the_grace(tmp_path: Path) -> No
     run(main)
 
 
+TRAINER = """
+import os, signal, sys, time
+ask, asked = os.pipe()
+answer, answered = os.pipe()
+if os.fork() == 0:  # its data loader, which does not expect to be stopped by itself
+    os.close(asked)
+    while os.read(ask, 1):
+        os.write(answered, b"x")
+    os._exit(0)
+os.close(answered)
+def save(*_):
+    for _ in range(20):
+        os.write(asked, b"x")
+        assert os.read(answer, 1), "the loader is dead"
+        time.sleep(0.02)
+    open("saved", "a").write("saved\\n")
+    sys.exit()
+signal.signal(signal.SIGTERM, save)
+open("up", "w").close()
+while True:
+    time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        "exec {0}",
+        "{0}; echo never",
+        "trap 'echo trapped >> saved; exit 0' TERM; {0}",
+        "sh -c '{0}; echo never'; echo never",
+        "setsid -w {0}",
+        "nohup {0}",
+        "{0} | cat",
+    ],
+    ids=["alone", "shell", "trap", "shells", "setsid", "nohup", "pipeline"],
+)
+def test_a_trainer_keeps_its_loaders_until_it_has_saved(tmp_path: Path, wrapped: str) -> None:
+    (tmp_path / "train.py").write_text(TRAINER)
+
+    async def main() -> None:
+        async with node(tmp_path) as n:
+            id = n.submit(wrapped.format(f"{sys.executable} -I -S train.py"))
+            await until((tmp_path / "up").exists)
+            n.jobs.cancel(id)
+            await n.state(id, "cancelled")
+            assert n.lines("saved")[:1] == ["saved"], n.log(id)
+            assert not proctree.marked("COTENANT_JOB_ID", id)
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    ("script", "state"),
+    [
+        ("(sleep 600) &", "succeeded"),
+        ("nohup sleep 600 > /dev/null 2>&1 & exit 0", "succeeded"),
+        ("exec setsid sleep 600", "succeeded"),
+        ("sleep 600 & exit 3", "failed"),
+    ],
+)
+def test_what_a_command_leaves_in_the_background_is_ended_and_that_is_said(
+    tmp_path: Path, script: str, state: str
+) -> None:
+    async def main() -> None:
+        async with node(tmp_path) as n:
+            id = n.submit(script, restart=RestartPolicy.NEVER)
+            status = await n.state(id, state)
+            assert "1 background process" in status.reason
+            assert "cotenant" in n.log(id)
+            assert not proctree.marked("COTENANT_JOB_ID", id)
+
+    run(main)
+
+
+def test_what_ends_by_itself_soon_after_the_command_is_not_held_against_it(tmp_path: Path) -> None:
+    pool = (
+        "import multiprocessing as mp\n"
+        "if __name__ == '__main__':\n"
+        "    pool = mp.get_context('spawn').Pool(2)\n"
+        "    print(sum(pool.map(abs, range(5))))\n"
+    )
+    (tmp_path / "pool.py").write_text(pool)
+
+    async def main() -> None:
+        async with node(tmp_path) as n:
+            ids = [
+                n.submit("(sleep 0.2; echo late) & exit 0"),
+                n.submit(f"{sys.executable} -I pool.py"),
+            ]
+            for id in ids:
+                status = await n.state(id, "succeeded")
+                assert (status.reason, status.exit_code) == ("", 0)
+            assert [n.log(id) for id in ids] == ["late\n", "10\n"]
+
+    run(main)
+
+
+def test_a_plain_print_is_in_the_log_at_once(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with node(tmp_path) as n:
+            id = n.submit(f"{sys.executable} -S -c 'import time; print(1); time.sleep(600)'")
+            await until(lambda: n.log(id) == "1\n")
+            assert n.status(id).state == "running"
+
+    run(main)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("script", "-qec", "sh -c 'while :; do echo >> beats; sleep 0.02; done'", "/dev/null"),
+        ("bash", "-c", "set -m; sh -c 'while :; do echo >> beats; sleep 0.02; done'; exit 3"),
+    ],
+    ids=["script", "shell"],
+)
+def test_who_watches_a_job_goes_on_with_it_after_a_hold(
+    tmp_path: Path, command: tuple[str, ...]
+) -> None:
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not here")
+
+    async def main() -> None:
+        async with node(tmp_path) as n:
+            id = n.jobs.submit(JobSpec(id="", name="w", command=command, cwd=str(tmp_path)))
+            await until(lambda: n.lines("beats"))
+            for _ in range(5):
+                n.jobs.hold(id)
+                shim = parent(n.pids[id])
+                await until(
+                    lambda shim=shim: all(map(proctree.is_stopped, proctree.descendants(shim)))
+                )
+                beats = len(n.lines("beats"))
+                n.jobs.release(id)
+                await until(lambda beats=beats: len(n.lines("beats")) > beats)
+            assert n.status(id).state == "running"
+            n.jobs.cancel(id)
+            await n.state(id, "cancelled")
+
+    run(main)
+
+
 def test_a_log_is_bounded_and_keeps_the_newest(tmp_path: Path) -> None:
     async def main() -> None:
         async with node(tmp_path) as n:
@@ -357,6 +495,36 @@ def test_a_job_over_its_memory_ends_alone(tmp_path: Path) -> None:
     run(main)
 
 
+def test_readers_that_share_their_data_stay_within_its_memory(tmp_path: Path) -> None:
+    readers = """
+import os, time
+data = bytearray(b"x") * (60 << 20)
+for _ in range(6):
+    if os.fork() == 0:
+        sum(data[::4096])
+        time.sleep(0.5)
+        os._exit(0)
+for _ in range(6):
+    os.wait()
+print("fine")
+"""
+
+    async def main() -> None:
+        async with node(tmp_path) as n:
+            id = n.jobs.submit(
+                JobSpec(
+                    id="",
+                    name="readers",
+                    command=(sys.executable, "-I", "-S", "-c", readers),
+                    memory=150 << 20,
+                )
+            )
+            status = await n.state(id, "succeeded", "failed")
+            assert (status.state, n.log(id)) == ("succeeded", "fine\n"), status.reason
+
+    run(main)
+
+
 def test_hold_stops_a_job_and_release_continues_it(tmp_path: Path) -> None:
     async def main() -> None:
         async with node(tmp_path, max_running=1) as n:
@@ -369,10 +537,10 @@ def test_hold_stops_a_job_and_release_continues_it(tmp_path: Path) -> None:
             assert n.jobs.hold(id) == id
             assert n.status(id).state == "held"
             assert n.calls == [("ready", id), ("exited", id)]
-            await until(lambda: is_stopped(pid))
+            await until(lambda: proctree.is_stopped(pid))
             os.kill(pid, signal.SIGCONT)  # whoever continues it, it is stopped again
-            await until(lambda: is_stopped(pid))
-            await until(lambda: all(map(is_stopped, proctree.descendants(pid))))
+            await until(lambda: proctree.is_stopped(pid))
+            await until(lambda: all(map(proctree.is_stopped, proctree.descendants(pid))))
             beats = len(n.lines("beats"))
             await asyncio.sleep(0.1)
             assert len(n.lines("beats")) == beats
@@ -565,12 +733,12 @@ def test_a_killed_daemon_loses_no_job_and_runs_none_twice(tmp_path: Path) -> Non
                 if words[0] == "ready":
                     pids[words[1]] = int(words[2])
             os.kill(pids["j1"], signal.SIGSTOP)  # as the dispatcher would between slices
-            await until(lambda: is_stopped(pids["j1"]))
+            await until(lambda: proctree.is_stopped(pids["j1"]))
             cpus = os.sched_getaffinity(0)
             os.sched_setaffinity(pids["j1"], {min(cpus)})
             process.kill()
             process.wait()
-        await until(lambda: not is_stopped(pids["j1"]))
+        await until(lambda: not proctree.is_stopped(pids["j1"]))
         assert os.sched_getaffinity(pids["j1"]) == cpus
         os.kill(parent(pids["j3"]), signal.SIGKILL)
         (tmp_path / "end0").touch()
@@ -608,7 +776,7 @@ def test_an_adopted_job_keeps_its_process_and_outlives_a_second_crash(tmp_path: 
         for count in (1, 0, 0):
             pid = crash(count)
             pids.add(pid)
-            await until(lambda pid=pid: not is_stopped(pid))  # each crash set it free
+            await until(lambda pid=pid: not proctree.is_stopped(pid))  # each crash set it free
         assert len(pids) == 1
         async with node(tmp_path) as n:
             assert n.pids == {"j0": pids.pop()}

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -145,6 +150,103 @@ def test_declared_jobs_run_once_and_not_again_after_a_restart_of_the_node(boxes:
     box.start()
     box.until(lambda: box.job("declared").state == "running")
     assert sum(j.name == "declared" for j in box.control.jobs()) == 1
+
+
+SECRET = "s3cret-of-the-submitter"
+PRINT_ENV = "import json, os; print(json.dumps([dict(os.environ), os.getcwd()]))"
+
+
+def environment_of(box: Box, name: str) -> tuple[dict[str, str], str]:
+    """Environment and directory that a job of ``PRINT_ENV`` printed."""
+    box.until(lambda: box.job(name).state == "succeeded", lambda: box.job(name))
+    env, directory = json.loads(Path(box.control.log_path(name)).read_text())
+    return env, directory
+
+
+def run(box: Box, env: dict[str, str], *command: str) -> None:
+    """``cotenant run`` from a shell with this environment, in the box's directory of models."""
+    subprocess.run(
+        [sys.executable, "-m", "cotenant.cli.main", "run", "--env", "ADDED=1", "--", *command],
+        env={**env, "COTENANT_STATE_DIR": str(box.state)},
+        cwd=box.models,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        check=True,
+    )
+
+
+def test_a_jobs_environment_is_its_submitters_and_shown_to_nobody(
+    boxes: Boxes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OF_THE_NODE", "1")
+    monkeypatch.setenv("COTENANT_TOKEN", "of the node")
+    box = boxes()
+    box.configure([]).start()
+    shell = {"PATH": f"{Path(sys.executable).parent}:/bin", "TOKEN": SECRET, "EMPTY": ""}
+    run(box, {**shell, "COTENANT_TOKEN": SECRET}, "python", "-c", PRINT_ENV)
+    env, directory = environment_of(box, "python")
+    assert env.items() >= {**shell, "ADDED": "1"}.items()
+    assert not {"OF_THE_NODE", "COTENANT_TOKEN", "COTENANT_STATE_DIR"} & env.keys()
+    assert directory == env["PWD"] == str(box.models)
+
+    shown = json.dumps([box.status(), msgspec.to_builtins(box.control.jobs())]) + box.log()
+    assert SECRET not in shown
+    box.stop()
+    for path in filter(Path.is_file, box.state.rglob("*")):
+        if path.name.startswith("jobs.sqlite"):
+            assert path.stat().st_mode & 0o077 == 0
+        elif path.name != "log":  # its own output
+            assert SECRET.encode() not in path.read_bytes(), path
+
+
+def test_a_declared_job_gets_what_it_declares_and_little_else(
+    boxes: Boxes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OF_THE_NODE", "1")
+    monkeypatch.setenv("LANG", "C.UTF-8")
+    box = boxes()
+    command = [sys.executable, "-c", PRINT_ENV]
+    jobs = [{"name": "declared", "command": command, "env": {"MINE": 1}, "cwd": "models"}]
+    box.configure([], jobs=jobs).start()
+    env, directory = environment_of(box, "declared")
+    assert (env["MINE"], env["LANG"]) == ("1", "C.UTF-8")
+    assert env.keys() >= {"PATH", "HOME"}
+    assert "OF_THE_NODE" not in env
+    assert directory == str(box.models)
+
+
+@pytest.mark.skipif(not shutil.which("script"), reason="needs script")
+def test_a_job_under_script_goes_on_after_each_request(boxes: Boxes) -> None:
+    box = boxes()
+    box.model("count", "count")
+    box.configure(
+        [{"name": "count", "objective": {"latency": "30s"}}],
+        devices=[{"kind": "cpu", "cores": [CORES[0]]}],
+    ).start()
+    beat = "while :; do echo beat; sleep 0.02; done"
+    box.submit("script", "-qec", beat, "/dev/null")
+    log = Path(box.control.log_path("job"))
+    box.until(lambda: log.exists() and log.stat().st_size)
+    for _ in range(5):
+        assert box.infer("count", n=np.array([LONG])).status == 200
+        size = log.stat().st_size
+        box.until(lambda size=size: log.stat().st_size > size)
+    assert box.job("job").pauses > 0
+
+
+@TWO_CORES
+def test_a_job_that_sets_its_affinity_is_brought_back(boxes: Boxes) -> None:
+    box = boxes()
+    box.model("count", "count")
+    box.configure(
+        [{"name": "count", "objective": {"latency": "30s"}}],
+        devices=[{"kind": "cpu", "cores": list(CORES)}],
+        policy={"lend": False, "split": {"cores": 1}},
+    ).start()
+    both = f"{CORES[0]},{CORES[1]}"
+    box.submit("taskset", "-c", both, "sh", "-c", f"taskset -cp {both} $$; touch set; {BUSY}")
+    box.until((box.directory / "set").exists)
+    box.until(lambda: masks(box) == {CORES[1:]}, lambda: masks(box))
 
 
 def test_a_held_job_has_no_partition_until_it_is_released(boxes: Boxes) -> None:

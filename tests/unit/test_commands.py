@@ -20,11 +20,19 @@ import pytest
 
 from cotenant.cli import commands
 from cotenant.cli.joblog import JobLog
+from cotenant.cli.submitting import has_input, inherited
 from cotenant.domain.actions import Action, WakeAt
 from cotenant.domain.device import DeviceSpec
-from cotenant.domain.errors import CotenantError, EnvironmentProblem, JournalError, NotFound
+from cotenant.domain.errors import (
+    CotenantError,
+    EnvironmentProblem,
+    InvalidRequest,
+    JournalError,
+    NotFound,
+)
 from cotenant.domain.events import Event
 from cotenant.domain.port import JobStatus
+from cotenant.domain.units import S
 from cotenant.domain.workload import JobSpec, RestartPolicy
 from cotenant.policy.dispatcher import Dispatcher
 from cotenant.policy.state import DispatcherState
@@ -153,25 +161,104 @@ def test_the_state_directory_has_a_default(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_run_submits_the_whole_specification(
-    node: StubNode, capsys: pytest.CaptureFixture[str]
+    node: StubNode, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["--name", "n", "--weight", "2", "--guaranteed", "25%", "--limit", "0.5"]
     options += ["--memory", "2GiB", "--restart", "always", "--max-restarts", "3"]
-    options += ["--env", "A=1", "--env", "B=x=y", "--cwd", "/"]
+    options += ["--env", "A=1", "--env", "B=x=y", "--cwd", "/", "--grace", "1.5m"]
+    monkeypatch.setattr(os, "environb", {b"B": b"0", b"C": b"2", b"COTENANT_STATE_DIR": b"x"})
     assert cotenant("run", *options, "--", "python", "t.py", "--name", "other", "--", "-x") == 0
     assert capsys.readouterr().out == "a1b2c3d4\n"
     assert node.submitted == [
         JobSpec(
             id="", name="n", command=("python", "t.py", "--name", "other", "--", "-x"), cwd="/",
-            env={"A": "1", "B": "x=y"}, weight=2.0, guaranteed=0.25, limit=0.5, memory=2 * 2**30,
-            restart=RestartPolicy.ALWAYS, max_restarts=3,
+            env={"A": "1", "B": "x=y", "C": "2"}, weight=2.0, guaranteed=0.25, limit=0.5,
+            grace=90 * S, memory=2 * 2**30, restart=RestartPolicy.ALWAYS, max_restarts=3,
         )
     ]  # fmt: skip
 
 
-def test_run_has_the_defaults_of_a_job_and_this_directory(node: StubNode) -> None:
+def test_run_has_the_defaults_of_a_job_and_this_shells_environment_and_directory(
+    node: StubNode,
+) -> None:
     cotenant("run", "--", "true")
-    assert node.submitted == [JobSpec(id="", name="", command=("true",), cwd=str(Path.cwd()))]
+    env = inherited()[0]
+    assert env
+    assert node.submitted == [
+        JobSpec(id="", name="", command=("true",), cwd=str(Path.cwd()), env=env)
+    ]
+
+
+def test_a_job_inherits_all_but_what_is_a_nodes_or_no_text() -> None:
+    environ = {
+        b"PATH": b"/opt/venv/bin:/bin",
+        b"EMPTY": b"",
+        b"BASH_FUNC_f%%": b"() {  :\n}",
+        "NAÏVE".encode(): "é猫".encode(),
+        b"LATIN": b"caf\xe9",
+        b"COTENANT_TOKEN": b"secret",
+        b"COTENANT_JOB_ID": b"the job that submits",
+    }
+    env, left_out = inherited(environ)
+    assert env == {
+        "PATH": "/opt/venv/bin:/bin",
+        "EMPTY": "",
+        "BASH_FUNC_f%%": "() {  :\n}",
+        "NAÏVE": "é猫",
+    }
+    assert left_out == ["LATIN"]
+
+
+def test_what_is_not_passed_on_is_said_and_the_job_is_submitted(
+    node: StubNode, tmp_path: Path
+) -> None:
+    (tmp_path / "script").write_text("print(1)")
+    env = {**os.environ, "LATIN": "caf\udce9"}
+    with (tmp_path / "script").open() as script:
+        run = child("run", "--", "python", "-", stdin=script, env=env)
+        out, err = run.communicate(timeout=60)
+    assert (run.returncode, out) == (0, b"a1b2c3d4\n")
+    assert err.count(b"stdin") == 1
+    assert b"LATIN" in err
+    assert "LATIN" not in node.submitted[0].env
+
+
+@pytest.mark.parametrize("kind", ["closed", "null", "empty pipe", "idle pipe"])
+def test_a_shell_without_input_hears_nothing_of_it(kind: str) -> None:
+    read, write = os.pipe()
+    null = os.open(os.devnull, os.O_RDONLY)
+    if kind != "idle pipe":
+        os.close(write)
+    fd = {"closed": -1, "null": null}.get(kind, read)
+    assert not has_input(fd)
+    os.close(read)
+    os.close(null)
+    if kind == "idle pipe":
+        os.close(write)
+
+
+def test_a_pipe_with_something_in_it_is_input() -> None:
+    read, write = os.pipe()
+    os.write(write, b"x")
+    assert has_input(read)
+    os.read(read, 1)
+    assert not has_input(read)
+    os.close(read)
+    os.close(write)
+
+
+def test_a_directory_that_is_gone_and_a_command_that_is_no_text_are_said(
+    node: StubNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(InvalidRequest, match="UTF-8"):
+        cotenant("run", "--", "caf\udce9")
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(EnvironmentProblem, match="--cwd"):
+        cotenant("run", "--", "true")
+    assert node.submitted == []
 
 
 @pytest.mark.parametrize(
@@ -184,6 +271,7 @@ def test_run_has_the_defaults_of_a_job_and_this_directory(node: StubNode) -> Non
         ["run", "--guaranteed", "60%", "--limit", "50%", "--", "true"],
         ["run", "--memory", "lots", "--", "true"],
         ["run", "--env", "A", "--", "true"],
+        ["run", "--grace", "5", "--", "true"],
         ["run", "--restart", "maybe", "--", "true"],
         ["run", "--max-restarts", "-1", "--", "true"],
         ["top", "--interval", "-1"],

@@ -11,7 +11,7 @@ from cotenant.domain.errors import EnvironmentProblem, InvalidRequest, NotFound
 from cotenant.domain.workload import JOB_TRANSITIONS, JobSpec, JobState, RestartPolicy
 from cotenant.runtime.jobledger import JobLedger
 from cotenant.runtime.jobrun import Outcome
-from cotenant.runtime.jobspec import checked, environment
+from cotenant.runtime.jobspec import checked, environment, minimal
 from cotenant.runtime.jobstore import JobRecord, JobStore, advance
 from cotenant.runtime.jobverdict import RestartRules, verdict
 
@@ -88,6 +88,15 @@ def test_only_ended_jobs_are_removed(store: JobStore) -> None:
 
 
 def test_nobody_else_reads_the_environments(store: JobStore) -> None:
+    store.add(spec(), 1.0)
+    files = list(store.path.parent.glob(store.path.name + "*"))
+    assert files
+    assert all(file.stat().st_mode & 0o077 == 0 for file in files)
+    for file in files:
+        file.chmod(0o644)  # as a copy would be
+    again = JobStore(store.path)
+    again.open()
+    again.close()
     assert store.path.stat().st_mode & 0o077 == 0
 
 
@@ -258,12 +267,26 @@ def test_a_spec_that_can_never_run_is_refused() -> None:
     assert Path(filled.cwd).is_absolute()
 
 
-def test_the_environment_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environment_of_a_job_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COTENANT_TOKEN", "secret")
-    monkeypatch.setenv("NOTIFY_SOCKET", "/run/notify")
-    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
-    env = environment(spec(env={"A": "1"}), {"B": "2", "A": "0"})
-    assert "COTENANT_TOKEN" not in env
-    assert "NOTIFY_SOCKET" not in env
-    assert (env["A"], env["B"], env["GOMP_SPINCOUNT"]) == ("1", "2", "1000")
-    assert environment(spec(env={"GOMP_SPINCOUNT": "7"}), {})["GOMP_SPINCOUNT"] == "7"
+    monkeypatch.setenv("OF_THE_NODE", "1")
+    env = environment(spec(env={"A": "1", "PWD": "/elsewhere"}, cwd="/data"))
+    assert env == {"A": "1", "PWD": "/data", "GOMP_SPINCOUNT": "1000", "PYTHONUNBUFFERED": "1"}
+    own = {"GOMP_SPINCOUNT": "7", "PYTHONUNBUFFERED": ""}
+    assert environment(spec(env=own)).items() >= own.items()
+
+
+def test_a_declared_job_has_what_any_process_needs() -> None:
+    node = {
+        "PATH": "/opt/bin:/bin",
+        "LC_ALL": "C.UTF-8",
+        "TZ": "Europe/Berlin\udcff",
+        "COTENANT_TOKEN": "secret",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+    }
+    env = minimal(node)
+    assert (env["PATH"], env["LC_ALL"]) == ("/opt/bin:/bin", "C.UTF-8")
+    assert "secret" not in env.values()
+    assert "TZ" not in env
+    assert minimal({})["PATH"]
+    assert minimal({})["HOME"]

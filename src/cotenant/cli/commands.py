@@ -18,10 +18,11 @@ from typing import Any
 import msgspec
 
 from cotenant import __version__
+from cotenant.cli import options
 from cotenant.cli.joblog import JobLog
+from cotenant.cli.submitting import directory, has_input, inherited
 from cotenant.domain.errors import CotenantError, EnvironmentProblem, JournalError, NotFound
 from cotenant.domain.port import JobStatus
-from cotenant.domain.units import parse_bytes
 from cotenant.domain.workload import JOB_ENDED, JobSpec, JobState, RestartPolicy
 from cotenant.serving.control import ControlClient
 from cotenant.sim.replay import replay
@@ -117,34 +118,45 @@ def cmd_run(args: argparse.Namespace) -> int:
     """``cotenant run``: submit a job; with ``--follow`` show its log until it has ended."""
     if args.guaranteed > args.limit:
         args.parser.error("--guaranteed must not exceed --limit")
+    env, left_out = inherited()
     spec = JobSpec(
         id="",
         name=args.name,
         command=tuple(args.command),
-        cwd=str(Path(args.cwd).absolute()),
-        env=dict(args.env),
+        cwd=directory(args.cwd),
+        env={**env, **dict(args.env)},
         weight=args.weight,
         guaranteed=args.guaranteed,
         limit=args.limit,
         memory=args.memory,
         restart=RestartPolicy(args.restart),
         max_restarts=args.max_restarts,
+        grace=args.grace,
     )
     client = _client(args)
     job = client.submit(spec)
+    if left_out:
+        _note(f"not passed on to the job, being no UTF-8 text: {', '.join(left_out)}")
+    if has_input():
+        _note(
+            "stdin is not passed on: a job's input is empty; let it read a file, as in "
+            "cotenant run -- sh -c 'COMMAND < FILE'"
+        )
     if not args.follow:
         print(job)
         return 0
-    print(f"cotenant: job {job}", file=sys.stderr)
+    _note(f"job {job}")
     try:
         ended = _follow(client, job, None)
     except KeyboardInterrupt:
-        print(f"cotenant: job {job} goes on; stop it with: cotenant cancel {job}", file=sys.stderr)
+        _note(f"job {job} goes on; stop it with: cotenant cancel {job}")
         return 0
     if ended.state != JobState.SUCCEEDED.value:
         raise CotenantError(
             f"job {job} {ended.state}" + (f": {ended.reason}" if ended.reason else "")
         )
+    if ended.reason:
+        _note(f"job {job} {ended.state}: {ended.reason}")
     return 0
 
 
@@ -301,6 +313,10 @@ def _console() -> Any:
     return PlainConsole(width=width, markup=False, highlight=False, emoji=False)
 
 
+def _note(text: str) -> None:
+    print(f"cotenant: {text}", file=sys.stderr)
+
+
 def _print(view: Any) -> int:
     _console().print(view)
     return 0
@@ -333,13 +349,15 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
     add("status", cmd_status, "show what a node serves and runs", node, machine)
     top = add("top", cmd_top, "watch partitions, services and jobs", node)
-    top.add_argument("--interval", type=_positive, default=1.0, metavar="S", help="seconds (1)")
+    top.add_argument(
+        "--interval", type=options.positive, default=1.0, metavar="S", help="seconds (1)"
+    )
     top.add_argument("--once", action="store_true", help="print one picture and stop")
     add("jobs", cmd_jobs, "list jobs", node, machine)
     _add_run(add("run", cmd_run, "submit a training or other batch job", node))
     logs = add("logs", cmd_logs, "print a job's output", node)
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the job ends")
-    logs.add_argument("-n", "--lines", type=_count, help="only the last LINES lines")
+    logs.add_argument("-n", "--lines", type=options.count, help="only the last LINES lines")
     parsers = [logs]
     parsers.append(add("cancel", cmd_cancel, "end a job for good", node))
     parsers.append(add("hold", cmd_hold, "keep a job from running until released", node))
@@ -347,7 +365,9 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     for parser in parsers:
         parser.add_argument("job", metavar="JOB", help="id, name, or the beginning of an id")
     why = add("explain", cmd_explain, "say why a node did what it did", node, machine)
-    why.add_argument("--last", type=_count, default=10, metavar="N", help="of each kind (10)")
+    why.add_argument(
+        "--last", type=options.count, default=10, metavar="N", help="of each kind (10)"
+    )
     why.add_argument("--journal", type=Path, metavar="DIR", help="default: that of the node")
     again = add("replay", cmd_replay, "check that a journal's decisions come out again", machine)
     again.add_argument("journal", type=Path, metavar="JOURNAL", help="a directory or a segment")
@@ -355,57 +375,25 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
 def _add_run(run: argparse.ArgumentParser) -> None:
     run.usage = "cotenant run [options] -- COMMAND [ARGUMENT ...]"
+    run.description = (
+        "Submit a job. It gets this shell's environment, without COTENANT_* variables, and this "
+        "working directory. Its standard input is empty, and its output goes to its log."
+    )
     run.add_argument("--name", default="", help="default: the command's")
-    run.add_argument("--weight", type=_positive, default=1.0, metavar="W",
+    run.add_argument("--weight", type=options.positive, default=1.0, metavar="W",
                      help="its part of what jobs share (1)")  # fmt: skip
-    run.add_argument("--guaranteed", type=_share, default=0.0, metavar="SHARE",
+    run.add_argument("--guaranteed", type=options.share, default=0.0, metavar="SHARE",
                      help="share of the device owed to it, such as 0.25 or 25%% (0)")  # fmt: skip
-    run.add_argument("--limit", type=_share, default=1.0, metavar="SHARE",
+    run.add_argument("--limit", type=options.share, default=1.0, metavar="SHARE",
                      help="largest share of the device it may hold (1)")  # fmt: skip
-    run.add_argument("--memory", type=_size, default=0, metavar="SIZE",
-                     help="resident memory at which it is ended, such as 2GiB")  # fmt: skip
+    run.add_argument("--memory", type=options.size, default=0, metavar="SIZE",
+                     help="of all its processes; over it, it is ended: 2GiB")  # fmt: skip
     run.add_argument("--restart", choices=[p.value for p in RestartPolicy], default="on-failure")
-    run.add_argument("--max-restarts", type=_count, default=5, metavar="N")
-    run.add_argument("--env", type=_variable, action="append", default=[], metavar="K=V")
+    run.add_argument("--max-restarts", type=options.count, default=5, metavar="N")
+    run.add_argument("--grace", type=options.duration, default="5s", metavar="TIME",
+                     help="from SIGTERM to SIGKILL when it is stopped (5s)")  # fmt: skip
+    run.add_argument("--env", type=options.variable, action="append", default=[], metavar="K=V",
+                     help="a variable to add to this environment, or to change")  # fmt: skip
     run.add_argument("--cwd", default=".", metavar="D", help="default: this directory")
     run.add_argument("--follow", action="store_true", help="show its output until it ends")
     run.add_argument("command", nargs="+", metavar="COMMAND", help="after --")
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is below 0")
-    return value
-
-
-def _share(text: str) -> float:
-    """A share of the device: ``0.25`` or ``25%``."""
-    try:
-        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a share such as 0.25 or 25%")
-    return value
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _variable(text: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
-    return name, value

@@ -7,6 +7,12 @@ How it takes space back from a job, and what was found to matter:
   confined as its maker was.
 * A job that loses its last core is stopped as a whole (SIGSTOP to every process, so that a
   gang does not spin at a barrier for a member that is gone) and continued when it gets one.
+  Who watches a process may act on the news of its stop only after that, and stop itself
+  (script, su), or go on without it (a shell with job control). So parents are stopped first
+  and continued last, and for some looks after it what is found stopped is continued again;
+  what a job stops later is its own affair.
+* A job may set its own affinity (taskset, numactl, OMP_PROC_BIND). Within its cores that holds
+  until they change; a thread found outside is brought back at the next look.
 * A thread moved off a core does not come back by itself for some milliseconds: the kernel
   balances lazily. On a grant the busiest threads are therefore put on the new cores one by one
   (pinned there, then given the whole mask).
@@ -45,6 +51,8 @@ NATIVE_NICE = -10
 """Niceness of the node's native threads beside its real-time ones."""
 JOB_NICE = 10
 """Niceness of jobs where inference cannot have real-time priority."""
+CONTINUE_LOOKS = 8
+"""Looks after a job was continued at which what is found stopped is continued again."""
 _FIFO = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
 """Threads made later start at ordinary priority; ``refresh`` raises those of workers."""
 
@@ -58,10 +66,19 @@ class _Job(msgspec.Struct):
     root: int
     granted: dict[str, tuple[int, ...]] = {}
     pids: list[int] = []
+    """Parents first."""
+    watching: set[int] = set()
+    """Those that may act on the news that a child of theirs was stopped."""
     threads: list[int] = []
     """Thread ids, those that used most CPU since the last look first."""
     ticks: dict[int, int] = {}
     stopped: bool = False
+    late: set[int] = set()
+    """Those that are still to be stopped: they were not reached in time."""
+    relapsing: set[int] = set()
+    """Those that were found to have stopped themselves after they were continued."""
+    looks: int = 0
+    """How many more looks continue what they find stopped."""
 
     @property
     def cores(self) -> set[int]:
@@ -174,8 +191,8 @@ class CpuDevice:
         """``pid``'s descendants (not itself) are the job; they stand still until a grant."""
         found = self._jobs[job] = _Job(root=pid, stopped=True)
         # So far it ran on any core; what it forks just after a single look would go on doing so.
-        pids = proctree.freeze(lambda: proctree.descendants(pid))
-        self._note_processes(found, pids)
+        proctree.freeze(pid)
+        self._look_at_job(found, proctree.scan())
 
     def detach_job(self, job: str) -> None:
         found = self._jobs.pop(job, None)
@@ -207,17 +224,18 @@ class CpuDevice:
     def _apply(self, job: _Job) -> None:
         cores = job.cores
         if not cores:
-            proctree.send(job.pids, signal.SIGSTOP)
-            job.stopped = True
+            reached = proctree.stop(job.pids, job.watching)
+            job.stopped, job.late = True, set(job.pids).difference(reached)
             if not self._realtime:
-                _await_stopped(job.pids)
+                proctree.await_stopped(reached)
             return
         for tid in job.threads:
             with contextlib.suppress(OSError):
                 os.sched_setaffinity(tid, cores)
         if job.stopped:
-            proctree.send(job.pids, signal.SIGCONT)
-            job.stopped = False
+            proctree.send(reversed(job.pids), signal.SIGCONT)
+            proctree.continue_again(job.relapsing)
+            job.stopped, job.looks = False, CONTINUE_LOOKS
 
     def _spread(self, job: _Job, new: tuple[int, ...]) -> None:
         """Put one busy thread on each core that is new to the job; ``_apply`` widens after."""
@@ -227,23 +245,34 @@ class CpuDevice:
                 with contextlib.suppress(OSError):
                     os.sched_setaffinity(job.threads[older + index], {core})
 
-    def _note_processes(self, job: _Job, pids: list[int]) -> None:
-        """``pids`` are the job's now: newcomers are brought into line."""
+    def _look_at_job(self, job: _Job, table: dict[int, proctree.Stat]) -> None:
+        """See what became of a job: newcomers and strays are brought into line."""
+        pids = proctree.descendants(job.root, table)
+        watching = proctree.watchers(pids, table)
         seen = [_Thread(tid, _thread_ticks(tid)) for tid in proctree.threads(pids)]
+        confined = job.cores
+        strays = [t.tid for t in seen if confined and not _affinity(t.tid) <= confined]
+        halted = [pid for pid in pids if table[pid].state == b"T"]
         used = {t.tid: t.ticks - job.ticks.get(t.tid, 0) for t in seen}
         fresh = {t.tid for t in seen} - set(job.threads)
         job.threads = sorted(used, key=lambda tid: (-used[tid], tid))
         job.ticks = {t.tid: t.ticks for t in seen}
-        newborn = [pid for pid in pids if pid not in job.pids]
-        job.pids = pids
         with self._lock:
+            known = set(job.pids) - job.late
+            due = [pid for pid in pids if pid not in known]
+            job.pids, job.watching = pids, watching
             if job.stopped:
-                proctree.send(newborn, signal.SIGSTOP)
-            for tid in fresh:
+                job.late = set(due).difference(proctree.stop(due, watching))
+            elif job.looks:
+                job.looks -= 1
+                again = list(filter(proctree.is_stopped, reversed(halted)))
+                proctree.send(again, signal.SIGCONT)
+                job.relapsing = job.relapsing.intersection(pids).union(again)
+            for tid in fresh.union(strays):
                 self._tame(tid, job.cores)
 
     def _tame(self, tid: int, cores: set[int]) -> None:
-        """Bring a thread that is new to us into line."""
+        """Bring a thread into line that is new to us, or has left its cores."""
         with contextlib.suppress(OSError):
             if cores:
                 os.sched_setaffinity(tid, cores)
@@ -312,8 +341,9 @@ class CpuDevice:
                     os.setpriority(os.PRIO_PROCESS, tid, NATIVE_NICE)
 
     def refresh(self) -> None:
+        table = proctree.scan() if self._jobs else {}
         for job in list(self._jobs.values()):
-            self._note_processes(job, proctree.descendants(job.root))
+            self._look_at_job(job, table)
         for worker in list(self._workers.values()):
             self._look_at_worker(worker)
         self.protect_self()
@@ -333,15 +363,13 @@ def _make_realtime(tid: int, priority: int) -> None:
     os.sched_setscheduler(tid, _FIFO, os.sched_param(priority))
 
 
+def _affinity(tid: int) -> set[int]:
+    try:
+        return os.sched_getaffinity(tid)
+    except OSError:
+        return set()
+
+
 def _thread_ticks(tid: int) -> int:
     found = proctree.thread_stat(tid)
     return found.cpu_ticks if found is not None else 0
-
-
-def _await_stopped(pids: list[int], within_ns: int = 2 * MS) -> None:
-    """Wait until the kernel has stopped all of them: a running one takes a moment."""
-    end = time.monotonic_ns() + within_ns
-    for pid in pids:
-        while (found := proctree.stat(pid)) is not None and found.state in b"RSD":
-            if time.monotonic_ns() > end:
-                return

@@ -14,11 +14,14 @@ import os
 import signal
 import time
 
+STOP_WITHIN_S = 0.002
+_PAUSE_S = 0.00002
+_PASSES = 10
 _PR_SET_PDEATHSIG = 1
 
 TYPE_CHECKING = False  # ``typing`` costs the shim more to import than all of this file
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Container, Iterable, Mapping
 
 TICKS_PER_SECOND: int = os.sysconf("SC_CLK_TCK")
 PAGE_BYTES: int = os.sysconf("SC_PAGE_SIZE")
@@ -27,12 +30,22 @@ PAGE_BYTES: int = os.sysconf("SC_PAGE_SIZE")
 class Stat:
     """What matters of one ``/proc/<pid>/stat`` (proc(5)). Times are clock ticks."""
 
-    __slots__ = ("cpu_ticks", "parent", "pid", "reaped_ticks", "start", "state", "threads")
+    __slots__ = (
+        "cpu_ticks",
+        "group",
+        "parent",
+        "pid",
+        "reaped_ticks",
+        "start",
+        "state",
+        "threads",
+    )
 
     def __init__(self, pid: int, fields: list[bytes]) -> None:
         self.pid = pid
         self.state = fields[0]
         self.parent = int(fields[1])
+        self.group = int(fields[2])
         self.cpu_ticks = int(fields[11]) + int(fields[12])
         self.reaped_ticks = int(fields[13]) + int(fields[14])
         self.threads = int(fields[17])
@@ -80,6 +93,18 @@ def _stat(pid: int, path: str) -> Stat | None:
     _, _, rest = _read(path).rpartition(b")")
     fields = rest.split()
     return Stat(pid, fields) if len(fields) > 19 else None
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a process stands still because of a signal; one that is traced does not count."""
+    found = stat(pid)
+    return found is not None and found.state == b"T"
+
+
+def runs(pid: int) -> bool:
+    """Whether a process runs or could at any moment: it is neither stopped nor in the kernel."""
+    found = stat(pid)
+    return found is not None and found.state in b"RS"
 
 
 def start_time(pid: int) -> int:
@@ -147,19 +172,34 @@ def cpu_seconds(root: int, table: Mapping[int, Stat] | None = None) -> float:
 
 
 def resident_bytes(pids: Iterable[int]) -> int:
-    """Sum of the resident set sizes of these processes.
+    """Sum of the resident set sizes of these processes: cheap, and an upper bound.
 
     Pages that several of them share (libraries, memory not yet written after a fork, shared
-    mappings) count once in each, so the sum is an upper bound: for a loader with many forked
-    workers it can be well above what the tree really occupies. The exact figure (PSS) would
-    cost milliseconds per process and look.
+    mappings) count once in each; ``proportional_bytes`` counts them once in all.
     """
-    pages = 0
-    for pid in pids:
-        fields = _read(f"/proc/{pid}/statm").split()
-        if len(fields) > 1:
-            pages += int(fields[1])
-    return pages * PAGE_BYTES
+    return sum(_resident(pid) for pid in pids)
+
+
+def proportional_bytes(pids: Iterable[int]) -> int:
+    """Sum of the proportional set sizes (PSS, proc(5)): a page that n processes share counts
+    1/n in each of them.
+
+    Costs milliseconds for each GiB of a process. Where the kernel does not say (another user's
+    process), the resident set counts.
+    """
+    return sum(_proportional(pid) for pid in pids)
+
+
+def _resident(pid: int) -> int:
+    fields = _read(f"/proc/{pid}/statm").split()
+    return int(fields[1]) * PAGE_BYTES if len(fields) > 1 else 0
+
+
+def _proportional(pid: int) -> int:
+    for line in _read(f"/proc/{pid}/smaps_rollup").splitlines():
+        if line.startswith(b"Pss:"):
+            return int(line.split()[1]) * 1024
+    return _resident(pid)
 
 
 def marked(variable: str, value: str) -> list[int]:
@@ -187,19 +227,68 @@ def send(pids: Iterable[int], *signals: signal.Signals) -> None:
                 break
 
 
-def freeze(find: Callable[[], list[int]], passes: int = 10) -> list[int]:
-    """SIGSTOP all that ``find`` returns, again until nobody new turns up (``passes`` at most);
-    what it returned last."""
-    found: list[int] = []
+def watchers(tree: Iterable[int], table: Mapping[int, Stat]) -> set[int]:
+    """Those of a tree with a child in a process group of its own: shells with job control,
+    script, launchers. They may act on the news that a child was stopped."""
+    inside = set(tree)
+    parents = {
+        table[pid].parent
+        for pid in inside
+        if (parent := table.get(table[pid].parent)) and parent.group != table[pid].group
+    }
+    return parents & inside
+
+
+def stop(pids: Iterable[int], watching: Container[int]) -> list[int]:
+    """SIGSTOP, parents first (as ``descendants`` has them); returns whom it reached.
+
+    Those of ``watching`` stand still before their children are stopped: a shell that sees its
+    child stop takes that for Ctrl-Z, and goes on to its next command. That takes some 0.2 ms
+    each; one that takes longer than ``STOP_WITHIN_S`` is left for later with those after it.
+    """
+    reached: list[int] = []
+    for pid in pids:
+        send([pid], signal.SIGSTOP)
+        if pid in watching:
+            end = time.monotonic() + STOP_WITHIN_S
+            while runs(pid):
+                if time.monotonic() > end:
+                    return reached
+                time.sleep(_PAUSE_S)  # it may want the very core that we are on
+        reached.append(pid)
+    return reached
+
+
+def await_stopped(pids: Iterable[int]) -> None:
+    """Wait until the kernel has stopped them, at most ``STOP_WITHIN_S``."""
+    end = time.monotonic() + STOP_WITHIN_S
+    for pid in pids:
+        while runs(pid):
+            if time.monotonic() > end:
+                return
+
+
+def continue_again(pids: Iterable[int]) -> None:
+    """Continue each of these once it has stopped itself, within ``STOP_WITHIN_S`` in all."""
+    end = time.monotonic() + STOP_WITHIN_S
+    for pid in pids:
+        while not is_stopped(pid):
+            if time.monotonic() > end:
+                return
+            time.sleep(_PAUSE_S)
+        send([pid], signal.SIGCONT)
+
+
+def freeze(root: int) -> None:
+    """Stop all that is below ``root``, again until nobody new turns up."""
     stopped: set[int] = set()
-    for _ in range(passes):
-        found = find()
-        new = [pid for pid in found if pid not in stopped]
+    for _ in range(_PASSES):
+        table = scan()
+        tree = descendants(root, table)
+        new = [pid for pid in tree if pid not in stopped]
         if not new:
             break
-        send(new, signal.SIGSTOP)
-        stopped.update(new)
-    return found
+        stopped.update(stop(new, watchers(tree, table)))
 
 
 def kill(find: Callable[[], list[int]], within_s: float = 5.0) -> list[int]:

@@ -92,9 +92,10 @@ class RestartPolicy(enum.Enum):
 class JobSpec(msgspec.Struct, frozen=True):
     """A training (or other batch) program: any command.
 
+    ``env`` is all of its environment but for what the node adds, and is shown to nobody.
     ``weight`` divides what is left among jobs; ``guaranteed`` is a share of the device (0..1)
     owed over ``window`` ns; ``limit`` caps what it may borrow; ``memory`` (bytes, 0 = none)
-    ends the job alone when its process tree's resident memory exceeds it.
+    ends the job alone when its process tree occupies more.
     """
 
     id: str

@@ -59,6 +59,8 @@ class Outcome(msgspec.Struct, frozen=True):
     log_dropped: int = 0
     left: int = 0
     """Processes that could not be killed."""
+    behind: int = 0
+    """Processes that the command had left running, ended with it."""
     ran_s: float = 0.0
     cpu_s: float = 0.0
     ended: float = 0.0
@@ -83,11 +85,22 @@ class Outcome(msgspec.Struct, frozen=True):
             return f"memory limit {limit} exceeded ({resident} resident)"
         if self.lost:
             return "its supervising process was killed" if self.begun else "could not be started"
+        return "; ".join(filter(None, (self._end(), self._left_behind())))
+
+    def _end(self) -> str:
         if self.code is not None and self.code < 0:
             with contextlib.suppress(ValueError):
                 return f"killed by {signal.Signals(-self.code).name}"
             return f"killed by signal {-self.code}"
         return f"exited with {self.code}" if self.code else ""
+
+    def _left_behind(self) -> str:
+        if not self.behind:
+            return ""
+        processes = "process" if self.behind == 1 else "processes"
+        return (
+            f"ended with it: {self.behind} background {processes} (let the command wait for them)"
+        )
 
 
 class _Started(msgspec.Struct, frozen=True):
@@ -178,9 +191,15 @@ class JobRun:
         """Kill the shim; ``outcome`` kills what is left."""
         self._send(signal.SIGKILL)
 
-    def tree(self) -> list[int]:
-        """Pids of the job's processes now (blocking: reads /proc)."""
-        return proctree.descendants(self.shim_pid) if self.shim_pid else []
+    def freeze(self) -> None:
+        """Stop the job's processes (blocking: reads /proc)."""
+        if self.shim_pid:
+            proctree.freeze(self.shim_pid)
+
+    def thaw(self) -> None:
+        """Continue them, children first: their parents then find them running."""
+        if self.shim_pid:
+            proctree.send(reversed(proctree.descendants(self.shim_pid)), signal.SIGCONT)
 
     async def discard(self) -> None:
         """Let go of it and remove its directory: its end has been recorded."""

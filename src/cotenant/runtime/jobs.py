@@ -23,9 +23,8 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -63,8 +62,6 @@ class JobOptions(msgspec.Struct, frozen=True):
     """Wait after the store could not be written before a start is tried again."""
     keep_ended: int = 200
     """Ended jobs kept with their logs; older ones are forgotten."""
-    env_defaults: Mapping[str, str] = {}
-    """For jobs that do not set these variables themselves."""
 
 
 class JobSupervisor:
@@ -293,7 +290,7 @@ class JobSupervisor:
                 if self._ledger.records[id].state is JobState.STOPPING:
                     self._stop(id)
             else:
-                env = environment(spec, self._options.env_defaults)
+                env = environment(spec)
                 env["COTENANT_JOB_ID"], env[RUN_MARKER] = id, live.run.run
                 env["COTENANT_REPORT_SOCKET"] = str(self._reports.path)
                 pid = await live.run.start(spec, env)
@@ -391,9 +388,9 @@ class JobSupervisor:
         def apply() -> None:
             state = self._ledger.records[id].state
             if state is JobState.HELD and self._open:
-                proctree.freeze(live.run.tree)
+                live.run.freeze()
             elif state is JobState.RUNNING:
-                proctree.send(live.run.tree(), signal.SIGCONT)
+                live.run.thaw()
 
         await asyncio.get_running_loop().run_in_executor(self._freezer, apply)
         if self._live.get(id) is not live:

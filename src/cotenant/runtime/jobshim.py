@@ -8,13 +8,15 @@
    shim is dead: there is no moment, whoever is killed when, at which this fails to hold. The
    command never gets the lock.
 2. Everything that the command starts stays below the shim (it is a subreaper), and dies with
-   the command: a run is over when nothing of it is left.
+   the command: a run is over when nothing of it is left. What ends by itself in a moment may;
+   the rest is ended, and that is said.
 3. ``exit.tmp`` exists before the command does; ``exit.json`` exists once the run is over. The
    room for it is reserved beforehand, so that a full disk does not swallow the exit status.
 4. The log is bounded, and what the disk does not take is dropped and counted: it never stops
    the command. Only one that writes faster than 13 MB/s waits, as it would on any pipe.
 5. If the daemon goes away, the job is set free (continued, on all CPUs that the shim may use)
    and goes on. A new daemon takes over by opening ``alive`` for writing.
+6. A stop is the command's to carry out; the rest hears of it after it (``jobstop``).
 
 It should start fast, use no CPU while nothing happens and keep to memory that is not worth
 mentioning; hence the few imports, and numbers instead of messages in what it writes.
@@ -35,6 +37,9 @@ import sys
 import time
 
 from cotenant.devices import proctree
+from cotenant.runtime.boundedlog import BoundedLog
+from cotenant.runtime.jobmemory import MemoryLimit
+from cotenant.runtime.jobstop import Stop
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -46,57 +51,19 @@ PR_SET_CHILD_SUBREAPER = 36
 OOM_SCORE = 500  # when memory runs out the kernel takes a job before it takes the daemon
 CHUNK_BYTES = 65536
 RECORD_BYTES = 512
-MEMORY_EVERY_S = 0.1
-STOP_EVERY_S = 0.05
+LOOK_EVERY_S = 0.05
+"""While something is about to end or to be continued."""
+MOMENT_S = 1.0
+"""For what the command left, not counting time that it was stopped in."""
+AGAIN_S = 1.0
+"""How long what is found stopped is continued again: who watches a process may act on the news
+of its stop only after it was continued, and stop itself (script, su)."""
 LOG_PAUSE_S = 0.005
 """Pause after each chunk: however a job writes, the shim wakes up at most 200 times a second
 and takes a few percent of a core, which may be one that inference wants."""
 
 _libc = ctypes.CDLL(None)
 _libc.prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
-
-
-class BoundedLog:
-    """``path`` and ``path.1``, together at most ``limit`` bytes, the newest kept."""
-
-    def __init__(self, path: str, limit: int) -> None:
-        self.dropped = 0
-        self._path = path
-        self._half = max(limit // 2, 1024)
-        self._fd = -1
-        self._size = 0
-        self._gap = 0
-
-    def write(self, data: bytes) -> None:
-        """Append; what the disk does not take is dropped and counted."""
-        data = data[-self._half :]
-        taken = 0
-        try:
-            if self._fd < 0:
-                self._open()
-            if self._size + len(data) > self._half and self._size:
-                self._rotate()
-            if self._gap:
-                note = b"\n[cotenant: %d bytes of log were lost: disk full]\n" % self._gap
-                self._size += os.write(self._fd, note)
-                self._gap = 0
-            while taken < len(data):
-                taken += os.write(self._fd, memoryview(data)[taken:])
-        except OSError:
-            self._gap += len(data) - taken
-            self.dropped += len(data) - taken
-        self._size += taken
-
-    def _open(self) -> None:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-        self._fd = os.open(self._path, flags, 0o600)
-        self._size = os.fstat(self._fd).st_size
-
-    def _rotate(self) -> None:
-        os.close(self._fd)
-        self._fd = -1
-        os.rename(self._path, self._path + ".1")
-        self._open()
 
 
 class Shim:
@@ -114,8 +81,11 @@ class Shim:
         self._status: int | None = None
         self._began = time.monotonic()
         self._stop_asked = False
-        self._stop_at: float | None = None
-        self._memory_at = 0.0
+        self._stop: Stop | None = None
+        self._moment_s = MOMENT_S
+        self._left_at = self._look_at = self._again_until = self._began
+        limit = spec["memory"]
+        self._memory = MemoryLimit(limit, self._tree) if limit else None
         self._log_at = 0.0
         self._over_memory = 0
 
@@ -133,10 +103,13 @@ class Shim:
         self._announce()
         while not self._is_over():
             self._turn()
+        behind = 0 if self._stop_asked or self._over_memory else len(self._tree())
         left = proctree.kill(self._tree)
         self._reap()
         self._drain_log()
-        self._record(left=len(left))
+        if behind:
+            self._log.write(b"\n[cotenant: the command ended; %d it left were ended]\n" % behind)
+        self._record(left=len(left), behind=behind)
 
     def _path(self, name: str) -> str:
         return f"{self._directory}/{name}"
@@ -236,9 +209,16 @@ class Shim:
     def _is_over(self) -> bool:
         if self._status is None:
             return False
-        # Asked to stop, what the command left behind (its children, say, writing their
-        # checkpoints) has the rest of the grace; otherwise it ends with the command.
-        return self._stop_at is None or time.monotonic() >= self._stop_at or not self._tree()
+        now, left = time.monotonic(), self._tree()
+        if not left or self._over_memory:
+            return True
+        if self._stop is not None:  # its children, say, write their checkpoints
+            return now >= self._stop.ends
+        # Some only see to it that nothing is left (Python's resource tracker).
+        if not all(map(proctree.is_stopped, left)):
+            self._moment_s -= min(now - self._left_at, LOOK_EVERY_S)
+        self._left_at = now
+        return self._moment_s <= 0
 
     def _turn(self) -> None:
         """Wait for something to happen and see to all that is due."""
@@ -254,26 +234,47 @@ class Shim:
         if self._log_at and now >= self._log_at:
             self._log_at = 0.0
             self._poll.modify(self._log_pipe, select.POLLIN)
-        if self._stop_asked and self._stop_at is None:
-            self._stop_at = now + self._spec["grace_s"]
-            # A stopped process acts on SIGTERM only once it is continued.
-            proctree.send(self._tree(), signal.SIGTERM, signal.SIGCONT)
-        if self._stop_at is not None and now >= self._stop_at and self._status is None:
-            proctree.kill(self._tree)
-            self._reap()
-        if self._spec["memory"] and now >= self._memory_at:
-            self._check_memory(now)
+        if self._stop_asked and self._stop is None:
+            self._stop = Stop(now, self._spec["grace_s"], os.getpid(), self._root)
+            self._look_at = now
+        if now >= self._look_at and (self._stop is not None or now < self._again_until):
+            self._look_at = now + LOOK_EVERY_S
+            self._look(now, self._stop)
+        if self._memory is not None and now >= self._memory.due:
+            self._check_memory(self._memory)
 
     def _timeout_ms(self) -> int | None:
         now = time.monotonic()
         waits = []
         if self._log_at:
             waits.append(self._log_at - now)
-        if self._stop_at is not None:
-            waits.append(STOP_EVERY_S)
-        if self._spec["memory"]:
-            waits.append(self._memory_at - now)
+        if self._stop is not None or self._status is not None or now < self._again_until:
+            waits.append(LOOK_EVERY_S)
+        if self._memory is not None:
+            waits.append(self._memory.due - now)
         return max(1, round(1000 * min(waits))) if waits else None
+
+    def _look(self, now: float, stop: Stop | None) -> None:
+        """See whom a stop reaches now, and who must be continued once more."""
+        table = proctree.scan()
+        tree = proctree.descendants(os.getpid(), table)
+        if now < self._again_until:
+            stopped = [pid for pid in tree if table[pid].state == b"T"]
+            proctree.send(reversed(stopped), signal.SIGCONT)
+        if stop is None:
+            return
+        if due := stop.due(now, {pid: table[pid].parent for pid in tree}):
+            proctree.send(due, signal.SIGTERM)
+            self._continue(now)
+        if now >= stop.ends and self._status is None:
+            proctree.kill(self._tree)
+            self._reap()
+
+    def _continue(self, now: float) -> None:
+        """A stopped process acts on a signal only once it is continued. Children first: their
+        parents then find them running."""
+        proctree.send(reversed(self._tree()), signal.SIGCONT)
+        self._again_until = now + AGAIN_S
 
     def _reap(self) -> None:
         with contextlib.suppress(ChildProcessError):
@@ -307,13 +308,9 @@ class Shim:
                     return
                 self._log.write(data)
 
-    def _check_memory(self, now: float) -> None:
-        resident = proctree.resident_bytes(self._tree())
-        took = time.monotonic() - now
-        # On a machine with thousands of processes a look is dear: keep it below 2 % of a core.
-        self._memory_at = now + max(MEMORY_EVERY_S, 50 * took)
-        if resident > self._spec["memory"]:
-            self._over_memory = resident
+    def _check_memory(self, memory: MemoryLimit) -> None:
+        if over := memory.look():
+            self._over_memory = over
             proctree.kill(self._tree)
             self._reap()
 
@@ -321,13 +318,12 @@ class Shim:
         """The daemon is gone and nobody else would continue what it had stopped or squeezed."""
         self._attend()
         for _ in range(2):  # again for what was forked in between
-            tree = self._tree()
-            for thread in proctree.threads(tree):
+            for thread in proctree.threads(self._tree()):
                 with contextlib.suppress(OSError):
                     os.sched_setaffinity(thread, self._cpus)
-            proctree.send(tree, signal.SIGCONT)
+            self._continue(time.monotonic())
 
-    def _record(self, failed: str = "", errno: int = 0, left: int = 0) -> None:
+    def _record(self, failed: str = "", errno: int = 0, left: int = 0, behind: int = 0) -> None:
         """Write ``exit.json``, atomically and to the disk, into the room reserved for it."""
         status, times = self._status, os.times()
         code = "null" if status is None else str(os.waitstatus_to_exitcode(status))
@@ -335,7 +331,7 @@ class Shim:
         text = (
             f'{{"code": {code}, "failed": "{failed}", "errno": {errno}, "stopped": {stopped}, '
             f'"over_memory": {self._over_memory}, "log_dropped": {self._log.dropped}, '
-            f'"left": {left}, "ran_s": {time.monotonic() - self._began:.3f}, '
+            f'"left": {left}, "behind": {behind}, "ran_s": {time.monotonic() - self._began:.3f}, '
             f'"cpu_s": {times.children_user + times.children_system:.2f}, '
             f'"ended": {time.time():.3f}}}'
         )

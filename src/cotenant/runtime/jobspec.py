@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import pwd
 import re
 import secrets
 from collections.abc import Container, Mapping
@@ -16,8 +18,7 @@ from cotenant.domain.workload import JobSpec
 MAX_SPEC_BYTES = 1 << 20
 MAX_NAME = 128
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_NOT_FOR_JOBS = ("NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_FDS", "LISTEN_PID")
-"""The service manager's words to the daemon."""
+_MINIMAL = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR")
 
 
 def checked(spec: JobSpec, taken: Container[str]) -> JobSpec:
@@ -53,18 +54,39 @@ def checked(spec: JobSpec, taken: Container[str]) -> JobSpec:
     return msgspec.structs.replace(spec, id=id, name=name, cwd=cwd)
 
 
-def environment(spec: JobSpec, defaults: Mapping[str, str]) -> dict[str, str]:
-    """The daemon's environment without what is meant for it alone, ours, then the user's."""
-    own = {
-        key: value
-        for key, value in os.environ.items()
-        if not key.startswith("COTENANT_") and key not in _NOT_FOR_JOBS
-    }
+def environment(spec: JobSpec) -> dict[str, str]:
+    """All that the command gets: the job's own variables, and ours where it does not set them."""
     ours = {
         # GNU OpenMP threads spin at a barrier for milliseconds by default. When a job's gang is
         # squeezed onto fewer cores than it has threads, the spinners burn the very core that the
         # thread they wait for needs. This many turns are a few microseconds, then they sleep.
         "GOMP_SPINCOUNT": "1000",
-        **defaults,
+        # Into a pipe Python writes blocks of some KiB: a log would show nothing for hours.
+        "PYTHONUNBUFFERED": "1",
     }
-    return {**ours, **own, **spec.env}
+    return {**ours, **spec.env, "PWD": spec.cwd}
+
+
+def minimal(environ: Mapping[str, str]) -> dict[str, str]:
+    """What any process needs: for a job that nobody's shell submits, since it is declared.
+
+    From ``environ``, the daemon's, or, as cron does it, from the list of users.
+    """
+    found: dict[str, str] = {}
+    with contextlib.suppress(KeyError):  # a container's user need not be in the list
+        user = pwd.getpwuid(os.geteuid())
+        found = {"HOME": user.pw_dir, "USER": user.pw_name, "LOGNAME": user.pw_name}
+        found["SHELL"] = user.pw_shell or "/bin/sh"
+    found["PATH"] = os.defpath
+    for name, value in environ.items():
+        if (name in _MINIMAL or name.startswith("LC_")) and _is_text(value):
+            found[name] = value
+    return found
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -43,7 +43,7 @@ def verdict(
         return JobState.QUEUED, "stopped with the daemon", streak
     fine = outcome.code == 0
     if fine and spec.restart is not RestartPolicy.ALWAYS:
-        return JobState.SUCCEEDED, "", 0
+        return JobState.SUCCEEDED, reason, 0
     if spec.restart is RestartPolicy.NEVER and outcome.begun:
         return JobState.FAILED, reason, streak
     streak = 1 if outcome.ran_s >= rules.healthy_s else streak + 1

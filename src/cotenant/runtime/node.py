@@ -43,6 +43,7 @@ from cotenant.runtime.arena import ArenaFull
 from cotenant.runtime.calls import OutputSizes, Pending
 from cotenant.runtime.core import Clock, Core, steady
 from cotenant.runtime.jobs import JobSupervisor
+from cotenant.runtime.jobspec import minimal
 from cotenant.runtime.jobstore import JobStore
 from cotenant.runtime.messages import Done, Failed, Outputs, Run
 from cotenant.runtime.models import Models
@@ -203,7 +204,8 @@ class Node:
         alive = {s.name for s in self.jobs() if s.state not in ("succeeded", "failed", "cancelled")}
         for job in self.config.jobs:
             if job.name not in alive:
-                self.submit_job(job)
+                env = {**minimal(os.environ), **job.env}
+                self.submit_job(msgspec.structs.replace(job, env=env))
 
     async def _drain(self) -> None:
         """Admit nothing more and answer what was accepted."""

@@ -10,7 +10,7 @@ carry any number of them, in turn.
     op         fields                 result
     status                            what NodePort.status returns
     jobs                              list of JobStatus
-    submit     those of JobSpec       the new job's id (a given id is ignored by the node)
+    submit     those of JobSpec       the new job's id; ``env`` is all of its environment
     cancel     ref                    the job's id
     hold       ref                    the job's id
     release    ref                    the job's id
@@ -196,7 +196,12 @@ class ControlClient:
 
     def _call(self, op: str, **fields: Any) -> Any:
         _check_length(self._path)
-        line = msgspec.json.encode({"op": op, **fields}) + b"\n"
+        try:
+            line = msgspec.json.encode({"op": op, **fields}) + b"\n"
+        except UnicodeEncodeError:
+            raise InvalidRequest(
+                "command, names and directories must be UTF-8 text; rename what is not"
+            ) from None
         if len(line) > LINE_BYTES:
             raise InvalidRequest(
                 f"the request is {len(line)} bytes; the node accepts {LINE_BYTES}"

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cotenant.cli.submitting import inherited
 from cotenant.devices import proctree
 from cotenant.domain.errors import CotenantError, EnvironmentProblem
 from cotenant.domain.workload import JobSpec
@@ -150,7 +151,13 @@ class CotenantJob:
         self.counter = counter
         self._node = node
         self._id = node.control.submit(
-            JobSpec(id="", name="train", command=tuple(_train_command(counter, threads)), cwd="/")
+            JobSpec(
+                id="",
+                name="train",
+                command=tuple(_train_command(counter, threads)),
+                cwd="/",
+                env=inherited()[0],
+            )
         )
 
     def resume(self) -> None:
