@@ -166,6 +166,13 @@ def test_strings_that_do_are_taken(arena: Arena) -> None:
     place(TEXT, call(strings(b"a", b"", "ä".encode())), 3, arena, 0, False)
 
 
+@pytest.mark.parametrize("raw", [b"\xff", b"ok\x80", b"\xed\xa0\x80", b"\xc3", b"\xc0\x80"])
+def test_bytes_that_are_no_text_are_refused_by_name(arena: Arena, raw: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="input 't': element 1"):
+        place(TEXT, call(strings(b"a", raw)), 2, arena, 0, False)
+    assert arena.used == 0
+
+
 # --- answers --------------------------------------------------------------------------------
 
 
