@@ -150,8 +150,9 @@ class JobStatus(msgspec.Struct, frozen=True):
 class NodePort(Protocol):
     """The node as front ends see it. It must be called on the node's own loop.
 
-    Raises as in ``cotenant.domain.errors``: ``NotFound`` for unknown names, ``InvalidRequest`` for
-    input that does not fit, ``TooLarge`` over a limit, ``ModelError`` for a failed load.
+    Raises as in ``cotenant.domain.errors``: ``NotFound`` for unknown names, ``NotReady`` for
+    models being loaded, ``InvalidRequest`` for input that does not fit, ``TooLarge`` over a limit,
+    ``ModelError`` for a failed load.
     """
 
     def is_ready(self) -> bool:
@@ -161,7 +162,7 @@ class NodePort(Protocol):
         """Whether this model (version) can be inferred now; False for unknown names."""
 
     def metadata(self, name: str, version: str = "") -> ModelMeta:
-        """Metadata; raises NotFound."""
+        """Metadata; raises NotFound, NotReady."""
 
     def index(self) -> list[IndexEntry]:
         """All models in the repository, loaded or not."""

@@ -56,11 +56,15 @@ class Shell(Protocol):
     def on_result(self, message: Done | Failed) -> None:
         """A batch came back."""
 
+    async def unload(self, name: str) -> None:
+        """Drain and unload a service; raises NotFound."""
+
 
 class Loaded(msgspec.Struct, frozen=True):
     """A version that is being served."""
 
     files: ModelFiles
+    settings: ModelSettings
     meta: EngineMeta
     accuracy: float | None
 
@@ -181,17 +185,22 @@ class Instances:
         self._shell.feed(self._service_added(meta))
         self.loaded.pop(files.version, None)
         old = [i for i in self._ups() if i not in started and i.version == files.version]
-        self.loaded[files.version] = Loaded(files, meta, opened[0].accuracy)
+        self.loaded[files.version] = Loaded(files, settings, meta, opened[0].accuracy)
         for instance, answer in zip(started, opened, strict=True):
             self._announce(instance, answer, files, settings)
         self._shell.feed(e.VersionCurrent(self.spec.name, files.version))
-        while len(self.loaded) > settings.keep_versions:
-            oldest = next(iter(self.loaded))
-            del self.loaded[oldest]
-            old += [i for i in self._ups() if i.version == oldest]
         for instance in old:
             self._retire(instance)
+        while len(self.loaded) > settings.keep_versions:
+            self.drop(next(iter(self.loaded)))
         log.info("version serves", extra={"service": self.spec.name, "version": files.version})
+
+    def drop(self, version: str) -> None:
+        """Serve a version no longer."""
+        del self.loaded[version]
+        for instance in self._ups():
+            if instance.version == version:
+                self._retire(instance)
 
     def _service_added(self, meta: EngineMeta) -> e.ServiceAdded:
         spec = self.spec

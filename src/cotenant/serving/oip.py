@@ -3,7 +3,8 @@
 A request's body is JSON, or JSON followed by the raw bytes of those inputs that state a
 ``binary_data_size`` (the binary tensor extension; the header
 ``Inference-Header-Content-Length`` says where the JSON ends). Inputs and outputs may also
-lie in shared-memory regions. No payload is copied in decoding: binary inputs are slices.
+lie in shared-memory regions. No payload is copied in decoding: binary inputs are slices. A field
+that is null counts as absent.
 
 Laws: a body either decodes to a call whose every size agrees with every other, or raises
 ``InvalidRequest`` naming the tensor and saying what would be right. ``encode`` honours what
@@ -50,8 +51,8 @@ _HEADER = "Inference-Header-Content-Length"
 
 class _InputParameters(msgspec.Struct):
     binary_data_size: int | None = None
-    shared_memory_region: str = ""
-    shared_memory_offset: int = 0
+    shared_memory_region: str | None = None
+    shared_memory_offset: int | None = None
     shared_memory_byte_size: int | None = None
 
 
@@ -65,9 +66,9 @@ class _Input(msgspec.Struct):
 
 class _OutputParameters(msgspec.Struct):
     binary_data: bool | None = None
-    classification: int = 0
-    shared_memory_region: str = ""
-    shared_memory_offset: int = 0
+    classification: int | None = None
+    shared_memory_region: str | None = None
+    shared_memory_offset: int | None = None
     shared_memory_byte_size: int | None = None
 
 
@@ -77,17 +78,17 @@ class _Output(msgspec.Struct):
 
 
 class _Parameters(msgspec.Struct):
-    binary_data_output: bool = False
-    priority: int = 0
-    timeout: int = 0
-    sequence_id: int | str = 0
-    sequence_start: bool = False
-    sequence_end: bool = False
+    binary_data_output: bool | None = None
+    priority: int | None = None
+    timeout: int | None = None
+    sequence_id: int | str | None = None
+    sequence_start: bool | None = None
+    sequence_end: bool | None = None
 
 
 class _Request(msgspec.Struct):
     inputs: list[_Input]
-    id: str = ""
+    id: str | None = None
     outputs: list[_Output] | None = None
     parameters: _Parameters | None = None
 
@@ -146,7 +147,7 @@ def decode(
         )
     if len(inputs) > 1:
         check_unique("input", (item.name for item in inputs))
-    call = InferCall(model=model, inputs=inputs, version=version, id=request.id)
+    call = InferCall(model=model, inputs=inputs, version=version, id=request.id or "")
     binary = _apply(call, request.parameters)
     wanted = _wanted(request.outputs, binary, regions) if request.outputs else {}
     call.outputs = tuple(wanted)
@@ -237,13 +238,14 @@ def _input(
     parameters = tensor.parameters or _NO_INPUT_PARAMETERS
     region, size = parameters.shared_memory_region, parameters.binary_data_size
     raw = memoryview(tensor.data)
-    if (size is not None) + bool(region) + (len(raw) > 0) != 1:
+    if (size is not None) + bool(region) + bool(raw and bytes(raw[:4]) != b"null") != 1:
         raise InvalidRequest(
             f"tensor {shown(name)}: give its elements once, as data (JSON), binary_data_size"
             " (after the JSON) or shared_memory_region"
         )
     if region:
-        source = (region, parameters.shared_memory_offset, parameters.shared_memory_byte_size)
+        offset = parameters.shared_memory_offset or 0
+        source = (region, offset, parameters.shared_memory_byte_size)
         return region_input(name, datatype, shape, count, source, regions), pos
     if size is None:
         data = json_to_bytes(name, datatype, shape, count, tensor.data)
@@ -266,9 +268,9 @@ def _apply(call: InferCall, parameters: _Parameters | None) -> bool:
         return False
     if parameters.sequence_id or parameters.sequence_start or parameters.sequence_end:
         refuse_sequence()
-    call.priority = priority_class(parameters.priority)
-    call.timeout_ns = timeout_ns(parameters.timeout)
-    return parameters.binary_data_output
+    call.priority = priority_class(parameters.priority or 0)
+    call.timeout_ns = timeout_ns(parameters.timeout or 0)
+    return bool(parameters.binary_data_output)
 
 
 def _wanted(outputs: list[_Output], binary: bool, regions: RegionIO) -> dict[str, Wanted]:
@@ -287,7 +289,7 @@ def _wanted(outputs: list[_Output], binary: bool, regions: RegionIO) -> dict[str
             want_region(
                 want,
                 given.shared_memory_region,
-                given.shared_memory_offset,
+                given.shared_memory_offset or 0,
                 given.shared_memory_byte_size,
                 regions,
             )

@@ -41,7 +41,7 @@ from cotenant.serving.bodies import (
 from cotenant.serving.calls import infer
 from cotenant.serving.intake import BodyRefused, Intake, authorised
 from cotenant.serving.overdue import Overdue
-from cotenant.serving.refusals import HTTP_STATUS, error_status, refusal_headers
+from cotenant.serving.refusals import HTTP_STATUS, as_refused, error_status, refusal_headers
 from cotenant.serving.rest_admin import build_admin
 
 log = logging.getLogger("cotenant.serving")
@@ -264,6 +264,9 @@ def build_app(node: NodePort, intake: Intake, token: str | None) -> App:
 
 
 def _failure(exc: Exception, model: str) -> Answer:
+    refused = as_refused(exc)
+    if refused is not None:
+        return refusal_answer(refused)
     if isinstance(exc, CotenantError):
         return error_answer(error_status(exc), str(exc))
     log.error("inference on %s failed inside the server", model, exc_info=exc)

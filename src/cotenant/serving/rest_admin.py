@@ -14,7 +14,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from cotenant.domain.errors import CotenantError, InvalidRequest, TooLarge
-from cotenant.domain.port import ModelMeta, NodePort
+from cotenant.domain.port import ModelMeta, NodePort, Refused
 from cotenant.serving.admin import (
     EXTENSIONS,
     NO_CUDA_MEMORY,
@@ -33,7 +33,7 @@ from cotenant.serving.bodies import (
     parse_head,
 )
 from cotenant.serving.intake import BodyRefused, Intake
-from cotenant.serving.refusals import HTTP_STATUS, error_status, refusal_headers
+from cotenant.serving.refusals import HTTP_STATUS, as_refused, error_status, refusal_headers
 
 log = logging.getLogger("cotenant.serving")
 
@@ -47,15 +47,15 @@ Handler = Callable[[Request], Awaitable[Response]]
 class _RegisterBody(msgspec.Struct):
     key: str
     byte_size: int
-    offset: int = 0
+    offset: int | None = None
 
 
 class _ParametersBody(msgspec.Struct):
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] | None = None
 
 
 class _IndexBody(msgspec.Struct):
-    ready: bool = False
+    ready: bool | None = None
 
 
 def build_admin(node: NodePort, intake: Intake, bodies: BodyReader) -> Starlette:
@@ -148,7 +148,7 @@ class _Admin:
 
     async def load(self, request: Request) -> Response:
         body = await self._read(request, _ParametersBody)
-        check_load_parameters(list(body.parameters))
+        check_load_parameters(list(body.parameters or ()))
         await self._node.load(request.path_params["model"])
         return Response()
 
@@ -163,7 +163,7 @@ class _Admin:
     async def region_register(self, request: Request) -> Response:
         body = await self._read(request, _RegisterBody)
         name = request.path_params["region"]
-        self._regions.register(name, body.key, body.offset, body.byte_size)
+        self._regions.register(name, body.key, body.offset or 0, body.byte_size)
         return Response()
 
     async def region_unregister(self, request: Request) -> Response:
@@ -234,13 +234,18 @@ def _error(status: int, message: str, headers: dict[str, str] | None = None) -> 
 
 def _cotenant_error(_: Request, exc: Exception) -> Response:
     assert isinstance(exc, CotenantError)
-    return _error(error_status(exc), str(exc))
+    refused = as_refused(exc)
+    return _error(error_status(exc), str(exc)) if refused is None else _refusal(refused)
 
 
 def _body_refused(_: Request, exc: Exception) -> Response:
     assert isinstance(exc, BodyRefused)
-    headers = {k.decode(): v.decode() for k, v in refusal_headers(exc.refused)}
-    return _error(HTTP_STATUS[exc.refused.refusal], exc.refused.message, headers)
+    return _refusal(exc.refused)
+
+
+def _refusal(refused: Refused) -> Response:
+    headers = {k.decode(): v.decode() for k, v in refusal_headers(refused)}
+    return _error(HTTP_STATUS[refused.refusal], refused.message, headers)
 
 
 def _slow_body(_: Request, __: Exception) -> Response:
