@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import re
 import socket
@@ -375,3 +376,68 @@ def test_a_client_that_never_goes_on_is_left(begun: bytes, monkeypatch: pytest.M
         sock = send(served, b"", begun)
         read_all(sock)  # until it is closed
         sock.close()
+
+
+# --- bodies ---------------------------------------------------------------------------------
+
+
+def numbers(count: int) -> bytes:
+    given = {"name": "x", "datatype": "FP32", "shape": [count // 4, 4], "data": [1] * count}
+    return json.dumps({"inputs": [given]}).encode()
+
+
+@pytest.mark.parametrize("pack", [None, "gzip"])
+def test_json_that_a_model_has_no_use_for_is_not_looked_into(served: Any, pack: str | None) -> None:
+    served.node.most = 64
+    calls = len(served.node.calls)
+    for body in (numbers(2**18), b" " * 2**22, b'{"inputs":[' + b"{}," * 2**18 + b"{}]}"):
+        more = "" if pack is None else "Content-Encoding: gzip\r\n"
+        sent = body if pack is None else gzip.compress(body)
+        sock = send(served, post(len(sent), more=more), sent)
+        assert one_answer(sock)[0] == 413
+        sock.close()
+    assert len(served.node.calls) == calls
+    served.node.most = None
+    sock = send(served, post(len(body := numbers(2**18))), body)
+    assert one_answer(sock)[0] == 200
+    sock.close()
+
+
+LONG = 2 * 2**16
+HOSTILE: dict[str, bytes] = {
+    "nested deeply": b'{"inputs":' + b"[" * LONG,
+    "nested deeply in data": b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1],"data":'
+    + b"[" * LONG,
+    "nested in parameters": b'{"inputs":[],"parameters":{"a":' + b"[" * LONG,
+    "many inputs": b'{"inputs":['
+    + b'{"name":"x","datatype":"FP32","shape":[1],"data":[1]},' * 5000
+    + b"{}]}",
+    "a long shape": b'{"inputs":[{"name":"x","datatype":"FP32","shape":['
+    + b"1," * LONG
+    + b'1],"data":[1]}]}',
+    "many outputs": b'{"inputs":[],"outputs":[' + b'{"name":"y"},' * 20000 + b'{"name":"y"}]}',
+    "many parameters": b'{"parameters":{' + b'"a":1,' * 20000 + b'"a":1},"inputs":[]}',
+    "not UTF-8": b'{"id":"\xff","inputs":[]}',
+    "not UTF-8 in data": b'{"inputs":[{"name":"x","datatype":"BYTES","shape":[1],"data":["\xff"]}]}',
+    "half a surrogate pair": b'{"inputs":[],"id":"\\ud800"}',
+    "a number of many digits": b'{"inputs":[],"parameters":{"priority":' + b"9" * 5000 + b"}}",
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
+@pytest.mark.parametrize("path", [ROUTE, "/v2/repository/index"])
+def test_a_hostile_body_is_the_clients_fault(served: Any, body: bytes, path: str) -> None:
+    sock = send(served, post(len(body), path), body)
+    status = one_answer(sock)[0]
+    assert status in ((400, 413) if path == ROUTE else (200, 400, 413))
+    sock.close()
+    assert ask(served, "POST", ROUTE, GOOD)[0] == 200
+
+
+def test_a_request_that_unfolds_to_much_is_refused_on_other_routes_too(served: Any) -> None:
+    body = gzip.compress(b" " * 2**23)
+    head = post(len(body), "/v2/repository/index", "Content-Encoding: gzip\r\n")
+    sock = send(served, head, body)
+    assert one_answer(sock)[0] == 413
+    sock.close()

@@ -173,6 +173,10 @@ class NodePort(Protocol):
     async def unload(self, name: str) -> None:
         """Drain and unload a model; raises NotFound."""
 
+    def most_elements(self, name: str, version: str = "") -> int | None:
+        """The most elements that the inputs of a request to a model can have together, None where
+        its shapes or its strings are free; raises NotFound, NotReady."""
+
     def submit(self, call: InferCall, done: OnOutcome) -> Withdraw | Refused:
         """Validate and queue. ``done`` is called once, from the loop and never from within, with
         the result or a refusal, unless the request is withdrawn before."""

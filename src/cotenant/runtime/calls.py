@@ -151,6 +151,17 @@ def rows_of(meta: EngineMeta, max_batch: int, call: InferCall) -> int:
     return rows
 
 
+def most_elements(meta: EngineMeta, max_batch: int) -> int | None:
+    """The most elements of a request's inputs; None where they have no bound."""
+    total = 0
+    for tensor in meta.inputs:
+        shape = (max_batch, *tensor.shape[1:]) if meta.batchable else tensor.shape
+        if tensor.datatype == "BYTES" or any(dim < 0 for dim in shape):
+            return None
+        total += math.prod(shape)
+    return total
+
+
 def _check_input(have: TensorIn, want: TensorMeta) -> None:
     if have.datatype != want.datatype:
         raise InvalidRequest(

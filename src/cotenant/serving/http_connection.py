@@ -23,6 +23,7 @@ from functools import partial
 from typing import Any
 
 import httptools
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from cotenant.serving.bodies import STOPPING, WHOLE_ANSWER, error_answer, refusal_answer
@@ -91,6 +92,7 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        self.flow = _Flow(transport, self._has_room)
         if not self._crowd.enter(self):
             self.app = self._full
         self._await_client()
@@ -230,8 +232,11 @@ class Connection(HttpToolsProtocol):
         self._ahead, self._ahead_at = data, at
         if self._crowd.ahead_bytes > AHEAD_TOTAL_BYTES or len(data) - at > READ_AHEAD_BYTES:
             self.transport.abort()
-        elif len(data) - at > AHEAD_BYTES:
+        elif not self._has_room():
             self.flow.pause_reading()
+
+    def _has_room(self) -> bool:
+        return len(self._ahead) - self._ahead_at <= AHEAD_BYTES
 
     def _forget_ahead(self) -> None:
         self._crowd.ahead_bytes -= len(self._ahead)
@@ -249,7 +254,7 @@ class Connection(HttpToolsProtocol):
         data, at = self._ahead, self._ahead_at
         self._forget_ahead()
         self._take(data, at)
-        if not self._ahead and not self.transport.is_closing():
+        if not self.transport.is_closing():
             self.flow.resume_reading()
 
     # --- parsed -----------------------------------------------------------------------------
@@ -427,3 +432,15 @@ class Connection(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+class _Flow(FlowControl):
+    """uvicorn's, but reading goes on only where there is room for what is read."""
+
+    def __init__(self, transport: asyncio.Transport, has_room: Callable[[], bool]) -> None:
+        super().__init__(transport)
+        self._has_room = has_room
+
+    def resume_reading(self) -> None:
+        if self.read_paused and self._has_room():
+            super().resume_reading()

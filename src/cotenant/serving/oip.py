@@ -34,6 +34,7 @@ from cotenant.serving.calls import (
     want_region,
     write_region,
 )
+from cotenant.serving.long_lists import PIECE_BYTES, long_to_bytes
 from cotenant.serving.tensors import (
     Limits,
     bytes_to_json,
@@ -93,6 +94,17 @@ class _Request(msgspec.Struct):
     parameters: _Parameters | None = None
 
 
+class _Named(msgspec.Struct):
+    name: msgspec.Raw = msgspec.Raw()
+
+
+class _Names(msgspec.Struct):
+    """What is needed of a request that is wrong: all else is skipped, not made."""
+
+    inputs: list[_Named] = []
+    outputs: list[_Named] = []
+
+
 class _OutputJson(msgspec.Struct, omit_defaults=True):
     name: str
     datatype: str
@@ -109,6 +121,7 @@ class _ResponseJson(msgspec.Struct, omit_defaults=True):
 
 
 _decoder = msgspec.json.Decoder(_Request)
+_named = msgspec.json.Decoder(_Names)
 _encoder = msgspec.json.Encoder()
 _NO_INPUT_PARAMETERS = _InputParameters()
 
@@ -127,7 +140,7 @@ def decode(
     it was not sent. The call's tensors are views of ``body``. Raises InvalidRequest, TooLarge,
     and NotFound for an unknown region.
     """
-    end = len(body) if header_length is None else _json_length(header_length, len(body))
+    end = json_length(header_length, len(body))
     if end > limits.json_bytes:
         raise TooLarge(
             f"the request's JSON is {end} bytes; at most {limits.json_bytes} are accepted."
@@ -192,7 +205,10 @@ def encode(result: InferResult, request: Decoded, regions: RegionIO) -> tuple[by
     return b"".join((head, *blobs)), len(head)
 
 
-def _json_length(header: bytes | str, total: int) -> int:
+def json_length(header: bytes | str | None, total: int) -> int:
+    """How many of a body's ``total`` bytes are JSON, by its header; raises InvalidRequest."""
+    if header is None:
+        return total
     text = header.decode("latin-1") if isinstance(header, bytes) else header
     if not re.fullmatch(r"[0-9]{1,18}", text):
         raise InvalidRequest(
@@ -223,10 +239,11 @@ def _parse(view: memoryview) -> _Request:
 def _name_at(view: memoryview, kind: str, index: int) -> str:
     """``"input 'x': "`` for the error message, empty where the tensor has no name either."""
     try:
-        name = msgspec.json.decode(view)[kind][index]["name"]
-    except (msgspec.DecodeError, RecursionError, TypeError, KeyError, IndexError):
+        names = _named.decode(view)
+        name = msgspec.json.decode(getattr(names, kind)[index].name, type=str)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, IndexError):
         return ""
-    return f"{kind[:-1]} {shown(name)}: " if isinstance(name, str) else ""
+    return f"{kind[:-1]} {shown(name)}: "
 
 
 def _input(
@@ -248,7 +265,7 @@ def _input(
         source = (region, offset, parameters.shared_memory_byte_size)
         return region_input(name, datatype, shape, count, source, regions), pos
     if size is None:
-        data = json_to_bytes(name, datatype, shape, count, tensor.data)
+        data = _from_json(tensor, count, limits)
         return TensorIn(name, datatype, shape, len(data), data), pos
     if not 0 <= size <= len(view) - pos:
         raise InvalidRequest(
@@ -260,6 +277,19 @@ def _input(
     if datatype == "BYTES":
         check_bytes(name, part, count)
     return TensorIn(name, datatype, shape, size, part), pos + size
+
+
+def _from_json(tensor: _Input, count: int, limits: Limits) -> bytes:
+    raw = memoryview(tensor.data)
+    if len(raw) > PIECE_BYTES:
+        if tensor.datatype != "BYTES":
+            return long_to_bytes(tensor.name, tensor.datatype, tensor.shape, raw)
+        if bytes(raw).count(b'"') > 2 * limits.json_strings:
+            raise TooLarge(
+                f"tensor {shown(tensor.name)}: more than {limits.json_strings} strings in JSON;"
+                " send them as binary data (binary_data_size)"
+            )
+    return json_to_bytes(tensor.name, tensor.datatype, tensor.shape, count, tensor.data)
 
 
 def _apply(call: InferCall, parameters: _Parameters | None) -> bool:

@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from cotenant.domain.errors import CotenantError, InvalidRequest, TooLarge
+from cotenant.domain.errors import CotenantError, InvalidRequest
 from cotenant.domain.port import ModelMeta, NodePort, Refused
 from cotenant.serving.admin import (
     EXTENSIONS,
@@ -180,13 +180,11 @@ class _Admin:
     async def _read(self, request: Request, kind: type[T]) -> T:
         """The JSON body as ``kind``, its defaults for an empty one; raises InvalidRequest."""
         head = parse_head(request.scope["headers"])
-        if head.content_length > _ADMIN_BODY_BYTES:
-            raise TooLarge(f"the body is larger than {_ADMIN_BODY_BYTES} bytes")
-        body, held = await self._bodies.read(request.receive, head)
+        body, held = await self._bodies.read(request.receive, head, _ADMIN_BODY_BYTES)
         self._budget.release(held)
         try:
             return msgspec.json.decode(body.strip() or b"{}", type=kind)
-        except (msgspec.DecodeError, RecursionError) as exc:
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
             raise InvalidRequest(f"the body does not fit this request: {exc}") from None
 
 
