@@ -418,7 +418,8 @@ HOSTILE: dict[str, bytes] = {
     "many outputs": b'{"inputs":[],"outputs":[' + b'{"name":"y"},' * 20000 + b'{"name":"y"}]}',
     "many parameters": b'{"parameters":{' + b'"a":1,' * 20000 + b'"a":1},"inputs":[]}',
     "not UTF-8": b'{"id":"\xff","inputs":[]}',
-    "not UTF-8 in data": b'{"inputs":[{"name":"x","datatype":"BYTES","shape":[1],"data":["\xff"]}]}',
+    "not UTF-8 in data": b'{"inputs":[{"name":"x","datatype":"BYTES","shape":[1],'
+    b'"data":["\xff"]}]}',
     "half a surrogate pair": b'{"inputs":[],"id":"\\ud800"}',
     "a number of many digits": b'{"inputs":[],"parameters":{"priority":' + b"9" * 5000 + b"}}",
     "empty": b"",
@@ -433,6 +434,15 @@ def test_a_hostile_body_is_the_clients_fault(served: Any, body: bytes, path: str
     assert status in ((400, 413) if path == ROUTE else (200, 400, 413))
     sock.close()
     assert ask(served, "POST", ROUTE, GOOD)[0] == 200
+
+
+def test_binary_data_that_a_model_has_no_use_for_are_not_unfolded(served: Any) -> None:
+    served.node.most = 64
+    body = gzip.compress(BODY + bytes(2**23))
+    more = f"Content-Encoding: gzip\r\nInference-Header-Content-Length: {len(BODY)}\r\n"
+    sock = send(served, post(len(body), more=more), body)
+    assert one_answer(sock)[0] == 413
+    sock.close()
 
 
 def test_a_request_that_unfolds_to_much_is_refused_on_other_routes_too(served: Any) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from functools import lru_cache
 
 from cotenant.domain.errors import CotenantError, TooLarge
-from cotenant.domain.port import InferCall, NodePort, Outcome, Refused
+from cotenant.domain.port import DATATYPES, InferCall, NodePort, Outcome, Refused
 from cotenant.serving import oip
 from cotenant.serving.bodies import (
     JSON_TYPE,
@@ -160,7 +160,7 @@ class App:
         """The request; long JSON elsewhere than on the loop, if the model has use for so much."""
         size = oip.json_length(head.json_length, len(body))
         if size > JSON_AT_ONCE:
-            most = self._json_room(target)
+            most = self._json_room(self._node.most_elements(*target))
             if size > most:
                 raise TooLarge(
                     f"the request's JSON is {size} bytes; at most {most} are accepted for this"
@@ -172,12 +172,16 @@ class App:
         return oip.decode(body, head.json_length, *target, self._limits, self._regions)
 
     def _body_room(self, head: Head, target: tuple[str, str]) -> int:
-        """The most bytes of a body: of JSON alone no more than the model has use for."""
-        most = self._limits.body_bytes
-        return most if head.json_length is not None else min(most, self._json_room(target))
-
-    def _json_room(self, target: tuple[str, str]) -> int:
+        """The most bytes of a body: no more than the model has use for."""
         most = self._node.most_elements(*target)
+        room = self._json_room(most)
+        if head.json_length is None:
+            return min(room, self._limits.body_bytes)
+        if most is None:
+            return self._limits.body_bytes
+        return min(room + most * max(DATATYPES.values()), self._limits.body_bytes)
+
+    def _json_room(self, most: int | None) -> int:
         limit = self._limits.json_bytes
         return limit if most is None else min(limit, JSON_AT_ONCE + JSON_ELEMENT_BYTES * most)
 
