@@ -49,8 +49,10 @@ log = logging.getLogger("cotenant.serving")
 
 JSON_AT_ONCE = PIECE_BYTES
 """JSON decoded on the loop; more is decoded in a thread."""
+JSON_BESIDE_BYTES = 512 * 1024
 JSON_ELEMENT_BYTES = 64
-"""Of a tensor's element in JSON, with all the blanks around it; more is refused as too large."""
+"""What JSON may take beside its tensors' elements, and for each of those, with all the blanks
+around it; a request whose JSON is longer than so the model's inputs call for is refused."""
 
 _PREFIX = "/v2/models/"
 _SUFFIX = "/infer"
@@ -183,7 +185,7 @@ class App:
 
     def _json_room(self, most: int | None) -> int:
         limit = self._limits.json_bytes
-        return limit if most is None else min(limit, JSON_AT_ONCE + JSON_ELEMENT_BYTES * most)
+        return limit if most is None else min(limit, JSON_BESIDE_BYTES + JSON_ELEMENT_BYTES * most)
 
     def _said(self, outcome: Outcome, request: oip.Decoded) -> Answer:
         if isinstance(outcome, Refused):
