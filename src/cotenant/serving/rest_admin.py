@@ -15,6 +15,7 @@ from starlette.routing import Route
 
 from cotenant.domain.errors import CotenantError, InvalidRequest
 from cotenant.domain.port import ModelMeta, NodePort, Refused
+from cotenant.domain.units import S
 from cotenant.serving.admin import (
     EXTENSIONS,
     NO_CUDA_MEMORY,
@@ -33,7 +34,7 @@ from cotenant.serving.bodies import (
     parse_head,
 )
 from cotenant.serving.intake import BodyRefused, Intake
-from cotenant.serving.refusals import HTTP_STATUS, as_refused, error_status, refusal_headers
+from cotenant.serving.refusals import AWAY, HTTP_STATUS, as_refused, error_status, refusal_headers
 
 log = logging.getLogger("cotenant.serving")
 
@@ -118,7 +119,7 @@ class _Admin:
     async def ready(self, _: Request) -> Response:
         if self._node.is_ready():
             return Response()
-        return _error(503, "the node is not ready: models are loading, or it is shutting down")
+        return _later("the node is not ready: models are loading, or it is shutting down")
 
     async def server(self, _: Request) -> Response:
         return _json(
@@ -132,7 +133,7 @@ class _Admin:
         name, version = _model(request)
         if self._node.model_ready(name, version):
             return Response()
-        return _error(503, f"model {name} {version}".rstrip() + " is not ready")
+        return _later(f"model {name} {version}".rstrip() + " is not ready")
 
     async def config(self, request: Request) -> Response:
         return _json(model_config(self._metadata(request)))
@@ -228,6 +229,10 @@ def _json(value: Any) -> Response:
 
 def _error(status: int, message: str, headers: dict[str, str] | None = None) -> Response:
     return Response(error_body(message), status, headers, "application/json")
+
+
+def _later(message: str) -> Response:
+    return _error(503, message, {"retry-after": str(-(-AWAY // S))})
 
 
 def _cotenant_error(_: Request, exc: Exception) -> Response:
