@@ -217,6 +217,7 @@ def test_a_connection_that_never_stops_asking_is_one_among_others(
     with flooding(served, one * (65536 // len(one)), read):
         for _ in range(5):
             assert ask(served, "POST", ROUTE, GOOD)[0] == 200
+    assert eventually(lambda: served.node.unreleased == 0)
 
 
 def test_a_turn_of_the_loop_sees_one_request_of_a_connection(served: Any) -> None:
@@ -384,6 +385,16 @@ def test_a_client_that_never_goes_on_is_left(begun: bytes, monkeypatch: pytest.M
 def numbers(count: int) -> bytes:
     given = {"name": "x", "datatype": "FP32", "shape": [count // 4, 4], "data": [1] * count}
     return json.dumps({"inputs": [given]}).encode()
+
+
+def test_a_list_that_a_model_has_no_use_for_is_not_decoded(served: Any) -> None:
+    served.node.most = 64
+    calls = len(served.node.calls)
+    for count in (4096, 2**15):
+        sock = send(served, post(len(body := numbers(count))), body)
+        assert one_answer(sock)[0] == 400
+        sock.close()
+    assert len(served.node.calls) == calls
 
 
 @pytest.mark.parametrize("pack", [None, "gzip"])

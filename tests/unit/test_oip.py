@@ -418,3 +418,9 @@ def test_outputs_without_a_json_form_ask_for_binary(out: TensorOut, says: str) -
         oip.encode(InferResult("m", "1", [out], lambda: None), request, Regions())
     assert says in str(refusal.value)
     assert "binary" in str(refusal.value)
+
+
+def test_lists_longer_than_the_models_inputs_are_not_decoded() -> None:
+    document = {"inputs": [tensor(shape=(3, 2), data=["no", "number"])]}
+    with pytest.raises(InvalidRequest, match="'x': the shape"):
+        decode(document, limits=Limits(json_elements=4))

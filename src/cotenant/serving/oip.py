@@ -280,7 +280,12 @@ def _input(
 
 
 def _from_json(tensor: _Input, count: int, limits: Limits) -> bytes:
-    raw = memoryview(tensor.data)
+    raw, most = memoryview(tensor.data), limits.json_elements
+    if most is not None and count > most:
+        raise InvalidRequest(
+            f"tensor {shown(tensor.name)}: the shape {list(tensor.shape)} means {count} elements;"
+            f" a request to this model has at most {most}"
+        )
     if len(raw) > PIECE_BYTES:
         if tensor.datatype != "BYTES":
             return long_to_bytes(tensor.name, tensor.datatype, tensor.shape, raw)

@@ -14,6 +14,8 @@ import logging
 from collections.abc import Iterable
 from functools import lru_cache
 
+import msgspec
+
 from cotenant.domain.errors import CotenantError, TooLarge
 from cotenant.domain.port import DATATYPES, InferCall, NodePort, Outcome, Refused
 from cotenant.serving import oip
@@ -44,11 +46,14 @@ from cotenant.serving.long_lists import PIECE_BYTES
 from cotenant.serving.overdue import Overdue
 from cotenant.serving.refusals import HTTP_STATUS, as_refused, error_status, refusal_headers
 from cotenant.serving.rest_admin import build_admin
+from cotenant.serving.tensors import Limits
 
 log = logging.getLogger("cotenant.serving")
 
 JSON_AT_ONCE = PIECE_BYTES
 """JSON decoded on the loop; more is decoded in a thread."""
+JSON_SMALL = 4096
+"""JSON in which there are too few elements to look at the model's shapes first."""
 JSON_BESIDE_BYTES = 512 * 1024
 JSON_ELEMENT_BYTES = 64
 """What JSON may take beside its tensors' elements, and for each of those, with all the blanks
@@ -161,17 +166,25 @@ class App:
     async def _decode(self, body: bytes, head: Head, target: tuple[str, str]) -> oip.Decoded:
         """The request; long JSON elsewhere than on the loop, if the model has use for so much."""
         size = oip.json_length(head.json_length, len(body))
+        limits = self._limits_of(target, size)
         if size > JSON_AT_ONCE:
-            most = self._json_room(self._node.most_elements(*target))
+            most = self._json_room(limits.json_elements)
             if size > most:
                 raise TooLarge(
                     f"the request's JSON is {size} bytes; at most {most} are accepted for this"
                     " model. Send large tensors as binary data (binary_data_size)"
                 )
             return await asyncio.to_thread(
-                oip.decode, body, head.json_length, *target, self._limits, self._regions
+                oip.decode, body, head.json_length, *target, limits, self._regions
             )
-        return oip.decode(body, head.json_length, *target, self._limits, self._regions)
+        return oip.decode(body, head.json_length, *target, limits, self._regions)
+
+    def _limits_of(self, target: tuple[str, str], size: int) -> Limits:
+        """The limits of a request with so many bytes: of a small one the model's do not matter."""
+        if size <= JSON_SMALL:
+            return self._limits
+        most = self._node.most_elements(*target)
+        return msgspec.structs.replace(self._limits, json_elements=most)
 
     def _body_room(self, head: Head, target: tuple[str, str]) -> int:
         """The most bytes of a body: no more than the model has use for."""
@@ -239,7 +252,8 @@ class App:
             answer(*reply)
 
         try:
-            request = oip.decode(body, head.json_length, *target, self._limits, self._regions)
+            limits = self._limits_of(target, size)
+            request = oip.decode(body, head.json_length, *target, limits, self._regions)
             withdraw = self._node.submit(request.call, done)
         except Exception as exc:
             answer(*_failure(exc, target[0]))

@@ -47,14 +47,16 @@ class Limits(msgspec.Struct, frozen=True):
 
     ``body_bytes`` bounds a request's body after decompression, ``json_bytes`` the part of it
     that is JSON (which costs many times its size to decode; larger tensors go as binary),
-    ``json_strings`` the strings in a long one, ``tensor_bytes`` a single tensor (shared memory can
-    be larger than a body), ``buffered_bytes`` all bodies being received or held at one time, and
-    ``body_timeout_s`` the time in which a body must have arrived.
+    ``json_strings`` the strings in a long one, ``json_elements`` a tensor's elements in JSON (what
+    the model's inputs hold, where that is known), ``tensor_bytes`` a single tensor (shared memory
+    can be larger than a body), ``buffered_bytes`` all bodies being received or held at one time,
+    and ``body_timeout_s`` the time in which a body must have arrived.
     """
 
     body_bytes: int = 64 * 2**20
     json_bytes: int = 8 * 2**20
     json_strings: int = 2**18
+    json_elements: int | None = None
     tensor_bytes: int = 2**30
     buffered_bytes: int = 2**30
     tensors: int = 64
