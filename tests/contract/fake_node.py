@@ -42,6 +42,7 @@ class FakeNode:
 
     def __init__(self) -> None:
         self.refuse: Refused | None = None
+        self.most: int | None = None
         self.fail: Exception | None = None
         self.gate = asyncio.Event()
         self.waiting = threading.Semaphore(0)
@@ -80,6 +81,10 @@ class FakeNode:
         if name not in self.loaded:
             raise NotFound(f"model {name} is not loaded")
         self.loaded.discard(name)
+
+    def most_elements(self, name: str, version: str = "") -> int | None:
+        self.metadata(name, version)
+        return self.most
 
     def submit(self, call: InferCall, done: OnOutcome) -> Withdraw | Refused:
         self.calls.append(call)

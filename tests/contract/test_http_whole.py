@@ -147,7 +147,8 @@ def test_a_bad_url_is_refused(served: Any, url: str, cut: int, caplog: Any) -> N
 def test_a_connection_lives_while_a_request_waits_behind_one_answered_at_once(
     served: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(served.fronts[0]._server.config, "timeout_keep_alive", 0.2)
+    monkeypatch.setattr(served.fronts[0].crowd, "_keep_alive_s", 0.2)
+    served.call(served.fronts[0].crowd._sweep)
     refused, waits = post(1) + b"{", post(len(BODY), SLEEPY) + BODY
     sock = send(served, b"", refused + waits)
     assert one_answer(sock)[0] == 400
@@ -245,24 +246,6 @@ def test_stopping_answers_those_that_wait(cut: int) -> None:
         assert status == 503
         assert b"the node is shutting down" in answer
         assert served.node.withdrawn.acquire(timeout=20)
-
-
-def test_a_connection_too_many_is_told_so_and_the_others_go_on() -> None:
-    request = post(len(BODY)) + BODY
-    with serving(connections=2) as served:
-        kept = [send(served, b"", request) for _ in range(2)]
-        for sock in kept:
-            assert one_answer(sock)[0] == 200
-        third = send(served, b"", request)
-        head, _, body = read_all(third).lower().partition(b"\r\n\r\n")  # until it is closed
-        assert head.startswith(b"http/1.1 503")
-        assert b"retry-after: 1" in head
-        assert b"cotenant-refusal: unavailable" in head
-        assert b"2 connections" in body
-        kept[0].sendall(request)
-        assert one_answer(kept[0])[0] == 200
-        for sock in (*kept, third):
-            sock.close()
 
 
 def test_a_client_that_reads_slowly_delays_no_other_and_gets_all() -> None:

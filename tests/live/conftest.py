@@ -549,17 +549,17 @@ if "cotenant.runtime.worker" in sys.orig_argv:
 
     class Sabotaged(onnx.OnnxEngine):
         def __init__(self, path, units):
-            if path.with_name("crash_at_load").exists():
+            if path.with_name(".crash_at_load").exists():
                 os.kill(os.getpid(), signal.SIGSEGV)
             try:
-                path.with_name("die_once").unlink()
+                path.with_name(".die_once").unlink()
             except FileNotFoundError:
-                while path.with_name("hold").exists():
+                while path.with_name(".hold").exists():
                     time.sleep(0.01)
             else:
                 threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGKILL)).start()
             super().__init__(path, units)
-            self._crashes = path.with_name("crash_at_run")
+            self._crashes = path.with_name(".crash_at_run")
 
         def run(self, units, inputs):
             if self._crashes.exists() and any((x == 666).any() for x in inputs.values()):
@@ -573,8 +573,8 @@ if "cotenant.runtime.worker" in sys.orig_argv:
 @pytest.fixture(scope="session")
 def sabotage(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Environment in which an engine crashes or hangs where a file in the model's directory
-    says so: ``hold`` (while it is there, loading waits), ``crash_at_load``, ``crash_at_run``
-    (on an input that holds 666), ``die_once`` (who finds it loads at once and dies later)."""
+    says so: ``.hold`` (while it is there, loading waits), ``.crash_at_load``, ``.crash_at_run``
+    (on an input that holds 666), ``.die_once`` (who finds it loads at once and dies later)."""
     directory = tmp_path_factory.mktemp("sabotage")
     (directory / "sitecustomize.py").write_text(SABOTAGE)
     return {"PYTHONPATH": str(directory)}

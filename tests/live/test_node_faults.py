@@ -82,7 +82,7 @@ def test_an_engine_that_crashes_takes_its_own_request_with_it_and_no_other(
     boxes: Boxes, sabotage: dict[str, str]
 ) -> None:
     box = boxes(env=sabotage)
-    box.model("scale", "brittle").with_name("crash_at_run").touch()
+    box.model("scale", "brittle").with_name(".crash_at_run").touch()
     box.model("scale", "double")
     box.configure([{"name": "brittle"}, {"name": "double"}]).start()
     assert box.infer("brittle", x=X).status == 200
@@ -96,7 +96,7 @@ def test_a_model_on_which_the_engine_crashes_is_refused_with_the_reason(
     boxes: Boxes, sabotage: dict[str, str]
 ) -> None:
     box = boxes(env=sabotage)
-    fuse = box.model("scale", "brittle").with_name("crash_at_load")
+    fuse = box.model("scale", "brittle").with_name(".crash_at_load")
     fuse.touch()
     box.model("scale", "double")
     box.configure([{"name": "brittle"}, {"name": "double"}]).start(ready=False)

@@ -94,7 +94,7 @@ def test_sigterm_answers_what_was_accepted_and_leaves_nothing(boxes: Boxes) -> N
 
 def test_sigterm_while_models_load_ends_at_once(boxes: Boxes, sabotage: dict[str, str]) -> None:
     box = boxes(env=sabotage)
-    box.model("scale", "double").with_name("hold").touch()
+    box.model("scale", "double").with_name(".hold").touch()
     box.configure([{"name": "double"}]).start(ready=False)
     box.until(box.workers)
     assert box.stop(signal.SIGTERM) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -17,7 +18,7 @@ X = np.ones((1, 4), np.float32)
 
 
 def version(answer: Answer) -> str:
-    return str(answer.json["model_version"])
+    return str(answer.json.get("model_version"))
 
 
 def write_check(model: Path, labels: list[int]) -> None:
@@ -105,7 +106,7 @@ def test_a_file_replaced_while_it_is_loaded_is_refused_then_loaded_anew(
     box.model("scale", "double")
     box.configure([{"name": "double"}]).start()
     path = box.model("scale", "double", version=2, factor=3.0)
-    hold = path.with_name("hold")
+    hold = path.with_name(".hold")
     path.rename(path.with_name("aside"))
     hold.touch()
     path.with_name("aside").rename(path)
@@ -223,9 +224,9 @@ def test_an_instance_that_dies_while_its_siblings_load_is_started_again(
     boxes: Boxes, sabotage: dict[str, str]
 ) -> None:
     box = boxes(env=sabotage)
-    hold = box.model("scale", "double").with_name("hold")
+    hold = box.model("scale", "double").with_name(".hold")
     hold.touch()
-    hold.with_name("die_once").touch()
+    hold.with_name(".die_once").touch()
     box.configure([{"name": "double", "instances": 2}]).start(ready=False)
     box.until(lambda: len(box.workers()) == 2)
     box.until(lambda: len(box.workers()) == 1)
@@ -246,3 +247,72 @@ def test_a_file_that_was_never_checked_does_not_come_in_by_way_of_a_crash(boxes:
     box.model("scale", "double", factor=7.0)
     assert box.post("/v2/repository/models/double/load", b"{}").status == 200
     assert box.infer("double", x=X).values == [7, 7, 7, 7]
+
+
+def test_the_newest_version_that_is_there_takes_over_from_one_that_is_gone(boxes: Boxes) -> None:
+    box = boxes()
+    box.model("scale", "double")
+    box.model("scale", "double", version=2, factor=3.0)
+    box.configure([{"name": "double", "objective": {"latency": "5s"}}]).start()
+    with box.under_load("double", rate=50, x=X) as load:
+        shutil.rmtree(box.models / "double" / "2")
+        box.until(lambda: version(box.infer("double", x=X)) == "1")
+    assert load.count(200) == len(load.answers)
+    box.until(lambda: [v for n, v in box.index() if n == "double"] == ["1"])
+    assert box.infer("double", version="2", x=X).status == 404
+
+
+def test_a_kept_version_that_is_gone_is_served_no_longer(boxes: Boxes) -> None:
+    box = boxes()
+    box.model("scale", "double")
+    (box.models / "double" / "model.yaml").write_text("keep_versions: 2\n")
+    box.configure([{"name": "double"}]).start()
+    box.model("scale", "double", version=2, factor=3.0)
+    box.until(lambda: version(box.infer("double", x=X)) == "2")
+    shutil.rmtree(box.models / "double" / "1")
+    box.until(lambda: box.infer("double", version="1", x=X).status == 404)
+    assert box.infer("double", x=X).values == [3, 3, 3, 3]
+
+
+def test_a_declared_model_that_is_gone_is_waited_for(boxes: Boxes) -> None:
+    box = boxes()
+    box.model("scale", "double")
+    box.configure([{"name": "double"}]).start()
+    shutil.rmtree(box.models / "double")
+    box.until(lambda: box.infer("double", x=X).status == 404)
+    box.until(lambda: {e["state"] for e in box.index().values()} == {"UNAVAILABLE"})
+    box.model("scale", "double", factor=5.0)
+    box.until(lambda: box.infer("double", x=X).status == 200)
+    assert box.infer("double", x=X).values == [5, 5, 5, 5]
+
+
+def test_another_version_serves_where_the_newest_was_refused(boxes: Boxes) -> None:
+    box = boxes()
+    box.model("scale", "double")
+    truncate(box.model("work", "double", version=2))
+    box.configure([{"name": "double"}]).start(ready=False)
+    box.until(lambda: version(box.infer("double", x=X)) == "1")
+    assert "cannot be loaded" in reason(box, "double", "2")
+
+
+def test_a_model_that_is_being_loaded_is_to_be_asked_for_again(
+    boxes: Boxes, sabotage: dict[str, str]
+) -> None:
+    box = boxes(env=sabotage)
+    hold = box.model("scale", "double").with_name(".hold")
+    hold.touch()
+    box.configure([{"name": "double"}]).start(ready=False)
+    answer = box.infer("double", x=X)
+    assert (answer.status, answer.headers["cotenant-refusal"]) == (503, "UNAVAILABLE")
+    assert int(answer.headers["retry-after"]) > 0
+    hold.unlink()
+    box.until(lambda: box.infer("double", x=X).status == 200)
+
+
+def test_loading_what_serves_already_starts_nothing(boxes: Boxes) -> None:
+    box = boxes()
+    box.model("scale", "double")
+    box.configure([{"name": "double"}]).start()
+    before = box.workers()
+    assert box.post("/v2/repository/models/double/load", b"{}").status == 200
+    assert box.workers() == before

@@ -16,7 +16,7 @@ from cotenant.domain.port import InferCall, InferResult, Outcome, Refused, Tenso
 from cotenant.domain.request import Refusal
 from cotenant.engines.base import EngineMeta
 from cotenant.runtime.arena import Arena, ArenaFull
-from cotenant.runtime.calls import OutputSizes, Pending, place, rows_of, signature
+from cotenant.runtime.calls import OutputSizes, Pending, most_elements, place, rows_of, signature
 from cotenant.runtime.messages import Item, Outputs, Place
 
 
@@ -164,6 +164,28 @@ def test_strings_that_do_not_fill_their_data_are_refused(arena: Arena, given: Te
 
 def test_strings_that_do_are_taken(arena: Arena) -> None:
     place(TEXT, call(strings(b"a", b"", "ä".encode())), 3, arena, 0, False)
+
+
+@pytest.mark.parametrize("raw", [b"\xff", b"ok\x80", b"\xed\xa0\x80", b"\xc3", b"\xc0\x80"])
+def test_bytes_that_are_no_text_are_refused_by_name(arena: Arena, raw: bytes) -> None:
+    with pytest.raises(InvalidRequest, match="input 't': element 1"):
+        place(TEXT, call(strings(b"a", raw)), 2, arena, 0, False)
+    assert arena.used == 0
+
+
+@pytest.mark.parametrize(
+    ("model", "most"),
+    [
+        (IMAGE, 8 * 3),
+        (PAIR, 8 * 4),
+        (TEXT, None),
+        (meta(("x", "FP32", (-1, -1))), None),
+        (meta(("x", "FP32", (2, 3)), batchable=False), 6),
+        (meta(("x", "FP32", (-1, 3)), batchable=False), None),
+    ],
+)
+def test_what_a_models_inputs_can_hold(model: EngineMeta, most: int | None) -> None:
+    assert most_elements(model, 8) == most
 
 
 # --- answers --------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import struct
 
-from cotenant.serving.grpc_wire import Assembler
+from cotenant.domain.errors import NotReady
+from cotenant.serving.grpc_wire import Assembler, Code, status_of
 from cotenant.serving.intake import Budget
 from cotenant.serving.tensors import Limits
 
@@ -33,3 +34,10 @@ def test_a_run_of_pieces_ends_one_message_and_begins_the_next() -> None:
     assert not list(assembler.feed([MESSAGE[:15]]))
     both = memoryview(bytes(MESSAGE[15:]) + bytes(MESSAGE))
     assert [bytes(m.data) for m in assembler.feed(pieces(both, 9))] == [BODY, BODY]
+
+
+def test_a_model_that_is_being_loaded_is_to_be_asked_for_again() -> None:
+    status = status_of(NotReady("it is being loaded"))
+    assert status is not None
+    assert status.code is Code.UNAVAILABLE
+    assert int(dict(status.metadata)["retry-after-ms"]) > 0

@@ -166,6 +166,53 @@ def test_no_field_brings_the_decoder_down(fields: dict, keep: str) -> None:
     assert not size or got.nbytes == size * math.prod(got.shape)
 
 
+NULLS: dict[str, Any] = {
+    "id": {"id": None},
+    "outputs": {"outputs": None},
+    "parameters": {"parameters": None},
+    "parameters' fields": {
+        "parameters": dict.fromkeys(
+            ("binary_data_output", "priority", "timeout", "sequence_id", "sequence_start", "other")
+        )
+    },
+    "an output's": {"outputs": [{"name": "y", "parameters": None}]},
+    "an output's fields": {
+        "outputs": [
+            {
+                "name": "y",
+                "parameters": dict.fromkeys(
+                    ("binary_data", "classification", "shared_memory_region")
+                ),
+            }
+        ]
+    },
+    "an input's": {"inputs": [tensor(data=[1, 2], parameters=None)]},
+    "an input's fields": {
+        "inputs": [
+            tensor(
+                data=[1, 2],
+                parameters=dict.fromkeys(("binary_data_size", "shared_memory_region", "other")),
+            )
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("nulls", NULLS.values(), ids=NULLS)
+def test_a_null_field_counts_as_absent(nulls: dict[str, Any]) -> None:
+    document = {"inputs": [tensor(data=[1, 2])]}
+    plain, given = decode(document), decode(document | nulls)
+    assert (given.call.id, given.call.priority, given.binary) == ("", plain.call.priority, False)
+    assert [bytes(i.data or b"") for i in given.call.inputs] == [
+        bytes(i.data or b"") for i in plain.call.inputs
+    ]
+
+
+def test_null_data_beside_binary_data_are_absent() -> None:
+    given = {"inputs": [tensor(data=None, parameters={"binary_data_size": 8})]}
+    assert only(given, np.array([1, 2], "<f4").tobytes()).tolist() == [[1, 2]]
+
+
 def test_payload_is_not_copied() -> None:
     payload = np.arange(6, dtype=np.float32)
     head = json.dumps({"inputs": [tensor(shape=[6], parameters={"binary_data_size": 24})]}).encode()
@@ -225,7 +272,7 @@ LIES: list[tuple[str, Any, str]] = [
     ("transposed", {"inputs": [tensor(shape=[2, 3], data=[[1, 2]] * 3)]}, "'x': a list at"),
     ("deeper", {"inputs": [tensor(shape=[2], data=[[1], [2]])]}, "'x': data must be a list"),
     ("no data", {"inputs": [tensor()]}, "'x': give its elements once"),
-    ("data null", {"inputs": [tensor(data=None)]}, "'x': data must be"),
+    ("data null", {"inputs": [tensor(data=None)]}, "'x': give its elements"),
     ("text element", {"inputs": [tensor(data=["a", "b"])]}, "'x': data must be a list of num"),
     ("null element", {"inputs": [tensor(data=[1, None])]}, "'x': data must be"),
     ("bool element", {"inputs": [tensor(data=[1, True])]}, "'x': data must be"),
@@ -371,3 +418,9 @@ def test_outputs_without_a_json_form_ask_for_binary(out: TensorOut, says: str) -
         oip.encode(InferResult("m", "1", [out], lambda: None), request, Regions())
     assert says in str(refusal.value)
     assert "binary" in str(refusal.value)
+
+
+def test_lists_longer_than_the_models_inputs_are_not_decoded() -> None:
+    document = {"inputs": [tensor(shape=(3, 2), data=["no", "number"])]}
+    with pytest.raises(InvalidRequest, match="'x': the shape"):
+        decode(document, limits=Limits(json_elements=4))

@@ -1,4 +1,4 @@
-"""What a worker measures before it serves."""
+"""What a worker measures before it serves, and strings on their way through it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from cotenant.devices import proctree
-from cotenant.runtime.worker import _timed
+from cotenant.runtime.messages import LENGTH
+from cotenant.runtime.worker import _packed, _strings, _timed
 
 BURNT_NS = 15_000_000
 
@@ -46,3 +47,14 @@ def test_an_execution_is_timed_without_what_others_have_of_its_core() -> None:
         os.sched_setaffinity(0, cores)
     assert statistics.median(engine.walls) > 1.5 * BURNT_NS, "the rival took nothing"
     assert statistics.median(times) < 1.2 * BURNT_NS
+
+
+def test_strings_pass_byte_for_byte() -> None:
+    texts = [b"", b"\0", b"a\0b", b"\0\0", "\u732b\U0001f600\ufffd".encode(), b" \r\n"]
+    raw = b"".join(LENGTH.pack(len(text)) + text for text in texts)
+    assert bytes(_packed(_strings(memoryview(raw), (len(texts), 1)))) == raw
+
+
+def test_strings_are_never_mended() -> None:
+    with pytest.raises(UnicodeDecodeError):
+        _strings(memoryview(LENGTH.pack(1) + b"\xff"), (1,))

@@ -4,6 +4,7 @@
     ├── ConfigError          a file or option is wrong; names the key and what would be right
     ├── InvalidRequest       the client sent something a model cannot take
     ├── NotFound             the model, version, job or region named does not exist
+    ├── NotReady             what is named is being loaded; it can be had later
     ├── TooLarge             a stated limit on size or count is exceeded
     ├── ModelError           a model directory or file cannot be served
     ├── DeviceError          the hardware or kernel refused what was asked of it
@@ -39,6 +40,10 @@ class InvalidRequest(CotenantError):
 
 class NotFound(CotenantError):
     """The named thing does not exist."""
+
+
+class NotReady(CotenantError):
+    """The named model is being loaded."""
 
 
 class TooLarge(CotenantError):

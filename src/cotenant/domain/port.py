@@ -150,8 +150,9 @@ class JobStatus(msgspec.Struct, frozen=True):
 class NodePort(Protocol):
     """The node as front ends see it. It must be called on the node's own loop.
 
-    Raises as in ``cotenant.domain.errors``: ``NotFound`` for unknown names, ``InvalidRequest`` for
-    input that does not fit, ``TooLarge`` over a limit, ``ModelError`` for a failed load.
+    Raises as in ``cotenant.domain.errors``: ``NotFound`` for unknown names, ``NotReady`` for
+    models being loaded, ``InvalidRequest`` for input that does not fit, ``TooLarge`` over a limit,
+    ``ModelError`` for a failed load.
     """
 
     def is_ready(self) -> bool:
@@ -161,7 +162,7 @@ class NodePort(Protocol):
         """Whether this model (version) can be inferred now; False for unknown names."""
 
     def metadata(self, name: str, version: str = "") -> ModelMeta:
-        """Metadata; raises NotFound."""
+        """Metadata; raises NotFound, NotReady."""
 
     def index(self) -> list[IndexEntry]:
         """All models in the repository, loaded or not."""
@@ -171,6 +172,10 @@ class NodePort(Protocol):
 
     async def unload(self, name: str) -> None:
         """Drain and unload a model; raises NotFound."""
+
+    def most_elements(self, name: str, version: str = "") -> int | None:
+        """The most elements that the inputs of a request to a model can have together, None where
+        its shapes or its strings are free; raises NotFound, NotReady."""
 
     def submit(self, call: InferCall, done: OnOutcome) -> Withdraw | Refused:
         """Validate and queue. ``done`` is called once, from the loop and never from within, with

@@ -31,7 +31,8 @@ NUMPY: dict[str, npt.DTypeLike] = {
     "FP64": np.float64,
     "BYTES": np.object_,
 }
-"""Open Inference Protocol datatypes as NumPy types. BF16 has none, so no engine takes it."""
+"""Open Inference Protocol datatypes as NumPy types. BF16 has none, so no engine takes it. Elements
+of BYTES are ``str``: what is not UTF-8 is refused before it is queued."""
 
 
 class EngineMeta(msgspec.Struct, frozen=True):

@@ -151,6 +151,17 @@ def rows_of(meta: EngineMeta, max_batch: int, call: InferCall) -> int:
     return rows
 
 
+def most_elements(meta: EngineMeta, max_batch: int) -> int | None:
+    """The most elements of a request's inputs; None where they have no bound."""
+    total = 0
+    for tensor in meta.inputs:
+        shape = (max_batch, *tensor.shape[1:]) if meta.batchable else tensor.shape
+        if tensor.datatype == "BYTES" or any(dim < 0 for dim in shape):
+            return None
+        total += math.prod(shape)
+    return total
+
+
 def _check_input(have: TensorIn, want: TensorMeta) -> None:
     if have.datatype != want.datatype:
         raise InvalidRequest(
@@ -244,11 +255,23 @@ def _check_content(data: memoryview, tensor: TensorIn, refuse_nan: bool) -> None
 
 
 def _check_strings(data: memoryview, tensor: TensorIn) -> None:
-    """Length prefixes must fit the buffer and the shape exactly."""
+    """Length prefixes must fit the buffer and the shape exactly, and elements be text.
+
+    Checked in our copy, before the request shares a batch: an engine takes strings, and bytes
+    that are none could only reach it altered.
+    """
     count, position = 0, 0
-    while position + LENGTH.size <= len(data):
-        position += LENGTH.size + LENGTH.unpack_from(data, position)[0]
-        count += 1
+    try:
+        while position + LENGTH.size <= len(data):
+            start = position + LENGTH.size
+            position = start + LENGTH.unpack_from(data, position)[0]
+            str(data[start:position], "utf-8")
+            count += 1
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(
+            f"input {tensor.name!r}: element {count} is not UTF-8 text, which the model takes"
+            f" ({error.reason} at byte {error.start})"
+        ) from None
     if position != len(data) or count != math.prod(tensor.shape):
         raise InvalidRequest(
             f"input {tensor.name!r}: shape {list(tensor.shape)} needs {math.prod(tensor.shape)} "

@@ -58,11 +58,15 @@ class Shell(Protocol):
     def on_result(self, message: Done | Failed) -> None:
         """A batch came back."""
 
+    async def unload(self, name: str) -> None:
+        """Drain and unload a service; raises NotFound."""
+
 
 class Loaded(msgspec.Struct, frozen=True):
     """A version that is being served."""
 
     files: ModelFiles
+    settings: ModelSettings
     meta: EngineMeta
     accuracy: Accuracy | None
     notes: tuple[str, ...] = ()
@@ -184,7 +188,8 @@ class Instances:
         opened: list[Opened],
     ) -> None:
         first = opened[0]
-        loaded = Loaded(files, first.meta, first.accuracy, self._notes(files, settings, first))
+        notes = self._notes(files, settings, first)
+        loaded = Loaded(files, settings, first.meta, first.accuracy, notes)
         self._shell.feed(self._service_added(loaded))
         self.loaded.pop(files.version, None)
         old = [i for i in self._ups() if i not in started and i.version == files.version]
@@ -192,13 +197,18 @@ class Instances:
         for instance, answer in zip(started, opened, strict=True):
             self._announce(instance, answer, files, settings)
         self._shell.feed(e.VersionCurrent(self.spec.name, files.version))
-        while len(self.loaded) > settings.keep_versions:
-            oldest = next(iter(self.loaded))
-            del self.loaded[oldest]
-            old += [i for i in self._ups() if i.version == oldest]
         for instance in old:
             self._retire(instance)
+        while len(self.loaded) > settings.keep_versions:
+            self.drop(next(iter(self.loaded)))
         self._tell(loaded)
+
+    def drop(self, version: str) -> None:
+        """Serve a version no longer."""
+        del self.loaded[version]
+        for instance in self._ups():
+            if instance.version == version:
+                self._retire(instance)
 
     def _tell(self, loaded: Loaded) -> None:
         """Log a version that serves, once, and what its owner should know."""

@@ -7,12 +7,13 @@ import logging
 from pathlib import Path
 
 from cotenant.domain import events as e
-from cotenant.domain.errors import CotenantError, ModelError, NotFound
+from cotenant.domain.config import ModelSettings
+from cotenant.domain.errors import CotenantError, NotFound, NotReady
 from cotenant.domain.port import IndexEntry, ModelMeta
 from cotenant.domain.workload import DEFAULT_SLO, BatchSpec, ServiceSpec
 from cotenant.runtime.arena import Arena
 from cotenant.runtime.instances import Instances, Loaded, Shell
-from cotenant.runtime.repository import ModelFiles, Repository, Stamp
+from cotenant.runtime.repository import ModelFiles, Repository
 
 log = logging.getLogger("cotenant.models")
 DRAIN_S = 10.0
@@ -39,10 +40,13 @@ class Models:
         self._logs = logs
         self._shell = shell
         self._locks: dict[str, asyncio.Lock] = {}
-        self._seen: dict[str, Stamp] = {}
+        self._seen: dict[str, tuple[ModelFiles | None, tuple[str, ...]]] = {}
+        """What the last look at the disk found to be brought up, and to be gone."""
         self._complaints: dict[str, str] = {}
         self.leaving: set[str] = set()
         """Services that are being unloaded: they admit nothing."""
+        self._starting = set(self._declared)
+        """Declared services that were not looked for yet."""
         self._absent: dict[str, str] = {}
         """Declared services whose files were not there (or not right) yet, and why."""
 
@@ -54,31 +58,28 @@ class Models:
     # --- loading ----------------------------------------------------------------------------
 
     async def load(self, name: str) -> None:
-        """Load the newest version of a model; raises ModelError or NotFound."""
+        """Load the newest version of a model, if it is not served as it is; raises ModelError or
+        NotFound."""
+        try:
+            files = self.repository.newest(self._model(name))
+        except CotenantError as error:
+            if name in self._declared and name not in self.services:
+                self._absent[name] = str(error)
+            raise
+        finally:
+            self._starting.discard(name)
+        await self._load(name, files)
+
+    async def _load(self, name: str, files: ModelFiles) -> None:
         async with self._locks.setdefault(name, asyncio.Lock()):
-            spec = self._declared.get(name)
-            model = spec.model if spec is not None else name
-            try:
-                files = self.repository.newest(model)
-                settings = self.repository.settings(model)
-            except CotenantError as error:
-                if spec is not None and name not in self.services:
-                    self._absent[name] = str(error)
-                raise
-            self._absent.pop(name, None)
-            if spec is None:
-                spec = ServiceSpec(
-                    name=name,
-                    model=model,
-                    slo=settings.slo or DEFAULT_SLO,
-                    batch=settings.batch or BatchSpec(),
-                )
+            settings = self.repository.settings(files.name)
             instances = self.services.get(name)
+            current = instances.current if instances is not None else None
+            if current is not None and (current.files, current.settings) == (files, settings):
+                return
+            self._absent.pop(name, None)
             if instances is None:
-                arena = Arena(name, self._arena_bytes)
-                units = tuple(u for u in self._units if u <= (spec.threads or u)) or (1,)
-                instances = Instances(spec, units, arena, self._logs, self._shell)
-                self.services[name] = instances
+                instances = self.services[name] = self._make(name, settings)
             try:
                 await instances.bring_up(files, settings)
             except BaseException:
@@ -86,6 +87,22 @@ class Models:
                     del self.services[name]
                     await instances.close()
                 raise
+
+    def _model(self, name: str) -> str:
+        """The directory of a service's model."""
+        spec = self._declared.get(name)
+        return spec.model if spec is not None else name
+
+    def _make(self, name: str, settings: ModelSettings) -> Instances:
+        spec = self._declared.get(name) or ServiceSpec(
+            name=name,
+            model=name,
+            slo=settings.slo or DEFAULT_SLO,
+            batch=settings.batch or BatchSpec(),
+        )
+        arena = Arena(name, self._arena_bytes)
+        units = tuple(u for u in self._units if u <= (spec.threads or u)) or (1,)
+        return Instances(spec, units, arena, self._logs, self._shell)
 
     async def unload(self, name: str, pending: asyncio.Event | None) -> None:
         """Stop admitting, wait for what was accepted (``pending`` is set when none is left),
@@ -106,42 +123,79 @@ class Models:
                 self.leaving.discard(name)
 
     async def poll(self) -> None:
-        """Bring up newer versions (or a replaced file) that have appeared and stand still, and
-        declared models that were not there before."""
+        """Follow the disk: bring up newer versions (or a replaced file) that have appeared and
+        stand still, declared models that were not there before, and the newest version that is
+        there in place of one that is gone."""
         for name in [*self.services, *self._absent]:
-            if not self._has_news(name):
-                continue
             try:
-                await self.load(name)
-            except (ModelError, NotFound) as error:
+                await self._follow(name)
+            except CotenantError as error:
                 why = str(error)
                 if self._complaints.get(name) != why:  # once, not at every poll
                     self._complaints[name] = why
                     log.warning("version refused", extra={"service": name, "why": why})
-            else:
-                self._complaints.pop(name, None)
 
-    def _has_news(self, name: str) -> bool:
+    async def _follow(self, name: str) -> None:
         instances = self.services.get(name)
-        if instances is None and name not in self._absent:
-            return False  # unloaded meanwhile
-        spec = self._declared[name] if instances is None else instances.spec
+        if instances is None:
+            if name in self._absent and self._stands_still(name, self._wanted(name, None), ()):
+                await self.load(name)
+            return
+        if instances.loading or name in self.leaving:
+            return
         try:
-            files = self.repository.newest(spec.model)
+            there = self.repository.versions(instances.spec.model)
         except CotenantError:
-            return False  # an empty or half-made directory is no version yet
-        if instances is not None:
+            return  # unreadable is not gone
+        for version in [v for v in instances.refused if v not in there]:
+            del instances.refused[version]
+        wanted = self._wanted(name, instances)
+        gone = tuple(v for v in instances.loaded if v not in there)
+        if (wanted is None and not gone) or not self._stands_still(name, wanted, gone):
+            return
+        if wanted is not None:
+            await self._load(name, wanted)
+            self._complaints.pop(name, None)
+        self._drop(instances, gone)
+        if not there:
+            await self._give_up(name)
+
+    def _wanted(self, name: str, instances: Instances | None) -> ModelFiles | None:
+        """The version to bring up, None if what serves is right: the newest that was not refused
+        as it is."""
+        current = instances.current if instances is not None else None
+        try:
+            for files in self.repository.there(self._model(name)):
+                if current is not None and files == current.files:
+                    return None
+                refused = instances.refused.get(files.version) if instances is not None else None
+                if refused is None or refused[0] != files.stamp:
+                    return files
+                if current is not None and files.version == current.files.version:
+                    return None  # what took its place is no good: it serves from memory
+        except CotenantError:
+            pass  # an empty or half-made directory is no version yet
+        return None
+
+    def _stands_still(self, name: str, wanted: ModelFiles | None, gone: tuple[str, ...]) -> bool:
+        """Whether the last look found the same: what is still being written has changed."""
+        now = (wanted, gone)
+        before, self._seen[name] = self._seen.get(name), now
+        return now == before and now != (None, ())
+
+    def _drop(self, instances: Instances, gone: tuple[str, ...]) -> None:
+        """Serve no versions that are gone; the current one only if another has taken over."""
+        for version in gone:
             current = instances.current
-            if instances.loading or name in self.leaving:
-                return False
-            if current is not None and not _is_newer(files, current):
-                return False
-            if instances.refused.get(files.version, (None,))[0] == files.stamp:
-                return False
-        if self._seen.get(name) != files.stamp:
-            self._seen[name] = files.stamp  # still being written, perhaps: look again
-            return False
-        return True
+            if version in instances.loaded and current and current.files.version != version:
+                instances.drop(version)
+
+    async def _give_up(self, name: str) -> None:
+        """No version is there at all: end the service. A declared one is waited for."""
+        log.warning("model is gone from the disk, unloading it", extra={"service": name})
+        await self._shell.unload(name)
+        if name in self._declared:
+            self._absent[name] = "its directory holds no versions any more"
 
     async def close(self) -> None:
         """End all instances."""
@@ -155,9 +209,11 @@ class Models:
         found = self.services.get(name)
         if found is not None:
             return found
+        if name in self._starting:
+            raise NotReady(f"model {name!r} is being loaded; try again later")
         if name in self._absent:
             raise NotFound(f"model {name!r} is not served: {self._absent[name]}")
-        if name in self.repository.names():
+        if name in self.repository.listing():
             raise NotFound(f"model {name!r} is not loaded; load it first")
         known = ", ".join(sorted(self.services)) or "none"
         raise NotFound(f"no model named {name!r}; loaded models: {known}")
@@ -167,10 +223,14 @@ class Models:
         instances = self.find(name)
         if not version:
             if instances.current is None:
-                why = next((why for _, why in instances.refused.values()), "it is being loaded")
+                if instances.loading or not instances.refused:
+                    raise NotReady(f"model {name!r} is being loaded; try again later")
+                _, why = next(iter(instances.refused.values()))
                 raise NotFound(f"model {name!r} serves no version yet: {why}")
             return instances.current
         if version not in instances.loaded:
+            if version == instances.loading:
+                raise NotReady(f"version {version} of {name!r} is being loaded; try again later")
             have = ", ".join(instances.loaded) or "none"
             raise NotFound(f"model {name!r} serves no version {version!r}; serving: {have}")
         return instances.loaded[version]
@@ -190,9 +250,8 @@ class Models:
         entries += [IndexEntry(n, "", "UNAVAILABLE", why) for n, why in self._absent.items()]
         entries += [
             IndexEntry(name, version, "UNAVAILABLE", "not loaded")
-            for name in self.repository.names()
+            for name, version in self.repository.listing().items()
             if name not in self.services and name not in models and name not in self._absent
-            for version in self.repository.versions(name)[-1:] or [""]
         ]
         return sorted(entries, key=lambda e: (e.name, e.version))
 
@@ -207,9 +266,3 @@ class Models:
             if v not in instances.loaded
         ]
         return entries or [IndexEntry(name, "", "UNAVAILABLE", "not loaded yet")]
-
-
-def _is_newer(files: ModelFiles, current: Loaded) -> bool:
-    if int(files.version) > int(current.files.version):
-        return True
-    return files.version == current.files.version and files.stamp != current.files.stamp

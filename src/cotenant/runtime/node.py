@@ -360,6 +360,11 @@ class Node:
 
     # --- inference --------------------------------------------------------------------------
 
+    def most_elements(self, name: str, version: str = "") -> int | None:
+        """See NodePort."""
+        meta = self.models.version(name, version).meta
+        return calls.most_elements(meta, self.core.dispatcher.state.services[name].max_batch)
+
     def submit(self, call: InferCall, done: OnOutcome) -> Withdraw | Refused:
         """See NodePort."""
         if self.draining:

@@ -258,7 +258,7 @@ def _strings(raw: memoryview, shape: tuple[int, ...]) -> Array:
     while position < len(raw):
         (length,) = LENGTH.unpack_from(raw, position)
         position += LENGTH.size
-        found.append(bytes(raw[position : position + length]).decode("utf-8", "replace"))
+        found.append(str(raw[position : position + length], "utf-8"))
         position += length
     return np.array(found, dtype=np.object_).reshape(shape)
 

@@ -88,29 +88,28 @@ class BodyReader:
     """Receives bodies within limits and a budget."""
 
     def __init__(self, limits: Limits, budget: Budget) -> None:
-        self._limits = limits
         self._budget = budget
         self._late = Overdue(limits.body_timeout_s)
 
-    async def read(self, receive: Receive, head: Head) -> tuple[bytes, int]:
-        """The decompressed body, and the bytes to give back to the budget.
+    async def read(self, receive: Receive, head: Head, most: int) -> tuple[bytes, int]:
+        """The decompressed body, at most ``most`` bytes, and the bytes to give back to the budget.
 
         Raises TooLarge, InvalidRequest (encoding), SlowBody, Hangup, BodyRefused; nothing is
         to be given back then.
         """
-        if head.content_length > self._limits.body_bytes:
-            raise self._too_large(f"Content-Length is {head.content_length}")
+        if head.content_length > most:
+            raise _too_large(f"Content-Length is {head.content_length}", most)
         held = [0]
         try:
-            body = await self._receive_in_time(receive, held)
+            body = await self._receive_in_time(receive, held, most)
             if head.encoding and head.encoding != b"identity":
-                body = await self._decompress(body, head.encoding, held)
+                body = await self._decompress(body, head.encoding, held, most)
         except BaseException:
             self._budget.release(held[0])
             raise
         return body, held[0]
 
-    async def _receive_in_time(self, receive: Receive, held: list[int]) -> bytes:
+    async def _receive_in_time(self, receive: Receive, held: list[int], most: int) -> bytes:
         task = asyncio.current_task()
         assert task is not None
         late = False
@@ -122,7 +121,7 @@ class BodyReader:
 
         self._late.enter(task, expire)
         try:
-            return await self._receive(receive, held)
+            return await self._receive(receive, held, most)
         except asyncio.CancelledError:
             if late and task.uncancel() == 0:
                 raise SlowBody from None
@@ -130,7 +129,7 @@ class BodyReader:
         finally:
             self._late.leave(task)
 
-    async def _receive(self, receive: Receive, held: list[int]) -> bytes:
+    async def _receive(self, receive: Receive, held: list[int], most: int) -> bytes:
         chunks: list[bytes] = []
         while True:
             message = await receive()
@@ -138,8 +137,8 @@ class BodyReader:
                 raise Hangup
             chunk: bytes = message.get("body", b"")
             self._hold(held, len(chunk))
-            if held[0] > self._limits.body_bytes:
-                raise self._too_large("the body is larger")
+            if held[0] > most:
+                raise _too_large("the body is larger", most)
             if not message.get("more_body", False):
                 break
             chunks.append(chunk)
@@ -152,18 +151,19 @@ class BodyReader:
         self._budget.hold(more)
         held[0] += more
 
-    def _too_large(self, what: str) -> TooLarge:
-        return TooLarge(
-            f"{what}; at most {self._limits.body_bytes} bytes are accepted in a request body"
-        )
-
-    async def _decompress(self, body: bytes, encoding: bytes, held: list[int]) -> bytes:
+    async def _decompress(self, body: bytes, encoding: bytes, held: list[int], most: int) -> bytes:
         named = encoding.decode("latin-1"), "Content-Encoding"
-        limit = self._limits.body_bytes
-        data = await inflate(body, named, limit, lambda more: self._hold(held, more))
+        data = await inflate(body, named, most, lambda more: self._hold(held, more))
         if data is None:
-            raise self._too_large("the decompressed body is larger")
+            raise _too_large("the decompressed body is larger", most)
         return data
+
+
+def _too_large(what: str, most: int) -> TooLarge:
+    return TooLarge(
+        f"{what}; at most {most} bytes are accepted in this request's body (large tensors are"
+        " sent as binary data, binary_data_size)"
+    )
 
 
 async def respond(

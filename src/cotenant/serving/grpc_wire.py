@@ -18,7 +18,7 @@ from cotenant.domain.port import Refused
 from cotenant.domain.request import Refusal
 from cotenant.serving.http2_frames import Headers, header_block
 from cotenant.serving.intake import ENCODINGS, BodyRefused, Budget, inflate
-from cotenant.serving.refusals import retry_after_ms
+from cotenant.serving.refusals import as_refused, retry_after_ms
 from cotenant.serving.tensors import Limits, shown
 
 Metadata = tuple[tuple[str, str], ...]
@@ -92,8 +92,9 @@ def status_of(exc: Exception) -> Status | None:
     """The status that tells a client about ``exc``; None for what is a fault of ours."""
     if isinstance(exc, Damaged):
         return exc.status
-    if isinstance(exc, BodyRefused):
-        return refusal_status(exc.refused)
+    refused = exc.refused if isinstance(exc, BodyRefused) else as_refused(exc)
+    if refused is not None:
+        return refusal_status(refused)
     if isinstance(exc, CotenantError):
         code = next((c for kind, c in _ERROR_CODE if isinstance(exc, kind)), Code.INTERNAL)
         return Status(code, _clean(str(exc)))

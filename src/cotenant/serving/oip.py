@@ -3,7 +3,8 @@
 A request's body is JSON, or JSON followed by the raw bytes of those inputs that state a
 ``binary_data_size`` (the binary tensor extension; the header
 ``Inference-Header-Content-Length`` says where the JSON ends). Inputs and outputs may also
-lie in shared-memory regions. No payload is copied in decoding: binary inputs are slices.
+lie in shared-memory regions. No payload is copied in decoding: binary inputs are slices. A field
+that is null counts as absent.
 
 Laws: a body either decodes to a call whose every size agrees with every other, or raises
 ``InvalidRequest`` naming the tensor and saying what would be right. ``encode`` honours what
@@ -33,6 +34,7 @@ from cotenant.serving.calls import (
     want_region,
     write_region,
 )
+from cotenant.serving.long_lists import PIECE_BYTES, long_to_bytes
 from cotenant.serving.tensors import (
     Limits,
     bytes_to_json,
@@ -50,8 +52,8 @@ _HEADER = "Inference-Header-Content-Length"
 
 class _InputParameters(msgspec.Struct):
     binary_data_size: int | None = None
-    shared_memory_region: str = ""
-    shared_memory_offset: int = 0
+    shared_memory_region: str | None = None
+    shared_memory_offset: int | None = None
     shared_memory_byte_size: int | None = None
 
 
@@ -65,9 +67,9 @@ class _Input(msgspec.Struct):
 
 class _OutputParameters(msgspec.Struct):
     binary_data: bool | None = None
-    classification: int = 0
-    shared_memory_region: str = ""
-    shared_memory_offset: int = 0
+    classification: int | None = None
+    shared_memory_region: str | None = None
+    shared_memory_offset: int | None = None
     shared_memory_byte_size: int | None = None
 
 
@@ -77,19 +79,30 @@ class _Output(msgspec.Struct):
 
 
 class _Parameters(msgspec.Struct):
-    binary_data_output: bool = False
-    priority: int = 0
-    timeout: int = 0
-    sequence_id: int | str = 0
-    sequence_start: bool = False
-    sequence_end: bool = False
+    binary_data_output: bool | None = None
+    priority: int | None = None
+    timeout: int | None = None
+    sequence_id: int | str | None = None
+    sequence_start: bool | None = None
+    sequence_end: bool | None = None
 
 
 class _Request(msgspec.Struct):
     inputs: list[_Input]
-    id: str = ""
+    id: str | None = None
     outputs: list[_Output] | None = None
     parameters: _Parameters | None = None
+
+
+class _Named(msgspec.Struct):
+    name: msgspec.Raw = msgspec.Raw()
+
+
+class _Names(msgspec.Struct):
+    """What is needed of a request that is wrong: all else is skipped, not made."""
+
+    inputs: list[_Named] = []
+    outputs: list[_Named] = []
 
 
 class _OutputJson(msgspec.Struct, omit_defaults=True):
@@ -108,6 +121,7 @@ class _ResponseJson(msgspec.Struct, omit_defaults=True):
 
 
 _decoder = msgspec.json.Decoder(_Request)
+_named = msgspec.json.Decoder(_Names)
 _encoder = msgspec.json.Encoder()
 _NO_INPUT_PARAMETERS = _InputParameters()
 
@@ -126,7 +140,7 @@ def decode(
     it was not sent. The call's tensors are views of ``body``. Raises InvalidRequest, TooLarge,
     and NotFound for an unknown region.
     """
-    end = len(body) if header_length is None else _json_length(header_length, len(body))
+    end = json_length(header_length, len(body))
     if end > limits.json_bytes:
         raise TooLarge(
             f"the request's JSON is {end} bytes; at most {limits.json_bytes} are accepted."
@@ -146,7 +160,7 @@ def decode(
         )
     if len(inputs) > 1:
         check_unique("input", (item.name for item in inputs))
-    call = InferCall(model=model, inputs=inputs, version=version, id=request.id)
+    call = InferCall(model=model, inputs=inputs, version=version, id=request.id or "")
     binary = _apply(call, request.parameters)
     wanted = _wanted(request.outputs, binary, regions) if request.outputs else {}
     call.outputs = tuple(wanted)
@@ -191,7 +205,10 @@ def encode(result: InferResult, request: Decoded, regions: RegionIO) -> tuple[by
     return b"".join((head, *blobs)), len(head)
 
 
-def _json_length(header: bytes | str, total: int) -> int:
+def json_length(header: bytes | str | None, total: int) -> int:
+    """How many of a body's ``total`` bytes are JSON, by its header; raises InvalidRequest."""
+    if header is None:
+        return total
     text = header.decode("latin-1") if isinstance(header, bytes) else header
     if not re.fullmatch(r"[0-9]{1,18}", text):
         raise InvalidRequest(
@@ -222,10 +239,11 @@ def _parse(view: memoryview) -> _Request:
 def _name_at(view: memoryview, kind: str, index: int) -> str:
     """``"input 'x': "`` for the error message, empty where the tensor has no name either."""
     try:
-        name = msgspec.json.decode(view)[kind][index]["name"]
-    except (msgspec.DecodeError, RecursionError, TypeError, KeyError, IndexError):
+        names = _named.decode(view)
+        name = msgspec.json.decode(getattr(names, kind)[index].name, type=str)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError, IndexError):
         return ""
-    return f"{kind[:-1]} {shown(name)}: " if isinstance(name, str) else ""
+    return f"{kind[:-1]} {shown(name)}: "
 
 
 def _input(
@@ -237,16 +255,17 @@ def _input(
     parameters = tensor.parameters or _NO_INPUT_PARAMETERS
     region, size = parameters.shared_memory_region, parameters.binary_data_size
     raw = memoryview(tensor.data)
-    if (size is not None) + bool(region) + (len(raw) > 0) != 1:
+    if (size is not None) + bool(region) + bool(raw and bytes(raw[:4]) != b"null") != 1:
         raise InvalidRequest(
             f"tensor {shown(name)}: give its elements once, as data (JSON), binary_data_size"
             " (after the JSON) or shared_memory_region"
         )
     if region:
-        source = (region, parameters.shared_memory_offset, parameters.shared_memory_byte_size)
+        offset = parameters.shared_memory_offset or 0
+        source = (region, offset, parameters.shared_memory_byte_size)
         return region_input(name, datatype, shape, count, source, regions), pos
     if size is None:
-        data = json_to_bytes(name, datatype, shape, count, tensor.data)
+        data = _from_json(tensor, count, limits)
         return TensorIn(name, datatype, shape, len(data), data), pos
     if not 0 <= size <= len(view) - pos:
         raise InvalidRequest(
@@ -260,15 +279,33 @@ def _input(
     return TensorIn(name, datatype, shape, size, part), pos + size
 
 
+def _from_json(tensor: _Input, count: int, limits: Limits) -> bytes:
+    raw, most = memoryview(tensor.data), limits.json_elements
+    if most is not None and count > most:
+        raise InvalidRequest(
+            f"tensor {shown(tensor.name)}: the shape {list(tensor.shape)} means {count} elements;"
+            f" a request to this model has at most {most}"
+        )
+    if len(raw) > PIECE_BYTES:
+        if tensor.datatype != "BYTES":
+            return long_to_bytes(tensor.name, tensor.datatype, tensor.shape, raw)
+        if bytes(raw).count(b'"') > 2 * limits.json_strings:
+            raise TooLarge(
+                f"tensor {shown(tensor.name)}: more than {limits.json_strings} strings in JSON;"
+                " send them as binary data (binary_data_size)"
+            )
+    return json_to_bytes(tensor.name, tensor.datatype, tensor.shape, count, tensor.data)
+
+
 def _apply(call: InferCall, parameters: _Parameters | None) -> bool:
     """Set the call's priority and time-out; returns binary_data_output."""
     if parameters is None:
         return False
     if parameters.sequence_id or parameters.sequence_start or parameters.sequence_end:
         refuse_sequence()
-    call.priority = priority_class(parameters.priority)
-    call.timeout_ns = timeout_ns(parameters.timeout)
-    return parameters.binary_data_output
+    call.priority = priority_class(parameters.priority or 0)
+    call.timeout_ns = timeout_ns(parameters.timeout or 0)
+    return bool(parameters.binary_data_output)
 
 
 def _wanted(outputs: list[_Output], binary: bool, regions: RegionIO) -> dict[str, Wanted]:
@@ -287,7 +324,7 @@ def _wanted(outputs: list[_Output], binary: bool, regions: RegionIO) -> dict[str
             want_region(
                 want,
                 given.shared_memory_region,
-                given.shared_memory_offset,
+                given.shared_memory_offset or 0,
                 given.shared_memory_byte_size,
                 regions,
             )

@@ -7,6 +7,7 @@ from cotenant.domain.errors import (
     InvalidRequest,
     ModelError,
     NotFound,
+    NotReady,
     TooLarge,
 )
 from cotenant.domain.port import Refused
@@ -38,6 +39,13 @@ _ERROR_STATUS: tuple[tuple[type[CotenantError], int], ...] = (
     (TooLarge, 413),
     (ModelError, 400),
 )
+
+
+def as_refused(error: Exception) -> Refused | None:
+    """The refusal that an error amounts to: what is being loaded can be had later."""
+    if isinstance(error, NotReady):
+        return Refused(Refusal.UNAVAILABLE, AWAY, str(error))
+    return None
 
 
 def error_status(error: CotenantError) -> int:

@@ -14,8 +14,10 @@ import logging
 from collections.abc import Iterable
 from functools import lru_cache
 
-from cotenant.domain.errors import CotenantError
-from cotenant.domain.port import InferCall, NodePort, Outcome, Refused
+import msgspec
+
+from cotenant.domain.errors import CotenantError, TooLarge
+from cotenant.domain.port import DATATYPES, InferCall, NodePort, Outcome, Refused
 from cotenant.serving import oip
 from cotenant.serving.bodies import (
     JSON_TYPE,
@@ -40,11 +42,22 @@ from cotenant.serving.bodies import (
 )
 from cotenant.serving.calls import infer
 from cotenant.serving.intake import BodyRefused, Intake, authorised
+from cotenant.serving.long_lists import PIECE_BYTES
 from cotenant.serving.overdue import Overdue
-from cotenant.serving.refusals import HTTP_STATUS, error_status, refusal_headers
+from cotenant.serving.refusals import HTTP_STATUS, as_refused, error_status, refusal_headers
 from cotenant.serving.rest_admin import build_admin
+from cotenant.serving.tensors import Limits
 
 log = logging.getLogger("cotenant.serving")
+
+JSON_AT_ONCE = PIECE_BYTES
+"""JSON decoded on the loop; more is decoded in a thread."""
+JSON_SMALL = 4096
+"""JSON in which there are too few elements to look at the model's shapes first."""
+JSON_BESIDE_BYTES = 512 * 1024
+JSON_ELEMENT_BYTES = 64
+"""What JSON may take beside its tensors' elements, and for each of those, with all the blanks
+around it; a request whose JSON is longer than so the model's inputs call for is refused."""
 
 _PREFIX = "/v2/models/"
 _SUFFIX = "/infer"
@@ -102,7 +115,7 @@ class App:
     ) -> None:
         """Receive, decode, execute, answer: one inference request."""
         try:
-            body, held = await self._bodies.read(receive, head)
+            body, held = await self._bodies.read(receive, head, self._body_room(head, target))
         except Hangup:
             return
         except asyncio.CancelledError:
@@ -114,16 +127,13 @@ class App:
                 send, receive, 408, f"the body did not arrive within {seconds:g} s; send it faster"
             )
         except BodyRefused as exc:
-            refused = exc.refused
-            await respond_unread(
-                send,
-                receive,
-                HTTP_STATUS[refused.refusal],
-                refused.message,
-                refusal_headers(refused),
-            )
+            await self._refuse_unread(send, receive, exc.refused)
         except CotenantError as exc:
-            await respond_unread(send, receive, error_status(exc), str(exc))
+            refused = as_refused(exc)
+            if refused is not None:
+                await self._refuse_unread(send, receive, refused)
+            else:
+                await respond_unread(send, receive, error_status(exc), str(exc))
         else:
             try:
                 status, answer, headers = await self._answer(body, head, target, receive)
@@ -134,12 +144,17 @@ class App:
             finally:
                 self._budget.release(held)
 
+    @staticmethod
+    async def _refuse_unread(send: Send, receive: Receive, refused: Refused) -> None:
+        status = HTTP_STATUS[refused.refusal]
+        await respond_unread(send, receive, status, refused.message, refusal_headers(refused))
+
     async def _answer(
         self, body: bytes, head: Head, target: tuple[str, str], receive: Receive
     ) -> Answer:
         """What to answer; raises Hangup if there is nobody to answer."""
         try:
-            request = oip.decode(body, head.json_length, *target, self._limits, self._regions)
+            request = await self._decode(body, head, target)
             return self._said(await self._execute(request.call, receive), request)
         except Hangup:
             raise
@@ -147,6 +162,43 @@ class App:
             return refusal_answer(STOPPING)
         except Exception as exc:
             return _failure(exc, target[0])
+
+    async def _decode(self, body: bytes, head: Head, target: tuple[str, str]) -> oip.Decoded:
+        """The request; long JSON elsewhere than on the loop, if the model has use for so much."""
+        size = oip.json_length(head.json_length, len(body))
+        limits = self._limits_of(target, size)
+        if size > JSON_AT_ONCE:
+            most = self._json_room(limits.json_elements)
+            if size > most:
+                raise TooLarge(
+                    f"the request's JSON is {size} bytes; at most {most} are accepted for this"
+                    " model. Send large tensors as binary data (binary_data_size)"
+                )
+            return await asyncio.to_thread(
+                oip.decode, body, head.json_length, *target, limits, self._regions
+            )
+        return oip.decode(body, head.json_length, *target, limits, self._regions)
+
+    def _limits_of(self, target: tuple[str, str], size: int) -> Limits:
+        """The limits of a request with so many bytes: of a small one the model's do not matter."""
+        if size <= JSON_SMALL:
+            return self._limits
+        most = self._node.most_elements(*target)
+        return msgspec.structs.replace(self._limits, json_elements=most)
+
+    def _body_room(self, head: Head, target: tuple[str, str]) -> int:
+        """The most bytes of a body: no more than the model has use for."""
+        most = self._node.most_elements(*target)
+        room = self._json_room(most)
+        if head.json_length is None:
+            return min(room, self._limits.body_bytes)
+        if most is None:
+            return self._limits.body_bytes
+        return min(room + most * max(DATATYPES.values()), self._limits.body_bytes)
+
+    def _json_room(self, most: int | None) -> int:
+        limit = self._limits.json_bytes
+        return limit if most is None else min(limit, JSON_BESIDE_BYTES + JSON_ELEMENT_BYTES * most)
 
     def _said(self, outcome: Outcome, request: oip.Decoded) -> Answer:
         if isinstance(outcome, Refused):
@@ -174,6 +226,7 @@ class App:
             (head.encoding and head.encoding != b"identity")
             or (self._token is not None and not authorised(head.authorization, self._token))
             or len(body) > self._limits.body_bytes
+            or _is_long(head, len(body))
         ):
             return False
         try:
@@ -199,7 +252,8 @@ class App:
             answer(*reply)
 
         try:
-            request = oip.decode(body, head.json_length, *target, self._limits, self._regions)
+            limits = self._limits_of(target, size)
+            request = oip.decode(body, head.json_length, *target, limits, self._regions)
             withdraw = self._node.submit(request.call, done)
         except Exception as exc:
             answer(*_failure(exc, target[0]))
@@ -263,7 +317,18 @@ def build_app(node: NodePort, intake: Intake, token: str | None) -> App:
     return App(node, intake, token)
 
 
+def _is_long(head: Head, total: int) -> bool:
+    """Whether there may be too much JSON to decode on the loop."""
+    stated = head.json_length
+    if total <= JSON_AT_ONCE or stated is None:
+        return total > JSON_AT_ONCE
+    return len(stated) > len(str(JSON_AT_ONCE)) or int(stated.isdigit() and stated) > JSON_AT_ONCE
+
+
 def _failure(exc: Exception, model: str) -> Answer:
+    refused = as_refused(exc)
+    if refused is not None:
+        return refusal_answer(refused)
     if isinstance(exc, CotenantError):
         return error_answer(error_status(exc), str(exc))
     log.error("inference on %s failed inside the server", model, exc_info=exc)

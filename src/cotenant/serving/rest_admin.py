@@ -13,8 +13,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from cotenant.domain.errors import CotenantError, InvalidRequest, TooLarge
-from cotenant.domain.port import ModelMeta, NodePort
+from cotenant.domain.errors import CotenantError, InvalidRequest
+from cotenant.domain.port import ModelMeta, NodePort, Refused
+from cotenant.domain.units import S
 from cotenant.serving.admin import (
     EXTENSIONS,
     NO_CUDA_MEMORY,
@@ -33,7 +34,7 @@ from cotenant.serving.bodies import (
     parse_head,
 )
 from cotenant.serving.intake import BodyRefused, Intake
-from cotenant.serving.refusals import HTTP_STATUS, error_status, refusal_headers
+from cotenant.serving.refusals import AWAY, HTTP_STATUS, as_refused, error_status, refusal_headers
 
 log = logging.getLogger("cotenant.serving")
 
@@ -47,15 +48,15 @@ Handler = Callable[[Request], Awaitable[Response]]
 class _RegisterBody(msgspec.Struct):
     key: str
     byte_size: int
-    offset: int = 0
+    offset: int | None = None
 
 
 class _ParametersBody(msgspec.Struct):
-    parameters: dict[str, Any] = {}
+    parameters: dict[str, Any] | None = None
 
 
 class _IndexBody(msgspec.Struct):
-    ready: bool = False
+    ready: bool | None = None
 
 
 def build_admin(node: NodePort, intake: Intake, bodies: BodyReader) -> Starlette:
@@ -118,7 +119,7 @@ class _Admin:
     async def ready(self, _: Request) -> Response:
         if self._node.is_ready():
             return Response()
-        return _error(503, "the node is not ready: models are loading, or it is shutting down")
+        return _later("the node is not ready: models are loading, or it is shutting down")
 
     async def server(self, _: Request) -> Response:
         return _json(
@@ -132,7 +133,7 @@ class _Admin:
         name, version = _model(request)
         if self._node.model_ready(name, version):
             return Response()
-        return _error(503, f"model {name} {version}".rstrip() + " is not ready")
+        return _later(f"model {name} {version}".rstrip() + " is not ready")
 
     async def config(self, request: Request) -> Response:
         return _json(model_config(self._metadata(request)))
@@ -148,7 +149,7 @@ class _Admin:
 
     async def load(self, request: Request) -> Response:
         body = await self._read(request, _ParametersBody)
-        check_load_parameters(list(body.parameters))
+        check_load_parameters(list(body.parameters or ()))
         await self._node.load(request.path_params["model"])
         return Response()
 
@@ -163,7 +164,7 @@ class _Admin:
     async def region_register(self, request: Request) -> Response:
         body = await self._read(request, _RegisterBody)
         name = request.path_params["region"]
-        self._regions.register(name, body.key, body.offset, body.byte_size)
+        self._regions.register(name, body.key, body.offset or 0, body.byte_size)
         return Response()
 
     async def region_unregister(self, request: Request) -> Response:
@@ -180,13 +181,11 @@ class _Admin:
     async def _read(self, request: Request, kind: type[T]) -> T:
         """The JSON body as ``kind``, its defaults for an empty one; raises InvalidRequest."""
         head = parse_head(request.scope["headers"])
-        if head.content_length > _ADMIN_BODY_BYTES:
-            raise TooLarge(f"the body is larger than {_ADMIN_BODY_BYTES} bytes")
-        body, held = await self._bodies.read(request.receive, head)
+        body, held = await self._bodies.read(request.receive, head, _ADMIN_BODY_BYTES)
         self._budget.release(held)
         try:
             return msgspec.json.decode(body.strip() or b"{}", type=kind)
-        except (msgspec.DecodeError, RecursionError) as exc:
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
             raise InvalidRequest(f"the body does not fit this request: {exc}") from None
 
 
@@ -232,15 +231,24 @@ def _error(status: int, message: str, headers: dict[str, str] | None = None) -> 
     return Response(error_body(message), status, headers, "application/json")
 
 
+def _later(message: str) -> Response:
+    return _error(503, message, {"retry-after": str(-(-AWAY // S))})
+
+
 def _cotenant_error(_: Request, exc: Exception) -> Response:
     assert isinstance(exc, CotenantError)
-    return _error(error_status(exc), str(exc))
+    refused = as_refused(exc)
+    return _error(error_status(exc), str(exc)) if refused is None else _refusal(refused)
 
 
 def _body_refused(_: Request, exc: Exception) -> Response:
     assert isinstance(exc, BodyRefused)
-    headers = {k.decode(): v.decode() for k, v in refusal_headers(exc.refused)}
-    return _error(HTTP_STATUS[exc.refused.refusal], exc.refused.message, headers)
+    return _refusal(exc.refused)
+
+
+def _refusal(refused: Refused) -> Response:
+    headers = {k.decode(): v.decode() for k, v in refusal_headers(refused)}
+    return _error(HTTP_STATUS[refused.refusal], refused.message, headers)
 
 
 def _slow_body(_: Request, __: Exception) -> Response:

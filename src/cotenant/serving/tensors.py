@@ -47,13 +47,16 @@ class Limits(msgspec.Struct, frozen=True):
 
     ``body_bytes`` bounds a request's body after decompression, ``json_bytes`` the part of it
     that is JSON (which costs many times its size to decode; larger tensors go as binary),
-    ``tensor_bytes`` a single tensor (shared memory can be larger than a body),
-    ``buffered_bytes`` all bodies being received or held at one time, and ``body_timeout_s``
-    the time in which a body must have arrived.
+    ``json_strings`` the strings in a long one, ``json_elements`` a tensor's elements in JSON (what
+    the model's inputs hold, where that is known), ``tensor_bytes`` a single tensor (shared memory
+    can be larger than a body), ``buffered_bytes`` all bodies being received or held at one time,
+    and ``body_timeout_s`` the time in which a body must have arrived.
     """
 
     body_bytes: int = 64 * 2**20
     json_bytes: int = 8 * 2**20
+    json_strings: int = 2**18
+    json_elements: int | None = None
     tensor_bytes: int = 2**30
     buffered_bytes: int = 2**30
     tensors: int = 64
@@ -166,7 +169,7 @@ def pack_numbers(name: str, datatype: str, values: Any) -> bytes:
 
 
 def json_to_bytes(
-    name: str, datatype: str, shape: Sequence[int], count: int, raw: msgspec.Raw
+    name: str, datatype: str, shape: Sequence[int], count: int, raw: msgspec.Raw | bytes
 ) -> bytes:
     """Bytes of a tensor given as a JSON list, flat or nested as its shape.
 
@@ -179,10 +182,10 @@ def json_to_bytes(
             " send it as binary data (binary_data_size)"
         )
     element, _ = _JSON[datatype]
-    depth = _depth(raw, len(shape))
+    depth = depth_of(raw, len(shape))
     try:
         values: list[Any] = _list_decoder(element, depth).decode(raw)
-    except (msgspec.DecodeError, RecursionError) as exc:
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as exc:
         wanted = {bool: "true or false", int: "whole numbers", float: "numbers", str: "strings"}
         raise InvalidRequest(
             f"tensor {shown(name)}: data must be a list of {wanted[element]}, flat or nested as"
@@ -246,7 +249,7 @@ def _list_decoder(element: type, depth: int) -> msgspec.json.Decoder[list[Any]]:
     return msgspec.json.Decoder(kind)
 
 
-def _depth(raw: msgspec.Raw, dims: int) -> int:
+def depth_of(raw: msgspec.Raw | memoryview | bytes, dims: int) -> int:
     """How many lists ``raw`` opens with: at least 1, at most ``dims``."""
     if dims < 2:
         return 1
