@@ -8,10 +8,12 @@ is one copy of the payload instead of three.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from cotenant.domain.errors import InvalidRequest
+from google.protobuf.message import DecodeError
+
+from cotenant.domain.errors import InvalidRequest, TooLarge
 from cotenant.domain.port import InferCall, InferResult, TensorIn
 from cotenant.serving import calls, protos
 from cotenant.serving.calls import Decoded, RegionIO, Wanted
@@ -43,7 +45,14 @@ _CONTENTS = {
 
 _RAW_OUTPUT_TAG = b"\x32"  # ModelInferResponse.raw_output_contents: field 6, length-delimited
 _RAW_INPUT_TAG = 0x3A  # ModelInferRequest.raw_input_contents: field 7, length-delimited
+_INPUT_TAG, _OUTPUT_TAG = 0x2A, 0x32  # ModelInferRequest.inputs and .outputs: fields 5 and 6
+_SHAPE_TAG, _CONTENTS_TAG = 0x1A, 0x2A  # InferInputTensor.shape and .contents: fields 3 and 5
 _VARINT, _LENGTH_DELIMITED = 0, 2
+_FIXED_BYTES = {1: 8, 5: 4}
+_FIELDS = 256
+"""Of a tensor, and beside tensors of a message: names, dimensions, parameters, unknown ones."""
+_SMALL_BYTES = 512
+"""What is no longer than this holds nothing that is worth counting."""
 _STREAM_ANSWER_TAG = b"\x12"  # ModelStreamInferResponse.infer_response: field 2
 
 
@@ -52,52 +61,106 @@ class InferMessage(NamedTuple):
 
     message: Any
     raw: Sequence[bytes | memoryview]
+    parsed: int
+    """Bytes that protobuf made objects of."""
 
 
-def parse(data: bytes | memoryview) -> InferMessage:
-    """A serialised ModelInferRequest; raises DecodeError.
+def parse(data: bytes | memoryview, limits: Limits) -> InferMessage:
+    """A serialised ModelInferRequest; raises DecodeError, InvalidRequest, TooLarge.
 
     Its payload is left where it is: protobuf would copy it twice, once when it parses and once
-    when it is asked for the field.
+    when it is asked for the field. Of the rest, everything that there may be many of is counted
+    before protobuf makes an object of each, which takes up to a hundred times its bytes.
     """
     try:
-        rest, raw = _split(data)
-    except IndexError:  # truncated, or in a form that nobody writes any more: not for us to judge
-        message = protos.ModelInferRequest.FromString(data)
-        return InferMessage(message, message.raw_input_contents)
-    return InferMessage(protos.ModelInferRequest.FromString(rest), raw)
+        rest, raw = _split(data, limits)
+    except IndexError:
+        raise DecodeError("it is cut short") from None
+    return InferMessage(protos.ModelInferRequest.FromString(rest), raw, len(rest))
 
 
-def _split(data: bytes | memoryview) -> tuple[bytes, list[memoryview]]:
-    """The message without its ``raw_input_contents``, and those; raises IndexError if it cannot
-    be told apart."""
+def _split(data: bytes | memoryview, limits: Limits) -> tuple[bytes, list[memoryview]]:
+    """The message without its ``raw_input_contents``, and those; raises IndexError if it ends
+    within a field, and what ``parse`` does."""
     view = memoryview(data)
     rest: list[bytes | memoryview] = []
     raw: list[memoryview] = []
-    at = kept = 0
+    at = kept = large = 0
+    fields = 4 * limits.tensors + _FIELDS
     while at < len(data):
         start = at
         tag, at = _read_varint(data, at)
-        if tag & 7 == _LENGTH_DELIMITED:
-            length, at = _read_varint(data, at)
-            if tag == _RAW_INPUT_TAG:
-                rest.append(data[kept:start])
-                raw.append(view[at : at + length])
-                kept = at + length
-            at += length
-        elif tag & 7 == _VARINT:
-            _, at = _read_varint(data, at)
-        else:
-            raise IndexError(at)  # no field of this message has another wire type
+        fields -= 1
+        if not fields:
+            raise InvalidRequest("the message has too many fields; send fewer tensors in each")
+        if tag & 7 != _LENGTH_DELIMITED:
+            at = _skip(data, at, tag)
+            continue
+        length, at = _read_varint(data, at)
+        if tag == _RAW_INPUT_TAG:
+            rest.append(data[kept:start])
+            raw.append(view[at : at + length])
+            kept = at + length
+        elif length > _SMALL_BYTES and tag in (_INPUT_TAG, _OUTPUT_TAG):
+            large += _check_tensor(view[at : at + length], limits)
+            if large > limits.strings:
+                raise InvalidRequest(f"more than {limits.strings} elements are given one by one")
+        at += length
     if at > len(data):
         raise IndexError(at)
     rest.append(data[kept:])
+    if sum(map(len, rest)) > limits.json_bytes:
+        raise TooLarge(
+            f"beside raw_input_contents a message may have {limits.json_bytes} bytes; send large"
+            " tensors raw"
+        )
     return b"".join(rest), raw
+
+
+def _check_tensor(tensor: memoryview, limits: Limits) -> int:
+    """Count what a large input or output has much of; returns how many of its elements are fields
+    of their own. Raises as ``_split``."""
+    elements = 0
+    for tag, field in _fields(tensor, _FIELDS):
+        if tag == _SHAPE_TAG and len(field) > _SMALL_BYTES:
+            raise InvalidRequest(f"a shape may have {limits.dims} dimensions; there are more")
+        if tag == _CONTENTS_TAG:
+            elements += sum(1 for _ in _fields(field, limits.strings + 1))
+    return elements
+
+
+def _fields(message: memoryview, most: int) -> Iterator[tuple[int, memoryview]]:
+    """Tag and content of a message's fields, of ``most`` at most; raises as ``_split``."""
+    at = 0
+    while at < len(message):
+        if not most:
+            raise InvalidRequest("a tensor has too many fields; send its elements raw")
+        most -= 1
+        tag, at = _read_varint(message, at)
+        begin = at
+        if tag & 7 == _LENGTH_DELIMITED:
+            length, begin = _read_varint(message, at)
+            at = begin + length
+            if at > len(message):
+                raise IndexError(at)
+        else:
+            at = _skip(message, at, tag)
+        yield tag, message[begin:at]
+
+
+def _skip(data: bytes | memoryview, at: int, tag: int) -> int:
+    """Where a field ends that has no length; raises as ``_split``."""
+    kind = tag & 7
+    if kind == _VARINT:
+        return _read_varint(data, at)[1]
+    if kind in _FIXED_BYTES:
+        return at + _FIXED_BYTES[kind]
+    raise DecodeError("it has a group, a form of fields that is no longer in use")
 
 
 def decode(request: InferMessage, limits: Limits, regions: RegionIO) -> Decoded:
     """A ModelInferRequest as a call; raises InvalidRequest, NotFound (region)."""
-    message, raw = request
+    message, raw, _ = request
     calls.check_count(len(message.inputs), len(message.outputs), limits)
     inputs: list[TensorIn] = []
     used = 0

@@ -54,15 +54,40 @@ class Budget:
         """Bytes taken and not given back."""
         return self._held
 
-    def hold(self, nbytes: int) -> None:
-        """Take ``nbytes``; raises BodyRefused if not so much is left."""
-        if self._held + nbytes > self._limit:
+    def hold(self, nbytes: int, spare: int = 0) -> None:
+        """Take ``nbytes``; raises BodyRefused if less than ``spare`` would be left then."""
+        if self._held + nbytes + spare > self._limit:
             raise BodyRefused
         self._held += nbytes
 
     def release(self, nbytes: int) -> None:
         """Give back what ``hold`` took."""
         self._held -= nbytes
+
+
+class Share:
+    """What one connection holds of a budget, which it gets a fair part of: no more than is left.
+
+    Alone it may have half of the budget, beside another as greedy one a third, beside seven a
+    ninth; and there is always as much left for one more (dynamic thresholds: Choudhury and Hahne,
+    IEEE/ACM Transactions on Networking 6(2), 1998).
+    """
+
+    __slots__ = ("_budget", "_held")
+
+    def __init__(self, budget: Budget) -> None:
+        self._budget = budget
+        self._held = 0
+
+    def hold(self, nbytes: int) -> None:
+        """Take ``nbytes``; raises BodyRefused if not so much is left, or not for this one."""
+        self._budget.hold(nbytes, self._held + nbytes)
+        self._held += nbytes
+
+    def release(self, nbytes: int) -> None:
+        """Give back what ``hold`` took."""
+        self._held -= nbytes
+        self._budget.release(nbytes)
 
 
 def authorised(authorization: bytes, token: bytes) -> bool:
