@@ -1,0 +1,1 @@
+"""Clients that mean harm, and what a client that behaves sees of them."""
