@@ -1,8 +1,9 @@
 """The client that behaves: some requests a second over gRPC and REST, each on a connection of its
 kind's usual sort (one channel that reconnects; a new connection for every request).
 
-``python -m tests.attack.client GRPC_PORT HTTP_PORT RATE`` prints a line for each request when it is
-over: protocol, when it was due (monotonic seconds), seconds until the answer, and ``ok`` or why not.
+``python -m tests.attack.client GRPC_PORT HTTP_PORT RATE`` prints a line for each request when it
+is over: protocol, when it was due (monotonic seconds), seconds until the answer, and ``ok`` or why
+not.
 """
 
 from __future__ import annotations

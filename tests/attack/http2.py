@@ -135,6 +135,7 @@ def held_streams(peer: Peer) -> None:
 
 HUFFMAN = long_literal(HuffmanEncoder(REQUEST_CODES, REQUEST_CODES_LENGTH).encode(b"a" * 15_000))
 NO_WINDOW = {Setting.INITIAL_WINDOW_SIZE: 0}
+LATE = frame(DATA, 0, 1, bytes(300))
 FLIPS = settings({Setting.INITIAL_WINDOW_SIZE: 1}) + settings({Setting.INITIAL_WINDOW_SIZE: 0})
 
 _FLOODS: dict[str, Callable[[int, float], None]] = {
@@ -159,7 +160,11 @@ _FLOODS: dict[str, Callable[[int, float], None]] = {
         ("empty data", same(frame(DATA, 0, 1)), {"setup": OPENED}),
         ("padded data", same(frame(DATA, PADDED, 1, b"\0")), {"setup": OPENED}),
         ("data of one byte", same(frame(DATA, 0, 1, b"\0")), {"setup": OPENED}),
-        ("data after the end", same(frame(DATA, 0, 1, bytes(300))), {"setup": (call(1, LIVE, EMPTY), 3)}),
+        (
+            "data after the end",
+            same(frame(DATA, 0, 1, bytes(300))),
+            {"setup": (call(1, LIVE, EMPTY), 3)},
+        ),
         ("window flips", same(FLIPS), {"setup": open_streams(STREAM, b"")}),
         (
             "window flips, answers waiting",

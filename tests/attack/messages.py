@@ -7,7 +7,14 @@ import time
 from collections.abc import Callable
 from functools import cache, partial
 
-from cotenant.serving.http2_frames import END_HEADERS, HEADERS, RST_STREAM, Setting, frame, word_frame
+from cotenant.serving.http2_frames import (
+    END_HEADERS,
+    HEADERS,
+    RST_STREAM,
+    Setting,
+    frame,
+    word_frame,
+)
 from tests.attack.wire import SERVICE, Peer, call, flood, framed, head, inference, repeatedly
 
 MiB = 2**20
@@ -29,6 +36,9 @@ def tensor(content: bytes) -> bytes:
     return field(5, field(1, b"x") + field(2, b"FP32") + content)
 
 
+STRINGS = field(5, field(1, b"x") + field(2, b"BYTES") + field(3, b"\x80\x80\x80\x02"))
+
+
 def many(unit: bytes, nbytes: int) -> bytes:
     return unit * (nbytes // len(unit))
 
@@ -44,8 +54,8 @@ BOMBS: dict[str, Callable[[int], bytes]] = {
     "strings": lambda n: tensor(field(5, many(field(8, b""), n))),
     "numbers": lambda n: tensor(field(3, b"\x01\x40") + field(5, field(6, bytes(n)))),
     "numbers one by one": lambda n: tensor(field(5, many(b"\x35abcd", n))),
-    "raw strings": lambda n: field(5, field(1, b"x") + field(2, b"BYTES") + field(3, b"\x80\x80\x80\x02")) + field(7, bytes(n)),
-}  # fmt: skip
+    "raw strings": lambda n: STRINGS + field(7, bytes(n)),
+}
 
 
 @cache

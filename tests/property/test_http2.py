@@ -225,12 +225,12 @@ class Play:
         connection, front = self.connection, self.front
         connection.connection_lost(None)
         self.node.answer()
-        assert not connection._streams
-        assert not connection._sender.blocked
+        assert not connection.streams
+        assert not connection.sender.blocked
         left = self.node.results, len(self.node.waiting), len(front.running)
         assert (*left, self.intake.budget.held) == (0,) * 4
         assert connection not in front._server.incomplete
-        assert connection._sender not in front._server.unread
+        assert connection.sender not in front._server.unread
         assert not front.late._entries
 
 
@@ -290,11 +290,11 @@ async def live(steps: list[bytes | str], high: int) -> None:
     for _ in range(300):
         the.node.answer()
         the.transport.taken()
-        for number, stream in tuple(the.connection._streams.items()):
+        for number, stream in tuple(the.connection.streams.items()):
             if stream.window < 2**20:
                 await the.feed(word_frame(WINDOW_UPDATE, number, 2**20), None)
     if not the.transport.closed:
-        assert not [s.id for s in the.connection._streams.values() if s.ended], "never answered"
+        assert not [s.id for s in the.connection.streams.values() if s.ended], "never answered"
     the.end()
 
 

@@ -89,14 +89,20 @@ def _split(data: bytes | memoryview, limits: Limits) -> tuple[bytes, list[memory
     fields = 4 * limits.tensors + _FIELDS
     while at < len(data):
         start = at
-        tag, at = _read_varint(data, at)
+        tag = data[at]
+        at += 1
+        if tag > 0x7F:
+            tag, at = _read_varint(data, start)
         fields -= 1
         if not fields:
             raise InvalidRequest("the message has too many fields; send fewer tensors in each")
         if tag & 7 != _LENGTH_DELIMITED:
             at = _skip(data, at, tag)
             continue
-        length, at = _read_varint(data, at)
+        length = data[at]
+        at += 1
+        if length > 0x7F:
+            length, at = _read_varint(data, at - 1)
         if tag == _RAW_INPUT_TAG:
             rest.append(data[kept:start])
             raw.append(view[at : at + length])
@@ -109,7 +115,7 @@ def _split(data: bytes | memoryview, limits: Limits) -> tuple[bytes, list[memory
     if at > len(data):
         raise IndexError(at)
     rest.append(data[kept:])
-    if sum(map(len, rest)) > limits.json_bytes:
+    if len(data) > limits.json_bytes < sum(map(len, rest)):
         raise TooLarge(
             f"beside raw_input_contents a message may have {limits.json_bytes} bytes; send large"
             " tensors raw"

@@ -103,25 +103,27 @@ class GrpcFront:
             call.finish(_STOPPING)
         await self._server.close()
 
-    def head(self, headers: Headers) -> Head:
-        """See ``http2_connection.Application``."""
-        return read_head(headers)
-
-    def open(self, stream: Stream, head: Head) -> Receiver | None:
-        """See ``http2_connection.Application``."""
+    def head(self, headers: Headers) -> tuple[Head, Route | bytes]:
+        """See ``http2_connection.Application``: the call, and how it is served, or the headers
+        with which it is refused."""
+        head = read_head(headers)
         problem = head_problem(head)
-        if problem is None:
-            route = self._routes.get(head.path)
-            status = self._refusal(route, head)
-            if route is not None and status is None:
-                return route.kind(self, stream, head, route)
-            assert status is not None
-            problem = status_block(status, first=True)
+        if problem is not None:
+            return head, problem
+        found = self._find(head)
+        return head, status_block(found, first=True) if isinstance(found, Status) else found
+
+    def open(self, stream: Stream, head: tuple[Head, Route | bytes]) -> Receiver | None:
+        """See ``http2_connection.Application``."""
+        said, served = head
+        if not isinstance(served, bytes):
+            return served.kind(self, stream, said, served)
         stream.blamed = True
-        stream.send(b"", b"", problem)
+        stream.send(b"", b"", served)
         return None
 
-    def _refusal(self, route: Route | None, head: Head) -> Status | None:
+    def _find(self, head: Head) -> Route | Status:
+        route = self._routes.get(head.path)
         token = self._token
         if (
             token is not None
@@ -130,7 +132,7 @@ class GrpcFront:
         ):
             return _NO_TOKEN
         if route is not None:
-            return None
+            return route
         why = self._unsupported.get(head.path)
         return Status(Code.UNIMPLEMENTED, why or f"there is no method {head.path[:256]}")
 

@@ -30,6 +30,7 @@ _OVERHEAD_BYTES = 256
 """What a message costs in memory beside its bytes."""
 _SMALL_BYTES = 64 * 1024
 _LARGEST = 2**32 - 1
+_NOTHING = memoryview(b"")
 _UNITS_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _MESSAGE_SAFE = bytes(c for c in range(0x20, 0x7F) if c != ord("%"))
 
@@ -232,20 +233,24 @@ class Assembler:
                 return None, piece
             flags, size = _PREFIX.unpack(self._prefix)
             self._prefix = b""
-            self._begin(flags, size)
+            self._check(flags, size)
             if size <= len(piece) and size <= _SMALL_BYTES:
-                self._hold(size)
+                self._hold(_OVERHEAD_BYTES + size)
                 return self._message(bytes(piece[:size])), piece[size:]
+            self._hold(_OVERHEAD_BYTES)
             self._data, self._filled = np.empty(size, np.uint8).data, 0
         data, at = self._data, self._filled
-        take = min(len(data) - at, len(piece))
-        self._hold(take)
-        data[at : at + take] = piece[:take]
-        self._filled = at + take
-        if self._filled < len(data):
-            return None, piece[take:]
+        stop = at + len(piece)
+        if stop < len(data):
+            self._hold(len(piece))
+            data[at:stop] = piece
+            self._filled = stop
+            return None, _NOTHING
+        missing = len(data) - at
+        self._hold(missing)
+        data[at:] = piece[:missing]
         self._data = None
-        return self._message(data), piece[take:]
+        return self._message(data), piece[missing:]
 
     def drop(self) -> None:
         """Give back what a message took that will not be completed."""
@@ -261,7 +266,7 @@ class Assembler:
         held, self._held = self._held, 0
         return Message(data, self._packed, held)
 
-    def _begin(self, flags: int, size: int) -> None:
+    def _check(self, flags: int, size: int) -> None:
         if flags > 1:
             raise Damaged(Code.INTERNAL, f"a message begins with the flags {flags}; use 0 or 1")
         if flags and not self._encoding:
@@ -271,7 +276,6 @@ class Assembler:
                 Code.RESOURCE_EXHAUSTED,
                 f"a message of {size} bytes; at most {self._limit} are accepted",
             )
-        self._hold(_OVERHEAD_BYTES)
         self._packed = bool(flags)
 
 

@@ -35,7 +35,7 @@ class Server(Generic[Head]):
         self.unread = Overdue(UNREAD_S)
         self._budget = budget
         self._most = connections
-        self._quiet = Overdue(IDLE_S)
+        self._idle_timer: asyncio.TimerHandle | None = None
         self._new: dict[Connection[Head], None] = {}
         """Connections without an answer so far, the oldest first."""
         self._known: dict[Connection[Head], None] = {}
@@ -49,6 +49,7 @@ class Server(Generic[Head]):
         self._listener = await loop.create_server(
             lambda: Connection(self), sock=sock, backlog=BACKLOG
         )
+        self._look_for_idle()
 
     @property
     def connections(self) -> list[Connection[Head]]:
@@ -66,7 +67,6 @@ class Server(Generic[Head]):
             self.discard(oldest)
             oldest.give_way()
         self._new[connection] = None
-        self.idle(connection)
 
     def answered(self, connection: Connection[Head]) -> None:
         """See ``Host``."""
@@ -75,28 +75,31 @@ class Server(Generic[Head]):
         else:
             self._new.pop(connection, None)
         self._known[connection] = None
-
-    def busy(self, connection: Connection[Head]) -> None:
-        """See ``Host``."""
-        self._quiet.leave(connection)
-
-    def idle(self, connection: Connection[Head]) -> None:
-        """See ``Host``."""
-        self._quiet.enter(connection, connection.drain)
+        connection.is_idle = False
 
     def discard(self, connection: Connection[Head]) -> None:
         """See ``Host``."""
         self._new.pop(connection, None)
         self._known.pop(connection, None)
-        self._quiet.leave(connection)
         if not (self._new or self._known):
             self._empty.set()
+
+    def _look_for_idle(self) -> None:
+        """Tell those to go that have had no request since the last look."""
+        for connection in self.connections:
+            if connection.is_idle and not connection.requests:
+                connection.drain()
+            connection.is_idle = True
+        loop = asyncio.get_running_loop()
+        self._idle_timer = loop.call_later(IDLE_S, self._look_for_idle)
 
     async def drain(self, grace: float) -> None:
         """Stop listening and tell clients to go; returns when they have, or after ``grace`` s."""
         if self._listener is not None:
             self._listener.close()
             self._listener = None
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
         for connection in self.connections:
             connection.drain()
         await self._gone(grace)

@@ -1,6 +1,6 @@
 """What the work that one HTTP/2 client asks for may come to.
 
-Work is counted in units of about 5 µs: a ping is one, a request ``REQUEST``. Two sums are kept:
+Work is counted in units of some 2 µs: a ping is one, a request ``REQUEST``. Two sums are kept:
 
 * the *turn*: after ``TURN`` units the connection lets others go first, and goes on in the next
   turn of the event loop. However much a client asks for, others wait for one turn of it;
@@ -20,7 +20,7 @@ import asyncio
 
 from cotenant.serving.http2_frames import ErrorCode, Fault
 
-TURN = 200
+TURN = 400
 BURST = 4000
 RATE = 2000
 
@@ -46,6 +46,7 @@ class Credit:
     def begin(self) -> None:
         """A turn begins; what the last one took too much comes off it."""
         self.turn = min(TURN, self.turn + TURN)
+        self._left = min(BURST, self._left)
 
     def work(self, units: int) -> None:
         """Count work, of which is not known yet what comes of it."""
@@ -68,17 +69,12 @@ class Credit:
 
     def answered(self, cost: int) -> None:
         """A request whose taking up took ``cost`` was answered."""
-        self._refund(cost)
+        self._left += cost
 
     def sent(self, nbytes: int) -> None:
         """A message of so many bytes was sent, which frames of the client's led to and follow."""
-        self._refund(_AROUND + (nbytes >> _WINDOW_SHIFT))
+        self._left += _AROUND + (nbytes >> _WINDOW_SHIFT)
 
     def taken_up(self, nbytes: int) -> None:
         """The client made room for so much of a message that was held up."""
-        self._refund(nbytes >> _WINDOW_SHIFT)
-
-    def _refund(self, units: int) -> None:
-        self._left += units
-        if self._left > BURST:
-            self._left = BURST
+        self._left += nbytes >> _WINDOW_SHIFT

@@ -7,7 +7,7 @@
 * ``HEADER_BYTES`` of headers, compressed and not; ``FRAME_BYTES`` in a frame;
 * ``STREAM_WINDOW`` bytes of a stream and ``CONNECTION_WINDOW`` of a connection on their way here;
 * ``HEAD_S`` seconds for the greeting, for headers and for any other frame that is no data;
-* ``IDLE_S`` seconds without a request, after which a connection is told to go;
+* ``IDLE_S`` to twice as many seconds without a request, then a connection is told to go;
 * ``UNREAD_S`` seconds in which a client that has answers to take up takes none of them, and as
   many bytes of answers not taken up as its share of the memory for bodies (``intake.Share``):
   beyond either its connection is closed;
@@ -25,4 +25,4 @@ FRAME_BYTES = 2**20
 STREAM_WINDOW = 2**20
 CONNECTION_WINDOW = 16 * 2**20
 HEAD_S = 30.0
-IDLE_S = 600.0
+IDLE_S = 300.0

@@ -78,11 +78,14 @@ class Stream:
     """One request's way back to its client."""
 
     __slots__ = ("_reading", "_sender", "answered", "blamed", "cost", "ended", "id", "out",
-                 "paused", "promised", "receiver", "room", "trailers", "window")  # fmt: skip
+                 "paused", "promised", "receiver", "room", "share", "trailers",
+                 "window")  # fmt: skip
 
     def __init__(self, reading: Reading, sender: Sender, number: int, cost: int) -> None:
         self._reading = reading
         self._sender = sender
+        self.share = reading.share
+        """The memory that its connection may take."""
         self.id = number
         self.cost = cost
         """Units of work that taking it up took."""
@@ -102,11 +105,6 @@ class Stream:
         """What is wrong with it is the client's fault: its cost is not given back."""
         self.out: deque[memoryview] = deque()
         self.trailers: bytes | None = None
-
-    @property
-    def share(self) -> Share:
-        """The memory that this connection may take."""
-        return self._reading.share
 
     def send(self, head: bytes, body: bytes, trailers: bytes | None) -> None:
         """Send header block, data and trailer block; each may be missing, and trailers end it.

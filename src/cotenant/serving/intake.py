@@ -54,9 +54,9 @@ class Budget:
         """Bytes taken and not given back."""
         return self._held
 
-    def hold(self, nbytes: int, spare: int = 0) -> None:
-        """Take ``nbytes``; raises BodyRefused if less than ``spare`` would be left then."""
-        if self._held + nbytes + spare > self._limit:
+    def hold(self, nbytes: int) -> None:
+        """Take ``nbytes``; raises BodyRefused if not so much is left."""
+        if self._held + nbytes > self._limit:
             raise BodyRefused
         self._held += nbytes
 
@@ -81,13 +81,16 @@ class Share:
 
     def hold(self, nbytes: int) -> None:
         """Take ``nbytes``; raises BodyRefused if not so much is left, or not for this one."""
-        self._budget.hold(nbytes, self._held + nbytes)
-        self._held += nbytes
+        budget, held = self._budget, self._held + nbytes
+        if budget._held + nbytes + held > budget._limit:
+            raise BodyRefused
+        budget._held += nbytes
+        self._held = held
 
     def release(self, nbytes: int) -> None:
         """Give back what ``hold`` took."""
         self._held -= nbytes
-        self._budget.release(nbytes)
+        self._budget._held -= nbytes
 
 
 def authorised(authorization: bytes, token: bytes) -> bool:
