@@ -15,7 +15,9 @@ from cotenant.serving.http2_frames import (
     frame,
     word_frame,
 )
-from tests.attack.wire import SERVICE, Peer, call, flood, framed, head, inference, repeatedly
+from tests.attack.wire import GOT, SERVICE, Peer, call, flood, framed, head, inference, repeatedly
+
+__all__ = ["ATTACKS", "GOT"]
 
 MiB = 2**20
 GZIP = (b"grpc-encoding", b"gzip")
