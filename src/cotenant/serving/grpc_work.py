@@ -68,8 +68,9 @@ class Work:
     def withdraw(self) -> None:
         """Take it back; there will be no answer."""
         self._release()
-        if self._task is not None:
-            self._task.cancel()
+        task, self._task = self._task, None  # a cycle with what its frames hold
+        if task is not None:
+            task.cancel()
 
     def framed(self, said: bytes | Status) -> bytes:
         """What a stream of such work says; raises Damaged where that ends it."""
