@@ -91,8 +91,8 @@ class GrpcFront:
         Raises EnvironmentProblem if the address cannot be bound.
         """
         sock = bind(self._host, self._port, "gRPC")
-        await self._server.start(sock)
         port: int = sock.getsockname()[1]
+        self._server.start(sock)
         return port
 
     async def stop(self, grace: float) -> None:

@@ -16,7 +16,7 @@ from cotenant.serving.http2_connection import Application, Connection
 from cotenant.serving.http2_headers import Head
 from cotenant.serving.http2_limits import CONNECTIONS, HEAD_S, IDLE_S
 from cotenant.serving.intake import Budget, Share
-from cotenant.serving.listening import BACKLOG, UNREAD_S
+from cotenant.serving.listening import UNREAD_S, Listener
 from cotenant.serving.overdue import Overdue
 
 
@@ -40,15 +40,12 @@ class Server(Generic[Head]):
         """Connections without an answer so far, the oldest first."""
         self._known: dict[Connection[Head], None] = {}
         """The others, the one whose last answer is longest ago first."""
-        self._listener: asyncio.Server | None = None
+        self._listener: Listener | None = None
         self._empty = asyncio.Event()
 
-    async def start(self, sock: socket.socket) -> None:
+    def start(self, sock: socket.socket) -> None:
         """Listen on a bound socket, which is this server's from now on."""
-        loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(
-            lambda: Connection(self), sock=sock, backlog=BACKLOG
-        )
+        self._listener = Listener(sock, lambda: Connection(self))
         self._look_for_idle()
 
     @property

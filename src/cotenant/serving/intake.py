@@ -175,11 +175,13 @@ async def _inflate_more(
 
 
 async def _in_thread(work: Callable[..., T], *args: Any) -> T:
-    """Do it in the one thread that decompresses, bodies by turns. What is cancelled meanwhile waits
-    for the thread: it writes into memory that is given back next."""
-    task = asyncio.get_running_loop().run_in_executor(_THREAD, work, *args)
+    """Do it in the one thread that decompresses, bodies by turns. What is cancelled while the
+    thread is at it waits for that: it writes into memory that is given back next."""
+    work_there = _THREAD.submit(work, *args)
+    done = asyncio.wrap_future(work_there)
     try:
-        return await asyncio.shield(task)
+        return await asyncio.shield(done)
     except asyncio.CancelledError:
-        await asyncio.wait([task])
+        if not work_there.cancel():
+            await asyncio.wait([done])
         raise
