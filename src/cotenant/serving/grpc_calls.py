@@ -232,7 +232,7 @@ class StreamCall(Call):
             for piece in pieces:
                 rest = piece if self._backlog else self._start(piece)
                 if rest and not self.over:
-                    self.stream.share.hold(len(rest))
+                    self.stream.keep(len(rest))
                     self._backlog.append(memoryview(bytes(rest)))
         except (Damaged, BodyRefused) as exc:
             self.fail(exc)
@@ -264,7 +264,7 @@ class StreamCall(Call):
         for work in running:
             work.withdraw()
         backlog, self._backlog = self._backlog, deque()
-        self.stream.share.release(sum(map(len, backlog)))
+        self.stream.keep(-sum(map(len, backlog)))
 
     def _start(self, piece: memoryview) -> memoryview:
         """Start what the messages in ``piece`` ask for, as far as there is room and time; returns
@@ -307,7 +307,7 @@ class StreamCall(Call):
                 rest = self._start(piece)
                 if self.over:
                     break
-                self.stream.share.release(len(piece) - len(rest))
+                self.stream.keep(len(rest) - len(piece))
                 if rest:
                     self._backlog[0] = rest
                     break

@@ -292,6 +292,10 @@ class Connection(asyncio.Protocol, Generic[Head]):
         """See ``Reading``."""
         self._incoming.make_room(stream)
 
+    def keep(self, nbytes: int) -> None:
+        """See ``Reading``."""
+        self._incoming.keep(nbytes)
+
     def end(self, stream: Stream) -> None:
         """See ``Requests``."""
         stream.ended = True

@@ -52,6 +52,7 @@ class Incoming:
         self._sender = sender
         self._credit = credit
         self._room = CONNECTION_WINDOW
+        self._kept = 0
         self._left = 0
         """Bytes to come of the data frame under way, which is ``_data_of``'s, and after them of
         its padding."""
@@ -109,10 +110,7 @@ class Incoming:
             self._credit.charge(1)
         self._credit.turn -= 1 + (length >> _BYTES_PER_UNIT_SHIFT)
         self._room -= length
-        if self._room <= CONNECTION_WINDOW // 2:
-            more = CONNECTION_WINDOW - self._room
-            self._room = CONNECTION_WINDOW
-            self._sender.control(word_frame(WINDOW_UPDATE, 0, more))
+        self._make_room()
         if stream is None:
             self._connection.check_late(number)
         elif stream.promised < 0 and length <= stream.room and not stream.ended:
@@ -121,6 +119,19 @@ class Incoming:
             self._count(stream, length, length - padding, ends)
         self._left, self._padding = length - padding, max(0, padding - 1)
         self._data_of, self._data_ends = number, ends
+
+    def keep(self, nbytes: int) -> None:
+        """So much more (less, below 0) of what came is not looked at yet: the client may send as
+        much less on this connection."""
+        self._kept += nbytes
+        if nbytes < 0:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        more = CONNECTION_WINDOW - self._kept - self._room
+        if more >= CONNECTION_WINDOW // 2 or (self._kept and more >= CONNECTION_WINDOW // 16):
+            self._room += more
+            self._sender.control(word_frame(WINDOW_UPDATE, 0, more))
 
     def _count(self, stream: Stream, length: int, payload: int, ends: bool) -> None:
         """``length`` bytes of a stream's window are used, ``payload`` of them for its body."""

@@ -64,6 +64,9 @@ class Reading(Protocol):
     def make_room(self, stream: Stream) -> None:
         """Let the client send more of a stream's body, if it may."""
 
+    def keep(self, nbytes: int) -> None:
+        """See ``Stream.keep``."""
+
     def again(self, stream: Stream) -> None:
         """See ``Stream.again``."""
 
@@ -122,6 +125,15 @@ class Stream:
         """Let it send again."""
         self.paused = False
         self._reading.make_room(self)
+
+    def keep(self, nbytes: int) -> None:
+        """So much more (less, below 0) of the body is not looked at yet; raises BodyRefused where
+        that is too much for the connection."""
+        if nbytes > 0:
+            self.share.hold(nbytes)
+        else:
+            self.share.release(-nbytes)
+        self._reading.keep(nbytes)
 
     def work(self, units: int) -> bool:
         """Count work that was done for this request; whether its connection's turn lasts."""

@@ -128,7 +128,11 @@ async def inflate(
         if inflater.eof or not (inflater.unconsumed_tail or rest):
             data: bytes | None = first if len(first) <= limit else None
         else:
-            data, rest = await _inflate_more(inflater, first, rest, limit, hold)
+            # Pages that are not written to take no memory, so the size needs not be known.
+            with mmap.mmap(-1, limit + 1) as memory:
+                memory.write(first)
+                del first  # else many that wait for their turn keep it as well
+                data, rest = await _inflate_more(inflater, memory, rest, limit, hold)
     except zlib.error as exc:
         raise InvalidRequest(f"the body is not {encoding} data as {header} says: {exc}") from None
     if data is None:
@@ -143,35 +147,32 @@ async def inflate(
 
 async def _inflate_more(
     inflater: Any,
-    first: bytes,
+    memory: mmap.mmap,
     rest: bytes | memoryview,
     limit: int,
     hold: Callable[[int], None],
 ) -> tuple[bytes | None, bytes | memoryview]:
-    """All of a body that begins with ``first``, and what is left of the compressed bytes.
+    """All of a body whose beginning is in ``memory``, and what is left of the compressed bytes.
 
     Its pieces are put into memory that goes back to the kernel as a whole: kept one by one until
     they can be joined, those of some bodies at a time leave the heap in shreds.
     """
-    # Pages that are not written to take no memory, so its size needs not be known.
-    with mmap.mmap(-1, limit + 1) as memory:
-        memory.write(first)
 
-        def more(data: bytes, size: int) -> int:
-            return memory.write(inflater.decompress(data, size))
+    def more(data: bytes, size: int) -> int:
+        return memory.write(inflater.decompress(data, size))
 
-        while not inflater.eof and (inflater.unconsumed_tail or rest):
-            tail = inflater.unconsumed_tail
-            if not tail:
-                tail, rest = bytes(rest[:_STEP_BYTES]), rest[_STEP_BYTES:]
-            step = min(limit + 1 - memory.tell(), _STEP_BYTES)
-            if step <= 0:
-                return None, rest
-            hold(await _in_thread(more, tail, step))
-        size = memory.tell()
-        if size > limit:
+    while not inflater.eof and (inflater.unconsumed_tail or rest):
+        tail = inflater.unconsumed_tail
+        if not tail:
+            tail, rest = bytes(rest[:_STEP_BYTES]), rest[_STEP_BYTES:]
+        step = min(limit + 1 - memory.tell(), _STEP_BYTES)
+        if step <= 0:
             return None, rest
-        return await _in_thread(memory.__getitem__, slice(size)), rest
+        hold(await _in_thread(more, tail, step))
+    size = memory.tell()
+    if size > limit:
+        return None, rest
+    return await _in_thread(memory.__getitem__, slice(size)), rest
 
 
 async def _in_thread(work: Callable[..., T], *args: Any) -> T:
