@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import json
 import os
 import subprocess
@@ -29,7 +30,15 @@ from typing import Any
 from tests.attack.client import PATIENCE_S
 from tests.attack.node import Node
 
-MODULES = {"tests.attack.http2": "grpc", "tests.attack.messages": "grpc"}
+MODULES = {
+    module: port
+    for module, port in {
+        "tests.attack.http1": "http",
+        "tests.attack.http2": "grpc",
+        "tests.attack.messages": "grpc",
+    }.items()
+    if importlib.util.find_spec(module) is not None
+}
 """Modules of attacks, and which of a node's ports each is for. A module has ``ATTACKS``: name →
 function(port, seconds), which blocks, attacks one connection (and another when that is closed) and
 stops by itself."""
