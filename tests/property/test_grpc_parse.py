@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from google.protobuf.message import DecodeError
 from hypothesis import given
@@ -117,6 +119,7 @@ MANY = 2**20
         tensor(field(5, b"\x35abcd" * MANY)),
         tensor(field(5, field(6, bytes(16 * MANY)))),
         tensor(b"") + tensor(field(5, field(6, bytes(16 * MANY)))),
+        tensor(field(5, b"\x35abcd" + field(6, bytes(4 * MANY)))),
         field(6, field(2, field(1, b"k")) * MANY),
         field(1, b"m" * 9 * MANY),
     ],
@@ -137,6 +140,64 @@ def test_tensors_within_the_limits_are_read_in_every_form() -> None:
         request.outputs.add(name=f"y{number}" * 300)
     call = decode(parse(request.SerializeToString(), LIMITS), LIMITS, Intake(LIMITS).regions).call
     assert [item.nbytes for item in call.inputs] == [50 * 12] * LIMITS.tensors
+
+
+KINDS = {
+    "BOOL": ("bool_contents", st.booleans()),
+    "INT8": ("int_contents", st.integers(-(2**7), 2**7 - 1)),
+    "INT32": ("int_contents", st.integers(-(2**31), 2**31 - 1)),
+    "INT64": ("int64_contents", st.integers(-(2**63), 2**63 - 1)),
+    "UINT16": ("uint_contents", st.integers(0, 2**16 - 1)),
+    "UINT64": ("uint64_contents", st.integers(0, 2**64 - 1)),
+    "FP32": ("fp32_contents", st.floats(width=32)),
+    "FP64": ("fp64_contents", st.floats()),
+}
+
+
+@given(st.sampled_from(sorted(KINDS)), st.data())
+def test_many_numbers_are_what_few_are(kind: str, data: st.DataObject) -> None:
+    name, elements = KINDS[kind]
+    some = data.draw(st.lists(elements, min_size=1, max_size=20))
+    times = 1000 // len(some) + 1
+
+    def sent(values: list[Any]) -> bytes:
+        request = Request(model_name="m")
+        added = request.inputs.add(name="x", datatype=kind, shape=[len(values)])
+        getattr(added.contents, name).extend(values)
+        return bytes(request.SerializeToString())
+
+    def read(message: bytes) -> bytes:
+        call = decode(parse(message, LIMITS), LIMITS, Intake(LIMITS).regions).call
+        assert call.inputs[0].data is not None
+        return bytes(call.inputs[0].data)
+
+    assert read(sent(some * times)) == read(sent(some)) * times
+
+
+def test_numbers_that_do_not_fit_are_refused() -> None:
+    for kind, name, value in (("INT8", "int_contents", 200), ("UINT8", "uint_contents", 256)):
+        request = Request(model_name="m")
+        added = request.inputs.add(name="x", datatype=kind, shape=[1000])
+        getattr(added.contents, name).extend([1] * 999 + [value])
+        with pytest.raises(InvalidRequest):
+            decode(parse(request.SerializeToString(), LIMITS), LIMITS, Intake(LIMITS).regions)
+
+
+@given(st.sampled_from(["BOOL", "INT32", "UINT64", "FP32"]), st.binary(min_size=1, max_size=9))
+def test_damaged_numbers_are_refused_or_read(kind: str, unit: bytes) -> None:
+    number = {"BOOL": 1, "INT32": 2, "UINT64": 5, "FP32": 6}[kind]
+    contents = field(5, field(number, unit * 600))
+    input_ = field(5, field(1, b"x") + field(2, kind.encode()) + field(3, b"\xd8\x04") + contents)
+    try:
+        found = parse(input_, LIMITS)
+        decode(found, LIMITS, Intake(LIMITS).regions)
+    except (InvalidRequest, DecodeError):
+        return
+    expected = list(getattr(found.message.inputs[0].contents, _FIELDS[number]))
+    assert len(expected) == 600
+
+
+_FIELDS = {1: "bool_contents", 2: "int_contents", 5: "uint64_contents", 6: "fp32_contents"}
 
 
 def test_text_that_is_no_utf8_is_a_damaged_message() -> None:

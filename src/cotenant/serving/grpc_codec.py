@@ -17,6 +17,7 @@ from cotenant.domain.errors import InvalidRequest, TooLarge
 from cotenant.domain.port import InferCall, InferResult, TensorIn
 from cotenant.serving import calls, protos
 from cotenant.serving.calls import Decoded, RegionIO, Wanted
+from cotenant.serving.grpc_numbers import unpack as unpack_numbers
 from cotenant.serving.tensors import (
     Limits,
     check_bytes,
@@ -43,6 +44,13 @@ _CONTENTS = {
     "BYTES": "bytes_contents",
 }
 
+_NUMBERS = range(1, 8)
+_CONTENTS_NUMBER = {
+    datatype: protos.message_class("InferTensorContents").DESCRIPTOR.fields_by_name[field].number
+    for datatype, field in _CONTENTS.items()
+    if datatype != "BYTES"
+}
+
 _RAW_OUTPUT_TAG = b"\x32"  # ModelInferResponse.raw_output_contents: field 6, length-delimited
 _RAW_INPUT_TAG = 0x3A  # ModelInferRequest.raw_input_contents: field 7, length-delimited
 _INPUT_TAG, _OUTPUT_TAG = 0x2A, 0x32  # ModelInferRequest.inputs and .outputs: fields 5 and 6
@@ -56,6 +64,10 @@ _SMALL_BYTES = 512
 _STREAM_ANSWER_TAG = b"\x12"  # ModelStreamInferResponse.infer_response: field 2
 
 
+Packed = dict[int, dict[int, list[memoryview]]]
+"""Of large inputs: which one → number of a field of its contents → what is in that, as it came."""
+
+
 class InferMessage(NamedTuple):
     """A ModelInferRequest whose raw inputs are views of the bytes it came in."""
 
@@ -63,6 +75,7 @@ class InferMessage(NamedTuple):
     raw: Sequence[bytes | memoryview]
     parsed: int
     """Bytes that protobuf made objects of."""
+    packed: Packed
 
 
 def parse(data: bytes | memoryview, limits: Limits) -> InferMessage:
@@ -73,19 +86,20 @@ def parse(data: bytes | memoryview, limits: Limits) -> InferMessage:
     before protobuf makes an object of each, which takes up to a hundred times its bytes.
     """
     try:
-        rest, raw = _split(data, limits)
+        rest, raw, packed = _split(data, limits)
     except IndexError:
         raise DecodeError("it is cut short") from None
-    return InferMessage(protos.ModelInferRequest.FromString(rest), raw, len(rest))
+    return InferMessage(protos.ModelInferRequest.FromString(rest), raw, len(rest), packed)
 
 
-def _split(data: bytes | memoryview, limits: Limits) -> tuple[bytes, list[memoryview]]:
-    """The message without its ``raw_input_contents``, and those; raises IndexError if it ends
-    within a field, and what ``parse`` does."""
+def _split(data: bytes | memoryview, limits: Limits) -> tuple[bytes, list[memoryview], Packed]:
+    """The message without its ``raw_input_contents``, those, and packed numbers; raises IndexError
+    if it ends within a field, and what ``parse`` does."""
     view = memoryview(data)
     rest: list[bytes | memoryview] = []
     raw: list[memoryview] = []
-    at = kept = large = 0
+    packed: Packed = {}
+    at = kept = large = inputs = 0
     fields = 4 * limits.tensors + _FIELDS
     while at < len(data):
         start = at
@@ -108,9 +122,13 @@ def _split(data: bytes | memoryview, limits: Limits) -> tuple[bytes, list[memory
             raw.append(view[at : at + length])
             kept = at + length
         elif length > _SMALL_BYTES and tag in (_INPUT_TAG, _OUTPUT_TAG):
-            large += _check_tensor(view[at : at + length], limits)
+            numbers: dict[int, list[memoryview]] = {}
+            large += _check_tensor(view[at : at + length], limits, numbers)
+            if numbers and tag == _INPUT_TAG:
+                packed[inputs] = numbers
             if large > limits.strings:
                 raise InvalidRequest(f"more than {limits.strings} elements are given one by one")
+        inputs += tag == _INPUT_TAG
         at += length
     if at > len(data):
         raise IndexError(at)
@@ -120,18 +138,27 @@ def _split(data: bytes | memoryview, limits: Limits) -> tuple[bytes, list[memory
             f"beside raw_input_contents a message may have {limits.json_bytes} bytes; send large"
             " tensors raw"
         )
-    return b"".join(rest), raw
+    return b"".join(rest), raw, packed
 
 
-def _check_tensor(tensor: memoryview, limits: Limits) -> int:
-    """Count what a large input or output has much of; returns how many of its elements are fields
-    of their own. Raises as ``_split``."""
-    elements = 0
+def _check_tensor(tensor: memoryview, limits: Limits, packed: dict[int, list[memoryview]]) -> int:
+    """Count what a large input or output has much of, and note its ``packed`` numbers; returns how
+    many of its elements are fields of their own. Raises as ``_split``."""
+    elements, single = 0, False
     for tag, field in _fields(tensor, _FIELDS):
         if tag == _SHAPE_TAG and len(field) > _SMALL_BYTES:
             raise InvalidRequest(f"a shape may have {limits.dims} dimensions; there are more")
         if tag == _CONTENTS_TAG:
-            elements += sum(1 for _ in _fields(field, limits.strings + 1))
+            for inner, content in _fields(field, limits.strings + 1):
+                elements += 1
+                if inner >> 3 not in _NUMBERS:
+                    continue
+                if inner & 7 == _LENGTH_DELIMITED:
+                    packed.setdefault(inner >> 3, []).append(content)
+                else:
+                    single = True
+    if single and packed:
+        raise InvalidRequest("numbers are given packed and one by one; send all of them packed")
     return elements
 
 
@@ -166,11 +193,11 @@ def _skip(data: bytes | memoryview, at: int, tag: int) -> int:
 
 def decode(request: InferMessage, limits: Limits, regions: RegionIO) -> Decoded:
     """A ModelInferRequest as a call; raises InvalidRequest, NotFound (region)."""
-    message, raw, _ = request
+    message, raw = request.message, request.raw
     calls.check_count(len(message.inputs), len(message.outputs), limits)
     inputs: list[TensorIn] = []
     used = 0
-    for tensor in message.inputs:
+    for number, tensor in enumerate(message.inputs):
         name, datatype, shape = tensor.name, tensor.datatype, tuple(tensor.shape)
         count = element_count(name, datatype, shape, limits)
         parameters = _parameters(tensor.parameters) if tensor.parameters else {}
@@ -180,7 +207,12 @@ def decode(request: InferMessage, limits: Limits, regions: RegionIO) -> Decoded:
             continue
         data: bytes | memoryview
         if not raw:
-            data = _typed(name, datatype, count, tensor.contents)
+            packed = request.packed.get(number, {}).get(_CONTENTS_NUMBER.get(datatype, 0))
+            if packed:
+                wire = packed[0] if len(packed) == 1 else b"".join(packed)
+                data = unpack_numbers(name, datatype, wire, count)
+            else:
+                data = _typed(name, datatype, count, tensor.contents)
         elif tensor.HasField("contents"):
             raise InvalidRequest(
                 f"tensor {shown(name)}: it has contents although raw_input_contents are given;"
