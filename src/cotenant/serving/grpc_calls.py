@@ -24,7 +24,7 @@ from cotenant.serving.grpc_wire import (
     framed,
     status_block,
 )
-from cotenant.serving.grpc_work import Method, Work, status
+from cotenant.serving.grpc_work import FAILED, Method, Work, status
 from cotenant.serving.http2_sending import Stream
 from cotenant.serving.intake import BodyRefused
 
@@ -129,7 +129,7 @@ class Call:
         """End the call with a status; what is under way is withdrawn."""
         self._close()
         self.withdraw()
-        self.stream.blamed = status.code in _BLAMED
+        self.stream.blamed = status.code in _BLAMED and status is not FAILED
         self.stream.send(b"", b"", status_block(status, first=not self._said))
 
     def fail(self, exc: Exception) -> None:

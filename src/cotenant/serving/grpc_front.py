@@ -104,7 +104,7 @@ class GrpcFront:
         await self._server.close()
 
     def head(self, headers: Headers) -> tuple[Head, Route | bytes]:
-        """See ``http2_connection.Application``: the call, and how it is served, or the headers
+        """See ``http2_application.Application``: the call, and how it is served, or the headers
         with which it is refused."""
         head = read_head(headers)
         problem = head_problem(head)
@@ -114,7 +114,7 @@ class GrpcFront:
         return head, status_block(found, first=True) if isinstance(found, Status) else found
 
     def open(self, stream: Stream, head: tuple[Head, Route | bytes]) -> Receiver | None:
-        """See ``http2_connection.Application``."""
+        """See ``http2_application.Application``."""
         said, served = head
         if not isinstance(served, bytes):
             return served.kind(self, stream, said, served)

@@ -33,6 +33,8 @@ log = logging.getLogger("cotenant.serving")
 Method = Callable[[Any], bytes | Awaitable[bytes]]
 """From a parsed request to a serialised answer."""
 
+FAILED = Status(Code.INTERNAL, "the server failed; its log says how")
+
 _PARSED_BYTES_PER_UNIT = 256
 """Of a message beside its raw tensors."""
 _ANSWER_BYTES_PER_UNIT = 64
@@ -213,5 +215,5 @@ def status(exc: Exception, method: str) -> Status:
     found = status_of(exc)
     if found is None:
         log.error("%s failed inside the server", method, exc_info=exc)
-        return Status(Code.INTERNAL, "the server failed; its log says how")
+        return FAILED
     return found

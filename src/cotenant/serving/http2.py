@@ -12,7 +12,8 @@ import contextlib
 import socket
 from typing import Generic
 
-from cotenant.serving.http2_connection import Application, Connection
+from cotenant.serving.http2_application import Application
+from cotenant.serving.http2_connection import Connection
 from cotenant.serving.http2_headers import Head
 from cotenant.serving.http2_limits import CONNECTIONS, HEAD_S, IDLE_S
 from cotenant.serving.intake import Budget, Share

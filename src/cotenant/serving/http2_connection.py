@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from typing import Generic, Protocol
+from typing import Generic
 
+from cotenant.serving.http2_application import Host
 from cotenant.serving.http2_control import HANDLERS, check_priority
 from cotenant.serving.http2_credit import REQUEST, Credit
 from cotenant.serving.http2_frames import (
@@ -38,7 +39,7 @@ from cotenant.serving.http2_frames import (
     settings,
     word_frame,
 )
-from cotenant.serving.http2_headers import Block, Head, HeaderReader, Headers
+from cotenant.serving.http2_headers import Block, Head, HeaderReader
 from cotenant.serving.http2_incoming import Incoming
 from cotenant.serving.http2_leaving import Leaving
 from cotenant.serving.http2_limits import (
@@ -48,9 +49,7 @@ from cotenant.serving.http2_limits import (
     STREAM_WINDOW,
     STREAMS,
 )
-from cotenant.serving.http2_sending import Receiver, Sender, Stream
-from cotenant.serving.intake import Share
-from cotenant.serving.overdue import Overdue
+from cotenant.serving.http2_sending import Sender, Stream
 
 log = logging.getLogger("cotenant.serving")
 
@@ -76,36 +75,6 @@ _GREETING = settings(
         Setting.MAX_HEADER_LIST_SIZE: HEADER_BYTES,
     }
 ) + word_frame(WINDOW_UPDATE, 0, CONNECTION_WINDOW - DEFAULT_WINDOW)
-
-
-class Application(Protocol[Head]):
-    """What a server serves."""
-
-    def head(self, headers: Headers) -> Head:
-        """What a request's headers say. May be remembered for equal headers."""
-
-    def open(self, stream: Stream, head: Head) -> Receiver | None:
-        """Take up a request; None if it was answered at once."""
-
-
-class Host(Protocol[Head]):
-    """What a connection needs of its server."""
-
-    app: Application[Head]
-    incomplete: Overdue
-    unread: Overdue
-
-    def share(self) -> Share:
-        """A share of the memory for bodies."""
-
-    def admit(self, connection: Connection[Head]) -> None:
-        """Serve one more connection; another may have to give way."""
-
-    def answered(self, connection: Connection[Head]) -> None:
-        """A request was answered to some use."""
-
-    def discard(self, connection: Connection[Head]) -> None:
-        """A connection is gone."""
 
 
 class Connection(asyncio.Protocol, Generic[Head]):
