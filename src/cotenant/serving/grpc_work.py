@@ -83,7 +83,8 @@ class Work:
     async def _unpack(self) -> None:
         call = self.call
         try:
-            data = await unpack(self._message, call.head.encoding, call.limit, self._hold)
+            async with call.stream.share.unpacking:
+                data = await unpack(self._message, call.head.encoding, call.limit, self._hold)
         except Exception as exc:
             self.finish(status(exc, call.method))
         else:

@@ -23,6 +23,7 @@ ENCODINGS = ("gzip", "deflate")
 
 _AT_ONCE_BYTES = 256 * 1024
 _STEP_BYTES = 2**20
+_UNPACKING = 2
 _BUSY_RETRY_NS = 100 * MS
 _THREAD = ThreadPoolExecutor(1, "cotenant-inflate")
 
@@ -79,9 +80,12 @@ class Share:
     IEEE/ACM Transactions on Networking 6(2), 1998).
     """
 
-    __slots__ = ("_budget", "_held")
+    __slots__ = ("_budget", "_held", "unpacking")
 
     def __init__(self, budget: Budget) -> None:
+        self.unpacking = asyncio.Semaphore(_UNPACKING)
+        """To be held while a body is decompressed: with all at a time each would take longer, and
+        all their memory at once."""
         self._budget = budget
         self._held = 0
 
