@@ -23,7 +23,7 @@ node:
   http: 127.0.0.1:{http}
   grpc: 127.0.0.1:{grpc}
 services:
-- {{name: small, objective: {{latency: 100ms}}}}
+- {{name: small, objective: {{latency: 1s}}}}
 """
 
 
