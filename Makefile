@@ -9,13 +9,14 @@ COMPILED := $(addprefix cotenant/,$(addsuffix .py, \
 		planner wishes demand judging leftover layouts placing sharing queueing forecast utility) \
 	sim/world sim/outcome sim/reactive telemetry/monitor))
 
-.PHONY: help demo test lint bench bench-peers bench-simulator compile compiled-modules \
+.PHONY: help demo test lint attack bench bench-peers bench-simulator compile compiled-modules \
 	uncompile clean
 
 help:
 	@echo "make demo         the story in about two minutes: serve, drift, retrain, swap; draws a picture"
 	@echo "make test         all tests (about 5 minutes on 2 cores)"
 	@echo "make lint         ruff, mypy, import contracts, generated docs"
+	@echo "make attack       every attack on a node of its own while a client that behaves is watched (10 minutes)"
 	@echo "make bench        policy costs (1 minute), then cotenant bench colocate (about 15 minutes)"
 	@echo "make bench-peers  Cotenant, Triton, MLServer, LitServe side by side (about 35 minutes)"
 	@echo "make bench-simulator  its speed and how well it predicts a live run (3 minutes)"
@@ -40,6 +41,10 @@ lint: $(VENV)/test.stamp
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
+
+attack: $(VENV)/test.stamp
+	mkdir -p bench-out
+	$(BIN)/python -m tests.attack.campaign --json bench-out/attack.json
 
 bench: $(VENV)/test.stamp
 	mkdir -p bench-out

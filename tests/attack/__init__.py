@@ -1,1 +1,1 @@
-"""Clients that mean harm, each on one loopback connection and for a bounded time."""
+"""Clients that mean harm, and what a client that behaves sees of them."""

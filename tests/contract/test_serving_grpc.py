@@ -21,7 +21,8 @@ from tritonclient.utils import InferenceServerException
 from cotenant.domain.errors import EnvironmentProblem
 from cotenant.domain.port import Refused
 from cotenant.domain.request import Refusal
-from cotenant.serving.grpc_front import STREAM_WINDOW, GrpcFront
+from cotenant.serving.grpc_calls import STREAM_WINDOW
+from cotenant.serving.grpc_front import GrpcFront
 from cotenant.serving.tensors import Limits
 from tests.contract.fake_node import serving
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from cotenant.domain.port import InferCall, InferResult, OnOutcome, Refused, TensorOut, Withdraw
 from cotenant.domain.request import Refusal
-from cotenant.serving import http2, protos
+from cotenant.serving import protos
 from cotenant.serving.grpc_front import GrpcFront
+from cotenant.serving.http2_connection import Connection
 from cotenant.serving.http2_frames import (
     CONTINUATION,
     DATA,
@@ -82,7 +83,7 @@ class Transport:
     def close(self) -> None:
         self.closed = True
 
-    abort = close
+    abort = write_eof = close
 
 
 class Node:
@@ -132,7 +133,13 @@ def message() -> bytes:
 def block(method: str) -> bytes:
     path = f"/inference.GRPCInferenceService/{method}"
     return Encoder().encode(
-        [(":method", "POST"), (":path", path), ("content-type", "application/grpc")], huffman=False
+        [
+            (":method", "POST"),
+            (":scheme", "http"),
+            (":path", path),
+            ("content-type", "application/grpc"),
+        ],
+        huffman=False,
     )
 
 
@@ -195,32 +202,35 @@ class Play:
         self.node = Node()
         self.intake = Intake(Limits(body_bytes=1000, buffered_bytes=MOST_HELD))
         self.front = GrpcFront(self.node, self.intake, None, "127.0.0.1", 0)  # type: ignore[arg-type]
-        self.connection = http2.Connection(self.front._server)
+        self.connection = Connection(self.front._server)
         self.transport = Transport(high)
         self.transport.connection = self.connection
         self.connection.connection_made(self.transport)  # type: ignore[arg-type]
-        self.feed(PREFACE + settings({}), None)
+        self.connection.data_received(PREFACE + settings({}))
 
-    def feed(self, data: bytes, size: int | None) -> None:
+    async def feed(self, data: bytes, size: int | None) -> None:
         """In pieces of ``size``, each when the connection reads."""
         for at in range(0, len(data), size or len(data)):
             while not (self.transport.reading or self.transport.closed):
                 self.transport.taken()
+                await asyncio.sleep(0)
             if not self.transport.closed:
                 self.connection.data_received(data[at : at + size if size else None])
             assert 0 <= self.intake.budget.held <= MOST_HELD
+        while self.connection._later and not self.transport.full:
+            await asyncio.sleep(0)
 
     def end(self) -> None:
         """The client goes away; nothing must be left."""
         connection, front = self.connection, self.front
         connection.connection_lost(None)
         self.node.answer()
-        assert not connection._streams
-        assert not connection._blocked
+        assert not connection.streams
+        assert not connection.sender.blocked
         left = self.node.results, len(self.node.waiting), len(front.running)
         assert (*left, self.intake.budget.held) == (0,) * 4
         assert connection not in front._server.incomplete
-        assert connection not in front._server.unread
+        assert connection.sender not in front._server.unread
         assert not front.late._entries
 
 
@@ -231,7 +241,7 @@ async def play(steps: list[bytes | str], size: int | None) -> bytes:
     for step in steps:
         if isinstance(step, bytes):
             the.transport.reading = True
-            the.feed(step, size)
+            await the.feed(step, size)
         elif step == LOOK:
             the.node.answer()
         elif (step == PAUSE) != paused and not the.transport.closed:
@@ -270,21 +280,21 @@ async def live(steps: list[bytes | str], high: int) -> None:
     the = Play(high)
     for step in steps:
         if isinstance(step, bytes):
-            the.feed(step, None)
+            await the.feed(step, None)
         elif step == LOOK:
             the.node.answer()
         else:
             the.transport.taken()
-    the.feed(settings({Setting.INITIAL_WINDOW_SIZE: 2**20}), None)
-    the.feed(word_frame(WINDOW_UPDATE, 0, 2**24), None)
+    await the.feed(settings({Setting.INITIAL_WINDOW_SIZE: 2**20}), None)
+    await the.feed(word_frame(WINDOW_UPDATE, 0, 2**24), None)
     for _ in range(300):
         the.node.answer()
         the.transport.taken()
-        for number, stream in tuple(the.connection._streams.items()):
+        for number, stream in tuple(the.connection.streams.items()):
             if stream.window < 2**20:
-                the.feed(word_frame(WINDOW_UPDATE, number, 2**20), None)
+                await the.feed(word_frame(WINDOW_UPDATE, number, 2**20), None)
     if not the.transport.closed:
-        assert not [s.id for s in the.connection._streams.values() if s.ended], "never answered"
+        assert not [s.id for s in the.connection.streams.values() if s.ended], "never answered"
     the.end()
 
 

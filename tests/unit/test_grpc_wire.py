@@ -6,8 +6,7 @@ import struct
 
 from cotenant.domain.errors import NotReady
 from cotenant.serving.grpc_wire import Assembler, Code, status_of
-from cotenant.serving.intake import Budget
-from cotenant.serving.tensors import Limits
+from cotenant.serving.intake import Budget, Share
 
 BODY = bytes(range(100))
 MESSAGE = memoryview(struct.pack(">BI", 0, len(BODY)) + BODY)
@@ -19,7 +18,7 @@ def pieces(data: memoryview, size: int) -> list[memoryview]:
 
 def test_pieces_of_a_message_under_way_take_memory_as_they_come() -> None:
     budget = Budget(1000)
-    assembler = Assembler(Limits(), budget, "")
+    assembler = Assembler(1000, Share(budget), "")
     assert not list(assembler.feed([MESSAGE[:15]]))
     begun = budget.held
     assert not list(assembler.feed(pieces(MESSAGE[15:75], 7)))
@@ -30,7 +29,7 @@ def test_pieces_of_a_message_under_way_take_memory_as_they_come() -> None:
 
 
 def test_a_run_of_pieces_ends_one_message_and_begins_the_next() -> None:
-    assembler = Assembler(Limits(), Budget(10_000), "")
+    assembler = Assembler(1000, Share(Budget(10_000)), "")
     assert not list(assembler.feed([MESSAGE[:15]]))
     both = memoryview(bytes(MESSAGE[15:]) + bytes(MESSAGE))
     assert [bytes(m.data) for m in assembler.feed(pieces(both, 9))] == [BODY, BODY]

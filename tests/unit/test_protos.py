@@ -52,8 +52,10 @@ def test_service_has_every_method_the_client_knows() -> None:
     front = GrpcFront(None, Intake(Limits()), None, "127.0.0.1", 0)  # type: ignore[arg-type]
     theirs = service_pb2.DESCRIPTOR.services_by_name["GRPCInferenceService"]
     assert theirs.full_name == protos.SERVICE
-    known = {*front._methods, *front._unsupported, "ModelInfer", "ModelStreamInfer"}
-    assert known == {method.name for method in theirs.methods}
+    known = {*front._routes, *front._unsupported}
+    assert {path for path in known if path.startswith(f"/{protos.SERVICE}/")} == {
+        f"/{protos.SERVICE}/{method.name}" for method in theirs.methods
+    }
 
 
 def test_bytes_can_be_exchanged_with_the_client() -> None:

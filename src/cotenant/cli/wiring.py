@@ -95,14 +95,15 @@ async def serve(config: NodeConfig) -> None:
 
 
 def _tune_process() -> None:
-    """As many connections as the hard limit allows, and a heap that keeps large buffers: by
-    default the C library returns each request body to the kernel and faults it in again."""
+    """As many connections as the hard limit allows, and a heap that keeps buffers of some MiB: by
+    default the C library returns each request body to the kernel and faults it in again. Those
+    that are larger go back, else one burst of them would be the node's size from then on."""
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc has it, musl does not
     if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 128 * 2**20)
-        mallopt(_M_TRIM_THRESHOLD, 256 * 2**20)
+        mallopt(_M_MMAP_THRESHOLD, 8 * 2**20)
+        mallopt(_M_TRIM_THRESHOLD, 32 * 2**20)
 
 
 def _settle_heap() -> None:

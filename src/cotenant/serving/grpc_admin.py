@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Coroutine
 from typing import Any
 
 from cotenant.domain.port import NodePort
@@ -15,10 +15,13 @@ from cotenant.serving.admin import (
     server_version,
     statistics,
 )
+from cotenant.serving.grpc_wire import Code, Damaged
+from cotenant.serving.grpc_work import Method
 from cotenant.serving.protos import message_class
 from cotenant.serving.regions import Regions
 
-Method = Callable[[Any], Awaitable[bytes]]
+CHANGES = 8
+"""Loads and unloads asked for at one time."""
 
 
 class Admin:
@@ -27,9 +30,10 @@ class Admin:
     def __init__(self, node: NodePort, regions: Regions) -> None:
         self._node = node
         self._regions = regions
+        self._changes = 0
 
     def methods(self) -> dict[str, Method]:
-        """Method name → coroutine; its request message is ``{name}Request``."""
+        """Method name → what answers it; its request message is ``{name}Request``."""
         return {
             "ServerLive": self._server_live,
             "ServerReady": self._server_ready,
@@ -56,21 +60,21 @@ class Admin:
             "LogSettings": "log settings cannot be changed over the network",
         }
 
-    async def _server_live(self, _: Any) -> bytes:
+    def _server_live(self, _: Any) -> bytes:
         return _answer("ServerLive", live=True)
 
-    async def _server_ready(self, _: Any) -> bytes:
+    def _server_ready(self, _: Any) -> bytes:
         return _answer("ServerReady", ready=self._node.is_ready())
 
-    async def _model_ready(self, request: Any) -> bytes:
+    def _model_ready(self, request: Any) -> bytes:
         return _answer("ModelReady", ready=self._node.model_ready(request.name, request.version))
 
-    async def _server_metadata(self, _: Any) -> bytes:
+    def _server_metadata(self, _: Any) -> bytes:
         return _answer(
             "ServerMetadata", name=SERVER_NAME, version=server_version(), extensions=EXTENSIONS
         )
 
-    async def _model_metadata(self, request: Any) -> bytes:
+    def _model_metadata(self, request: Any) -> bytes:
         meta = self._node.metadata(request.name, request.version)
         return _answer(
             "ModelMetadata",
@@ -85,7 +89,7 @@ class Admin:
             ],
         )
 
-    async def _model_config(self, request: Any) -> bytes:
+    def _model_config(self, request: Any) -> bytes:
         meta = self._node.metadata(request.name, request.version)
         tensors = {
             side: [
@@ -98,7 +102,7 @@ class Admin:
         config = {"name": meta.name, "platform": meta.platform, "max_batch_size": 0, **tensors}
         return _answer("ModelConfig", config=config)
 
-    async def _model_statistics(self, request: Any) -> bytes:
+    def _model_statistics(self, request: Any) -> bytes:
         found = [
             {
                 "name": s.name,
@@ -114,7 +118,7 @@ class Admin:
         ]
         return _answer("ModelStatistics", model_stats=found)
 
-    async def _index(self, request: Any) -> bytes:
+    def _index(self, request: Any) -> bytes:
         models = [
             {"name": e.name, "version": e.version, "state": e.state, "reason": e.reason}
             for e in self._node.index()
@@ -124,14 +128,25 @@ class Admin:
 
     async def _load(self, request: Any) -> bytes:
         check_load_parameters(list(request.parameters))
-        await self._node.load(request.model_name)
+        await self._change(self._node.load(request.model_name))
         return _answer("RepositoryModelLoad")
 
     async def _unload(self, request: Any) -> bytes:
-        await self._node.unload(request.model_name)
+        await self._change(self._node.unload(request.model_name))
         return _answer("RepositoryModelUnload")
 
-    async def _region_status(self, request: Any) -> bytes:
+    async def _change(self, change: Coroutine[Any, Any, None]) -> None:
+        if self._changes >= CHANGES:
+            change.close()
+            problem = f"{CHANGES} loads and unloads are under way; try again when one is done"
+            raise Damaged(Code.RESOURCE_EXHAUSTED, problem)
+        self._changes += 1
+        try:
+            await change
+        finally:
+            self._changes -= 1
+
+    def _region_status(self, request: Any) -> bytes:
         answer = message_class("SystemSharedMemoryStatusResponse")()
         for info in self._regions.status(request.name):
             entry = answer.regions[info.name]
@@ -140,11 +155,11 @@ class Admin:
         data: bytes = answer.SerializeToString()
         return data
 
-    async def _region_register(self, request: Any) -> bytes:
+    def _region_register(self, request: Any) -> bytes:
         self._regions.register(request.name, request.key, request.offset, request.byte_size)
         return _answer("SystemSharedMemoryRegister")
 
-    async def _region_unregister(self, request: Any) -> bytes:
+    def _region_unregister(self, request: Any) -> bytes:
         self._regions.unregister(request.name)
         return _answer("SystemSharedMemoryUnregister")
 

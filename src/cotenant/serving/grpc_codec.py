@@ -8,13 +8,16 @@ is one copy of the payload instead of three.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from cotenant.domain.errors import InvalidRequest
+from google.protobuf.message import DecodeError
+
+from cotenant.domain.errors import InvalidRequest, TooLarge
 from cotenant.domain.port import InferCall, InferResult, TensorIn
 from cotenant.serving import calls, protos
 from cotenant.serving.calls import Decoded, RegionIO, Wanted
+from cotenant.serving.grpc_numbers import unpack as unpack_numbers
 from cotenant.serving.tensors import (
     Limits,
     check_bytes,
@@ -41,10 +44,28 @@ _CONTENTS = {
     "BYTES": "bytes_contents",
 }
 
+_NUMBERS = range(1, 8)
+_CONTENTS_NUMBER = {
+    datatype: protos.message_class("InferTensorContents").DESCRIPTOR.fields_by_name[field].number
+    for datatype, field in _CONTENTS.items()
+    if datatype != "BYTES"
+}
+
 _RAW_OUTPUT_TAG = b"\x32"  # ModelInferResponse.raw_output_contents: field 6, length-delimited
 _RAW_INPUT_TAG = 0x3A  # ModelInferRequest.raw_input_contents: field 7, length-delimited
+_INPUT_TAG, _OUTPUT_TAG = 0x2A, 0x32  # ModelInferRequest.inputs and .outputs: fields 5 and 6
+_SHAPE_TAG, _CONTENTS_TAG = 0x1A, 0x2A  # InferInputTensor.shape and .contents: fields 3 and 5
 _VARINT, _LENGTH_DELIMITED = 0, 2
+_FIXED_BYTES = {1: 8, 5: 4}
+_FIELDS = 256
+"""Of a tensor, and beside tensors of a message: names, dimensions, parameters, unknown ones."""
+_SMALL_BYTES = 512
+"""What is no longer than this holds nothing that is worth counting."""
 _STREAM_ANSWER_TAG = b"\x12"  # ModelStreamInferResponse.infer_response: field 2
+
+
+Packed = dict[int, dict[int, list[memoryview]]]
+"""Of large inputs: which one → number of a field of its contents → what is in that, as it came."""
 
 
 class InferMessage(NamedTuple):
@@ -52,56 +73,131 @@ class InferMessage(NamedTuple):
 
     message: Any
     raw: Sequence[bytes | memoryview]
+    parsed: int
+    """Bytes that protobuf made objects of."""
+    packed: Packed
 
 
-def parse(data: bytes | memoryview) -> InferMessage:
-    """A serialised ModelInferRequest; raises DecodeError.
+def parse(data: bytes | memoryview, limits: Limits) -> InferMessage:
+    """A serialised ModelInferRequest; raises DecodeError, InvalidRequest, TooLarge.
 
     Its payload is left where it is: protobuf would copy it twice, once when it parses and once
-    when it is asked for the field.
+    when it is asked for the field. Of the rest, everything that there may be many of is counted
+    before protobuf makes an object of each, which takes up to a hundred times its bytes.
     """
     try:
-        rest, raw = _split(data)
-    except IndexError:  # truncated, or in a form that nobody writes any more: not for us to judge
-        message = protos.ModelInferRequest.FromString(data)
-        return InferMessage(message, message.raw_input_contents)
-    return InferMessage(protos.ModelInferRequest.FromString(rest), raw)
+        rest, raw, packed = _split(data, limits)
+    except IndexError:
+        raise DecodeError("it is cut short") from None
+    return InferMessage(protos.ModelInferRequest.FromString(rest), raw, len(rest), packed)
 
 
-def _split(data: bytes | memoryview) -> tuple[bytes, list[memoryview]]:
-    """The message without its ``raw_input_contents``, and those; raises IndexError if it cannot
-    be told apart."""
+def _split(data: bytes | memoryview, limits: Limits) -> tuple[bytes, list[memoryview], Packed]:
+    """The message without its ``raw_input_contents``, those, and packed numbers; raises IndexError
+    if it ends within a field, and what ``parse`` does."""
     view = memoryview(data)
     rest: list[bytes | memoryview] = []
     raw: list[memoryview] = []
-    at = kept = 0
+    packed: Packed = {}
+    at = kept = large = inputs = 0
+    fields = 4 * limits.tensors + _FIELDS
     while at < len(data):
         start = at
-        tag, at = _read_varint(data, at)
-        if tag & 7 == _LENGTH_DELIMITED:
-            length, at = _read_varint(data, at)
-            if tag == _RAW_INPUT_TAG:
-                rest.append(data[kept:start])
-                raw.append(view[at : at + length])
-                kept = at + length
-            at += length
-        elif tag & 7 == _VARINT:
-            _, at = _read_varint(data, at)
-        else:
-            raise IndexError(at)  # no field of this message has another wire type
+        tag = data[at]
+        at += 1
+        if tag > 0x7F:
+            tag, at = _read_varint(data, start)
+        fields -= 1
+        if not fields:
+            raise InvalidRequest("the message has too many fields; send fewer tensors in each")
+        if tag & 7 != _LENGTH_DELIMITED:
+            at = _skip(data, at, tag)
+            continue
+        length = data[at]
+        at += 1
+        if length > 0x7F:
+            length, at = _read_varint(data, at - 1)
+        if tag == _RAW_INPUT_TAG:
+            rest.append(data[kept:start])
+            raw.append(view[at : at + length])
+            kept = at + length
+        elif length > _SMALL_BYTES and tag in (_INPUT_TAG, _OUTPUT_TAG):
+            numbers: dict[int, list[memoryview]] = {}
+            large += _check_tensor(view[at : at + length], limits, numbers)
+            if numbers and tag == _INPUT_TAG:
+                packed[inputs] = numbers
+            if large > limits.strings:
+                raise InvalidRequest(f"more than {limits.strings} elements are given one by one")
+        inputs += tag == _INPUT_TAG
+        at += length
     if at > len(data):
         raise IndexError(at)
     rest.append(data[kept:])
-    return b"".join(rest), raw
+    if len(data) > limits.json_bytes < sum(map(len, rest)):
+        raise TooLarge(
+            f"beside raw_input_contents a message may have {limits.json_bytes} bytes; send large"
+            " tensors raw"
+        )
+    return b"".join(rest), raw, packed
+
+
+def _check_tensor(tensor: memoryview, limits: Limits, packed: dict[int, list[memoryview]]) -> int:
+    """Count what a large input or output has much of, and note its ``packed`` numbers; returns how
+    many of its elements are fields of their own. Raises as ``_split``."""
+    elements, single = 0, False
+    for tag, field in _fields(tensor, _FIELDS):
+        if tag == _SHAPE_TAG and len(field) > _SMALL_BYTES:
+            raise InvalidRequest(f"a shape may have {limits.dims} dimensions; there are more")
+        if tag == _CONTENTS_TAG:
+            for inner, content in _fields(field, limits.strings + 1):
+                elements += 1
+                if inner >> 3 not in _NUMBERS:
+                    continue
+                if inner & 7 == _LENGTH_DELIMITED:
+                    packed.setdefault(inner >> 3, []).append(content)
+                else:
+                    single = True
+    if single and packed:
+        raise InvalidRequest("numbers are given packed and one by one; send all of them packed")
+    return elements
+
+
+def _fields(message: memoryview, most: int) -> Iterator[tuple[int, memoryview]]:
+    """Tag and content of a message's fields, of ``most`` at most; raises as ``_split``."""
+    at = 0
+    while at < len(message):
+        if not most:
+            raise InvalidRequest("a tensor has too many fields; send its elements raw")
+        most -= 1
+        tag, at = _read_varint(message, at)
+        begin = at
+        if tag & 7 == _LENGTH_DELIMITED:
+            length, begin = _read_varint(message, at)
+            at = begin + length
+            if at > len(message):
+                raise IndexError(at)
+        else:
+            at = _skip(message, at, tag)
+        yield tag, message[begin:at]
+
+
+def _skip(data: bytes | memoryview, at: int, tag: int) -> int:
+    """Where a field ends that has no length; raises as ``_split``."""
+    kind = tag & 7
+    if kind == _VARINT:
+        return _read_varint(data, at)[1]
+    if kind in _FIXED_BYTES:
+        return at + _FIXED_BYTES[kind]
+    raise DecodeError("it has a group, a form of fields that is no longer in use")
 
 
 def decode(request: InferMessage, limits: Limits, regions: RegionIO) -> Decoded:
     """A ModelInferRequest as a call; raises InvalidRequest, NotFound (region)."""
-    message, raw = request
+    message, raw = request.message, request.raw
     calls.check_count(len(message.inputs), len(message.outputs), limits)
     inputs: list[TensorIn] = []
     used = 0
-    for tensor in message.inputs:
+    for number, tensor in enumerate(message.inputs):
         name, datatype, shape = tensor.name, tensor.datatype, tuple(tensor.shape)
         count = element_count(name, datatype, shape, limits)
         parameters = _parameters(tensor.parameters) if tensor.parameters else {}
@@ -111,7 +207,12 @@ def decode(request: InferMessage, limits: Limits, regions: RegionIO) -> Decoded:
             continue
         data: bytes | memoryview
         if not raw:
-            data = _typed(name, datatype, count, tensor.contents)
+            packed = request.packed.get(number, {}).get(_CONTENTS_NUMBER.get(datatype, 0))
+            if packed:
+                wire = packed[0] if len(packed) == 1 else b"".join(packed)
+                data = unpack_numbers(name, datatype, wire, count)
+            else:
+                data = _typed(name, datatype, count, tensor.contents)
         elif tensor.HasField("contents"):
             raise InvalidRequest(
                 f"tensor {shown(name)}: it has contents although raw_input_contents are given;"

@@ -16,10 +16,11 @@ import numpy as np
 from cotenant.domain.errors import CotenantError, InvalidRequest, ModelError, NotFound, TooLarge
 from cotenant.domain.port import Refused
 from cotenant.domain.request import Refusal
-from cotenant.serving.http2_frames import Headers, header_block
-from cotenant.serving.intake import ENCODINGS, BodyRefused, Budget, inflate
+from cotenant.serving.http2_frames import header_block
+from cotenant.serving.http2_headers import Headers
+from cotenant.serving.intake import ENCODINGS, BodyRefused, Share, inflate
 from cotenant.serving.refusals import as_refused, retry_after_ms
-from cotenant.serving.tensors import Limits, shown
+from cotenant.serving.tensors import shown
 
 Metadata = tuple[tuple[str, str], ...]
 
@@ -29,6 +30,7 @@ _OVERHEAD_BYTES = 256
 """What a message costs in memory beside its bytes."""
 _SMALL_BYTES = 64 * 1024
 _LARGEST = 2**32 - 1
+_NOTHING = memoryview(b"")
 _UNITS_S = {"H": 3600.0, "M": 60.0, "S": 1.0, "m": 1e-3, "u": 1e-6, "n": 1e-9}
 _MESSAGE_SAFE = bytes(c for c in range(0x20, 0x7F) if c != ord("%"))
 
@@ -167,7 +169,6 @@ class Assembler:
     """
 
     __slots__ = (
-        "_budget",
         "_data",
         "_encoding",
         "_filled",
@@ -175,11 +176,12 @@ class Assembler:
         "_limit",
         "_packed",
         "_prefix",
+        "_share",
     )
 
-    def __init__(self, limits: Limits, budget: Budget, encoding: str) -> None:
-        self._limit = limits.body_bytes
-        self._budget = budget
+    def __init__(self, limit: int, share: Share, encoding: str) -> None:
+        self._limit = limit
+        self._share = share
         self._encoding = encoding
         self._prefix = b""
         self._data: memoryview | None = None
@@ -194,11 +196,16 @@ class Assembler:
 
     def feed(self, pieces: Sequence[memoryview]) -> Iterator[Message]:
         """The messages that ``pieces`` complete. Raises Damaged, BodyRefused."""
-        for piece in pieces[self._fill(pieces) :]:
-            yield from self._take(piece)
+        for piece in pieces[self.fill(pieces) :]:
+            rest = piece
+            while rest:
+                message, rest = self.next(rest)
+                if message is not None:
+                    yield message
 
-    def _fill(self, pieces: Sequence[memoryview]) -> int:
-        """Copy those pieces, the first so many, that a message under way is longer than."""
+    def fill(self, pieces: Sequence[memoryview]) -> int:
+        """Copy those pieces, the first so many, that a message under way is longer than. Raises
+        BodyRefused."""
         data, at = self._data, self._filled
         if data is None:
             return 0
@@ -216,49 +223,51 @@ class Assembler:
         self._filled = at
         return count
 
-    def _take(self, piece: memoryview) -> Iterator[Message]:
-        at, end = 0, len(piece)
-        while at < end:
-            if self._data is None:
-                take = 5 - len(self._prefix)
-                self._prefix += piece[at : at + take]
-                at += take
-                if len(self._prefix) < 5:
-                    break
-                flags, size = _PREFIX.unpack(self._prefix)
-                self._prefix = b""
-                self._begin(flags, size)
-                if size <= end - at and size <= _SMALL_BYTES:
-                    self._hold(size)
-                    at += size
-                    yield self._message(bytes(piece[at - size : at]))
-                    continue
-                self._data, self._filled = np.empty(size, np.uint8).data, 0
-            data = self._data
-            take = min(len(data) - self._filled, end - at)
-            self._hold(take)
-            data[self._filled : self._filled + take] = piece[at : at + take]
-            self._filled += take
-            at += take
-            if self._filled == len(data):
-                self._data = None
-                yield self._message(data)
+    def next(self, piece: memoryview) -> tuple[Message | None, memoryview]:
+        """The first message that ``piece`` completes, if any, and what comes after it. Raises
+        Damaged, BodyRefused."""
+        if self._data is None:
+            missing = 5 - len(self._prefix)
+            self._prefix += piece[:missing]
+            piece = piece[missing:]
+            if len(self._prefix) < 5:
+                return None, piece
+            flags, size = _PREFIX.unpack(self._prefix)
+            self._prefix = b""
+            self._check(flags, size)
+            if size <= len(piece) and size <= _SMALL_BYTES:
+                self._hold(_OVERHEAD_BYTES + size)
+                return self._message(bytes(piece[:size])), piece[size:]
+            self._hold(_OVERHEAD_BYTES)
+            self._data, self._filled = np.empty(size, np.uint8).data, 0
+        data, at = self._data, self._filled
+        stop = at + len(piece)
+        if stop < len(data):
+            self._hold(len(piece))
+            data[at:stop] = piece
+            self._filled = stop
+            return None, _NOTHING
+        missing = len(data) - at
+        self._hold(missing)
+        data[at:] = piece[:missing]
+        self._data = None
+        return self._message(data), piece[missing:]
 
     def drop(self) -> None:
         """Give back what a message took that will not be completed."""
-        self._budget.release(self._held)
+        self._share.release(self._held)
         self._held = 0
         self._data = None
 
     def _hold(self, nbytes: int) -> None:
-        self._budget.hold(nbytes)
+        self._share.hold(nbytes)
         self._held += nbytes
 
     def _message(self, data: bytes | memoryview) -> Message:
         held, self._held = self._held, 0
         return Message(data, self._packed, held)
 
-    def _begin(self, flags: int, size: int) -> None:
+    def _check(self, flags: int, size: int) -> None:
         if flags > 1:
             raise Damaged(Code.INTERNAL, f"a message begins with the flags {flags}; use 0 or 1")
         if flags and not self._encoding:
@@ -268,20 +277,17 @@ class Assembler:
                 Code.RESOURCE_EXHAUSTED,
                 f"a message of {size} bytes; at most {self._limit} are accepted",
             )
-        self._hold(_OVERHEAD_BYTES)
         self._packed = bool(flags)
 
 
-async def unpack(
-    message: Message, encoding: str, limits: Limits, hold: Callable[[int], None]
-) -> bytes:
-    """The decompressed message, whose bytes are held one by one as they come; raises
-    InvalidRequest, Damaged, and what ``hold`` does."""
-    data = await inflate(message.data, (encoding, "grpc-encoding"), limits.body_bytes, hold)
+async def unpack(message: Message, encoding: str, limit: int, hold: Callable[[int], None]) -> bytes:
+    """The decompressed message of at most ``limit`` bytes, which are held one by one as they come;
+    raises InvalidRequest, Damaged, and what ``hold`` does."""
+    data = await inflate(message.data, (encoding, "grpc-encoding"), limit, hold)
     if data is None:
         raise Damaged(
             Code.RESOURCE_EXHAUSTED,
-            f"a message is larger when decompressed; at most {limits.body_bytes} are accepted",
+            f"a message is larger when decompressed; at most {limit} are accepted",
         )
     return data
 

@@ -1,22 +1,14 @@
-"""HTTP/2 on the wire: frames (RFC 9113, section 4 and 6) and header blocks (HPACK, RFC 7541).
+"""HTTP/2 on the wire: frames (RFC 9113, sections 4 and 6) and the header blocks that we send.
 
-Blocks are read by the ``hpack`` library and written here: what this server says is known
-beforehand, so a block that never touches the compression state can be made once and sent on
-any connection.
+What this server says is known beforehand, so a block that never touches the compression state
+(HPACK, RFC 7541) can be made once and sent on any connection. ``http2_headers`` reads blocks.
 """
 
 from __future__ import annotations
 
 import enum
 import struct
-from collections.abc import Callable, Iterable
-from typing import Generic, TypeVar
-
-from hpack import Decoder, HPACKError
-from hpack.table import HeaderTable
-
-Headers = list[tuple[bytes, bytes]]
-Head = TypeVar("Head")
+from collections.abc import Iterable
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 FRAME_HEAD = struct.Struct(">IBI")
@@ -112,50 +104,3 @@ def _append_length(block: bytearray, length: int) -> None:
         block.append(length & 127 | 128)
         length >>= 7
     block.append(length)
-
-
-class HeaderReader(Generic[Head]):
-    """Reads one connection's header blocks, and ``parse`` makes of the headers what is wanted.
-
-    A client that repeats itself sends the same bytes again and again once its table has settled.
-    What a block meant that did not alter the table is remembered until one does.
-    """
-
-    _MOST = 32
-    _LONGEST = 1024
-
-    def __init__(self, list_bytes: int, parse: Callable[[Headers], Head]) -> None:
-        self._decoder = Decoder(list_bytes)
-        self._table = self._decoder.header_table = _CountingTable()
-        self._parse = parse
-        self._known: dict[bytes, Head] = {}
-
-    def read(self, block: bytes) -> Head:
-        """What the headers of a block mean; raises Fault."""
-        known = self._known.get(block)
-        if known is not None:
-            return known
-        added = self._table.added
-        try:
-            found = self._decoder.decode(block, raw=True)
-        except (HPACKError, IndexError) as exc:  # IndexError where a block ends within a literal
-            raise Fault(ErrorCode.COMPRESSION_ERROR, f"bad header block: {exc}") from None
-        head = self._parse([(bytes(name), bytes(value)) for name, value in found])
-        resized = b"\x20" <= block[:1] < b"\x40"
-        if resized or self._table.added != added:
-            self._known.clear()
-        elif len(block) <= self._LONGEST:
-            if len(self._known) == self._MOST:
-                self._known.clear()
-            self._known[block] = head
-        return head
-
-
-class _CountingTable(HeaderTable):
-    """A table that counts what is added to it."""
-
-    added = 0
-
-    def add(self, name: bytes, value: bytes) -> None:
-        self.added += 1
-        super().add(name, value)

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import socket
+from collections.abc import Callable
 
 from cotenant.domain.errors import EnvironmentProblem
 
+log = logging.getLogger("cotenant.serving")
+
 BACKLOG = 2048
+_ACCEPTED = 4
+"""Connections accepted in one turn of the loop."""
+_FULL_S = 1.0
 UNREAD_S = 60
 """Seconds after which a client that takes up nothing of its answers is given up."""
 
@@ -37,3 +45,50 @@ def bind(host: str, port: int, what: str) -> socket.socket:
             " stop the program that holds the port or choose another"
         ) from None
     return sock
+
+
+class Listener:
+    """Accepts connections, a few in each turn of the loop: the loop's own server takes all that
+    are waiting, and whoever opens more all the time would hold it for as long."""
+
+    def __init__(self, sock: socket.socket, protocol: Callable[[], asyncio.Protocol]) -> None:
+        self._sock = sock
+        self._protocol = protocol
+        self._loop = asyncio.get_running_loop()
+        self._opening: set[asyncio.Task[object]] = set()
+        self._pause: asyncio.TimerHandle | None = None
+        sock.listen(BACKLOG)
+        self._watch()
+
+    def _watch(self) -> None:
+        self._pause = None
+        self._loop.add_reader(self._sock, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(_ACCEPTED):
+            try:
+                connection, _ = self._sock.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError as exc:  # no more files, or no memory for one
+                log.warning("cannot accept connections: %s", exc.strerror)
+                self._loop.remove_reader(self._sock)
+                self._pause = self._loop.call_later(_FULL_S, self._watch)
+                return
+            opening = self._loop.create_task(self._open(connection))
+            self._opening.add(opening)
+            opening.add_done_callback(self._opening.discard)
+
+    async def _open(self, connection: socket.socket) -> None:
+        try:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            await self._loop.connect_accepted_socket(self._protocol, connection)
+        except OSError:  # it is gone already
+            connection.close()
+
+    def close(self) -> None:
+        """Accept no more."""
+        if self._pause is not None:
+            self._pause.cancel()
+        self._loop.remove_reader(self._sock)
+        self._sock.close()

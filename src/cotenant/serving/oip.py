@@ -289,9 +289,9 @@ def _from_json(tensor: _Input, count: int, limits: Limits) -> bytes:
     if len(raw) > PIECE_BYTES:
         if tensor.datatype != "BYTES":
             return long_to_bytes(tensor.name, tensor.datatype, tensor.shape, raw)
-        if bytes(raw).count(b'"') > 2 * limits.json_strings:
+        if bytes(raw).count(b'"') > 2 * limits.strings:
             raise TooLarge(
-                f"tensor {shown(tensor.name)}: more than {limits.json_strings} strings in JSON;"
+                f"tensor {shown(tensor.name)}: more than {limits.strings} strings in JSON;"
                 " send them as binary data (binary_data_size)"
             )
     return json_to_bytes(tensor.name, tensor.datatype, tensor.shape, count, tensor.data)

@@ -1,17 +1,22 @@
-"""The messages of ``inference.GRPCInferenceService``, built at import from a table.
+"""The messages of the gRPC services spoken here, built at import from tables: inference, health
+(``grpc.health.v1``) and reflection (``grpc.reflection.v1`` and ``v1alpha``, which are alike).
 
 Field names and numbers are the wire format that public clients speak. The messages live in a
 descriptor pool of their own, so a client library's generated ones can be loaded beside them.
 Only what this server speaks is listed: unknown fields of a newer client are skipped, as
 protobuf does.
 
-A line of the table is ``number name type``; ``type`` is a scalar, a message of the table, or
-either of these after ``repeated`` or ``map`` (whose keys are strings). ``oneof`` before it
-puts the field into the message's single choice.
+A line of a table is ``number name type``; ``type`` is a scalar, an enum or message of the table,
+or either of these after ``repeated`` or ``map`` (whose keys are strings). ``oneof`` before it
+puts the field into the message's single choice. ``Name = A B C`` is an enum from 0.
+
+A service's table has its methods: ``name request answer``, either after ``stream``; with the name
+alone, the messages are ``{name}Request`` and ``{name}Response``.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -183,6 +188,73 @@ SystemSharedMemoryUnregisterRequest
 SystemSharedMemoryUnregisterResponse
 """
 
+_METHODS = """
+ServerLive
+ServerReady
+ModelReady
+ServerMetadata
+ModelMetadata
+ModelInfer
+ModelStreamInfer stream ModelInferRequest stream ModelStreamInferResponse
+ModelConfig
+ModelStatistics
+RepositoryIndex
+RepositoryModelLoad
+RepositoryModelUnload
+SystemSharedMemoryStatus
+SystemSharedMemoryRegister
+SystemSharedMemoryUnregister
+"""
+
+_HEALTH_TABLE = """
+HealthCheckRequest
+    1 service string
+HealthCheckResponse
+    1 status HealthCheckResponse.ServingStatus
+HealthCheckResponse.ServingStatus = UNKNOWN SERVING NOT_SERVING SERVICE_UNKNOWN
+"""
+
+_HEALTH_METHODS = """
+Check HealthCheckRequest HealthCheckResponse
+Watch HealthCheckRequest stream HealthCheckResponse
+"""
+
+_REFLECTION_TABLE = """
+ServerReflectionRequest
+    1 host string
+    3 file_by_filename oneof string
+    4 file_containing_symbol oneof string
+    5 file_containing_extension oneof ExtensionRequest
+    6 all_extension_numbers_of_type oneof string
+    7 list_services oneof string
+ExtensionRequest
+    1 containing_type string
+    2 extension_number int32
+ServerReflectionResponse
+    1 valid_host string
+    2 original_request ServerReflectionRequest
+    4 file_descriptor_response oneof FileDescriptorResponse
+    5 all_extension_numbers_response oneof ExtensionNumberResponse
+    6 list_services_response oneof ListServiceResponse
+    7 error_response oneof ErrorResponse
+FileDescriptorResponse
+    1 file_descriptor_proto repeated bytes
+ExtensionNumberResponse
+    1 base_type_name string
+    2 extension_number repeated int32
+ListServiceResponse
+    1 service repeated ServiceResponse
+ServiceResponse
+    1 name string
+ErrorResponse
+    1 error_code int32
+    2 error_message string
+"""
+
+_REFLECTION_METHODS = """
+ServerReflectionInfo stream ServerReflectionRequest stream ServerReflectionResponse
+"""
+
 DATA_TYPES = (
     "TYPE_INVALID",
     "TYPE_BOOL",
@@ -202,6 +274,7 @@ DATA_TYPES = (
 )
 """Names of the enum DataType, in the order of their numbers from 0."""
 
+
 _Field = descriptor_pb2.FieldDescriptorProto
 _SCALARS = {
     "bool": _Field.TYPE_BOOL,
@@ -216,60 +289,101 @@ _SCALARS = {
 }
 
 
-def build_file() -> descriptor_pb2.FileDescriptorProto:
-    """The table as a file descriptor (proto3, package ``inference``)."""
-    file = descriptor_pb2.FileDescriptorProto(
-        name="cotenant/inference.proto", package=PACKAGE, syntax="proto3"
-    )
-    data_type = file.enum_type.add(name="DataType")
-    for number, name in enumerate(DATA_TYPES):
-        data_type.value.add(name=name, number=number)
-    messages: dict[str, descriptor_pb2.DescriptorProto] = {}
-    message = descriptor_pb2.DescriptorProto()
-    for line in _TABLE.strip().splitlines():
-        if line[0] != " ":
-            outer, _, inner = line.rpartition(".")
-            message = messages[outer].nested_type.add() if outer else file.message_type.add()
-            message.name = inner
-            messages[line] = message
+HEALTH = "grpc.health.v1.Health"
+REFLECTION = ("grpc.reflection.v1.ServerReflection", "grpc.reflection.v1alpha.ServerReflection")
+_FILES = (
+    (SERVICE, f"{_TABLE}DataType = {' '.join(DATA_TYPES)}\n", _METHODS),
+    (HEALTH, _HEALTH_TABLE, _HEALTH_METHODS),
+    *((service, _REFLECTION_TABLE, _REFLECTION_METHODS) for service in REFLECTION),
+)
+_CHOICES = {"ServerReflectionRequest": "message_request"} | {
+    "ServerReflectionResponse": "message_response"
+}
+
+
+class _File:
+    """Makes a file descriptor (proto3) of a service's tables."""
+
+    def __init__(self, service: str, messages: str, methods: str) -> None:
+        self.package, _, name = service.rpartition(".")
+        self.file = descriptor_pb2.FileDescriptorProto(
+            name=f"cotenant/{self.package}.proto", package=self.package, syntax="proto3"
+        )
+        self._made: dict[str, Any] = {"": self.file}
+        lines = messages.strip().splitlines()
+        self._enums = {line.split()[0] for line in lines if " = " in line}
+        path = ""
+        for line in lines:
+            if line[0] == " ":
+                self._add_field(path, line.split())
+            elif " = " in line:
+                self._add_enum(line)
+            else:
+                path = line
+                outer, _, inner = path.rpartition(".")
+                parent = self._made[outer]
+                group = parent.nested_type if outer else parent.message_type
+                self._made[path] = group.add(name=inner)
+        described = self.file.service.add(name=name)
+        for line in methods.strip().splitlines():
+            self._add_method(described, line.split())
+
+    def _add_enum(self, line: str) -> None:
+        path, _, *names = line.split()
+        outer, _, inner = path.rpartition(".")
+        enum = self._made[outer].enum_type.add(name=inner)
+        for number, name in enumerate(names):
+            enum.value.add(name=name, number=number)
+
+    def _add_field(self, path: str, words: list[str]) -> None:
+        number, name, *modifiers, kind = words
+        message = self._made[path]
+        field = message.field.add(name=name, number=int(number), label=_Field.LABEL_OPTIONAL)
+        if "oneof" in modifiers:
+            if not message.oneof_decl:
+                message.oneof_decl.add(name=_CHOICES.get(path, "parameter_choice"))
+            field.oneof_index = 0
+        if "repeated" in modifiers or "map" in modifiers:
+            field.label = _Field.LABEL_REPEATED
+        if "map" in modifiers:
+            entry = f"{path}.{name.title().replace('_', '')}Entry"
+            self._made[entry] = message.nested_type.add(name=entry.rpartition(".")[2])
+            self._made[entry].options.map_entry = True
+            self._add_field(entry, ["1", "key", "string"])
+            self._add_field(entry, ["2", "value", kind])
+            kind = entry
+        if kind in _SCALARS:
+            field.type = _SCALARS[kind]
         else:
-            _add_field(message, line.split(), _path(messages, message))
-    return file
+            field.type = _Field.TYPE_ENUM if kind in self._enums else _Field.TYPE_MESSAGE
+            field.type_name = f".{self.package}.{kind}"
+
+    def _add_method(self, service: Any, words: list[str]) -> None:
+        name, *rest = words
+        types = [word for word in rest if word != "stream"] or [f"{name}Request", f"{name}Response"]
+        service.method.add(
+            name=name,
+            input_type=f".{self.package}.{types[0]}",
+            output_type=f".{self.package}.{types[1]}",
+            client_streaming=rest[:1] == ["stream"],
+            server_streaming="stream" in rest[1:],
+        )
 
 
-def _path(messages: dict[str, Any], message: Any) -> str:
-    return next(name for name, known in messages.items() if known is message)
-
-
-def _add_field(message: descriptor_pb2.DescriptorProto, words: list[str], path: str) -> None:
-    number, name, *modifiers, kind = words
-    field = message.field.add(name=name, number=int(number), label=_Field.LABEL_OPTIONAL)
-    if "oneof" in modifiers:
-        if not message.oneof_decl:
-            message.oneof_decl.add(name="parameter_choice")
-        field.oneof_index = 0
-    if "repeated" in modifiers or "map" in modifiers:
-        field.label = _Field.LABEL_REPEATED
-    if "map" in modifiers:
-        entry = message.nested_type.add(name=name.title().replace("_", "") + "Entry")
-        entry.options.map_entry = True
-        _add_field(entry, ["1", "key", "string"], "")
-        _add_field(entry, ["2", "value", kind], "")
-        kind = f"{path}.{entry.name}"
-    if kind in _SCALARS:
-        field.type = _SCALARS[kind]
-    else:
-        field.type = _Field.TYPE_ENUM if kind == "DataType" else _Field.TYPE_MESSAGE
-        field.type_name = f".{PACKAGE}.{kind}"
+def files() -> list[descriptor_pb2.FileDescriptorProto]:
+    """Every service's file."""
+    return [_File(*tables).file for tables in _FILES]
 
 
 _pool = descriptor_pool.DescriptorPool()
-_pool.Add(build_file())
+for _each in files():
+    _pool.Add(_each)
 
 
-def message_class(name: str) -> Any:
+@cache
+def message_class(name: str, package: str = PACKAGE) -> Any:
     """The message class of that name, such as ``ModelInferRequest``."""
-    return message_factory.GetMessageClass(_pool.FindMessageTypeByName(f"{PACKAGE}.{name}"))
+    return message_factory.GetMessageClass(_pool.FindMessageTypeByName(f"{package}.{name}"))
 
 
 ModelInferRequest = message_class("ModelInferRequest")

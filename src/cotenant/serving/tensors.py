@@ -47,20 +47,21 @@ class Limits(msgspec.Struct, frozen=True):
 
     ``body_bytes`` bounds a request's body after decompression, ``json_bytes`` the part of it
     that is JSON (which costs many times its size to decode; larger tensors go as binary),
-    ``json_strings`` the strings in a long one, ``json_elements`` a tensor's elements in JSON (what
-    the model's inputs hold, where that is known), ``tensor_bytes`` a single tensor (shared memory
-    can be larger than a body), ``buffered_bytes`` all bodies being received or held at one time,
-    and ``body_timeout_s`` the time in which a body must have arrived.
+    ``json_elements`` a tensor's elements in JSON (what the model's inputs hold, where that is
+    known), ``strings`` the elements of a BYTES tensor and those of others that are given one by
+    one, ``tensor_bytes`` a single tensor (shared memory can be larger than a body),
+    ``buffered_bytes`` all bodies being received or held at one time, and ``body_timeout_s`` the
+    time in which a body must have arrived.
     """
 
     body_bytes: int = 64 * 2**20
     json_bytes: int = 8 * 2**20
-    json_strings: int = 2**18
     json_elements: int | None = None
     tensor_bytes: int = 2**30
     buffered_bytes: int = 2**30
     tensors: int = 64
     dims: int = 16
+    strings: int = 2**16
     regions: int = 64
     body_timeout_s: float = 30.0
 
@@ -96,6 +97,11 @@ def element_count(name: str, datatype: str, shape: Sequence[int], limits: Limits
                 " a request states every dimension's actual length"
             )
         count *= dim
+    if not size and count > limits.strings:
+        raise InvalidRequest(
+            f"tensor {shown(name)}: {count} elements of {datatype}; at most {limits.strings} are"
+            " possible"
+        )
     if count * (size or 4) > limits.tensor_bytes:
         raise InvalidRequest(
             f"tensor {shown(name)}: its shape and datatype {datatype} mean more than"
