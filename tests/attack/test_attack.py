@@ -12,6 +12,10 @@ from tests.attack.node import Node
 
 SECONDS = 1.0
 QUICK = {
+    "trailers",
+    "chunks of one byte",
+    "pipelined inferences, unread",
+    "a gzip bomb of numbers",
     "pings",
     "inferences given up",
     "inferences made to be reset",

@@ -171,6 +171,29 @@ def running_sum_model(path: Path) -> None:
     )
 
 
+def finding_model(path: Path) -> None:
+    """The rows of x; not those that begin below minus a million, and those above it twice."""
+    _save(
+        path,
+        [
+            helper.make_node("Gather", ["x", "column"], ["first"], axis=1),
+            helper.make_node("Greater", ["first", "million"], ["large"]),
+            helper.make_node("Less", ["first", "minus"], ["small"]),
+            helper.make_node("Not", ["small"], ["kept"]),
+            helper.make_node("Compress", ["x", "kept"], ["once"], axis=0),
+            helper.make_node("Compress", ["x", "large"], ["again"], axis=0),
+            helper.make_node("Concat", ["once", "again"], ["y"], axis=0),
+        ],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", 4])],
+        [
+            numpy_helper.from_array(np.array(0, np.int64), "column"),
+            numpy_helper.from_array(np.array(1e6, np.float32), "million"),
+            numpy_helper.from_array(np.array(-1e6, np.float32), "minus"),
+        ],
+    )
+
+
 def repeating_model(path: Path) -> None:
     """x itself, and behind it once more the rows that begin with more than a million."""
     _save(
@@ -193,6 +216,7 @@ def repeating_model(path: Path) -> None:
 MODELS: dict[str, Callable[..., None]] = {
     "running_sum": running_sum_model,
     "repeating": repeating_model,
+    "finding": finding_model,
     "scale": scale_model,
     "work": work_model,
     "count": count_model,

@@ -84,6 +84,19 @@ def test_outputs_that_are_not_row_by_row_end_joining_and_nobody_gets_what_is_ano
     box.until(lambda: [x.subject for x in told(box)] == ["found"])
 
 
+def test_nothing_is_shared_out_because_the_size_happens_to_fit(boxes: Boxes) -> None:
+    """Of two requests one is found twice and the other not at all: two rows for two requests."""
+    box = boxes()
+    box.model("finding", "found")
+    together = {"max": 2, "preferred": [2], "max_queue_delay": "300ms"}
+    box.configure([{"name": "found", "objective": {"latency": "5s"}, "batch": together}]).start()
+    assert box.service("found")["joined"] is True
+    inputs = [np.array([[sign * 2e6, 0, 0, i]], np.float32) for i in range(4) for sign in (1, -1)]
+    wanted = [np.repeat(x, 2 if x[0, 0] > 0 else 0, axis=0).tolist() for x in inputs]
+    assert ask_all(box, "found", inputs) == wanted
+    assert box.service("found")["joined"] is False
+
+
 def test_an_owner_may_say_that_there_is_no_batch_axis_or_that_joining_is_right(
     boxes: Boxes,
 ) -> None:

@@ -234,6 +234,24 @@ def test_an_objective_that_is_missed_pauses_lending_for_a_while() -> None:
     assert run_for(world, 3 * lending.ADJUST_EVERY)["j"] > 0, "it is lent again"
 
 
+def test_an_objective_that_no_execution_meets_does_not_pause_lending_for_ever() -> None:
+    """Pausing would not help it: each answer is late, however free the partition was."""
+    world = World().service(objective=5 * MS).worker(exec_ns=8 * MS)
+    world.planned({"s": (0,)})
+    world.job()
+    world.send(e.Granted("j", "p0"))
+    lent = 0
+    for _ in range(50):
+        actions = world.arrive(slo=5 * MS, after=100 * MS)
+        if only(actions, a.Revoke):
+            actions += world.send(e.Revoked("j", "p0", 50 * US))
+        batch = world.d.state.partitions["p0"].batch
+        for grant in only(world.send(e.BatchDone(batch, 8 * MS), after=8 * MS), a.Grant):
+            world.send(e.Granted("j", grant.partition))
+            lent += 1
+    assert lent > 40
+
+
 # --- shares ---------------------------------------------------------------------------------
 
 

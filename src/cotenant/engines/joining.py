@@ -39,7 +39,7 @@ def judge(engine: Engine, units: int, samples: Samples, limit: int) -> str:
         return samples.doubt
     if len(samples.rows) < 2:
         return "the check data have one row; two are needed to see"
-    count = min(_FEW if _named_alike(engine) else _MANY, len(samples.rows))
+    count = min(_FEW if named_alike(engine) else _MANY, len(samples.rows))
     rows = samples.rows[:count]
     began = time.monotonic_ns()
     alone = [engine.run(units, row) for row in rows]
@@ -96,7 +96,7 @@ def same(a: Array, b: Array) -> bool:
     return bool(np.allclose(a, b, rtol=0.0, atol=bound, equal_nan=True))
 
 
-def _named_alike(engine: Engine) -> bool:
+def named_alike(engine: Engine) -> bool:
     """Whether all inputs and outputs have one name for their first axis."""
     tensors = (*engine.meta.inputs, *engine.meta.outputs)
     names = {engine.axes[t.name][0] for t in tensors}

@@ -65,7 +65,7 @@ def refuse(
     if own > budget:
         if request.expires:
             return Refusal.DEADLINE, 0
-        budget = FIT * own
+        budget = aim(service, own)
     if wait + own > budget:
         note_headroom(partition, 1000)
         return Refusal.OVERLOADED, max(RETRY_MIN, wait + own - budget)
@@ -74,6 +74,12 @@ def refuse(
     if not service.strict:
         return _spend(state, own * partition.compute, now, total_units)
     return None
+
+
+def aim(service: ServiceState, own: int) -> int:
+    """The latency (ns) that a service can be held to where one execution takes ``own``: its
+    objective or, if that is shorter, what a request and one before it take."""
+    return service.objective if own <= service.objective else FIT * own
 
 
 def busy_for(state: DispatcherState, partition: PartitionState, now: int) -> int:
@@ -187,9 +193,8 @@ def _lanes(service: ServiceState, mine: list[PartitionState]) -> dict[str, float
     speeds = {}
     for partition in mine:
         table = service.exec[partition.kind]
-        speeds[partition.id] = 1.0 / max(
-            1, table.predict(partition.compute, service.max_batch, 0, 0)
-        )
+        took = table.predict(partition.compute, service.max_batch, deviations=0)
+        speeds[partition.id] = 1.0 / max(1, took)
     total = sum(speeds.values())
     return {name: min(most, total / speed) for name, speed in speeds.items()}
 

@@ -333,7 +333,9 @@ class Dispatcher:
             self._learn(event, running, partition)
             for request in running.requests:
                 service.p95.add(now - request.arrived)
-            lending.note_headroom(partition, service.p95.value * 1000 // service.objective)
+            # What no execution ever met, pausing jobs does not help either.
+            goal = admission.aim(service, service.exec[partition.kind].least(running.size))
+            lending.note_headroom(partition, service.p95.value * 1000 // goal)
             lending.adjust_slice(state, partition, now)
         admission.learn_margin(service, running, now)
         for request in running.requests:

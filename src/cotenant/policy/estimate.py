@@ -28,6 +28,7 @@ are compared by it must not seem to change places with every few samples."""
 
 
 _LAST: Final = 9
+"""Samples that a median is of."""
 _RECENT: Final = 64
 """Executions over which it is averaged which sizes come."""
 
@@ -183,9 +184,7 @@ class Costs:
     def expected(self) -> dict[int, dict[int, int]]:
         """Mean times (ns) by units and rows of the sizes that came of late, in the proportion in
         which they came, for plans."""
-        shares = {s: share for s, share in self.recent.items() if share} or dict.fromkeys(
-            self.tables, 1
-        )
+        shares = self.recent or dict.fromkeys(self.tables, 1)
         if len(shares) == 1:
             return self.tables[next(iter(shares))].expected()
         times = {size: self.tables[size].expected() for size in shares}

@@ -24,7 +24,7 @@ from cotenant.domain.workload import Joining
 from cotenant.engines.accuracy import measure
 from cotenant.engines.base import NUMPY, Array, Engine, open_engine
 from cotenant.engines.checkdata import CheckData, read_check
-from cotenant.engines.joining import ONE_ROW, judge
+from cotenant.engines.joining import ONE_ROW, judge, named_alike, same
 from cotenant.engines.samples import Samples, check_samples, make_samples
 from cotenant.runtime.arena import map_arena
 from cotenant.runtime.messages import (
@@ -44,6 +44,10 @@ from cotenant.runtime.messages import (
 )
 
 ALIGN = 64
+PROBATION = 8
+"""Where a model's names do not say that the first axes of its inputs and outputs are one, so many
+batches of real requests are compared with the requests alone: made-up rows may all be alike in what
+they let the model find."""
 PROFILE_RUNS = 5
 PROFILE_BUDGET_NS = 2_000_000_000
 """Profiling stops here: a slow model learns the rest from traffic."""
@@ -64,6 +68,8 @@ class Worker:
         self._engine: Engine | None = None
         self._unjoined = ""
         """Why no rows are joined; "" if they may be."""
+        self._unproven = 0
+        """Batches whose requests are also run alone, to compare."""
         self._rest_every = REST_EVERY_NS
         self._decoder = msgspec.msgpack.Decoder(ToWorker)
 
@@ -105,6 +111,8 @@ class Worker:
                 data = read_check(Path(order.check), engine.meta.inputs, order.settings.check)
             samples = _samples(engine, order, data)
             self._unjoined = _unjoined(engine, order, samples)
+            if order.joining is Joining.CHECKED and not named_alike(engine):
+                self._unproven = PROBATION
             profile = self._profile(engine, order, samples)
             accuracy = None
             if data is not None:
@@ -178,9 +186,22 @@ class Worker:
                     shape = list(output.shape)
                     self._unjoined = f"output {meta.name!r} had the shape {shape} for {rows} rows"
                     break
+        if len(items) > 1 and self._unproven and not self._unjoined:
+            self._unproven -= 1
+            self._compare(units, items, outputs)
         if len(items) > 1 and self._unjoined:
             return None
         return self._scatter(items, outputs)
+
+    def _compare(self, units: int, items: tuple[Item, ...], outputs: list[Array]) -> None:
+        """End joining if the outputs of a batch are not those of its requests alone."""
+        assert self._engine is not None
+        for item, parts in zip(items, _split(items, outputs), strict=True):
+            alone = self._engine.run(units, self._gather(self._engine, (item,)))
+            for meta, part, other in zip(self._engine.meta.outputs, parts, alone, strict=True):
+                if not same(part, other):
+                    self._unjoined = f"output {meta.name!r} of a request depends on its company"
+                    return
 
     def _execute_alone(self, units: int, item: Item) -> Outputs:
         try:
@@ -212,15 +233,10 @@ class Worker:
         return np.frombuffer(raw, dtype=NUMPY[datatype]).reshape(place.shape)
 
     def _scatter(self, items: tuple[Item, ...], outputs: list[Array]) -> tuple[Outputs, ...]:
-        results: list[Outputs] = []
-        row = 0
-        for item in items:
-            parts = outputs
-            if len(items) > 1:
-                parts = [output[row : row + item.rows] for output in outputs]
-                row += item.rows
-            results.append(self._store(item, parts))
-        return tuple(results)
+        if len(items) == 1:
+            return (self._store(items[0], outputs),)
+        pairs = zip(items, _split(items, outputs), strict=True)
+        return tuple(self._store(item, parts) for item, parts in pairs)
 
     def _store(self, item: Item, parts: list[Array]) -> Outputs:
         places: list[Place] = []
@@ -237,6 +253,15 @@ class Worker:
             places.append(Place(part.shape, offset, size))
             offset += -(-size // ALIGN) * ALIGN
         return Outputs(tuple(places), tuple(spilled))
+
+
+def _split(items: tuple[Item, ...], outputs: list[Array]) -> list[list[Array]]:
+    """Each request's rows of a batch's outputs."""
+    found, row = [], 0
+    for item in items:
+        found.append([output[row : row + item.rows] for output in outputs])
+        row += item.rows
+    return found
 
 
 def _said(error: Exception) -> str:
