@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 from arms import ARMS, OBJECTIVE_MS, Run
 from figures import answered, between, judged, mean, percentile, right, shares
@@ -59,7 +61,12 @@ class Live:
             f"{mean(right(run, self._stream, self._digits)[rolling]):>9.1%}{version:>8}"
             f"{use['steps_per_s']:>8.1f}   {parts}"
         )
-        return line.replace("nan%", "  - ").replace("nan", "  -")
+        return without_nan(line)
+
+
+def without_nan(text: str) -> str:
+    """A dash, of the same width, where there is no number yet."""
+    return re.sub(r"\bnan\b%?", lambda found: f"{'-':>3}".ljust(len(found[0])), text)
 
 
 def summary_table(summaries: dict[str, dict[str, float]]) -> str:
@@ -74,4 +81,4 @@ def summary_table(summaries: dict[str, dict[str, float]]) -> str:
             f"{own['refused']:>9.0f}{own['accuracy']:>10.1%}{own['accuracy_last_stage']:>12.1%}"
             f"{own['swapped_in']:>10.0f}{own['steps_per_s']:>9.1f}"
         )
-    return "\n".join(lines).replace("nan%", "  - ").replace("nan", "  -")
+    return without_nan("\n".join(lines))
