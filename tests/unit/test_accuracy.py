@@ -110,6 +110,11 @@ def test_output_and_measure_may_be_named_in_the_file_or_in_the_settings(tmp_path
         ({"labels": CLASSES}, CheckSettings(output="nothing")),
         ({"labels": CLASSES}, CheckSettings(measure="exact")),
         ({"labels": CLASSES, "measure": "guess"}, CheckSettings()),
+        ({"labels": np.full(8, np.nan)}, CheckSettings()),
+        ({"labels": np.zeros((8, 0))}, CheckSettings()),
+        ({"labels": CLASSES.astype("datetime64[s]")}, CheckSettings()),
+        ({"labels": WORDS, "measure": "r2"}, CheckSettings()),
+        ({"labels": CLASSES, "x": np.full((8, 1), 2**63, np.uint64)}, CheckSettings()),
     ],
 )
 def test_check_data_that_do_not_fit_are_refused_and_said_to_be(
@@ -117,6 +122,29 @@ def test_check_data_that_do_not_fit_are_refused_and_said_to_be(
 ) -> None:
     with pytest.raises(ModelError, match=r"check\.npz"):
         check(tmp_path, Fixed(scores=SCORES), settings, **arrays)
+
+
+def test_scores_that_are_no_numbers_are_wrong(tmp_path: Path) -> None:
+    scores = np.full((8, 4), np.nan, np.float32)
+    assert check(tmp_path, Fixed(scores=scores), CheckSettings(), labels=CLASSES).value == 0
+    with pytest.raises(ModelError, match=r"check\.npz"):
+        y = np.full((8, 1), np.nan, np.float32)
+        check(tmp_path, Fixed(y=y), CheckSettings(), labels=np.linspace(0, 1, 8))
+
+
+def test_one_score_for_two_classes_is_measured_where_that_is_said(tmp_path: Path) -> None:
+    engine = Fixed(y=np.linspace(0, 1, 8, dtype=np.float32)[:, np.newaxis])
+    labels = np.array([0, 0, 0, 0, 1, 1, 1, 0])
+    with pytest.raises(ModelError, match=r"check\.npz"):
+        check(tmp_path, engine, CheckSettings(), labels=labels)
+    said = CheckSettings(measure="threshold")
+    assert check(tmp_path, engine, said, labels=labels).value == RIGHT
+
+
+def test_shapes_that_only_have_the_same_size_are_not_compared(tmp_path: Path) -> None:
+    engine = Fixed(y=np.zeros((8, 2, 3), np.float32))
+    with pytest.raises(ModelError, match=r"check\.npz"):
+        check(tmp_path, engine, CheckSettings(), labels=np.zeros((8, 3, 2)) + 0.5)
 
 
 def test_a_missing_array_is_named(tmp_path: Path) -> None:

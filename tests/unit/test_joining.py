@@ -105,10 +105,51 @@ def noisy() -> Made:
     return nodes, [X], [Y], {}
 
 
+def lifted() -> Made:
+    """A small value that looks at its company, beside a large one that does not."""
+    nodes = [
+        h.make_node("ReduceMean", ["x"], ["mean"], axes=[0], keepdims=1),
+        h.make_node("Sub", ["x", "mean"], ["centre"]),
+        h.make_node("Mul", ["x", "zero"], ["none"]),
+        h.make_node("Add", ["none", "million"], ["far"]),
+        h.make_node("Concat", ["centre", "far"], ["y"], axis=1),
+    ]
+    constants: dict[str, object] = {"zero": np.float32(0), "million": np.float32(1e6)}
+    return nodes, [X], [("y", T.FLOAT, ["n", 8])], constants
+
+
+def two_batches() -> Made:
+    """Two inputs that have nothing to do with each other, each with rows of its own."""
+    nodes = [h.make_node("Identity", ["x"], ["y"]), h.make_node("Identity", ["q"], ["z"])]
+    other: Io = ("q", T.FLOAT, ["m", 2])
+    return nodes, [X, other], [Y, ("z", T.FLOAT, ["m", 2])], {}
+
+
+def late() -> Made:
+    """Rows behind the fortieth are answered otherwise."""
+    nodes = [
+        h.make_node("Shape", ["x"], ["shape"]),
+        h.make_node("Gather", ["shape", "first"], ["count"]),
+        h.make_node("Range", ["from", "count", "step"], ["numbers"]),
+        h.make_node("Greater", ["numbers", "forty"], ["behind"]),
+        h.make_node("Cast", ["behind"], ["more"], to=T.FLOAT),
+        h.make_node("Unsqueeze", ["more", "axis"], ["column"]),
+        h.make_node("Add", ["x", "column"], ["y"]),
+    ]
+    constants: dict[str, object] = {
+        "first": np.int64(0),
+        "from": np.int64(0),
+        "step": np.int64(1),
+        "forty": np.int64(40),
+        "axis": np.array([1], np.int64),
+    }
+    return nodes, [X], [Y], constants
+
+
 def verdict(made: Made, path: Path, **settings: dict[str, tuple[int, int]]) -> str:
     engine = open_engine(write(path, *made), (1,))
     samples = make_samples(engine, 1, {}, settings.get("ranges", {}))
-    return judge(engine, 1, samples, 8)
+    return judge(engine, 1, samples, 64)
 
 
 @pytest.mark.parametrize("made", [scaled, named_differently])
@@ -120,7 +161,10 @@ def test_rows_that_know_nothing_of_each_other_are_joined(
 
 @pytest.mark.parametrize(
     "made",
-    [cumulative, centred, finds, numbers_rows, reshaped, constant_second_output, noisy],
+    [
+        *(cumulative, centred, finds, numbers_rows, reshaped, constant_second_output, noisy),
+        *(lifted, two_batches, late),
+    ],
 )
 def test_rows_that_need_each_other_are_not(made: Callable[[], Made], tmp_path: Path) -> None:
     assert verdict(made(), tmp_path) != ""

@@ -16,7 +16,7 @@ from cotenant.domain.errors import ConfigError
 from cotenant.domain.units import MS, S
 from cotenant.domain.workload import BatchSpec, JobSpec, Joining, RestartPolicy, ServiceSpec, Slo
 
-MEASURES: Final = ("exact", "argmax", "r2")
+MEASURES: Final = ("exact", "argmax", "threshold", "r2")
 """Ways to compare check data; ``engines.accuracy`` says what they are."""
 
 

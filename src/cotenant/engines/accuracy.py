@@ -5,6 +5,8 @@ there (``output``, ``measure``), in ``model.yaml``, or follows from the labels:
 
 * ``exact``: an output of integers or strings equals the label;
 * ``argmax``: the largest of an output's scores, along the axis that labels lack, is at the label;
+* ``threshold``: a score is above one half where the label is 1 (never taken unless named: scores
+  before a sigmoid look alike);
 * ``r2``: for labels that are floating-point numbers, 1 less the squared error over the variance of
   the labels (the coefficient of determination), so 1 is perfect and 0 no better than their mean.
 """
@@ -76,18 +78,36 @@ def _score(data: CheckData, parts: list[Array]) -> Accuracy | str:
         return _argmax(output, labels)
     if not chosen:
         return f"holds {_kind(output)}"
-    if output.size != labels.size:
+    if _without_ones(output) != _without_ones(labels):
         return f"has the shape {list(output.shape)}"
     output = output.reshape(labels.shape)
     count = f"{len(labels)} samples"
     if chosen == "exact":
+        if output.dtype.kind not in "biuOUS":
+            return f"holds {_kind(output)}, which are never equal to labels but by chance"
         right = float((_comparable(output) == _comparable(labels)).mean())
         return Accuracy(right, f"{count}, equal labels")
+    if output.dtype.kind not in "biuf" or labels.dtype.kind not in "biuf":
+        return f"holds {_kind(output)}, and labels are {_kind(labels)}: {chosen} is of numbers"
+    if chosen == "threshold":
+        return Accuracy(
+            float(((output > 0.5) == (labels > 0.5)).mean()), f"{count}, above one half"
+        )
+    return _r2(output.astype(np.float64), labels.astype(np.float64), count)
+
+
+def _r2(output: Array, labels: Array, count: str) -> Accuracy | str:
+    if not np.isfinite(output).all():
+        return "holds NaN or infinity"
     spread = float(((labels - labels.mean()) ** 2).sum())
-    wrong = float(((output.astype(np.float64) - labels) ** 2).sum())
-    mean = float(np.abs(output.astype(np.float64) - labels).mean())
+    wrong = float(((output - labels) ** 2).sum())
+    mean = float(np.abs(output - labels).mean())
     value = 1.0 - wrong / spread if spread else float(wrong == 0.0)
     return Accuracy(value, f"{count}, r2 (mean absolute error {mean:.4g})")
+
+
+def _without_ones(array: Array) -> list[int]:
+    return [length for length in array.shape if length != 1]
 
 
 def _fitting(output: Array, labels: Array) -> str:
@@ -115,9 +135,10 @@ def _argmax(output: Array, labels: Array) -> Accuracy | str:
         if squeezed.ndim == len(shape) + 1:
             rest = list(squeezed.shape)
             del rest[axis]
-            if tuple(rest) == shape:
-                right = float((squeezed.argmax(axis=axis) == labels.reshape(shape)).mean())
-                return Accuracy(right, f"{len(labels)} samples, largest score")
+            if tuple(rest) == shape and squeezed.shape[axis] > 1:
+                found = squeezed.argmax(axis=axis) == labels.reshape(shape)
+                found &= ~np.isnan(squeezed).any(axis=axis)
+                return Accuracy(float(found.mean()), f"{len(labels)} samples, largest score")
     return f"has the shape {list(output.shape)}"
 
 

@@ -57,8 +57,12 @@ def read_check(path: Path, inputs: tuple[TensorMeta, ...], settings: CheckSettin
         if arrays[name].ndim == 0:
             raise ModelError(f"{path.name}: {name!r} is one value; give an array of samples")
     labels = arrays["labels"]
-    if not len(labels):
+    if not labels.size:
         raise ModelError(f"{path.name}: there are no labels; give one for each sample")
+    if labels.dtype.kind not in "biufUS":
+        raise ModelError(f"{path.name}: labels of {labels.dtype}; give numbers or strings")
+    if labels.dtype.kind == "f" and not np.isfinite(labels).all():
+        raise ModelError(f"{path.name}: labels hold NaN or infinity; leave those samples out")
     taken = {t.name: _as_type(path.name, t, arrays[t.name]) for t in inputs}
     for name, array in taken.items():
         if len(array) != len(labels):
@@ -81,7 +85,10 @@ def _as_type(file: str, tensor: TensorMeta, array: Array) -> Array:
     if tensor.datatype == "BYTES":
         if array.dtype.kind not in "US":
             raise ModelError(f"{file}: {tensor.name!r} holds no strings, which the model takes")
-        words = np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array
+        try:
+            words = np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array
+        except UnicodeDecodeError as error:
+            raise ModelError(f"{file}: {tensor.name!r} is not UTF-8: {error.reason}") from None
         return words.astype(object)
     kind = np.dtype(NUMPY[tensor.datatype])
     if array.dtype == kind:
@@ -90,4 +97,12 @@ def _as_type(file: str, tensor: TensorMeta, array: Array) -> Array:
         raise ModelError(
             f"{file}: {tensor.name!r} holds {array.dtype}, the model takes {tensor.datatype}"
         )
-    return array.astype(kind)
+    with np.errstate(over="ignore"):
+        found = array.astype(kind)
+    lost = np.isfinite(found) != np.isfinite(array) if kind.kind == "f" else found != array
+    if lost.any():
+        raise ModelError(
+            f"{file}: {tensor.name!r} holds numbers that {tensor.datatype}, which the model takes, "
+            "has not"
+        )
+    return found

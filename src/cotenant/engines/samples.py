@@ -21,7 +21,7 @@ ROWS: Final = 8
 _LENGTHS: Final = (1, 16, 64, 256, 32, 8)
 """Tried for free axes that nothing is said of: 1 is what most models take; the others are for
 those that halve their input again and again."""
-_SCALES: Final = (1.0, 0.0, 100.0, -1.0, 1e-3, 10.0, 0.5, -30.0)
+_SCALES: Final = (1.0, 0.0, 1e4, -1.0, 1e-3, 10.0, 1e3, -300.0)
 """Rows of all kinds, lest a model that counts what it finds find one thing in each."""
 
 
@@ -58,6 +58,8 @@ def check_samples(engine: Engine, units: int, data: CheckData) -> Samples:
     for number in range(0, ROWS, 2):
         at = number * data.samples // ROWS
         row = data.part(engine.meta.inputs, at, at + 1)
+        if engine.meta.batchable:  # a sample may be a request of several rows
+            row = {name: array[:1] for name, array in row.items()}
         if not rows:
             engine.run(units, row)
         rows.append(row)
@@ -74,11 +76,13 @@ def check_samples(engine: Engine, units: int, data: CheckData) -> Samples:
 
 def _like(row: Array, seen: Array, number: int, random: np.random.Generator) -> Array:
     """A made-up tensor of a row's shape, of values such as were seen."""
+    if not row.size:
+        return row
     if row.dtype.kind == "f":
         return (random.random(row.shape) * _SCALES[number % len(_SCALES)]).astype(row.dtype)
     if row.dtype.kind in "iu":
         low, high = int(seen.min()), int(seen.max())
-        return random.integers(low, high, size=row.shape, endpoint=True).astype(row.dtype)
+        return random.integers(low, high, size=row.shape, dtype=row.dtype, endpoint=True)
     return random.choice(seen.reshape(-1), size=row.shape)
 
 

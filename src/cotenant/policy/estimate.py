@@ -22,15 +22,13 @@ from typing import Final
 _OUTLIER: Final = 4
 """A sample counts as at most this multiple of the mean: one theft of the core by the host
 must not make the predictor refuse traffic for seconds."""
-_STEADY: Final = 256
-"""Executions over which it is averaged how much longer they take than in a warm-up: layouts that
-are compared by it must not seem to change places with every few samples."""
-
-
 _LAST: Final = 9
 """Samples that a median is of."""
 _RECENT: Final = 64
 """Executions over which it is averaged which sizes come."""
+_STEADY: Final = 256
+"""Executions over which it is averaged how much longer they take than in a warm-up: layouts that
+are compared by it must not seem to change places with every few samples."""
 
 
 @dataclass

@@ -163,7 +163,7 @@ class Instances:
             raise ModelError(f"{files.path.name} was replaced while it was being loaded")
         floor = max(self.spec.accuracy_floor, settings.accuracy_floor)
         found = opened.accuracy
-        if floor and found is not None and found.value < floor:
+        if floor and found is not None and not found.value >= floor:
             raise ModelError(
                 f"version {files.version} has an accuracy of {found.value:.4f} on its check "
                 f"data ({found.how}), below the floor of {floor:g}"
@@ -264,6 +264,8 @@ class Instances:
             self._failures += 1
             self._later(self._restart(files, settings))
             return
+        if opened.unjoined:
+            self._end_joining(instance.version, opened.unjoined)
         instance.announced = True
         name, pid = instance.process.name, instance.process.pid
         device = self._shell.attach_worker(name, pid, self.spec.exec_timeout)
@@ -278,7 +280,7 @@ class Instances:
         joining = self.spec.batch.joining
         loaded = self.loaded.get(files.version)
         if loaded is not None and loaded.files == files:  # what was found out is not asked again
-            joining = Joining.TRUSTED if loaded.meta.batchable else Joining.NONE
+            joining = joining if loaded.meta.batchable else Joining.NONE
         process = WorkerProcess(
             name,
             self.arena,

@@ -13,6 +13,7 @@ import socket
 import statistics
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import msgspec
@@ -24,7 +25,7 @@ from cotenant.domain.workload import Joining
 from cotenant.engines.accuracy import measure
 from cotenant.engines.base import NUMPY, Array, Engine, open_engine
 from cotenant.engines.checkdata import CheckData, read_check
-from cotenant.engines.joining import ONE_ROW, judge, named_alike, same
+from cotenant.engines.joining import ONE_ROW, judge, same
 from cotenant.engines.samples import Samples, check_samples, make_samples
 from cotenant.runtime.arena import map_arena
 from cotenant.runtime.messages import (
@@ -44,10 +45,9 @@ from cotenant.runtime.messages import (
 )
 
 ALIGN = 64
-PROBATION = 8
-"""Where a model's names do not say that the first axes of its inputs and outputs are one, so many
-batches of real requests are compared with the requests alone: made-up rows may all be alike in what
-they let the model find."""
+PROBATION, CHECK_EVERY = 8, 512
+"""So many of the first batches of real requests, and then one in so many, are compared with the
+requests alone: the rows of a trial may all be alike in what they let the model find."""
 PROFILE_RUNS = 5
 PROFILE_BUDGET_NS = 2_000_000_000
 """Profiling stops here: a slow model learns the rest from traffic."""
@@ -68,8 +68,9 @@ class Worker:
         self._engine: Engine | None = None
         self._unjoined = ""
         """Why no rows are joined; "" if they may be."""
-        self._unproven = 0
-        """Batches whose requests are also run alone, to compare."""
+        self._until_check = -1
+        """Batches until one whose requests are also run alone, to compare; below 0: none is."""
+        self._checked = 0
         self._rest_every = REST_EVERY_NS
         self._decoder = msgspec.msgpack.Decoder(ToWorker)
 
@@ -111,8 +112,7 @@ class Worker:
                 data = read_check(Path(order.check), engine.meta.inputs, order.settings.check)
             samples = _samples(engine, order, data)
             self._unjoined = _unjoined(engine, order, samples)
-            if order.joining is Joining.CHECKED and not named_alike(engine):
-                self._unproven = PROBATION
+            self._until_check = 0 if order.joining is Joining.CHECKED else -1
             profile = self._profile(engine, order, samples)
             accuracy = None
             if data is not None:
@@ -120,6 +120,9 @@ class Worker:
                 accuracy = measure(engine, order.units[0], data, step)
         except ModelError as error:
             return OpenFailed(str(error))
+        except Exception as error:  # whatever a model or its check data bring about
+            traceback.print_exc()
+            return OpenFailed(f"it could not be tried before it serves: {_said(error)}")
         gc.collect()
         gc.freeze()  # a pass over all that the engine's imports brought would delay a batch
         meta = msgspec.structs.replace(engine.meta, batchable=not self._unjoined)
@@ -186,9 +189,12 @@ class Worker:
                     shape = list(output.shape)
                     self._unjoined = f"output {meta.name!r} had the shape {shape} for {rows} rows"
                     break
-        if len(items) > 1 and self._unproven and not self._unjoined:
-            self._unproven -= 1
-            self._compare(units, items, outputs)
+        if len(items) > 1 and not self._unjoined and self._until_check >= 0:
+            if not self._until_check:
+                self._compare(units, items, outputs)
+                self._checked += 1
+                self._until_check = 1 if self._checked < PROBATION else CHECK_EVERY
+            self._until_check -= 1
         if len(items) > 1 and self._unjoined:
             return None
         return self._scatter(items, outputs)

@@ -72,9 +72,11 @@ class Incoming:
         stream = self._connection.streams.get(number)
         if stream is None or stream.receiver is None:
             return at
-        if stream.ended or stream.answered or stream.promised >= 0:
+        if stream.ended or stream.answered:
             return at
         room = min(self._room - CONNECTION_WINDOW // 2, stream.room - STREAM_WINDOW // 4)
+        if stream.promised >= 0:
+            room = min(room, stream.promised + 1)
         pieces: list[memoryview] = []
         size, taken = len(data), 0
         while size - at >= HEAD_BYTES:
@@ -91,6 +93,8 @@ class Incoming:
         if pieces:
             self._room -= taken
             stream.room -= taken
+            if stream.promised >= 0:
+                stream.promised -= taken
             self._credit.turn -= taken >> _BYTES_PER_UNIT_SHIFT
             stream.receiver.data(pieces)
         return at
