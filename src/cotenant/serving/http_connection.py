@@ -151,7 +151,8 @@ class Connection(HttpToolsProtocol):
             if not self._begun and (ended_one or self._busy()):
                 break
             end = at + self._step(data, at)
-            self._parse(data[at:end])
+            # What is large is not copied: the parser takes any buffer.
+            self._parse(data[at:end] if self._in_head else memoryview(data)[at:end])
             if self._ended or self.transport.is_closing():
                 self._parts = None
                 return
@@ -178,11 +179,11 @@ class Connection(HttpToolsProtocol):
             return size  # with no second head in it there is one message: parsed in one go
         return end + 4 - at
 
-    def _parse(self, piece: bytes) -> None:
+    def _parse(self, piece: bytes | memoryview) -> None:
         if self._in_head:
-            self._parse_head(piece)
+            self._parse_head(bytes(piece))
         elif self._upgrade:
-            self._guarded(self._on_raw_body, piece)
+            self._guarded(self._on_raw_body, bytes(piece))
         else:
             self._guarded(self.parser.feed_data, piece)
             if self._chunked and self._begun and not self._ended:
