@@ -24,6 +24,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import statistics
 import tempfile
@@ -268,17 +269,17 @@ def table(result: dict[str, Any], cores: int) -> str:
     lines = [
         f"load {result['load']:g} of one core = {result['rate']:.0f} requests/s on {cores} cores; "
         f"medians over {len(result['rounds'])} rounds, quartiles in brackets",
-        f"{'arm':<11}{'p50 ms':>8}{'p95 ms':>8}{'p99 ms':>8}{'attained':>10}{'refused':>9}"
+        f"{'arm':<15}{'p50 ms':>8}{'p95 ms':>8}{'p99 ms':>8}{'attained':>10}{'refused':>9}"
         f"{'steps/s':>9}  {'p99 / alone':<20}{'train / left':<20}",
     ]
     for arm, own in result["arms"].items():
         ratio = result["ratios"][arm]
         lines.append(
-            f"{arm:<11}{own['p50_ms']:>8.2f}{own['p95_ms']:>8.2f}{own['p99_ms']:>8.2f}"
+            f"{arm:<15}{own['p50_ms']:>8.2f}{own['p95_ms']:>8.2f}{own['p99_ms']:>8.2f}"
             f"{own['attainment']:>10.2%}{own['refused']:>9.0f}{own['train_rate']:>9.1f}  "
             f"{_ratio(ratio, 'p99_vs_alone'):<20}{_ratio(ratio, 'train_vs_left'):<20}"
         )
-    return "\n".join(lines).replace("nan", "  -").replace("  -%", "   -")
+    return re.sub(r"\bnan\b%?", lambda found: "-".rjust(len(found[0])), "\n".join(lines))
 
 
 def _ratio(ratio: dict[str, Any], key: str) -> str:
