@@ -95,7 +95,9 @@ def test_forked_readers_occupy_once_what_they_share(readers: list[int]) -> None:
     tree = [os.getpid(), *readers]
     assert proctree.resident_bytes(readers) > 4 * shared
     before = proctree.proportional_bytes([os.getpid()])
-    assert shared / 8 < proctree.proportional_bytes(readers[:1]) < shared
+    # The tests' own process is part of what they share, however large it is by now.
+    own = proctree.proportional_bytes(readers[:1])
+    assert shared / 8 < own < proctree.resident_bytes(readers[:1]) / 2
     assert proctree.proportional_bytes(tree) < 2 * shared + 5 * before
     assert proctree.proportional_bytes(tree) < proctree.resident_bytes(tree) - 3 * shared
 
