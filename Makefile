@@ -14,7 +14,7 @@ COMPILED := $(addprefix cotenant/,$(addsuffix .py, \
 
 help:
 	@echo "make demo         the story in about two minutes: serve, drift, retrain, swap; draws a picture"
-	@echo "make test         all tests (about 5 minutes on 2 cores)"
+	@echo "make test         all tests (10 to 16 minutes on 2 cores)"
 	@echo "make lint         ruff, mypy, import contracts, generated docs"
 	@echo "make attack       every attack on a node of its own while a client that behaves is watched (10 minutes)"
 	@echo "make bench        policy costs (1 minute), then cotenant bench colocate (about 15 minutes)"
