@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 
 from cotenant.devices import proctree
+from cotenant.domain.device import REST_EVERY
 from cotenant.domain.errors import ModelError
 from cotenant.domain.workload import Joining
 from cotenant.engines.accuracy import measure
@@ -52,10 +53,8 @@ a trial may all be alike in what they let the model find. It takes the time of t
 PROFILE_RUNS = 5
 PROFILE_BUDGET_NS = 2_000_000_000
 """Profiling stops here: a slow model learns the rest from traffic."""
-REST_EVERY_NS, REST_S = 100_000_000, 100e-6
-"""With the next batch always at hand a worker never blocks, and at real-time priority the kernel
-would end it for that (RLIMIT_RTTIME): so often, or four times within the limit, it sleeps, long
-enough to count."""
+REST_S = 100e-6
+"""How long a worker sleeps where its device wants it to rest (``REST_EVERY``)."""
 _FAILURES = (ModelError, ValueError, MemoryError)
 """What a model may raise on an input; anything else is a bug and ends the worker."""
 
@@ -72,7 +71,7 @@ class Worker:
         self._until_check = -1
         """Batches until one whose requests are also run alone, to compare; below 0: none is."""
         self._checked = 0
-        self._rest_every = REST_EVERY_NS
+        self._rest_every = int(os.environ.get(REST_EVERY, "0"))
         self._decoder = msgspec.msgpack.Decoder(ToWorker)
 
     def serve(self) -> None:
@@ -84,7 +83,7 @@ class Worker:
             else:
                 self._send(self._run(message))
             now = time.monotonic_ns()
-            if now - rested > self._rest_every:
+            if self._rest_every and now - rested > self._rest_every:
                 time.sleep(REST_S)
                 rested = now
 
@@ -105,7 +104,6 @@ class Worker:
     # --- loading ----------------------------------------------------------------------------
 
     def _open(self, order: Open) -> Opened | OpenFailed:
-        self._rest_every = min(REST_EVERY_NS, order.exec_timeout // 4)
         try:
             self._engine = engine = open_engine(Path(order.path), order.units)
             data = None
@@ -165,14 +163,14 @@ class Worker:
         items = None
         if len(order.items) == 1 or not self._unjoined:
             try:
-                items = self._execute(order.units, order.items)
+                items = self._execute(order.threads, order.items)
             except _FAILURES as error:
                 if len(order.items) == 1:
                     return Failed(order.batch, self._why(order.items[0], error))
                 together = _said(error)
         if items is None:
             # One request's fault, or outputs that are not row by row: nobody else's business.
-            items = tuple(self._execute_alone(order.units, item) for item in order.items)
+            items = tuple(self._execute_alone(order.threads, item) for item in order.items)
             if together and not any(item.error for item in items):
                 self._unjoined = f"requests that it answers alone failed together: {together}"
         ended = time.monotonic_ns()
