@@ -48,9 +48,15 @@ def read_devices(sections: Sequence[reading.Section]) -> tuple[DeviceConfig, ...
 
 
 def _device(section: reading.Section) -> DeviceConfig:
-    device = _READERS[section.take("kind", reading.one_of(_READERS))](section)
+    device = _READERS[section.take("kind", _kind)](section)
     section.done()
     return device
+
+
+def _kind(value: object) -> str:
+    if value is None:  # what YAML makes of a bare null, and of nothing at all
+        raise ValueError('is empty; for the stand-in write "null", in quotes')
+    return reading.one_of(_READERS)(value)
 
 
 def _cpu(section: reading.Section) -> CpuConfig:

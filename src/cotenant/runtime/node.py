@@ -603,7 +603,9 @@ class Node:
 
     def metrics(self) -> bytes:
         """See NodePort."""
-        return metrics.exposition(self.monitor, self.core.dispatcher.state, self._job_statuses())
+        memory = {spec.id: self.fleet.memory(spec.id) for spec in self.specs}
+        state = self.core.dispatcher.state
+        return metrics.exposition(self.monitor, state, self._job_statuses(), memory)
 
     def status(self) -> dict[str, Any]:
         """See NodePort."""
