@@ -114,6 +114,24 @@ class WorkerState:
     retiring: bool = False
 
 
+def enter_pool(service: ServiceState, worker: WorkerState) -> None:
+    """A worker may be given a batch from now on."""
+    versions = service.idle.setdefault(worker.device, {})
+    versions.setdefault(worker.version, []).append(worker.id)
+
+
+def leave_pool(service: ServiceState, worker: WorkerState) -> None:
+    """A worker is to be given no more batches."""
+    service.workers -= 1
+    service.at[worker.device] -= 1
+    versions = service.idle.get(worker.device, {})
+    idle = versions.get(worker.version, [])
+    if worker.id in idle:
+        idle.remove(worker.id)
+    if not idle:
+        versions.pop(worker.version, None)
+
+
 @dataclass
 class Running:
     """A batch that a worker has: under way, or at hand (``after`` is the batch before it).
@@ -228,6 +246,12 @@ class DispatcherState:
     """A plan that came while the device was being repartitioned."""
     draining: bool = False
     reserve: Reserve = field(default_factory=Reserve)
+
+
+def served(state: DispatcherState, service: ServiceState) -> set[str]:
+    """Versions that some instance takes requests for."""
+    workers = state.workers.values()
+    return {w.version for w in workers if w.service == service.name and not w.retiring}
 
 
 COMPOUND: dict[type, dict[str, Any]] = {
