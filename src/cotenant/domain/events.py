@@ -13,8 +13,9 @@ class _Event(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class ServiceAdded(_Event, frozen=True):
-    """A service may receive requests from now on, or its bounds change. Times in ns; ``notes``
-    are for its owner: nothing depends on them."""
+    """A service may receive requests from now on, or its bounds change. Times in ns; ``percentile``
+    of its answers are to meet ``objective``. ``notes`` are for its owner: nothing depends on
+    them."""
 
     service: str
     objective: int
@@ -24,6 +25,7 @@ class ServiceAdded(_Event, frozen=True):
     max_queue_delay: int = 0
     strict: bool = False
     notes: tuple[str, ...] = ()
+    percentile: float = 99.0
 
 
 class ServiceRemoved(_Event, frozen=True):

@@ -12,6 +12,7 @@ from cotenant.policy.desk import Desk
 from cotenant.policy.estimate import Costs, Median, Quantile, size_class
 from cotenant.policy.relayout import Relayout
 from cotenant.policy.state import ServiceState, WorkerState, enter_pool, leave_pool, served
+from cotenant.policy.tail import caution, missable, watched
 from cotenant.policy.turns import Turns
 
 
@@ -34,6 +35,8 @@ class Roster:
             old.objective, old.max_batch = event.objective, event.max_batch
             old.max_queue, old.preferred = event.max_queue, event.preferred
             old.max_queue_delay, old.strict = event.max_queue_delay, event.strict
+            old.missable, old.caution = missable(event.percentile), caution(event.percentile)
+            old.tail.ppm = watched(event.percentile)
             return
         state.services[event.service] = ServiceState(
             name=event.service,
@@ -43,7 +46,9 @@ class Roster:
             preferred=event.preferred,
             max_queue_delay=event.max_queue_delay,
             strict=event.strict,
-            p95=Quantile(step=max(1, event.objective // 16)),
+            missable=missable(event.percentile),
+            caution=caution(event.percentile),
+            tail=Quantile(max(1, event.objective // 16), watched(event.percentile)),
             back=Median(),
         )
         self._relayout.link()

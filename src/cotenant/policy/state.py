@@ -74,7 +74,12 @@ class ServiceState:
     preferred: tuple[int, ...]
     max_queue_delay: int
     strict: bool
-    p95: Quantile
+    missable: int
+    """Ppm of its answers that may be late."""
+    caution: int
+    """By how many mean deviations (thousandths) its executions are taken longer."""
+    tail: Quantile
+    """The latency that lending watches (see ``cotenant.policy.tail``)."""
     back: Median
     """Time (ns) from the end of an execution until the dispatcher knows."""
     exec: dict[str, Costs] = field(default_factory=dict)

@@ -272,10 +272,10 @@ class Turns:
         if partition is not None:
             self._learn(event, running, partition)
             for request in running.requests:
-                service.p95.add(now - request.arrived)
+                service.tail.add(now - request.arrived)
             # What no execution ever met, pausing jobs does not help either.
             goal = admission.aim(service, service.exec[partition.kind].least(running.size))
-            lending.note_headroom(partition, service.p95.value * 1000 // goal)
+            lending.note_headroom(partition, service.tail.value * 1000 // goal)
             lending.adjust_slice(state, partition, now)
         admission.learn_margin(service, running, now)
         for request in running.requests:

@@ -244,6 +244,7 @@ class Instances:
             max_queue_delay=spec.batch.max_queue_delay if meta.batchable else 0,
             strict=spec.strict,
             notes=loaded.notes,
+            percentile=spec.slo.percentile,
         )
 
     def _end_joining(self, version: str, why: str) -> None:

@@ -351,6 +351,7 @@ class World:
                     spec.batch.preferred,
                     spec.batch.max_queue_delay,
                     spec.strict,
+                    percentile=spec.slo.percentile,
                 )
             )
             self._schedule_arrival(self._sources[spec.name])
