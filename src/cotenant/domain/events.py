@@ -135,13 +135,15 @@ class Revoked(_Event, frozen=True):
 
 
 class Repartitioned(_Event, frozen=True):
-    """The device's layout is now that of plan ``version``."""
+    """A device's layout is now that of plan ``version``."""
 
+    device: str
     version: int
 
 
 class ActionFailed(_Event, frozen=True):
-    """A grant, revocation or repartition could not be carried out."""
+    """A grant, revocation or repartition could not be carried out. ``target``: the partition, or
+    the device."""
 
     action: str
     target: str

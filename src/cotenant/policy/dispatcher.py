@@ -119,7 +119,7 @@ class Dispatcher:
 
     def _action_failed(self, event: e.ActionFailed) -> None:
         if event.action == "Repartition":
-            self._relayout.abandon()
+            self._relayout.refused(event.target)
         else:
             self._freed(self._holds.failed(event))
 

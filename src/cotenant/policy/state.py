@@ -224,6 +224,17 @@ class Reserve:
 
 
 @dataclass
+class Change:
+    """A device on its way to the layout of a plan, which waits for partitions to fall idle."""
+
+    plan: Plan
+    moving: bool = False
+    """Whether ``Repartition`` was ordered."""
+    successor: Plan | None = None
+    """A plan that came since."""
+
+
+@dataclass
 class DispatcherState:
     """The whole."""
 
@@ -243,12 +254,9 @@ class DispatcherState:
     armed: int = 0
     next_batch: int = 1
     plan: Plan = EMPTY_PLAN
-    pending: Plan | None = None
-    """A plan whose layout waits for partitions to fall idle."""
-    moving: bool = False
-    """Whether ``Repartition`` of the pending plan was ordered."""
-    successor: Plan | None = None
-    """A plan that came while the device was being repartitioned."""
+    """What is in force."""
+    changes: dict[str, Change] = field(default_factory=dict)
+    """Devices whose layout is about to change."""
     draining: bool = False
     reserve: Reserve = field(default_factory=Reserve)
 
@@ -278,6 +286,7 @@ COMPOUND: dict[type, dict[str, Any]] = {
         "waiting": dict[str, None],
     },
     JobShare: {"held": list[str]},
+    Change: {"successor": Plan | None},
     DispatcherState: {
         "services": dict[str, ServiceState],
         "workers": dict[str, WorkerState],
@@ -289,8 +298,7 @@ COMPOUND: dict[type, dict[str, Any]] = {
         "running": dict[int, Running],
         "expiries": list[tuple[int, int]],
         "timers": list[tuple[int, str]],
-        "pending": Plan | None,
-        "successor": Plan | None,
+        "changes": dict[str, Change],
     },
     Median: {"last": list[int]},
     Costs: {"tables": dict[int, ExecTable], "recent": dict[int, int]},

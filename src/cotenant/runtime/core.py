@@ -144,16 +144,15 @@ class Core:
         )
 
     def _repartition(self, action: a.Repartition) -> None:
-        plan = action.plan
-
         def done(_: None) -> None:
-            self._partitions = {p.id: p for p in plan.partitions}
-            self.feed(e.Repartitioned(plan.version))
+            others = {n: p for n, p in self._partitions.items() if p.device != action.device}
+            self._partitions = others | {p.id: p for p in action.partitions}
+            self.feed(e.Repartitioned(action.device, action.version))
 
         self._caller.call(
-            lambda: self.device.repartition(plan.partitions),
+            lambda: self.device.repartition(action.partitions),
             done,
-            lambda error: self._failed("Repartition", str(plan.version), "", error),
+            lambda error: self._failed("Repartition", action.device, "", error),
         )
 
     def _failed(self, action: str, target: str, job: str, error: DeviceError) -> None:

@@ -252,7 +252,7 @@ class Node:
     def _plan(self) -> None:
         self._replan = None
         state = self.core.dispatcher.state
-        if state.pending is not None or self.draining:
+        if self.draining:
             return
         now = self._clock()
         statuses = {s.id: s for s in self._job_statuses()}

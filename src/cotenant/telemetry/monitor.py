@@ -18,7 +18,6 @@ from cotenant.domain.snapshot import (
     RATE_WINDOW,
     SEASON_AHEAD,
     JobFacts,
-    PartitionFacts,
     ServiceFacts,
     Snapshot,
 )
@@ -410,7 +409,6 @@ class Monitor:
         job to (spec, progress rate)."""
         return Snapshot(
             now=now,
-            window=S,
             devices=devices,
             plan=state.plan,
             services=tuple(
@@ -431,10 +429,7 @@ class Monitor:
                 )
                 for spec, rate in jobs.values()
             ),
-            partitions=tuple(
-                PartitionFacts(name, dict(m.busy), 0, m.switches)
-                for name, m in self.partitions.items()
-            ),
+            changing=tuple(state.changes),
         )
 
     def _service_facts(
