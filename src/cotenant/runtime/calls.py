@@ -38,15 +38,24 @@ class Pending:
     """A request that was accepted and not answered yet. ``done`` is called from the loop, when
     what is going on has been seen to: the next batch comes before the last one's answers."""
 
-    __slots__ = ("arena", "block", "done", "item", "meta", "service", "version")
+    __slots__ = ("arena", "block", "done", "id", "item", "meta", "service", "version", "wanted")
 
     def __init__(
-        self, service: str, version: str, meta: EngineMeta, placed: Placed, done: OnOutcome
+        self,
+        number: int,
+        call: InferCall,
+        version: str,
+        meta: EngineMeta,
+        placed: Placed,
+        done: OnOutcome,
     ) -> None:
-        self.service = service
+        self.id = number
+        self.service = call.model
         self.version = version
         self.meta = meta
         self.arena, self.block, self.item = placed
+        self.wanted = call.outputs
+        """Outputs that were asked for; empty: all."""
         self.done = done
 
     def withdraw(self) -> None:
@@ -59,8 +68,9 @@ class Pending:
             self.arena.free(self.block)
             self.block = -1
 
-    def answer(self, wanted: tuple[str, ...], outputs: Outputs) -> None:
+    def answer(self, outputs: Outputs) -> None:
         """Say what came out; the result's ``release`` frees the memory."""
+        wanted = self.wanted
         spilled = iter(outputs.spilled)
         tensors = []
         for meta, place in zip(self.meta.outputs, outputs.places, strict=True):
