@@ -156,7 +156,14 @@ class Node:
             self._state_dir / "workers",
             self,
         )
-        self.requests = Requests(self.models, self.monitor, dispatcher, self.core.feed, self._clock)
+        self.requests = Requests(
+            self.models,
+            self.monitor,
+            dispatcher,
+            self.core.feed,
+            self._clock,
+            config.limits.unread,
+        )
         self.jobs_supervisor = JobSupervisor(
             JobStore(self._state_dir / "jobs.sqlite"),
             self._state_dir,
@@ -296,9 +303,13 @@ class Node:
         instances = self.models.services.get(batch.service)
         if instances is None:
             return  # unloaded this very turn: WorkerDown is on its way
-        items = self.requests.items(batch)
+        items = self.requests.items(batch, action.worker)
         units = min(partition.compute, instances.spec.threads or partition.compute)
         instances.send(action.worker, Run(batch.id, units, self._clock(), items))
+
+    def on_emit(self, action: a.Emit) -> None:
+        """See Hands."""
+        self.requests.on_emit(action)
 
     def on_complete(self, action: a.Complete) -> None:
         """See Hands."""

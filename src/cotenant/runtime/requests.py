@@ -31,7 +31,8 @@ RETRY_MEMORY = 50 * MS
 
 
 class Requests:
-    """See the module's text. ``feed`` hands an event to the dispatcher; ``clock`` is the node's."""
+    """See the module's text. ``feed`` hands an event to the dispatcher; ``clock`` is the node's;
+    ``unread`` is how many bytes of an answer in pieces may wait for its client."""
 
     def __init__(
         self,
@@ -40,6 +41,7 @@ class Requests:
         dispatcher: Dispatcher,
         feed: Callable[[e.Event], None],
         clock: Callable[[], int],
+        unread: int,
     ) -> None:
         self.draining = False
         """Whether nothing more is accepted."""
@@ -48,10 +50,12 @@ class Requests:
         self._state = dispatcher.state
         self._feed = feed
         self._clock = clock
+        self._unread = unread
         self._next = 1
         self._arrivals: list[Request] = []
         self._pending: dict[int, Pending] = {}
-        self._results: dict[int, tuple[Outputs, ...]] = {}
+        self._results: dict[int, dict[int, Outputs]] = {}
+        """Of a batch that is done: what each of its requests gave."""
         self._sizes: dict[tuple[str, str], OutputSizes] = {}
         self._open: dict[str, int] = {}
         """How many are pending, by service."""
@@ -79,6 +83,11 @@ class Requests:
         if not 0 <= call.priority < PRIORITY_CLASSES:
             raise InvalidRequest(f"priority {call.priority}: classes are 0 (high) to 2 (low)")
         instances, meta, version = self._models.services[name], loaded.meta, loaded.files.version
+        if meta.turns and not call.pieces:
+            raise InvalidRequest(
+                f"model {name!r} answers in pieces; use generate, generate_stream (REST) or"
+                " ModelStreamInfer (gRPC)"
+            )
         spec = instances.spec
         rows = calls.rows_of(meta, self._state.services[name].max_batch, call)
         sizes = self._sizes.get((name, version))
@@ -135,11 +144,14 @@ class Requests:
 
     # --- to a worker and back -----------------------------------------------------------------
 
-    def items(self, batch: Batch) -> tuple[Item, ...]:
+    def items(self, batch: Batch, worker: str) -> tuple[Item, ...]:
         """What a worker is told of a batch's requests."""
         requests = [self._pending[r] for r in batch.requests]
         for pending in requests:
             pending.version = batch.version  # a swap may have come since it was queued
+            if pending.meta.turns and pending.worker != worker:
+                pending.worker = worker
+                self._models.services[batch.service].stay(worker, pending.id)
         return tuple([pending.item for pending in requests])
 
     def on_result(self, message: Done | Failed) -> None:
@@ -147,22 +159,50 @@ class Requests:
         if isinstance(message, Failed):
             self._feed(e.BatchFailed(message.batch, message.reason))
             return
-        self._results[message.batch] = message.items
-        failed: tuple[int, ...] = ()
         running = self._state.running.get(message.batch)
-        if running is not None and any(outputs.error for outputs in message.items):
-            pairs = zip(running.batch.requests, message.items, strict=True)
-            failed = tuple(request for request, outputs in pairs if outputs.error)
-        self._feed(e.BatchDone(message.batch, message.exec_ns, message.start_ns, failed))
-        self._results.pop(message.batch, None)  # late news of a batch that was given up
+        if running is None:  # late news of a batch that was given up
+            self._feed(e.BatchDone(message.batch, message.exec_ns, message.start_ns))
+            return
+        results = dict(zip(running.batch.requests, message.items, strict=True))
+        failed, unfinished, emitted = [], [], []
+        for number, outputs in results.items():
+            if outputs.error:
+                failed.append(number)
+            elif not outputs.finished:
+                unfinished.append(number)
+                if outputs.places:
+                    emitted.append(number)
+        self._results[message.batch] = results
+        self._feed(
+            e.BatchDone(
+                message.batch,
+                message.exec_ns,
+                message.start_ns,
+                tuple(failed),
+                tuple(unfinished),
+                tuple(emitted),
+            )
+        )
+        del self._results[message.batch]
 
     # --- out ----------------------------------------------------------------------------------
 
+    def on_emit(self, action: a.Emit) -> None:
+        """See Hands."""
+        results = self._results[action.batch]
+        for number in action.requests:
+            pending = self._pending[number]
+            pending.emit(results[number])
+            if pending.unread > self._unread:
+                why = f"more than {self._unread} bytes wait (limits.unread)"
+                pending.give_up(Refused(Refusal.UNREAD, 0, why))
+                self._feed(e.Cancelled(number))
+
     def on_complete(self, action: a.Complete) -> None:
         """See Hands."""
-        items = self._results.pop(action.batch)
-        for number, outputs in zip(action.requests, items, strict=True):
-            pending = self._close(number)
+        results = self._results[action.batch]
+        for number in action.requests:
+            pending, outputs = self._close(number, forget=False), results[number]
             if outputs.error:
                 pending.refuse(Refused(Refusal.FAILED, 0, outputs.error))
                 continue
@@ -174,13 +214,17 @@ class Requests:
     def on_reject(self, action: a.Reject) -> None:
         """See Hands."""
         refused = Refused(action.refusal, action.retry_after, action.detail)
-        self._close(action.request).refuse(refused)
+        self._close(action.request, forget=True).refuse(refused)
 
-    def _close(self, number: int) -> Pending:
+    def _close(self, number: int, forget: bool) -> Pending:
         pending = self._pending.pop(number)
         left = self._open[pending.service] = self._open[pending.service] - 1
         if left == 0 and pending.service in self._drained:
             self._drained[pending.service].set()
+        if pending.worker:
+            instances = self._models.services.get(pending.service)
+            if instances is not None:
+                instances.leave(pending.worker, number, forget)
         return pending
 
     # --- unloading ----------------------------------------------------------------------------
