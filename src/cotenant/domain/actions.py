@@ -50,8 +50,15 @@ class StopJob(_Action, frozen=True):
     reason: str
 
 
+class Emit(_Action, frozen=True):
+    """Send what these requests of a batch emitted in its turn; they are not finished."""
+
+    batch: int
+    requests: tuple[int, ...]
+
+
 class Complete(_Action, frozen=True):
-    """Answer the requests of a batch with their results."""
+    """Answer the requests of a batch with their results: the last pieces, where there were some."""
 
     batch: int
     requests: tuple[int, ...]
@@ -81,4 +88,4 @@ class WakeAt(_Action, frozen=True):
     at: int
 
 
-Action = Dispatch | Grant | Revoke | StopJob | Complete | Reject | Repartition | WakeAt
+Action = Dispatch | Grant | Revoke | StopJob | Emit | Complete | Reject | Repartition | WakeAt

@@ -52,15 +52,21 @@ class Cancelled(_Event, frozen=True):
 
 
 class BatchDone(_Event, frozen=True):
-    """A batch executed. ``exec_ns`` is the worker's own execution time; ``start_ns`` the time
-    between dispatch and the start of execution (hand-over, wake-up, queueing by the kernel, and
-    the batch before it if the worker had one); ``failed`` holds the requests that are answered
-    with an error of their own."""
+    """A batch executed: for its requests, a turn. ``exec_ns`` is the worker's own execution time;
+    ``start_ns`` the time between dispatch and the start of execution (hand-over, wake-up, queueing
+    by the kernel, and the batch before it if the worker had one).
+
+    Of its requests, ``failed`` are answered with an error of their own. ``unfinished`` are resident
+    on the worker and get another turn there; ``emitted`` are those of these that have a piece of
+    their answer to send. All others are finished.
+    """
 
     batch: int
     exec_ns: int
     start_ns: int = 0
     failed: tuple[int, ...] = ()
+    unfinished: tuple[int, ...] = ()
+    emitted: tuple[int, ...] = ()
 
 
 class BatchFailed(_Event, frozen=True):

@@ -17,13 +17,15 @@ ANSWERS: dict[type, tuple[type, ...]] = {
     a.StopJob: (e.JobExited,),
     a.Repartition: (e.Repartitioned, e.ActionFailed),
     a.WakeAt: (e.Woke,),
+    a.Emit: (),
     a.Complete: (),
     a.Reject: (),
 }
 
 EFFECTS: dict[tuple[type, type], str] = {
-    (a.Dispatch, e.BatchDone): "answers every request of the batch; the partition is free, or "
-    "the worker goes on with the batch it has at hand",
+    (a.Dispatch, e.BatchDone): "answers every request of the batch that is finished; others have "
+    "had a turn and stay on the worker for the next; the partition is free, or the worker goes on "
+    "with the batch it has at hand",
     (a.Dispatch, e.BatchFailed): "refuses every request of the batch; the partition is free, or "
     "the worker goes on with the batch it has at hand",
     (a.Dispatch, e.WorkerDown): "each request of the batch goes back to the queue once, the second "
@@ -40,13 +42,19 @@ EFFECTS: dict[tuple[type, type], str] = {
     (a.WakeAt, e.Woke): "due lingers, slices, holds and time-outs are acted on",
 }
 
+_SAYS: dict[type, str] = {
+    a.Emit: "sends pieces of answers",
+    a.Complete: "ends requests",
+    a.Reject: "ends a request",
+}
+
 
 def answer_table() -> str:
     """The table as Markdown (``docs/protocol.md`` is made from it)."""
     lines = ["| action | answered by | effect |", "| --- | --- | --- |"]
     for action, answers in ANSWERS.items():
         if not answers:
-            lines.append(f"| `{action.__name__}` | nothing: it ends a request | |")
+            lines.append(f"| `{action.__name__}` | nothing: it {_SAYS[action]} | |")
         lines.extend(
             f"| `{action.__name__}` | `{answer.__name__}` | {EFFECTS[action, answer]} |"
             for answer in answers

@@ -51,6 +51,9 @@ class Hands(Protocol):
     def on_dispatch(self, action: a.Dispatch, partition: Partition) -> None:
         """Send a batch to its worker."""
 
+    def on_emit(self, action: a.Emit) -> None:
+        """Send what unfinished requests emitted."""
+
     def on_complete(self, action: a.Complete) -> None:
         """Answer requests with their results."""
 
@@ -86,6 +89,7 @@ class Core:
         self._timer: asyncio.TimerHandle | None = None
         self._carry_out: dict[type, Callable[[Any], None]] = {
             a.Dispatch: self._dispatch,
+            a.Emit: hands.on_emit,
             a.Complete: hands.on_complete,
             a.Reject: hands.on_reject,
             a.Grant: self._grant,

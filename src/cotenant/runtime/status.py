@@ -29,7 +29,7 @@ def node_status(node: Node) -> dict[str, Any]:
         "http": node.addresses["http"],
         "grpc": node.addresses["grpc"],
         "ready": node.is_ready(),
-        "draining": node.draining,
+        "draining": node.requests.draining,
         "device": {
             "id": spec.id,
             "kind": spec.kind,

@@ -221,6 +221,8 @@ class _Witness:
         self._drive(record)
         for action in record.actions:
             self._action(wall, now, event, action)
+        if isinstance(event, e.BatchDone):
+            self.dispatched.pop(event.batch, None)
 
     def _action(self, wall: float, now: int, event: e.Event, action: a.Action) -> None:
         match action:
