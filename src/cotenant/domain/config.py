@@ -35,12 +35,13 @@ class PolicyConfig(msgspec.Struct, frozen=True):
 
 class LimitsConfig(msgspec.Struct, frozen=True):
     """Stated limits: request body and a service's tensor memory in bytes, tensors a request,
-    jobs running at once."""
+    jobs running at once, bytes of an answer in pieces that wait for its client."""
 
     body: int = 64 * 2**20
     tensors: int = 64
     arena: int = 256 * 2**20
     jobs: int = 8
+    unread: int = 2**20
 
 
 class JournalConfig(msgspec.Struct, frozen=True):

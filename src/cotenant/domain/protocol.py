@@ -17,13 +17,15 @@ ANSWERS: dict[type, tuple[type, ...]] = {
     a.StopJob: (e.JobExited,),
     a.Repartition: (e.Repartitioned, e.ActionFailed),
     a.WakeAt: (e.Woke,),
+    a.Emit: (),
     a.Complete: (),
     a.Reject: (),
 }
 
 EFFECTS: dict[tuple[type, type], str] = {
-    (a.Dispatch, e.BatchDone): "answers every request of the batch; the partition is free, or "
-    "the worker goes on with the batch it has at hand",
+    (a.Dispatch, e.BatchDone): "answers every request of the batch that is finished; others have "
+    "had a turn and stay on the worker for the next; the partition is free, or the worker goes on "
+    "with the batch it has at hand",
     (a.Dispatch, e.BatchFailed): "refuses every request of the batch; the partition is free, or "
     "the worker goes on with the batch it has at hand",
     (a.Dispatch, e.WorkerDown): "each request of the batch goes back to the queue once, the second "
@@ -36,8 +38,14 @@ EFFECTS: dict[tuple[type, type], str] = {
     (a.Revoke, e.JobExited): "the partition is free for the batch that waits",
     (a.StopJob, e.JobExited): "the job's partitions are free",
     (a.Repartition, e.Repartitioned): "the new partitions are free",
-    (a.Repartition, e.ActionFailed): "the old layout stays; the planner is told",
+    (a.Repartition, e.ActionFailed): "the old layout of the device stays; the planner is told",
     (a.WakeAt, e.Woke): "due lingers, slices, holds and time-outs are acted on",
+}
+
+_SAYS: dict[type, str] = {
+    a.Emit: "sends pieces of answers",
+    a.Complete: "ends requests",
+    a.Reject: "ends a request",
 }
 
 
@@ -46,7 +54,7 @@ def answer_table() -> str:
     lines = ["| action | answered by | effect |", "| --- | --- | --- |"]
     for action, answers in ANSWERS.items():
         if not answers:
-            lines.append(f"| `{action.__name__}` | nothing: it ends a request | |")
+            lines.append(f"| `{action.__name__}` | nothing: it {_SAYS[action]} | |")
         lines.extend(
             f"| `{action.__name__}` | `{answer.__name__}` | {EFFECTS[action, answer]} |"
             for answer in answers

@@ -50,6 +50,9 @@ class Hands(Protocol):
     def on_dispatch(self, action: a.Dispatch, partition: Partition) -> None:
         """Send a batch to its worker, which is bound to the partition."""
 
+    def on_emit(self, action: a.Emit) -> None:
+        """Send what unfinished requests emitted."""
+
     def on_complete(self, action: a.Complete) -> None:
         """Answer requests with their results."""
 
@@ -84,6 +87,7 @@ class Core:
         self._timer: asyncio.TimerHandle | None = None
         self._carry_out: dict[type, Callable[[Any], None]] = {
             a.Dispatch: self._dispatch,
+            a.Emit: hands.on_emit,
             a.Complete: hands.on_complete,
             a.Reject: hands.on_reject,
             a.Grant: self._grant,
@@ -153,34 +157,17 @@ class Core:
         self._failed("Revoke", action.partition, action.job, why)
 
     def _repartition(self, action: a.Repartition) -> None:
-        """One device after the other; if one fails, those before it get their old layout back."""
-        plan = action.plan
-        before = tuple(self._partitions.values())
-        devices = [
-            spec.id
-            for spec in self.fleet.specs
-            if _on(spec.id, plan.partitions) != _on(spec.id, before)
-        ]
+        self.fleet.repartition(
+            action.device, action.partitions, action, self._repartitioned, self._not_repartitioned
+        )
 
-        def go_on(index: int, _: None) -> None:
-            if index < len(devices):
-                parts = _on(devices[index], plan.partitions)
-                self.fleet.repartition(devices[index], parts, index + 1, go_on, give_up)
-                return
-            self._partitions = {p.id: p for p in plan.partitions}
-            self.feed(e.Repartitioned(plan.version))
+    def _repartitioned(self, action: a.Repartition, _: None) -> None:
+        others = {n: p for n, p in self._partitions.items() if p.device != action.device}
+        self._partitions = others | {p.id: p for p in action.partitions}
+        self.feed(e.Repartitioned(action.device, action.version))
 
-        def give_up(index: int, why: str) -> None:
-            for device in devices[: index - 1]:
-                parts = _on(device, before)
-                self.fleet.repartition(device, parts, device, lambda *_: None, self._not_restored)
-            self._failed("Repartition", str(plan.version), "", why)
-
-        go_on(0, None)
-
-    @staticmethod
-    def _not_restored(device: str, why: str) -> None:
-        log.error("layout not restored", extra={"device": device, "why": why})
+    def _not_repartitioned(self, action: a.Repartition, why: str) -> None:
+        self._failed("Repartition", action.device, "", why)
 
     def _failed(self, action: str, target: str, job: str, why: str) -> None:
         log.warning("device refused", extra={"action": action, "target": target, "why": why})
@@ -196,7 +183,3 @@ class Core:
     def _woke(self) -> None:
         self._timer = None
         self.feed(e.Woke())
-
-
-def _on(device: str, partitions: tuple[Partition, ...]) -> tuple[Partition, ...]:
-    return tuple(partition for partition in partitions if partition.device == device)

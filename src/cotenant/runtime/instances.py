@@ -26,7 +26,16 @@ from cotenant.domain.workload import Joining, ServiceSpec
 from cotenant.engines.accuracy import Accuracy
 from cotenant.engines.base import EngineMeta
 from cotenant.runtime.arena import Arena
-from cotenant.runtime.messages import Done, Failed, FromWorker, Open, Opened, OpenFailed, Run
+from cotenant.runtime.messages import (
+    Done,
+    Failed,
+    Forget,
+    FromWorker,
+    Open,
+    Opened,
+    OpenFailed,
+    Run,
+)
 from cotenant.runtime.process import WorkerProcess
 from cotenant.runtime.repository import ModelFiles, Stamp, stamp
 
@@ -94,6 +103,8 @@ class _Instance:
         self.batches: dict[int, int] = {}
         """Batches under way or at hand: id to when it was dispatched or, if that is later, when
         the one before it was done (the node's clock, ns)."""
+        self.resident: set[int] = set()
+        """Requests that have had a turn here, or are having one, and are not finished."""
 
 
 class Instances:
@@ -257,12 +268,13 @@ class Instances:
         return e.ServiceAdded(
             service=spec.name,
             objective=spec.slo.latency,
-            max_batch=spec.batch.max if meta.batchable else 1,
+            max_batch=spec.batch.max if meta.shared else 1,
             max_queue=spec.max_queue,
-            preferred=spec.batch.preferred if meta.batchable else (),
-            max_queue_delay=spec.batch.max_queue_delay if meta.batchable else 0,
+            preferred=spec.batch.preferred if meta.shared else (),
+            max_queue_delay=spec.batch.max_queue_delay if meta.shared else 0,
             strict=spec.strict,
             notes=loaded.notes,
+            percentile=spec.slo.percentile,
         )
 
     def _end_joining(self, version: str, why: str) -> None:
@@ -416,7 +428,7 @@ class Instances:
         self._stop_if_idle(instance)
 
     def _stop_if_idle(self, instance: _Instance) -> None:
-        if instance.retiring and not instance.batches:
+        if instance.retiring and not instance.batches and not instance.resident:
             instance.process.close()
 
     # --- batches ----------------------------------------------------------------------------
@@ -429,6 +441,21 @@ class Instances:
         instance.batches[run.batch] = run.sent
         instance.process.send(run)
         return True
+
+    def stay(self, worker: str, request: int) -> None:
+        """A request has begun on a worker that is to keep it until it is finished."""
+        instance = self._live.get(worker)
+        if instance is not None:
+            instance.resident.add(request)
+
+    def leave(self, worker: str, request: int, forget: bool) -> None:
+        """A request that stayed has ended; the worker is to ``forget`` it unless it knows."""
+        instance = self._live.get(worker)
+        if instance is not None:
+            instance.resident.discard(request)
+            if forget:
+                instance.process.send(Forget((request,)))
+            self._stop_if_idle(instance)
 
     def end_overdue(self, now: int) -> None:
         """Kill instances whose batch runs longer than ``exec_timeout``. ``now`` in ns."""

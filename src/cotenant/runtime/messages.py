@@ -44,23 +44,31 @@ class Place(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Item(msgspec.Struct, frozen=True, array_like=True):
-    """One request of a batch: inputs in the model's order, and where its outputs may go."""
+    """One request of a batch: inputs in the model's order, and where its outputs may go. ``id``
+    is what a ``TurnEngine`` knows it by; other engines need none (0)."""
 
     rows: int
     inputs: tuple[Place, ...]
     out_offset: int
     out_bytes: int
+    id: int = 0
 
 
 class Run(_Message, frozen=True):
-    """Execute a batch on these ``units`` (the partition's) with so many ``threads``. ``sent`` is
-    the monotonic ns of dispatch."""
+    """Execute a batch on these ``units`` (the partition's) with so many ``threads``: one turn of
+    it, where the engine takes turns. ``sent`` is the monotonic ns of dispatch."""
 
     batch: int
     units: tuple[int, ...]
     threads: int
     sent: int
     items: tuple[Item, ...]
+
+
+class Forget(_Message, frozen=True):
+    """Nobody waits for these requests (``Item.id``) any more."""
+
+    keys: tuple[int, ...]
 
 
 class Opened(_Message, frozen=True):
@@ -81,12 +89,14 @@ class OpenFailed(_Message, frozen=True):
 
 
 class Outputs(msgspec.Struct, frozen=True, array_like=True):
-    """One request's outputs. ``spilled`` holds the bytes of those whose place was too small
-    (offset -1), in order. ``error`` says why this request of a batch has none."""
+    """One request's outputs, or what it emitted in a turn (without places: nothing). ``spilled``
+    holds the bytes of those whose place was too small (offset -1), in order. ``error`` says why
+    this request of a batch has none. One that is not ``finished`` is to get another turn."""
 
     places: tuple[Place, ...]
     spilled: tuple[bytes, ...] = ()
     error: str = ""
+    finished: bool = True
 
 
 class Done(_Message, frozen=True):
@@ -107,7 +117,7 @@ class Failed(_Message, frozen=True):
     reason: str
 
 
-ToWorker = Open | Run
+ToWorker = Open | Run | Forget
 FromWorker = Opened | OpenFailed | Done | Failed
 
 _encoder = msgspec.msgpack.Encoder()

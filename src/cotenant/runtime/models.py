@@ -244,7 +244,7 @@ class Models:
         """What clients may know; raises NotFound."""
         meta = self.version(name, version).meta
         versions = tuple(self.services[name].loaded)
-        return ModelMeta(name, versions, meta.platform, meta.inputs, meta.outputs)
+        return ModelMeta(name, versions, meta.platform, meta.inputs, meta.outputs, meta.turns)
 
     def index(self) -> list[IndexEntry]:
         """Every model on disk or loaded, with the state of each version."""

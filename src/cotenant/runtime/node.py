@@ -9,7 +9,6 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from cotenant.domain import actions as a
 from cotenant.domain import events as e
 from cotenant.domain.config import NodeConfig
 from cotenant.domain.device import DeviceSpec, Launch, Partition, Tenant, TenantKind
-from cotenant.domain.errors import CotenantError, EnvironmentProblem, InvalidRequest
+from cotenant.domain.errors import CotenantError, EnvironmentProblem
 from cotenant.domain.port import (
     IndexEntry,
     InferCall,
@@ -30,25 +29,21 @@ from cotenant.domain.port import (
     Refused,
     Withdraw,
 )
-from cotenant.domain.request import Refusal, Request
 from cotenant.domain.units import MS, S
-from cotenant.domain.workload import PRIORITY_CLASSES, JobSpec, ServiceSpec, Variant
-from cotenant.engines.base import size_of
+from cotenant.domain.workload import JobSpec, ServiceSpec, Variant
 from cotenant.policy.dispatcher import Dispatcher
 from cotenant.policy.planner import Planner
 from cotenant.policy.planstate import Tuning
-from cotenant.runtime import calls
-from cotenant.runtime.arena import ArenaFull
-from cotenant.runtime.calls import OutputSizes, Pending
 from cotenant.runtime.core import Clock, Core, steady
 from cotenant.runtime.fleet import Fleet
 from cotenant.runtime.instances import Instances
 from cotenant.runtime.jobs import JobSupervisor
 from cotenant.runtime.jobspec import minimal
 from cotenant.runtime.jobstore import JobStore
-from cotenant.runtime.messages import Done, Failed, Outputs, Run
+from cotenant.runtime.messages import Done, Failed, Run
 from cotenant.runtime.models import Models
 from cotenant.runtime.repository import Repository
+from cotenant.runtime.requests import Requests
 from cotenant.runtime.status import node_status
 from cotenant.telemetry import metrics
 from cotenant.telemetry.journal import Journal, checkpoint
@@ -59,7 +54,6 @@ log = logging.getLogger("cotenant.node")
 
 REFRESH_S = 0.25
 """How often devices look for new threads and children of jobs, and at what tenants occupy."""
-RETRY_MEMORY = 50 * MS
 DEBT_WINDOW = 2 * S
 """A job's guaranteed share is owed over windows of this length."""
 DRAIN_S = 10.0
@@ -87,16 +81,7 @@ class Node:
         self.addresses: dict[str, str | None] = {"http": None, "grpc": None}
         self._state_dir = Path(config.state_dir).absolute()
         self._clock = steady(clock)
-        self._next_request = 1
-        self._arrivals: list[Request] = []
-        self._pending: dict[int, Pending] = {}
-        self._wanted: dict[int, tuple[str, ...]] = {}
-        self._results: dict[int, tuple[Outputs, ...]] = {}
-        self._sizes: dict[tuple[str, str], OutputSizes] = {}
-        self._drained: dict[str, asyncio.Event] = {}
-        self._open_requests: dict[str, int] = {}
         self._job_runs: dict[str, _JobRun] = {}
-        self.draining = False
         self.started = time.monotonic()
         self.planned_at = self.started
         self._tasks: list[asyncio.Task[None]] = []
@@ -183,6 +168,14 @@ class Node:
             self._state_dir / "workers",
             self,
         )
+        self.requests = Requests(
+            self.models,
+            self.monitor,
+            dispatcher,
+            self.core.feed,
+            self._clock,
+            config.limits.unread,
+        )
         self.jobs_supervisor = JobSupervisor(
             JobStore(self._state_dir / "jobs.sqlite"),
             self._state_dir,
@@ -220,10 +213,10 @@ class Node:
 
     async def _drain(self) -> None:
         """Admit nothing more and answer what was accepted."""
-        self.draining = True
+        self.requests.draining = True
         self.core.feed(e.Draining())
         end = time.monotonic() + DRAIN_S
-        while self._pending and time.monotonic() < end:
+        while len(self.requests) and time.monotonic() < end:
             await asyncio.sleep(0.01)
 
     async def _stop_tasks(self) -> None:
@@ -272,7 +265,7 @@ class Node:
     def _plan(self) -> None:
         self._replan = None
         state = self.core.dispatcher.state
-        if state.pending is not None or self.draining:
+        if self.requests.draining:
             return
         now = self._clock()
         statuses = {s.id: s for s in self._job_statuses()}
@@ -322,17 +315,7 @@ class Node:
 
     def on_result(self, message: Done | Failed) -> None:
         """A batch came back from a worker."""
-        if isinstance(message, Failed):
-            self.core.feed(e.BatchFailed(message.batch, message.reason))
-            return
-        self._results[message.batch] = message.items
-        failed: tuple[int, ...] = ()
-        running = self.core.dispatcher.state.running.get(message.batch)
-        if running is not None and any(outputs.error for outputs in message.items):
-            pairs = zip(running.batch.requests, message.items, strict=True)
-            failed = tuple(request for request, outputs in pairs if outputs.error)
-        self.core.feed(e.BatchDone(message.batch, message.exec_ns, message.start_ns, failed))
-        self._results.pop(message.batch, None)  # late news of a batch that was given up
+        self.requests.on_result(message)
 
     # --- Hands for the core -----------------------------------------------------------------
 
@@ -342,40 +325,22 @@ class Node:
         instances = self.models.services.get(batch.service)
         if instances is None:
             return  # unloaded this very turn: WorkerDown is on its way
-        requests = [self._pending[r] for r in batch.requests]
-        for pending in requests:
-            pending.version = batch.version  # a swap may have come since it was queued
-        items = tuple(pending.item for pending in requests)
+        items = self.requests.items(batch, action.worker)
         threads = min(partition.compute, instances.spec.threads or partition.compute)
         run = Run(batch.id, partition.units, threads, self._clock(), items)
         instances.send(action.worker, run)
 
+    def on_emit(self, action: a.Emit) -> None:
+        """See Hands."""
+        self.requests.on_emit(action)
+
     def on_complete(self, action: a.Complete) -> None:
         """See Hands."""
-        items = self._results.pop(action.batch)
-        for request_id, outputs in zip(action.requests, items, strict=True):
-            pending = self._close_request(request_id)
-            wanted = self._wanted.pop(request_id, ())
-            if outputs.error:
-                pending.refuse(Refused(Refusal.FAILED, 0, outputs.error))
-                continue
-            sizes = self._sizes.get((pending.service, pending.version))
-            if sizes is not None:
-                sizes.learn(pending.item.rows, outputs)
-            pending.answer(wanted, outputs)
+        self.requests.on_complete(action)
 
     def on_reject(self, action: a.Reject) -> None:
         """See Hands."""
-        pending = self._close_request(action.request)
-        self._wanted.pop(action.request, None)
-        pending.refuse(Refused(action.refusal, action.retry_after, action.detail))
-
-    def _close_request(self, request_id: int) -> Pending:
-        pending = self._pending.pop(request_id)
-        left = self._open_requests[pending.service] = self._open_requests[pending.service] - 1
-        if left == 0 and pending.service in self._drained:
-            self._drained[pending.service].set()
-        return pending
+        self.requests.on_reject(action)
 
     def on_stop_job(self, action: a.StopJob) -> None:
         """See Hands."""
@@ -385,96 +350,22 @@ class Node:
 
     def most_elements(self, name: str, version: str = "") -> int | None:
         """See NodePort."""
-        meta = self.models.version(name, version).meta
-        return calls.most_elements(meta, self.core.dispatcher.state.services[name].max_batch)
+        return self.requests.most_elements(name, version)
 
     def submit(self, call: InferCall, done: OnOutcome) -> Withdraw | Refused:
         """See NodePort."""
-        if self.draining:
-            return self._turn_away(call, Refusal.SHUTTING_DOWN, 0, "")
-        loaded = self.models.version(call.model, call.version)
-        if call.model in self.models.leaving:
-            return self._turn_away(call, Refusal.UNAVAILABLE, 0, "the model is being unloaded")
-        if not 0 <= call.priority < PRIORITY_CLASSES:
-            raise InvalidRequest(f"priority {call.priority}: classes are 0 (high) to 2 (low)")
-        instances = self.models.services[call.model]
-        service = self.core.dispatcher.state.services[call.model]
-        meta = loaded.meta
-        rows = calls.rows_of(meta, service.max_batch, call)
-        version = loaded.files.version
-        sizes = self._sizes.get((call.model, version))
-        if sizes is None:
-            sizes = self._sizes[call.model, version] = OutputSizes(meta)
-        try:
-            placed = calls.place(
-                meta, call, rows, instances.arena, sizes.expect(rows), instances.spec.refuse_nan
-            )
-        except ArenaFull as error:
-            return self._turn_away(call, Refusal.MEMORY, RETRY_MEMORY, str(error))
-        pending = Pending(call.model, version, meta, placed, done)
-        shape = calls.signature(meta, call)
-        size = size_of(meta, {t.name: t.shape for t in call.inputs}) if shape else 1
-        request_id = self._arrive(call, pending, shape, size)
-        return partial(self._withdraw, request_id, pending)
-
-    def _turn_away(self, call: InferCall, refusal: Refusal, retry_after: int, why: str) -> Refused:
-        if call.model in self.models.services:  # no meters for names that clients make up
-            self.monitor.turned_away(call.model, refusal)
-        return Refused(refusal, retry_after, why)
-
-    def _arrive(self, call: InferCall, pending: Pending, shape: str, size: int) -> int:
-        request_id, now = self._next_request, self._clock()
-        self._next_request += 1
-        self._pending[request_id] = pending
-        if call.outputs:
-            self._wanted[request_id] = call.outputs
-        self._open_requests[call.model] = self._open_requests.get(call.model, 0) + 1
-        spec = self.models.services[call.model].spec
-        budget = call.timeout_ns or spec.slo.latency
-        if not self._arrivals:
-            asyncio.get_running_loop().call_soon(self._hand_over)
-        self._arrivals.append(
-            Request(
-                id=request_id,
-                service=call.model,
-                arrived=now,
-                deadline=now + budget,
-                priority=call.priority,
-                rows=pending.item.rows,
-                version=call.version,
-                shape=shape,
-                expires=now + call.timeout_ns if call.timeout_ns else 0,
-                payload=request_id,
-                size=size,
-            )
-        )
-        return request_id
-
-    def _hand_over(self) -> None:
-        """Feed the arrivals of this turn of the loop, which may so become one batch."""
-        arrivals, self._arrivals = self._arrivals, []
-        left = len(arrivals)
-        for request in arrivals:
-            left -= 1
-            self.core.feed(e.Arrived(request, more=left > 0))
-
-    def _withdraw(self, request_id: int, pending: Pending) -> None:
-        """The caller went away: what is queued goes too; what runs is thrown away when done."""
-        pending.withdraw()
-        self._hand_over()
-        if request_id in self._pending:
-            self.core.feed(e.Cancelled(request_id))
+        return self.requests.accept(call, done)
 
     # --- models -----------------------------------------------------------------------------
 
     def is_ready(self) -> bool:
         """See NodePort."""
-        return not self.draining and all(self.model_ready(n) for n in self.models.declared)
+        return not self.requests.draining and all(self.model_ready(n) for n in self.models.declared)
 
     def model_ready(self, name: str, version: str = "") -> bool:
         """See NodePort."""
         found = self.models.services.get(name)
-        if found is None or name in self.models.leaving or self.draining:
+        if found is None or name in self.models.leaving or self.requests.draining:
             return False
         return found.live > 0 if not version else version in found.loaded
 
@@ -493,14 +384,10 @@ class Node:
     async def unload(self, name: str) -> None:
         """See NodePort."""
         self.models.find(name)
-        drained = None
-        if self._open_requests.get(name):
-            drained = self._drained[name] = asyncio.Event()
         try:
-            await self.models.unload(name, drained)
+            await self.models.unload(name, self.requests.drained(name))
         finally:
-            self._drained.pop(name, None)
-        self._sizes = {key: s for key, s in self._sizes.items() if key[0] != name}
+            self.requests.forget(name)
 
     def statistics(self, name: str, version: str = "") -> dict[str, Any]:
         """See NodePort."""

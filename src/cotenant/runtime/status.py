@@ -30,7 +30,7 @@ def node_status(node: Node) -> dict[str, Any]:
         "http": node.addresses["http"],
         "grpc": node.addresses["grpc"],
         "ready": node.is_ready(),
-        "draining": node.draining,
+        "draining": node.requests.draining,
         "devices": [_device(node, spec) for spec in node.specs],
         "plan": {
             "version": state.plan.version,
