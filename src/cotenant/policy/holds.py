@@ -44,6 +44,8 @@ class Holds:
             return
         if not state.jobs or state.draining or (partition.waiting and partition.wake):
             return
+        if not desk.specs[partition.device].trains:
+            return
         now = state.now
         job = self._choose_job(partition)
         if job is None:
