@@ -115,6 +115,7 @@ class PartitionMeter:
     """Busy time of one partition by workload (``service:x``, ``job:y``), in ns."""
 
     def __init__(self) -> None:
+        self.device = ""
         self.busy: Counter[str] = Counter()
         self.window: Counter[str] = Counter()
         self.last_window: dict[str, float] = {}
@@ -243,6 +244,8 @@ class Monitor:
 
     def _planned(self, _: int, event: e.Planned) -> None:
         self._compute |= {p.id: p.compute for p in event.plan.partitions}
+        for partition in event.plan.partitions:
+            self.partition(partition.id).device = partition.device
 
     def _batch_done(self, now: int, event: e.BatchDone) -> None:
         self._batch_over(now, event.batch, event.exec_ns, event.failed)
