@@ -55,8 +55,8 @@ class Item(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Run(_Message, frozen=True):
-    """Execute a batch on these ``units`` (the partition's) with so many ``threads``: one turn of
-    it, where the engine takes turns. ``sent`` is the monotonic ns of dispatch."""
+    """Execute a batch on these ``units`` (the partition's) with so many ``threads``: a turn of it
+    where the engine takes turns. ``sent`` is the monotonic ns of dispatch."""
 
     batch: int
     units: tuple[int, ...]
