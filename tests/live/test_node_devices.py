@@ -88,6 +88,9 @@ def test_requests_are_answered_and_a_job_runs_on_a_device_that_is_slow(boxes: Bo
             for _ in range(10):
                 ask = asyncio.to_thread(box.infer, "scale", x=np.ones((1, 4), np.float32))
                 assert (await ask).status == 200
+            slow.fail("bind", OSError("a hiccup of the driver"))
+            ask = asyncio.to_thread(box.infer, "scale", x=np.ones((1, 4), np.float32))
+            assert (await ask).status == 200, "what could not be dispatched is tried again"
             node.cancel_job(job)
             await until(lambda: job not in slow.held)
         assert {kind for kind, _, _ in slow.log} >= {
