@@ -34,6 +34,7 @@ from onnx import TensorProto, helper, numpy_helper
 from cotenant.cli import wiring
 from cotenant.cli.bench.loadgen import PRIORITY
 from cotenant.devices import proctree
+from cotenant.domain.device_config import CpuConfig
 from cotenant.domain.errors import CotenantError
 from cotenant.domain.port import JobStatus
 from cotenant.domain.workload import JobSpec
@@ -550,9 +551,14 @@ class Box:
         """The node within this process, to look inside, with its HTTP front end."""
         config = wiring.read_config(self.directory / "cotenant.yaml")
         # This process keeps its ordinary priority.
-        device = msgspec.structs.replace(config.device, realtime="never")
+        devices = [
+            msgspec.structs.replace(device, realtime="never")
+            if isinstance(device, CpuConfig)
+            else device
+            for device in config.devices
+        ]
         limits = Limits(body_bytes=config.limits.body)
-        async with Node(config, wiring.make_device(device), clock) as node:
+        async with Node(config, [wiring.make_device(d) for d in devices], clock) as node:
             app = build_app(node, Intake(limits), None)
             http = HttpFront(app, "127.0.0.1", 0)
             self.port = await http.start()

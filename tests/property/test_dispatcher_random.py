@@ -135,11 +135,11 @@ class Chaos:
                     self.send(e.Revoked(job, p, r.randrange(MS)))
             case a.StopJob(job=job):
                 self.exit_job(job)
-            case a.Repartition(plan=wanted):
+            case a.Repartition(device=device, version=version):
                 if r.random() < 0.2:
-                    self.send(e.ActionFailed("Repartition", str(wanted.version), "", "busy"))
+                    self.send(e.ActionFailed("Repartition", device, "", "busy"))
                 else:
-                    self.send(e.Repartitioned(wanted.version))
+                    self.send(e.Repartitioned(device, version))
             case a.WakeAt(at=at):
                 self.now = max(self.now, at)
                 self.send(e.Woke())
@@ -223,15 +223,16 @@ class Chaos:
             self.exit_job(job)
         for _ in range(3000):
             waiting = [x for x in self.open if not isinstance(x, a.WakeAt)]
-            if not waiting and not self.d.state.queued and not self.d.state.pending:
+            if not waiting and not self.d.state.queued and not self.d.state.changes:
                 break
             self.answer()
         self.plan_version += 1
         everywhere = dict.fromkeys(SERVICES, tuple(range(self.units)))
         chosen = self.on_devices(plan(everywhere, version=self.plan_version))
         self.send(e.Planned(chosen))
-        while self.d.state.moving:
-            self.send(e.Repartitioned(self.d.state.pending.version))
+        while self.d.state.changes:
+            device, change = next(iter(self.d.state.changes.items()))
+            self.send(e.Repartitioned(device, change.plan.version))
         for name in SERVICES:
             self.next += 1
             self.workers[f"w{self.next}"] = (name, "1")

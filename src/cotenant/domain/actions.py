@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import msgspec
 
-from cotenant.domain.plan import Plan
+from cotenant.domain.device import Partition
 from cotenant.domain.request import Batch, Refusal
 
 
@@ -74,9 +74,12 @@ class Reject(_Action, frozen=True):
 
 
 class Repartition(_Action, frozen=True):
-    """Bring the device's layout to that of ``plan``; every partition that changes is idle."""
+    """Make ``partitions`` the layout of a device, as plan ``version`` has it; every partition that
+    changes is idle."""
 
-    plan: Plan
+    device: str
+    version: int
+    partitions: tuple[Partition, ...]
 
 
 class WakeAt(_Action, frozen=True):

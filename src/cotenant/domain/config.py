@@ -12,23 +12,13 @@ from typing import Any, Final
 import msgspec
 
 from cotenant.domain import reading
+from cotenant.domain.device_config import DeviceConfig, read_devices
 from cotenant.domain.errors import ConfigError
 from cotenant.domain.units import MS, S
 from cotenant.domain.workload import BatchSpec, JobSpec, Joining, RestartPolicy, ServiceSpec, Slo
 
 MEASURES: Final = ("exact", "argmax", "threshold", "r2")
 """Ways to compare check data; ``engines.accuracy`` says what they are."""
-
-
-class DeviceConfig(msgspec.Struct, frozen=True):
-    """``kind`` cpu; ``cores`` None = all that this process may use; ``realtime`` auto, never or
-    require; ``pin`` false leaves it to the kernel where workers run (to compare with)."""
-
-    kind: str = "cpu"
-    id: str = "cpu"
-    cores: tuple[int, ...] | None = None
-    realtime: str = "auto"
-    pin: bool = True
 
 
 class PolicyConfig(msgspec.Struct, frozen=True):
@@ -75,7 +65,7 @@ class NodeConfig(msgspec.Struct, frozen=True):
     poll_models_every: int
     journal: JournalConfig
     limits: LimitsConfig
-    device: DeviceConfig
+    devices: tuple[DeviceConfig, ...]
     policy: PolicyConfig
     services: tuple[ServiceSpec, ...]
     jobs: tuple[JobSpec, ...]
@@ -107,10 +97,7 @@ def parse_config(text: str) -> NodeConfig:
     root = reading.Section(reading.load(text), "")
     node = root.section("node")
     policy = _policy(root.section("policy"))
-    devices = root.sections("devices")
-    if len(devices) > 1:
-        raise ConfigError("one device a node for now", "devices")
-    device = _device(devices[0]) if devices else DeviceConfig()
+    devices = read_devices(root.sections("devices"))
     services = tuple(_service(s) for s in root.sections("services"))
     jobs = tuple(_job(j) for j in root.sections("jobs"))
     root.done()
@@ -127,7 +114,7 @@ def parse_config(text: str) -> NodeConfig:
         poll_models_every=node.take("poll_models_every", reading.duration, 1 * S),
         journal=_journal(node.section("journal")),
         limits=_limits(node.section("limits")),
-        device=device,
+        devices=devices,
         policy=policy,
         services=services,
         jobs=jobs,
@@ -169,18 +156,6 @@ def is_loopback(address: str) -> bool:
 
 
 # --- sections -------------------------------------------------------------------------------
-
-
-def _device(section: reading.Section) -> DeviceConfig:
-    device = DeviceConfig(
-        kind=section.take("kind", reading.one_of(("cpu",))),
-        id=section.take("id", reading.name, "cpu"),
-        cores=section.take("cores", reading.cores, None),
-        realtime=section.take("realtime", reading.one_of(("auto", "never", "require")), "auto"),
-        pin=section.take("pin", reading.boolean, True),
-    )
-    section.done()
-    return device
 
 
 def _policy(section: reading.Section) -> PolicyConfig:

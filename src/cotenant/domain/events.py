@@ -13,8 +13,9 @@ class _Event(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class ServiceAdded(_Event, frozen=True):
-    """A service may receive requests from now on, or its bounds change. Times in ns; ``notes``
-    are for its owner: nothing depends on them."""
+    """A service may receive requests from now on, or its bounds change. Times in ns; ``percentile``
+    of its answers are to meet ``objective``. ``notes`` are for its owner: nothing depends on
+    them."""
 
     service: str
     objective: int
@@ -24,6 +25,7 @@ class ServiceAdded(_Event, frozen=True):
     max_queue_delay: int = 0
     strict: bool = False
     notes: tuple[str, ...] = ()
+    percentile: float = 99.0
 
 
 class ServiceRemoved(_Event, frozen=True):
@@ -139,13 +141,15 @@ class Revoked(_Event, frozen=True):
 
 
 class Repartitioned(_Event, frozen=True):
-    """The device's layout is now that of plan ``version``."""
+    """A device's layout is now that of plan ``version``."""
 
+    device: str
     version: int
 
 
 class ActionFailed(_Event, frozen=True):
-    """A grant, revocation or repartition could not be carried out."""
+    """A grant, revocation or repartition could not be carried out. ``target``: the partition, or
+    the device."""
 
     action: str
     target: str

@@ -38,7 +38,7 @@ EFFECTS: dict[tuple[type, type], str] = {
     (a.Revoke, e.JobExited): "the partition is free for the batch that waits",
     (a.StopJob, e.JobExited): "the job's partitions are free",
     (a.Repartition, e.Repartitioned): "the new partitions are free",
-    (a.Repartition, e.ActionFailed): "the old layout stays; the planner is told",
+    (a.Repartition, e.ActionFailed): "the old layout of the device stays; the planner is told",
     (a.WakeAt, e.Woke): "due lingers, slices, holds and time-outs are acted on",
 }
 

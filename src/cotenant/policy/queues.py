@@ -27,7 +27,7 @@ from typing import Final
 
 from cotenant.domain.request import Request
 from cotenant.domain.units import S
-from cotenant.policy.estimate import Costs, size_class
+from cotenant.policy.estimate import size_class
 from cotenant.policy.state import DispatcherState, Lane, PartitionState, Running, ServiceState
 
 AGEING: Final = 1 * S
@@ -265,21 +265,23 @@ def _left(
             state.partitions[partition].waiting.pop(service.name, None)
 
 
-def work_ns(costs: Costs, max_batch: int, units: int, rows: int, size: int = 0) -> int:
+def work_ns(service: ServiceState, partition: PartitionState, rows: int, size: int) -> int:
     """Predicted ns to execute ``rows`` rows of a class of size in the largest batches allowed.
 
     The means of the batches add up, their deviations like those of independent samples (by the
     root of the sum of squares).
     """
-    if rows <= max_batch:
-        return costs.predict(units, rows, size) if rows else 0
-    full, rest = divmod(rows, max_batch)
-    mean, dev = costs.moments(units, max_batch, size)
+    costs, units = service.exec[partition.kind], partition.compute
+    if rows <= service.max_batch:
+        mean, dev = costs.moments(units, rows, size) if rows else (0, 0)
+        return mean + dev * service.caution // 1000
+    full, rest = divmod(rows, service.max_batch)
+    mean, dev = costs.moments(units, service.max_batch, size)
     ns = full * mean
     if rest:
         ns += costs.predict(units, rest, size, 0)
         full += 1
-    return ns + isqrt(4 * full * dev * dev)
+    return ns + isqrt(full * dev * dev) * service.caution // 1000
 
 
 def queued_ns(
@@ -287,9 +289,9 @@ def queued_ns(
 ) -> int:
     """Predicted ns, on such a partition, of what a service has queued in this class and above, the
     lane ``but`` aside. Lanes do not share batches."""
-    costs, total = service.exec[partition.kind], 0
+    total = 0
     for key, lane in service.lanes.items():
         if key != but:
             rows = sum(lane.rows[: priority + 1])
-            total += work_ns(costs, service.max_batch, partition.compute, rows, lane.size)
+            total += work_ns(service, partition, rows, lane.size)
     return total

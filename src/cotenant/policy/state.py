@@ -74,7 +74,12 @@ class ServiceState:
     preferred: tuple[int, ...]
     max_queue_delay: int
     strict: bool
-    p95: Quantile
+    missable: int
+    """Ppm of its answers that may be late."""
+    caution: int
+    """By how many mean deviations (thousandths) its executions are taken longer."""
+    tail: Quantile
+    """The latency that lending watches (see ``cotenant.policy.tail``)."""
     back: Median
     """Time (ns) from the end of an execution until the dispatcher knows."""
     exec: dict[str, Costs] = field(default_factory=dict)
@@ -112,6 +117,24 @@ class WorkerState:
     batch: int = 0
     partition: str = ""
     retiring: bool = False
+
+
+def enter_pool(service: ServiceState, worker: WorkerState) -> None:
+    """A worker may be given a batch from now on."""
+    versions = service.idle.setdefault(worker.device, {})
+    versions.setdefault(worker.version, []).append(worker.id)
+
+
+def leave_pool(service: ServiceState, worker: WorkerState) -> None:
+    """A worker is to be given no more batches."""
+    service.workers -= 1
+    service.at[worker.device] -= 1
+    versions = service.idle.get(worker.device, {})
+    idle = versions.get(worker.version, [])
+    if worker.id in idle:
+        idle.remove(worker.id)
+    if not idle:
+        versions.pop(worker.version, None)
 
 
 @dataclass
@@ -201,6 +224,17 @@ class Reserve:
 
 
 @dataclass
+class Change:
+    """A device on its way to the layout of a plan, which waits for partitions to fall idle."""
+
+    plan: Plan
+    moving: bool = False
+    """Whether ``Repartition`` was ordered."""
+    successor: Plan | None = None
+    """A plan that came since."""
+
+
+@dataclass
 class DispatcherState:
     """The whole."""
 
@@ -220,14 +254,17 @@ class DispatcherState:
     armed: int = 0
     next_batch: int = 1
     plan: Plan = EMPTY_PLAN
-    pending: Plan | None = None
-    """A plan whose layout waits for partitions to fall idle."""
-    moving: bool = False
-    """Whether ``Repartition`` of the pending plan was ordered."""
-    successor: Plan | None = None
-    """A plan that came while the device was being repartitioned."""
+    """What is in force."""
+    changes: dict[str, Change] = field(default_factory=dict)
+    """Devices whose layout is about to change."""
     draining: bool = False
     reserve: Reserve = field(default_factory=Reserve)
+
+
+def served(state: DispatcherState, service: ServiceState) -> set[str]:
+    """Versions that some instance takes requests for."""
+    workers = state.workers.values()
+    return {w.version for w in workers if w.service == service.name and not w.retiring}
 
 
 COMPOUND: dict[type, dict[str, Any]] = {
@@ -249,6 +286,7 @@ COMPOUND: dict[type, dict[str, Any]] = {
         "waiting": dict[str, None],
     },
     JobShare: {"held": list[str]},
+    Change: {"successor": Plan | None},
     DispatcherState: {
         "services": dict[str, ServiceState],
         "workers": dict[str, WorkerState],
@@ -260,8 +298,7 @@ COMPOUND: dict[type, dict[str, Any]] = {
         "running": dict[int, Running],
         "expiries": list[tuple[int, int]],
         "timers": list[tuple[int, str]],
-        "pending": Plan | None,
-        "successor": Plan | None,
+        "changes": dict[str, Change],
     },
     Median: {"last": list[int]},
     Costs: {"tables": dict[int, ExecTable], "recent": dict[int, int]},

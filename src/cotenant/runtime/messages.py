@@ -23,14 +23,13 @@ class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Open(_Message, frozen=True):
-    """Load, check and profile a model. ``check`` is the path of a ``check.npz``, or "";
-    ``exec_timeout`` is how long (ns) an execution may take; ``joining`` is what is known of whether
-    rows may be joined."""
+    """Load, check and profile a model. ``units`` are the counts of threads to be ready for;
+    ``check`` is the path of a ``check.npz``, or ""; ``joining`` is what is known of whether rows
+    may be joined."""
 
     path: str
     units: tuple[int, ...]
     max_batch: int
-    exec_timeout: int
     check: str = ""
     settings: ModelSettings = ModelSettings()
     joining: Joining = Joining.CHECKED
@@ -56,11 +55,12 @@ class Item(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Run(_Message, frozen=True):
-    """Execute a batch on ``units`` compute units: one turn of it, where the engine takes turns.
-    ``sent`` is the monotonic ns of dispatch."""
+    """Execute a batch on these ``units`` (the partition's) with so many ``threads``: a turn of it
+    where the engine takes turns. ``sent`` is the monotonic ns of dispatch."""
 
     batch: int
-    units: int
+    units: tuple[int, ...]
+    threads: int
     sent: int
     items: tuple[Item, ...]
 

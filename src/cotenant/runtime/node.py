@@ -8,18 +8,17 @@ import fcntl
 import logging
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from cotenant.devices import proctree
 from cotenant.devices.base import Device
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
 from cotenant.domain.config import NodeConfig
-from cotenant.domain.device import Partition
+from cotenant.domain.device import DeviceSpec, Launch, Partition, Tenant, TenantKind
 from cotenant.domain.errors import CotenantError, EnvironmentProblem
 from cotenant.domain.port import (
     IndexEntry,
@@ -31,11 +30,13 @@ from cotenant.domain.port import (
     Withdraw,
 )
 from cotenant.domain.units import MS, S
-from cotenant.domain.workload import JobSpec
+from cotenant.domain.workload import JobSpec, ServiceSpec, Variant
 from cotenant.policy.dispatcher import Dispatcher
 from cotenant.policy.planner import Planner
 from cotenant.policy.planstate import Tuning
 from cotenant.runtime.core import Clock, Core, steady
+from cotenant.runtime.fleet import Fleet
+from cotenant.runtime.instances import Instances
 from cotenant.runtime.jobs import JobSupervisor
 from cotenant.runtime.jobspec import minimal
 from cotenant.runtime.jobstore import JobStore
@@ -52,10 +53,17 @@ from cotenant.telemetry.records import Header
 log = logging.getLogger("cotenant.node")
 
 REFRESH_S = 0.25
-"""How often the device looks for new threads and children of jobs."""
+"""How often devices look for new threads and children of jobs, and at what tenants occupy."""
 DEBT_WINDOW = 2 * S
 """A job's guaranteed share is owed over windows of this length."""
 DRAIN_S = 10.0
+
+
+class _JobRun(msgspec.Struct, eq=False):
+    """A job whose processes exist; ``announced``: its devices have it, and the dispatcher knows."""
+
+    spec: JobSpec
+    announced: bool = False
 
 
 class Node:
@@ -63,14 +71,17 @@ class Node:
     from the time it is entered."""
 
     def __init__(
-        self, config: NodeConfig, device: Device, clock: Clock = time.monotonic_ns
+        self,
+        config: NodeConfig,
+        devices: Sequence[Device],
+        clock: Clock = time.monotonic_ns,
     ) -> None:
         self.config = config
-        self.device = device
+        self.fleet = Fleet(devices)
         self.addresses: dict[str, str | None] = {"http": None, "grpc": None}
         self._state_dir = Path(config.state_dir).absolute()
         self._clock = steady(clock)
-        self._job_specs: dict[str, JobSpec] = {}
+        self._job_runs: dict[str, _JobRun] = {}
         self.started = time.monotonic()
         self.planned_at = self.started
         self._tasks: list[asyncio.Task[None]] = []
@@ -80,14 +91,13 @@ class Node:
     # --- life -------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Node:
-        """Take the state directory and open the device. Raises EnvironmentProblem."""
+        """Take the state directory and open the devices. Raises EnvironmentProblem."""
         async with contextlib.AsyncExitStack() as stack:
             self._lock_state_dir(stack)
-            self.device.open()
-            stack.callback(self.device.close)
+            await self.fleet.open()
+            stack.push_async_callback(self.fleet.close)
             self._make_parts(stack)
-            self._looker = ThreadPoolExecutor(1, "cotenant-look")
-            stack.callback(self._looker.shutdown)
+            stack.push_async_callback(self.fleet.close)  # what it still answers is journaled
             stack.push_async_callback(self._stop_tasks)
             stack.push_async_callback(self.models.close)
             stack.callback(self.core.close)
@@ -137,21 +147,23 @@ class Node:
         os.pwrite(fd, str(os.getpid()).encode(), 0)
 
     def _make_parts(self, stack: contextlib.AsyncExitStack) -> None:
-        config, spec = self.config, self.device.spec
-        policy = config.policy
-        if policy.split is not None and policy.split[0] > len(spec.units):
-            raise EnvironmentProblem(
-                f"policy.split.cores is {policy.split[0]}, the device has {len(spec.units)}"
-            )
+        config, policy = self.config, self.config.policy
+        self.specs = _one_kind_trains(self.fleet.specs)
+        self._job_devices = tuple(spec.id for spec in self.specs if spec.trains)
+        for spec in self.specs:
+            if policy.split is not None and policy.split[0] > len(spec.units):
+                raise EnvironmentProblem(
+                    f"policy.split.cores is {policy.split[0]}, {spec.id} has {len(spec.units)}"
+                )
         self.monitor = Monitor()
         self.planner = Planner(Tuning(**msgspec.structs.asdict(policy)))
-        dispatcher = Dispatcher((spec,))
+        dispatcher = Dispatcher(self.specs)
         self.journal = self._make_journal(stack, dispatcher)
-        self.core = Core(dispatcher, self.device, self.monitor, self.journal, self, self._clock)
+        self.core = Core(dispatcher, self.fleet, self.monitor, self.journal, self, self._clock)
         self.models = Models(
             Repository(Path(config.models).absolute()),
             config.services,
-            spec.shapes,
+            self.specs,
             config.limits.arena,
             self._state_dir / "workers",
             self,
@@ -167,8 +179,7 @@ class Node:
         self.jobs_supervisor = JobSupervisor(
             JobStore(self._state_dir / "jobs.sqlite"),
             self._state_dir,
-            self._on_job_ready,
-            self._on_job_exited,
+            self,
             config.limits.jobs,
         )
 
@@ -236,7 +247,16 @@ class Node:
         self._plan()
 
     async def _refresh(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._looker, self.device.refresh)
+        self.fleet.look()
+
+    def _pinned(self, instances: Instances) -> ServiceSpec:
+        """A service as the planner may place it: where its instances are."""
+        spec = instances.spec
+        kind = next(s.kind for s in self.specs if s.id == instances.device)
+        if len(self.specs) == 1:
+            return spec
+        variants = {kind: spec.variants.get(kind, Variant())}
+        return msgspec.structs.replace(spec, variants=variants)
 
     def _plan_soon(self) -> None:
         if self._replan is None:
@@ -245,20 +265,20 @@ class Node:
     def _plan(self) -> None:
         self._replan = None
         state = self.core.dispatcher.state
-        if state.pending is not None or self.requests.draining:
+        if self.requests.draining:
             return
         now = self._clock()
         statuses = {s.id: s for s in self._job_statuses()}
         self.monitor.forget_jobs(statuses)
         snapshot = self.monitor.snapshot(
             now,
-            (self.device.spec,),
+            self.specs,
             state,
-            {n: (i.spec, i.live) for n, i in self.models.services.items()},
+            {n: (self._pinned(i), i.live) for n, i in self.models.services.items()},
             {
-                j: (self._job_specs[j], statuses[j].rate)
+                j: (self._job_runs[j].spec, statuses[j].rate)
                 for j in state.jobs
-                if j in self._job_specs and j in statuses
+                if j in self._job_runs and j in statuses
             },
         )
         plan = self.planner.plan(snapshot)
@@ -281,14 +301,17 @@ class Node:
         if isinstance(event, e.ServiceAdded | e.ServiceRemoved | e.WorkerUp):
             self._plan_soon()
 
-    def attach_worker(self, worker: str, pid: int, exec_timeout_ns: int) -> str:
-        """A new model instance; returns the device it is on."""
-        self.device.attach_worker(worker, pid, exec_timeout_ns)
-        return self.device.spec.id
+    async def launch_worker(self, device: str, tenant: Tenant) -> Launch:
+        """See Shell."""
+        return await self.fleet.launch((device,), tenant)
 
-    def detach_worker(self, worker: str) -> None:
-        """A model instance is gone."""
-        self.device.detach_worker(worker)
+    async def attach_worker(self, device: str, tenant: Tenant, pid: int) -> None:
+        """See Shell."""
+        await self.fleet.attached((device,), tenant, pid)
+
+    def detach_worker(self, device: str, worker: str) -> None:
+        """See Shell."""
+        self.fleet.detach((device,), worker)
 
     def on_result(self, message: Done | Failed) -> None:
         """A batch came back from a worker."""
@@ -299,13 +322,13 @@ class Node:
     def on_dispatch(self, action: a.Dispatch, partition: Partition) -> None:
         """See Hands."""
         batch = action.batch
-        self.device.bind_worker(action.worker, partition)
         instances = self.models.services.get(batch.service)
         if instances is None:
             return  # unloaded this very turn: WorkerDown is on its way
         items = self.requests.items(batch, action.worker)
-        units = min(partition.compute, instances.spec.threads or partition.compute)
-        instances.send(action.worker, Run(batch.id, units, self._clock(), items))
+        threads = min(partition.compute, instances.spec.threads or partition.compute)
+        run = Run(batch.id, partition.units, threads, self._clock(), items)
+        instances.send(action.worker, run)
 
     def on_emit(self, action: a.Emit) -> None:
         """See Hands."""
@@ -391,22 +414,40 @@ class Node:
 
     # --- jobs -------------------------------------------------------------------------------
 
-    def _on_job_ready(self, spec: JobSpec, pid: int) -> None:
-        found = proctree.stat(pid)
-        if found is None:
-            return  # it ended before we could look; on_exited is on its way
-        units = len(self.device.spec.units)
-        self._job_specs[spec.id] = spec
-        # The shim above the command is the one ancestor that a daemonised child keeps.
-        self.device.attach_job(spec.id, found.parent)
+    async def launch_job(self, spec: JobSpec) -> Launch:
+        """See JobShell."""
+        return await self.fleet.launch(self._job_devices, _job_tenant(spec))
+
+    def on_job_ready(self, spec: JobSpec, pid: int) -> None:
+        """See JobShell."""
+        run = self._job_runs[spec.id] = _JobRun(spec)
+        self.fleet.attach(
+            self._job_devices, _job_tenant(spec), pid, run, self._job_attached, self._job_refused
+        )
+
+    def _job_attached(self, run: _JobRun, _: object) -> None:
+        spec = run.spec
+        if self._job_runs.get(spec.id) is not run:
+            return  # it ended meanwhile
+        run.announced = True
+        units = sum(s.compute for s in self.specs if s.trains)
         limit = max(1, int(spec.limit * units + 1e-9))
         self.core.feed(e.JobReady(spec.id, spec.weight, spec.guaranteed, limit, DEBT_WINDOW))
         self._plan_soon()
 
-    def _on_job_exited(self, job: str) -> None:
-        self.core.feed(e.JobExited(job))
-        self.device.detach_job(job)
-        self._job_specs.pop(job, None)
+    def _job_refused(self, run: _JobRun, why: str) -> None:
+        job = run.spec.id
+        if self._job_runs.get(job) is run:
+            log.error("job not attached, stopping it", extra={"job": job, "why": why})
+            with contextlib.suppress(EnvironmentProblem):  # all jobs are being stopped
+                self.jobs_supervisor.cancel(job, f"its device would not take it: {why}")
+
+    def on_job_exited(self, job: str) -> None:
+        """See JobShell."""
+        run = self._job_runs.pop(job)
+        if run.announced:
+            self.core.feed(e.JobExited(job))
+        self.fleet.detach(self._job_devices, job)
         self._plan_soon()
 
     def submit_job(self, spec: JobSpec) -> str:
@@ -449,8 +490,22 @@ class Node:
 
     def metrics(self) -> bytes:
         """See NodePort."""
-        return metrics.exposition(self.monitor, self.core.dispatcher.state, self._job_statuses())
+        memory = {spec.id: self.fleet.memory(spec.id) for spec in self.specs}
+        state = self.core.dispatcher.state
+        return metrics.exposition(self.monitor, state, self._job_statuses(), memory)
 
     def status(self) -> dict[str, Any]:
         """See NodePort."""
         return node_status(self)
+
+
+def _job_tenant(spec: JobSpec) -> Tenant:
+    return Tenant(spec.id, TenantKind.JOB, memory=spec.memory)
+
+
+def _one_kind_trains(specs: tuple[DeviceSpec, ...]) -> tuple[DeviceSpec, ...]:
+    """Jobs live on one kind of device: that of the first that trains. The others only serve."""
+    kind = next((spec.kind for spec in specs if spec.trains), "")
+    return tuple(
+        spec if spec.kind == kind else msgspec.structs.replace(spec, trains=False) for spec in specs
+    )

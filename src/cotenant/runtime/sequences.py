@@ -82,7 +82,7 @@ class Sequences:
                 else:
                     self._begun.add(item.id)
         keys = [item.id for item in order.items if item.id not in refused]
-        turns = iter(self._engine.turn(order.units, keys) if keys else ())
+        turns = iter(self._engine.turn(order.threads, keys) if keys else ())
         found = []
         for item in order.items:
             if item.id in refused:

@@ -20,6 +20,7 @@ import msgspec
 import numpy as np
 
 from cotenant.devices import proctree
+from cotenant.domain.device import REST_EVERY
 from cotenant.domain.errors import ModelError
 from cotenant.domain.workload import Joining
 from cotenant.engines.accuracy import measure
@@ -58,10 +59,8 @@ PROBATION, CHECK_EVERY = 8, 512
 """Where names do not say that the first axes of inputs and outputs are one, so many of the first
 batches of real requests, and then one in so many, are compared with the requests alone: the rows of
 a trial may all be alike in what they let the model find. It takes the time of those executions."""
-REST_EVERY_NS, REST_S = 100_000_000, 100e-6
-"""With the next batch always at hand a worker never blocks, and at real-time priority the kernel
-would end it for that (RLIMIT_RTTIME): so often, or four times within the limit, it sleeps, long
-enough to count."""
+REST_S = 100e-6
+"""How long a worker sleeps where its device wants it to rest (``REST_EVERY``)."""
 
 
 class Worker:
@@ -78,7 +77,7 @@ class Worker:
         self._until_check = -1
         """Batches until one whose requests are also run alone, to compare; below 0: none is."""
         self._checked = 0
-        self._rest_every = REST_EVERY_NS
+        self._rest_every = int(os.environ.get(REST_EVERY, "0"))
         self._decoder = msgspec.msgpack.Decoder(ToWorker)
 
     def serve(self) -> None:
@@ -92,7 +91,7 @@ class Worker:
             elif self._sequences is not None:
                 self._sequences.forget(message.keys)
             now = time.monotonic_ns()
-            if now - rested > self._rest_every:
+            if self._rest_every and now - rested > self._rest_every:
                 time.sleep(REST_S)
                 rested = now
 
@@ -113,7 +112,6 @@ class Worker:
     # --- loading ----------------------------------------------------------------------------
 
     def _open(self, order: Open) -> Opened | OpenFailed:
-        self._rest_every = min(REST_EVERY_NS, order.exec_timeout // 4)
         try:
             engine = open_engine(Path(order.path), order.units)
             if isinstance(engine, TurnEngine):
@@ -179,14 +177,14 @@ class Worker:
         items = None
         if len(order.items) == 1 or not self._unjoined:
             try:
-                items = self._execute(order.units, order.items)
+                items = self._execute(order.threads, order.items)
             except FAILURES as error:
                 if len(order.items) == 1:
                     return Failed(order.batch, self._why(order.items[0], error))
                 together = _said(error)
         if items is None:
             # One request's fault, or outputs that are not row by row: nobody else's business.
-            items = tuple(self._execute_alone(order.units, item) for item in order.items)
+            items = tuple(self._execute_alone(order.threads, item) for item in order.items)
             if together and not any(item.error for item in items):
                 self._unjoined = f"requests that it answers alone failed together: {together}"
         ended = time.monotonic_ns()

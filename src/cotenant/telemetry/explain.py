@@ -309,7 +309,7 @@ class _Witness:
 
     def _failed(self, wall: float, event: e.ActionFailed) -> None:
         if event.action == "Repartition":
-            text = f"plan {event.target} could not be carried out: {event.reason}"
+            text = f"the layout of {event.target} could not be changed: {event.reason}"
             self._keep(self.told.layouts, Incident(wall, "layout", text))
         else:
             text = f"{event.action} on {event.target} failed: {event.reason}"

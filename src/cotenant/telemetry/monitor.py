@@ -18,7 +18,6 @@ from cotenant.domain.snapshot import (
     RATE_WINDOW,
     SEASON_AHEAD,
     JobFacts,
-    PartitionFacts,
     ServiceFacts,
     Snapshot,
 )
@@ -116,6 +115,7 @@ class PartitionMeter:
     """Busy time of one partition by workload (``service:x``, ``job:y``), in ns."""
 
     def __init__(self) -> None:
+        self.device = ""
         self.busy: Counter[str] = Counter()
         self.window: Counter[str] = Counter()
         self.last_window: dict[str, float] = {}
@@ -244,6 +244,8 @@ class Monitor:
 
     def _planned(self, _: int, event: e.Planned) -> None:
         self._compute |= {p.id: p.compute for p in event.plan.partitions}
+        for partition in event.plan.partitions:
+            self.partition(partition.id).device = partition.device
 
     def _batch_done(self, now: int, event: e.BatchDone) -> None:
         self._batch_over(now, event.batch, event.exec_ns, event.failed)
@@ -416,7 +418,6 @@ class Monitor:
         job to (spec, progress rate)."""
         return Snapshot(
             now=now,
-            window=S,
             devices=devices,
             plan=state.plan,
             services=tuple(
@@ -437,10 +438,7 @@ class Monitor:
                 )
                 for spec, rate in jobs.values()
             ),
-            partitions=tuple(
-                PartitionFacts(name, dict(m.busy), 0, m.switches)
-                for name, m in self.partitions.items()
-            ),
+            changing=tuple(state.changes),
         )
 
     def _service_facts(
