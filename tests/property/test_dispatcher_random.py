@@ -33,6 +33,8 @@ class Chaos:
 
     longest = 20 * MS
     """Of an execution, and of a step in time."""
+    turns = 3
+    """How often, to 8 batches that are done, one is not."""
 
     def __init__(self, seed: int, level: PreemptLevel, units: int) -> None:
         self.random = random.Random(seed)
@@ -62,6 +64,8 @@ class Chaos:
                 self.answered.update(action.requests)
             elif isinstance(action, a.Reject):
                 self.answered[action.request] += 1
+            elif isinstance(action, a.Emit):
+                assert not any(self.answered[r] for r in action.requests), "emitted when answered"
             else:
                 self.open.append(action)
         assert max(self.answered.values(), default=0) <= 1, "a request was answered twice"
@@ -115,8 +119,18 @@ class Chaos:
         r = self.random
         match action:
             case a.Dispatch(batch=batch, worker=worker):
-                kind = r.choices(["done", "failed", "died"], [8, 1, 1])[0]
-                if kind == "done":
+                kinds = ["done", "turn", "failed", "died", "unsent"]
+                kind = r.choices(kinds, [8, self.turns, 1, 1, 0.3])[0]
+                if kind == "turn":
+                    stay = [x for x in batch.requests if r.random() < 0.7]
+                    spoke = [x for x in stay if r.random() < 0.7]
+                    took = r.randrange(1, self.longest)
+                    self.send(
+                        e.BatchDone(batch.id, took, 0, unfinished=tuple(stay), emitted=tuple(spoke))
+                    )
+                elif kind == "unsent":
+                    self.send(e.ActionFailed("Dispatch", str(batch.id), "", "busy"))
+                elif kind == "done":
                     self.send(e.BatchDone(batch.id, r.randrange(1, self.longest), r.randrange(MS)))
                 elif kind == "failed":
                     self.send(e.BatchFailed(batch.id, "bad input"))
@@ -209,6 +223,7 @@ class Chaos:
 
     def finish(self) -> None:
         """Stop the noise, answer everything, and end all workers."""
+        self.turns = 0
         for _ in range(3000):
             if not [x for x in self.open if not isinstance(x, a.WakeAt)]:
                 break
@@ -219,6 +234,7 @@ class Chaos:
 
     def settle(self) -> None:
         """Let the box fall idle: jobs end, all that was ordered is done, each service is whole."""
+        self.turns = 0
         for job in JOBS:
             self.exit_job(job)
         for _ in range(3000):

@@ -148,8 +148,8 @@ class Repartitioned(_Event, frozen=True):
 
 
 class ActionFailed(_Event, frozen=True):
-    """A grant, revocation or repartition could not be carried out. ``target``: the partition, or
-    the device."""
+    """A dispatch, grant, revocation or repartition could not be carried out. ``target``: the batch,
+    the partition, or the device."""
 
     action: str
     target: str

@@ -11,7 +11,7 @@ from cotenant.domain import actions as a
 from cotenant.domain import events as e
 
 ANSWERS: dict[type, tuple[type, ...]] = {
-    a.Dispatch: (e.BatchDone, e.BatchFailed, e.WorkerDown),
+    a.Dispatch: (e.BatchDone, e.BatchFailed, e.WorkerDown, e.ActionFailed),
     a.Grant: (e.Granted, e.ActionFailed, e.JobExited),
     a.Revoke: (e.Revoked, e.ActionFailed, e.JobExited),
     a.StopJob: (e.JobExited,),
@@ -30,6 +30,8 @@ EFFECTS: dict[tuple[type, type], str] = {
     "the worker goes on with the batch it has at hand",
     (a.Dispatch, e.WorkerDown): "each request of the batch goes back to the queue once, the second "
     "time it is refused; what the worker only had at hand goes back; the partition is free",
+    (a.Dispatch, e.ActionFailed): "the batch did not reach its worker, which is idle; its requests "
+    "go back to the queue once; the partition is free",
     (a.Grant, e.Granted): "the partition is lent",
     (a.Grant, e.ActionFailed): "the partition is free and not lent to this job for a while",
     (a.Grant, e.JobExited): "the partition is free",

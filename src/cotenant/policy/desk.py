@@ -42,6 +42,7 @@ class Desk:
     ) -> None:
         """Answer a request with an error."""
         self.state.retried.pop(request_id, None)
+        self.state.residents.pop(request_id, None)
         self.out.append(a.Reject(self.cause, request_id, refusal, retry_after, detail))
 
     # --- time -------------------------------------------------------------------------------

@@ -120,6 +120,9 @@ class Dispatcher:
     def _action_failed(self, event: e.ActionFailed) -> None:
         if event.action == "Repartition":
             self._relayout.refused(event.target)
+        elif event.action == "Dispatch":
+            self._turns.dispatch_failed(event)
+            self._relayout.settle()
         else:
             self._freed(self._holds.failed(event))
 

@@ -99,9 +99,11 @@ class Roster:
     def worker_down(self, event: e.WorkerDown) -> None:
         """An instance is gone. What it executed is tried once more elsewhere."""
         state = self._state
-        worker = state.workers.pop(event.worker, None)
+        worker = state.workers.get(event.worker)
         if worker is None:
             return
+        residents = self._residents(worker)
+        del state.workers[worker.id]
         service = state.services[worker.service]
         lost = [r for r in state.running.values() if r.worker == worker.id]
         for running in lost:
@@ -112,12 +114,16 @@ class Roster:
         if not worker.retiring:
             leave_pool(service, worker)
         for running in lost:
-            self._retry(service, running.requests, begun=running.batch.id == worker.batch)
+            begun = running.batch.id == worker.batch
+            self._turns.give_back(service, running.requests, begun)
+        self._turns.give_back(service, residents, begun=True)
         self._refuse_orphans(service)
         if service.workers == 0 and service.max_queue == 0 and not self._has_workers(service):
             self._forget(service)
         if partition is not None:
             self._turns.go_on(service, partition)
+        elif residents:
+            self._turns.place(service)
 
     def worker_retiring(self, event: e.WorkerRetiring) -> None:
         """An instance takes no further batch."""
@@ -129,22 +135,15 @@ class Roster:
         leave_pool(service, worker)
         self._refuse_orphans(service)
 
+    def _residents(self, worker: WorkerState) -> list[Request]:
+        """Take the requests that a worker had between two turns out of the queue."""
+        state = self._state
+        ids = [r for r, resident in state.residents.items() if resident.worker == worker.id]
+        found = [queues.withdraw(state, request) for request in ids]
+        return [request for request in found if request is not None]
+
     def _has_workers(self, service: ServiceState) -> bool:
         return any(w.service == service.name for w in self._state.workers.values())
-
-    def _retry(self, service: ServiceState, requests: list[Request], begun: bool) -> None:
-        """Requests of a lost batch go back to the queue, once if it was ``begun``: what was not
-        cannot have been the cause."""
-        state, desk = self._state, self._desk
-        for request in requests:
-            if begun and request.id in state.retried:
-                desk.reject(request.id, Refusal.WORKER_LOST, retry_after=1 * S)
-            elif request.expires and request.expires <= state.now:
-                desk.reject(request.id, Refusal.EXPIRED)
-            else:
-                if begun:
-                    state.retried[request.id] = None
-                queues.enqueue(state, service, request)
 
     def _refuse_orphans(self, service: ServiceState) -> None:
         """Refuse what waits for a version that no instance serves any more."""
@@ -152,7 +151,10 @@ class Roster:
         self._refuse_where(
             service,
             Refusal.UNAVAILABLE,
-            lambda request: (request.version or service.version) not in versions,
+            lambda request: (
+                (request.version or service.version) not in versions
+                and request.id not in self._state.residents
+            ),
         )
 
     def _refuse_where(

@@ -57,6 +57,8 @@ class Lane:
 
     version: str
     size: int = 0
+    worker: str = ""
+    """The worker that has these requests between two turns; any of the version if empty."""
     heap: list[tuple[int, int, int]] = field(default_factory=list)
     live: int = 0
     rows: list[int] = field(default_factory=lambda: [0] * PRIORITY_CLASSES)
@@ -155,6 +157,17 @@ class Running:
 
 
 @dataclass
+class Resident:
+    """A request between its first turn and its last: the worker that has it, and whether its
+    client has had a piece of the answer."""
+
+    worker: str
+    emitted: bool = False
+    withdrawn: bool = False
+    """Whether the client went away during its turn."""
+
+
+@dataclass
 class PartitionState:
     """One partition: who may use it, who holds it, and what lending it was seen to cost."""
 
@@ -249,6 +262,8 @@ class DispatcherState:
     retried: dict[int, None] = field(default_factory=dict)
     """Accepted requests that lost a worker once."""
     running: dict[int, Running] = field(default_factory=dict)
+    residents: dict[int, Resident] = field(default_factory=dict)
+    """Requests that have had a turn and are not finished."""
     expiries: list[tuple[int, int]] = field(default_factory=list)
     timers: list[tuple[int, str]] = field(default_factory=list)
     armed: int = 0
@@ -296,6 +311,7 @@ COMPOUND: dict[type, dict[str, Any]] = {
         "unplaced": dict[str, None],
         "retried": dict[int, None],
         "running": dict[int, Running],
+        "residents": dict[int, Resident],
         "expiries": list[tuple[int, int]],
         "timers": list[tuple[int, str]],
         "changes": dict[str, Change],

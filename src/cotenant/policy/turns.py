@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from heapq import heappop
 
+import msgspec
+
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
 from cotenant.domain.device import PreemptLevel
@@ -19,7 +21,9 @@ from cotenant.policy.desk import Desk
 from cotenant.policy.holds import Holds
 from cotenant.policy.state import (
     Hold,
+    Lane,
     PartitionState,
+    Resident,
     Running,
     ServiceState,
     WorkerState,
@@ -87,9 +91,15 @@ class Turns:
         state.unplaced[service.name] = None
 
     def cancelled(self, event: e.Cancelled) -> None:
-        """The client went away: what is queued goes too."""
-        if queues.withdraw(self._state, event.request) is not None:
+        """The client went away: what is queued goes too; what has a turn, at the end of it."""
+        state = self._state
+        if queues.withdraw(state, event.request) is not None:
             self._desk.reject(event.request, Refusal.CANCELLED)
+            return
+        for running in state.running.values():
+            if event.request in running.batch.requests:
+                resident = Resident(running.worker)
+                state.residents.setdefault(event.request, resident).withdrawn = True
 
     def expire(self) -> None:
         """Refuse what is queued beyond its client's own time-out."""
@@ -121,7 +131,7 @@ class Turns:
             if service.queued == 0:
                 return
             device = partition.device
-            if closing.get(device, 0) < queues.idle_count(service, device):
+            if closing.get(device, 0) < queues.able_count(self._state, service, device):
                 self.run(partition)
                 closing[device] = closing.get(device, 0) + (partition.batch == 0)
         if self._plenty(service):
@@ -171,24 +181,29 @@ class Turns:
     def _dispatch(
         self, partition: PartitionState, service: ServiceState, lane_key: str, preempting: bool
     ) -> None:
-        version = service.lanes[lane_key].version or service.version
-        worker = self._pick_worker(service, version, partition)
+        worker = self._pick_worker(service, service.lanes[lane_key], partition)
         batch = self._send(partition, service, lane_key, worker, preempting)
         worker.batch = partition.batch = batch
         worker.partition = partition.id
         service.last_start = self._state.now
 
     def _pick_worker(
-        self, service: ServiceState, version: str, partition: PartitionState
+        self, service: ServiceState, lane: Lane, partition: PartitionState
     ) -> WorkerState:
-        """An idle worker, preferably one that last ran on this partition."""
-        idle = service.idle[partition.device][version]
-        index = 0
+        """The worker that has a lane's requests, or an idle one, preferably one that last ran on
+        this partition."""
+        workers, index = self._state.workers, 0
+        if lane.worker:
+            worker = workers[lane.worker]
+            if not worker.retiring:
+                service.idle[worker.device][worker.version].remove(worker.id)
+            return worker
+        idle = service.idle[partition.device][lane.version or service.version]
         for i, name in enumerate(idle):
-            if self._state.workers[name].partition == partition.id:
+            if workers[name].partition == partition.id:
                 index = i
                 break
-        return self._state.workers[idle.pop(index)]
+        return workers[idle.pop(index)]
 
     def _send(
         self,
@@ -262,7 +277,8 @@ class Turns:
     # --- their ends -------------------------------------------------------------------------
 
     def batch_done(self, event: e.BatchDone) -> None:
-        """Answer the requests of a batch and learn from it."""
+        """Answer the requests of a batch that are finished, queue the others for their next turn,
+        and learn from it."""
         state, desk = self._state, self._desk
         running = state.running.pop(event.batch, None)
         if running is None:
@@ -278,10 +294,37 @@ class Turns:
             lending.note_headroom(partition, service.tail.value * 1000 // goal)
             lending.adjust_slice(state, partition, now)
         admission.learn_margin(service, running, now)
-        for request in running.requests:
-            state.retried.pop(request.id, None)
-        desk.out.append(a.Complete(desk.cause, event.batch, running.batch.requests))
+        finished = running.batch.requests
+        if event.unfinished:
+            finished = tuple(r for r in finished if r not in event.unfinished)
+            self._stay(event, running, service)
+        for request_id in finished:
+            state.retried.pop(request_id, None)
+            state.residents.pop(request_id, None)
+        if finished:
+            desk.out.append(a.Complete(desk.cause, event.batch, finished))
         self.go_on(service, partition)
+
+    def _stay(self, event: e.BatchDone, running: Running, service: ServiceState) -> None:
+        """Requests that are not finished stay on their worker. The objective is that of each piece:
+        the next one is due that much later."""
+        state, desk, now = self._state, self._desk, self._state.now
+        going_on = []
+        for request in running.requests:
+            if request.id not in event.unfinished:
+                continue
+            resident = state.residents.setdefault(request.id, Resident(running.worker))
+            if resident.withdrawn:
+                desk.reject(request.id, Refusal.CANCELLED)
+                continue
+            resident.emitted = resident.emitted or request.id in event.emitted
+            deadline = now + service.objective
+            going_on.append(msgspec.structs.replace(request, arrived=now, deadline=deadline))
+        spoke = tuple(r.id for r in going_on if r.id in event.emitted)
+        if spoke:
+            desk.out.append(a.Emit(desk.cause, event.batch, spoke))
+        for request in going_on:
+            queues.enqueue(state, service, request)
 
     def _learn(self, event: e.BatchDone, running: Running, partition: PartitionState) -> None:
         """What a batch cost: what it held the partition, the way there and back included, for those
@@ -308,6 +351,39 @@ class Turns:
         for request in running.requests:
             self._desk.reject(request.id, Refusal.FAILED, detail=event.reason)
         self.go_on(self._state.services[running.batch.service], partition)
+
+    def dispatch_failed(self, event: e.ActionFailed) -> None:
+        """A batch did not reach its worker."""
+        running = self._state.running.pop(int(event.target), None)
+        if running is None:
+            return
+        service = self._state.services[running.batch.service]
+        partition = self._state.partitions[running.partition]
+        if partition.at_hand == running.batch.id:
+            partition.at_hand = 0
+        else:
+            self.free(running)
+        self.give_back(service, running.requests, begun=True)
+        self.go_on(service, partition)
+
+    def give_back(self, service: ServiceState, requests: list[Request], begun: bool) -> None:
+        """Requests of a lost batch go back to the queue, once if it was ``begun``: what was not
+        cannot have been the cause. Whose client has had a part of the answer cannot begin again."""
+        state, desk = self._state, self._desk
+        for request in requests:
+            resident = state.residents.pop(request.id, None)
+            if resident is not None and resident.withdrawn:
+                desk.reject(request.id, Refusal.CANCELLED)
+            elif (resident is not None and resident.emitted) or (
+                begun and request.id in state.retried
+            ):
+                desk.reject(request.id, Refusal.WORKER_LOST, retry_after=1 * S)
+            elif request.expires and request.expires <= state.now:
+                desk.reject(request.id, Refusal.EXPIRED)
+            else:
+                if begun:
+                    state.retried[request.id] = None
+                queues.enqueue(state, service, request)
 
     def free(self, running: Running) -> PartitionState | None:
         """Note that worker and partition of a finished batch are idle, or go on with the next."""
