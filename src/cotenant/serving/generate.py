@@ -9,7 +9,7 @@ name, each one element or a flat list.
 from __future__ import annotations
 
 from functools import lru_cache
-from math import prod
+from math import inf, prod
 from typing import Any
 
 import msgspec
@@ -128,10 +128,10 @@ def _filled(tensor: TensorMeta, given: int) -> tuple[int, ...]:
 
 
 class Answer:
-    """What came of a call so far: pieces of text are joined, numbers follow each other. The texts
-    are bounded by ``most`` bytes."""
+    """What came of a call so far: pieces of text are joined, numbers follow each other. All of it
+    is bounded by ``most`` bytes."""
 
-    def __init__(self, request_id: str, most: int) -> None:
+    def __init__(self, request_id: str, most: float = inf) -> None:
         self._fields: dict[str, Any] = {"id": request_id} if request_id else {}
         self._room = most
         self.pieces = 0

@@ -90,9 +90,10 @@ class Generation:
             ending = failure_answer(exc, call.model)
         await events.end(ending)
 
-    def _event_of(self, outcome: InferResult, call: InferCall) -> bytes:
+    @staticmethod
+    def _event_of(outcome: InferResult, call: InferCall) -> bytes:
         """Of a piece; empty if it has no outputs."""
-        said = Said(call.id, self._most)
+        said = Said(call.id)
         try:
             said.add(outcome)
         finally:
