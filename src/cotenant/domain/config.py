@@ -190,6 +190,7 @@ def _limits(section: reading.Section) -> LimitsConfig:
         tensors=section.take("tensors", reading.integer(1, 4096), 64),
         arena=section.take("arena", reading.size, 256 * 2**20),
         jobs=section.take("jobs", reading.integer(1, 1000), 8),
+        unread=section.take("unread", reading.size, 2**20),
     )
     section.done()
     return limits

@@ -150,8 +150,10 @@ class Requests:
         for pending in requests:
             pending.version = batch.version  # a swap may have come since it was queued
             if pending.meta.turns and pending.worker != worker:
+                instances = self._models.services[batch.service]
+                instances.leave(pending.worker, pending.id, forget=True)
+                instances.stay(worker, pending.id)
                 pending.worker = worker
-                self._models.services[batch.service].stay(worker, pending.id)
         return tuple([pending.item for pending in requests])
 
     def on_result(self, message: Done | Failed) -> None:

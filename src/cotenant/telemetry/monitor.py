@@ -272,6 +272,7 @@ class Monitor:
         lost = [x for x in self._running.values() if x.worker == event.worker]
         for dispatch in lost:
             self._at_hand.pop(dispatch.batch.id, None)
+            self._resident.difference_update(dispatch.batch.requests)
             self._batch_over(now, dispatch.batch.id, 0)
 
     def _dispatched(self, now: int, action: a.Dispatch) -> None:
