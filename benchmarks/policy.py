@@ -43,7 +43,8 @@ def dispatcher_us(services: int) -> float:
     owners = {f"s{i}": ("p0",) for i in range(services)}
     d.handle(now, e.Planned(Plan(1, partitions, owners, {"job": ("p1",)}, ("p0",))))
     d.handle(now, e.Repartitioned("cpu", 1))
-    d.handle(now, e.JobReady("job", 1.0, 0.0, 2, S))
+    d.handle(now, e.JobQueued("job"))
+    d.handle(now, e.JobReady("job"))
     handled, request = 0, 0
     began = time.perf_counter_ns()
     while handled < EVENTS:
@@ -145,7 +146,6 @@ def _gpu(name: str) -> DeviceSpec:
         memory=0,
         shapes=(),
         preempt=PreemptLevel.GATE,
-        resizes_live=True,
         revoke_ns=MS,
         repartition_ns=282 * MS,
         mig="A100-SXM4-80GB",
@@ -163,7 +163,6 @@ def _device(cores: int) -> DeviceSpec:
         memory=2**35,
         shapes=tuple(range(1, cores + 1)),
         preempt=PreemptLevel.PRIORITY,
-        resizes_live=True,
         revoke_ns=20_000,
         repartition_ns=MS,
     )
@@ -179,11 +178,7 @@ def _service(name: str, services: int) -> ServiceFacts:
         max_batch=8,
         rate=400.0 / services,
         rate_trend=1.0,
-        queued=0,
-        p50=0,
         p95=0,
-        p99=0,
-        misses=0,
         refused=0,
         answered=0,
         exec_ns={"cpu": {"1x1": 2 * MS, "1x8": 8 * MS}},

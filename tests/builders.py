@@ -12,6 +12,7 @@ from cotenant.domain.request import Request
 from cotenant.domain.units import MS, S
 from cotenant.policy.dispatcher import Dispatcher
 from cotenant.policy.invariants import check
+from cotenant.policy.state import DispatcherState, WorkerState
 
 
 def cpu(
@@ -25,7 +26,6 @@ def cpu(
         memory=0,
         shapes=tuple(range(1, units + 1)),
         preempt=level,
-        resizes_live=True,
         revoke_ns=20_000,
         repartition_ns=100_000,
         **kwargs,
@@ -77,11 +77,27 @@ class World:
         self, name: str = "w0", service: str = "s", version: str = "1", exec_ns: int = 2 * MS
     ) -> World:
         profile = tuple((u, n, exec_ns * (3 + n) // 4) for u in (1, 2) for n in (1, 2, 4, 8))
+        load(self.d.state, name, service, version)
         self.send(e.WorkerUp(name, service, version, "cpu", profile))
         return self
 
-    def job(self, name: str = "j", guaranteed: float = 0.0, weight: float = 1.0) -> list[a.Action]:
-        return self.send(e.JobReady(name, weight, guaranteed, self.d.total_units, 1 * S))
+    def offer(
+        self, version: str, service: str = "s", exec_ns: int = 2 * MS, revision: int = 0
+    ) -> list[a.Action]:
+        """A version is offered and all its instances come up."""
+        actions = self.send(e.VersionOffered(service, version, revision))
+        profile = tuple((u, n, exec_ns * (3 + n) // 4) for u in (1, 2) for n in (1, 2, 4, 8))
+        for load in [x for x in actions if isinstance(x, a.Load)]:
+            actions += self.send(e.WorkerUp(load.worker, service, version, load.device, profile))
+        return actions
+
+    def job(self, name: str = "j", units: int = 0, **kwargs: Any) -> list[a.Action]:
+        """A job that may hold so many units (0: all) comes and runs."""
+        if units:
+            kwargs["limit"] = units / sum(self.d.compute.values())
+        actions = self.send(e.JobQueued(name, **kwargs))
+        started = [x for x in actions if isinstance(x, a.Start)]
+        return actions + [x for s in started for x in self.send(e.JobReady(s.job))]
 
     def arrive(
         self,
@@ -109,6 +125,16 @@ class World:
             if isinstance(action, a.Repartition):
                 actions += self.send(e.Repartitioned(action.device, action.version))
         return actions
+
+
+def load(
+    state: DispatcherState, name: str, service: str, version: str = "1", device: str = "cpu"
+) -> None:
+    """As if an instance of a version that serves had been ordered under this name."""
+    state.workers[name] = WorkerState(name, service, version, device)
+    served = state.services[service]
+    served.versions.setdefault(version, 0)
+    served.version = served.version or version
 
 
 def only(actions: list[a.Action], kind: type[Any]) -> list[Any]:

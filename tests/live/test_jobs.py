@@ -45,13 +45,27 @@ LIBC_SIGNALS = 0b11 << 31
 class Node:
     """A supervisor, what it called back, and a directory for what jobs write."""
 
-    def __init__(self, directory: Path, **kwargs: Any) -> None:
+    def __init__(self, directory: Path, most: int = 8, **kwargs: Any) -> None:
         self.directory = directory
+        self.most = most
+        self.waiting: list[str] = []
+        self.running: set[str] = set()
         self.calls: list[tuple[str, str]] = []
         self.pids: dict[str, int] = {}
         kwargs.setdefault("options", QUICK)
         self.store = JobStore(directory / "jobs.db")
         self.jobs = JobSupervisor(self.store, directory, self, **kwargs)
+
+    def on_job_queued(self, spec: JobSpec) -> None:
+        self.waiting.append(spec.id)
+        self.start_next()
+
+    def start_next(self) -> None:
+        """Start who came first, as the node's dispatcher does: never more than so many at once."""
+        while self.waiting and len(self.running) < self.most:
+            id = self.waiting.pop(0)
+            self.running.add(id)
+            self.jobs.start(id)
 
     async def launch_job(self, spec: JobSpec) -> Launch:
         if spec.name == "unwanted":
@@ -63,7 +77,11 @@ class Node:
         self.pids[spec.id] = self.status(spec.id).pid
 
     def on_job_exited(self, id: str) -> None:
-        self.calls.append(("exited", id))
+        if ("ready", id) in self.calls:
+            self.calls.append(("exited", id))
+        self.running.discard(id)
+        self.waiting = [other for other in self.waiting if other != id]
+        self.start_next()
 
     def submit(self, script: str, **fields: Any) -> str:
         fields = {"name": "job", "cwd": str(self.directory), "grace": 10 * S, **fields}
@@ -280,7 +298,7 @@ def test_forks_and_daemons_die_with_their_job(tmp_path: Path) -> None:
 
 def test_cancel_gives_grace_and_then_takes_all(tmp_path: Path) -> None:
     async def main() -> None:
-        async with node(tmp_path, max_running=2) as n:
+        async with node(tmp_path, most=2) as n:
             kind = n.submit(f"trap 'echo saved > saved; exit 0' TERM; echo up > up1; {FOREVER}")
             deaf = n.submit(
                 f"trap '' TERM; (trap '' TERM; {FOREVER}) & echo up > up2; {FOREVER}",
@@ -546,10 +564,11 @@ print("fine")
 
 def test_hold_stops_a_job_and_release_continues_it(tmp_path: Path) -> None:
     async def main() -> None:
-        async with node(tmp_path, max_running=1) as n:
+        async with node(tmp_path, most=1) as n:
             script = f"(while :; do echo >> beats; sleep 0.02; done) & {FOREVER}"
             id = n.submit(script)
             waiting = n.submit("true", name="second")
+            n.jobs.hold(waiting)
             await until(lambda: len(n.lines("beats")) > 2 and id in n.pids)
             pid = n.pids[id]
 
@@ -569,7 +588,6 @@ def test_hold_stops_a_job_and_release_continues_it(tmp_path: Path) -> None:
             await until(lambda: len(n.lines("beats")) > beats)
             assert n.status(id).state == "running"
 
-            n.jobs.hold(waiting)
             n.jobs.hold(id)
             n.jobs.cancel(id)  # while it is stopped
             await n.state(id, "cancelled")
@@ -630,7 +648,7 @@ while True:
 
 def test_closing_stops_all_and_the_next_daemon_takes_them_up(tmp_path: Path) -> None:
     async def main() -> None:
-        async with node(tmp_path, max_running=2) as n:
+        async with node(tmp_path, most=2) as n:
             script = f"echo up >> $COTENANT_JOB_ID; trap 'exit 0' TERM; {FOREVER}"
             ids = [n.submit(script) for _ in range(3)]
             held = ids[1]
@@ -639,7 +657,7 @@ def test_closing_stops_all_and_the_next_daemon_takes_them_up(tmp_path: Path) -> 
         assert not n.processes()
         with pytest.raises(EnvironmentProblem, match="no orders"):
             n.submit("true")
-        async with node(tmp_path, max_running=2) as n:
+        async with node(tmp_path, most=2) as n:
             await until(lambda: len(n.lines(ids[0])) == 2 and n.lines(ids[2]))
             taken_up = ["running", "queued", "running"]
             await until(lambda: [n.status(id).state for id in ids] == taken_up)
@@ -702,6 +720,13 @@ from cotenant.runtime.jobs import JobSupervisor
 from cotenant.runtime.jobstore import JobStore
 
 class Shell:
+    started = 0
+
+    def on_job_queued(self, spec):
+        if self.started < 4:
+            self.started += 1
+            jobs.start(spec.id)
+
     async def launch_job(self, spec):
         return Launch()
 
@@ -712,8 +737,9 @@ class Shell:
         print("exited", id, flush=True)
 
 async def main():
+    global jobs
     directory = Path(sys.argv[1])
-    jobs = JobSupervisor(JobStore(directory / "jobs.db"), directory, Shell(), max_running=4)
+    jobs = JobSupervisor(JobStore(directory / "jobs.db"), directory, Shell())
     await jobs.open()
     for number in range(int(sys.argv[2])):
         script = sys.argv[3].replace("NUMBER", str(number))
@@ -775,7 +801,7 @@ def test_a_killed_daemon_loses_no_job_and_runs_none_twice(tmp_path: Path) -> Non
         await until(lambda: not alive(pids["j0"]))
         (tmp_path / "end").unlink()
 
-        async with node(tmp_path, max_running=4) as n:
+        async with node(tmp_path, most=4) as n:
             assert (await n.state("j0", "succeeded")).exit_code == 0
             assert n.status("j3").state == "failed"
             for id in ("j4", "j5"):
@@ -808,6 +834,7 @@ def test_an_adopted_job_keeps_its_process_and_outlives_a_second_crash(tmp_path: 
             await until(lambda pid=pid: not proctree.is_stopped(pid))  # each crash set it free
         assert len(pids) == 1
         async with node(tmp_path) as n:
+            await until(lambda: n.pids)
             assert n.pids == {"j0": pids.pop()}
             assert n.calls == [("ready", "j0")]
             n.jobs.hold("j0")
@@ -834,7 +861,7 @@ def test_daemons_killed_at_any_moment_start_each_job_once(tmp_path: Path) -> Non
                 await asyncio.sleep(attempt * 0.015)
                 process.kill()
                 process.wait()
-            async with node(directory, max_running=4) as n:
+            async with node(directory, most=4) as n:
                 await until(lambda n=n: len(n.lines("started")) >= 4)
                 (directory / "end").touch()
                 for number in range(4):

@@ -143,12 +143,34 @@ class Chaos:
                 else:
                     self.send(e.Granted(job, p))
             case a.Revoke(job=job, partition=p):
-                if r.random() < 0.1:
+                answer = r.choices(["done", "failed", "never"], [8, 1, 1])[0]
+                if answer == "failed":
                     self.send(e.ActionFailed("Revoke", p, job, "stuck"))
-                else:
+                elif answer == "done":
                     self.send(e.Revoked(job, p, r.randrange(MS)))
-            case a.StopJob(job=job):
-                self.exit_job(job)
+            case a.Load(worker=worker, service=service, version=version, device=device):
+                answer = r.choices(["up", "failed", "never"], [8, 1, 0.2])[0]
+                if answer == "up":
+                    self.workers[worker] = (service, version)
+                    profile = ((1, 1, MS), (1, 8, 4 * MS))
+                    self.send(e.WorkerUp(worker, service, version, device, profile))
+                elif answer == "failed":
+                    self.send(e.LoadFailed(worker, "no room", r.random() < 0.3))
+            case a.Unload(worker=worker) if worker in self.workers:
+                del self.workers[worker]
+                self.send(e.WorkerDown(worker))
+            case a.Unload(worker=worker):
+                loads = [x for x in self.open if isinstance(x, a.Load) and x.worker == worker]
+                self.open = [x for x in self.open if x not in loads]
+                self.send(e.LoadFailed(worker, "ended"))
+            case a.Start(job=job):
+                if r.random() < 0.1:
+                    self.exit_job(job)
+                elif job in self.jobs:
+                    self.send(e.JobReady(job))
+            case a.Stop(job=job, kill=kill):
+                if kill or r.random() < 0.8:
+                    self.exit_job(job)
             case a.Repartition(device=device, version=version):
                 if r.random() < 0.2:
                     self.send(e.ActionFailed("Repartition", device, "", "busy"))
@@ -167,8 +189,8 @@ class Chaos:
         """Something happens that nobody ordered."""
         r = self.random
         kind = r.choices(
-            ["arrive", "cancel", "job", "exit", "plan", "up", "down", "retire", "swap", "remove"],
-            [40, 4, 4, 2, 4, 5, 2, 1, 1, 0.5],
+            ["arrive", "cancel", "job", "exit", "plan", "down", "gone", "offer", "remove"],
+            [40, 4, 4, 2, 4, 2, 0.5, 3, 0.5],
         )[0]
         if kind == "arrive":
             self.next += 1
@@ -194,32 +216,26 @@ class Chaos:
         elif kind == "job":
             job = r.choice(JOBS)
             self.jobs.add(job)
-            limit = r.randint(1, self.units)
-            self.send(e.JobReady(job, r.choice([0.5, 1, 2]), r.choice([0, 0, 0.2]), limit, S))
+            weight, guaranteed, limit = r.choice([0.5, 1, 2]), r.choice([0, 0, 0.2]), r.random()
+            self.send(e.JobQueued(job, weight, guaranteed, limit, grace=S))
         elif kind == "exit":
             self.exit_job(r.choice(JOBS))
         elif kind == "plan":
             self.send(e.Planned(self.random_plan()))
-        elif kind == "up":
-            self.next += 1
-            name, service, version = f"w{self.next}", r.choice(SERVICES), r.choice("12")
-            if service in self.d.state.services:
-                self.workers[name] = (service, version)
-                device = r.choice(self.devices).id
-                profile = ((1, 1, MS), (1, 8, 4 * MS))
-                self.send(e.WorkerUp(name, service, version, device, profile))
         elif kind == "down" and self.workers:
             name = r.choice(sorted(self.workers))
             del self.workers[name]
             self.send(e.WorkerDown(name))
-        elif kind == "retire" and self.workers:
-            self.send(e.WorkerRetiring(r.choice(sorted(self.workers))))
-        elif kind == "swap":
-            self.send(e.VersionCurrent(r.choice(SERVICES), r.choice("12")))
+        elif kind == "gone":
+            self.send(e.VersionGone(r.choice(SERVICES), r.choice("12")))
+        elif kind == "offer":
+            self.next += 1
+            self.send(e.VersionOffered(r.choice(SERVICES), r.choice("12"), self.next))
         elif kind == "remove":
             name = r.choice(SERVICES)
             self.send(e.ServiceRemoved(name))
-            self.send(e.ServiceAdded(name, 50 * MS, 8, 20))
+            instances, keep = r.choice([1, 2, 3]), r.choice([1, 2])
+            self.send(e.ServiceAdded(name, 50 * MS, 8, 20, instances=instances, keep=keep))
 
     def finish(self) -> None:
         """Stop the noise, answer everything, and end all workers."""
@@ -251,9 +267,11 @@ class Chaos:
             self.send(e.Repartitioned(device, change.plan.version))
         for name in SERVICES:
             self.next += 1
-            self.workers[f"w{self.next}"] = (name, "1")
-            self.send(e.WorkerUp(f"w{self.next}", name, "1", "cpu"))
-            self.send(e.VersionCurrent(name, "1"))
+            self.send(e.VersionOffered(name, "1", self.next))
+        for action in self.open:
+            if isinstance(action, a.Load):
+                up = e.WorkerUp(action.worker, action.service, action.version, action.device)
+                self.send(up)
         while self.d.state.running:
             batch = next(iter(self.d.state.running))
             self.send(e.BatchDone(batch, MS))
@@ -265,10 +283,11 @@ class Chaos:
     def noise(self, steps: int) -> None:
         for name in SERVICES:
             self.send(
-                e.ServiceAdded(name, 50 * MS, 8, 20, max_queue_delay=2 * MS)
+                e.ServiceAdded(name, 50 * MS, 8, 20, max_queue_delay=2 * MS, keep=2)
                 if name == "s2"
-                else e.ServiceAdded(name, 500 * MS, 1 if name == "s0" else 8, 20)
+                else e.ServiceAdded(name, 500 * MS, 1 if name == "s0" else 8, 20, instances=2)
             )
+            self.send(e.VersionOffered(name, "1"))
         self.send(e.Planned(self.random_plan()))
         for _ in range(steps):
             self.now += self.random.choice([0, 0, 10_000, MS, self.longest])
@@ -292,8 +311,8 @@ class Rush(Chaos):
 
     def spontaneous(self) -> None:
         r = self.random
-        if not self.workers or r.random() < 0.1:
-            self.start_workers()
+        if not self.workers:
+            self.answer()
         elif r.random() < 0.2:
             super().spontaneous()
         else:
@@ -303,14 +322,6 @@ class Rush(Chaos):
                 service, priority = r.choice(SERVICES), r.randrange(3)
                 request = Request(self.next, service, self.now, self.now + S, priority)
                 self.send(e.Arrived(request))
-
-    def start_workers(self) -> None:
-        for device in self.devices:
-            for service in SERVICES:
-                self.next += 1
-                self.workers[f"w{self.next}"] = (service, "1")
-                profile = ((1, 1, MS), (1, 8, 4 * MS))
-                self.send(e.WorkerUp(f"w{self.next}", service, "1", device.id, profile))
 
 
 worlds = st.tuples(

@@ -47,7 +47,7 @@ class Recorded(Chaos):
         rate = self.facts.choice([1.0, 40.0, 400.0])
         service = ServiceFacts(
             name="s0", objective=50 * MS, percentile=99.0, guaranteed=0.0, limit=1.0, max_batch=8,
-            rate=rate, rate_trend=0.0, queued=0, p50=5 * MS, p95=9 * MS, p99=12 * MS, misses=0,
+            rate=rate, rate_trend=0.0, p95=9 * MS,
             refused=0, answered=int(rate), exec_ns={"cpu": {"1x1": 5 * MS, "1x8": 20 * MS}},
         )  # fmt: skip
         jobs = tuple(JobFacts(j, 1.0, 0.0, 1.0, 1.0, 0) for j in sorted(self.jobs))

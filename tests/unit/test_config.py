@@ -58,8 +58,9 @@ services:
     model: net
     objective: {latency: 20ms, percentile: 95}
     batch: {max: 4, preferred: [2, 4], max_queue_delay: 1ms}
-    guaranteed: 0.25
-    limit: 0.5
+    guaranteed: {cpu: 0.25, "null": 0.5}
+    memory: 10MiB
+    limit: {cpu: 0.5, "null": 1}
     accuracy_floor: 0.9
     max_queue: 7
     strict: true
@@ -72,7 +73,8 @@ jobs:
     command: python -m "my train"
     env: {A: 1}
     weight: 2
-    guaranteed: 0.5
+    guaranteed: {cpu: 0.5}
+    kinds: [cpu, "null"]
     memory: 1GiB
     restart: always
     grace: 1s
@@ -89,6 +91,8 @@ jobs:
         CpuConfig("c", (1, 3), "never", pin=False),
         NullConfig("n", 4, 2**30, PreemptLevel.GATE, blocking=True),
     )
+    assert service.guaranteed == {"cpu": 0.25, "null": 0.5}
+    assert (job.guaranteed, job.kinds) == ({"cpu": 0.5}, ("cpu", "null"))
     assert config.policy.split == (2, 1)
     assert config.policy.linger_max == 0
     assert config.grpc is None
@@ -228,3 +232,40 @@ def test_model_settings_are_read_as_strictly() -> None:
 @pytest.mark.parametrize("path", sorted(Path("examples").glob("**/cotenant*.yaml")), ids=str)
 def test_the_examples_are_in_order(path: Path) -> None:
     parse_config(path.read_text())
+
+
+TWO_KINDS = 'devices: [{kind: cpu}, {kind: "null"}]\n'
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [
+        "guaranteed: 0.2",  # of which?
+        "limit: 0.5",
+        "guaranteed: {gpu: 0.2}",
+        "guaranteed: {}",
+        "guaranteed: {cpu: 1.5}",
+        "limit: {cpu: 0}",
+        'kinds: [cpu]\n    guaranteed: {"null": 0.2}',
+        "kinds: [gpu]",
+        "guaranteed: {cpu: 0.5}\n    limit: {cpu: 0.2}",
+    ],
+)
+def test_a_share_says_of_which_kind_it_is_where_there_are_several(shares: str) -> None:
+    job = f"jobs:\n  - name: train\n    command: true\n    {shares}\n"
+    with pytest.raises(ConfigError, match="jobs"):
+        parse_config(TWO_KINDS + job)
+
+
+def test_a_number_will_do_where_there_is_one_kind_or_one_is_named() -> None:
+    job = "jobs:\n  - {name: train, command: 'true', guaranteed: 0.2%s}\n"
+    assert parse_config(job % "").jobs[0].guaranteed == 0.2
+    assert parse_config(TWO_KINDS + job % ", kinds: cpu").jobs[0].kinds == ("cpu",)
+
+
+def test_what_is_guaranteed_is_added_up_by_kind() -> None:
+    job = "  - {name: %s, command: 'true', guaranteed: {%s}}\n"
+    both = job % ("a", "cpu: 0.7") + job % ("b", '"null": 0.7')
+    assert len(parse_config(TWO_KINDS + "jobs:\n" + both).jobs) == 2
+    with pytest.raises(ConfigError):
+        parse_config(TWO_KINDS + "jobs:\n" + both + job % ("c", "cpu: 0.4"))

@@ -9,7 +9,7 @@ from cotenant.domain import events as e
 from cotenant.domain.request import Refusal
 from cotenant.domain.units import MS, US, S
 from cotenant.policy.state import PartitionState
-from tests.builders import World, one, only, plan
+from tests.builders import World, load, one, only, plan
 
 
 def busy(
@@ -101,17 +101,15 @@ def test_a_partition_that_has_one_at_hand_needs_none_that_stays_queued() -> None
 
 def test_a_worker_that_is_to_go_gets_nothing_more() -> None:
     world = busy()
-    world.send(e.WorkerRetiring("w0"))
-    world.worker("w1", exec_ns=1 * MS)
+    world.offer("1", exec_ns=1 * MS, revision=1)
     assert not only(world.arrive() + world.arrive(), a.Dispatch)
 
 
 def test_a_version_is_handed_only_to_its_own_instances() -> None:
     world = busy()
-    world.worker("w1", version="2", exec_ns=1 * MS)
-    world.send(e.VersionCurrent("s", "2"))
+    new = one(world.offer("2", exec_ns=1 * MS), a.Load).worker
     assert not only(world.arrive(), a.Dispatch)
-    assert one(done(world, 1), a.Dispatch).worker == "w1"
+    assert one(done(world, 1), a.Dispatch).worker == new
 
 
 def test_a_layout_waits_for_both_batches() -> None:
@@ -186,6 +184,7 @@ def test_nothing_waits_for_the_way_back_of_a_batch_that_another_follows() -> Non
 
 def test_a_model_that_was_never_measured_is_not_taken_for_a_short_one() -> None:
     world = World().service(max_batch=1)
+    load(world.d.state, "w0", "s")
     world.send(e.WorkerUp("w0", "s", "1", "cpu", ()))
     world.planned({"s": (0,)})
     world.arrive()

@@ -8,7 +8,7 @@ from cotenant.domain.device import Partition
 from cotenant.domain.plan import Plan
 from cotenant.domain.units import MS
 from cotenant.policy.dispatcher import Dispatcher
-from tests.builders import World, cpu, one, only, plan
+from tests.builders import World, cpu, load, one, only, plan
 
 
 def whole(version: int, units: tuple[int, ...] = (0, 1)) -> Plan:
@@ -122,6 +122,7 @@ def two_devices() -> World:
     world.d = Dispatcher((cpu(2, id="a"), cpu(2, id="b")))
     world.service(max_batch=1)
     for device in "ab":
+        load(world.d.state, f"w-{device}", "s", "1", device)
         world.send(e.WorkerUp(f"w-{device}", "s", "1", device, ((1, 1, MS),)))
     return world
 

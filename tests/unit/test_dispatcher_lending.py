@@ -97,7 +97,7 @@ def test_a_second_arrival_does_not_revoke_twice(level: PreemptLevel) -> None:
 def test_a_job_that_will_not_yield_is_stopped_and_the_batch_goes(level: PreemptLevel) -> None:
     world = lent(level)
     first = only(world.arrive(), a.Dispatch)
-    assert one(world.send(e.ActionFailed("Revoke", "p0", "j", "stuck")), a.StopJob).job == "j"
+    assert one(world.send(e.ActionFailed("Revoke", "p0", "j", "stuck")), a.Stop).job == "j"
     first += only(world.send(e.JobExited("j")), a.Dispatch)
     assert [d.batch.requests for d in first] == [(1,)]
 
@@ -331,15 +331,15 @@ def test_a_job_that_comes_back_does_not_cash_in_the_time_it_was_away() -> None:
 def test_a_job_holds_no_more_than_its_limit() -> None:
     world = World(units=3)
     world.planned({}, {"j": (0, 1, 2)})
-    grants = only(world.send(e.JobReady("j", 1.0, 0.0, 2, S)), a.Grant)
+    grants = only(world.job("j", units=2), a.Grant)
     assert len(grants) == 2
 
 
 def test_what_one_job_may_not_take_another_gets() -> None:
     world = World(units=3)
     world.planned({"s": (0, 1, 2)})
-    world.send(e.JobReady("a", 1.0, 0.0, 1, S))
-    assert len(only(world.send(e.JobReady("b", 1.0, 0.0, 3, S)), a.Grant)) == 2
+    world.job("a", units=1)
+    assert len(only(world.job("b", units=3), a.Grant)) == 2
 
 
 def test_a_job_that_is_gone_makes_room_for_the_next() -> None:
@@ -377,7 +377,7 @@ def under_pressure(strict: bool) -> tuple[World, Counter[Refusal]]:
     """One core, a job that is owed half of it, and requests that would take all of it."""
     world = World(units=1).service(max_batch=1, strict=strict).worker()
     world.planned({"s": (0,)})
-    for grant in only(world.send(e.JobReady("j", 1.0, 0.5, 1, 2 * S)), a.Grant):
+    for grant in only(world.job("j", units=1, guaranteed=0.5), a.Grant):
         world.send(e.Granted("j", grant.partition))
     refused: Counter[Refusal] = Counter()
     end = world.now + 4 * S
@@ -434,7 +434,7 @@ def test_a_strict_service_is_not_tightened() -> None:
 def test_a_reserved_refusal_says_when_to_come_back() -> None:
     world = World(units=1).service(max_batch=1).worker()
     world.planned({"s": (0,)})
-    world.send(e.JobReady("j", 1.0, 0.5, 1, S))
+    world.job("j", units=1, guaranteed=0.5)
     world.send(e.ActionFailed("Grant", "p0", "j", "not now"))
     world.now += 200 * MS
     rejects: list[a.Reject] = []
@@ -449,9 +449,10 @@ def test_a_reserved_refusal_says_when_to_come_back() -> None:
 
 def test_debt_is_bounded_by_one_window() -> None:
     world = World(units=1)
-    world.send(e.JobReady("j", 1.0, 0.5, 1, S))
+    world.job("j", units=1, guaranteed=0.5)
     job = world.d.state.jobs["j"]
-    assert lending.debt(world.d.state, job, world.now + 3600 * S, 1) == S // 2
+    owed = lending.DEBT_WINDOW * job.guaranteed // 1_000_000
+    assert lending.debt(world.d.state, job, world.now + 3600 * S, 1) == owed
 
 
 def test_a_mean_gap_is_learned_from_arrivals() -> None:

@@ -12,7 +12,7 @@ from cotenant.domain.request import Refusal, Request
 from cotenant.domain.units import MS, US, S
 from cotenant.policy.estimate import size_class
 from cotenant.policy.queues import AGEING
-from tests.builders import World, one, only
+from tests.builders import World, load, one, only
 
 
 def ready(level: PreemptLevel = PreemptLevel.PRIORITY, exec_ns: int = 2 * MS, **kw: int) -> World:
@@ -76,6 +76,7 @@ def test_a_batch_is_not_cut_for_one_request_where_that_costs_more() -> None:
     """A batch of four takes hardly longer than one: to save the first of them, the others would
     wait for a batch of their own, and so would those that come meanwhile."""
     world = World().service(max_batch=4)
+    load(world.d.state, "w0", "s")
     world.send(e.WorkerUp("w0", "s", "1", "cpu", ((1, 1, 14 * MS), (1, 4, 16 * MS))))
     world.planned({"s": (0,)})
     first = one(world.arrive(), a.Dispatch).batch.id
@@ -365,6 +366,7 @@ def test_what_other_services_have_queued_counts_at_the_speed_of_the_partition() 
     for worker, name in (("w0", "s"), ("w1", "other")):
         world.service(name, objective=1 * S, max_batch=1)
         profile = ((1, 1, 40 * MS), (2, 1, 10 * MS))
+        load(world.d.state, worker, name)
         world.send(e.WorkerUp(worker, name, "1", "cpu", profile))
     whole = Partition("p0", "cpu", (0, 1))
     both = {"s": ("p0",), "other": ("p0",)}
@@ -467,21 +469,22 @@ def test_a_new_version_takes_over_between_two_batches() -> None:
     world = ready()
     first = one(world.arrive(), a.Dispatch)
     world.arrive()
-    world.worker("w1", version="2")
-    world.send(e.VersionCurrent("s", "2"))
-    assert not only(world.send(e.WorkerRetiring("w0")), a.Reject)
+    offered = world.offer("2")
+    assert one(offered, a.Serve).version == "2"
+    assert not only(offered, a.Reject)
     done = finish(world, first.batch.id)
     assert one(done, a.Complete).requests == (1,)
     after = one(done, a.Dispatch)
-    assert (after.worker, after.batch.version) == ("w1", "2")
+    assert (after.worker, after.batch.version) == (one(offered, a.Load).worker, "2")
+    assert one(done, a.Unload).worker == "w0"
 
 
 def test_a_version_asked_for_by_name_is_served_as_long_as_it_is_kept() -> None:
-    world = ready().worker("w1", version="2")
-    world.send(e.VersionCurrent("s", "2"))
+    world = ready().service(keep=2)
+    world.offer("2")
     assert one(world.arrive(version="1"), a.Dispatch).worker == "w0"
     world.arrive(version="1")
-    reject = refusal(world.send(e.WorkerRetiring("w0")))
+    reject = refusal(world.send(e.VersionGone("s", "1")))
     assert (reject.request, reject.refusal) == (2, Refusal.UNAVAILABLE)
 
 
@@ -500,9 +503,11 @@ LATE = (
     e.BatchFailed(99, "late"),
     e.Cancelled(99),
     e.WorkerDown("nobody"),
-    e.WorkerRetiring("nobody"),
+    e.LoadFailed("nobody", "late"),
     e.WorkerUp("w9", "nothing", "1", "cpu"),
-    e.VersionCurrent("nothing", "2"),
+    e.VersionOffered("nothing", "2"),
+    e.VersionGone("nothing", "2"),
+    e.JobReady("nobody"),
     e.ServiceRemoved("nothing"),
     e.JobExited("nobody"),
     e.Granted("nobody", "p0"),

@@ -218,7 +218,7 @@ def test_the_rate_counts_rows_and_the_machines_uptime_does_not() -> None:
     for i in range(10):
         request = Request(i + 1, "s", uptime, uptime + S, rows=8)
         monitor.observe(uptime + i * S // 10, e.Arrived(request), [])
-    monitor.observe(uptime, e.JobReady("j", 1.0, 0.0, 1, S), [])
+    monitor.observe(uptime, e.JobReady("j"), [])
     monitor.job("j")
     monitor.tick(uptime + S)
     assert monitor.service("s").rate.level == pytest.approx(80.0)

@@ -35,7 +35,7 @@ def model(
     if on_npu is not None:
         variants["npu"] = on_npu
         times["npu"] = {"1x1": 5 * MS, "1x8": 30 * MS}
-    return service(name, rate, variants=variants, exec_ns=times, **changes)
+    return service(name, rate, **{"variants": variants, "exec_ns": times, "instances": 1} | changes)
 
 
 SMALL = Variant(memory=40 * MIB, accuracy=0.97, operators=("conv",))
@@ -94,7 +94,9 @@ def test_both_at_once_when_the_npu_alone_is_not_enough() -> None:
 
 
 def test_a_model_that_runs_only_there_goes_there_whatever_it_brings() -> None:
-    only = service("s", 1000.0, variants={"npu": SMALL}, exec_ns={"npu": {"1x1": 5 * MS}})
+    only = service(
+        "s", 1000.0, variants={"npu": SMALL}, exec_ns={"npu": {"1x1": 5 * MS}}, instances=1
+    )
     assert placed(only).parts == {"s": {"npu": 1.0}}
 
 

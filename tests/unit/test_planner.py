@@ -30,8 +30,8 @@ SLOW = {"cpu": TIMES}
 def service(name: str = "s", rate: float = 0.0, **changes: Any) -> ServiceFacts:
     facts: dict[str, Any] = {
         "name": name, "objective": 100 * MS, "percentile": 99.0, "guaranteed": 0.0, "limit": 1.0,
-        "max_batch": 8, "rate": rate, "rate_trend": 0.0, "queued": 0, "p50": 0, "p95": 0, "p99": 0,
-        "misses": 0, "refused": 0, "answered": 0, "exec_ns": SLOW, "instances": 64,
+        "max_batch": 8, "rate": rate, "rate_trend": 0.0, "p95": 0,
+        "refused": 0, "answered": 0, "exec_ns": SLOW, "instances": 64,
     }  # fmt: skip
     return ServiceFacts(**facts | changes)
 

@@ -30,7 +30,7 @@ def gpu(model: str = GPU) -> DeviceSpec:
     known = table(model)
     return DeviceSpec(
         id="gpu0", kind="mig", units=tuple(range(known.memory_slices)), memory=0, shapes=(),
-        preempt=PreemptLevel.GATE, resizes_live=True, revoke_ns=MS, repartition_ns=282 * MS,
+        preempt=PreemptLevel.GATE, revoke_ns=MS, repartition_ns=282 * MS,
         mig=model, slices=known.compute_slices, pins_jobs=True, move_ns=10 * S,
     )  # fmt: skip
 

@@ -190,7 +190,6 @@ class CpuDevice:
             memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
             shapes=tuple(range(1, len(self._cores) + 1)),
             preempt=self._level,
-            resizes_live=True,
             revoke_ns=20 * US,
             repartition_ns=1 * MS,
             limits=tuple(self._limits),

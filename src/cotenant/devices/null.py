@@ -42,7 +42,6 @@ class NullDevice:
             memory=memory,
             shapes=tuple(range(1, units + 1)),
             preempt=preempt,
-            resizes_live=True,
             revoke_ns=0,
             repartition_ns=0,
             limits=(STAND_IN,),

@@ -43,11 +43,58 @@ class Revoke(_Action, frozen=True):
     partition: str
 
 
-class StopJob(_Action, frozen=True):
-    """End ``job``: it could not be made to yield."""
+class Load(_Action, frozen=True):
+    """Make an instance of a version ready on ``device``, to be known as ``worker``; in
+    ``partition`` if the device binds processes to one."""
+
+    worker: str
+    service: str
+    version: str
+    revision: int
+    device: str
+    partition: str = ""
+
+
+class Unload(_Action, frozen=True):
+    """End an instance; it has nothing to do."""
+
+    worker: str
+
+
+class Serve(_Action, frozen=True):
+    """Requests that name no version go to this one from now on: its instances are up."""
+
+    service: str
+    version: str
+    revision: int
+
+
+class Decline(_Action, frozen=True):
+    """A version that was offered is not served."""
+
+    service: str
+    version: str
+    revision: int
+    reason: str
+
+
+class Start(_Action, frozen=True):
+    """Start ``job`` on ``devices`` (all of one kind), or let it go on if it is held; in
+    ``partition`` if the device binds processes to one."""
+
+    job: str
+    devices: tuple[str, ...]
+    partition: str = ""
+
+
+class Stop(_Action, frozen=True):
+    """Stop ``job``: within its grace, or at once (``kill``). ``again``: it goes back to the queue,
+    to start elsewhere; otherwise it has failed."""
 
     job: str
     reason: str
+    kill: bool = False
+    again: bool = False
 
 
 class Emit(_Action, frozen=True):
@@ -88,4 +135,19 @@ class WakeAt(_Action, frozen=True):
     at: int
 
 
-Action = Dispatch | Grant | Revoke | StopJob | Emit | Complete | Reject | Repartition | WakeAt
+Action = (
+    Dispatch
+    | Grant
+    | Revoke
+    | Load
+    | Unload
+    | Serve
+    | Decline
+    | Start
+    | Stop
+    | Emit
+    | Complete
+    | Reject
+    | Repartition
+    | WakeAt
+)

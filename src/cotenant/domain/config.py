@@ -6,12 +6,11 @@ would be right. ``parse_config`` takes text; reading files is the caller's busin
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Final
 
 import msgspec
 
-from cotenant.domain import reading
+from cotenant.domain import reading, shares
 from cotenant.domain.device_config import DeviceConfig, read_devices
 from cotenant.domain.errors import ConfigError
 from cotenant.domain.units import MS, S
@@ -103,7 +102,18 @@ def parse_config(text: str) -> NodeConfig:
     root.done()
     _unique("services", [s.name for s in services])
     _unique("jobs", [j.name for j in jobs])
-    _guarantees(services, jobs)
+    kinds = tuple(dict.fromkeys(device.kind for device in devices))
+    for key, workloads in (("services", services), ("jobs", jobs)):
+        for workload in workloads:
+            why = shares.problem(workload, kinds)
+            if why:
+                raise ConfigError(f"{workload.name}: {why}", key)
+    for kind in kinds:
+        total = shares.promised((*services, *jobs), kind)
+        if total > 1.0 + 1e-9:
+            raise ConfigError(
+                f"guaranteed shares of {kind} add up to {total:g}; at most 1 can be guaranteed"
+            )
     config = NodeConfig(
         state_dir=node.take("state_dir", reading.text, "./cotenant-state"),
         models=node.take("models", reading.text, "./models"),
@@ -203,8 +213,10 @@ def _service(section: reading.Section) -> ServiceSpec:
         model=section.take("model", reading.name, name),
         slo=_slo(section.section("objective", required=True)),
         batch=_batch(section.raw("batch", None), section.at("batch")),
-        guaranteed=section.take("guaranteed", reading.share, 0.0),
-        limit=section.take("limit", reading.positive_share, 1.0),
+        guaranteed=section.take("guaranteed", reading.shares, 0.0),
+        limit=section.take("limit", reading.positive_shares, 1.0),
+        kinds=section.take("kinds", reading.names, ()),
+        memory=section.take("memory", reading.size, 0),
         accuracy_floor=section.take("accuracy_floor", reading.share, 0.0),
         max_queue=section.take("max_queue", reading.integer(1, 1_000_000), 1024),
         strict=section.take("strict", reading.boolean, False),
@@ -263,8 +275,9 @@ def _job(section: reading.Section) -> JobSpec:
         cwd=section.take("cwd", reading.text, "."),
         env=section.take("env", reading.environment, {}),
         weight=section.take("weight", reading.positive, 1.0),
-        guaranteed=section.take("guaranteed", reading.share, 0.0),
-        limit=section.take("limit", reading.positive_share, 1.0),
+        guaranteed=section.take("guaranteed", reading.shares, 0.0),
+        limit=section.take("limit", reading.positive_shares, 1.0),
+        kinds=section.take("kinds", reading.names, ()),
         memory=section.take("memory", reading.size, 0),
         restart=RestartPolicy(
             section.take("restart", reading.one_of([p.value for p in RestartPolicy]), "on-failure")
@@ -281,9 +294,3 @@ def _unique(key: str, names: list[str]) -> None:
     for name in names:
         if names.count(name) > 1:
             raise ConfigError(f"the name {name!r} stands twice; names must differ", key)
-
-
-def _guarantees(services: Iterable[ServiceSpec], jobs: Iterable[JobSpec]) -> None:
-    total = sum(s.guaranteed for s in services) + sum(j.guaranteed for j in jobs)
-    if total > 1.0 + 1e-9:
-        raise ConfigError(f"guaranteed shares add up to {total:g}; at most 1 can be guaranteed")

@@ -82,7 +82,6 @@ class DeviceSpec(msgspec.Struct, frozen=True):
     """A device as the planner sees it.
 
     ``shapes`` lists partition sizes (in compute units) that the device can form;
-    ``resizes_live`` says whether a partition may change while work runs on others;
     ``revoke_ns`` is a first guess at the cost of taking a partition back from a job, replaced
     by measurements; ``repartition_ns`` likewise for a change of layout. Devices of one ``kind``
     execute a model equally fast. Memory in bytes, 0 where it is no constraint.
@@ -94,7 +93,6 @@ class DeviceSpec(msgspec.Struct, frozen=True):
     memory: int
     shapes: tuple[int, ...]
     preempt: PreemptLevel
-    resizes_live: bool
     revoke_ns: int
     repartition_ns: int
     limits: tuple[str, ...] = ()

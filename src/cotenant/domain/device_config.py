@@ -4,6 +4,7 @@ own. To add a kind, add its class and reader here, and make it in ``cli/wiring.p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import msgspec
 
@@ -12,20 +13,22 @@ from cotenant.domain.device import PreemptLevel
 from cotenant.domain.errors import ConfigError
 
 
-class CpuConfig(msgspec.Struct, frozen=True, tag="cpu", tag_field="kind"):
+class CpuConfig(msgspec.Struct, frozen=True):
     """``cores`` None = all that this process may use; ``realtime`` auto, never or require; ``pin``
     false leaves it to the kernel where workers run (to compare with)."""
 
+    kind: ClassVar[str] = "cpu"
     id: str = "cpu"
     cores: tuple[int, ...] | None = None
     realtime: str = "auto"
     pin: bool = True
 
 
-class NullConfig(msgspec.Struct, frozen=True, tag="null", tag_field="kind"):
+class NullConfig(msgspec.Struct, frozen=True):
     """A stand-in with so many ``units`` and bytes of ``memory`` (0: no constraint), which claims a
     level and to be ``blocking``."""
 
+    kind: ClassVar[str] = "null"
     id: str = "null"
     units: int = 2
     memory: int = 0
@@ -79,7 +82,10 @@ def _null(section: reading.Section) -> NullConfig:
     )
 
 
-_READERS: dict[str, Callable[[reading.Section], DeviceConfig]] = {"cpu": _cpu, "null": _null}
+_READERS: dict[str, Callable[[reading.Section], DeviceConfig]] = {
+    CpuConfig.kind: _cpu,
+    NullConfig.kind: _null,
+}
 
 
 def _separate(cpus: Sequence[CpuConfig]) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import msgspec
 
+from cotenant.domain.device import PreemptLevel
 from cotenant.domain.plan import Plan
 from cotenant.domain.request import Request
+from cotenant.domain.units import S
+from cotenant.domain.workload import Share
 
 
 class _Event(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -14,8 +17,9 @@ class _Event(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 class ServiceAdded(_Event, frozen=True):
     """A service may receive requests from now on, or its bounds change. Times in ns; ``percentile``
-    of its answers are to meet ``objective``. ``notes`` are for its owner: nothing depends on
-    them."""
+    of its answers are to meet ``objective``. On each device that carries it ``instances`` of its
+    ``keep`` newest versions are loaded; ``memory``: the bytes that one occupies, by kind of device.
+    ``notes`` are for its owner: nothing depends on them."""
 
     service: str
     objective: int
@@ -26,6 +30,9 @@ class ServiceAdded(_Event, frozen=True):
     strict: bool = False
     notes: tuple[str, ...] = ()
     percentile: float = 99.0
+    instances: int = 1
+    keep: int = 1
+    memory: dict[str, int] = {}
 
 
 class ServiceRemoved(_Event, frozen=True):
@@ -76,9 +83,34 @@ class BatchFailed(_Event, frozen=True):
     reason: str
 
 
+class VersionOffered(_Event, frozen=True):
+    """A version of a service's model is there to be loaded. ``revision`` tells files that bear the
+    same version apart: a greater one takes the place of what was offered or serves under it."""
+
+    service: str
+    version: str
+    revision: int = 0
+
+
+class VersionGone(_Event, frozen=True):
+    """A version is to serve no longer (its files are gone)."""
+
+    service: str
+    version: str
+
+
+class LoadFailed(_Event, frozen=True):
+    """An instance could not be made ready. ``final``: nor would another try."""
+
+    worker: str
+    reason: str
+    final: bool = False
+
+
 class WorkerUp(_Event, frozen=True):
     """A warmed model instance is ready on ``device``. ``profile`` holds measured execution times
-    there as ``(units, rows, ns)``, for rows of ``size``."""
+    there as ``(units, rows, ns)``, for rows of ``size``; ``memory`` the bytes it occupies there, if
+    measured."""
 
     worker: str
     service: str
@@ -86,12 +118,7 @@ class WorkerUp(_Event, frozen=True):
     device: str
     profile: tuple[tuple[int, int, int], ...] = ()
     size: int = 1
-
-
-class WorkerRetiring(_Event, frozen=True):
-    """This instance is to take no further batch (its version was replaced); it may finish one."""
-
-    worker: str
+    memory: int = 0
 
 
 class WorkerDown(_Event, frozen=True):
@@ -101,26 +128,30 @@ class WorkerDown(_Event, frozen=True):
     reason: str = ""
 
 
-class VersionCurrent(_Event, frozen=True):
-    """Requests that name no version go to this one from now on."""
+class JobQueued(_Event, frozen=True):
+    """A job wants to run: on devices of one of ``kinds`` (none named: any that trains).
+    ``guaranteed`` and ``limit`` are shares of the compute of that kind; ``memory`` in bytes; when
+    it is to stop it may take ``grace`` ns."""
 
-    service: str
-    version: str
+    job: str
+    weight: float = 1.0
+    guaranteed: Share = 0.0
+    limit: Share = 1.0
+    kinds: tuple[str, ...] = ()
+    memory: int = 0
+    grace: int = 5 * S
 
 
 class JobReady(_Event, frozen=True):
-    """A job's processes run and may be granted partitions. ``guaranteed`` is a share of the
-    compute that trains, owed over ``window`` ns; ``limit`` the most units it may hold."""
+    """A job's processes run and may be granted partitions. ``levels``: how it can be made to yield
+    on each of its devices, where that is not what the device says of itself."""
 
     job: str
-    weight: float
-    guaranteed: float
-    limit: int
-    window: int
+    levels: dict[str, PreemptLevel] = {}
 
 
 class JobExited(_Event, frozen=True):
-    """A job's processes are gone (or it is held); its grants are void."""
+    """A job's processes are gone (or it is held, or wants to run no more); its grants are void."""
 
     job: str
 
@@ -178,10 +209,12 @@ Event = (
     | Cancelled
     | BatchDone
     | BatchFailed
+    | VersionOffered
+    | VersionGone
+    | LoadFailed
     | WorkerUp
-    | WorkerRetiring
     | WorkerDown
-    | VersionCurrent
+    | JobQueued
     | JobReady
     | JobExited
     | Granted

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import msgspec
 
 from cotenant.domain.request import Refusal
-from cotenant.domain.workload import JobSpec
+from cotenant.domain.workload import JobSpec, Share
 
 DATATYPES: dict[str, int] = {
     "BOOL": 1,
@@ -139,7 +139,7 @@ class JobStatus(msgspec.Struct, frozen=True):
     state: str
     command: tuple[str, ...]
     weight: float
-    guaranteed: float
+    guaranteed: Share
     created: float
     restarts: int
     pid: int = 0
@@ -152,6 +152,7 @@ class JobStatus(msgspec.Struct, frozen=True):
     held_s: float = 0.0
     pauses: int = 0
     partitions: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
     metrics: dict[str, float | None] = {}
     """What the job reported beside its steps; None for what was no number."""
 

@@ -147,10 +147,27 @@ def share(value: Any) -> float:
     return found
 
 
-def positive_share(value: Any) -> float:
-    if share(value) == 0:
+def shares(value: Any) -> float | dict[str, float]:
+    if not isinstance(value, dict):
+        return share(value)
+    if not value:
+        raise ValueError("is an empty table; expected a share, or shares by kind of device")
+    return {name(kind): share(part) for kind, part in value.items()}
+
+
+def positive_shares(value: Any) -> float | dict[str, float]:
+    found = shares(value)
+    if 0 in (found.values() if isinstance(found, dict) else (found,)):
         raise ValueError("must be above 0")
-    return share(value)
+    return found
+
+
+def names(value: Any) -> tuple[str, ...]:
+    if isinstance(value, str):
+        return (name(value),)
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"expected a name or a list of names, got {shown(value)}")
+    return tuple(name(item) for item in value)
 
 
 def percentile(value: Any) -> float:

@@ -13,8 +13,7 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     ``arrived`` and ``deadline`` are ns on the node's monotonic clock. ``expires`` (0 = never)
     is the client's own time-out: a request still queued then is answered with an error.
     ``rows`` counts rows along the batch axis, ``size`` the elements of a row's free axes; requests
-    batch together when ``shape`` (which gives the size) and ``version`` are equal. ``payload`` is a
-    handle that only the shell can resolve.
+    batch together when ``shape`` (which gives the size) and ``version`` are equal.
     """
 
     id: int
@@ -26,7 +25,6 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     version: str = ""
     shape: str = ""
     expires: int = 0
-    payload: int = 0
     size: int = 1
 
 

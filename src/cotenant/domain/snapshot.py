@@ -9,7 +9,7 @@ import msgspec
 from cotenant.domain.device import DeviceSpec
 from cotenant.domain.plan import Plan
 from cotenant.domain.units import S
-from cotenant.domain.workload import Variant
+from cotenant.domain.workload import Share, Variant
 
 SEASON_AHEAD: Final = 30 * S
 """How far ahead the season of a rate is looked up (ns)."""
@@ -19,35 +19,35 @@ class ServiceFacts(msgspec.Struct, frozen=True):
     """One service over the last observation window. Times in ns, rates in rows per second.
 
     ``exec_ns`` maps a kind of device, and there units and rows (``"2x8"``), to the measured
-    execution time. ``rate_trend`` is the change of the arrival rate per second. ``misses`` and
-    those after it count from the node's start; ``pressed`` are answers after the deadline and
+    execution time. ``rate_trend`` is the change of the arrival rate per second. ``refused`` and
+    what follows it count from the node's start; ``pressed`` are answers after the deadline and
     refusals for want of capacity. ``rate_season`` is how many times the present rate is usual
     ``SEASON_AHEAD`` later. ``instances`` are those on each device that carries it.
-    ``variants`` says what the model is on kinds of device; empty: it runs anywhere.
+    ``variants`` says what the model is on kinds of device; empty: it runs anywhere, or on any of
+    ``kinds``. ``memory``: bytes that an instance occupies, by kind of device, as far as is known.
+    ``unfit``: devices that could not load it, and why.
     """
 
     name: str
     objective: int
     percentile: float
-    guaranteed: float
-    limit: float
+    guaranteed: Share
+    limit: Share
     max_batch: int
     rate: float
     rate_trend: float
-    queued: int
-    p50: int
     p95: int
-    p99: int
-    misses: int
     refused: int
     answered: int
     exec_ns: dict[str, dict[str, int]]
     instances: int = 1
-    live_instances: int = 1
     pressed: int = 0
     rate_season: float = 1.0
     accuracy_floor: float = 0.0
     variants: dict[str, Variant] = {}
+    kinds: tuple[str, ...] = ()
+    memory: dict[str, int] = {}
+    unfit: dict[str, str] = {}
 
 
 RATE_WINDOW: Final = 60 * S
@@ -55,10 +55,13 @@ RATE_WINDOW: Final = 60 * S
 
 
 class JobFacts(msgspec.Struct, frozen=True):
-    """One job. ``rate`` is its progress per second over ``RATE_WINDOW``, in which it held so many
-    units for the shares of the time that ``units`` tells; ``grants`` is how often per second it
-    was given space, each time counted as the part that it was of what the job then held.
-    ``held_ns``: unit-nanoseconds granted in all."""
+    """One job, on a ``kind`` of device, of whose compute the shares are; ``memory`` in bytes.
+
+    ``rate`` is its progress per second over ``RATE_WINDOW``, in which it held so many units for the
+    shares of the time that ``units`` tells; ``grants`` is how often per second it was given space,
+    each time counted as the part that it was of what the job then held. ``held_ns``:
+    unit-nanoseconds granted in all.
+    """
 
     id: str
     weight: float
@@ -66,6 +69,8 @@ class JobFacts(msgspec.Struct, frozen=True):
     limit: float
     rate: float
     held_ns: int
+    kind: str = ""
+    memory: int = 0
     units: dict[int, float] = {}
     grants: float = 0.0
 

@@ -13,6 +13,16 @@ PRIORITY_CLASSES: Final = 3
 """Request priority classes: 0 high, 1 normal, 2 low."""
 
 
+Share = float | dict[str, float]
+"""A share (0..1) of the compute of one kind of device: of whichever its owner runs on, or by
+kind."""
+
+
+def share_on(share: Share, kind: str) -> float:
+    """The part of a kind of device that a share is; none of a kind that it does not name."""
+    return share.get(kind, 0.0) if isinstance(share, dict) else share
+
+
 class Slo(msgspec.Struct, frozen=True):
     """``percentile`` % of answers within ``latency`` nanoseconds of arrival."""
 
@@ -59,10 +69,14 @@ class ServiceSpec(msgspec.Struct, frozen=True):
     model: str
     slo: Slo
     batch: BatchSpec = BatchSpec()
-    guaranteed: float = 0.0
-    """Share of the device (0..1) that is never planned away from this service."""
-    limit: float = 1.0
-    """Largest share of the device that may be planned for this service."""
+    guaranteed: Share = 0.0
+    """Share that is never planned away from this service."""
+    limit: Share = 1.0
+    """Largest share that may be planned for this service."""
+    kinds: tuple[str, ...] = ()
+    """Kinds of device that may carry it; empty: any that it has a build for."""
+    memory: int = 0
+    """Bytes that an instance occupies on its device, 0 = not known before it is loaded."""
     accuracy_floor: float = 0.0
     """A version whose check data show less accuracy (0..1) is refused."""
     max_queue: int = 1024
@@ -93,8 +107,8 @@ class JobSpec(msgspec.Struct, frozen=True):
     """A training (or other batch) program: any command.
 
     ``env`` is all of its environment but for what the node adds, and is shown to nobody.
-    ``weight`` divides what is left among jobs; ``guaranteed`` is a share of the device (0..1)
-    owed over ``window`` ns; ``limit`` caps what it may borrow; ``memory`` (bytes, 0 = none)
+    ``weight`` divides what is left among jobs; ``guaranteed`` is a share (0..1) that is owed to it;
+    ``limit`` caps what it may borrow; ``memory`` (bytes, 0 = none)
     ends the job alone when its process tree occupies more.
     """
 
@@ -104,8 +118,10 @@ class JobSpec(msgspec.Struct, frozen=True):
     cwd: str = "."
     env: dict[str, str] = {}
     weight: float = 1.0
-    guaranteed: float = 0.0
-    limit: float = 1.0
+    guaranteed: Share = 0.0
+    limit: Share = 1.0
+    kinds: tuple[str, ...] = ()
+    """Kinds of device that it can run on; empty: any that trains."""
     memory: int = 0
     restart: RestartPolicy = RestartPolicy.ON_FAILURE
     max_restarts: int = 5

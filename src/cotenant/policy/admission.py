@@ -12,6 +12,7 @@ what is not guaranteed, so that gaps open for the job (token bucket; Turner, IEE
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import isqrt
 from typing import Final
 
@@ -19,9 +20,9 @@ from cotenant.domain.request import Refusal, Request
 from cotenant.domain.units import MS
 from cotenant.domain.workload import PRIORITY_CLASSES
 from cotenant.policy.estimate import size_class
-from cotenant.policy.lending import note_headroom, starved
+from cotenant.policy.lending import back_in, note_headroom, starved
 from cotenant.policy.queues import lane_key, queued_ns, work_ns
-from cotenant.policy.state import DispatcherState, Hold, PartitionState, Running, ServiceState
+from cotenant.policy.state import DispatcherState, PartitionState, Reserve, Running, ServiceState
 from cotenant.policy.tail import WHOLE
 
 BURST: Final = 50 * MS
@@ -47,9 +48,14 @@ _WIDEST: Final = 1_000_000
 
 
 def refuse(
-    state: DispatcherState, service: ServiceState, request: Request, now: int, total_units: int
+    state: DispatcherState,
+    service: ServiceState,
+    request: Request,
+    now: int,
+    compute: Mapping[str, int],
 ) -> tuple[Refusal, int] | None:
-    """(reason, retry-after ns) if ``request`` must be refused; None to admit it."""
+    """(reason, retry-after ns) if ``request`` must be refused; None to admit it. ``compute``: units
+    of each kind of device that trains."""
     if state.draining:
         return Refusal.SHUTTING_DOWN, 0
     parts = state.partitions
@@ -72,8 +78,8 @@ def refuse(
         return Refusal.OVERLOADED, max(RETRY_MIN, wait + own - budget)
     if budget:
         note_headroom(partition, (wait + own) * 1000 // budget - 1)
-    if not service.strict:
-        return _spend(state, own * partition.compute, now, total_units)
+    if not service.strict and partition.kind in compute:
+        return _spend(state, partition, own, now, compute[partition.kind])
     return None
 
 
@@ -205,7 +211,7 @@ def _free_in(
     state: DispatcherState, service: ServiceState, partition: PartitionState, now: int
 ) -> int:
     """Ns until a partition is free, and an instance of the service on its device."""
-    wait = partition.revoke_cost if partition.hold != Hold.NONE else 0
+    wait = back_in(partition, now)
     if partition.batch:
         wait = max(0, busy_for(state, partition, now))
         if state.running[partition.batch].batch.service == service.name:
@@ -267,11 +273,14 @@ def _company(
 
 
 def _spend(
-    state: DispatcherState, cost: int, now: int, total_units: int
+    state: DispatcherState, partition: PartitionState, own: int, now: int, total_units: int
 ) -> tuple[Refusal, int] | None:
     """Spend tokens while any job is owed its share; refill at the rate of the rest."""
-    owed = starved(state, now, total_units)
-    reserve = state.reserve
+    kind, cost = partition.kind, own * partition.compute
+    owed = starved(state, kind, now, total_units)
+    reserve = state.reserves.get(kind)
+    if reserve is None:
+        reserve = state.reserves[kind] = Reserve()
     if not owed:
         reserve.tokens, reserve.refilled = BURST * total_units, now
         return None

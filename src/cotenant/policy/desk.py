@@ -16,8 +16,11 @@ class Desk:
 
     def __init__(self, devices: tuple[DeviceSpec, ...], state: DispatcherState) -> None:
         self.devices = devices
-        self.total_units = sum(d.compute for d in devices if d.trains)
-        """Compute units that jobs can have shares of."""
+        self.compute: dict[str, int] = {}
+        """Units of each kind of device that trains: what jobs can have shares of."""
+        for device in devices:
+            if device.trains:
+                self.compute[device.kind] = self.compute.get(device.kind, 0) + device.compute
         self.specs = {d.id: d for d in devices}
         self.state = state
         self.out: list[a.Action] = []
@@ -66,6 +69,17 @@ class Desk:
                 return partition
         return None
 
+    def watch(self, at: int, what: str, name: str) -> None:
+        """Look at this time (ns) what became of something."""
+        heappush(self.state.watches, (at, what, name))
+
+    def watched(self) -> list[tuple[str, str]]:
+        """What is to be looked at now."""
+        state, found = self.state, []
+        while state.watches and state.watches[0][0] <= state.now:
+            found.append(heappop(state.watches)[1:])
+        return found
+
     def arm(self) -> None:
         """Order a wake-up for the earliest thing that is due, unless one is ordered."""
         state = self.state
@@ -80,6 +94,8 @@ class Desk:
         due = timers[0][0] if timers else 0
         if expiries and (not due or expiries[0][0] < due):
             due = expiries[0][0]
+        if state.watches and (not due or state.watches[0][0] < due):
+            due = state.watches[0][0]
         if due and (not state.armed or due < state.armed):
             state.armed = due
             self.out.append(a.WakeAt(self.cause, due))
@@ -96,9 +112,16 @@ def cause_of(event: e.Event) -> str:
             return f"Planned:{plan.version}"
         case e.Revoked(job=job, partition=partition) | e.Granted(job=job, partition=partition):
             return f"{type(event).__name__}:{job}@{partition}"
-        case e.JobReady(job=job) | e.JobExited(job=job):
+        case (
+            e.ServiceAdded(service=service)
+            | e.ServiceRemoved(service=service)
+            | e.VersionOffered(service=service)
+            | e.VersionGone(service=service)
+        ):
+            return f"{type(event).__name__}:{service}"
+        case e.JobQueued(job=job) | e.JobReady(job=job) | e.JobExited(job=job):
             return f"{type(event).__name__}:{job}"
-        case e.WorkerUp(worker=worker) | e.WorkerDown(worker=worker):
+        case e.WorkerUp(worker=worker) | e.WorkerDown(worker=worker) | e.LoadFailed(worker=worker):
             return f"{type(event).__name__}:{worker}"
         case _:
             return type(event).__name__

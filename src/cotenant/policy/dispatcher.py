@@ -21,14 +21,16 @@ Laws (docs/design.md says why):
 
 ``cotenant.policy.invariants.check`` states what must hold after every event. What is decided where:
 
-========== =====================================================================
-room       decides
-========== =====================================================================
-`roster`   which services and instances there are
-`turns`    which batch runs next, where; what follows from its end
-`holds`    which job has which partition; taking it back
-`relayout` when a device's layout gives way to that of a new plan
-========== =====================================================================
+=========== ====================================================================
+room        decides
+=========== ====================================================================
+`relayout`  when a device's layout gives way to that of a new plan
+`residency` which version is loaded on which device; what is unloaded
+`roster`    which services and instances there are
+`turns`     which batch runs next, where; what follows from its end
+`tenancy`   which jobs run, on which devices; when one is stopped
+`holds`     which job has which partition; taking it back
+=========== ====================================================================
 
 Each uses those below it only; what one event means for several is said here.
 """
@@ -44,8 +46,10 @@ from cotenant.domain.device import DeviceSpec
 from cotenant.policy.desk import Desk
 from cotenant.policy.holds import Holds
 from cotenant.policy.relayout import Relayout
+from cotenant.policy.residency import Residency
 from cotenant.policy.roster import Roster
 from cotenant.policy.state import DispatcherState, PartitionState
+from cotenant.policy.tenancy import Tenancy
 from cotenant.policy.turns import Turns
 
 
@@ -61,30 +65,33 @@ class Dispatcher:
         self.devices = devices
         self.state = state if state is not None else DispatcherState()
         self._desk = Desk(devices, self.state)
-        self.total_units = self._desk.total_units
-        self._holds = Holds(self._desk)
-        self._turns = Turns(self._desk, self._holds)
-        self._relayout = Relayout(self._desk, self._holds, self._turns)
-        self._roster = Roster(self._desk, self._turns, self._relayout)
-        roster, turns, holds = self._roster, self._turns, self._holds
+        self.compute = self._desk.compute
+        self._holds = holds = Holds(self._desk)
+        self._tenancy = tenancy = Tenancy(self._desk, holds)
+        self._turns = turns = Turns(self._desk, holds)
+        self._roster = roster = Roster(self._desk, turns)
+        self._residency = residency = Residency(self._desk, roster)
+        self._relayout = Relayout(self._desk, holds, tenancy, turns, roster, residency)
         self._handlers: dict[type, Callable[[Any], None]] = {
-            e.ServiceAdded: roster.service_added,
-            e.ServiceRemoved: roster.service_removed,
+            e.ServiceAdded: self._service_added,
+            e.ServiceRemoved: self._service_removed,
+            e.VersionOffered: residency.offered,
+            e.VersionGone: residency.gone,
+            e.WorkerUp: self._worker_up,
+            e.LoadFailed: self._load_failed,
+            e.WorkerDown: self._worker_down,
             e.Arrived: turns.arrived,
             e.Cancelled: turns.cancelled,
             e.BatchDone: self._batch_done,
             e.BatchFailed: self._batch_failed,
-            e.WorkerUp: roster.worker_up,
-            e.WorkerRetiring: roster.worker_retiring,
-            e.WorkerDown: self._worker_down,
-            e.VersionCurrent: roster.version_current,
+            e.JobQueued: tenancy.queued,
             e.JobReady: self._job_ready,
             e.JobExited: self._job_exited,
             e.Granted: holds.granted,
             e.Revoked: self._revoked,
             e.ActionFailed: self._action_failed,
             e.Repartitioned: self._relayout.repartitioned,
-            e.Planned: self._relayout.planned,
+            e.Planned: self._planned,
             e.Woke: self._woke,
             e.Draining: self._draining,
         }
@@ -93,38 +100,70 @@ class Dispatcher:
         """Decide. ``now`` is in ns; a clock that went backwards is held still."""
         self._desk.begin(now, event)
         self._handlers[type(event)](event)
+        if self.state.leaving:
+            self._residency.let_go()
         self._desk.arm()
         return self._desk.out
 
     # --- what concerns several rooms --------------------------------------------------------
 
-    def _batch_done(self, event: e.BatchDone) -> None:
-        self._turns.batch_done(event)
+    def _service_added(self, event: e.ServiceAdded) -> None:
+        self._roster.service_added(event)
+        self._residency.settle(event.service)
+
+    def _service_removed(self, event: e.ServiceRemoved) -> None:
+        self._residency.removed(event)
+        self._roster.service_removed(event)
+
+    def _worker_up(self, event: e.WorkerUp) -> None:
+        self._roster.worker_up(event)
+        self._residency.settle(event.service)
         self._relayout.settle()
 
-    def _batch_failed(self, event: e.BatchFailed) -> None:
-        self._turns.batch_failed(event)
+    def _load_failed(self, event: e.LoadFailed) -> None:
+        self._residency.load_failed(event)
         self._relayout.settle()
 
     def _worker_down(self, event: e.WorkerDown) -> None:
-        self._roster.worker_down(event)
+        worker = self.state.workers.get(event.worker)
+        if worker is None:
+            return
+        if not worker.up:
+            self._load_failed(e.LoadFailed(event.worker, event.reason))
+            return
+        self._roster.worker_down(worker)
+        self._residency.lost(worker)
+        self._relayout.settle()
+
+    def _batch_done(self, event: e.BatchDone) -> None:
+        self._turns.batch_done(event)
+        if self.state.changes:
+            self._relayout.settle()
+
+    def _batch_failed(self, event: e.BatchFailed) -> None:
+        self._turns.batch_failed(event)
         self._relayout.settle()
 
     def _revoked(self, event: e.Revoked) -> None:
         self._freed(self._holds.revoked(event))
 
     def _job_exited(self, event: e.JobExited) -> None:
-        for partition in self._holds.job_exited(event):
+        for partition in self._tenancy.exited(event):
             self._freed(partition)
+        self._relayout.settle()
+        self._tenancy.settle()
 
     def _action_failed(self, event: e.ActionFailed) -> None:
-        if event.action == "Repartition":
-            self._relayout.refused(event.target)
-        elif event.action == "Dispatch":
-            self._turns.dispatch_failed(event)
-            self._relayout.settle()
-        else:
-            self._freed(self._holds.failed(event))
+        match event.action:
+            case "Repartition":
+                self._relayout.refused(event.target)
+            case "Dispatch":
+                self._turns.dispatch_failed(event)
+                self._relayout.settle()
+            case "Revoke":
+                self._tenancy.failed(event)
+            case _:
+                self._freed(self._holds.failed(event))
 
     def _freed(self, partition: PartitionState | None) -> None:
         """A job left a partition: use it, and look again at whoever did not get it."""
@@ -137,14 +176,26 @@ class Dispatcher:
         self._relayout.settle()
 
     def _job_ready(self, event: e.JobReady) -> None:
-        if self._holds.job_ready(event):
+        if self._tenancy.ready(event):
             for partition in self.state.partitions.values():
                 if not self._holds.rotate(partition):
                     self._turns.run(partition)
 
+    def _planned(self, event: e.Planned) -> None:
+        self._residency.planned(event.plan)
+        self._relayout.planned(event)
+
     def _woke(self, _: e.Woke) -> None:
         self.state.armed = 0
         self._turns.expire()
+        for what, name in self._desk.watched():
+            match what:
+                case "partition":
+                    self._tenancy.partition_overdue(name)
+                case "job":
+                    self._tenancy.job_overdue(name)
+                case "service":
+                    self._residency.settle(name)
         while (partition := self._desk.due()) is not None:
             self._turns.run(partition)
             self._turns.place_waiting(partition)

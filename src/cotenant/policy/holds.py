@@ -11,10 +11,12 @@ from typing import Final
 
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
+from cotenant.domain.device import PreemptLevel
 from cotenant.domain.units import S
+from cotenant.domain.workload import share_on
 from cotenant.policy import lending
 from cotenant.policy.desk import Desk
-from cotenant.policy.state import HOLD_TRANSITIONS, Hold, JobShare, PartitionState
+from cotenant.policy.state import HOLD_TRANSITIONS, Hold, JobShare, PartitionState, Tenant
 
 BLOCKED_AFTER_FAILED_GRANT: Final = 1 * S
 
@@ -54,11 +56,12 @@ class Holds:
                 desk.set_wake(partition, min(blocked))
             return
         lending.adjust_slice(state, partition, now)
-        if not lending.lendable_now(state, partition, job, desk.total_units):
+        units = desk.compute[job.kind]
+        if not lending.lendable_now(state, partition, job, units):
             if partition.lendable:
                 desk.set_wake(partition, now + lending.ADJUST_EVERY)
             return
-        if partition.services and not lending.in_debt(state, job, now, desk.total_units):
+        if partition.services and not lending.in_debt(state, job, now, units):
             due = partition.idle_since + lending.linger(state, partition)
             if due > now:
                 desk.set_wake(partition, due)
@@ -66,15 +69,15 @@ class Holds:
         self._grant(partition, job)
 
     def _choose_job(self, partition: PartitionState) -> JobShare | None:
-        desk = self._desk
-        pinned = desk.specs[partition.device].pins_jobs
-        return lending.choose_job(self._state, partition, self._state.now, desk.total_units, pinned)
+        units = self._desk.compute.get(partition.kind, 0)
+        return lending.choose_job(self._state, partition, self._state.now, units)
 
     def _grant(self, partition: PartitionState, job: JobShare) -> None:
         state = self._state
         if not job.held:
             # A job that held nothing must not cash in the time it was away.
-            floor = min((j.vtime for j in state.jobs.values() if j.held), default=job.vtime)
+            beside = (j.vtime for j in state.jobs.values() if j.held and j.kind == job.kind)
+            floor = min(beside, default=job.vtime)
             job.vtime = max(job.vtime, floor)
         slice_ns = self._slice(partition)
         self.step(partition, "Grant")
@@ -104,7 +107,7 @@ class Holds:
         holder = state.jobs[partition.job]
         rival = self._choose_job(partition)
         if rival is not None and rival is not holder:
-            owed = lending.in_debt(state, rival, now, self._desk.total_units)
+            owed = lending.in_debt(state, rival, now, self._desk.compute[rival.kind])
             behind = lending.virtual_time(state, rival, now)
             guest = rival.id in partition.owners and holder.id not in partition.owners
             if owed or guest or behind < lending.virtual_time(state, holder, now):
@@ -120,6 +123,45 @@ class Holds:
         """Take a partition back, if a job has it and is not being taken off already."""
         if self.step(partition, "Revoke"):
             self._desk.out.append(a.Revoke(self._desk.cause, partition.job, partition.id))
+            partition.revoke_by = self._state.now + lending.REVOKE_WITHIN
+            self._watch(partition)
+
+    def _watch(self, partition: PartitionState) -> None:
+        if not partition.watched:
+            partition.watched = True
+            self._desk.watch(partition.revoke_by, "partition", partition.id)
+
+    def level(self, partition: PartitionState) -> PreemptLevel:
+        """How the job that has a partition can be made to yield."""
+        job = self._state.jobs.get(partition.job)
+        level = job.levels.get(partition.device) if job is not None else None
+        return self._desk.specs[partition.device].preempt if level is None else level
+
+    def overdue(self, name: str) -> str:
+        """The job that should have left a partition by now; "" if there is none."""
+        partition = self._state.partitions.get(name)
+        if partition is None:
+            return ""
+        partition.watched = False
+        if partition.hold != Hold.CLOSING:
+            return ""
+        if partition.revoke_by <= self._state.now:
+            return partition.job
+        self._watch(partition)
+        return ""
+
+    def stop(self, job: str) -> None:
+        """A job is about to be stopped: it is lent nothing more, and what it has is free once it
+        has left it, or is gone."""
+        share = self._state.jobs.get(job)
+        if share is None:
+            return
+        share.stopping = True
+        for name in share.held:
+            partition = self._state.partitions[name]
+            if partition.hold != Hold.CLOSING:
+                partition.revoke_by = self._state.now + lending.REVOKE_WITHIN
+            self.step(partition, "Stop")
 
     def granted(self, event: e.Granted) -> None:
         """The job runs there now."""
@@ -137,15 +179,12 @@ class Holds:
         return partition
 
     def failed(self, event: e.ActionFailed) -> PartitionState | None:
-        """A grant or revocation could not be carried out; the partition that is free by that."""
+        """A grant could not be carried out; the partition that is free by that."""
         state = self._state
         partition = state.partitions.get(event.target)
         if partition is None or partition.job != event.job:
             return None
-        if not self.step(partition, f"ActionFailed({event.action})"):
-            return None
-        if partition.hold == Hold.STOPPING:
-            self._desk.out.append(a.StopJob(self._desk.cause, event.job, event.reason))
+        if not self.step(partition, "ActionFailed(Grant)"):
             return None
         state.jobs[event.job].blocked_until = state.now + BLOCKED_AFTER_FAILED_GRANT
         self._vacate(partition)
@@ -158,30 +197,29 @@ class Holds:
             lending.settle(job, now, partition.compute, partition.held_since)
             job.held.remove(partition.id)
             job.units -= partition.compute
-            lending.roll_window(self._state, job, now, self._desk.total_units)
+            lending.roll_window(self._state, job, now, self._desk.compute[job.kind])
         partition.job = ""
 
     # --- jobs -------------------------------------------------------------------------------
 
-    def job_ready(self, event: e.JobReady) -> bool:
-        """A job may be lent space from now on; False if it could already."""
-        state = self._state
-        if event.job in state.jobs:
-            return False
+    def open(self, tenant: Tenant, levels: dict[str, PreemptLevel]) -> None:
+        """A job may be lent space from now on."""
+        state, compute = self._state, self._desk.compute[tenant.kind]
         # What others hold right now counts: a newcomer has no claim on the time before it came.
-        others = (lending.virtual_time(state, j, state.now) for j in state.jobs.values())
-        floor = min(others, default=0)
-        state.jobs[event.job] = JobShare(
-            id=event.job,
-            weight=max(1, round(event.weight * 1000)),
-            guaranteed=round(event.guaranteed * 1_000_000),
-            limit=event.limit,
-            window=event.window,
-            vtime=floor,
+        beside = [j for j in state.jobs.values() if j.kind == tenant.kind]
+        others = (lending.virtual_time(state, j, state.now) for j in beside)
+        state.jobs[tenant.id] = JobShare(
+            id=tenant.id,
+            kind=tenant.kind,
+            weight=max(1, round(tenant.weight * 1000)),
+            guaranteed=round(share_on(tenant.guaranteed, tenant.kind) * 1_000_000),
+            limit=max(1, int(share_on(tenant.limit, tenant.kind) * compute + 1e-9)),
+            place=tenant.place,
+            levels=levels,
+            vtime=min(others, default=0),
             since=state.now,
-            target=lending.target(state.plan, event.job),
+            target=lending.target(state.plan, tenant.id),
         )
-        return True
 
     def rotate(self, partition: PartitionState) -> bool:
         """See to it that a partition's job makes way when its slice ends, now that there is
@@ -191,21 +229,21 @@ class Holds:
         self._desk.set_wake(partition, max(self._state.now, partition.slice_end))
         return True
 
-    def job_exited(self, event: e.JobExited) -> list[PartitionState]:
+    def close(self, job_id: str) -> list[PartitionState]:
         """A job is gone; the partitions that are free by that."""
-        job = self._state.jobs.get(event.job)
+        job = self._state.jobs.get(job_id)
         if job is None:
             return []
         vacated = [self._state.partitions[p] for p in job.held]
         for partition in vacated:
             self.step(partition, "JobExited")
             self._vacate(partition)
-        del self._state.jobs[event.job]
+        del self._state.jobs[job_id]
         return vacated
 
     def below_limit(self) -> list[PartitionState]:
         """Free partitions that a job that is below its limit again may take now."""
-        state = self._state
-        if all(job.limit >= self._desk.total_units for job in state.jobs.values()):
+        state, compute = self._state, self._desk.compute
+        if all(job.limit >= compute[job.kind] for job in state.jobs.values()):
             return []
         return [p for p in state.partitions.values() if p.hold == Hold.NONE]

@@ -5,17 +5,19 @@ from __future__ import annotations
 from cotenant.domain.device import PreemptLevel
 from cotenant.policy.dispatcher import Dispatcher
 from cotenant.policy.queues import able_count, has_worker
-from cotenant.policy.state import DispatcherState, Hold
+from cotenant.policy.state import DispatcherState, Hold, Phase
 
 
 def check(dispatcher: Dispatcher) -> None:
     """Raise AssertionError naming the law that is broken."""
     state = dispatcher.state
     _holders(state, {d.id: d.preempt for d in dispatcher.devices})
+    _tenants(state)
     _workers(state)
+    _residency(state)
     _queues(state)
     _residents(state)
-    _jobs(state, dispatcher.total_units)
+    _jobs(state, dispatcher.compute)
     _work_conserving(state)
     _timers(state)
 
@@ -25,7 +27,8 @@ def _holders(state: DispatcherState, levels: dict[str, PreemptLevel]) -> None:
     for p in state.partitions.values():
         assert (p.job == "") == (p.hold == Hold.NONE), f"{p.id}: holder {p.job!r} but {p.hold!r}"
         if p.batch and p.job:
-            level = levels[p.device]
+            job = state.jobs[p.job]
+            level = job.levels.get(p.device, levels[p.device])
             assert level >= PreemptLevel.PRIORITY, f"{p.id}: batch and job at level {level!r}"
             assert p.hold in (Hold.CLOSING, Hold.STOPPING), f"{p.id}: batch beside a held job"
         if p.batch:
@@ -53,13 +56,33 @@ def _workers(state: DispatcherState) -> None:
         for name in idle:
             assert state.workers[name].batch == 0, f"{name}: idle and busy"
             assert not state.workers[name].retiring, f"{name}: idle and retiring"
-        mine = [w for w in state.workers.values() if w.service == service.name]
+        mine = [w for w in state.workers.values() if w.service == service.name and w.up]
         assert service.workers == sum(not w.retiring for w in mine), f"{service.name}: count"
         for device, count in service.at.items():
             there = sum(w.device == device and not w.retiring for w in mine)
             assert there == count, f"{service.name}: count on {device}"
         busy = sum(1 for w in mine if w.batch and not w.retiring)
         assert busy + len(idle) == service.workers, f"{service.name}: a worker is lost"
+
+
+def _residency(state: DispatcherState) -> None:
+    for service in state.services.values():
+        assert service.version in ("", *service.versions), f"{service.name}: its version is gone"
+        assert len(service.versions) <= max(1, service.keep), f"{service.name}: too many versions"
+        known = {*service.versions.items()}
+        if service.offer:
+            known.add((service.offer, service.offer_revision))
+        for worker in state.workers.values():
+            if worker.service == service.name and not worker.retiring:
+                which = (worker.version, worker.revision)
+                assert which in known, f"{worker.id}: of a version that is not to be served"
+    for worker in state.workers.values():
+        assert worker.service in state.services, f"{worker.id}: of a service that is gone"
+        assert worker.up or not worker.batch, f"{worker.id}: executes and is not up"
+    for name in state.leaving:
+        worker = state.workers[name]
+        busy = worker.batch or any(r.worker == name for r in state.residents.values())
+        assert worker.retiring and busy, f"{name}: is to go, has nothing to do, and stays"
 
 
 def _queues(state: DispatcherState) -> None:
@@ -96,11 +119,27 @@ def _residents(state: DispatcherState) -> None:
     assert not strays, f"{strays}: queued for one worker, and not resident"
 
 
-def _jobs(state: DispatcherState, total_units: int) -> None:
+def _tenants(state: DispatcherState) -> None:
+    running = [t for t in state.tenants.values() if t.phase != Phase.QUEUED]
+    assert not state.most_jobs or len(running) <= state.most_jobs, "too many jobs"
+    assert set(state.jobs) <= {t.id for t in running}, "a job that was never started is lent space"
+    places = [t.place for t in running if t.place]
+    assert len(places) == len(set(places)), "two jobs are bound to one partition"
+    for tenant in running:
+        assert not tenant.place or tenant.place in state.partitions, f"{tenant.id}: bound nowhere"
+        assert not tenant.stop_by or (state.armed and state.armed <= tenant.stop_by)
+    for p in state.partitions.values():
+        if p.hold == Hold.CLOSING:
+            assert p.watched and state.armed, f"{p.id}: nobody looks whether it was left"
+
+
+def _jobs(state: DispatcherState, compute: dict[str, int]) -> None:
     for job in state.jobs.values():
+        assert all(state.partitions[p].kind == job.kind for p in job.held), f"{job.id}: kinds"
+        assert all(job.place in ("", p) for p in job.held), f"{job.id}: not where it is bound"
         held = [p for p in state.partitions.values() if p.job == job.id]
         assert sorted(job.held) == sorted(p.id for p in held), f"{job.id}: holds {job.held}"
-        assert job.units == sum(p.compute for p in held) <= total_units
+        assert job.units == sum(p.compute for p in held) <= compute[job.kind]
         assert job.units <= max(job.limit, 0) or not held, f"{job.id}: over its limit"
     for p in state.partitions.values():
         assert not p.job or p.job in state.jobs, f"{p.id}: held by the unknown job {p.job}"

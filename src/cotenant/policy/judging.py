@@ -13,6 +13,7 @@ from typing import Final
 from cotenant.domain.device import DeviceSpec, Partition
 from cotenant.domain.snapshot import ServiceFacts
 from cotenant.domain.units import format_bytes
+from cotenant.domain.workload import share_on
 from cotenant.policy.queueing import batch_delay, lost, wait_quantile
 from cotenant.policy.views import Layout, Verdict, View
 
@@ -209,7 +210,12 @@ def _rate(service: ServiceFacts, horizon_s: float) -> float:
 def memory_of(service: ServiceFacts, device: DeviceSpec) -> int:
     """Bytes that one instance needs there; 0 if not known."""
     variant = service.variants.get(device.kind)
-    return variant.memory if variant is not None else 0
+    return max(service.memory.get(device.kind, 0), variant.memory if variant is not None else 0)
+
+
+def _limit(service: ServiceFacts, device: DeviceSpec) -> float:
+    """Units of a device that may be planned for a service."""
+    return share_on(service.limit, device.kind) * device.compute + 1e-9
 
 
 def _take(
@@ -223,7 +229,7 @@ def _take(
     """As many partitions, in this order, as the service's load calls for beside what they have
     (``rho``), and the utilization that it brings to each: work goes to whoever is free, so it is
     the same for all."""
-    most = max(1.0, service.limit * view.device.compute + 1e-9)
+    most = max(1.0, _limit(service, view.device))
     chosen: list[int] = []
     capacity, units, share, had = 0.0, 0, 0.0, 0.0
     for index in order:
@@ -253,7 +259,7 @@ def _fill(
     if len(used) == len(mine):
         return
     sizes = [p.compute for p in mine]
-    limits = {s.name: s.limit * view.device.compute + 1e-9 for s in view.services}
+    limits = {s.name: _limit(s, view.device) for s in view.services}
     for index, partition in enumerate(mine):
         if index in used:
             continue

@@ -17,7 +17,7 @@ from typing import Final
 
 from cotenant.domain.plan import Plan
 from cotenant.domain.units import MS, US, S
-from cotenant.policy.state import DispatcherState, JobShare, PartitionState, ServiceState
+from cotenant.policy.state import DispatcherState, Hold, JobShare, PartitionState, ServiceState
 
 ADJUST_EVERY: Final = 100 * MS
 SLICE_STEP: Final = 5 * MS
@@ -27,6 +27,8 @@ NEGLIGIBLE: Final = 100 * US
 """A linger shorter than this costs more in timer events than it saves."""
 OWED: Final = 20
 """A job is in debt when it is owed more than 1/OWED of one window's guaranteed share."""
+DEBT_WINDOW: Final = 2 * S
+"""Over how long (ns) a guaranteed share is owed."""
 BEHIND: Final = 10 * S
 """By how much virtual time at most a job may be behind that of another."""
 _SCALE: Final = 1_000_000
@@ -54,13 +56,13 @@ def debt(state: DispatcherState, job: JobShare, now: int, total_units: int) -> i
         return 0
     running = _running(state, job, now)
     due = (now - job.since) * total_units * job.guaranteed // _SCALE
-    cap = job.window * total_units * job.guaranteed // _SCALE
+    cap = DEBT_WINDOW * total_units * job.guaranteed // _SCALE
     return max(-cap, min(cap, job.carried + due - job.received - running))
 
 
 def roll_window(state: DispatcherState, job: JobShare, now: int, total_units: int) -> None:
     """Start a new window once the old one is over, carrying its debt."""
-    if job.guaranteed and now - job.since > job.window:
+    if job.guaranteed and now - job.since > DEBT_WINDOW:
         owed = debt(state, job, now, total_units)
         job.since, job.received, job.carried = now, -_running(state, job, now), owed
 
@@ -69,28 +71,33 @@ def in_debt(state: DispatcherState, job: JobShare, now: int, total_units: int) -
     """Whether a job is owed enough to act on."""
     if not job.guaranteed:
         return False
-    threshold = job.window * total_units * job.guaranteed // (_SCALE * OWED)
+    threshold = DEBT_WINDOW * total_units * job.guaranteed // (_SCALE * OWED)
     return debt(state, job, now, total_units) > threshold
 
 
-def starved(state: DispatcherState, now: int, total_units: int) -> int:
-    """Sum of the guaranteed shares (millionths) of jobs that are in debt."""
-    return sum(j.guaranteed for j in state.jobs.values() if in_debt(state, j, now, total_units))
+def starved(state: DispatcherState, kind: str, now: int, total_units: int) -> int:
+    """Sum of the guaranteed shares (millionths) of jobs on a kind of device that are in debt."""
+    return sum(
+        j.guaranteed
+        for j in state.jobs.values()
+        if j.guaranteed and j.kind == kind and in_debt(state, j, now, total_units)
+    )
 
 
 def choose_job(
-    state: DispatcherState, partition: PartitionState, now: int, total_units: int, pinned: bool
+    state: DispatcherState, partition: PartitionState, now: int, total_units: int
 ) -> JobShare | None:
-    """Who gets an idle partition; None if nobody may. ``pinned``: none but its owners, because
-    others cannot move there."""
+    """Who gets an idle partition; None if nobody may."""
     if state.plan.targets:
-        _forgive(state, now)
+        _forgive(state, partition.kind, now)
     owners = [state.jobs[j] for j in partition.owners if j in state.jobs]
-    candidates = owners if owners or pinned else list(state.jobs.values())
+    candidates = owners or state.jobs.values()
     size = partition.compute
     best: JobShare | None = None
     best_key: tuple[int, int, str] | None = None
     for job in candidates:
+        if job.kind != partition.kind or job.stopping or job.place not in ("", partition.id):
+            continue
         if job.blocked_until > now or job.units + size > job.limit:
             continue
         owed = debt(state, job, now, total_units) if in_debt(state, job, now, total_units) else 0
@@ -122,15 +129,19 @@ def aim(state: DispatcherState) -> None:
         job.vtime = -(_running(state, job, state.now) * 1000 // job.pace)
 
 
-def _forgive(state: DispatcherState, now: int) -> None:
+def _forgive(state: DispatcherState, kind: str, now: int) -> None:
     """Where the plan says what jobs are to hold, nobody is behind by more than ``BEHIND``: what
     was not there to be lent yesterday is nobody's claim today."""
-    times = {job.id: virtual_time(state, job, now) for job in state.jobs.values()}
+    jobs = [job for job in state.jobs.values() if job.kind == kind]
+    times = {job.id: virtual_time(state, job, now) for job in jobs}
     least = max(times.values(), default=0) - BEHIND
-    for job in state.jobs.values():
+    for job in jobs:
         if job.target:
             job.vtime += max(0, least - times[job.id])
 
+
+REVOKE_WITHIN: Final = 2 * S
+"""In what time (ns) a job must have left a partition that is taken back; then it is stopped."""
 
 # --- linger ---------------------------------------------------------------------------------
 
@@ -198,6 +209,14 @@ def adjust_slice(state: DispatcherState, partition: PartitionState, now: int) ->
         partition.slice_ns = min(plan.slice_max, partition.slice_ns + SLICE_STEP)
     partition.hot = 0
     partition.adjust_at = now + ADJUST_EVERY
+
+
+def back_in(partition: PartitionState, now: int) -> int:
+    """Ns until a partition is back from the job that has it. A revocation that has taken longer
+    than they do is taken to take as long again."""
+    if partition.hold in (Hold.NONE, Hold.GRANTING, Hold.HELD):
+        return partition.revoke_cost if partition.hold else 0
+    return max(partition.revoke_cost, now - partition.revoke_by + REVOKE_WITHIN)
 
 
 def lendable_now(

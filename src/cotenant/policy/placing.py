@@ -24,6 +24,15 @@ from cotenant.policy.views import Parts, Placing
 
 def why_not(service: ServiceFacts, device: DeviceSpec, memory_left: int) -> str:
     """What keeps a service off a device, in words; empty if it can run there."""
+    if service.kinds and device.kind not in service.kinds:
+        return f"may run on {' or '.join(service.kinds)}, not on {device.kind}"
+    if device.id in service.unfit:
+        return f"{device.id} could not load it: {service.unfit[device.id]}"
+    need = _need(service, device)
+    if device.memory and need > memory_left:
+        many = f" ({service.instances} instances)" if service.instances > 1 else ""
+        free = format_bytes(max(0, memory_left))
+        return f"needs {format_bytes(need)}{many}, {device.id} has {free}"
     if not service.variants:
         return ""
     variant = service.variants.get(device.kind)
@@ -32,14 +41,17 @@ def why_not(service: ServiceFacts, device: DeviceSpec, memory_left: int) -> str:
     missing = [op for op in variant.operators if device.operators and op not in device.operators]
     if missing:
         return f"{device.id} does not support {', '.join(missing)}"
-    if device.memory and variant.memory > memory_left:
-        return f"needs {format_bytes(variant.memory)}, {device.id} has {format_bytes(memory_left)}"
     if variant.accuracy < service.accuracy_floor:
         return (
             f"accuracy {variant.accuracy:g} on {device.id} is below its floor"
             f" {service.accuracy_floor:g}"
         )
     return ""
+
+
+def _need(service: ServiceFacts, device: DeviceSpec) -> int:
+    """Bytes that all its instances need there."""
+    return service.instances * memory_of(service, device)
 
 
 def place(
@@ -60,7 +72,7 @@ def place(
     for index, device in enumerate(serving):
         placer.offload(device, serving[index + 1 :])
     uneven = placer.spread(before, improve)
-    return Placing(placer.parts, tuple(placer.reasons), uneven)
+    return Placing(placer.parts, tuple(placer.reasons), uneven, placer.nowhere)
 
 
 class _Placer:
@@ -75,6 +87,7 @@ class _Placer:
     ) -> None:
         self.parts: Parts = {s.name: {} for s in services}
         self.reasons: list[str] = []
+        self.nowhere: dict[str, str] = {}
         self._left = {s.name: 1.0 for s in services}
         self._services = services
         self._sharing = [d for d in devices if d.trains]
@@ -111,7 +124,7 @@ class _Placer:
                 self.reasons.append(f"{name}: {device.id} can carry {part:.0%} of it")
             self.parts[name][device.id] = self._left[name] * part
             self._left[name] *= 1.0 - part
-            memory -= memory_of(service, device)
+            memory -= _need(service, device)
             used += wanted * part
 
     def spread(self, before: Parts, improve: bool) -> bool:
@@ -127,7 +140,8 @@ class _Placer:
             shares = assigning.improve(fleet, shares)
         for name, parts in shares.items():
             if not parts and not self.parts[name]:
-                self.reasons.append(f"{name} can run nowhere: {self._why_nowhere(name)}")
+                self.nowhere[name] = self._why_nowhere(name)
+                self.reasons.append(f"{name} can run nowhere: {self.nowhere[name]}")
             if len(parts) > 1:
                 told = ", ".join(f"{part:.0%} on {device}" for device, part in parts.items())
                 self.reasons.append(f"{name} is carried by several devices: {told}")
@@ -148,7 +162,7 @@ class _Placer:
                 if rate is not None:
                     calm = msgspec.structs.replace(service, rate=rate, rate_trend=0.0)
                 demands[name] = {d.id: self._demand(calm, d) * self._left[name] for d in able}
-                needs[name] = {d.id: memory_of(service, d) for d in able}
+                needs[name] = {d.id: _need(service, d) for d in able}
         return assigning.Fleet(demands, needs, {d.id: d.memory for d in self._sharing})
 
     def _why_nowhere(self, name: str) -> str:

@@ -20,6 +20,8 @@ Laws (docs/design.md says why):
 
 from __future__ import annotations
 
+from collections import Counter
+
 import msgspec
 
 from cotenant.domain.device import DeviceSpec, Partition
@@ -116,7 +118,7 @@ class Planner:
             reasons = [f"{n}: {_names(present[n])} -> {_names(homes[n])}" for n in moved]
             reasons += wish.reasons if moved else ()
         state.elsewhere_since = 0
-        state.parts = wish.parts
+        state.parts, state.nowhere = wish.parts, wish.nowhere
         return wish, reasons
 
     def _patient(self, snapshot: Snapshot, facts: tuple[ServiceFacts, ...], wish: Placing) -> bool:
@@ -151,8 +153,18 @@ class Planner:
         return True
 
     def _devices(self, snapshot: Snapshot) -> list[DeviceSpec]:
-        """Those to be used, serving devices first."""
-        found = [d for d in snapshot.devices if d.trains or self.tuning.offload]
+        """Those to be used, serving devices first, with the memory that jobs leave of them."""
+        alike = Counter(d.kind for d in snapshot.devices if d.trains)
+        found = []
+        for device in snapshot.devices:
+            if not (device.trains or self.tuning.offload):
+                continue
+            theirs = sum(j.memory for j in snapshot.jobs if j.kind == device.kind)
+            if theirs and device.memory and not device.mig:
+                left = max(1, device.memory - theirs // alike[device.kind])
+                found.append(msgspec.structs.replace(device, memory=left))
+            else:
+                found.append(device)
         return sorted(found, key=lambda d: d.trains)
 
     def _views(
@@ -187,7 +199,9 @@ class Planner:
         """Which jobs can run on which device: all on all, unless one binds them; then each is
         where it was, or where the fewest are."""
         if not any(d.pins_jobs for d in devices):
-            return {d.id: snapshot.jobs for d in devices}
+            return {
+                d.id: tuple(j for j in snapshot.jobs if j.kind in ("", d.kind)) for d in devices
+            }
         there: dict[str, list[JobFacts]] = {d.id: [] for d in devices}
         owner = {p.id: p.device for p in snapshot.plan.partitions}
         homeless: list[JobFacts] = []
@@ -195,7 +209,9 @@ class Planner:
             home = owner.get(self.state.bound.get(job.id, ""), "")
             there.get(home, homeless).append(job)
         for job in homeless:
-            there[min(there, key=lambda d: (len(there[d]), d))].append(job)
+            able = [d.id for d in devices if job.kind in ("", d.kind)]
+            if able:
+                there[min(able, key=lambda d: (len(there[d]), d))].append(job)
         return {device: tuple(jobs) for device, jobs in there.items()}
 
     # --- the plan ---------------------------------------------------------------------------
@@ -237,6 +253,7 @@ class Planner:
             slice_min=tuning.slice_min,
             slice_max=tuning.slice_max,
             linger_max=tuning.linger_max,
+            unplaced=dict(state.nowhere),
             reasons=(*reasons, *infeasible),
         )
 

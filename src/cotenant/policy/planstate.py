@@ -85,6 +85,8 @@ class PlannerState(msgspec.Struct):
     version: int = 0
     parts: Parts = {}
     """Where services are."""
+    nowhere: dict[str, str] = {}
+    """Services that are not, and why."""
     elsewhere_since: int = 0
     """Since when they should be somewhere else (ns)."""
     uneven_since: int = 0

@@ -1,8 +1,9 @@
 """Relayout: from a device's layout in force to that of a new plan.
 
-Each device changes by itself, once every partition that changes there is idle; a slow one holds
-back no other. Partitions that stay as they are serve on meanwhile. ``DispatcherState.plan`` is
-always what is in force: of each device what it has, of the box what was planned last.
+Each device changes by itself, once every partition that changes there is idle and what leaves the
+device is loaded where it goes; a slow one holds back no other. Partitions that stay as they are
+serve on meanwhile. ``DispatcherState.plan`` is always what is in force: of each device what it has,
+of the box what was planned last.
 """
 
 from __future__ import annotations
@@ -13,19 +14,32 @@ from cotenant.domain.device import Partition
 from cotenant.domain.plan import Plan, adopted
 from cotenant.policy import lending
 from cotenant.policy.desk import Desk
-from cotenant.policy.estimate import Costs
 from cotenant.policy.holds import Holds
+from cotenant.policy.residency import Residency
+from cotenant.policy.roster import Roster
 from cotenant.policy.state import Change, Hold, PartitionState
+from cotenant.policy.tenancy import Tenancy
 from cotenant.policy.turns import Turns
 
 
 class Relayout:
     """See the module's text."""
 
-    def __init__(self, desk: Desk, holds: Holds, turns: Turns) -> None:
+    def __init__(
+        self,
+        desk: Desk,
+        holds: Holds,
+        tenancy: Tenancy,
+        turns: Turns,
+        roster: Roster,
+        residency: Residency,
+    ) -> None:
         self._desk = desk
         self._holds = holds
+        self._tenancy = tenancy
         self._turns = turns
+        self._roster = roster
+        self._residency = residency
         self._state = desk.state
 
     def planned(self, event: e.Planned) -> None:
@@ -41,6 +55,7 @@ class Relayout:
             change.successor = plan
             return
         self._state.changes[device] = Change(plan)
+        self._tenancy.move(device, plan)
         new = {p.id: p.units for p in _layout(plan, device)}
         for partition in self._on(device):
             spared, partition.retiring = (
@@ -61,7 +76,9 @@ class Relayout:
     def _settle(self, device: str, change: Change) -> None:
         there = self._on(device)
         retiring = [p for p in there if p.retiring]
-        if any(p.batch or p.hold != Hold.NONE for p in retiring):
+        if any(p.batch or p.hold != Hold.NONE or self._tenancy.bound(p) for p in retiring):
+            return
+        if self._residency.arriving(device, change.plan):
             return
         known = {p.id for p in there if not p.retiring}
         layout = _layout(change.plan, device)
@@ -118,7 +135,8 @@ class Relayout:
                 )
             kept.slice_ns = min(kept.slice_ns, plan.slice_max)
             state.partitions[spec.id] = kept
-        self.link()
+        self._roster.link()
+        self._tenancy.settle()
         for partition in state.partitions.values():
             if partition.device != device:
                 continue
@@ -127,24 +145,6 @@ class Relayout:
             ):
                 self._holds.revoke(partition)
             self._turns.run(partition)
-
-    def link(self) -> None:
-        """Connect services and jobs with the partitions that the plan in force gives them."""
-        state, plan = self._state, self._state.plan
-        for partition in state.partitions.values():
-            partition.services = [
-                s for s, ps in plan.services.items() if partition.id in ps and s in state.services
-            ]
-            partition.owners = [j for j, ps in plan.jobs.items() if partition.id in ps]
-            partition.lendable = partition.id in plan.lendable
-            partition.waiting = {s: None for s in partition.services if state.services[s].queued}
-        for service in state.services.values():
-            mine = plan.services.get(service.name, ())
-            service.partitions = [p for p in mine if p in state.partitions]
-            kinds = [state.partitions[p].kind for p in service.partitions]
-            service.home = kinds[0] if kinds else service.home
-            for kind in kinds:
-                service.exec.setdefault(kind, Costs())
 
 
 def _layout(plan: Plan, device: str) -> tuple[Partition, ...]:

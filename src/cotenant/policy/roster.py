@@ -10,7 +10,6 @@ from cotenant.domain.units import S
 from cotenant.policy import queues
 from cotenant.policy.desk import Desk
 from cotenant.policy.estimate import Costs, Median, Quantile, size_class
-from cotenant.policy.relayout import Relayout
 from cotenant.policy.state import ServiceState, WorkerState, enter_pool, leave_pool, served
 from cotenant.policy.tail import caution, missable, watched
 from cotenant.policy.turns import Turns
@@ -19,10 +18,9 @@ from cotenant.policy.turns import Turns
 class Roster:
     """See the module's text."""
 
-    def __init__(self, desk: Desk, turns: Turns, relayout: Relayout) -> None:
+    def __init__(self, desk: Desk, turns: Turns) -> None:
         self._desk = desk
         self._turns = turns
-        self._relayout = relayout
         self._state = desk.state
 
     # --- services ---------------------------------------------------------------------------
@@ -37,6 +35,7 @@ class Roster:
             old.max_queue_delay, old.strict = event.max_queue_delay, event.strict
             old.missable, old.caution = missable(event.percentile), caution(event.percentile)
             old.tail.ppm = watched(event.percentile)
+            old.instances, old.keep, old.memory = event.instances, event.keep, event.memory
             return
         state.services[event.service] = ServiceState(
             name=event.service,
@@ -50,8 +49,11 @@ class Roster:
             caution=caution(event.percentile),
             tail=Quantile(max(1, event.objective // 16), watched(event.percentile)),
             back=Median(),
+            instances=event.instances,
+            keep=event.keep,
+            memory=event.memory,
         )
-        self._relayout.link()
+        self.link()
 
     def service_removed(self, event: e.ServiceRemoved) -> None:
         """Refuse what the service has queued; it goes when the last of its instances is down."""
@@ -60,48 +62,61 @@ class Roster:
             return
         self._refuse_where(service, Refusal.UNAVAILABLE, lambda _: True)
         service.max_queue = 0
-        if not self._has_workers(service):
-            self._forget(service)
+        self.forget_if_empty(service)
 
-    def _forget(self, service: ServiceState) -> None:
-        del self._state.services[service.name]
-        self._relayout.link()
+    def forget_if_empty(self, service: ServiceState) -> None:
+        """Forget a service that was removed, once no instance of it is left."""
+        workers = self._state.workers.values()
+        if service.max_queue == 0 and all(w.service != service.name for w in workers):
+            del self._state.services[service.name]
+            self.link()
 
-    def version_current(self, event: e.VersionCurrent) -> None:
-        """Requests that name no version go to this one."""
-        service = self._state.services.get(event.service)
-        if service is not None:
-            service.version = event.version
-            self._turns.place(service)
+    def version_changed(self, service: ServiceState) -> None:
+        """Requests that name no version go to another one: what is queued may run now."""
+        self._turns.place(service)
+
+    def link(self) -> None:
+        """Connect services and jobs with the partitions that the plan in force gives them."""
+        state, plan = self._state, self._state.plan
+        for partition in state.partitions.values():
+            partition.services = [
+                s for s, ps in plan.services.items() if partition.id in ps and s in state.services
+            ]
+            partition.owners = [j for j, ps in plan.jobs.items() if partition.id in ps]
+            partition.lendable = partition.id in plan.lendable
+            partition.waiting = {s: None for s in partition.services if state.services[s].queued}
+        for service in state.services.values():
+            mine = plan.services.get(service.name, ())
+            service.partitions = [p for p in mine if p in state.partitions]
+            kinds = [state.partitions[p].kind for p in service.partitions]
+            service.home = kinds[0] if kinds else service.home
+            for kind in kinds:
+                service.exec.setdefault(kind, Costs())
 
     # --- workers ----------------------------------------------------------------------------
 
     def worker_up(self, event: e.WorkerUp) -> None:
         """An instance takes batches from now on."""
         state = self._state
-        service = state.services.get(event.service)
-        if service is None or event.worker in state.workers:
+        worker = state.workers.get(event.worker)
+        if worker is None or worker.up or worker.retiring:
             return
+        service = state.services[worker.service]
+        worker.up, worker.since = True, state.now
+        worker.memory = max(worker.memory, event.memory)
         kind = self._desk.specs[event.device].kind
         service.home = service.home or kind
         costs = service.exec.setdefault(kind, Costs())
         for units, rows, ns in event.profile:
             costs.profile(units, rows, ns, size_class(event.size))
-        worker = WorkerState(event.worker, event.service, event.version, event.device)
-        state.workers[event.worker] = worker
         enter_pool(service, worker)
         service.workers += 1
         service.at[event.device] = service.at.get(event.device, 0) + 1
-        if not service.version:
-            service.version = event.version
         self._turns.place(service)
 
-    def worker_down(self, event: e.WorkerDown) -> None:
+    def worker_down(self, worker: WorkerState) -> None:
         """An instance is gone. What it executed is tried once more elsewhere."""
         state = self._state
-        worker = state.workers.get(event.worker)
-        if worker is None:
-            return
         residents = self._residents(worker)
         del state.workers[worker.id]
         service = state.services[worker.service]
@@ -118,22 +133,19 @@ class Roster:
             self._turns.give_back(service, running.requests, begun)
         self._turns.give_back(service, residents, begun=True)
         self._refuse_orphans(service)
-        if service.workers == 0 and service.max_queue == 0 and not self._has_workers(service):
-            self._forget(service)
+        self.forget_if_empty(service)
         if partition is not None:
             self._turns.go_on(service, partition)
         elif residents:
             self._turns.place(service)
 
-    def worker_retiring(self, event: e.WorkerRetiring) -> None:
-        """An instance takes no further batch."""
-        worker = self._state.workers.get(event.worker)
-        if worker is None or worker.retiring:
-            return
+    def retire(self, worker: WorkerState) -> None:
+        """An instance is given nothing new."""
         worker.retiring = True
         service = self._state.services[worker.service]
-        leave_pool(service, worker)
-        self._refuse_orphans(service)
+        if worker.up:
+            leave_pool(service, worker)
+            self._refuse_orphans(service)
 
     def _residents(self, worker: WorkerState) -> list[Request]:
         """Take the requests that a worker had between two turns out of the queue."""
@@ -141,9 +153,6 @@ class Roster:
         ids = [r for r, resident in state.residents.items() if resident.worker == worker.id]
         found = [queues.withdraw(state, request) for request in ids]
         return [request for request in found if request is not None]
-
-    def _has_workers(self, service: ServiceState) -> bool:
-        return any(w.service == service.name for w in self._state.workers.values())
 
     def _refuse_orphans(self, service: ServiceState) -> None:
         """Refuse what waits for a version that no instance serves any more."""

@@ -12,9 +12,10 @@ import enum
 from dataclasses import dataclass, field
 from typing import Any
 
+from cotenant.domain.device import PreemptLevel
 from cotenant.domain.plan import EMPTY_PLAN, Plan
 from cotenant.domain.request import Batch, Request
-from cotenant.domain.workload import PRIORITY_CLASSES
+from cotenant.domain.workload import PRIORITY_CLASSES, Share
 from cotenant.policy.estimate import Costs, ExecTable, Median, Quantile
 
 
@@ -33,19 +34,39 @@ HOLD_TRANSITIONS: dict[Hold, dict[str, Hold]] = {
     Hold.GRANTING: {
         "Granted": Hold.HELD,
         "Revoke": Hold.CLOSING,
+        "Stop": Hold.STOPPING,
         "JobExited": Hold.NONE,
         "ActionFailed(Grant)": Hold.NONE,
     },
-    Hold.HELD: {"Revoke": Hold.CLOSING, "JobExited": Hold.NONE},
+    Hold.HELD: {"Revoke": Hold.CLOSING, "Stop": Hold.STOPPING, "JobExited": Hold.NONE},
     Hold.CLOSING: {
         "Revoked": Hold.NONE,
+        "Stop": Hold.STOPPING,
         "JobExited": Hold.NONE,
         "ActionFailed(Grant)": Hold.NONE,
-        "ActionFailed(Revoke)": Hold.STOPPING,
     },
-    Hold.STOPPING: {"JobExited": Hold.NONE},
+    Hold.STOPPING: {"Revoked": Hold.NONE, "JobExited": Hold.NONE},
 }
-"""State → what happens → state; whatever is not listed is ignored as late news."""
+"""State → what happens → state; whatever is not listed is ignored as late news. A revocation that
+fails, or is not answered in time, stops the job."""
+
+
+class Phase(enum.IntEnum):
+    """Life of a job as the dispatcher sees it; ``PHASE_TRANSITIONS`` holds every legal step."""
+
+    QUEUED = 0
+    STARTING = 1
+    RUNNING = 2
+    STOPPING = 3
+
+
+PHASE_TRANSITIONS: dict[Phase, dict[str, Phase]] = {
+    Phase.QUEUED: {"Start": Phase.STARTING},
+    Phase.STARTING: {"JobReady": Phase.RUNNING, "Stop": Phase.STOPPING},
+    Phase.RUNNING: {"Stop": Phase.STOPPING},
+    Phase.STOPPING: {},
+}
+"""As ``HOLD_TRANSITIONS``. From any phase ``JobExited`` ends it."""
 
 
 @dataclass
@@ -88,7 +109,25 @@ class ServiceState:
     """What executions cost, by kind of device."""
     home: str = ""
     """The kind of device that the service is planned on first: it measures its queue."""
+    instances: int = 1
+    keep: int = 1
+    memory: dict[str, int] = field(default_factory=dict)
+    """Bytes that an instance occupies, by kind of device."""
     version: str = ""
+    """The version that requests go to which name none."""
+    versions: dict[str, int] = field(default_factory=dict)
+    """Versions that serve, oldest first, and the revision of each."""
+    offer: str = ""
+    """The version that is being brought up, if any, and its revision."""
+    offer_revision: int = 0
+    wanted: list[str] = field(default_factory=list)
+    """The devices that are to carry it."""
+    unfit: dict[str, str] = field(default_factory=dict)
+    """Devices that could not load what serves or was offered last, and why."""
+    failures: int = 0
+    """How often in a row an instance failed."""
+    retry_at: int = 0
+    """When (ns) the next try may be."""
     lanes: dict[str, Lane] = field(default_factory=dict)
     queued: int = 0
     rows: list[int] = field(default_factory=lambda: [0] * PRIORITY_CLASSES)
@@ -116,6 +155,12 @@ class WorkerState:
     service: str
     version: str
     device: str
+    revision: int = 0
+    memory: int = 0
+    """Bytes that it occupies there."""
+    up: bool = False
+    since: int = 0
+    """When it was ordered or, if that is later, when it came up (ns)."""
     batch: int = 0
     partition: str = ""
     retiring: bool = False
@@ -195,22 +240,55 @@ class PartitionState:
     hot: int = 0
     """Worst headroom seen in the present adjustment window: permille of the objective."""
     adjust_at: int = 0
+    revoke_by: int = 0
+    """When (ns) the job must have left a partition that is being taken back."""
+    watched: bool = False
+    """Whether that time is looked at."""
     revoke_cost: int = 0
     start_idle: int = 0
     start_preempting: int = 0
 
 
 @dataclass
-class JobShare:
-    """One job's account of compute, in unit-nanoseconds."""
+class Tenant:
+    """A job from when it wants to run until it is gone."""
 
     id: str
+    weight: float
+    guaranteed: Share
+    limit: Share
+    kinds: tuple[str, ...]
+    memory: int
+    grace: int
+    phase: Phase = Phase.QUEUED
+    kind: str = ""
+    """The kind of device that it runs on, or would if it was started now."""
+    devices: tuple[str, ...] = ()
+    place: str = ""
+    """The partition that it was started in, where its device binds it to one."""
+    waits: str = ""
+    """Why it is not started."""
+    stop_by: int = 0
+    """When (ns) it must be gone, else it is killed; 0: it is not being stopped, or was killed."""
+
+
+@dataclass
+class JobShare:
+    """One running job's account of the compute of its kind of device, in unit-nanoseconds."""
+
+    id: str
+    kind: str
     weight: int
     """Weight in thousandths."""
     guaranteed: int
-    """Guaranteed share of the device in millionths."""
+    """Guaranteed share in millionths."""
     limit: int
-    window: int
+    """Units that it may hold."""
+    place: str = ""
+    """The one partition that it can run in; any if empty."""
+    levels: dict[str, PreemptLevel] = field(default_factory=dict)
+    """How it can be made to yield, by device, where that is not what the device says."""
+    stopping: bool = False
     vtime: int = 0
     held: list[str] = field(default_factory=list)
     units: int = 0
@@ -255,7 +333,10 @@ class DispatcherState:
     services: dict[str, ServiceState] = field(default_factory=dict)
     workers: dict[str, WorkerState] = field(default_factory=dict)
     partitions: dict[str, PartitionState] = field(default_factory=dict)
+    tenants: dict[str, Tenant] = field(default_factory=dict)
+    """Jobs that want to run, in the order in which they came."""
     jobs: dict[str, JobShare] = field(default_factory=dict)
+    """Those that run."""
     queued: dict[int, Request] = field(default_factory=dict)
     unplaced: dict[str, None] = field(default_factory=dict)
     """Services that were sent requests of which more follow at once."""
@@ -268,18 +349,27 @@ class DispatcherState:
     timers: list[tuple[int, str]] = field(default_factory=list)
     armed: int = 0
     next_batch: int = 1
+    next_worker: int = 1
     plan: Plan = EMPTY_PLAN
     """What is in force."""
     changes: dict[str, Change] = field(default_factory=dict)
     """Devices whose layout is about to change."""
+    watches: list[tuple[int, str, str]] = field(default_factory=list)
+    """When (ns) to look at what: whether a partition was left, a job is gone, an instance can be
+    loaded again."""
+    leaving: dict[str, None] = field(default_factory=dict)
+    """Workers that are to go once they have nothing to do."""
+    most_jobs: int = 0
+    """How many jobs may run at once; 0: any number."""
     draining: bool = False
-    reserve: Reserve = field(default_factory=Reserve)
+    reserves: dict[str, Reserve] = field(default_factory=dict)
+    """By kind of device."""
 
 
 def served(state: DispatcherState, service: ServiceState) -> set[str]:
     """Versions that some instance takes requests for."""
-    workers = state.workers.values()
-    return {w.version for w in workers if w.service == service.name and not w.retiring}
+    workers = (w for w in state.workers.values() if w.service == service.name)
+    return {w.version for w in workers if w.up and not w.retiring and w.version in service.versions}
 
 
 COMPOUND: dict[type, dict[str, Any]] = {
@@ -287,6 +377,10 @@ COMPOUND: dict[type, dict[str, Any]] = {
     ServiceState: {
         "preferred": tuple[int, ...],
         "exec": dict[str, Costs],
+        "memory": dict[str, int],
+        "versions": dict[str, int],
+        "wanted": list[str],
+        "unfit": dict[str, str],
         "lanes": dict[str, Lane],
         "rows": list[int],
         "partitions": list[str],
@@ -300,12 +394,19 @@ COMPOUND: dict[type, dict[str, Any]] = {
         "owners": list[str],
         "waiting": dict[str, None],
     },
-    JobShare: {"held": list[str]},
+    Tenant: {
+        "guaranteed": Share,
+        "limit": Share,
+        "kinds": tuple[str, ...],
+        "devices": tuple[str, ...],
+    },
+    JobShare: {"held": list[str], "levels": dict[str, PreemptLevel]},
     Change: {"successor": Plan | None},
     DispatcherState: {
         "services": dict[str, ServiceState],
         "workers": dict[str, WorkerState],
         "partitions": dict[str, PartitionState],
+        "tenants": dict[str, Tenant],
         "jobs": dict[str, JobShare],
         "queued": dict[int, Request],
         "unplaced": dict[str, None],
@@ -315,6 +416,9 @@ COMPOUND: dict[type, dict[str, Any]] = {
         "expiries": list[tuple[int, int]],
         "timers": list[tuple[int, str]],
         "changes": dict[str, Change],
+        "watches": list[tuple[int, str, str]],
+        "leaving": dict[str, None],
+        "reserves": dict[str, Reserve],
     },
     Median: {"last": list[int]},
     Costs: {"tables": dict[int, ExecTable], "recent": dict[int, int]},

@@ -83,7 +83,7 @@ class Turns:
             desk.reject(request.id, Refusal.UNAVAILABLE, retry_after=1 * S)
             return
         lending.note_arrival(service, state.now)
-        refused = admission.refuse(state, service, request, state.now, desk.total_units)
+        refused = admission.refuse(state, service, request, state.now, desk.compute)
         if refused is not None:
             desk.reject(request.id, *refused)
             return
@@ -156,7 +156,7 @@ class Turns:
         preempting = partition.hold != Hold.NONE
         if preempting:
             self._holds.revoke(partition)
-            if self._desk.specs[partition.device].preempt < PreemptLevel.PRIORITY:
+            if self._holds.level(partition) < PreemptLevel.PRIORITY:
                 return
         self._dispatch(partition, service, lane_key, preempting)
 

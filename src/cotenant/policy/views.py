@@ -67,6 +67,8 @@ class Placing(msgspec.Struct, frozen=True):
     parts: Parts
     reasons: tuple[str, ...] = ()
     uneven: bool = False
+    nowhere: dict[str, str] = {}
+    """Services that no device can carry, and why."""
 
     def homes(self) -> dict[str, frozenset[str]]:
         """The devices of each service."""

@@ -11,6 +11,7 @@ import msgspec
 from cotenant.domain.device import DeviceSpec
 from cotenant.domain.snapshot import RATE_WINDOW
 from cotenant.domain.units import S
+from cotenant.domain.workload import share_on
 from cotenant.policy.demand import PROBE_FOR, Demand
 from cotenant.policy.judging import RHO_MAX, judge, utilization
 from cotenant.policy.layouts import (
@@ -486,8 +487,9 @@ def _least(view: View) -> int:
     """Compute that services are owed on a device."""
     if not view.services:
         return 0
-    owed = sum(s.guaranteed for s in view.services) * view.device.compute
-    return min(view.device.compute, max(1, round(owed + 0.499)))
+    kind, compute = view.device.kind, view.device.compute
+    owed = sum(share_on(s.guaranteed, kind) for s in view.services) * compute
+    return min(compute, max(1, round(owed + 0.499)))
 
 
 def _describe(layout: Layout) -> str:

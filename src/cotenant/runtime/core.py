@@ -59,8 +59,23 @@ class Hands(Protocol):
     def on_reject(self, action: a.Reject) -> None:
         """Answer a request with a refusal."""
 
-    def on_stop_job(self, action: a.StopJob) -> None:
-        """End a job."""
+    def on_load(self, action: a.Load) -> None:
+        """Make an instance ready."""
+
+    def on_unload(self, action: a.Unload) -> None:
+        """End an instance."""
+
+    def on_serve(self, action: a.Serve) -> None:
+        """Note which version is the current one."""
+
+    def on_decline(self, action: a.Decline) -> None:
+        """Note that a version is not to serve."""
+
+    def on_start(self, action: a.Start) -> None:
+        """Start a job, or let it go on."""
+
+    def on_stop(self, action: a.Stop) -> None:
+        """Stop a job."""
 
 
 class Core:
@@ -92,7 +107,12 @@ class Core:
             a.Reject: hands.on_reject,
             a.Grant: self._grant,
             a.Revoke: self._revoke,
-            a.StopJob: hands.on_stop_job,
+            a.Load: hands.on_load,
+            a.Unload: hands.on_unload,
+            a.Serve: hands.on_serve,
+            a.Decline: hands.on_decline,
+            a.Start: hands.on_start,
+            a.Stop: hands.on_stop,
             a.Repartition: self._repartition,
             a.WakeAt: self._wake_at,
         }

@@ -1,9 +1,8 @@
-"""The warm instances of one service: loading, checking, swapping versions, restarting.
+"""The warm instances of one service: loaded, checked, ended, as the dispatcher orders.
 
-A version serves when all its instances are loaded, profiled and checked; only then is it made
-current and the version it replaces retired, each old instance ending after its last batch. A
-version that fails any step is refused and the old one stays. An instance that dies is started
-again with exponential back-off.
+Which version is loaded on which device, when a version takes over and when who died is loaded
+again, is the dispatcher's to say (``cotenant.policy.residency``). Here an order becomes a process,
+and what becomes of that an event.
 """
 
 from __future__ import annotations
@@ -11,12 +10,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Coroutine
 from pathlib import Path
 from typing import Protocol
 
 import msgspec
 
+from cotenant.domain import actions as a
 from cotenant.domain import events as e
 from cotenant.domain.config import ModelSettings
 from cotenant.domain.device import Launch, Tenant, TenantKind
@@ -43,12 +42,8 @@ log = logging.getLogger("cotenant.models")
 
 LOAD_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 5.0
-BACKOFF_FIRST_S = 0.2
-BACKOFF_MOST_S = 30.0
-HEALTHY_AFTER_S = 60.0
-"""An instance that lived this long starts over with the shortest back-off."""
 NO_STAMP = Stamp(())
-"""Of a version that is refused for now, whatever its files."""
+"""Of a version that is declined for now, whatever its files."""
 UNJOINED = "requests run one by one: {} (docs: batch.joining)"
 
 
@@ -70,6 +65,9 @@ class Shell(Protocol):
     def detach_worker(self, device: str, worker: str) -> None:
         """Tell the device that a process is gone, attached or not."""
 
+    def units_of(self, device: str) -> tuple[int, ...]:
+        """The unit counts that partitions of a device may have."""
+
     def on_result(self, message: Done | Failed) -> None:
         """A batch came back."""
 
@@ -88,53 +86,53 @@ class Loaded(msgspec.Struct, frozen=True):
     """What its owner should know."""
 
 
+class Offer(msgspec.Struct):
+    """A version that was offered to the dispatcher, as ``revision``, and what its instances told
+    of it so far."""
+
+    files: ModelFiles
+    settings: ModelSettings
+    revision: int
+    opened: Opened | None = None
+    transient: bool = False
+    """Whether an instance failed for what is not the file's fault: it is tried again."""
+    outcome: asyncio.Future[None] = msgspec.field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+    """Done once it serves; a ModelError where it does not."""
+
+
 class _Instance:
     """One worker process and what it is doing."""
 
-    def __init__(self, process: WorkerProcess, tenant: Tenant, version: str, born: float) -> None:
+    def __init__(self, order: a.Load, process: WorkerProcess, tenant: Tenant) -> None:
+        self.order = order
         self.process = process
         self.tenant = tenant
-        self.version = version
-        self.born = born
         self.opened: asyncio.Future[Opened] = asyncio.get_running_loop().create_future()
         self.announced = False
-        self.retiring = False
         self.gone = asyncio.Event()
         self.batches: dict[int, int] = {}
         """Batches under way or at hand: id to when it was dispatched or, if that is later, when
         the one before it was done (the node's clock, ns)."""
-        self.resident: set[int] = set()
-        """Requests that have had a turn here, or are having one, and are not finished."""
 
 
 class Instances:
-    """See the module's text. ``units``: unit counts that partitions of ``device`` may have."""
+    """See the module's text."""
 
-    def __init__(
-        self,
-        spec: ServiceSpec,
-        device: str,
-        units: tuple[int, ...],
-        arena: Arena,
-        logs: Path,
-        shell: Shell,
-    ) -> None:
+    def __init__(self, spec: ServiceSpec, arena: Arena, logs: Path, shell: Shell) -> None:
         self.spec = spec
-        self.device = device
         self.arena = arena
         self.loaded: dict[str, Loaded] = {}
         """Versions that serve, oldest first."""
-        self.loading = ""
+        self.offers: dict[int, Offer] = {}
+        """What was offered, by revision, as long as instances of it may be ordered."""
         self.refused: dict[str, tuple[Stamp, str]] = {}
-        """Versions that were refused: which file, and why."""
-        self._units = units
+        """Versions that were declined: which file, and why."""
         self._log_path = logs / f"{spec.name}.log"
         self._shell = shell
         self._live: dict[str, _Instance] = {}
-        self._counter = 0
-        self._failures = 0
-        self._restarts: set[asyncio.Task[None]] = set()
-        self._closed = False
+        self._loads: dict[str, asyncio.Task[None]] = {}
 
     @property
     def current(self) -> Loaded | None:
@@ -142,56 +140,81 @@ class Instances:
         return next(reversed(self.loaded.values()), None)
 
     @property
+    def loading(self) -> Offer | None:
+        """The version that is being brought up."""
+        return next((o for o in self.offers.values() if not o.outcome.done()), None)
+
+    @property
     def live(self) -> int:
         """Instances of the current version that are up."""
         current = self.current
         if current is None:
             return 0
-        return sum(i.announced and i.version == current.files.version for i in self._ups())
-
-    def _ups(self) -> list[_Instance]:
-        return [i for i in self._live.values() if not i.retiring]
+        version = current.files.version
+        return sum(i.announced and i.order.version == version for i in self._live.values())
 
     # --- versions ---------------------------------------------------------------------------
 
-    async def bring_up(self, files: ModelFiles, settings: ModelSettings) -> None:
-        """Load a version, swap it in, retire what it replaces. Raises ModelError; then nothing
-        has changed."""
-        self.loading = files.version
-        started: list[_Instance] = []
-        try:
-            # One by one, so that those before one that fails are known and ended.
-            for _ in range(self.spec.instances):
-                started.append(await self._spawn(files, settings))  # noqa: PERF401
-            opened = await asyncio.wait_for(
-                asyncio.gather(*(i.opened for i in started)), LOAD_TIMEOUT_S
-            )
-            opened = _of_one_mind(opened)
-            self._accept(files, settings, opened[0])
-            for instance in started:
-                await self._attach(instance)
-        except BaseException as error:
-            for instance in started:
-                instance.retiring = True
-                instance.process.kill()
-            if isinstance(error, TimeoutError):
-                error = ModelError(f"version {files.version} did not load in {LOAD_TIMEOUT_S:g} s")
-            if isinstance(error, ModelError):
-                self.refused[files.version] = files.stamp, str(error)
-                raise error from None
-            if isinstance(error, DeviceError):  # not the file's fault: it is tried again
-                self.refused[files.version] = NO_STAMP, str(error)
-            raise
-        finally:
-            self.loading = ""
-        self.refused.pop(files.version, None)
-        self._swap(files, settings, started, opened)
+    def offer(self, files: ModelFiles, settings: ModelSettings) -> Offer:
+        """Offer a version to the dispatcher; what was offered before and does not serve is
+        forgotten."""
+        before = self.loading
+        if before is not None:
+            before.outcome.set_exception(ModelError("a newer version took its place"))
+            before.outcome.exception()  # looked at, should nobody else
+        revision = max(self.offers, default=0) + 1
+        offer = self.offers[revision] = Offer(files, settings, revision)
+        joined = self.current is None or self.current.meta.shared
+        notes = self.current.notes if self.current is not None else ()
+        self._shell.feed(self._service_added(settings, joined, notes))
+        self._shell.feed(e.VersionOffered(self.spec.name, files.version, revision))
+        return offer
 
-    def _accept(self, files: ModelFiles, settings: ModelSettings, opened: Opened) -> None:
-        """Raise ModelError if a version that loaded must not serve."""
+    def serve(self, action: a.Serve) -> None:
+        """A version takes over."""
+        offer = self.offers[action.revision]
+        opened = offer.opened
+        assert opened is not None
+        notes = self._notes(offer, opened)
+        loaded = Loaded(offer.files, offer.settings, opened.meta, opened.accuracy, notes)
+        self.loaded.pop(action.version, None)
+        self.loaded[action.version] = loaded
+        while len(self.loaded) > offer.settings.keep_versions:
+            del self.loaded[next(iter(self.loaded))]
+        self._forget_offers()
+        self.refused.pop(action.version, None)
+        self._shell.feed(self._service_added(loaded.settings, loaded.meta.shared, notes))
+        self._tell(loaded)
+        if not offer.outcome.done():
+            offer.outcome.set_result(None)
+
+    def decline(self, action: a.Decline) -> None:
+        """A version is not to serve."""
+        offer = self.offers.pop(action.revision)
+        refused = NO_STAMP if offer.transient else offer.files.stamp
+        self.refused[action.version] = refused, action.reason
+        if not offer.outcome.done():
+            offer.outcome.set_exception(ModelError(action.reason))
+            offer.outcome.exception()
+
+    def drop(self, version: str) -> None:
+        """Serve a version no longer."""
+        del self.loaded[version]
+        self._shell.feed(e.VersionGone(self.spec.name, version))
+        self._forget_offers()
+
+    def _forget_offers(self) -> None:
+        """Of what was offered keep what serves, and the last."""
+        kept = [loaded.files for loaded in self.loaded.values()]
+        last = max(self.offers, default=0)
+        self.offers = {r: o for r, o in self.offers.items() if r == last or o.files in kept}
+
+    def _check(self, offer: Offer, opened: Opened) -> None:
+        """Raise ModelError if an instance that was loaded must not serve."""
+        files = offer.files
         if stamp(files.path) != files.stamp:
             raise ModelError(f"{files.path.name} was replaced while it was being loaded")
-        floor = max(self.spec.accuracy_floor, settings.accuracy_floor)
+        floor = max(self.spec.accuracy_floor, offer.settings.accuracy_floor)
         found = opened.accuracy
         if floor and found is not None and not found.value >= floor:
             raise ModelError(
@@ -210,36 +233,6 @@ class Instances:
                     f"served ({old}); unload the model first if that is meant"
                 )
 
-    def _swap(
-        self,
-        files: ModelFiles,
-        settings: ModelSettings,
-        started: list[_Instance],
-        opened: list[Opened],
-    ) -> None:
-        first = opened[0]
-        notes = self._notes(files, settings, first)
-        loaded = Loaded(files, settings, first.meta, first.accuracy, notes)
-        self._shell.feed(self._service_added(loaded))
-        self.loaded.pop(files.version, None)
-        old = [i for i in self._ups() if i not in started and i.version == files.version]
-        self.loaded[files.version] = loaded
-        for instance, answer in zip(started, opened, strict=True):
-            self._announce(instance, answer, files, settings)
-        self._shell.feed(e.VersionCurrent(self.spec.name, files.version))
-        for instance in old:
-            self._retire(instance)
-        while len(self.loaded) > settings.keep_versions:
-            self.drop(next(iter(self.loaded)))
-        self._tell(loaded)
-
-    def drop(self, version: str) -> None:
-        """Serve a version no longer."""
-        del self.loaded[version]
-        for instance in self._ups():
-            if instance.version == version:
-                self._retire(instance)
-
     def _tell(self, loaded: Loaded) -> None:
         """Log a version that serves, once, and what its owner should know."""
         found, said = loaded.accuracy, {"service": self.spec.name, "version": loaded.files.version}
@@ -248,7 +241,7 @@ class Instances:
         for note in loaded.notes:
             log.warning("version serves, but", extra={**said, "note": note})
 
-    def _notes(self, files: ModelFiles, settings: ModelSettings, opened: Opened) -> tuple[str, ...]:
+    def _notes(self, offer: Offer, opened: Opened) -> tuple[str, ...]:
         notes = []
         if opened.unjoined and self.spec.batch.joining is not Joining.NONE:
             notes.append(UNJOINED.format(opened.unjoined))
@@ -259,22 +252,28 @@ class Instances:
                 f"one execution takes {took}, longer than the objective of {objective}: every "
                 "answer will be late"
             )
-        if files.check is None and max(self.spec.accuracy_floor, settings.accuracy_floor):
+        floor = max(self.spec.accuracy_floor, offer.settings.accuracy_floor)
+        if offer.files.check is None and floor:
             notes.append("accuracy_floor has no effect: the version has no check.npz")
         return tuple(notes)
 
-    def _service_added(self, loaded: Loaded) -> e.ServiceAdded:
-        spec, meta = self.spec, loaded.meta
+    def _service_added(
+        self, settings: ModelSettings, joined: bool, notes: tuple[str, ...]
+    ) -> e.ServiceAdded:
+        spec = self.spec
         return e.ServiceAdded(
             service=spec.name,
             objective=spec.slo.latency,
-            max_batch=spec.batch.max if meta.shared else 1,
+            max_batch=spec.batch.max if joined else 1,
             max_queue=spec.max_queue,
-            preferred=spec.batch.preferred if meta.shared else (),
-            max_queue_delay=spec.batch.max_queue_delay if meta.shared else 0,
+            preferred=spec.batch.preferred if joined else (),
+            max_queue_delay=spec.batch.max_queue_delay if joined else 0,
             strict=spec.strict,
-            notes=loaded.notes,
+            notes=notes,
             percentile=spec.slo.percentile,
+            instances=spec.instances,
+            keep=settings.keep_versions,
+            memory={kind: v.memory for kind, v in spec.variants.items() if v.memory},
         )
 
     def _end_joining(self, version: str, why: str) -> None:
@@ -285,66 +284,107 @@ class Instances:
         meta = msgspec.structs.replace(old.meta, batchable=False)
         notes = (*old.notes, UNJOINED.format(why))
         loaded = self.loaded[version] = msgspec.structs.replace(old, meta=meta, notes=notes)
-        self._shell.feed(self._service_added(loaded))
+        self._shell.feed(self._service_added(loaded.settings, meta.shared, notes))
         self._tell(loaded)
-
-    def _announce(
-        self, instance: _Instance, opened: Opened, files: ModelFiles, settings: ModelSettings
-    ) -> None:
-        if instance.process.name not in self._live:  # it died between loading and now
-            self._failures += 1
-            self._later(self._restart(files, settings))
-            return
-        if opened.unjoined:
-            self._end_joining(instance.version, opened.unjoined)
-        instance.announced = True
-        service, version = self.spec.name, instance.version
-        name, device = instance.process.name, self.device
-        self._shell.feed(e.WorkerUp(name, service, version, device, opened.profile, opened.size))
 
     # --- processes --------------------------------------------------------------------------
 
-    async def _spawn(self, files: ModelFiles, settings: ModelSettings) -> _Instance:
-        self._counter += 1
-        name = f"{self.spec.name}#{self._counter}"
-        tenant = Tenant(
-            name,
-            TenantKind.WORKER,
-            threads=self.spec.threads,
-            exec_timeout=self.spec.exec_timeout,
+    def load(self, order: a.Load) -> None:
+        """Make an instance ready; answered by ``WorkerUp`` or ``LoadFailed``."""
+        task = self._loads[order.worker] = asyncio.create_task(self._load(order))
+
+        def done(task: asyncio.Task[None]) -> None:
+            del self._loads[order.worker]
+            if task.cancelled():
+                self._failed(order, "it was unloaded")
+
+        task.add_done_callback(done)
+
+    async def _load(self, order: a.Load) -> None:
+        offer = self.offers.get(order.revision)
+        if offer is None:
+            self._failed(order, "the version was taken back", final=True)
+            return
+        try:
+            instance = await self._spawn(order, offer)
+            async with asyncio.timeout(LOAD_TIMEOUT_S):
+                opened = await instance.opened
+            self._check(offer, opened)
+            pid = instance.process.pid
+            await self._shell.attach_worker(order.device, instance.tenant, pid)
+        except TimeoutError:
+            why = f"version {order.version} did not load in {LOAD_TIMEOUT_S:g} s"
+            self._failed(order, why)
+        except ModelError as error:
+            self._failed(order, str(error), final=stamp(offer.files.path) != offer.files.stamp)
+        except (DeviceError, EnvironmentProblem) as error:
+            offer.transient = True
+            self._failed(order, str(error))
+        else:
+            self._announce(instance, offer, opened)
+
+    def _failed(self, order: a.Load, why: str, final: bool = False) -> None:
+        instance = self._live.get(order.worker)
+        if instance is not None:
+            instance.process.kill()
+        extra = {"worker": order.worker, "version": order.version, "why": why}
+        log.warning("instance not loaded", extra=extra)
+        self._shell.feed(e.LoadFailed(order.worker, why, final))
+
+    def _announce(self, instance: _Instance, offer: Offer, opened: Opened) -> None:
+        order = instance.order
+        if order.worker not in self._live:  # it died meanwhile
+            self._failed(order, "its process died when it was loaded")
+            return
+        known = offer.opened
+        if known is None or (opened.unjoined and not known.unjoined):
+            offer.opened = opened  # rows are joined only if all instances find it right
+        if opened.unjoined:
+            self._end_joining(order.version, opened.unjoined)
+        instance.announced = True
+        self._shell.feed(
+            e.WorkerUp(
+                order.worker,
+                order.service,
+                order.version,
+                order.device,
+                opened.profile,
+                opened.size,
+            )
         )
-        launch = await self._shell.launch_worker(self.device, tenant)
-        joining = self.spec.batch.joining
-        loaded = self.loaded.get(files.version)
-        if loaded is not None and loaded.files == files:  # what was found out is not asked again
+
+    async def _spawn(self, order: a.Load, offer: Offer) -> _Instance:
+        spec = self.spec
+        tenant = Tenant(
+            order.worker, TenantKind.WORKER, threads=spec.threads, exec_timeout=spec.exec_timeout
+        )
+        launch = await self._shell.launch_worker(order.device, tenant)
+        joining = spec.batch.joining
+        loaded = self.loaded.get(order.version)
+        if loaded is not None and loaded.files == offer.files:  # found out already
             joining = joining if loaded.meta.batchable else Joining.NONE
         process = WorkerProcess(
-            name,
+            order.worker,
             self.arena,
             self._log_path,
             on_message=lambda message: self._on_message(instance, message),
-            on_exit=lambda code: self._on_exit(instance, files, settings, code),
+            on_exit=lambda code: self._on_exit(instance, code),
         )
-        instance = _Instance(process, tenant, files.version, asyncio.get_running_loop().time())
+        instance = _Instance(order, process, tenant)
         process.start(launch)
-        self._live[name] = instance
+        self._live[order.worker] = instance
+        units = self._shell.units_of(order.device)
         process.send(
             Open(
-                path=str(files.path),
-                units=self._units,
-                max_batch=self.spec.batch.max,
-                check=str(files.check) if files.check is not None else "",
-                settings=settings,
+                path=str(offer.files.path),
+                units=tuple(u for u in units if u <= (spec.threads or u)) or (1,),
+                max_batch=spec.batch.max,
+                check=str(offer.files.check) if offer.files.check is not None else "",
+                settings=offer.settings,
                 joining=joining,
             )
         )
         return instance
-
-    async def _attach(self, instance: _Instance) -> None:
-        """Raises DeviceError; one that died meanwhile is seen to elsewhere."""
-        if instance.process.name in self._live:
-            pid = instance.process.pid
-            await self._shell.attach_worker(self.device, instance.tenant, pid)
 
     def _on_message(self, instance: _Instance, message: FromWorker) -> None:
         match message:
@@ -356,79 +396,31 @@ class Instances:
                     instance.opened.set_exception(ModelError(reason))
             case Done(batch=batch) | Failed(batch=batch):
                 if isinstance(message, Done) and message.unjoined:
-                    self._end_joining(instance.version, message.unjoined)
+                    self._end_joining(instance.order.version, message.unjoined)
                 instance.batches.pop(batch, None)
                 if instance.batches:  # the one at hand begins now
                     instance.batches[next(iter(instance.batches))] = self._shell.now()
                 self._shell.on_result(message)
-                self._stop_if_idle(instance)
 
-    def _on_exit(
-        self, instance: _Instance, files: ModelFiles, settings: ModelSettings, code: int
-    ) -> None:
-        name = instance.process.name
-        self._live.pop(name, None)
+    def _on_exit(self, instance: _Instance, code: int) -> None:
+        worker = instance.order.worker
+        self._live.pop(worker, None)
         instance.gone.set()
         if not instance.opened.done():
             instance.opened.set_exception(
                 ModelError(f"the worker died while loading the model (exit code {code})")
             )
             instance.opened.exception()  # looked at, should nobody else
-        self._shell.detach_worker(self.device, name)
+        self._shell.detach_worker(instance.order.device, worker)
         if instance.announced:
-            self._shell.feed(e.WorkerDown(name, f"exit code {code}"))
-        wanted = instance.announced and not instance.retiring and not self._closed
-        if wanted and self._serves(files):
-            log.warning("worker died", extra={"worker": name, "code": code})
-            self._failures = 0 if self._lived_long(instance) else self._failures + 1
-            self._later(self._restart(files, settings))
+            self._shell.feed(e.WorkerDown(worker, f"exit code {code}"))
 
-    def _serves(self, files: ModelFiles) -> bool:
-        """Whether these very files are served; another file may have taken their place."""
-        loaded = self.loaded.get(files.version)
-        return loaded is not None and loaded.files == files
-
-    @staticmethod
-    def _lived_long(instance: _Instance) -> bool:
-        return asyncio.get_running_loop().time() - instance.born > HEALTHY_AFTER_S
-
-    async def _restart(self, files: ModelFiles, settings: ModelSettings) -> None:
-        """Start one instance again, however often it takes, while its version serves."""
-        while not self._closed and self._serves(files):
-            delay = BACKOFF_FIRST_S * 2 ** min(self._failures, 20)
-            await asyncio.sleep(min(BACKOFF_MOST_S, delay) if self._failures else 0)
-            instance = None
-            try:
-                instance = await self._spawn(files, settings)
-                opened = await asyncio.wait_for(asyncio.shield(instance.opened), LOAD_TIMEOUT_S)
-                if stamp(files.path) != files.stamp:  # it was never checked: not by this way in
-                    raise ModelError(f"{files.path.name} was replaced since it was loaded")
-                await self._attach(instance)
-            except (ModelError, DeviceError, EnvironmentProblem, TimeoutError) as error:
-                log.warning("restart failed", extra={"service": self.spec.name, "why": str(error)})
-                if instance is not None:
-                    instance.process.kill()
-                self._failures += 1
-                continue
-            if self._serves(files) and not self._closed:
-                self._announce(instance, opened, files, settings)
-            else:
-                instance.retiring = True
-                instance.process.close()
-            return
-
-    def _later(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._restarts.add(task)
-        task.add_done_callback(self._restarts.discard)
-
-    def _retire(self, instance: _Instance) -> None:
-        instance.retiring = True
-        self._shell.feed(e.WorkerRetiring(instance.process.name))
-        self._stop_if_idle(instance)
-
-    def _stop_if_idle(self, instance: _Instance) -> None:
-        if instance.retiring and not instance.batches and not instance.resident:
+    def unload(self, worker: str) -> None:
+        """End an instance that has nothing to do, or is not ready yet."""
+        task, instance = self._loads.get(worker), self._live.get(worker)
+        if task is not None:
+            task.cancel()
+        elif instance is not None:
             instance.process.close()
 
     # --- batches ----------------------------------------------------------------------------
@@ -442,20 +434,11 @@ class Instances:
         instance.process.send(run)
         return True
 
-    def stay(self, worker: str, request: int) -> None:
-        """A request has begun on a worker that is to keep it until it is finished."""
+    def forget(self, worker: str, request: int) -> None:
+        """A request that a worker keeps between turns has none any more."""
         instance = self._live.get(worker)
         if instance is not None:
-            instance.resident.add(request)
-
-    def leave(self, worker: str, request: int, forget: bool) -> None:
-        """A request that stayed has ended; the worker is to ``forget`` it unless it knows."""
-        instance = self._live.get(worker)
-        if instance is not None:
-            instance.resident.discard(request)
-            if forget:
-                instance.process.send(Forget((request,)))
-            self._stop_if_idle(instance)
+            instance.process.send(Forget((request,)))
 
     def end_overdue(self, now: int) -> None:
         """Kill instances whose batch runs longer than ``exec_timeout``. ``now`` in ns."""
@@ -465,7 +448,7 @@ class Instances:
                 log.warning(
                     "batch overdue, ending its worker",
                     extra={
-                        "worker": instance.process.name,
+                        "worker": instance.order.worker,
                         "after_s": self.spec.exec_timeout / S,
                     },
                 )
@@ -477,12 +460,12 @@ class Instances:
 
     async def close(self) -> None:
         """Stop everything: politely, then not."""
-        self._closed = True
-        for task in list(self._restarts):
+        loads = list(self._loads.values())
+        for task in loads:
             task.cancel()
+        await asyncio.gather(*loads, return_exceptions=True)
         ending = list(self._live.values())
         for instance in ending:
-            instance.retiring = True
             if not instance.batches:
                 instance.process.close()
         waiting = asyncio.gather(*(i.gone.wait() for i in ending))
@@ -493,12 +476,3 @@ class Instances:
                 instance.process.kill()
         await waiting
         self.arena.close()
-
-
-def _of_one_mind(opened: list[Opened]) -> list[Opened]:
-    """What instances of a version found, rows being joined only if all found it right."""
-    why = next((o.unjoined for o in opened if o.unjoined), "")
-    if not why:
-        return opened
-    meta = msgspec.structs.replace(opened[0].meta, batchable=False)
-    return [msgspec.structs.replace(o, meta=meta, unjoined=why) for o in opened]

@@ -22,6 +22,8 @@ class LiveJob:
         self.cpu_s = 0.0
         self.told = False
         """Whether ``on_job_ready`` was the last callback."""
+        self.again = False
+        """Whether it was stopped to start elsewhere."""
         self.settled = asyncio.Event()
         """Its command runs, or it is clear that it will not."""
         self.force: asyncio.TimerHandle | None = None

@@ -6,7 +6,8 @@ Its laws:
    been written. So a daemon that comes after a crash knows of every run there can be.
 2. A job has at most one run at a time. A run is over when its shim is dead (its lock is free)
    and nothing of its tree is left; only then is the next one started.
-3. ``on_job_ready`` and ``on_job_exited`` alternate for each job, in this order.
+3. For each job come in turn ``on_job_queued`` (it wants to run), perhaps ``on_job_ready``, and
+   ``on_job_exited``. It is ``start``ed in between, or not: when is not decided here.
 4. ``close`` leaves no process: running jobs are stopped and go back to the queue, where the
    next daemon takes them up. A daemon that is killed leaves them running, and the next one
    adopts them.
@@ -68,6 +69,9 @@ class JobOptions(msgspec.Struct, frozen=True):
 class JobShell(Protocol):
     """What the jobs need of the node. ``on_job_ready`` and ``on_job_exited`` do not block."""
 
+    def on_job_queued(self, spec: JobSpec) -> None:
+        """The job wants to run; ``start`` it once there is room for it."""
+
     async def launch_job(self, spec: JobSpec) -> Launch:
         """What its devices want before its command is executed; raises DeviceError."""
 
@@ -76,7 +80,8 @@ class JobShell(Protocol):
         below process ``pid``, and run unconfined."""
 
     def on_job_exited(self, job: str) -> None:
-        """They are gone, or the job is held and must lose its partitions."""
+        """They are gone, or the job is held and must lose its partitions, or wants to run no
+        more."""
 
 
 class JobSupervisor:
@@ -90,16 +95,16 @@ class JobSupervisor:
         store: JobStore,
         directory: Path,
         shell: JobShell,
-        max_running: int = 8,
         options: JobOptions | None = None,
     ) -> None:
         self._store = store
         self._directory = Path(directory).absolute()
         self._shell = shell
-        self._max_running = max_running
         self._options = options or JobOptions()
         self._ledger = JobLedger(store)
         self._live: dict[str, LiveJob] = {}
+        self._asked: set[str] = set()
+        """Jobs of which the shell knows that they want to run, or do."""
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._reports = ReportSocket(self._directory / "report.sock", self._on_report)
@@ -186,6 +191,7 @@ class JobSupervisor:
         if record.state in (JobState.QUEUED, JobState.BACKOFF):
             self._drop_timer(id)
             self._ledger.step(id, JobState.CANCELLED, reason=reason, finished=time.time())
+            self._tell_exited(id)
         elif id in self._live and record.state is not JobState.STOPPING:
             self._ledger.step(id, JobState.STOPPING, reason=reason)
             if record.state is JobState.HELD:  # not while it is being frozen
@@ -209,19 +215,21 @@ class JobSupervisor:
         if record.state is JobState.RUNNING:
             self._ledger.step(id, JobState.HELD, held=True)
             self._background(self._apply_hold(id, self._live[id]))
-            self._tell_exited(id, self._live[id])
+            self._tell_exited(id)
         elif not record.held:
             self._ledger.step(id, record.state, held=True)
+            if record.state is JobState.QUEUED:
+                self._tell_exited(id)
         return id
 
     def release(self, ref: str) -> str:
-        """Undo ``hold``; returns the id. A running job goes on, then ``on_job_ready`` comes."""
+        """Undo ``hold``; returns the id. A running job goes on once it is started again."""
         self._require_open()
         id = self.resolve(ref)
         record = self._ledger.records[id]
         if record.state is JobState.HELD:
             self._ledger.step(id, JobState.RUNNING, held=False)
-            self._background(self._apply_hold(id, self._live[id]))
+            self._ask(id)
         elif record.held:
             self._ledger.step(id, record.state, held=False)
             self._schedule()
@@ -247,15 +255,45 @@ class JobSupervisor:
         """Messages on the report socket that were ignored."""
         return self._reports.invalid
 
+    # -- what the shell orders
+
+    def start(self, id: str) -> None:
+        """Start a job that wants to run, or let one go on that runs already. One that wants to no
+        more is left alone."""
+        record, live = self._ledger.records.get(id), self._live.get(id)
+        if record is None or not self._open or id not in self._asked:
+            return
+        if record.state is JobState.QUEUED and id not in self._timers:
+            self._launch(id)
+        elif record.state is JobState.RUNNING and live is not None:
+            self._background(self._apply_hold(id, live))
+
+    def stop(self, id: str, reason: str, kill: bool = False, again: bool = False) -> None:
+        """Stop a running job, at once if ``kill``; it has failed, or goes back to the queue to run
+        ``again``."""
+        live = self._live.get(id)
+        if live is None or not self._open:
+            return
+        if kill:
+            live.run.force()
+        elif again:
+            live.again = True
+            self._stop(id)
+        else:
+            self.cancel(id, reason)
+
     # -- one run
 
     def _schedule(self) -> None:
-        """Start queued jobs, oldest first, as far as ``max_running`` allows."""
+        """Let the shell know of jobs that want to run, oldest first."""
         for id, record in list(self._ledger.records.items()):
-            if not self._open or len(self._live) >= self._max_running:
-                return
             if record.state is JobState.QUEUED and not record.held and id not in self._timers:
-                self._launch(id)
+                self._ask(id)
+
+    def _ask(self, id: str) -> None:
+        if self._open and id not in self._asked:
+            self._asked.add(id)
+            self._shell.on_job_queued(self._ledger.records[id].spec)
 
     def _launch(self, id: str) -> None:
         run = secrets.token_hex(8)
@@ -271,6 +309,7 @@ class JobSupervisor:
         if not self._ledger.saved:  # law 1: what is not written must not be started
             self._ledger.step(id, JobState.QUEUED, reason="waits: the job store cannot be written")
             self._retry_after(id, self._options.store_retry_s)
+            self._tell_exited(id)
             return
         live = self._live[id] = LiveJob(JobRun(self._job_directory(id), run, self._pool))
         self._background(self._see_through(id, live, adopted=False))
@@ -332,23 +371,27 @@ class JobSupervisor:
             record = self._ledger.step(id, record.state, **pids)
         if record.state is JobState.HELD:
             self._background(self._apply_hold(id, live))
-        elif record.state is JobState.RUNNING:
+        elif record.state is JobState.RUNNING and id in self._asked:
             self._tell_ready(id, live)
+        elif record.state is JobState.RUNNING:  # adopted: it stands still until it is started
+            self._background(self._hold_back(id, live))
 
     async def _finish(self, id: str, live: LiveJob, outcome: Outcome, recovering: bool) -> None:
         """Record the end of a run and what follows from it."""
         if live.force is not None:
             live.force.cancel()
         self._live.pop(id, None)
-        self._tell_exited(id, live)
+        self._tell_exited(id)
         record = self._ledger.records[id]
         to, reason, streak = verdict(
             record,
             outcome,
-            closing=not self._open,
+            closing=not self._open or live.again,
             recovering=recovering,
             rules=self._options.rules,
         )
+        if live.again and to is JobState.QUEUED:
+            reason = ""
         if to not in JOB_TRANSITIONS[record.state]:
             self._ledger.step(id, JobState.RUNNING)  # it ended before we saw it run
         self._ledger.step(
@@ -414,6 +457,10 @@ class JobSupervisor:
         elif state is JobState.RUNNING and not live.told:
             self._tell_ready(id, live)
 
+    async def _hold_back(self, id: str, live: LiveJob) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._freezer, live.run.freeze)
+        self._ask(id)
+
     def _tell_ready(self, id: str, live: LiveJob) -> None:
         if not self._open:
             return
@@ -423,9 +470,11 @@ class JobSupervisor:
         except Exception:
             log.exception("on_job_ready failed", extra={"job": id})
 
-    def _tell_exited(self, id: str, live: LiveJob) -> None:
-        if live.told:
-            live.told = False
+    def _tell_exited(self, id: str) -> None:
+        if id in self._live:
+            self._live[id].told = False
+        if id in self._asked:
+            self._asked.discard(id)
             try:
                 self._shell.on_job_exited(id)
             except Exception:

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from cotenant.domain import events as e
 from cotenant.domain.config import ModelSettings
-from cotenant.domain.device import DeviceSpec
-from cotenant.domain.errors import CotenantError, ModelError, NotFound, NotReady
+from cotenant.domain.errors import CotenantError, NotFound, NotReady
 from cotenant.domain.port import IndexEntry, ModelMeta
 from cotenant.domain.workload import DEFAULT_SLO, BatchSpec, ServiceSpec
 from cotenant.runtime.arena import Arena
@@ -22,13 +21,12 @@ DRAIN_S = 10.0
 
 
 class Models:
-    """Services by name, each on the first of ``devices`` that it can run on."""
+    """Services by name."""
 
     def __init__(
         self,
         repository: Repository,
         declared: tuple[ServiceSpec, ...],
-        devices: tuple[DeviceSpec, ...],
         arena_bytes: int,
         logs: Path,
         shell: Shell,
@@ -36,7 +34,6 @@ class Models:
         self.repository = repository
         self.services: dict[str, Instances] = {}
         self._declared = {spec.name: spec for spec in declared}
-        self._devices = devices
         self._arena_bytes = arena_bytes
         self._logs = logs
         self._shell = shell
@@ -82,11 +79,10 @@ class Models:
             if instances is None:
                 instances = self.services[name] = self._make(name, settings)
             try:
-                await instances.bring_up(files, settings)
+                await instances.offer(files, settings).outcome
             except BaseException:
                 if instances.current is None and name not in self._declared:
-                    del self.services[name]
-                    await instances.close()
+                    await self._end(name, instances)
                 raise
 
     def _model(self, name: str) -> str:
@@ -101,13 +97,12 @@ class Models:
             slo=settings.slo or DEFAULT_SLO,
             batch=settings.batch or BatchSpec(),
         )
-        able = (d for d in self._devices if not spec.variants or d.kind in spec.variants)
-        device = next(able, None)
-        if device is None:
-            raise ModelError(f"model {name!r} has a build for none of this node's devices")
-        arena = Arena(name, self._arena_bytes)
-        units = tuple(u for u in device.shapes if u <= (spec.threads or u)) or (1,)
-        return Instances(spec, device.id, units, arena, self._logs, self._shell)
+        return Instances(spec, Arena(name, self._arena_bytes), self._logs, self._shell)
+
+    async def _end(self, name: str, instances: Instances) -> None:
+        self._shell.feed(e.ServiceRemoved(name))
+        del self.services[name]
+        await instances.close()
 
     async def unload(self, name: str, pending: asyncio.Event | None) -> None:
         """Stop admitting, wait for what was accepted (``pending`` is set when none is left),
@@ -121,9 +116,7 @@ class Models:
                         await asyncio.wait_for(pending.wait(), DRAIN_S)
                     except TimeoutError:
                         log.warning("unloading with requests open", extra={"service": name})
-                self._shell.feed(e.ServiceRemoved(name))
-                del self.services[name]
-                await instances.close()
+                await self._end(name, instances)
             finally:
                 self.leaving.discard(name)
 
@@ -234,7 +227,7 @@ class Models:
                 raise NotFound(f"model {name!r} serves no version yet: {why}")
             return instances.current
         if version not in instances.loaded:
-            if version == instances.loading:
+            if instances.loading is not None and version == instances.loading.files.version:
                 raise NotReady(f"version {version} of {name!r} is being loaded; try again later")
             have = ", ".join(instances.loaded) or "none"
             raise NotFound(f"model {name!r} serves no version {version!r}; serving: {have}")
@@ -263,8 +256,8 @@ class Models:
     def _service_entries(self, name: str, instances: Instances) -> list[IndexEntry]:
         state = "UNLOADING" if name in self.leaving else "READY"
         entries = [IndexEntry(name, v, state, "") for v in instances.loaded]
-        if instances.loading:
-            entries.append(IndexEntry(name, instances.loading, "LOADING", ""))
+        if instances.loading is not None:
+            entries.append(IndexEntry(name, instances.loading.files.version, "LOADING", ""))
         entries += [
             IndexEntry(name, v, "UNAVAILABLE", why)
             for v, (_, why) in instances.refused.items()

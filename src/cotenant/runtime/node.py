@@ -17,9 +17,10 @@ import msgspec
 from cotenant.devices.base import Device
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
+from cotenant.domain import shares
 from cotenant.domain.config import NodeConfig
-from cotenant.domain.device import DeviceSpec, Launch, Partition, Tenant, TenantKind
-from cotenant.domain.errors import CotenantError, EnvironmentProblem
+from cotenant.domain.device import Launch, Partition, Tenant, TenantKind
+from cotenant.domain.errors import CotenantError, EnvironmentProblem, InvalidRequest
 from cotenant.domain.port import (
     IndexEntry,
     InferCall,
@@ -30,13 +31,13 @@ from cotenant.domain.port import (
     Withdraw,
 )
 from cotenant.domain.units import MS, S
-from cotenant.domain.workload import JobSpec, ServiceSpec, Variant
+from cotenant.domain.workload import JobSpec
 from cotenant.policy.dispatcher import Dispatcher
 from cotenant.policy.planner import Planner
 from cotenant.policy.planstate import Tuning
+from cotenant.policy.state import DispatcherState
 from cotenant.runtime.core import Clock, Core, steady
 from cotenant.runtime.fleet import Fleet
-from cotenant.runtime.instances import Instances
 from cotenant.runtime.jobs import JobSupervisor
 from cotenant.runtime.jobspec import minimal
 from cotenant.runtime.jobstore import JobStore
@@ -54,16 +55,15 @@ log = logging.getLogger("cotenant.node")
 
 REFRESH_S = 0.25
 """How often devices look for new threads and children of jobs, and at what tenants occupy."""
-DEBT_WINDOW = 2 * S
-"""A job's guaranteed share is owed over windows of this length."""
 DRAIN_S = 10.0
 
 
 class _JobRun(msgspec.Struct, eq=False):
-    """A job whose processes exist; ``announced``: its devices have it, and the dispatcher knows."""
+    """A job that wants to run, or does; ``attached``: its ``devices`` have its processes."""
 
     spec: JobSpec
-    announced: bool = False
+    devices: tuple[str, ...] = ()
+    attached: bool = False
 
 
 class Node:
@@ -148,8 +148,7 @@ class Node:
 
     def _make_parts(self, stack: contextlib.AsyncExitStack) -> None:
         config, policy = self.config, self.config.policy
-        self.specs = _one_kind_trains(self.fleet.specs)
-        self._job_devices = tuple(spec.id for spec in self.specs if spec.trains)
+        self.specs = self.fleet.specs
         for spec in self.specs:
             if policy.split is not None and policy.split[0] > len(spec.units):
                 raise EnvironmentProblem(
@@ -157,13 +156,12 @@ class Node:
                 )
         self.monitor = Monitor()
         self.planner = Planner(Tuning(**msgspec.structs.asdict(policy)))
-        dispatcher = Dispatcher(self.specs)
+        dispatcher = Dispatcher(self.specs, DispatcherState(most_jobs=config.limits.jobs))
         self.journal = self._make_journal(stack, dispatcher)
         self.core = Core(dispatcher, self.fleet, self.monitor, self.journal, self, self._clock)
         self.models = Models(
             Repository(Path(config.models).absolute()),
             config.services,
-            self.specs,
             config.limits.arena,
             self._state_dir / "workers",
             self,
@@ -180,7 +178,6 @@ class Node:
             JobStore(self._state_dir / "jobs.sqlite"),
             self._state_dir,
             self,
-            config.limits.jobs,
         )
 
     def _make_journal(
@@ -249,15 +246,6 @@ class Node:
     async def _refresh(self) -> None:
         self.fleet.look()
 
-    def _pinned(self, instances: Instances) -> ServiceSpec:
-        """A service as the planner may place it: where its instances are."""
-        spec = instances.spec
-        kind = next(s.kind for s in self.specs if s.id == instances.device)
-        if len(self.specs) == 1:
-            return spec
-        variants = {kind: spec.variants.get(kind, Variant())}
-        return msgspec.structs.replace(spec, variants=variants)
-
     def _plan_soon(self) -> None:
         if self._replan is None:
             self._replan = asyncio.get_running_loop().call_soon(self._plan)
@@ -274,12 +262,8 @@ class Node:
             now,
             self.specs,
             state,
-            {n: (self._pinned(i), i.live) for n, i in self.models.services.items()},
-            {
-                j: (self._job_runs[j].spec, statuses[j].rate)
-                for j in state.jobs
-                if j in self._job_runs and j in statuses
-            },
+            {name: instances.spec for name, instances in self.models.services.items()},
+            {job: status.rate for job, status in statuses.items()},
         )
         plan = self.planner.plan(snapshot)
         if self.journal is not None:
@@ -298,7 +282,7 @@ class Node:
     def feed(self, event: e.Event) -> None:
         """Hand an event to the dispatcher; a change of membership also wakes the planner."""
         self.core.feed(event)
-        if isinstance(event, e.ServiceAdded | e.ServiceRemoved | e.WorkerUp):
+        if isinstance(event, e.ServiceAdded | e.ServiceRemoved | e.WorkerUp | e.LoadFailed):
             self._plan_soon()
 
     async def launch_worker(self, device: str, tenant: Tenant) -> Launch:
@@ -312,6 +296,10 @@ class Node:
     def detach_worker(self, device: str, worker: str) -> None:
         """See Shell."""
         self.fleet.detach((device,), worker)
+
+    def units_of(self, device: str) -> tuple[int, ...]:
+        """See Shell."""
+        return next(spec.shapes for spec in self.specs if spec.id == device)
 
     def on_result(self, message: Done | Failed) -> None:
         """A batch came back from a worker."""
@@ -342,9 +330,39 @@ class Node:
         """See Hands."""
         self.requests.on_reject(action)
 
-    def on_stop_job(self, action: a.StopJob) -> None:
+    def on_load(self, action: a.Load) -> None:
         """See Hands."""
-        self.jobs_supervisor.cancel(action.job, f"it could not be made to yield: {action.reason}")
+        instances = self.models.services.get(action.service)
+        if instances is None:
+            self.core.feed(e.LoadFailed(action.worker, "the service is gone", final=True))
+        else:
+            instances.load(action)
+
+    def on_unload(self, action: a.Unload) -> None:
+        """See Hands."""
+        for instances in self.models.services.values():
+            instances.unload(action.worker)
+
+    def on_serve(self, action: a.Serve) -> None:
+        """See Hands."""
+        instances = self.models.services.get(action.service)
+        if instances is not None:
+            instances.serve(action)
+
+    def on_decline(self, action: a.Decline) -> None:
+        """See Hands."""
+        instances = self.models.services.get(action.service)
+        if instances is not None:
+            instances.decline(action)
+
+    def on_start(self, action: a.Start) -> None:
+        """See Hands."""
+        self._job_runs[action.job].devices = action.devices
+        self.jobs_supervisor.start(action.job)
+
+    def on_stop(self, action: a.Stop) -> None:
+        """See Hands."""
+        self.jobs_supervisor.stop(action.job, action.reason, action.kill, action.again)
 
     # --- inference --------------------------------------------------------------------------
 
@@ -414,44 +432,62 @@ class Node:
 
     # --- jobs -------------------------------------------------------------------------------
 
+    def on_job_queued(self, spec: JobSpec) -> None:
+        """See JobShell."""
+        self._job_runs[spec.id] = _JobRun(spec)
+        self.core.feed(
+            e.JobQueued(
+                spec.id,
+                spec.weight,
+                spec.guaranteed,
+                spec.limit,
+                spec.kinds,
+                spec.memory,
+                spec.grace,
+            )
+        )
+        self._plan_soon()
+
     async def launch_job(self, spec: JobSpec) -> Launch:
         """See JobShell."""
-        return await self.fleet.launch(self._job_devices, _job_tenant(spec))
+        return await self.fleet.launch(self._job_runs[spec.id].devices, _job_tenant(spec))
 
     def on_job_ready(self, spec: JobSpec, pid: int) -> None:
         """See JobShell."""
-        run = self._job_runs[spec.id] = _JobRun(spec)
+        run = self._job_runs[spec.id]
+        run.attached = True
         self.fleet.attach(
-            self._job_devices, _job_tenant(spec), pid, run, self._job_attached, self._job_refused
+            run.devices, _job_tenant(spec), pid, run, self._job_attached, self._job_refused
         )
 
     def _job_attached(self, run: _JobRun, _: object) -> None:
-        spec = run.spec
-        if self._job_runs.get(spec.id) is not run:
+        job = run.spec.id
+        if self._job_runs.get(job) is not run:
             return  # it ended meanwhile
-        run.announced = True
-        units = sum(s.compute for s in self.specs if s.trains)
-        limit = max(1, int(spec.limit * units + 1e-9))
-        self.core.feed(e.JobReady(spec.id, spec.weight, spec.guaranteed, limit, DEBT_WINDOW))
+        levels = {device: self.fleet.levels(device)[job] for device in run.devices}
+        self.core.feed(e.JobReady(job, levels))
         self._plan_soon()
 
     def _job_refused(self, run: _JobRun, why: str) -> None:
         job = run.spec.id
         if self._job_runs.get(job) is run:
             log.error("job not attached, stopping it", extra={"job": job, "why": why})
-            with contextlib.suppress(EnvironmentProblem):  # all jobs are being stopped
-                self.jobs_supervisor.cancel(job, f"its device would not take it: {why}")
+            self.jobs_supervisor.stop(job, f"its device would not take it: {why}")
 
     def on_job_exited(self, job: str) -> None:
         """See JobShell."""
         run = self._job_runs.pop(job)
-        if run.announced:
-            self.core.feed(e.JobExited(job))
-        self.fleet.detach(self._job_devices, job)
+        self.core.feed(e.JobExited(job))
+        if run.attached:
+            self.fleet.detach(run.devices, job)
         self._plan_soon()
 
     def submit_job(self, spec: JobSpec) -> str:
         """See NodePort."""
+        kinds = tuple(dict.fromkeys(d.kind for d in self.specs if d.trains))
+        why = shares.problem(spec, kinds)
+        if why:
+            raise InvalidRequest(f"job {spec.name or spec.command[0]}: {why}")
         return self.jobs_supervisor.submit(spec)
 
     def jobs(self) -> list[JobStatus]:
@@ -459,16 +495,21 @@ class Node:
         return self._job_statuses()
 
     def _job_statuses(self) -> list[JobStatus]:
-        now, shares = self._clock(), self.core.dispatcher.state.jobs
-        return [
-            msgspec.structs.replace(
-                status,
-                held_s=self.monitor.held_ns(status.id, now) / S,
-                pauses=self.monitor.job(status.id).pauses,
-                partitions=tuple(shares[status.id].held) if status.id in shares else (),
-            )
-            for status in self.jobs_supervisor.statuses()
-        ]
+        return [self._placed(status) for status in self.jobs_supervisor.statuses()]
+
+    def _placed(self, status: JobStatus) -> JobStatus:
+        """A job with what the dispatcher knows of it."""
+        state = self.core.dispatcher.state
+        share, tenant = state.jobs.get(status.id), state.tenants.get(status.id)
+        waits = tenant.waits if tenant is not None else ""
+        return msgspec.structs.replace(
+            status,
+            held_s=self.monitor.held_ns(status.id, self._clock()) / S,
+            pauses=self.monitor.job(status.id).pauses,
+            partitions=tuple(share.held) if share is not None else (),
+            devices=tenant.devices if tenant is not None else (),
+            reason=status.reason or (f"waits: {waits}" if waits else ""),
+        )
 
     def cancel_job(self, ref: str) -> str:
         """See NodePort."""
@@ -501,11 +542,3 @@ class Node:
 
 def _job_tenant(spec: JobSpec) -> Tenant:
     return Tenant(spec.id, TenantKind.JOB, memory=spec.memory)
-
-
-def _one_kind_trains(specs: tuple[DeviceSpec, ...]) -> tuple[DeviceSpec, ...]:
-    """Jobs live on one kind of device: that of the first that trains. The others only serve."""
-    kind = next((spec.kind for spec in specs if spec.trains), "")
-    return tuple(
-        spec if spec.kind == kind else msgspec.structs.replace(spec, trains=False) for spec in specs
-    )

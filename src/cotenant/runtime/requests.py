@@ -114,7 +114,6 @@ class Requests:
             version=call.version,
             shape=shape,
             expires=now + call.timeout_ns if call.timeout_ns else 0,
-            payload=number,
             size=size_of(meta, {t.name: t.shape for t in call.inputs}) if shape else 1,
         )
         if not self._arrivals:
@@ -150,9 +149,7 @@ class Requests:
         for pending in requests:
             pending.version = batch.version  # a swap may have come since it was queued
             if pending.meta.turns and pending.worker != worker:
-                instances = self._models.services[batch.service]
-                instances.leave(pending.worker, pending.id, forget=True)
-                instances.stay(worker, pending.id)
+                self._forget(pending)
                 pending.worker = worker
         return tuple([pending.item for pending in requests])
 
@@ -223,11 +220,15 @@ class Requests:
         left = self._open[pending.service] = self._open[pending.service] - 1
         if left == 0 and pending.service in self._drained:
             self._drained[pending.service].set()
-        if pending.worker:
-            instances = self._models.services.get(pending.service)
-            if instances is not None:
-                instances.leave(pending.worker, number, forget)
+        if forget:
+            self._forget(pending)
         return pending
+
+    def _forget(self, pending: Pending) -> None:
+        """Tell the worker that has a request between turns that there will be none."""
+        instances = self._models.services.get(pending.service)
+        if pending.worker and instances is not None:
+            instances.forget(pending.worker, pending.id)
 
     # --- unloading ----------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ import msgspec
 from cotenant.domain.device import DeviceSpec
 from cotenant.domain.errors import ConfigError
 from cotenant.domain.units import MS
+from cotenant.domain.workload import share_on
 from cotenant.policy.layouts import mig_fixed, service_profiles
 from cotenant.policy.planner import Planner
 from cotenant.policy.planstate import Tuning
@@ -147,7 +148,7 @@ def _sizes(units: int, device: DeviceSpec) -> list[int]:
 def _static(scenario: Scenario) -> dict[str, Setting]:
     """Those splits that leave jobs what they are guaranteed."""
     device = scenario.device.spec
-    owed = sum(j.spec.guaranteed for j in scenario.jobs) * device.compute
+    owed = sum(share_on(j.spec.guaranteed, device.kind) for j in scenario.jobs) * device.compute
     splits = _splits(device, whole=False, lend=False)
     kept = {
         name: Scheduled(tuning)

@@ -14,9 +14,10 @@ from cotenant.domain import reading
 from cotenant.domain.device import DeviceSpec, PreemptLevel
 from cotenant.domain.errors import ConfigError
 from cotenant.domain.mig import table, tables
+from cotenant.domain.shares import promised
 from cotenant.domain.snapshot import ServiceFacts
 from cotenant.domain.units import MS, S
-from cotenant.domain.workload import BatchSpec, JobSpec, ServiceSpec, Slo, Variant
+from cotenant.domain.workload import BatchSpec, JobSpec, ServiceSpec, Slo, Variant, share_on
 from cotenant.policy.layouts import MIB, mig_fixed
 from cotenant.policy.placing import why_not
 from cotenant.sim.arrivals import Arrivals, Bursts, Diurnal, Poisson, Steps, read_trace, share
@@ -131,12 +132,13 @@ def parse_scenario(text: str, folder: Path) -> Scenario:
             raise ConfigError(f"{twice!r} stands twice; names must differ", kind)
     if not services and not jobs:
         raise ConfigError("there is nothing to run; add services or jobs", "services")
-    owed = sum(s.spec.guaranteed for s in services) + sum(j.spec.guaranteed for j in jobs)
-    if owed > 1 + 1e-9:
-        raise ConfigError(
-            f"the guaranteed shares of services and jobs sum to {owed:g}; at most 1 can be given",
-            "services",
-        )
+    for kind in dict.fromkeys(d.spec.kind for d in devices if d.spec.trains):
+        owed = promised([*(s.spec for s in services), *(j.spec for j in jobs)], kind)
+        if owed > 1 + 1e-9:
+            raise ConfigError(
+                f"the guaranteed shares of {kind} sum to {owed:g}; at most 1 can be given",
+                "services",
+            )
     if jobs and not any(d.spec.trains for d in devices):
         raise ConfigError("no device can train; add one that does, or leave jobs out", "jobs")
     for index, service in enumerate(services):
@@ -165,7 +167,8 @@ def _check_feasible(service: SimService, devices: tuple[SimDevice, ...], at: str
         (service.costs[d.kind].quantile(units, 1, percentile / 100), d.id)
         for d in able
         for units in sizes(d)
-        if units <= max(1, int(service.spec.limit * d.compute + 1e-9)) or not d.trains
+        if not d.trains
+        or units <= max(1, int(share_on(service.spec.limit, d.kind) * d.compute + 1e-9))
     )
     if best > service.spec.slo.latency:
         raise ConfigError(
@@ -195,11 +198,7 @@ def _as_facts(spec: ServiceSpec) -> ServiceFacts:
         max_batch=spec.batch.max,
         rate=0.0,
         rate_trend=0.0,
-        queued=0,
-        p50=0,
         p95=0,
-        p99=0,
-        misses=0,
         refused=0,
         answered=0,
         exec_ns={},
@@ -266,7 +265,6 @@ def _spec(
         memory=0,
         shapes=tuple(range(1, len(units) + 1)),
         preempt=preempt,
-        resizes_live=True,
         revoke_ns=cost.revoke.mean,
         repartition_ns=cost.repartition.mean + cost.make.mean + cost.unmake.mean,
     )
@@ -326,8 +324,8 @@ def _service(section: reading.Section, folder: Path, devices: tuple[SimDevice, .
             model=name,
             slo=slo,
             batch=batching,
-            guaranteed=section.take("guaranteed", reading.share, 0.0),
-            limit=section.take("limit", reading.positive_share, 1.0),
+            guaranteed=section.take("guaranteed", reading.shares, 0.0),
+            limit=section.take("limit", reading.positive_shares, 1.0),
             max_queue=section.take("max_queue", reading.integer(1, 1_000_000), 1024),
             strict=section.take("strict", reading.boolean, False),
             instances=section.take("instances", reading.integer(1, 256), 1),
@@ -389,8 +387,8 @@ def _job(section: reading.Section) -> SimJob:
         name=name,
         command=(name,),
         weight=section.take("weight", reading.positive, 1.0),
-        guaranteed=section.take("guaranteed", reading.share, 0.0),
-        limit=section.take("limit", reading.positive_share, 1.0),
+        guaranteed=section.take("guaranteed", reading.shares, 0.0),
+        limit=section.take("limit", reading.positive_shares, 1.0),
     )
     cost = section.section("cost", required=True)
     saturates = cost.take("saturates", reading.integer(1, MAX_UNITS), 0)

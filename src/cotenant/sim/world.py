@@ -34,7 +34,6 @@ from cotenant.sim.scenario import Scenario, SimDevice, SimJob, SimService, sizes
 from cotenant.telemetry.monitor import Monitor
 
 TICK: Final = 1 * S
-DEBT_WINDOW: Final = 10 * S
 _ACK: Final = 0
 _DONE: Final = 1
 _ARRIVAL: Final = 2
@@ -64,14 +63,13 @@ class Draws:
 
 
 class _Progress:
-    """One job: what it holds and how far it came. ``bound``: it runs in one partition at a time
-    (``place``, where it was started) and starts again elsewhere."""
+    """One job: what it holds and how far it came."""
 
-    def __init__(self, job: SimJob, tally: JobTally, bound: bool) -> None:
+    def __init__(self, job: SimJob, tally: JobTally) -> None:
+        self.spec = job.spec
         self.cost = job.cost
         self.tally = tally
-        self.bound = bound
-        self.place = ""
+        self.started = False
         self._speeds: dict[int, float] = {}
         self.held: dict[str, int] = {}
         self._units = 0
@@ -85,9 +83,6 @@ class _Progress:
         """It may use a partition from now on."""
         self.settle(now)
         lost = self.cost.resume
-        if self.bound and self.place != partition:
-            lost = self.cost.move if self.place else lost
-            self.place = partition
         self._units += units - self.held.get(partition, 0)
         self.held[partition] = units
         if lost:
@@ -113,8 +108,7 @@ class _Progress:
         """Book progress up to ``now``."""
         if now <= self.since:
             return
-        used = max(self.held.values(), default=0) if self.bound else self._units
-        made = self._speed(used) * (now - self.since) / S * (1 - self.slowed)
+        made = self._speed(self._units) * (now - self.since) / S * (1 - self.slowed)
         self.tally.steps += made
         if self.owed:
             owed = sum(self.owed.values())
@@ -260,11 +254,8 @@ class World:
         self._wake_token = 0
         self._places: dict[str, _Place] = {}
         self._rows = _rows(self._specs)
-        self._instances: dict[tuple[str, str], set[str]] = {}
-        """Instances of a service on a device that serve."""
-        self._ending: set[str] = set()
-        self._loading = 0
-        """Loads that the next plan waits for."""
+        self._loading: set[str] = set()
+        """Instances that are not up yet."""
         self._settled: dict[str, int] = {}
         self._running: dict[str, int] = {}
         self._at_hand: dict[int, a.Dispatch] = {}
@@ -289,10 +280,7 @@ class World:
             services={s.spec.name: ServiceTally(s.spec.slo.latency) for s in scenario.services},
             jobs={j.spec.id: JobTally() for j in scenario.jobs},
         )
-        bound = any(d.pins_jobs for d in self._specs)
-        self._jobs = {
-            j.spec.id: _Progress(j, self.outcome.jobs[j.spec.id], bound) for j in scenario.jobs
-        }
+        self._jobs = {j.spec.id: _Progress(j, self.outcome.jobs[j.spec.id]) for j in scenario.jobs}
         self._hands: dict[type, Callable[[Any], None]] = {
             a.Dispatch: self._dispatch,
             a.Complete: self._complete,
@@ -301,7 +289,11 @@ class World:
             a.Grant: self._grant,
             a.Revoke: self._revoke,
             a.Repartition: self._repartition,
-            a.StopJob: self._stop_job,
+            a.Load: self._load,
+            a.Unload: self._unload,
+            a.Serve: lambda _: None,
+            a.Start: self._start,
+            a.Stop: self._stop,
         }
         self._sources = {
             s.spec.name: _Source(
@@ -352,14 +344,13 @@ class World:
                     spec.batch.max_queue_delay,
                     spec.strict,
                     percentile=spec.slo.percentile,
+                    instances=spec.instances,
                 )
             )
+            self._feed(e.VersionOffered(spec.name, "1"))
             self._schedule_arrival(self._sources[spec.name])
-        trains = sum(d.compute for d in self._specs if d.trains)
         for job in self._scenario.jobs:
-            spec_ = job.spec
-            limit = max(1, int(spec_.limit * trains + 1e-9))
-            self._feed(e.JobReady(spec_.id, spec_.weight, spec_.guaranteed, limit, DEBT_WINDOW))
+            self._feed(self._queued(job.spec))
         self._plan()
         self._at(TICK, _TICK, None)
 
@@ -400,71 +391,77 @@ class World:
 
     def _plan(self) -> None:
         state = self._dispatcher.state
-        if self._loading:
-            return
-        jobs: dict[str, tuple[JobSpec, float]] = {
-            j.spec.id: (j.spec, self._jobs[j.spec.id].rate(self._now)) for j in self._scenario.jobs
-        }
+        rates = {name: job.rate(self._now) for name, job in self._jobs.items()}
         snapshot = self._monitor.snapshot(
             self._now,
             self._specs,
             state,
-            {name: (s.spec, s.spec.instances) for name, s in self._services.items()},
-            jobs,
+            {name: s.spec for name, s in self._services.items()},
+            rates,
         )
         plan = self._planner.plan(snapshot)
         if self._observer is not None:
             self._observer.planned(self._now, snapshot, plan)
         if plan is not None:
             self.outcome.reasons.append((self._now, plan.reasons))
-            self._prepare(plan)
-
-    def _prepare(self, plan: Plan) -> None:
-        """Load the models that a plan needs; it comes into force when they are there."""
-        device_of = {p.id: p.device for p in plan.partitions}
-        wanted = {(s, device_of[p]) for s, where in plan.services.items() for p in where}
-        missing = sorted(key for key in wanted if not self._instances.get(key))
-        self._loading = len(missing)
-
-        def enact() -> None:
             self._feed(e.Planned(plan))
-            for key in sorted(self._instances):
-                if key not in wanted:
-                    self._unload(key)
 
-        if not missing:
-            enact()
-        for name, device in missing:
+    # --- residency --------------------------------------------------------------------------
 
-            def loaded(name: str = name, device: str = device) -> None:
-                self._start(name, device)
-                self._loading -= 1
-                if not self._loading:
-                    enact()
-
-            # What is there when the run begins was loaded before it.
-            took = self._services[name].load if self._now else 0
-            self._at(self._now + took, _ACK, loaded)
-
-    def _start(self, name: str, device: str) -> None:
-        service, spec = self._services[name], self._devices[device].spec
+    def _load(self, action: a.Load) -> None:
+        service, spec = self._services[action.service], self._devices[action.device].spec
         profile = tuple(
             (units, rows, service.costs[spec.kind].mean(units, rows))
             for units in sizes(spec)
             for rows in (1, service.spec.batch.max)
         )
-        for index in range(service.spec.instances):
-            worker = f"{name}@{device}/{index}/{self._now}"
-            self._instances.setdefault((name, device), set()).add(worker)
-            self._feed(e.WorkerUp(worker, name, "1", device, profile))
+        up = e.WorkerUp(action.worker, action.service, action.version, action.device, profile)
+        self._loading.add(action.worker)
 
-    def _unload(self, key: tuple[str, str]) -> None:
-        for worker in sorted(self._instances.pop(key)):
-            self._feed(e.WorkerRetiring(worker))
-            if self._dispatcher.state.workers[worker].batch:
-                self._ending.add(worker)
-            else:
-                self._feed(e.WorkerDown(worker, "unloaded"))
+        def loaded() -> None:
+            if action.worker in self._loading:
+                self._loading.remove(action.worker)
+                self._feed(up)
+
+        # What is there when the run begins was loaded before it.
+        self._at(self._now + (service.load if self._now else 0), _ACK, loaded)
+
+    def _unload(self, action: a.Unload) -> None:
+        if action.worker in self._loading:
+            self._loading.remove(action.worker)
+            self._acknowledge_now(e.LoadFailed(action.worker, "unloaded"))
+        else:
+            self._acknowledge_now(e.WorkerDown(action.worker, "unloaded"))
+
+    def _start(self, action: a.Start) -> None:
+        """A job starts: what there is when the run begins was started before it."""
+        job = self._jobs[action.job]
+        took = job.cost.move if job.started else 0
+        job.started = True
+        self._at(self._now + took, _ACK, lambda: self._feed(e.JobReady(action.job)))
+
+    def _stop(self, action: a.Stop) -> None:
+        """A job ends once it is off all that it holds."""
+        job, held = self._jobs[action.job], list(self._jobs[action.job].held)
+        took = max((self._draws.time(self._places[p].cost.revoke) for p in held), default=0)
+
+        def done() -> None:
+            for name in list(job.held):
+                self._leave(action.job, self._places[name])
+            self._feed(e.JobExited(action.job))
+            if action.again:
+                self._feed(self._queued(job.spec))
+
+        self._at(self._now + took, _ACK, done)
+
+    @staticmethod
+    def _queued(spec: JobSpec) -> e.JobQueued:
+        return e.JobQueued(
+            spec.id, spec.weight, spec.guaranteed, spec.limit, spec.kinds, spec.memory, spec.grace
+        )
+
+    def _acknowledge_now(self, event: e.Event) -> None:
+        self._at(self._now, _ACK, lambda: self._feed(event))
 
     # --- the device -------------------------------------------------------------------------
 
@@ -489,9 +486,6 @@ class World:
     def _wake_at(self, action: a.WakeAt) -> None:
         self._wake_token += 1
         self._at(max(action.at, self._now), _WAKE, self._wake_token)
-
-    def _stop_job(self, action: a.StopJob) -> None:
-        raise AssertionError(f"{action.job}: simulated devices never fail to revoke")
 
     def _execute(self, action: a.Dispatch) -> None:
         batch, place, draws = action.batch, self._places[action.partition], self._draws
@@ -535,9 +529,6 @@ class World:
         if at_hand is not None:
             self._execute(at_hand)
         self._feed(e.BatchDone(batch.id, execution.took, execution.start))
-        if at_hand is None and action.worker in self._ending:
-            self._ending.remove(action.worker)
-            self._feed(e.WorkerDown(action.worker, "unloaded"))
 
     def _record(self, who: str, place: _Place, began: int) -> None:
         if self._recorded is None:
@@ -609,13 +600,16 @@ class World:
         took = self._draws.time(place.cost.revoke)
 
         def done() -> None:
-            self._jobs[job].revoke(self._now, place.id)
-            began = self._granted.pop((job, place.id), None)
-            if began is not None:
-                self._record(job, place, began)
+            self._leave(job, place)
             self._feed(e.Revoked(job, place.id, took))
 
         self._acknowledge(place.id, took, done)
+
+    def _leave(self, job: str, place: _Place) -> None:
+        self._jobs[job].revoke(self._now, place.id)
+        began = self._granted.pop((job, place.id), None)
+        if began is not None:
+            self._record(job, place, began)
 
     def _acknowledge(self, partition: str, took: int, done: Callable[[], None]) -> None:
         """Orders for one partition are carried out one after the other."""

@@ -232,8 +232,8 @@ class _Witness:
                 self._completed(now, event, requests)
             case a.Reject():
                 self._refused(wall, now, event, action)
-            case a.StopJob(job=job, reason=reason):
-                text = f"stopped, because it could not be made to yield: {reason}"
+            case a.Stop(job=job, reason=reason, kill=kill):
+                text = f"{'killed' if kill else 'stopped'}: {reason}"
                 self._keep(self.told.jobs, Incident(wall, job, text))
             case _:
                 pass

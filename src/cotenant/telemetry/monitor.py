@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 from cotenant.domain import actions as a
@@ -22,9 +22,9 @@ from cotenant.domain.snapshot import (
     Snapshot,
 )
 from cotenant.domain.units import S
-from cotenant.domain.workload import JobSpec, ServiceSpec
+from cotenant.domain.workload import ServiceSpec, share_on
 from cotenant.policy.forecast import Holt, Season
-from cotenant.policy.state import DispatcherState
+from cotenant.policy.state import DispatcherState, Phase
 
 LATENCY_BUCKETS_S = (
     *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075),
@@ -412,32 +412,35 @@ class Monitor:
         now: int,
         devices: tuple[DeviceSpec, ...],
         state: DispatcherState,
-        specs: dict[str, tuple[ServiceSpec, int]],
-        jobs: dict[str, tuple[JobSpec, float]],
+        specs: Mapping[str, ServiceSpec],
+        rates: Mapping[str, float],
     ) -> Snapshot:
-        """Facts for the planner. ``specs`` maps a service to (spec, live instances), ``jobs`` a
-        job to (spec, progress rate)."""
+        """Facts for the planner: of services by their ``specs``, of jobs with their progress
+        ``rates`` (per second)."""
         return Snapshot(
             now=now,
             devices=devices,
             plan=state.plan,
             services=tuple(
-                self._service_facts(now, spec, live, state)
-                for spec, live in specs.values()
+                self._service_facts(now, spec, state)
+                for spec in specs.values()
                 if spec.name in state.services
             ),
             jobs=tuple(
                 JobFacts(
-                    id=spec.id,
-                    weight=spec.weight,
-                    guaranteed=spec.guaranteed,
-                    limit=spec.limit,
-                    rate=rate,
-                    held_ns=self.held_ns(spec.id, now),
-                    units=self.job(spec.id).shares(),
-                    grants=self.job(spec.id).grant_rate(),
+                    id=job.id,
+                    weight=job.weight,
+                    guaranteed=share_on(job.guaranteed, job.kind),
+                    limit=share_on(job.limit, job.kind),
+                    rate=rates.get(job.id, 0.0),
+                    held_ns=self.held_ns(job.id, now),
+                    kind=job.kind,
+                    memory=job.memory,
+                    units=self.job(job.id).shares(),
+                    grants=self.job(job.id).grant_rate(),
                 )
-                for spec, rate in jobs.values()
+                for job in list(state.tenants.values())[: state.most_jobs or None]
+                if job.kind and job.phase != Phase.STOPPING
             ),
             changing=tuple(state.changes),
         )
@@ -446,11 +449,10 @@ class Monitor:
         self,
         now: int,
         spec: ServiceSpec,
-        live: int,
         state: DispatcherState,
     ) -> ServiceFacts:
         meter, known = self.service(spec.name), state.services[spec.name]
-        p50, p95, p99 = (q or 0 for q in meter.recent.quantiles(now, 0.5, 0.95, 0.99))
+        (p95,) = meter.recent.quantiles(now, 0.95)
         exec_ns = {
             kind: {
                 f"{units}x{rows}": ns
@@ -468,18 +470,30 @@ class Monitor:
             max_batch=known.max_batch,
             rate=meter.rate.level,
             rate_trend=meter.rate.trend,
-            queued=known.queued,
-            p50=p50,
-            p95=p95,
-            p99=p99,
-            misses=meter.misses,
+            p95=p95 or 0,
             refused=sum(meter.refused.values()),
             answered=meter.answered,
             exec_ns=exec_ns,
             instances=spec.instances,
-            live_instances=live,
             pressed=meter.misses + sum(meter.refused[r.name] for r in _WANT_OF_CAPACITY),
             rate_season=meter.season.factor(now, now + SEASON_AHEAD),
             accuracy_floor=spec.accuracy_floor,
             variants=spec.variants,
+            kinds=spec.kinds,
+            memory=_occupied(spec, state),
+            unfit={d: why for d, why in known.unfit.items() if not known.at.get(d)},
         )
+
+
+def _occupied(spec: ServiceSpec, state: DispatcherState) -> dict[str, int]:
+    """Bytes that an instance occupies, by kind of device: what its owner says, or more where more
+    was measured."""
+    found = {kind: variant.memory for kind, variant in spec.variants.items() if variant.memory}
+    for partition in state.partitions.values():
+        found.setdefault(partition.kind, spec.memory)
+    devices = {p.device: p.kind for p in state.partitions.values()}
+    for worker in state.workers.values():
+        kind = devices.get(worker.device)
+        if worker.service == spec.name and kind is not None:
+            found[kind] = max(found.get(kind, 0), worker.memory)
+    return {kind: need for kind, need in found.items() if need}

@@ -1,0 +1,237 @@
+"""Residency: which version of which model is loaded on which device.
+
+A plan says which devices carry a service. On each of them so many instances as the service has are
+kept of every version that serves, and of the one that is offered; who dies is replaced, later and
+later the sooner it died. A version that was offered serves once all its instances are up on every
+device that can load it, and takes the place of the oldest; where none can, it is declined. What a
+service leaves is unloaded when it is up where it goes.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.domain.plan import Plan
+from cotenant.domain.units import MS, S
+from cotenant.policy.desk import Desk
+from cotenant.policy.roster import Roster
+from cotenant.policy.state import ServiceState, WorkerState
+
+RETRY_FIRST, RETRY_MOST = 200 * MS, 30 * S
+"""Wait (ns) before an instance that failed is loaded again: doubled each time, up to a most."""
+HEALTHY_AFTER: Final = 60 * S
+"""An instance that was up for so long (ns) did not die of what it is."""
+
+
+class Residency:
+    """See the module's text."""
+
+    def __init__(self, desk: Desk, roster: Roster) -> None:
+        self._desk = desk
+        self._roster = roster
+        self._state = desk.state
+
+    # --- what happens -----------------------------------------------------------------------
+
+    def planned(self, plan: Plan) -> None:
+        """Services are to be on other devices from now on, perhaps."""
+        device_of = {p.id: p.device for p in plan.partitions}
+        for service in self._state.services.values():
+            there = plan.services.get(service.name, ())
+            service.wanted = list(dict.fromkeys(device_of[p] for p in there))
+            if service.name in plan.unplaced and service.offer:
+                self._decline(service, plan.unplaced[service.name])
+            self.settle(service.name)
+
+    def offered(self, event: e.VersionOffered) -> None:
+        """A version is to be brought up."""
+        service = self._state.services.get(event.service)
+        if service is None:
+            return
+        if service.offer:
+            self._drop(service, service.offer, service.offer_revision)
+        service.offer, service.offer_revision = event.version, event.revision
+        service.unfit.clear()
+        service.failures = service.retry_at = 0
+        self.settle(service.name)
+
+    def gone(self, event: e.VersionGone) -> None:
+        """A version serves no longer."""
+        service = self._state.services.get(event.service)
+        if service is None:
+            return
+        if service.offer == event.version:
+            self._drop(service, service.offer, service.offer_revision)
+            service.offer = ""
+        revision = service.versions.pop(event.version, None)
+        if revision is not None:
+            service.version = next(reversed(service.versions), "")
+            self._drop(service, event.version, revision)
+            self._roster.version_changed(service)
+
+    def removed(self, event: e.ServiceRemoved) -> None:
+        """A service is no more: all its instances go."""
+        service = self._state.services.get(event.service)
+        if service is None:
+            return
+        service.offer, service.version = "", ""
+        service.versions.clear()
+        service.wanted.clear()
+        for worker in self._of(service):
+            self._retire(worker)
+
+    def load_failed(self, event: e.LoadFailed) -> None:
+        """An instance could not be made ready."""
+        worker = self._state.workers.get(event.worker)
+        if worker is None or worker.up:
+            return
+        self._state.workers.pop(worker.id)
+        self._state.leaving.pop(worker.id, None)
+        service = self._state.services[worker.service]
+        if worker.retiring:
+            self._roster.forget_if_empty(service)
+            return
+        offered = (worker.version, worker.revision) == (service.offer, service.offer_revision)
+        if offered or event.final:
+            service.unfit[worker.device] = event.reason
+            for other in self._of(service, worker.version, worker.revision):
+                if other.device == worker.device:
+                    self._retire(other)
+        else:
+            self._wait(service, lived=0)
+        if offered and all(device in service.unfit for device in service.wanted):
+            self._decline(service, event.reason)
+        self.settle(service.name)
+
+    def lost(self, worker: WorkerState) -> None:
+        """An instance that was up is gone."""
+        self._state.leaving.pop(worker.id, None)
+        service = self._state.services.get(worker.service)
+        if service is None or worker.retiring:
+            return
+        self._wait(service, self._state.now - worker.since)
+        self.settle(service.name)
+
+    def _wait(self, service: ServiceState, lived: int) -> None:
+        """An instance failed that had been up for so long (ns): set the time of the next try."""
+        service.failures = 0 if lived > HEALTHY_AFTER else service.failures + 1
+        delay = RETRY_FIRST << min(service.failures, 20) if service.failures else 0
+        service.retry_at = self._state.now + min(RETRY_MOST, delay)
+        self._desk.watch(service.retry_at, "service", service.name)
+
+    # --- what follows -----------------------------------------------------------------------
+
+    def settle(self, name: str) -> None:
+        """Load what is missing, serve what is complete, and let go of the rest."""
+        service = self._state.services.get(name)
+        if service is None:
+            return
+        for version, revision in list(service.versions.items()):
+            self._keep_up(service, version, revision)
+        if service.offer:
+            version, revision = service.offer, service.offer_revision
+            if self._keep_up(service, version, revision):
+                self._serve(service, version, revision)
+
+    def _keep_up(self, service: ServiceState, version: str, revision: int) -> bool:
+        """See to the instances of a version; whether all that are wanted are up."""
+        mine = self._of(service, version, revision)
+        complete, able = True, False
+        for device in service.wanted:
+            there = [w for w in mine if w.device == device]
+            if device in service.unfit:
+                continue
+            able = True
+            for _ in range(service.instances - len(there)):
+                complete = False
+                if service.retry_at <= self._state.now:
+                    self._load(service, version, revision, device)
+            complete = complete and all(w.up for w in there)
+        for worker in mine:
+            if worker.device not in service.wanted and ((complete and able) or not worker.up):
+                self._retire(worker)
+        return complete and able
+
+    def _load(self, service: ServiceState, version: str, revision: int, device: str) -> None:
+        state = self._state
+        name = f"{service.name}#{state.next_worker}"
+        state.next_worker += 1
+        memory = service.memory.get(self._desk.specs[device].kind, 0)
+        state.workers[name] = WorkerState(
+            id=name,
+            service=service.name,
+            version=version,
+            device=device,
+            revision=revision,
+            memory=memory,
+            since=state.now,
+        )
+        load = a.Load(self._desk.cause, name, service.name, version, revision, device)
+        self._desk.out.append(load)
+
+    def _serve(self, service: ServiceState, version: str, revision: int) -> None:
+        """A version that was offered takes over."""
+        replaced = service.versions.pop(version, None)
+        service.offer, service.failures = "", 0
+        service.versions[version] = revision
+        service.version = version
+        if replaced is not None:
+            self._drop(service, version, replaced)
+        self._desk.out.append(a.Serve(self._desk.cause, service.name, version, revision))
+        while len(service.versions) > service.keep:
+            self._end(service, next(iter(service.versions)))
+        self._roster.version_changed(service)
+
+    def _decline(self, service: ServiceState, reason: str) -> None:
+        version, revision = service.offer, service.offer_revision
+        service.offer = ""
+        self._drop(service, version, revision)
+        service.unfit.clear()
+        decline = a.Decline(self._desk.cause, service.name, version, revision, reason)
+        self._desk.out.append(decline)
+
+    def _end(self, service: ServiceState, version: str) -> None:
+        self._drop(service, version, service.versions.pop(version))
+
+    def _drop(self, service: ServiceState, version: str, revision: int) -> None:
+        for worker in self._of(service, version, revision):
+            self._retire(worker)
+
+    def _of(self, service: ServiceState, version: str = "", revision: int = 0) -> list[WorkerState]:
+        """A service's instances that are not about to go, of one version or of all."""
+        return [
+            w
+            for w in self._state.workers.values()
+            if w.service == service.name
+            and not w.retiring
+            and (not version or (w.version, w.revision) == (version, revision))
+        ]
+
+    def _retire(self, worker: WorkerState) -> None:
+        """An instance takes nothing new, and goes once it has nothing to do."""
+        self._roster.retire(worker)
+        self._state.leaving[worker.id] = None
+
+    def let_go(self) -> None:
+        """Unload the instances that are to go and have nothing to do any more."""
+        state = self._state
+        for name in list(state.leaving):
+            worker = state.workers[name]
+            if not worker.batch and all(r.worker != name for r in state.residents.values()):
+                del state.leaving[name]
+                self._desk.out.append(a.Unload(self._desk.cause, name))
+
+    def arriving(self, device: str, plan: Plan) -> bool:
+        """Whether a service that a plan takes off a device is not up yet where it goes: until then
+        it stays."""
+        of = {p.id: p.device for p in (*plan.partitions, *self._state.plan.partitions)}
+        for service in self._state.services.values():
+            now = {of[p] for p in self._state.plan.services.get(service.name, ())}
+            then = {of[p] for p in plan.services.get(service.name, ())}
+            if device not in now - then or not service.at.get(device):
+                continue
+            if any(not service.at.get(d) and d not in service.unfit for d in then):
+                return True
+        return False

@@ -1,0 +1,193 @@
+"""Tenancy: which jobs run, on which devices, and when one is stopped.
+
+A job that wants to run is started once there is room: fewer jobs than the limit run, its memory
+fits beside what else is on its devices, and, where a device binds processes to a partition, the
+plan in force has given it one. Where several kinds of device would do it goes to the kind with
+most compute to a job. A job is stopped to start elsewhere when a plan takes its partition away,
+and for good when it does not yield; who does not obey is killed.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.domain.plan import Plan
+from cotenant.domain.units import S, format_bytes
+from cotenant.policy.desk import Desk
+from cotenant.policy.holds import Holds
+from cotenant.policy.state import PHASE_TRANSITIONS, PartitionState, Phase, Tenant
+
+KILL_AFTER: Final = 5 * S
+"""Beyond its grace a job that is stopped has so long (ns), for its processes to be collected."""
+
+
+class Tenancy:
+    """See the module's text."""
+
+    def __init__(self, desk: Desk, holds: Holds) -> None:
+        self._desk = desk
+        self._holds = holds
+        self._state = desk.state
+
+    @staticmethod
+    def _step(tenant: Tenant, what: str) -> bool:
+        after = PHASE_TRANSITIONS[tenant.phase].get(what)
+        if after is None:
+            return False
+        tenant.phase = after
+        return True
+
+    # --- what happens -----------------------------------------------------------------------
+
+    def queued(self, event: e.JobQueued) -> None:
+        """A job wants to run."""
+        tenants = self._state.tenants
+        if event.job not in tenants:
+            tenants[event.job] = Tenant(
+                id=event.job,
+                weight=event.weight,
+                guaranteed=event.guaranteed,
+                limit=event.limit,
+                kinds=event.kinds,
+                memory=event.memory,
+                grace=event.grace,
+            )
+            self._choose_kind(tenants[event.job])
+        self.settle()
+
+    def ready(self, event: e.JobReady) -> bool:
+        """A job runs; False if that is late news."""
+        tenant = self._state.tenants.get(event.job)
+        if tenant is None or not self._step(tenant, "JobReady"):
+            return False
+        self._holds.open(tenant, event.levels)
+        return True
+
+    def exited(self, event: e.JobExited) -> list[PartitionState]:
+        """A job is gone; the partitions that are free by that."""
+        self._state.tenants.pop(event.job, None)
+        return self._holds.close(event.job)
+
+    # --- starting ---------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Start, in the order in which they came, the jobs that there is room for."""
+        state = self._state
+        for tenant in state.tenants.values():
+            if tenant.phase != Phase.QUEUED:
+                continue
+            running = sum(t.phase != Phase.QUEUED for t in state.tenants.values())
+            if state.most_jobs and running >= state.most_jobs:
+                tenant.waits = f"{running} jobs run, as many as may"
+                continue
+            self._start(tenant)
+
+    def _start(self, tenant: Tenant) -> None:
+        kind = self._choose_kind(tenant)
+        if not kind:
+            return
+        devices = tuple(d for d in self._desk.devices if d.kind == kind and d.trains)
+        place = ""
+        if devices[0].pins_jobs:
+            place = next(iter(self._state.plan.jobs.get(tenant.id, ())), "")
+            partition = self._state.partitions.get(place)
+            if partition is None or partition.retiring or self._taken(place):
+                tenant.waits = "its partition is not there yet"
+                return
+            devices = tuple(d for d in devices if d.id == partition.device)
+        self._step(tenant, "Start")
+        tenant.place, tenant.waits = place, ""
+        tenant.devices = tuple(d.id for d in devices)
+        self._desk.out.append(a.Start(self._desk.cause, tenant.id, tenant.devices, place))
+
+    def _taken(self, place: str) -> bool:
+        return any(t.place == place for t in self._state.tenants.values())
+
+    def _choose_kind(self, tenant: Tenant) -> str:
+        """Choose the kind of device for a job that is to start; "" if there is no room for it now,
+        and then why."""
+        able = [k for k in self._desk.compute if not tenant.kinds or k in tenant.kinds]
+        if not able:
+            names = " or ".join(tenant.kinds)
+            tenant.waits = f"no device of kind {names} trains here"
+            return ""
+        roomy = [kind for kind in able if tenant.memory <= self._memory_left(kind)]
+        most = self._desk.compute
+        tenant.kind = max(roomy or able, key=lambda k: most[k] / (1 + self._others_on(k, tenant)))
+        if not roomy:
+            left = max(self._memory_left(kind) for kind in able)
+            need, free = format_bytes(tenant.memory), format_bytes(max(0, left))
+            tenant.waits = f"it needs {need} of memory, {free} are free"
+            return ""
+        return tenant.kind
+
+    def _others_on(self, kind: str, tenant: Tenant) -> int:
+        return sum(t.kind == kind and t is not tenant for t in self._state.tenants.values())
+
+    def _memory_left(self, kind: str) -> int:
+        """Bytes of the kind's devices that no tenant has or has asked for; a very large number
+        where memory is no constraint."""
+        state, left = self._state, 0
+        for device in self._desk.devices:
+            if device.kind != kind or not device.trains:
+                continue
+            if not device.memory:
+                return 1 << 62
+            workers = (w for w in state.workers.values() if w.device == device.id)
+            left += device.memory - sum(w.memory for w in workers)
+        there = (t for t in state.tenants.values() if t.kind == kind and t.phase != Phase.QUEUED)
+        return left - sum(t.memory for t in there)
+
+    # --- stopping ---------------------------------------------------------------------------
+
+    def move(self, device: str, plan: Plan) -> None:
+        """Stop the jobs whose partition on a device a plan takes away."""
+        state = self._state
+        mine = {p.id for p in plan.partitions if p.device == device}
+        for tenant in state.tenants.values():
+            there = tenant.place and state.partitions[tenant.place].device == device
+            if not there or tenant.phase == Phase.QUEUED:
+                continue
+            kept = tenant.place in mine and tenant.place in plan.jobs.get(tenant.id, ())
+            if not kept:
+                self.stop(tenant.id, "its partition goes to others", again=True)
+
+    def bound(self, partition: PartitionState) -> bool:
+        """Whether a job's processes are bound to a partition."""
+        return any(
+            t.place == partition.id and t.phase != Phase.QUEUED
+            for t in self._state.tenants.values()
+        )
+
+    def stop(self, job: str, reason: str, again: bool = False) -> None:
+        """Stop a job, unless it is being stopped already."""
+        tenant = self._state.tenants.get(job)
+        if tenant is None or not self._step(tenant, "Stop"):
+            return
+        tenant.stop_by = self._state.now + tenant.grace + KILL_AFTER
+        self._desk.watch(tenant.stop_by, "job", job)
+        self._holds.stop(job)
+        self._desk.out.append(a.Stop(self._desk.cause, job, reason, again=again))
+
+    def failed(self, event: e.ActionFailed) -> None:
+        """A revocation could not be carried out."""
+        partition = self._state.partitions.get(event.target)
+        if partition is not None and partition.job == event.job:
+            self.stop(event.job, f"it could not be made to yield: {event.reason}")
+
+    def partition_overdue(self, partition: str) -> None:
+        """Stop the job that has not left a partition in time."""
+        job = self._holds.overdue(partition)
+        if job:
+            self.stop(job, "it did not yield in time")
+
+    def job_overdue(self, job: str) -> None:
+        """Kill a job that was stopped and is still there."""
+        tenant = self._state.tenants.get(job)
+        if tenant is not None and 0 < tenant.stop_by <= self._state.now:
+            tenant.stop_by = 0
+            self._desk.out.append(
+                a.Stop(self._desk.cause, job, "it did not end in time", kill=True)
+            )
