@@ -116,8 +116,6 @@ def cmd_top(args: argparse.Namespace) -> int:
 @_command
 def cmd_run(args: argparse.Namespace) -> int:
     """``cotenant run``: submit a job; with ``--follow`` show its log until it has ended."""
-    if args.guaranteed > args.limit:
-        args.parser.error("--guaranteed must not exceed --limit")
     env, left_out = inherited()
     spec = JobSpec(
         id="",
@@ -128,6 +126,7 @@ def cmd_run(args: argparse.Namespace) -> int:
         weight=args.weight,
         guaranteed=args.guaranteed,
         limit=args.limit,
+        kinds=tuple(args.on),
         memory=args.memory,
         restart=RestartPolicy(args.restart),
         max_restarts=args.max_restarts,
@@ -382,10 +381,13 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument("--name", default="", help="default: the command's")
     run.add_argument("--weight", type=options.positive, default=1.0, metavar="W",
                      help="its part of what jobs share (1)")  # fmt: skip
-    run.add_argument("--guaranteed", type=options.share, default=0.0, metavar="SHARE",
-                     help="share of the device owed to it, such as 0.25 or 25%% (0)")  # fmt: skip
-    run.add_argument("--limit", type=options.share, default=1.0, metavar="SHARE",
-                     help="largest share of the device it may hold (1)")  # fmt: skip
+    run.add_argument("--on", action="append", default=[], metavar="KIND",
+                     help="kind of device it can run on; again for more (any)")  # fmt: skip
+    run.add_argument("--guaranteed", type=options.shares, default=0.0, metavar="SHARE",
+                     help="what is owed to it of its kind of device, such as 0.25 or 25%%, "
+                          "or by kind: cpu=0.25,gpu=0.5 (0)")  # fmt: skip
+    run.add_argument("--limit", type=options.shares, default=1.0, metavar="SHARE",
+                     help="the most it may hold of it (1)")  # fmt: skip
     run.add_argument("--memory", type=options.size, default=0, metavar="SIZE",
                      help="of all its processes; over it, it is ended: 2GiB")  # fmt: skip
     run.add_argument("--restart", choices=[p.value for p in RestartPolicy], default="on-failure")

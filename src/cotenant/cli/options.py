@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from cotenant.domain.units import parse_bytes, parse_duration
+from cotenant.domain.workload import Share
 
 
 def positive(text: str) -> float:
@@ -21,8 +22,22 @@ def count(text: str) -> int:
     return value
 
 
+def shares(text: str) -> Share:
+    """A share of the kind of device that the job runs on, ``0.25`` or ``25%``, or shares by kind,
+    ``cpu=0.25,gpu=10%``."""
+    if "=" not in text:
+        return share(text)
+    found = {}
+    for part in text.split(","):
+        kind, _, value = part.partition("=")
+        if not kind or kind in found:
+            raise argparse.ArgumentTypeError(f"{text!r} is not like cpu=0.25,gpu=0.5")
+        found[kind] = share(value)
+    return found
+
+
 def share(text: str) -> float:
-    """A share of the device: ``0.25`` or ``25%``."""
+    """``0.25`` or ``25%``."""
     try:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:

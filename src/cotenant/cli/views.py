@@ -312,12 +312,18 @@ def jobs_view(jobs: list[dict[str, Any]]) -> RenderableType:
 def _note(job: dict[str, Any]) -> str:
     parts = [str(job["reason"])] if job.get("reason") else []
     if job.get("guaranteed"):
-        parts.append(f"guaranteed {percent(job['guaranteed'])}")
+        parts.append(f"guaranteed {_share(job['guaranteed'])}")
     metrics = sorted((job.get("metrics") or {}).items())[:3]
     parts += [
         f"{name}={DASH if value is None else format(value, '.4g')}" for name, value in metrics
     ]
     return ", ".join(parts)
+
+
+def _share(share: float | dict[str, float]) -> str:
+    if isinstance(share, dict):
+        return ", ".join(f"{percent(part)} of {kind}" for kind, part in share.items())
+    return percent(share)
 
 
 # --- explain and replay -----------------------------------------------------------------------

@@ -67,7 +67,7 @@ def place(
     ``usual``: the rates by which devices that train share services, if not those of the moment.
     ``improve``: whether services that have a place may move between them.
     """
-    placer = _Placer(services, devices, horizon_s, usual or {})
+    placer = _Placer(services, devices, before, horizon_s, usual or {})
     serving = [d for d in devices if not d.trains]
     for index, device in enumerate(serving):
         placer.offload(device, serving[index + 1 :])
@@ -82,6 +82,7 @@ class _Placer:
         self,
         services: Sequence[ServiceFacts],
         devices: Sequence[DeviceSpec],
+        before: Parts,
         horizon_s: float,
         usual: Mapping[str, float],
     ) -> None:
@@ -90,6 +91,7 @@ class _Placer:
         self.nowhere: dict[str, str] = {}
         self._left = {s.name: 1.0 for s in services}
         self._services = services
+        self._before = before
         self._sharing = [d for d in devices if d.trains]
         self._horizon_s = horizon_s
         self._usual = usual
@@ -138,6 +140,8 @@ class _Placer:
         uneven = assigning.uneven(fleet, shares)
         if uneven and improve:
             shares = assigning.improve(fleet, shares)
+        for name, homes in mine.items():
+            shares[name] = shares[name] or homes  # rather too full than nowhere
         for name, parts in shares.items():
             if not parts and not self.parts[name]:
                 self.nowhere[name] = self._why_nowhere(name)
@@ -172,7 +176,14 @@ class _Placer:
         return "; ".join(sorted(whys))
 
     def _able(self, service: ServiceFacts) -> list[DeviceSpec]:
-        return [d for d in self._sharing if not why_not(service, d, d.memory)]
+        """The devices that train and could carry a service. Where it is it has its memory,
+        however much others have come to occupy since."""
+        homes = self._before.get(service.name, {})
+        return [
+            d
+            for d in self._sharing
+            if not why_not(service, d, _need(service, d) if d.id in homes else d.memory)
+        ]
 
     def _relief(self, service: ServiceFacts, here: float) -> float:
         elsewhere = max((self._demand(service, d) for d in self._sharing), default=0.0)

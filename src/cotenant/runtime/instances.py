@@ -350,6 +350,7 @@ class Instances:
                 order.device,
                 opened.profile,
                 opened.size,
+                opened.memory,
             )
         )
 

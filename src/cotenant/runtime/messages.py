@@ -73,13 +73,15 @@ class Forget(_Message, frozen=True):
 
 class Opened(_Message, frozen=True):
     """The model is warm. ``profile``: (units, rows, ns) for rows of ``size`` (see ``size_of``);
-    ``accuracy`` on the check data; ``unjoined`` says why rows are not joined, "" if they are."""
+    ``accuracy`` on the check data; ``memory`` in bytes, as much as the process ever had resident;
+    ``unjoined`` says why rows are not joined, "" if they are."""
 
     meta: EngineMeta
     profile: tuple[tuple[int, int, int], ...]
     size: int = 1
     accuracy: Accuracy | None = None
     unjoined: str = ""
+    memory: int = 0
 
 
 class OpenFailed(_Message, frozen=True):

@@ -264,6 +264,7 @@ class Node:
             state,
             {name: instances.spec for name, instances in self.models.services.items()},
             {job: status.rate for job, status in statuses.items()},
+            {t: n for spec in self.specs for t, n in self.fleet.memory(spec.id).items()},
         )
         plan = self.planner.plan(snapshot)
         if self.journal is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import resource
 import signal
 import socket
 import statistics
@@ -85,7 +86,10 @@ class Worker:
         rested = time.monotonic_ns()
         while (message := self._receive()) is not None:
             if isinstance(message, Open):
-                self._send(self._open(message))
+                opened = self._open(message)
+                if isinstance(opened, Opened):
+                    opened = msgspec.structs.replace(opened, memory=_resident())
+                self._send(opened)
             elif isinstance(message, Run):
                 self._send(self._run(message))
             elif self._sequences is not None:
@@ -330,6 +334,11 @@ def _unjoined(engine: Engine, order: Open, samples: Samples) -> str:
     if order.joining is Joining.TRUSTED and engine.meta.batchable:
         return ""
     return judge(engine, order.units[0], samples, order.max_batch)
+
+
+def _resident() -> int:
+    """Bytes that this process has had resident at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _timed(engine: Engine, units: int, inputs: dict[str, Array]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping
+from types import MappingProxyType
 from typing import Any, Final
 
 from cotenant.domain import actions as a
@@ -414,9 +415,10 @@ class Monitor:
         state: DispatcherState,
         specs: Mapping[str, ServiceSpec],
         rates: Mapping[str, float],
+        resident: Mapping[str, int] = MappingProxyType({}),
     ) -> Snapshot:
         """Facts for the planner: of services by their ``specs``, of jobs with their progress
-        ``rates`` (per second)."""
+        ``rates`` (per second) and the bytes that they have ``resident``."""
         return Snapshot(
             now=now,
             devices=devices,
@@ -435,7 +437,7 @@ class Monitor:
                     rate=rates.get(job.id, 0.0),
                     held_ns=self.held_ns(job.id, now),
                     kind=job.kind,
-                    memory=job.memory,
+                    memory=max(job.memory, resident.get(job.id, 0)),
                     units=self.job(job.id).shares(),
                     grants=self.job(job.id).grant_rate(),
                 )
