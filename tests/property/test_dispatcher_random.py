@@ -44,6 +44,11 @@ class Chaos:
             # The last unit is a device of its own, which jobs cannot use.
             npu = cpu(1, PreemptLevel.NONE, id="npu", kind="npu", trains=False)
             self.devices = (cpu(3, level), npu)
+        if units == 5:
+            # Two kinds that train, one of which binds a job to its partition, and one that does not.
+            gpu = cpu(2, PreemptLevel.GATE, id="gpu", kind="gpu", pins_jobs=True)
+            npu = cpu(1, PreemptLevel.NONE, id="npu", kind="npu", trains=False)
+            self.devices = (cpu(2, level), gpu, npu)
         self.d = Dispatcher(self.devices)
         self.now = 1 * S
         self.open: list[a.Action] = []
@@ -77,7 +82,7 @@ class Chaos:
             s: tuple(self.random.sample(cores, self.random.randint(1, self.units)))
             for s in SERVICES
         }
-        training = [c for c in cores if self.device_of(c) == "cpu"]
+        training = [c for c in cores if self.device_of(c) != "npu"]
         jobs = {j: (self.random.choice(training),) for j in JOBS if self.random.random() < 0.3}
         chosen = self.on_devices(plan(services, jobs, version=self.plan_version))
         if self.random.random() < 0.3 and len(self.devices) == 1:
@@ -96,14 +101,16 @@ class Chaos:
         return chosen
 
     def device_of(self, core: int) -> str:
-        return "npu" if len(self.devices) > 1 and core == self.units - 1 else "cpu"
+        if len(self.devices) > 1 and core == self.units - 1:
+            return "npu"
+        return "gpu" if len(self.devices) == 3 and core > 1 else "cpu"
 
     def on_devices(self, chosen: Plan) -> Plan:
         """The plan with each core on its device; what cannot train is not lent."""
         partitions = tuple(
             msgspec.structs.replace(p, device=self.device_of(p.units[0])) for p in chosen.partitions
         )
-        trains = {p.id for p in partitions if p.device == "cpu"}
+        trains = {p.id for p in partitions if p.device != "npu"}
         lendable = tuple(p for p in chosen.lendable if p in trains)
         return msgspec.structs.replace(chosen, partitions=partitions, lendable=lendable)
 
@@ -168,9 +175,11 @@ class Chaos:
                     self.exit_job(job)
                 elif job in self.jobs:
                     self.send(e.JobReady(job))
-            case a.Stop(job=job, kill=kill):
+            case a.Stop(job=job, kill=kill, again=again):
                 if kill or r.random() < 0.8:
                     self.exit_job(job)
+                    if again:
+                        self.queue_job(job)
             case a.Repartition(device=device, version=version):
                 if r.random() < 0.2:
                     self.send(e.ActionFailed("Repartition", device, "", "busy"))
@@ -179,6 +188,13 @@ class Chaos:
             case a.WakeAt(at=at):
                 self.now = max(self.now, at)
                 self.send(e.Woke())
+
+    def queue_job(self, job: str) -> None:
+        r = self.random
+        self.jobs.add(job)
+        weight, guaranteed, limit = r.choice([0.5, 1, 2]), r.choice([0, 0, 0.2]), r.random()
+        kinds = r.choice([(), (), ("cpu",), ("gpu", "cpu"), ("tpu",)])
+        self.send(e.JobQueued(job, weight, guaranteed, limit, kinds, grace=S))
 
     def exit_job(self, job: str) -> None:
         if job in self.jobs:
@@ -214,10 +230,7 @@ class Chaos:
         elif kind == "cancel" and self.next:
             self.send(e.Cancelled(r.randrange(1, self.next + 1)))
         elif kind == "job":
-            job = r.choice(JOBS)
-            self.jobs.add(job)
-            weight, guaranteed, limit = r.choice([0.5, 1, 2]), r.choice([0, 0, 0.2]), r.random()
-            self.send(e.JobQueued(job, weight, guaranteed, limit, grace=S))
+            self.queue_job(r.choice(JOBS))
         elif kind == "exit":
             self.exit_job(r.choice(JOBS))
         elif kind == "plan":
@@ -327,7 +340,7 @@ class Rush(Chaos):
 worlds = st.tuples(
     st.integers(0, 2**32),
     st.sampled_from([PreemptLevel.GATE, PreemptLevel.PAUSE, PreemptLevel.PRIORITY]),
-    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2, 4, 5]),
 )
 
 
@@ -345,6 +358,18 @@ def test_the_laws_hold_where_workers_have_batches_at_hand(world) -> None:
     rush = Rush(*world)
     rush.run(120)
     assert set(rush.answered) == rush.submitted
+
+
+def test_jobs_move_between_partitions_that_bind_them() -> None:
+    starts: Counter[tuple[str, str]] = Counter()
+    for seed in range(20):
+        chaos = Chaos(seed, PreemptLevel.PRIORITY, 5)
+        chaos.run(250)
+        for _, _, actions in chaos.history:
+            starts.update((x.job, x.partition) for x in actions if isinstance(x, a.Start))
+    places = {place for _, place in starts}
+    assert {"", "p2", "p3"} <= places
+    assert any(len({p for j, p in starts if j == job and p}) > 1 for job in JOBS)
 
 
 def test_a_rush_hands_batches_ahead() -> None:
