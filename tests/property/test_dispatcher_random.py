@@ -45,7 +45,7 @@ class Chaos:
             npu = cpu(1, PreemptLevel.NONE, id="npu", kind="npu", trains=False)
             self.devices = (cpu(3, level), npu)
         if units == 5:
-            # Two kinds that train, one of which binds a job to its partition, and one that does not.
+            # Two kinds that train, one of which binds jobs to partitions, and one that does not.
             gpu = cpu(2, PreemptLevel.GATE, id="gpu", kind="gpu", pins_jobs=True)
             npu = cpu(1, PreemptLevel.NONE, id="npu", kind="npu", trains=False)
             self.devices = (cpu(2, level), gpu, npu)
