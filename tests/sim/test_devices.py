@@ -202,10 +202,10 @@ services:
     arrivals: {{kind: steps, rates: {{0s: {rate}, 15s: {later}}}}}
 """
     for name, memory, rate, later in (
-        ("a", "4GiB", 50, 330),
-        ("b", "3GiB", 20, 20),
-        ("c", "2900MiB", 50, 330),
-        ("d", "2GiB", 20, 20),
+        ("a", "1GiB", 50, 330),
+        ("b", "768MiB", 20, 20),
+        ("c", "725MiB", 50, 330),
+        ("d", "512MiB", 20, 20),
     )
 )
 

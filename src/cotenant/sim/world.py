@@ -292,6 +292,7 @@ class World:
             a.Load: self._load,
             a.Unload: self._unload,
             a.Serve: lambda _: None,
+            a.Decline: lambda _: None,
             a.Start: self._start,
             a.Stop: self._stop,
         }
