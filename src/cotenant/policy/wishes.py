@@ -85,7 +85,7 @@ class Wishes:
         if wish.layout != memory.wish:
             memory.wish, memory.wished_since = wish.layout, now
         held = now - memory.wished_since
-        if held < wish.patience or not self._pays(view, current, wish.layout):
+        if held < wish.patience:
             return current, []
         memory.wish = None
         if wish.trial:
@@ -419,17 +419,6 @@ class Wishes:
         moved = sorted(j for j, where in places.items() if where != self.state.bound.get(j))
         gained = after / before - 1 if before else 1.0
         return [f"{', '.join(moved)} elsewhere: jobs gain {gained:.0%}"]
-
-    def _pays(self, view: View, current: Layout, wish: Layout) -> bool:
-        """Whether unit-time gained (by services or by jobs) exceeds the cost of the change."""
-        device, tuning = view.device, self.tuning
-        gained = max(1, abs(wish.compute - current.compute)) * tuning.payback
-        cost = (device.repartition_ns + device.revoke_ns) * device.compute
-        if device.pins_jobs:
-            staying = {p.id for p in (*wish.mine, *wish.free)}
-            moving = sum(self.state.bound.get(j.id) not in staying for j in view.jobs)
-            cost += moving * device.move_ns
-        return gained > cost
 
 
 def _utility(view: View, units: Mapping[str, float]) -> float:
