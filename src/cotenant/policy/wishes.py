@@ -27,10 +27,9 @@ from cotenant.policy.sharing import speed_at
 from cotenant.policy.utility import DEAR, EXPLORE, QUANTILES
 from cotenant.policy.views import Layout, Verdict, View
 
-CALM: Final = 0.6
-"""Space is taken from services only where what is left would be used no more than this."""
 SPARE: Final = 1.25
-"""Such a layout must hold at this much more than the recent peak."""
+"""Space is taken from services only where what is left would hold at this much more than the recent
+peak."""
 LESS: Final = 0.3
 MUCH_LESS: Final = 0.01
 """Services are given another layout for their overload if that takes away this part of it, or as
@@ -153,7 +152,7 @@ class Wishes:
             tried = not tuning.lend or trying or view.now - state.tried_own <= TRY_EVERY
             if gained > GAIN_OWN:
                 step = self._fit(peak, current.compute - 1)
-                if self._is_calm(peak, step):
+                if self._holds(peak, step):
                     why = f"jobs gain {gained - 1:.0%} and objectives hold"
                     return Wish(step, why, tuning.shrink_after)
             elif unknown and not tried:
@@ -179,13 +178,12 @@ class Wishes:
             for size in sorted({1, current.mine[0].compute}):
                 if units % size == 0:
                     layout = unit_layout(peak.device, units, size)
-                    if self._is_calm(peak, layout):
+                    if self._holds(peak, layout):
                         return layout
         return None
 
-    def _is_calm(self, view: View, layout: Layout) -> bool:
-        verdict = judge(view, layout, self.tuning.horizon / S)
-        return not verdict.misses and verdict.busiest <= CALM
+    def _holds(self, view: View, layout: Layout) -> bool:
+        return not judge(view, layout, self.tuning.horizon / S).misses
 
     def _ratio(self, view: View, here: Verdict, layout: Layout) -> float:
         """What another layout would be worth to jobs, 1 being what they have."""
@@ -252,15 +250,11 @@ class Wishes:
                 return Wish(best.layout, _first_miss(here), patience)
             return Wish(current)
         peak = self._demand.at_peak(view, SPARE)
-        calm = [
-            v
-            for v in _judge_all(peak, options, horizon_s)
-            if not v.misses and (v.busiest <= CALM or v.layout.compute >= current.compute)
-        ]
-        if not calm:
+        holding = [v for v in _judge_all(peak, options, horizon_s) if not v.misses]
+        if not holding:
             return Wish(current)
         before = self._worth(view, judge(peak, current, horizon_s))
-        worths = [(self._worth(view, v), v.layout) for v in calm]
+        worths = [(self._worth(view, v), v.layout) for v in holding]
         for after, layout in sorted(worths, key=lambda each: -each[0]):
             if after <= (GAIN + moving / tuning.payback) * before:
                 break
