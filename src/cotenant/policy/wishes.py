@@ -30,10 +30,6 @@ from cotenant.policy.views import Layout, Verdict, View
 SPARE: Final = 1.25
 """Space is taken from services only where what is left would hold at this much more than the recent
 peak."""
-LESS: Final = 0.3
-MUCH_LESS: Final = 0.01
-"""Services are given another layout for their overload if that takes away this part of it, or as
-much as this."""
 GAIN: Final = 1.05
 """Where jobs cannot move, a layout must be worth this much more to them to be changed for."""
 GAIN_OWN: Final = 1.02
@@ -127,7 +123,7 @@ class Wishes:
         pressing, patience = self._demand.pressing(view)
         here = judge(pressing, current, horizon_s)
         if here.misses or current.compute < least:
-            best = self._step_up(pressing, current, _lower(here.overload))
+            best = self._step_up(pressing, current, here.overload)
             if best is None:
                 return Wish(current)
             held = patience if best.compute > current.compute else tuning.grow_after
@@ -244,7 +240,7 @@ class Wishes:
             best = min(verdicts, key=lambda v: (round(v.overload, 4), -self._worth(view, v)))
             # Less that does as well makes room for the next step.
             less = best.layout.compute < current.compute and best.overload <= here.overload
-            if best.overload < _lower(here.overload) or less:
+            if best.overload < here.overload or less:
                 now = judge(pressing, current, 0.0).overload
                 patience = max(tuning.grow_after, _worth_waiting(moving, now))
                 return Wish(best.layout, _first_miss(here), patience)
@@ -432,11 +428,6 @@ def _has_held(memory: DeviceMemory, who: str, wish: bool, now: int, patience: in
         return False
     del memory.restless[who]
     return True
-
-
-def _lower(overload: float) -> float:
-    """What a layout must bring an overload below to be changed for."""
-    return max((1.0 - LESS) * overload, overload - MUCH_LESS)
 
 
 def _worth_waiting(moving: int, overload: float) -> int:
