@@ -27,8 +27,6 @@ class Tuning(msgspec.Struct, frozen=True):
     memory: int = 300 * S
     """Space is taken from services only if the rest would do at the recent peak rate, which
     fades with this time constant. 0: only the present rate counts."""
-    settle: int = 60 * S
-    """How long the load is watched before services are given less than they started with."""
     lend: bool = True
     split: tuple[int, int] | None = None
     """(units, partition size) for services, never changed: a static split."""
@@ -55,8 +53,6 @@ class DeviceMemory(msgspec.Struct):
     """What the planner remembers of one device."""
 
     layout: Layout | None = None
-    since: int = 0
-    """When services were first given space (ns)."""
     wish: Layout | None = None
     wished_since: int = 0
     restless: dict[str, int] = {}

@@ -66,7 +66,6 @@ class Wishes:
         least = _least(view)
         if current is None or (device.trains and bool(current.mine) != bool(view.services)):
             layout = self._first(view, least)
-            memory.since = now
             return layout, [f"first layout of {device.id}: {_describe(layout)}"]
         if not device.trains or self._is_fixed(device):
             return current, []
@@ -128,8 +127,7 @@ class Wishes:
                 return Wish(current)
             held = patience if best.compute > current.compute else tuning.grow_after
             return Wish(best, _first_miss(here), held)
-        watched = view.now - self.state.devices[view.device.id].since
-        if watched < tuning.settle or not view.jobs:
+        if not view.jobs:
             return Wish(current)
         return self._wish_for_jobs(view, current, least)
 
@@ -347,7 +345,7 @@ class Wishes:
             self._set_lending(view, memory, True)
             return [self._verdict(view, True, lent, kept)]
         seldom = passed * EXPLORE >= UNLENT_FOR
-        counts_after = (tuning.settle, RATE_WINDOW, math.inf)[memory.tried]
+        counts_after = (RATE_WINDOW, RATE_WINDOW, math.inf)[memory.tried]
         seems = worse and (seldom or passed >= counts_after)
         seems = _has_held(memory, "lending", seems, view.now, tuning.shrink_after)
         due = seldom and self._is_open(view, here, pauses)
