@@ -140,8 +140,6 @@ class Demand:
         shared = [v for v in views if v.device.trains and not v.device.pins_jobs]
         if not self._tuning.learn or len(shared) != 1 or len(shared[0].jobs) < 2:
             return []
-        if state.devices[shared[0].device.id].trying:
-            return []
         now = shared[0].now
         if state.probe:
             if now - state.probed_at < PROBE_FOR:

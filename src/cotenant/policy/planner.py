@@ -9,7 +9,7 @@ Laws (docs/design.md says why):
    their objectives are predicted to need at the recent peak rate. They give up the rest where
    jobs gain by having it for themselves; where jobs cannot move, the layout is taken that leaves
    them most. What nobody serves on is divided among jobs by utility, and idle service
-   partitions are lent, unless it was tried and pauses cost jobs more than that is worth.
+   partitions are lent, unless pauses were seen to cost jobs more than that is worth.
 4. A prediction that measurement contradicts is corrected: while a service misses its objective
    more often than allowed, its load counts for more than its rate says.
 5. A layout changes only when the wish for it has held for a while, one step at a time, and
@@ -55,7 +55,7 @@ class Planner:
         members = _members(snapshot)
         if members != state.members:
             for memory in state.devices.values():
-                memory.lends, memory.trying, memory.tried = True, False, 0
+                memory.lends = True
                 memory.lending_since = snapshot.now
         placing, reasons = self._next_placing(snapshot, facts, members)
         before = {d: m.layout for d, m in state.devices.items()}

@@ -63,10 +63,6 @@ class DeviceMemory(msgspec.Struct):
     """And those that each is to hold in all."""
     lends: bool = True
     """Whether idle service partitions are lent."""
-    trying: bool = False
-    """Whether they are not, to show what jobs make of that."""
-    tried: int = 0
-    """How often that was done since it was last time for it, or services or jobs came or went."""
     lending_since: int = 0
     """When lending last began or ended, or services or jobs came or went (ns)."""
     paused: float = 1.0

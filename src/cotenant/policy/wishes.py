@@ -24,7 +24,6 @@ from cotenant.policy.layouts import (
 from cotenant.policy.leftover import pauses_of, share_out, worth
 from cotenant.policy.planstate import TRY_EVERY, DeviceMemory, PlannerState, Tuning
 from cotenant.policy.sharing import speed_at
-from cotenant.policy.utility import DEAR, EXPLORE, QUANTILES
 from cotenant.policy.views import Layout, Verdict, View
 
 SPARE: Final = 1.25
@@ -38,8 +37,6 @@ LOSE_NOTHING: Final = 0.99
 """And give it back if borrowing is worth this much of owning it."""
 OUTAGE: Final = 30
 """A second in which services answer nothing costs as much as this many in which jobs rest."""
-UNLENT_LEAST, UNLENT_FOR = 20 * S, 30 * S
-"""How long it is tried what jobs make if nothing is lent (ns): progress is known over a minute."""
 
 
 class Wish(NamedTuple):
@@ -142,8 +139,7 @@ class Wishes:
         if fewest is not None:
             gained = self._ratio(view, here, fewest)
             unknown = [j.id for j in view.jobs if self._demand.unknown_pauses(j.id)]
-            trying = state.devices[view.device.id].trying
-            tried = not tuning.lend or trying or view.now - state.tried_own <= TRY_EVERY
+            tried = not tuning.lend or view.now - state.tried_own <= TRY_EVERY
             if gained > GAIN_OWN:
                 step = self._fit(peak, current.compute - 1)
                 if self._holds(peak, step):
@@ -198,8 +194,7 @@ class Wishes:
         each request that finds a partition idle took it back: lingering spares some, and so does
         other work. While nothing is lent, and until a minute after, as it was before."""
         memory = self.state.devices[view.device.id]
-        settled = not memory.tried or view.now - memory.lending_since >= RATE_WINDOW
-        if memory.lends and settled:
+        if memory.lends and view.now - memory.lending_since >= RATE_WINDOW:
             held = sum(n * share for job in view.jobs for n, share in job.units.items())
             expected = pauses_of(here, held)
             seen = sum(job.grants for job in view.jobs)
@@ -268,10 +263,8 @@ class Wishes:
         not."""
         if view.device.pins_jobs:
             return self._rebalance(view, memory) or self._rebind(view, memory)
-        ended = self._relend(view, memory) if memory.trying else []
         return (
-            ended
-            or self._rebalance(view, memory)
+            self._rebalance(view, memory)
             or self._redivide(view, memory)
             or self._relend(view, memory)
         )
@@ -310,10 +303,9 @@ class Wishes:
         return []
 
     def _relend(self, view: View, memory: DeviceMemory) -> list[str]:
-        """Why lending should end, or begin again. Where pauses seem to cost jobs more than idle
-        space is worth, or may do so, what jobs make without it is tried for a while: without such a
-        sign seldom enough to stay below ``EXPLORE`` of the time. Until then a sign counts twice at
-        most: at first, and once all that was tried is known."""
+        """Why lending should end, or begin again. It ends once pauses have seemed to cost jobs more
+        than idle space is worth. What jobs make without it then shows whether that is so, and what
+        pauses cost is forgotten in time, so that it does not end for ever."""
         layout, state, tuning = memory.layout, self.state, self.tuning
         if layout is None or state.learned_at != view.now:
             return []
@@ -321,53 +313,29 @@ class Wishes:
             return []
         if not all(job.id in state.curves for job in view.jobs):
             return []
-        passed = view.now - memory.lending_since
         if self._is_owed(view, memory):
             if memory.lends:
                 return []
-            self._set_lending(view, memory, True)
+            self._set_lending(view, memory)
             return ["idle space is lent again: guaranteed shares ask for it"]
         here = judge(view, layout, 0.0)
-        pauses = self._pauses(view, here)
-        lent, kept = self._lent_or_not(view, here, pauses)
-        worse = kept > GAIN_OWN * lent
-        if memory.trying:
-            if passed < UNLENT_LEAST:
-                return []
-            if passed < UNLENT_FOR and self._is_open(view, here, pauses):
-                return []
-            self._set_lending(view, memory, not worse)
-            return ["it was tried: " + self._verdict(view, not worse, lent, kept)]
-        if not memory.lends:
-            better = lent > GAIN_OWN * kept
-            if not _has_held(memory, "lending", better, view.now, tuning.shrink_after):
-                return []
-            self._set_lending(view, memory, True)
-            return [self._verdict(view, True, lent, kept)]
-        seldom = passed * EXPLORE >= UNLENT_FOR
-        counts_after = (RATE_WINDOW, RATE_WINDOW, math.inf)[memory.tried]
-        seems = worse and (seldom or passed >= counts_after)
-        seems = _has_held(memory, "lending", seems, view.now, tuning.shrink_after)
-        due = seldom and self._is_open(view, here, pauses)
-        if not (seems or due) or state.probe or view.now - state.tried_own < PROBE_FOR:
+        lent, kept = self._lent_or_not(view, here, self._pauses(view, here))
+        before, after = (lent, kept) if memory.lends else (kept, lent)
+        known = not memory.lends or view.now - memory.lending_since >= RATE_WINDOW
+        gains = known and after > GAIN_OWN * before
+        if not _has_held(memory, "lending", gains, view.now, tuning.shrink_after):
             return []
-        self._set_lending(view, memory, False)
-        memory.trying, memory.tried = True, 1 if seldom else memory.tried + 1
-        return ["idle space is not lent for a while: what jobs make without it is tried"]
+        self._set_lending(view, memory)
+        return [self._verdict(view, memory.lends, lent, kept)]
 
-    def _set_lending(self, view: View, memory: DeviceMemory, lends: bool) -> None:
-        memory.lends, memory.trying, memory.lending_since = lends, False, view.now
+    def _set_lending(self, view: View, memory: DeviceMemory) -> None:
+        memory.lends, memory.lending_since = not memory.lends, view.now
         memory.restless.pop("lending", None)
 
     def _is_owed(self, view: View, memory: DeviceMemory) -> bool:
         """Whether a job has less of its own than it is guaranteed."""
         compute, own = view.device.compute, memory.shares
         return any(j.guaranteed * compute > own.get(j.id, 0) + 1e-9 for j in view.jobs)
-
-    def _is_open(self, view: View, here: Verdict, pauses: float) -> bool:
-        """Whether jobs would gain without lending in some of what may be true, not in all."""
-        pairs = [self._lent_or_not(each, here, pauses) for each in self._possible(view)]
-        return len({kept > GAIN_OWN * lent for lent, kept in pairs}) == 2
 
     def _verdict(self, view: View, lends: bool, lent: float, kept: float) -> str:
         before, after = (kept, lent) if lends else (lent, kept)
@@ -377,21 +345,6 @@ class Wishes:
         costs = [f"{j.id} {view.lost[j.id] * 1000:.1f} ms" for j in view.jobs if j.id in view.lost]
         known = ", ".join(costs) or "what is not known"
         return f"idle space is {ended}: {gain}; a pause costs {known}"
-
-    def _possible(self, view: View) -> list[View]:
-        """The view as it may be, all jobs being as good or as bad as may be at once; what is not
-        known of pauses is from nothing to ``DEAR``."""
-        possible = {job.id: self.state.curves[job.id].possible() for job in view.jobs}
-        found = []
-        for index in range(len(QUANTILES)):
-            speed_ups = {job: each[index][0] for job, each in possible.items()}
-            for unknown in (0.0, DEAR):
-                lost = {
-                    job: each[index][1] if job in view.lost else unknown
-                    for job, each in possible.items()
-                }
-                found.append(msgspec.structs.replace(view, speed_ups=speed_ups, lost=lost))
-        return found
 
     def _rebind(self, view: View, memory: DeviceMemory) -> list[str]:
         """Why jobs should start again on other instances."""
