@@ -3,9 +3,9 @@
 ``two-jobs``: per seed, how far each job's learned speed-up curve is from its true one (mean
 absolute error over all sizes), the share of all unit time spent on trying out, and the jobs' steps
 beside those of the same planner without learning. Then one job alone on four cores, which loses no
-work or 20 ms of it at each grant, beside a service of three instances: learning decides whether the job borrows or owns space, and
-whether idle space is lent. Its steps without learning, and where nothing is ever lent, stand beside
-it.
+work or 20 ms of it at each grant, beside a service of three instances: learning decides whether the
+job borrows or owns space, and whether idle space is lent. Its steps without learning, and where
+nothing is ever lent, stand beside it.
 """
 
 from __future__ import annotations
