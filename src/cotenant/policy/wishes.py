@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 import msgspec
@@ -23,7 +22,6 @@ from cotenant.policy.layouts import (
 )
 from cotenant.policy.leftover import pauses_of, share_out, worth
 from cotenant.policy.planstate import TRY_EVERY, DeviceMemory, PlannerState, Tuning
-from cotenant.policy.sharing import speed_at
 from cotenant.policy.views import Layout, Verdict, View
 
 SPARE: Final = 1.25
@@ -263,11 +261,7 @@ class Wishes:
         not."""
         if view.device.pins_jobs:
             return self._rebalance(view, memory) or self._rebind(view, memory)
-        return (
-            self._rebalance(view, memory)
-            or self._redivide(view, memory)
-            or self._relend(view, memory)
-        )
+        return self._rebalance(view, memory) or self._relend(view, memory)
 
     def _rebalance(self, view: View, memory: DeviceMemory) -> list[str]:
         """Why services should change places within the layout; empty if they should not."""
@@ -281,26 +275,6 @@ class Wishes:
         if not _has_held(memory, "services", crowded, view.now, tuning.grow_after):
             return []
         return [f"services spread anew: busiest partition {now_rho:.2f} -> {best_rho:.2f}"]
-
-    def _redivide(self, view: View, memory: DeviceMemory) -> list[str]:
-        """Why jobs should have other parts of what is left: what they make of it was learned."""
-        state, layout = self.state, memory.layout
-        if layout is None or state.learned_at != view.now or state.probe:
-            return []
-        own = self._demand.divide(view, layout)
-        if not own or not view.targets or own.keys() != memory.shares.keys():
-            return []
-        weights = sum(job.weight for job in view.jobs)
-        by_weight = {j.id: view.device.compute * j.weight / weights for j in view.jobs}
-        pairs: tuple[tuple[str, Mapping[str, float], Mapping[str, float]], ...] = (
-            ("units that jobs hold in all", memory.targets or by_weight, view.targets),
-            ("units of jobs", memory.shares, own),
-        )
-        for what, have, wish in pairs:
-            if _utility(view, wish) > GAIN * _utility(view, have):
-                parts = ", ".join(f"{j} {have[j]:.3g} -> {wish[j]:.3g}" for j in sorted(wish))
-                return [f"{what}: {parts}: what each makes of them was learned"]
-        return []
 
     def _relend(self, view: View, memory: DeviceMemory) -> list[str]:
         """Why lending should end, or begin again. It ends once pauses have seemed to cost jobs more
@@ -360,14 +334,6 @@ class Wishes:
         moved = sorted(j for j, where in places.items() if where != self.state.bound.get(j))
         gained = after / before - 1 if before else 1.0
         return [f"{', '.join(moved)} elsewhere: jobs gain {gained:.0%}"]
-
-
-def _utility(view: View, units: Mapping[str, float]) -> float:
-    """Of jobs whose speed-ups are known, on so many units each."""
-    return sum(
-        job.weight * math.log1p(speed_at(view.speed_ups[job.id], units[job.id]))
-        for job in view.jobs
-    )
 
 
 def _has_held(memory: DeviceMemory, who: str, wish: bool, now: int, patience: int) -> bool:
