@@ -22,8 +22,6 @@ HEADROOM: Final = 0.9
 """Share of the objective that the predicted percentile may use."""
 BATCHING: Final = 0.5
 """Utilization by single requests from which on they find company in the queue."""
-SLOWER: Final = 2.0
-"""A partition that no load calls for does not help a service that it slows down by more."""
 NO_PLACE: Final = 10.0
 """What a service that fits into no partition counts as overload."""
 
@@ -263,7 +261,6 @@ def _fill(
             if 0 < len(placed[s.name]) < s.instances
             and (not partition.memory or memory_of(s, view.device) <= partition.memory)
             and sum(sizes[i] for i in placed[s.name]) + sizes[index] <= limits[s.name]
-            and _keeps_up(view, s, sizes[index], {sizes[i] for i in placed[s.name]})
         ]
         if not able:
             continue
@@ -277,13 +274,6 @@ def _fill(
         shares[busiest.name] = 1.0 / sum(1.0 / each for each in loads)
         for new in now:
             rho[new] += shares[busiest.name]
-
-
-def _keeps_up(view: View, service: ServiceFacts, size: int, present: set[int]) -> bool:
-    """Whether requests would not be much slower on a partition of this size than on those of the
-    sizes that the service runs on already."""
-    slowest = max(exec_ns(view.device.kind, service, other, 1) for other in present)
-    return exec_ns(view.device.kind, service, size, 1) <= SLOWER * slowest
 
 
 def utilization(view: View, layout: Layout, horizon_s: float) -> float:
