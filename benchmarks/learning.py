@@ -16,9 +16,9 @@ import re
 import statistics
 from pathlib import Path
 
-from cotenant.policy.demand import PROBE_FOR
 from cotenant.policy.planner import Planner
 from cotenant.policy.planstate import Tuning
+from cotenant.policy.trials import TRY_FOR
 from cotenant.sim.outcome import Outcome
 from cotenant.sim.scenario import Scenario, parse_scenario, read_scenario
 from cotenant.sim.world import World
@@ -72,7 +72,7 @@ def of_curves(scenario: Scenario, seed: int) -> dict[str, float]:
     tried = [int(m[1]) for _, why in learned.reasons for w in why if (m := TRY_OUT.search(w))]
     found["try_outs"] = len(tried)
     units = scenario.devices[0].spec.compute
-    found["explored"] = PROBE_FOR * sum(tried) / (scenario.duration * units)
+    found["explored"] = TRY_FOR * sum(tried) / (scenario.duration * units)
     return found | compared(learned, scenario, seed)
 
 

@@ -6,13 +6,12 @@ import msgspec
 
 from cotenant.domain.units import MS, S
 from cotenant.policy.pressure import Pressure
+from cotenant.policy.trials import Trials
 from cotenant.policy.utility import Curve
 from cotenant.policy.views import Layout, Parts
 
 Members = tuple[tuple[str, ...], tuple[str, ...]]
 """Services, with their instances, and jobs."""
-TRY_EVERY = 3600 * S
-"""How often, at most, jobs are given space of their own to learn what borrowing costs them."""
 
 
 class Tuning(msgspec.Struct, frozen=True):
@@ -92,11 +91,7 @@ class PlannerState(msgspec.Struct):
     usual: dict[str, float] = {}
     """Rate of each service without its bursts, per second."""
     pressure: dict[str, Pressure] = {}
-    tried_own: int = -TRY_EVERY
-    """When jobs last had space of their own to learn what borrowing costs them (ns)."""
     curves: dict[str, Curve] = {}
     """What was learned of each job's speed."""
     learned_at: int = 0
-    probe: str = ""
-    """The job that is being tried out."""
-    probed_at: int = 0
+    trials: Trials = msgspec.field(default_factory=Trials)

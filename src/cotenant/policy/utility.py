@@ -10,8 +10,8 @@ the latter drawn to a prior) and weighs ``prior * exp(-residual / (2 sigma ** 2)
 a twentieth of what was seen (Bayesian model averaging; Hoeting et al., Statistical Science 1999).
 The prior favours jobs that scale. Old observations fade.
 
-Only what is tried is learned: ``unsure`` says of which sizes too little is known. The planner then
-gives the job more for a while, seldom enough to stay below ``EXPLORE`` of all units' time.
+Only what is tried is learned (``policy/trials.py``): ``unsure`` says of which sizes too little is
+known.
 """
 
 from __future__ import annotations
@@ -39,8 +39,6 @@ DEAR: Final = 0.01
 """What a pause may well cost (s)."""
 APART: Final = 0.01
 """Part of the variance of pauses that must not go with that of time held."""
-EXPLORE: Final = 0.03
-"""Share of the time that may be spent on trying out what a job makes of more units."""
 UNSURE: Final = 0.1
 """Relative standard deviation of a predicted speed-up from which trying out is worth it."""
 

@@ -10,7 +10,7 @@ import msgspec
 from cotenant.domain.device import DeviceSpec
 from cotenant.domain.snapshot import RATE_WINDOW
 from cotenant.domain.units import S
-from cotenant.policy.demand import PROBE_FOR, Demand
+from cotenant.policy.demand import Demand
 from cotenant.policy.judging import RHO_MAX, judge, utilization
 from cotenant.policy.layouts import (
     mig_fixed,
@@ -21,7 +21,7 @@ from cotenant.policy.layouts import (
     without_services,
 )
 from cotenant.policy.leftover import pauses_of, share_out, worth
-from cotenant.policy.planstate import TRY_EVERY, DeviceMemory, PlannerState, Tuning
+from cotenant.policy.planstate import DeviceMemory, PlannerState, Tuning
 from cotenant.policy.views import Layout, Verdict, View
 
 SPARE: Final = 1.25
@@ -78,7 +78,7 @@ class Wishes:
             return current, []
         memory.wish = None
         if wish.trial:
-            self.state.tried_own = now
+            self.state.trials.own_at = now
         step = f"{_describe(current)} -> {_describe(wish.layout)}"
         return wish.layout, [f"{step}: {wish.why} (for {held / S:.0f}s)"]
 
@@ -130,25 +130,23 @@ class Wishes:
         """One step less for services if jobs gain by having for themselves, rather than
         borrowing, all that services can do without at their peak; one step more if they would
         lose nothing. Where it is not known what borrowing costs them, that is tried."""
-        tuning, state = self.tuning, self.state
+        tuning, trials = self.tuning, self.state.trials
         peak = self._demand.at_peak(view, SPARE)
         here = judge(view, current, 0.0)
         fewest = self._fewest(peak, current, least)
         if fewest is not None:
             gained = self._ratio(view, here, fewest)
             unknown = [j.id for j in view.jobs if self._demand.unknown_pauses(j.id)]
-            tried = not tuning.lend or view.now - state.tried_own <= TRY_EVERY
             if gained > GAIN_OWN:
                 step = self._fit(peak, current.compute - 1)
                 if self._holds(peak, step):
                     why = f"jobs gain {gained - 1:.0%} and objectives hold"
                     return Wish(step, why, tuning.shrink_after)
-            elif unknown and not tried:
+            elif unknown and tuning.lend and trials.may_own(view.now):
                 why = f"what pauses cost {', '.join(unknown)} is not known; it is tried without"
                 return Wish(fewest, why, tuning.shrink_after, trial=True)
         usable = min(view.device.compute, sum(s.instances for s in view.services))
-        trying = view.now - state.tried_own < PROBE_FOR
-        if not tuning.lend or current.compute >= usable or trying:
+        if not tuning.lend or current.compute >= usable or trials.owning(view.now):
             return Wish(current)
         if self._ratio(view, here, self._fit(view, usable)) < LOSE_NOTHING:
             return Wish(current)
