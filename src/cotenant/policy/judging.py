@@ -29,21 +29,11 @@ NO_PLACE: Final = 10.0
 def judge(view: View, layout: Layout, horizon_s: float) -> Verdict:
     """Spread services over the partitions (largest load first, least loaded partition first)
     and predict each one's percentile at the load expected ``horizon_s`` seconds ahead. Among
-    partitions that are equally loaded small ones are taken first, and, if that does not do,
-    large ones."""
-    verdict = _judge(view, layout, horizon_s, 1)
-    if verdict.misses and len({p.compute for p in layout.mine}) > 1:
-        other = _judge(view, layout, horizon_s, -1)
-        if other.overload < verdict.overload:
-            return other
-    return verdict
-
-
-def _judge(view: View, layout: Layout, horizon_s: float, order_of_size: int) -> Verdict:
+    partitions that are equally loaded small ones are taken first."""
     kind, mine = view.device.kind, layout.mine
     sizes = [p.compute for p in mine]
     largest = max(sizes, default=1)
-    crowd = _Crowd(mine, order_of_size)
+    crowd = _Crowd(mine)
     rho, guests = crowd.rho, crowd.guests
     slowest = [0] * len(mine)
     placed: dict[str, tuple[int, ...]] = {}
@@ -138,11 +128,10 @@ class _Crowd:
     """Partitions by how crowded they are: heaps of (utilization, guests, index), one for those of
     one size and memory. ``rho`` and ``guests`` are for the user to change before ``put_back``."""
 
-    def __init__(self, mine: Sequence[Partition], order_of_size: int) -> None:
+    def __init__(self, mine: Sequence[Partition]) -> None:
         self.rho = [0.0] * len(mine)
         self.guests = [0] * len(mine)
         self.sizes = {p.compute for p in mine}
-        self._order = order_of_size
         self._heaps: dict[tuple[int, int], list[tuple[float, int, int]]] = {}
         for index, p in enumerate(mine):
             self._heaps.setdefault((p.compute, p.memory), []).append((0.0, 0, index))
@@ -153,7 +142,7 @@ class _Crowd:
         not too long, then the least loaded. Where loads are equal (nothing measured yet), services
         keep out of each other's way."""
         fitting = [
-            (times[size] > within, self._order * size, heap)
+            (times[size] > within, size, heap)
             for (size, memory), heap in self._heaps.items()
             if not memory or need <= memory
         ]
