@@ -202,13 +202,8 @@ class Wishes:
         below this; None if there is none."""
         horizon_s = self.tuning.horizon / S
         for units in range(current.compute, view.device.compute + 1):
-            options = unit_layouts(view.device, units)
-            if units == current.compute:
-                options += unit_layouts(view.device, min(units + 1, view.device.compute))
-            best = min(
-                _judge_all(view, options, horizon_s),
-                key=lambda v: (round(v.overload, 4), v.layout.compute),
-            )
+            verdicts = _judge_all(view, unit_layouts(view.device, units), horizon_s)
+            best = min(verdicts, key=lambda v: round(v.overload, 4))
             if best.overload < below:
                 return best.layout
         return None
