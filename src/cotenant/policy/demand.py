@@ -111,7 +111,6 @@ class Demand:
         state = self._state
         known = {j.id for j in snapshot.jobs}
         state.curves = {j: c for j, c in state.curves.items() if j in known}
-        state.settled = {j: at for j, at in state.settled.items() if j in known}
         if state.trials.job not in known:
             state.trials.job = ""
         if not self._tuning.learn or snapshot.now - state.learned_at < LEARN_EVERY:
@@ -120,8 +119,7 @@ class Demand:
         most = max((d.compute for d in snapshot.devices if d.trains), default=0)
         for job in snapshot.jobs:
             held = sum(job.units.values()) - job.units.get(0, 0.0)
-            settled = snapshot.now >= state.settled.get(job.id, 0)
-            if job.rate > 0 and held > 0.2 and settled:
+            if job.rate > 0 and held > 0.2:
                 curve = state.curves.get(job.id)
                 if curve is None or curve.units != most:
                     curve = state.curves[job.id] = Curve(most)

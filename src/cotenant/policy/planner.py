@@ -24,7 +24,7 @@ import msgspec
 
 from cotenant.domain.device import DeviceSpec, Partition
 from cotenant.domain.plan import Plan
-from cotenant.domain.snapshot import RATE_WINDOW, JobFacts, ServiceFacts, Snapshot
+from cotenant.domain.snapshot import JobFacts, ServiceFacts, Snapshot
 from cotenant.domain.units import S
 from cotenant.policy.demand import Demand, scaled
 from cotenant.policy.judging import judge
@@ -238,9 +238,6 @@ class Planner:
         """The partitions of each job; those of jobs that cannot move are noted in ``bound``."""
         if view.device.pins_jobs:
             _, places = share_out(view, verdict, self.tuning.lend, self.state.bound)
-            for job, where in places.items():
-                if where != self.state.bound.get(job):
-                    self.state.settled[job] = view.now + RATE_WINDOW + view.device.move_ns
             bound.update(places)
             return {job: (where,) for job, where in places.items()}
         rest = [p.id for p in layout.free]

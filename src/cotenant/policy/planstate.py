@@ -83,8 +83,6 @@ class PlannerState(msgspec.Struct):
     looked into."""
     bound: dict[str, str] = {}
     """The partition of each job that cannot move."""
-    settled: dict[str, int] = {}
-    """From when on (ns) what is seen of such a job is of its present partition alone."""
     peaks: dict[str, float] = {}
     """Recent peak rate of each service, per second, as of ``peaks_at``."""
     peaks_at: int = 0
