@@ -222,9 +222,7 @@ class Wishes:
         if here.misses:
             verdicts = _judge_all(pressing, options, horizon_s)
             best = min(verdicts, key=lambda v: (round(v.overload, 4), -self._worth(view, v)))
-            # Less that does as well makes room for the next step.
-            less = best.layout.compute < current.compute and best.overload <= here.overload
-            if best.overload < here.overload or less:
+            if best.overload < here.overload:
                 now = judge(pressing, current, 0.0).overload
                 patience = max(tuning.grow_after, _worth_waiting(moving, now))
                 return Wish(best.layout, _first_miss(here), patience)
