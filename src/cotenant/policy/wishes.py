@@ -232,16 +232,13 @@ class Wishes:
         if not holding:
             return Wish(current)
         before = self._worth(view, judge(peak, current, horizon_s))
-        worths = [(self._worth(view, v), v.layout) for v in holding]
-        for after, layout in sorted(worths, key=lambda each: -each[0]):
-            if after <= (GAIN + moving / tuning.payback) * before:
-                break
-            # Services that a high rate keeps apart may be put together for a low one.
-            if not judge(pressing, layout, horizon_s).misses:
-                gained = after / before - 1 if before else 1
-                why = f"jobs gain {gained:.0%} and objectives hold"
-                return Wish(layout, why, tuning.shrink_after)
-        return Wish(current)
+        after, layout = max(
+            ((self._worth(view, v), v.layout) for v in holding), key=lambda each: each[0]
+        )
+        if after <= (GAIN + moving / tuning.payback) * before:
+            return Wish(current)
+        gained = after / before - 1 if before else 1
+        return Wish(layout, f"jobs gain {gained:.0%} and objectives hold", tuning.shrink_after)
 
     def _worth(self, view: View, verdict: Verdict) -> float:
         """What a layout is worth to jobs that are bound to their partitions."""
