@@ -64,17 +64,16 @@ class Trials(msgspec.Struct):
 
     def applied(self, shares: dict[str, int], view: View) -> dict[str, int]:
         """The units of jobs with what is being tried out; guarantees and limits hold."""
-        if self.job not in shares or len(shares) < 2:
+        mine = self.job
+        if mine not in shares or len(shares) < 2:
             return shares
         jobs, compute = {j.id: j for j in view.jobs}, view.device.compute
-        richest = max((j for j in shares if j != self.job), key=lambda j: (shares[j], j))
+        others = [(units, job) for job, units in shares.items() if job != mine]
+        units, richest = max(others)
         kept = max(1, int(jobs[richest].guaranteed * compute + 1e-9))
-        most = max(1, int(jobs[self.job].limit * compute + 1e-9))
-        moved = max(0, min(_moved(shares), shares[richest] - kept, most - shares[self.job]))
-        return shares | {
-            richest: shares[richest] - moved,
-            self.job: shares[self.job] + moved,
-        }
+        most = max(1, int(jobs[mine].limit * compute + 1e-9))
+        moved = max(0, min(_moved(shares), units - kept, most - shares[mine]))
+        return shares | {richest: units - moved, mine: shares[mine] + moved}
 
 
 def _moved(shares: Mapping[str, int]) -> int:
