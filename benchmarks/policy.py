@@ -42,7 +42,7 @@ def dispatcher_us(services: int) -> float:
     partitions = (Partition("p0", "cpu", (0,)), Partition("p1", "cpu", (1,)))
     owners = {f"s{i}": ("p0",) for i in range(services)}
     d.handle(now, e.Planned(Plan(1, partitions, owners, {"job": ("p1",)}, ("p0",))))
-    d.handle(now, e.Repartitioned(1))
+    d.handle(now, e.Repartitioned("cpu", 1))
     d.handle(now, e.JobReady("job", 1.0, 0.0, 2, S))
     handled, request = 0, 0
     began = time.perf_counter_ns()
@@ -82,7 +82,7 @@ def planner_ms(cores: int, services: int) -> float:
     for step in range(1, WATCHED + 21):
         if step == WATCHED + 1:
             began = time.perf_counter_ns()
-        plan = planner.plan(Snapshot(step * S, S, (_device(cores),), present, facts, jobs))
+        plan = planner.plan(Snapshot(step * S, (_device(cores),), present, facts, jobs))
         present = plan or present
     return (time.perf_counter_ns() - began) / 20 / 1e6
 
@@ -99,7 +99,7 @@ def fleet_ms(devices: int, workloads: int) -> float:
     planner, present = Planner(), EMPTY_PLAN
     began = time.perf_counter_ns()
     for step in range(1, 6):
-        plan = planner.plan(Snapshot(step * S, S, gpus, present, facts, jobs))
+        plan = planner.plan(Snapshot(step * S, gpus, present, facts, jobs))
         present = plan or present
     return (time.perf_counter_ns() - began) / 5 / 1e6
 
@@ -126,7 +126,7 @@ def moving_ms(devices: int, workloads: int) -> float:
         facts = tuple(calm if step < 3 else grown)
         before = {name: tuple(parts) for name, parts in planner.state.parts.items()}
         began = time.perf_counter_ns()
-        plan = planner.plan(Snapshot(step * S, S, gpus, present, facts, jobs))
+        plan = planner.plan(Snapshot(step * S, gpus, present, facts, jobs))
         took = time.perf_counter_ns() - began
         present = plan or present
         moved = before != {name: tuple(parts) for name, parts in planner.state.parts.items()}

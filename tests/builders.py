@@ -107,7 +107,7 @@ class World:
         actions = self.send(e.Planned(plan(*args, **kwargs)))
         for action in list(actions):
             if isinstance(action, a.Repartition):
-                actions += self.send(e.Repartitioned(action.plan.version))
+                actions += self.send(e.Repartitioned(action.device, action.version))
         return actions
 
 

@@ -20,7 +20,9 @@ def shared() -> Iterator[Any]:
 def served(shared: Any) -> Iterator[Any]:
     node = shared.node
     yield shared
+    node.script = []
+    shared.call(node.gate.clear)
     node.refuse = node.fail = node.most = None
-    node.loaded = {"double", "echo", "sleepy"}
+    node.loaded = {"double", "echo", "sleepy", "talk"}
     assert node.unreleased == 0, "a result was not released"
     assert eventually(lambda: shared.intake.budget.held == 0), "a body's memory was not given back"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -37,8 +38,10 @@ NUMPY = {"FP32": np.float32, "INT32": np.int32, "INT8": np.int8, "FP64": np.floa
 
 
 class FakeNode:
-    """Models ``double`` (y = 2x), ``echo`` (any tensors, as they came) and ``sleepy`` (waits
-    until ``gate`` is set). ``refuse`` or ``fail``, if set, is every inference's outcome."""
+    """Models ``double`` (y = 2x), ``echo`` (any tensors, as they came), ``sleepy`` (waits until
+    ``gate`` is set) and ``talk`` (text BYTES [1], n INT64 [-1]; says each of ``script``, which may
+    end with a refusal or with None: an end without outputs; where it is "" it waits for ``gate``).
+    ``refuse`` or ``fail``, if set, is every inference's outcome."""
 
     def __init__(self) -> None:
         self.refuse: Refused | None = None
@@ -49,8 +52,9 @@ class FakeNode:
         self.withdrawn = threading.Semaphore(0)
         self.unreleased = 0
         self.calls: list[InferCall] = []
-        self.loaded = {"double", "echo", "sleepy"}
+        self.loaded = {"double", "echo", "sleepy", "talk"}
         self.submitted: list[JobSpec] = []
+        self.script: list[str | Refused | None] = []
 
     def is_ready(self) -> bool:
         return "double" in self.loaded
@@ -61,19 +65,22 @@ class FakeNode:
     def metadata(self, name: str, version: str = "") -> ModelMeta:
         if not self.model_ready(name, version):
             raise NotFound(f"model {name} {version} is not loaded")
+        if name == "talk":
+            text, n = TensorMeta("text", "BYTES", (1,)), TensorMeta("n", "INT64", (-1,))
+            return ModelMeta(name, ("1",), "talk", (text, n), (text, n), pieces=True)
         x, y = (TensorMeta(n, "FP32", (-1, 4)) for n in "xy")
         return ModelMeta(name, ("1",), "onnx", (x,), (y,))
 
     def index(self) -> list[IndexEntry]:
         return [
             IndexEntry(name, "1", "READY" if name in self.loaded else "UNAVAILABLE", "")
-            for name in ("double", "echo", "sleepy")
+            for name in ("double", "echo", "sleepy", "talk")
         ]
 
     async def load(self, name: str) -> None:
         if name == "broken":
             raise ModelError("model broken: model.onnx is damaged; export it again")
-        if name not in ("double", "echo", "sleepy"):
+        if name not in ("double", "echo", "sleepy", "talk"):
             raise NotFound(f"no model {name} in the repository")
         self.loaded.add(name)
 
@@ -93,6 +100,8 @@ class FakeNode:
         if self.refuse is not None:
             return self.refuse
         self.metadata(call.model, call.version)
+        if call.model == "talk":
+            return self._talk(call, done)
         result = self._result(call)
 
         async def answer() -> None:
@@ -108,6 +117,38 @@ class FakeNode:
 
         task = asyncio.create_task(answer())
         return withdraw
+
+    def _talk(self, call: InferCall, done: OnOutcome) -> Withdraw:
+        if not call.pieces:
+            raise InvalidRequest("it answers in pieces")
+
+        async def answer() -> None:
+            for number, said in enumerate(self.script):
+                await asyncio.sleep(0)
+                if said == "":
+                    self.waiting.release()
+                    await self.gate.wait()
+                elif isinstance(said, Refused):
+                    done(said)
+                else:
+                    self.unreleased += 1
+                    outputs = [] if said is None else self._piece(said, number)
+                    more = number + 1 < len(self.script)
+                    done(InferResult(call.model, "1", outputs, self._release, more))
+
+        def withdraw() -> None:
+            task.cancel()
+            self.withdrawn.release()
+
+        task = asyncio.create_task(answer())
+        return withdraw
+
+    def _piece(self, said: str, number: int) -> list[TensorOut]:
+        data = struct.pack("<I", len(said.encode())) + said.encode()
+        return [
+            TensorOut("text", "BYTES", (1,), memoryview(data)),
+            TensorOut("n", "INT64", (1,), memoryview(struct.pack("<q", number))),
+        ]
 
     def _result(self, call: InferCall) -> InferResult:
         outputs = [self._output(call, item) for item in call.inputs]

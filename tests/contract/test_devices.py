@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -21,11 +22,20 @@ from cotenant.devices import cpu, proctree
 from cotenant.devices.base import Device
 from cotenant.devices.cpu import CONTINUE_LOOKS, JOB_NICE, WORKER_PRIORITY, CpuDevice
 from cotenant.devices.null import NullDevice
-from cotenant.domain.device import Partition, PreemptLevel
+from cotenant.domain.device import (
+    REST_EVERY,
+    Launch,
+    Partition,
+    PreemptLevel,
+    Tenant,
+    TenantKind,
+)
 from cotenant.domain.errors import DeviceError, EnvironmentProblem
 from cotenant.domain.units import S
+from cotenant.runtime.rlimits import limit
 
 PATIENCE_S = 20.0
+JOB, WORKER = Tenant("j", TenantKind.JOB), Tenant("w", TenantKind.WORKER, exec_timeout=3 * S)
 CORES = tuple(sorted(os.sched_getaffinity(0)))[:2]
 TWO_CORES = pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
 # Three processes that compute: a shell, and two children of it.
@@ -54,6 +64,10 @@ def null_device() -> Device:
     return NullDevice(units=2)
 
 
+def blocking_null() -> Device:
+    return NullDevice("stand-in", 4, 2**30, PreemptLevel.GATE, blocking=True)
+
+
 def real_cpu() -> Device:
     return CpuDevice(cores=CORES)
 
@@ -62,7 +76,9 @@ def unprivileged_cpu() -> Device:
     return CpuDevice(cores=CORES, realtime="never")
 
 
-@pytest.fixture(params=[null_device, real_cpu, unprivileged_cpu], ids=lambda make: make.__name__)
+@pytest.fixture(
+    params=[null_device, blocking_null, real_cpu, unprivileged_cpu], ids=lambda make: make.__name__
+)
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     made: Device = request.param()
     made.open()
@@ -178,15 +194,54 @@ def test_partitions_that_overlap_or_do_not_exist_are_refused(device: Device) -> 
         device.repartition((Partition("far", device.spec.id, (9999,)),))
 
 
+@pytest.mark.parametrize("tenant", [JOB, WORKER], ids=["job", "worker"])
+def test_what_a_launch_asks_for_can_be_given_to_a_process(device: Device, tenant: Tenant) -> None:
+    launch = device.launch(tenant, None)
+    shown = "import os, resource; print(dict(os.environ), resource.getrlimit(resource.RLIMIT_CPU))"
+    done = subprocess.run(
+        [sys.executable, "-c", shown],
+        env={**os.environ, **launch.env},
+        preexec_fn=lambda: limit(launch.limits),
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert all(name in done.stdout and value in done.stdout for name, value in launch.env.items())
+
+
+def test_a_tenants_level_is_at_most_that_of_its_device(
+    device: Device, trees: Callable[..., Tree]
+) -> None:
+    tree = trees("sleep", "1000")
+    for tenant, pid in ((JOB, tree.root.pid), (WORKER, tree.pids[0])):
+        assert PreemptLevel.NONE <= device.attach(tenant, pid) <= device.spec.preempt
+
+
+def test_what_tenants_occupy_is_known_while_they_are_attached(
+    device: Device, trees: Callable[..., Tree]
+) -> None:
+    tree = trees("sleep", "1000")
+    assert device.facts() == {}
+    device.attach(JOB, tree.root.pid)
+    device.attach(WORKER, tree.pids[0])
+    device.refresh()
+    assert set(device.facts()) == {"j", "w"}
+    assert all(occupied >= 0 for occupied in device.facts().values())
+    device.detach("j")
+    device.detach("w")
+    assert device.facts() == {}
+
+
 def test_a_job_is_granted_and_taken_back(device: Device, trees: Callable[..., Tree]) -> None:
     tree = trees("sleep", "1000")
-    device.attach_job("j", tree.root.pid)
+    device.attach(JOB, tree.root.pid)
     for partition in parts(device):
         device.grant("j", partition)
     for partition in parts(device):
         assert device.revoke("j", partition) >= 0
+    assert device.revoke("j", parts(device)[0]) >= 0, "what it does not hold is no error"
     device.refresh()
-    device.detach_job("j")
+    device.detach("j")
 
 
 def test_who_was_never_attached_is_refused(device: Device) -> None:
@@ -196,28 +251,28 @@ def test_who_was_never_attached_is_refused(device: Device) -> None:
     with pytest.raises(DeviceError, match="nobody"):
         device.revoke("nobody", partition)
     with pytest.raises(DeviceError, match="nobody"):
-        device.bind_worker("nobody", partition)
+        device.bind("nobody", partition)
 
 
 def test_forgetting_twice_is_harmless(device: Device, trees: Callable[..., Tree]) -> None:
     tree = trees("sleep", "1000")
-    device.attach_job("j", tree.root.pid)
-    device.attach_worker("w", tree.pids[0], S)
+    device.attach(JOB, tree.root.pid)
+    device.attach(WORKER, tree.pids[0])
     for _ in range(2):
-        device.detach_job("j")
-        device.detach_worker("w")
+        device.detach("j")
+        device.detach("w")
 
 
 def test_processes_that_are_gone_harm_nothing(device: Device, trees: Callable[..., Tree]) -> None:
     tree = trees("sleep", "1000")
     worker = tree.pids[0]
-    device.attach_job("j", tree.root.pid)
-    device.attach_worker("w", worker, S)
+    device.attach(JOB, tree.root.pid)
+    device.attach(WORKER, worker)
     tree.end()
     partition = parts(device)[0]
     device.grant("j", partition)
     device.refresh()
-    device.bind_worker("w", partition)
+    device.bind("w", partition)
     device.revoke("j", partition)
     device.refresh()
 
@@ -236,7 +291,7 @@ def test_an_attached_job_stands_still_until_it_is_granted_a_core(
     device_cpu: CpuDevice, trees: Callable[..., Tree]
 ) -> None:
     tree = trees("sh", "-c", BUSY, processes=3)
-    device_cpu.attach_job("j", tree.root.pid)
+    device_cpu.attach(JOB, tree.root.pid)
     until(tree.is_stopped, tree.states)
     device_cpu.grant("j", parts(device_cpu)[0])
     until(lambda: b"T" not in tree.states())
@@ -257,7 +312,7 @@ def test_what_a_job_forks_while_it_is_attached_stands_still_and_is_confined_with
         return found
 
     monkeypatch.setattr(proctree, "descendants", forks_after_the_look)
-    device_cpu.attach_job("j", tree.root.pid)
+    device_cpu.attach(JOB, tree.root.pid)
     until(tree.is_stopped, tree.states)
     assert len(tree.pids) == 2
     device_cpu.grant("j", parts(device_cpu)[0])
@@ -271,7 +326,7 @@ def test_a_job_runs_on_the_union_of_what_it_is_granted(
 ) -> None:
     tree = trees("sh", "-c", BUSY, processes=3)
     first, second = parts(device_cpu)
-    device_cpu.attach_job("j", tree.root.pid)
+    device_cpu.attach(JOB, tree.root.pid)
     device_cpu.grant("j", first)
     device_cpu.grant("j", second)
     assert tree.masks() == {CORES}
@@ -288,7 +343,7 @@ def test_a_job_runs_on_the_union_of_what_it_is_granted(
 def test_every_thread_is_moved(device_cpu: CpuDevice, trees: Callable[..., Tree]) -> None:
     tree = trees(sys.executable, "-c", THREADS)
     until(lambda: len(tree.threads) == 4)
-    device_cpu.attach_job("j", tree.root.pid)
+    device_cpu.attach(JOB, tree.root.pid)
     device_cpu.grant("j", parts(device_cpu)[1])
     assert tree.masks() == {CORES[1:]}
     assert len(tree.threads) == 4
@@ -301,7 +356,7 @@ def test_children_are_born_where_their_parents_may_run(
     go = tmp_path / "go"
     script = f"while [ ! -e {go} ]; do sleep 0.01; done; sleep 1000 & sleep 1000 & wait"
     tree = trees("sh", "-c", script)
-    device_cpu.attach_job("j", tree.root.pid)
+    device_cpu.attach(JOB, tree.root.pid)
     device_cpu.grant("j", parts(device_cpu)[1])
     go.touch()
     until(lambda: len(tree.pids) == 3)
@@ -312,7 +367,7 @@ def test_what_is_born_while_the_job_stands_still_is_stopped_at_the_next_look(
     device_cpu: CpuDevice, trees: Callable[..., Tree]
 ) -> None:
     tree = trees("sleep", "1000")
-    device_cpu.attach_job("j", tree.root.pid)
+    device_cpu.attach(JOB, tree.root.pid)
     until(tree.is_stopped)
     tree.another()
     assert not tree.is_stopped()
@@ -328,7 +383,7 @@ def test_what_is_born_outside_the_jobs_cores_is_confined_at_the_next_look(
     device_cpu: CpuDevice, trees: Callable[..., Tree]
 ) -> None:
     tree = trees("sleep", "1000")
-    device_cpu.attach_job("j", tree.root.pid)
+    device_cpu.attach(JOB, tree.root.pid)
     device_cpu.grant("j", parts(device_cpu)[0])
     tree.another()
     assert tree.masks() == {CORES[:1], CORES}
@@ -343,7 +398,7 @@ def test_who_leaves_the_jobs_cores_is_brought_back_at_the_next_look(
     tree = trees(sys.executable, "-c", THREADS)
     until(lambda: len(tree.threads) == 4)
     first, second = parts(device_cpu)
-    device_cpu.attach_job("j", tree.root.pid)
+    device_cpu.attach(JOB, tree.root.pid)
     device_cpu.grant("j", first)
     device_cpu.refresh()
     for core in (CORES, CORES[1:]):
@@ -361,7 +416,7 @@ def test_what_stops_on_the_news_of_a_pause_is_continued_and_what_stops_later_is_
 ) -> None:
     tree = trees("sleep", "1000")
     (pid,) = tree.pids
-    device_cpu.attach_job("j", tree.root.pid)
+    device_cpu.attach(JOB, tree.root.pid)
     device_cpu.grant("j", parts(device_cpu)[0])
     for _ in range(2):
         os.kill(pid, signal.SIGSTOP)
@@ -381,7 +436,7 @@ def test_looking_does_not_continue_a_job_that_stands_still(
 ) -> None:
     tree = trees("sleep", "1000")
     partition = parts(device_cpu)[0]
-    device_cpu.attach_job("j", tree.root.pid)
+    device_cpu.attach(JOB, tree.root.pid)
     device_cpu.grant("j", partition)
     device_cpu.revoke("j", partition)
     until(tree.is_stopped)
@@ -411,7 +466,7 @@ def test_who_watches_a_job_goes_on_with_it_after_a_pause(
 
     tree = trees(*command)
     until(sleeps)
-    device_cpu.attach_job("j", tree.root.pid)
+    device_cpu.attach(JOB, tree.root.pid)
     partition = parts(device_cpu)[0]
     before = tree.pids
     for _ in range(20):
@@ -435,9 +490,9 @@ def is_command(pid: int, text: str) -> bool:
 
 def test_a_detached_job_runs_freely(device_cpu: CpuDevice, trees: Callable[..., Tree]) -> None:
     tree = trees("sh", "-c", BUSY, processes=3)
-    device_cpu.attach_job("j", tree.root.pid)
+    device_cpu.attach(JOB, tree.root.pid)
     until(tree.is_stopped)
-    device_cpu.detach_job("j")
+    device_cpu.detach("j")
     until(lambda: b"T" not in tree.states())
     assert tree.masks() == {CORES}
 
@@ -446,7 +501,7 @@ def test_closing_gives_jobs_back(trees: Callable[..., Tree]) -> None:
     device = CpuDevice(cores=CORES, realtime="never")
     device.open()
     tree = trees("sh", "-c", BUSY, processes=3)
-    device.attach_job("j", tree.root.pid)
+    device.attach(JOB, tree.root.pid)
     until(tree.is_stopped)
     device.close()
     until(lambda: b"T" not in tree.states())
@@ -456,7 +511,7 @@ def test_without_real_time_jobs_are_nicer_than_requests(
     device_cpu: CpuDevice, trees: Callable[..., Tree]
 ) -> None:
     tree = trees("sleep", "1000")
-    device_cpu.attach_job("j", tree.root.pid)
+    device_cpu.attach(JOB, tree.root.pid)
     assert {os.getpriority(os.PRIO_PROCESS, tid) for tid in tree.threads} == {JOB_NICE}
 
 
@@ -465,7 +520,7 @@ def test_a_job_whose_last_core_was_taken_back_uses_no_more_time(
 ) -> None:
     tree = trees("sh", "-c", BUSY, processes=3)
     partition = parts(device_cpu)[0]
-    device_cpu.attach_job("j", tree.root.pid)
+    device_cpu.attach(JOB, tree.root.pid)
     for _ in range(3):
         device_cpu.grant("j", partition)
         granted = tree.ticks()
@@ -481,7 +536,7 @@ def test_looking_while_granting_leaves_the_last_word_to_the_grant(
 ) -> None:
     tree = trees("sh", "-c", BUSY, processes=3)
     partition = parts(device_cpu)[0]
-    device_cpu.attach_job("j", tree.root.pid)
+    device_cpu.attach(JOB, tree.root.pid)
     end = threading.Event()
 
     def look() -> None:
@@ -512,9 +567,9 @@ def test_a_worker_is_bound_to_its_partition(
     tree = trees(sys.executable, "-c", THREADS)
     until(lambda: len(tree.threads) == 4)
     (worker,) = tree.pids
-    device_cpu.attach_worker("w", worker, S)
+    device_cpu.attach(WORKER, worker)
     for partition in parts(device_cpu):
-        device_cpu.bind_worker("w", partition)
+        device_cpu.bind("w", partition)
         assert tree.masks() == {partition.units}
 
 
@@ -523,8 +578,8 @@ def test_workers_that_are_not_pinned_stay_where_they_are(trees: Callable[..., Tr
     device.open()
     tree = trees("sleep", "1000")
     before = tree.masks()
-    device.attach_worker("w", tree.pids[0], S)
-    device.bind_worker("w", parts(device)[0])
+    device.attach(WORKER, tree.pids[0])
+    device.bind("w", parts(device)[0])
     assert tree.masks() == before
     assert any("not pinned" in limit for limit in device.spec.limits)
     device.close()
@@ -540,21 +595,45 @@ REAL_TIME = pytest.mark.skipif(not has_real_time(), reason="real-time priority i
 
 
 @REAL_TIME
-def test_with_real_time_workers_come_before_jobs_and_are_bounded(
-    trees: Callable[..., Tree],
-) -> None:
+def test_with_real_time_workers_come_before_jobs(trees: Callable[..., Tree]) -> None:
     device = CpuDevice(cores=CORES)
     device.open()
     worker, job = trees("sleep", "1000"), trees("sleep", "1000")
-    device.attach_worker("w", worker.pids[0], 3 * S)
-    device.attach_job("j", job.root.pid)
+    device.attach(WORKER, worker.pids[0])
+    device.attach(JOB, job.root.pid)
     (pid,) = worker.pids
     assert os.sched_getscheduler(pid) & ~os.SCHED_RESET_ON_FORK == os.SCHED_FIFO
     assert os.sched_getparam(pid).sched_priority == WORKER_PRIORITY
-    limits = Path(f"/proc/{pid}/limits").read_text()
-    assert "3000000" in next(x for x in limits.splitlines() if "realtime timeout" in x)
     assert {os.sched_getscheduler(tid) for tid in job.threads} == {os.SCHED_OTHER}
     device.close()
+
+
+@REAL_TIME
+def test_with_real_time_a_worker_is_bounded_and_told_to_rest_well_before() -> None:
+    device = CpuDevice(cores=CORES)
+    device.open()
+    launch = device.launch(WORKER, None)
+    soft_us, hard_us = launch.limits[resource.RLIMIT_RTTIME]
+    assert WORKER.exec_timeout == soft_us * 1000 < hard_us * 1000
+    assert 0 < int(launch.env[REST_EVERY]) <= WORKER.exec_timeout // 4
+    device.close()
+
+
+def test_without_real_time_a_worker_needs_no_rest(device_cpu: CpuDevice) -> None:
+    assert device_cpu.launch(WORKER, None) == Launch()
+
+
+def test_what_a_jobs_processes_occupy_is_added_up(
+    device_cpu: CpuDevice, trees: Callable[..., Tree]
+) -> None:
+    tree = trees(sys.executable, "-c", "import time; x = bytearray(64 << 20); time.sleep(1000)")
+    until(lambda: proctree.resident_bytes(tree.pids) > 64 << 20)
+    device_cpu.attach(JOB, tree.root.pid)
+    assert device_cpu.facts()["j"] > 64 << 20
+    tree.another()
+    until(lambda: proctree.resident_bytes(tree.pids) > 128 << 20)
+    device_cpu.refresh()
+    assert device_cpu.facts()["j"] > 128 << 20
 
 
 @REAL_TIME

@@ -156,7 +156,7 @@ def test_client_reads_statistics(client: Any) -> None:
     assert one[0]["inference_stats"]["queue"] == {"count": 3, "ns": 100}
     assert one[0]["inference_stats"]["compute_infer"] == {"count": 3, "ns": 2}
     every = client.get_inference_statistics()["model_stats"]
-    assert {entry["name"] for entry in every} == {"double", "echo", "sleepy"}
+    assert {entry["name"] for entry in every} == {"double", "echo", "sleepy", "talk"}
     with pytest.raises(InferenceServerException, match="not loaded"):
         client.get_inference_statistics("nothing")
 
@@ -365,7 +365,7 @@ def test_metrics_and_index(served: Any) -> None:
     assert (status, headers["content-type"].split(";")[0]) == (200, "text/plain")
     assert b"cotenant_requests 1" in body
     ready = ask(served, "POST", "/v2/repository/index", {"ready": True})[2]
-    assert len(ready) == 3
+    assert len(ready) == 4
     assert ask(served, "POST", "/v2/repository/index", "[")[0] == 400
 
 

@@ -110,7 +110,7 @@ def test_client_sees_health_and_metadata(client: Any) -> None:
     assert client.get_model_config("double", as_json=True)["config"]["name"] == "double"
     stats = client.get_inference_statistics("double").model_stats
     assert stats[0].inference_stats.queue.ns == 100
-    assert len(client.get_inference_statistics().model_stats) == 3
+    assert len(client.get_inference_statistics().model_stats) == 4
 
 
 def test_client_loads_and_unloads(client: Any) -> None:

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,8 @@ from onnx import TensorProto, helper, numpy_helper
 from cotenant.cli import wiring
 from cotenant.cli.bench.loadgen import PRIORITY
 from cotenant.devices import proctree
+from cotenant.devices.base import Device
+from cotenant.domain.device_config import CpuConfig, DeviceConfig
 from cotenant.domain.errors import CotenantError
 from cotenant.domain.port import JobStatus
 from cotenant.domain.workload import JobSpec
@@ -546,13 +548,18 @@ class Box:
     until = staticmethod(until)
 
     @contextlib.asynccontextmanager
-    async def here(self, clock: Callable[[], int] = time.monotonic_ns) -> AsyncIterator[Node]:
-        """The node within this process, to look inside, with its HTTP front end."""
+    async def here(
+        self,
+        clock: Callable[[], int] = time.monotonic_ns,
+        devices: Sequence[Device] = (),
+    ) -> AsyncIterator[Node]:
+        """The node within this process, to look inside, with its HTTP front end; on ``devices`` in
+        place of those that the configuration names."""
         config = wiring.read_config(self.directory / "cotenant.yaml")
-        # This process keeps its ordinary priority.
-        device = msgspec.structs.replace(config.device, realtime="never")
+        if not devices:
+            devices = [_gentle(device) for device in config.devices]
         limits = Limits(body_bytes=config.limits.body)
-        async with Node(config, wiring.make_device(device), clock) as node:
+        async with Node(config, devices, clock) as node:
             app = build_app(node, Intake(limits), None)
             http = HttpFront(app, "127.0.0.1", 0)
             self.port = await http.start()
@@ -561,6 +568,13 @@ class Box:
                 yield node
             finally:
                 await http.stop(5.0)
+
+
+def _gentle(config: DeviceConfig) -> Device:
+    """A device that leaves this process its ordinary priority."""
+    if isinstance(config, CpuConfig):
+        config = msgspec.structs.replace(config, realtime="never")
+    return wiring.make_device(config)
 
 
 Boxes = Callable[..., Box]

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -20,7 +21,8 @@ import pytest
 import uvloop
 
 from cotenant.devices import proctree
-from cotenant.domain.errors import EnvironmentProblem, InvalidRequest, NotFound
+from cotenant.domain.device import Launch
+from cotenant.domain.errors import DeviceError, EnvironmentProblem, InvalidRequest, NotFound
 from cotenant.domain.port import JobStatus
 from cotenant.domain.units import S
 from cotenant.domain.workload import JobSpec, RestartPolicy
@@ -49,13 +51,18 @@ class Node:
         self.pids: dict[str, int] = {}
         kwargs.setdefault("options", QUICK)
         self.store = JobStore(directory / "jobs.db")
-        self.jobs = JobSupervisor(self.store, directory, self._ready, self._exited, **kwargs)
+        self.jobs = JobSupervisor(self.store, directory, self, **kwargs)
 
-    def _ready(self, spec: JobSpec, pid: int) -> None:
+    async def launch_job(self, spec: JobSpec) -> Launch:
+        if spec.name == "unwanted":
+            raise DeviceError("no room for it")
+        return Launch({"GOMP_SPINCOUNT": "1000", "MINE": "0"}, {resource.RLIMIT_NOFILE: (77, 78)})
+
+    def on_job_ready(self, spec: JobSpec, _: int) -> None:
         self.calls.append(("ready", spec.id))
-        self.pids[spec.id] = pid
+        self.pids[spec.id] = self.status(spec.id).pid
 
-    def _exited(self, id: str) -> None:
+    def on_job_exited(self, id: str) -> None:
         self.calls.append(("exited", id))
 
     def submit(self, script: str, **fields: Any) -> str:
@@ -166,14 +173,25 @@ def test_it_works_on_the_standard_loop_too(tmp_path: Path) -> None:
     asyncio.run(main())
 
 
+def test_a_job_that_its_devices_refuse_says_why(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with node(tmp_path) as n:
+            id = n.submit("true", name="unwanted", restart=RestartPolicy.NEVER)
+            assert "no room for it" in (await n.state(id, "failed")).reason
+            assert n.calls == []
+
+    asyncio.run(main())
+
+
 def test_the_job_starts_clean(tmp_path: Path) -> None:
     script = """
-import json, os, signal
+import json, os, resource, signal
 print(json.dumps({
     "fds": sorted(map(int, os.listdir("/proc/self/fd")))[:-1],
     "leader": os.getsid(0) == os.getpid() == os.getpgid(0),
     "policy": os.sched_getscheduler(0), "nice": os.nice(0),
     "oom": open("/proc/self/oom_score_adj").read().strip(),
+    "files": resource.getrlimit(resource.RLIMIT_NOFILE),
     "ignored": [l.split()[1] for l in open("/proc/self/status") if l.startswith("SigIgn")],
     "blocked": [l.split()[1] for l in open("/proc/self/status") if l.startswith("SigBlk")],
     "env": {k: v for k, v in os.environ.items() if k.startswith(("COTENANT", "GOMP", "MINE"))},
@@ -202,7 +220,8 @@ print(json.dumps({
             assert seen["leader"]
             assert (seen["policy"], seen["nice"], seen["oom"]) == (os.SCHED_OTHER, 0, "500")
             assert int(seen["blocked"][0], 16) == 0
-            assert seen["env"]["MINE"] == "1"
+            assert seen["env"]["MINE"] == "1", "what the job sets itself stands"
+            assert seen["files"] == [77, 78]
             assert seen["env"]["GOMP_SPINCOUNT"] == "1000"
             assert seen["env"]["COTENANT_JOB_ID"] == ids[1]
             assert seen["env"]["COTENANT_REPORT_SOCKET"] == str(tmp_path / "report.sock")
@@ -676,15 +695,25 @@ def parent(pid: int) -> int:
 DAEMON = """
 import asyncio, sys
 from pathlib import Path
+from cotenant.devices import proctree
+from cotenant.domain.device import Launch
 from cotenant.domain.workload import JobSpec, RestartPolicy
 from cotenant.runtime.jobs import JobSupervisor
 from cotenant.runtime.jobstore import JobStore
 
+class Shell:
+    async def launch_job(self, spec):
+        return Launch()
+
+    def on_job_ready(self, spec, pid):
+        print("ready", spec.id, proctree.descendants(pid)[0], flush=True)
+
+    def on_job_exited(self, id):
+        print("exited", id, flush=True)
+
 async def main():
     directory = Path(sys.argv[1])
-    jobs = JobSupervisor(JobStore(directory / "jobs.db"), directory,
-                         lambda spec, pid: print("ready", spec.id, pid, flush=True),
-                         lambda id: print("exited", id, flush=True), max_running=4)
+    jobs = JobSupervisor(JobStore(directory / "jobs.db"), directory, Shell(), max_running=4)
     await jobs.open()
     for number in range(int(sys.argv[2])):
         script = sys.argv[3].replace("NUMBER", str(number))

@@ -121,7 +121,7 @@ def test_an_execution_that_never_ends_is_ended_and_the_other_service_keeps_answe
         [{"name": "count", "exec_timeout": "1s"}, {"name": "double"}],
         policy={"split": {"cores": 2, "size": 1}},
     ).start()
-    assert not may_be_realtime() or box.status()["device"]["level"] == "PRIORITY"
+    assert not may_be_realtime() or box.status()["devices"][0]["level"] == "PRIORITY"
     before = set(box.workers())
     with box.under_load("double", rate=50, x=X) as load:
         box.until(lambda: box.service("double")["answered"] > 20)
@@ -141,7 +141,7 @@ def test_an_execution_that_never_ends_on_a_shared_core_is_ended(boxes: Boxes) ->
         [{"name": "count", "exec_timeout": "1s"}, {"name": "double"}],
         devices=[{"kind": "cpu", "cores": [core]}],
     ).start()
-    assert not may_be_realtime() or box.status()["device"]["level"] == "PRIORITY"
+    assert not may_be_realtime() or box.status()["devices"][0]["level"] == "PRIORITY"
     assert box.infer("count", n=np.array([2**62])).status == 503
     box.until(lambda: box.infer("double", x=X).status == 200)
     box.until(lambda: box.infer("count", n=N).status == 200)

@@ -33,6 +33,8 @@ class Chaos:
 
     longest = 20 * MS
     """Of an execution, and of a step in time."""
+    turns = 3
+    """How often, to 8 batches that are done, one is not."""
 
     def __init__(self, seed: int, level: PreemptLevel, units: int) -> None:
         self.random = random.Random(seed)
@@ -62,6 +64,8 @@ class Chaos:
                 self.answered.update(action.requests)
             elif isinstance(action, a.Reject):
                 self.answered[action.request] += 1
+            elif isinstance(action, a.Emit):
+                assert not any(self.answered[r] for r in action.requests), "emitted when answered"
             else:
                 self.open.append(action)
         assert max(self.answered.values(), default=0) <= 1, "a request was answered twice"
@@ -115,8 +119,18 @@ class Chaos:
         r = self.random
         match action:
             case a.Dispatch(batch=batch, worker=worker):
-                kind = r.choices(["done", "failed", "died"], [8, 1, 1])[0]
-                if kind == "done":
+                kinds = ["done", "turn", "failed", "died", "unsent"]
+                kind = r.choices(kinds, [8, self.turns, 1, 1, 0.3])[0]
+                if kind == "turn":
+                    stay = [x for x in batch.requests if r.random() < 0.7]
+                    spoke = [x for x in stay if r.random() < 0.7]
+                    took = r.randrange(1, self.longest)
+                    self.send(
+                        e.BatchDone(batch.id, took, 0, unfinished=tuple(stay), emitted=tuple(spoke))
+                    )
+                elif kind == "unsent":
+                    self.send(e.ActionFailed("Dispatch", str(batch.id), "", "busy"))
+                elif kind == "done":
                     self.send(e.BatchDone(batch.id, r.randrange(1, self.longest), r.randrange(MS)))
                 elif kind == "failed":
                     self.send(e.BatchFailed(batch.id, "bad input"))
@@ -135,11 +149,11 @@ class Chaos:
                     self.send(e.Revoked(job, p, r.randrange(MS)))
             case a.StopJob(job=job):
                 self.exit_job(job)
-            case a.Repartition(plan=wanted):
+            case a.Repartition(device=device, version=version):
                 if r.random() < 0.2:
-                    self.send(e.ActionFailed("Repartition", str(wanted.version), "", "busy"))
+                    self.send(e.ActionFailed("Repartition", device, "", "busy"))
                 else:
-                    self.send(e.Repartitioned(wanted.version))
+                    self.send(e.Repartitioned(device, version))
             case a.WakeAt(at=at):
                 self.now = max(self.now, at)
                 self.send(e.Woke())
@@ -209,6 +223,7 @@ class Chaos:
 
     def finish(self) -> None:
         """Stop the noise, answer everything, and end all workers."""
+        self.turns = 0
         for _ in range(3000):
             if not [x for x in self.open if not isinstance(x, a.WakeAt)]:
                 break
@@ -219,19 +234,21 @@ class Chaos:
 
     def settle(self) -> None:
         """Let the box fall idle: jobs end, all that was ordered is done, each service is whole."""
+        self.turns = 0
         for job in JOBS:
             self.exit_job(job)
         for _ in range(3000):
             waiting = [x for x in self.open if not isinstance(x, a.WakeAt)]
-            if not waiting and not self.d.state.queued and not self.d.state.pending:
+            if not waiting and not self.d.state.queued and not self.d.state.changes:
                 break
             self.answer()
         self.plan_version += 1
         everywhere = dict.fromkeys(SERVICES, tuple(range(self.units)))
         chosen = self.on_devices(plan(everywhere, version=self.plan_version))
         self.send(e.Planned(chosen))
-        while self.d.state.moving:
-            self.send(e.Repartitioned(self.d.state.pending.version))
+        while self.d.state.changes:
+            device, change = next(iter(self.d.state.changes.items()))
+            self.send(e.Repartitioned(device, change.plan.version))
         for name in SERVICES:
             self.next += 1
             self.workers[f"w{self.next}"] = (name, "1")

@@ -52,7 +52,7 @@ class Recorded(Chaos):
         )  # fmt: skip
         jobs = tuple(JobFacts(j, 1.0, 0.0, 1.0, 1.0, 0) for j in sorted(self.jobs))
         plan = self.d.state.plan
-        return Snapshot(self.now, S, self.devices, plan, (service,), jobs)
+        return Snapshot(self.now, self.devices, plan, (service,), jobs)
 
 
 def record(

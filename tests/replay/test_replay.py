@@ -86,11 +86,11 @@ def test_a_state_that_the_events_do_not_explain_is_found(history: list[Entry]) -
     header = history[index]
     assert isinstance(header, Header)
     state = header.dispatcher_state()
-    state.services["s1"].p95.value += 1
+    state.services["s1"].tail.value += 1
     changed = msgspec.structs.replace(header, dispatcher=msgspec.msgpack.encode(state))
     report = replay([*history[:index], changed])
     assert report.difference is not None and report.difference.kind == "state"
-    assert "dispatcher.services['s1'].p95.value" in report.difference.event
+    assert "dispatcher.services['s1'].tail.value" in report.difference.event
 
 
 def test_services_in_another_order_are_a_difference(history: list[Entry]) -> None:

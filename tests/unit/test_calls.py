@@ -191,10 +191,11 @@ def test_what_a_models_inputs_can_hold(model: EngineMeta, most: int | None) -> N
 # --- answers --------------------------------------------------------------------------------
 
 
-def pending(arena: Arena) -> tuple[Pending, list[Outcome]]:
+def pending(arena: Arena, *wanted: str) -> tuple[Pending, list[Outcome]]:
     """A request, and the list that its outcome will be added to."""
     block, said = arena.alloc(100), []
-    return Pending("m", "1", IMAGE, (arena, block, Item(1, (), block, 100)), said.append), said
+    placed = arena, block, Item(1, (), block, 100)
+    return Pending(1, call(outputs=wanted), "1", IMAGE, placed, said.append), said
 
 
 def outputs(arena: Arena, at: int) -> Outputs:
@@ -204,8 +205,8 @@ def outputs(arena: Arena, at: int) -> Outputs:
 
 def test_an_answer_has_the_outputs_asked_for_in_their_order(arena: Arena) -> None:
     async def answer() -> None:
-        waiting, said = pending(arena)
-        waiting.answer(("z", "y"), outputs(arena, waiting.block))
+        waiting, said = pending(arena, "z", "y")
+        waiting.answer(outputs(arena, waiting.block))
         assert not said, "never from within"
         await asyncio.sleep(0)
         (result,) = said
@@ -225,8 +226,8 @@ def test_memory_comes_back_from_whoever_is_refused_or_went_away(arena: Arena) ->
         (refused, refusal), (gone, nothing), (late, neither) = (pending(arena) for _ in range(3))
         refused.refuse(Refused(Refusal.OVERLOADED, 0, ""))
         gone.withdraw()
-        gone.answer((), outputs(arena, gone.block))
-        late.answer((), outputs(arena, late.block))
+        gone.answer(outputs(arena, gone.block))
+        late.answer(outputs(arena, late.block))
         late.withdraw()
         await asyncio.sleep(0)
         assert refusal == [Refused(Refusal.OVERLOADED, 0, "")]

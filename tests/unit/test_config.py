@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from cotenant.domain.config import is_loopback, parse_config, parse_model_settings
+from cotenant.domain.device import PreemptLevel
+from cotenant.domain.device_config import CpuConfig, NullConfig
 from cotenant.domain.errors import ConfigError
 from cotenant.domain.units import MS
 from cotenant.domain.workload import RestartPolicy
@@ -32,7 +34,7 @@ def test_an_empty_file_is_a_node_with_defaults() -> None:
     config = parse_config("")
     assert config.http == "127.0.0.1:8000"
     assert config.services == config.jobs == ()
-    assert config.device.kind == "cpu"
+    assert config.devices == (CpuConfig(),)
 
 
 def test_everything_that_can_be_said_is_read() -> None:
@@ -49,6 +51,7 @@ node:
   limits: {body: 1MiB, tensors: 3, arena: 2MiB, jobs: 4}
 devices:
   - {kind: cpu, id: c, cores: [3, 1], realtime: never, pin: false}
+  - {kind: "null", id: n, units: 4, memory: 1GiB, preempt: gate, blocking: true}
 policy: {lend: false, split: {cores: 2}, grow_after: 1s, slice_min: 1ms, linger_max: 0}
 services:
   - name: vision
@@ -82,7 +85,10 @@ jobs:
     assert job.command == ("python", "-m", "my train")
     assert job.env == {"A": "1"}
     assert job.restart is RestartPolicy.ALWAYS
-    assert config.device.cores == (1, 3)
+    assert config.devices == (
+        CpuConfig("c", (1, 3), "never", pin=False),
+        NullConfig("n", 4, 2**30, PreemptLevel.GATE, blocking=True),
+    )
     assert config.policy.split == (2, 1)
     assert config.policy.linger_max == 0
     assert config.grpc is None
@@ -97,7 +103,23 @@ jobs:
         ("node: {zzz: 1}", "node.zzz", "known here: state_dir"),
         ("devices: [{kind: gpu}]", "devices[0].kind", "is none of cpu"),
         ("devices: [{kind: cpu, realtime: allways}]", "devices[0].realtime", "none of auto"),
-        ("devices: [{kind: cpu}, {kind: cpu}]", "devices", "one device"),
+        ("devices: [{id: x}]", "devices[0].kind", "is required"),
+        ("devices: [{kind: null}]", "devices[0].kind", "in quotes"),
+        ("devices: [{kind: cpu, units: 2}]", "devices[0].units", "known here: kind, id, cores"),
+        (
+            "devices: [{kind: 'null', cores: [1]}]",
+            "devices[0].cores",
+            "known here: kind, id, units",
+        ),
+        ("devices: [{kind: 'null', blockin: true}]", "devices[0].blockin", "'blocking'?"),
+        ("devices: [{kind: 'null', preempt: stop}]", "devices[0].preempt", "none of none, gate"),
+        ("devices: [{kind: cpu}, {kind: cpu}]", "devices", "'cpu' stands twice"),
+        ("devices: [{kind: cpu, id: a}, {kind: cpu}]", "devices", "name the cores of each"),
+        (
+            "devices: [{kind: cpu, id: a, cores: [0, 1]}, {kind: cpu, id: b, cores: [1]}]",
+            "devices",
+            "share core 1",
+        ),
         ("services: {}", "services", "expected a list"),
         ("node: []", "node", "expected a mapping"),
         ("services: [7]", "services[0]", "expected a mapping"),

@@ -9,12 +9,14 @@ import pytest
 
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
-from cotenant.domain.device import PreemptLevel
+from cotenant.domain.device import Partition, PreemptLevel
+from cotenant.domain.plan import Plan
 from cotenant.domain.request import Refusal
 from cotenant.domain.units import MS, US, S
 from cotenant.policy import lending
+from cotenant.policy.dispatcher import Dispatcher
 from cotenant.policy.state import DispatcherState, PartitionState, ServiceState
-from tests.builders import World, one, only
+from tests.builders import World, cpu, one, only
 
 EVERY_LEVEL = pytest.mark.parametrize("level", list(PreemptLevel))
 BELOW_PRIORITY = pytest.mark.parametrize(
@@ -458,3 +460,17 @@ def test_a_mean_gap_is_learned_from_arrivals() -> None:
         world.arrive(after=3 * MS)
     service: ServiceState = world.d.state.services["s"]
     assert service.gap == pytest.approx(3 * MS, rel=0.01)
+
+
+def test_nothing_of_a_device_that_only_serves_is_lent() -> None:
+    world = World()
+    world.d = Dispatcher((cpu(2), cpu(1, id="npu", kind="npu", trains=False)))
+    world.service().worker().job()
+    parts = (Partition("p0", "cpu", (0,)), Partition("n0", "npu", (0,)))
+    actions = world.send(e.Planned(Plan(1, parts, {"s": ("p0",)}, {}, ("p0",))))
+    while moves := [x for x in actions if isinstance(x, a.Repartition)]:
+        actions = [y for m in moves for y in world.send(e.Repartitioned(m.device, m.version))]
+        actions += world.send(e.Woke(), after=1 * S)
+    run_for(world, 2 * S)
+    assert world.d.state.partitions["p0"].job == "j"
+    assert not world.d.state.partitions["n0"].job

@@ -370,7 +370,7 @@ def test_what_other_services_have_queued_counts_at_the_speed_of_the_partition() 
     both = {"s": ("p0",), "other": ("p0",)}
     for action in world.send(e.Planned(Plan(1, (whole,), both, {}, ()))):
         if isinstance(action, a.Repartition):
-            world.send(e.Repartitioned(1))
+            world.send(e.Repartitioned("cpu", 1))
     for _ in range(4):
         assert not only(world.arrive("other", slo=100 * MS), a.Reject)
     assert not only(world.arrive("s", slo=80 * MS), a.Reject)
@@ -510,7 +510,7 @@ LATE = (
     e.Granted("nobody", "p99"),
     e.ActionFailed("Grant", "p99", "nobody", "late"),
     e.ActionFailed("Revoke", "p0", "nobody", "late"),
-    e.Repartitioned(99),
+    e.Repartitioned("cpu", 99),
 )
 
 

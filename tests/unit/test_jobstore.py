@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cotenant.domain.device import Launch
 from cotenant.domain.errors import EnvironmentProblem, InvalidRequest, NotFound
 from cotenant.domain.workload import JOB_TRANSITIONS, JobSpec, JobState, RestartPolicy
 from cotenant.runtime.jobledger import JobLedger
@@ -270,10 +271,11 @@ def test_a_spec_that_can_never_run_is_refused() -> None:
 def test_the_environment_of_a_job_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COTENANT_TOKEN", "secret")
     monkeypatch.setenv("OF_THE_NODE", "1")
-    env = environment(spec(env={"A": "1", "PWD": "/elsewhere"}, cwd="/data"))
+    launch = Launch(env={"GOMP_SPINCOUNT": "1000"})
+    env = environment(spec(env={"A": "1", "PWD": "/elsewhere"}, cwd="/data"), launch)
     assert env == {"A": "1", "PWD": "/data", "GOMP_SPINCOUNT": "1000", "PYTHONUNBUFFERED": "1"}
     own = {"GOMP_SPINCOUNT": "7", "PYTHONUNBUFFERED": ""}
-    assert environment(spec(env=own)).items() >= own.items()
+    assert environment(spec(env=own), launch).items() >= own.items()
 
 
 def test_a_declared_job_has_what_any_process_needs() -> None:

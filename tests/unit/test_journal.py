@@ -110,7 +110,7 @@ def test_plans_and_their_snapshots_are_kept(tmp_path: Path) -> None:
 
 
 def cpu_snapshot() -> Snapshot:
-    return Snapshot(1 * S, 1 * S, (cpu(2),), EMPTY_PLAN, (), ())
+    return Snapshot(1 * S, (cpu(2),), EMPTY_PLAN, (), ())
 
 
 def test_segments_rotate_and_the_oldest_go(tmp_path: Path) -> None:

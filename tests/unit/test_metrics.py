@@ -15,7 +15,7 @@ JOB = JobStatus("1", "train", "running", ("x",), 1.0, 0.0, 0.0, 0, progress=7.0,
 
 def samples(world: Watched) -> dict[tuple[str, tuple[str, ...]], float]:
     """Values by (name, values of the labels in the order of the labels' names)."""
-    text = metrics.exposition(world.monitor, world.d.state, [JOB]).decode()
+    text = metrics.exposition(world.monitor, world.d.state, [JOB], {"cpu": {"1": 4096}}).decode()
     return {
         (s.name, tuple(v for _, v in sorted(s.labels.items()))): s.value
         for family in text_string_to_metric_families(text)
@@ -36,7 +36,8 @@ def test_services_partitions_and_jobs_are_shown() -> None:
     assert found["cotenant_answers_total", ("s",)] == 1
     assert found["cotenant_refusals_total", ("DEADLINE", "s")] == 1
     assert found["cotenant_objective_seconds", ("s",)] == 0.05
-    assert found["cotenant_preemption_seconds_count", ("p0",)] == 1
+    assert found["cotenant_preemption_seconds_count", ("cpu", "p0")] == 1
+    assert found["cotenant_tenant_memory_bytes", ("cpu", "1")] == 4096
     assert found["cotenant_job_progress", ("1", "train")] == 7.0
     assert found["cotenant_job_held_seconds_total", ("1", "train")] == 2.5
     assert found["cotenant_job_state", ("1", "train", "running")] == 1

@@ -53,7 +53,7 @@ class Planning:
     def snapshot(self, *facts: ServiceFacts | JobFacts) -> Snapshot:
         services = tuple(f for f in facts if isinstance(f, ServiceFacts))
         jobs = tuple(f for f in facts if isinstance(f, JobFacts))
-        return Snapshot(self.now, S, self.devices, self.present, services, jobs)
+        return Snapshot(self.now, self.devices, self.present, services, jobs)
 
     def see(self, *facts: ServiceFacts | JobFacts, after: int = S) -> Plan | None:
         """Plan from these facts; every plan is feasible."""

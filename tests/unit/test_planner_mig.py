@@ -61,9 +61,7 @@ class Planning:
         self.now += S
         services = tuple(f for f in facts if isinstance(f, ServiceFacts))
         jobs = tuple(f for f in facts if isinstance(f, JobFacts))
-        plan = self.planner.plan(
-            Snapshot(self.now, S, (self.device,), self.present, services, jobs)
-        )
+        plan = self.planner.plan(Snapshot(self.now, (self.device,), self.present, services, jobs))
         if plan is not None:
             feasible(plan, self.device)
             self.present = plan

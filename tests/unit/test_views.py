@@ -55,7 +55,7 @@ def status(**changes: Any) -> dict[str, Any]:
         "refused": {"OVERLOADED": 3, "EXPIRED": 0}, "answered": 5000, "workers": 1,
     }  # fmt: skip
     partition = {
-        "id": "cpu:0", "units": [0], "services": ["digits"], "owners": [],
+        "id": "cpu:0", "device": "cpu", "units": [0], "services": ["digits"], "owners": [],
         "holder": "job:a1b2c3d4", "slice_ms": 40.0,
         "busy": {"service:digits": 0.31, "job:a1b2c3d4": 0.6}, "revoke_p50_us": 20.0,
         "revoke_p99_us": 90.0, "switches": 1234,
@@ -63,8 +63,14 @@ def status(**changes: Any) -> dict[str, Any]:
     whole = {
         "version": "0.1.0", "pid": 17, "uptime_s": 3700.0, "state_dir": "cotenant-state",
         "http": "127.0.0.1:8000", "grpc": None, "ready": True, "draining": False,
-        "device": {"id": "cpu", "kind": "cpu", "units": [0, 1], "level": "PRIORITY",
-                   "limits": ["no real-time scheduling"]},
+        "devices": [
+            {"id": "cpu", "kind": "cpu", "units": [0, 1], "level": "PRIORITY", "trains": True,
+             "memory": 8 * 2**30, "limits": ["no real-time scheduling"],
+             "tenants": {"a1b2c3d4": {"level": "PRIORITY", "memory": 3 * 2**20}}},
+            {"id": "other", "kind": "null", "units": [0], "level": "GATE", "trains": False,
+             "memory": 0, "limits": ["a stand-in"],
+             "tenants": {"digits#1": {"level": "GATE", "memory": None}}},
+        ],
         "plan": {"version": 3, "reasons": ["job train came"], "age_s": 12.0},
         "partitions": [partition, {**partition, "id": "cpu:1", "holder": "batch:digits"}],
         "services": [service], "jobs": [job],
@@ -85,7 +91,7 @@ def nulls(value: Any) -> Any:
 def test_top_shows_who_runs_where_and_how_well() -> None:
     text = show(top_view(status()))
     row = next(line for line in text.splitlines() if line.startswith("cpu:0"))
-    assert row.split()[1] == "train", "a job is shown by its name"
+    assert row.split()[1:3] == ["cpu", "train"], "a job is shown by its name"
     assert "██████▒▒▒▒▒▒▒▒▒▒▒▒··" in row
     assert "train 60%, digits 31%" in row
     assert "40ms" in row and "90us" in row and "1,234" in row
@@ -100,8 +106,14 @@ def test_top_shows_who_runs_where_and_how_well() -> None:
 
 def test_status_tells_addresses_device_and_what_it_lacks() -> None:
     text = show(status_view(status()))
-    for part in ("ready", "up 1h01m", "http 127.0.0.1:8000", "level PRIORITY", "no real-time"):
+    for part in ("ready", "up 1h01m", "http 127.0.0.1:8000", "no real-time", "a stand-in"):
         assert part in text
+    cpu, other = (x for x in text.splitlines() if x.startswith("device"))
+    for part in ("cpu", "2 units", "8GiB", "level PRIORITY", "train 3MiB"):
+        assert part in cpu
+    for part in ("other", "1 units", "level GATE", "jobs do not run here"):
+        assert part in other
+    assert "digits#1" not in other, "what is not known is not shown"
     assert "grpc" not in text
 
 

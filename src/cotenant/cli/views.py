@@ -14,6 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from cotenant.domain.units import format_bytes
 from cotenant.sim.replay import Report
 from cotenant.telemetry.explain import Explanation, moment
 
@@ -82,12 +83,10 @@ def _state(value: Any) -> Text:
 
 def status_view(status: dict[str, Any]) -> RenderableType:
     """The node in short: where it is, what it runs on, its services and jobs."""
-    device = status.get("device") or {}
     lines: list[RenderableType] = [_headline(status), _endpoints(status)]
-    units = device.get("units") or []
-    name, level = known(device.get("id")), known(device.get("level"))
-    lines.append(plain(f"device {name}: {len(units)} units, level {level}"))
-    lines += [plain(f"  without: {limit}", "dim") for limit in device.get("limits") or ()]
+    for device in status.get("devices") or ():
+        lines.append(_device(device, _job_names(status)))
+        lines += [plain(f"  note: {limit}", "dim") for limit in device.get("limits") or ()]
     lines += [Text(), _services(status)]
     jobs = status.get("jobs") or []
     lines += [Text(), jobs_view(jobs) if jobs else plain("no jobs", "dim"), Text()]
@@ -99,7 +98,8 @@ def top_view(status: dict[str, Any], problem: str = "") -> RenderableType:
     """Who runs where right now, how services do against their objectives, how far jobs are.
     ``problem`` is shown when the figures are old because the node does not answer."""
     jobs = [j for j in status.get("jobs") or [] if j.get("state") not in ("succeeded", "cancelled")]
-    parts: list[RenderableType] = [_headline(status), Text(), _partitions(status), Text()]
+    parts: list[RenderableType] = [_headline(status), *_devices(status), Text()]
+    parts += [_partitions(status), Text()]
     parts += [_services(status), Text()]
     if jobs:
         parts += [jobs_view(jobs), Text()]
@@ -124,10 +124,33 @@ def _endpoints(status: dict[str, Any]) -> Text:
     return plain("  ".join([*parts, f"state in {known(status.get('state_dir'))}"]))
 
 
+def _device(device: dict[str, Any], names: dict[str, str]) -> Text:
+    units, memory = device.get("units") or [], device.get("memory")
+    parts = [f"{known(device.get('kind'))} with {len(units)} units"]
+    parts += [format_bytes(memory)] if memory else []
+    parts.append(f"level {known(device.get('level'))}")
+    parts += [] if device.get("trains", True) else ["jobs do not run here"]
+    held = [
+        f"{names.get(tenant, tenant)} {format_bytes(found['memory'])}"
+        for tenant, found in (device.get("tenants") or {}).items()
+        if found.get("memory")
+    ]
+    parts += [f"in memory {', '.join(held)}"] if held else []
+    return plain(f"device {known(device.get('id'))}: {', '.join(parts)}")
+
+
+def _devices(status: dict[str, Any]) -> list[RenderableType]:
+    """A line a device, where there are several."""
+    devices = status.get("devices") or []
+    if len(devices) < 2:
+        return []
+    return [Text(), *(_device(device, _job_names(status)) for device in devices)]
+
+
 def _partitions(status: dict[str, Any]) -> RenderableType:
     names = _job_names(status)
     colours = _colours(status)
-    table = _table("PARTITION", "RUNS NOW", "BUSY", "BY", "SLICE", "BACK p99", "SWITCHES",
+    table = _table("PARTITION", "DEVICE", "RUNS NOW", "BUSY", "BY", "SLICE", "BACK p99", "SWITCHES",
                    right=("SLICE", "BACK p99", "SWITCHES"))  # fmt: skip
     for partition in status.get("partitions") or ():
         busy = {k: v or 0.0 for k, v in (partition.get("busy") or {}).items()}
@@ -135,6 +158,7 @@ def _partitions(status: dict[str, Any]) -> RenderableType:
         paused = slice_ms == 0 and bool(partition.get("services"))
         table.add_row(
             plain(partition.get("id")),
+            plain(partition.get("device")),
             plain(_holder(str(partition.get("holder") or "idle"), names)),
             busy_bar(busy, colours),
             _shares(busy, names, colours),

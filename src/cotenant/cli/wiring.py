@@ -1,4 +1,4 @@
-"""Where the parts meet: a configuration becomes a device, a node and its front ends."""
+"""Where the parts meet: a configuration becomes devices, a node and its front ends."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import msgspec
 
 from cotenant.devices.base import Device
 from cotenant.devices.cpu import CpuDevice
-from cotenant.domain.config import DeviceConfig, NodeConfig, parse_config
+from cotenant.devices.null import NullDevice
+from cotenant.domain.config import NodeConfig, parse_config
+from cotenant.domain.device_config import CpuConfig, DeviceConfig, NullConfig
 from cotenant.domain.errors import ConfigError, EnvironmentProblem
 from cotenant.runtime.node import Node
 from cotenant.serving.control import ControlServer
@@ -53,8 +55,14 @@ def read_config(path: Path) -> NodeConfig:
 
 
 def make_device(config: DeviceConfig) -> Device:
-    """The device that the configuration names."""
-    return CpuDevice(config.id, config.cores, config.realtime, config.pin)
+    """A device that the configuration names."""
+    match config:
+        case CpuConfig():
+            return CpuDevice(config.id, config.cores, config.realtime, config.pin)
+        case NullConfig():
+            return NullDevice(
+                config.id, config.units, config.memory, config.preempt, config.blocking
+            )
 
 
 async def serve(config: NodeConfig) -> None:
@@ -67,7 +75,8 @@ async def serve(config: NodeConfig) -> None:
     token = _token(config)
     intake = Intake(Limits(body_bytes=config.limits.body, tensors=config.limits.tensors))
     async with AsyncExitStack() as stack:
-        node = await stack.enter_async_context(Node(config, make_device(config.device)))
+        devices = [make_device(device) for device in config.devices]
+        node = await stack.enter_async_context(Node(config, devices))
         control = ControlServer(node, Path(config.state_dir) / "control.sock", stop.set)
         await control.start()
         stack.push_async_callback(control.stop)
@@ -116,13 +125,11 @@ def _settle_heap() -> None:
 
 def _announce(node: Node) -> None:
     addresses = [f"{kind} {address}" for kind, address in node.addresses.items() if address]
-    spec = node.device.spec
     print(f"cotenant: serving on {', '.join(addresses) or 'no address'}", flush=True)
-    print(
-        f"cotenant: {spec.kind} with {len(spec.units)} units, level {spec.preempt.name}", flush=True
-    )
-    for limit in spec.limits:
-        print(f"cotenant: note: {limit}", flush=True)
+    for spec in node.specs:
+        notes = "".join(f"; {limit}" for limit in spec.limits)
+        what = f"{spec.kind} with {len(spec.units)} units, level {spec.preempt.name}"
+        print(f"cotenant: device {spec.id}: {what}{notes}", flush=True)
     for entry in node.index():
         if entry.state == "UNAVAILABLE" and entry.name in node.models.declared:
             print(f"cotenant: model {entry.name} is not served: {entry.reason}", flush=True)

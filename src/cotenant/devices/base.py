@@ -1,29 +1,39 @@
 """The contract between a node and a device kind. To add one, see docs/howto-device.md.
 
-Calls return when the thing is done, raise ``DeviceError`` when it cannot be, and may be made
-only between ``open`` and ``close``. A device of ``blocking = True`` is called on an executor
-thread of its own; any other is called on the node's loop and must return within microseconds.
-``tests/contract/test_devices.py`` runs against every device.
+A tenant (a model instance or a job) passes through ``launch``, before it has a process, ``attach``,
+``bind`` or ``grant`` and ``revoke`` any number of times, and ``detach``. Calls return when the
+thing is done, raise ``DeviceError`` when it cannot be, and may be made only between ``open`` and
+``close``. ``tests/contract/test_devices.py`` runs against every device.
+
+Who calls, and when (``cotenant.runtime.fleet``):
+
+* A device of ``blocking = False`` is called on the node's loop and must return within
+  microseconds. Any other is called on a thread of its own, one call after the other; only
+  ``revoke`` runs beside those, and beside other ``revoke`` calls.
+* Calls that name the same tenant come one after the other, except for ``revoke`` of different
+  partitions.
+* ``refresh`` and ``facts`` run beside everything else, on a third thread, for every device.
 """
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from cotenant.domain.device import DeviceSpec, Partition
+from cotenant.domain.device import DeviceSpec, Launch, Partition, PreemptLevel, Tenant
 
 
 class Device(Protocol):
     """One accelerator (or the CPU) whose space is cut into partitions."""
 
     blocking: bool
+    """Whether its calls may block: then they are never made on the node's loop."""
 
     @property
     def spec(self) -> DeviceSpec:
         """What it can do on this machine; valid after ``open``."""
 
     def open(self) -> None:
-        """Find out what is there and what is allowed."""
+        """Find out what is there and what is allowed; raises EnvironmentProblem."""
 
     def close(self) -> None:
         """Give everything back as it was found."""
@@ -31,28 +41,35 @@ class Device(Protocol):
     def repartition(self, partitions: tuple[Partition, ...]) -> None:
         """Make these the partitions of the device; every one that changes is idle."""
 
-    def attach_job(self, job: str, pid: int) -> None:
-        """Take control of a job's process tree; it runs nowhere until it is granted space."""
+    def launch(self, tenant: Tenant, partition: Partition | None) -> Launch:
+        """What a process of the tenant needs before it is executed. A partition is given only
+        where the device binds processes to one (``spec.pins_jobs``)."""
 
-    def detach_job(self, job: str) -> None:
-        """Forget a job (its processes are gone, or are to run freely)."""
+    def attach(self, tenant: Tenant, pid: int) -> PreemptLevel:
+        """Take control of a tenant's processes and say how well: the level may differ by tenant.
+
+        ``pid`` is the process of a model instance, which is prepared for urgent work. For a job
+        it is the process above it: what descends from that is the job, and runs nowhere until it
+        is granted space."""
+
+    def detach(self, tenant: str) -> None:
+        """Forget a tenant: its processes are gone, or are to run freely. No effect on one that
+        was never attached."""
 
     def grant(self, job: str, partition: Partition) -> None:
         """Let the job run on the partition, besides where it runs already."""
 
     def revoke(self, job: str, partition: Partition) -> int:
         """Take the job's whole process tree off the partition; returns the ns it took. With
-        no partition left the job stands still, its state kept."""
+        no partition left the job stands still, its state kept. No effect on a partition that it
+        does not hold."""
 
-    def attach_worker(self, worker: str, pid: int, exec_timeout_ns: int) -> None:
-        """Take control of a model instance's process and prepare it for urgent work."""
-
-    def detach_worker(self, worker: str) -> None:
-        """Forget a model instance."""
-
-    def bind_worker(self, worker: str, partition: Partition) -> None:
-        """Have the instance's next batch execute on the partition."""
+    def bind(self, worker: str, partition: Partition) -> None:
+        """Have the model instance's next turn execute on the partition."""
 
     def refresh(self) -> None:
         """Look again at what changed by itself (new threads and children); called from time
-        to time on an executor thread, must tolerate anything vanishing."""
+        to time, must tolerate anything vanishing."""
+
+    def facts(self) -> dict[str, int]:
+        """Resident memory on the device in bytes, by tenant that is attached: measured."""

@@ -21,7 +21,12 @@ How it takes space back from a job, and what was found to matter:
   that is level ``PRIORITY``. Otherwise jobs run at a lower weight (nice) and the level is
   ``PAUSE``.
 * Real-time priority is a loaded gun: the kernel's own budget (``RLIMIT_RTTIME``) ends a worker
-  that computes without a pause for longer than its time-out, even when nobody else can run.
+  that computes without a pause for longer than its time-out, even when nobody else can run. With
+  the next batch always at hand a worker never blocks, and would be ended for that: it is told
+  (``REST_EVERY``) to sleep now and then, long enough to count.
+* GNU OpenMP threads spin at a barrier for milliseconds by default. When a job's gang is squeezed
+  onto fewer cores than it has threads, the spinners burn the very core that the thread they wait
+  for needs. So jobs are launched with fewer turns of it: a few microseconds, then they sleep.
 """
 
 from __future__ import annotations
@@ -37,7 +42,15 @@ from typing import NamedTuple
 import msgspec
 
 from cotenant.devices import proctree
-from cotenant.domain.device import DeviceSpec, Partition, PreemptLevel
+from cotenant.domain.device import (
+    REST_EVERY,
+    DeviceSpec,
+    Launch,
+    Partition,
+    PreemptLevel,
+    Tenant,
+    TenantKind,
+)
 from cotenant.domain.errors import DeviceError, EnvironmentProblem
 from cotenant.domain.units import MS, US, S
 
@@ -53,6 +66,9 @@ JOB_NICE = 10
 """Niceness of jobs where inference cannot have real-time priority."""
 CONTINUE_LOOKS = 8
 """Looks after a job was continued at which what is found stopped is continued again."""
+SPIN_COUNT = "1000"
+"""Turns that an OpenMP thread of a job spins (``GOMP_SPINCOUNT``)."""
+REST_EVERY_NS = 100 * MS
 _FIFO = os.SCHED_FIFO | os.SCHED_RESET_ON_FORK
 """Threads made later start at ordinary priority; ``refresh`` raises those of workers."""
 
@@ -154,7 +170,7 @@ class CpuDevice:
     def close(self) -> None:
         """Let jobs that are still attached run freely; this process is as urgent as it was."""
         for name in list(self._jobs):
-            self.detach_job(name)
+            self.detach(name)
         self._workers.clear()
         for tid in self._raised:
             with contextlib.suppress(OSError):
@@ -162,15 +178,18 @@ class CpuDevice:
         self._raised.clear()
 
     @property
+    def _level(self) -> PreemptLevel:
+        return PreemptLevel.PRIORITY if self._realtime else PreemptLevel.PAUSE
+
+    @property
     def spec(self) -> DeviceSpec:
-        level = PreemptLevel.PRIORITY if self._realtime else PreemptLevel.PAUSE
         return DeviceSpec(
             id=self._id,
             kind="cpu",
             units=self._cores,
             memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
             shapes=tuple(range(1, len(self._cores) + 1)),
-            preempt=level,
+            preempt=self._level,
             resizes_live=True,
             revoke_ns=20 * US,
             repartition_ns=1 * MS,
@@ -185,21 +204,48 @@ class CpuDevice:
                 raise DeviceError(f"{partition.id}: cores {sorted(units)} are taken or not ours")
             taken |= units
 
-    # --- jobs -------------------------------------------------------------------------------
+    # --- tenants ----------------------------------------------------------------------------
 
-    def attach_job(self, job: str, pid: int) -> None:
-        """``pid``'s descendants (not itself) are the job; they stand still until a grant."""
-        found = self._jobs[job] = _Job(root=pid, stopped=True)
-        # So far it ran on any core; what it forks just after a single look would go on doing so.
-        proctree.freeze(pid)
-        self._look_at_job(found, proctree.scan())
+    def launch(self, tenant: Tenant, partition: Partition | None) -> Launch:
+        if tenant.kind is TenantKind.JOB:
+            return Launch(env={"GOMP_SPINCOUNT": SPIN_COUNT})
+        timeout = tenant.exec_timeout
+        if not self._realtime or not timeout:
+            return Launch()
+        return Launch(
+            env={REST_EVERY: str(min(REST_EVERY_NS, timeout // 4))},
+            limits={resource.RLIMIT_RTTIME: (timeout // US, (timeout + 2 * S) // US)},
+        )
 
-    def detach_job(self, job: str) -> None:
-        found = self._jobs.pop(job, None)
+    def attach(self, tenant: Tenant, pid: int) -> PreemptLevel:
+        if tenant.kind is TenantKind.JOB:
+            self._attach_job(tenant.id, pid)
+        else:
+            found = self._workers[tenant.id] = _Worker(pid=pid)
+            self._look_at_worker(found)
+        return self._level
+
+    def detach(self, tenant: str) -> None:
+        self._workers.pop(tenant, None)
+        found = self._jobs.pop(tenant, None)
         if found is not None:
             with self._lock:
                 found.granted = {"": self._cores}
                 self._apply(found)
+
+    def facts(self) -> dict[str, int]:
+        """Pages that a job's processes share count in each of them."""
+        trees = {name: job.pids for name, job in list(self._jobs.items())}
+        trees |= {name: [worker.pid] for name, worker in list(self._workers.items())}
+        return {name: proctree.resident_bytes(pids) for name, pids in trees.items()}
+
+    # --- jobs -------------------------------------------------------------------------------
+
+    def _attach_job(self, job: str, pid: int) -> None:
+        found = self._jobs[job] = _Job(root=pid, stopped=True)
+        # So far it ran on any core; what it forks just after a single look would go on doing so.
+        proctree.freeze(pid)
+        self._look_at_job(found, proctree.scan())
 
     def grant(self, job: str, partition: Partition) -> None:
         found = self._find(job)
@@ -281,16 +327,7 @@ class CpuDevice:
 
     # --- workers ----------------------------------------------------------------------------
 
-    def attach_worker(self, worker: str, pid: int, exec_timeout_ns: int) -> None:
-        found = self._workers[worker] = _Worker(pid=pid)
-        if self._realtime:
-            self._limit_realtime(pid, exec_timeout_ns)
-        self._look_at_worker(found)
-
-    def detach_worker(self, worker: str) -> None:
-        self._workers.pop(worker, None)
-
-    def bind_worker(self, worker: str, partition: Partition) -> None:
+    def bind(self, worker: str, partition: Partition) -> None:
         found = self._workers.get(worker)
         if found is None:
             raise DeviceError(f"{worker}: not attached to {self._id}")
@@ -312,13 +349,6 @@ class CpuDevice:
                     os.sched_setaffinity(tid, worker.cores)
                 if self._realtime:
                     _make_realtime(tid, WORKER_PRIORITY)
-
-    @staticmethod
-    def _limit_realtime(pid: int, exec_timeout_ns: int) -> None:
-        budget_us = exec_timeout_ns // US
-        hard_us = (exec_timeout_ns + 2 * S) // US
-        with contextlib.suppress(OSError, ValueError):
-            resource.prlimit(pid, resource.RLIMIT_RTTIME, (budget_us, hard_us))
 
     # --- the node itself --------------------------------------------------------------------
 

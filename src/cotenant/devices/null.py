@@ -1,27 +1,51 @@
-"""A device on which everything is possible and done at once: the first device, for tests."""
+"""A device on which everything is possible and done at once: a stand-in, and the first for tests.
+
+It exists only in name. What runs "on" it runs on this machine's processor, unconfined.
+"""
 
 from __future__ import annotations
 
-from cotenant.domain.device import DeviceSpec, Partition, PreemptLevel
+from cotenant.domain.device import (
+    DeviceSpec,
+    Launch,
+    Partition,
+    PreemptLevel,
+    Tenant,
+    TenantKind,
+)
 from cotenant.domain.errors import DeviceError
+
+STAND_IN = (
+    "a stand-in: models and jobs on it run on this machine's processor, and nothing confines them"
+)
 
 
 class NullDevice:
-    """``units`` compute units that exist only in name."""
+    """``units`` compute units that exist only in name, and ``memory`` bytes that do.
 
-    blocking = False
+    ``blocking``: whether the node is to call it as it calls a device that may block.
+    """
 
-    def __init__(self, units: int = 2, preempt: PreemptLevel = PreemptLevel.PRIORITY) -> None:
+    def __init__(
+        self,
+        device_id: str = "null",
+        units: int = 2,
+        memory: int = 0,
+        preempt: PreemptLevel = PreemptLevel.PRIORITY,
+        blocking: bool = False,
+    ) -> None:
+        self.blocking = blocking
         self._spec = DeviceSpec(
-            id="null",
+            id=device_id,
             kind="null",
             units=tuple(range(units)),
-            memory=0,
+            memory=memory,
             shapes=tuple(range(1, units + 1)),
             preempt=preempt,
             resizes_live=True,
             revoke_ns=0,
             repartition_ns=0,
+            limits=(STAND_IN,),
         )
         self._grants: dict[str, set[str]] = {}
         self._workers: set[str] = set()
@@ -31,10 +55,11 @@ class NullDevice:
         return self._spec
 
     def open(self) -> None:
-        self._grants.clear()
+        pass
 
     def close(self) -> None:
         self._grants.clear()
+        self._workers.clear()
 
     def repartition(self, partitions: tuple[Partition, ...]) -> None:
         seen: set[int] = set()
@@ -43,11 +68,19 @@ class NullDevice:
                 raise DeviceError(f"{partition.id}: its units are taken or do not exist")
             seen |= set(partition.units)
 
-    def attach_job(self, job: str, pid: int) -> None:
-        self._grants[job] = set()
+    def launch(self, tenant: Tenant, partition: Partition | None) -> Launch:
+        return Launch()
 
-    def detach_job(self, job: str) -> None:
-        self._grants.pop(job, None)
+    def attach(self, tenant: Tenant, pid: int) -> PreemptLevel:
+        if tenant.kind is TenantKind.JOB:
+            self._grants[tenant.id] = set()
+        else:
+            self._workers.add(tenant.id)
+        return self._spec.preempt
+
+    def detach(self, tenant: str) -> None:
+        self._grants.pop(tenant, None)
+        self._workers.discard(tenant)
 
     def grant(self, job: str, partition: Partition) -> None:
         self._held(job).add(partition.id)
@@ -56,20 +89,17 @@ class NullDevice:
         self._held(job).discard(partition.id)
         return 0
 
-    def attach_worker(self, worker: str, pid: int, exec_timeout_ns: int) -> None:
-        self._workers.add(worker)
-
-    def detach_worker(self, worker: str) -> None:
-        self._workers.discard(worker)
-
-    def bind_worker(self, worker: str, partition: Partition) -> None:
+    def bind(self, worker: str, partition: Partition) -> None:
         if worker not in self._workers:
-            raise DeviceError(f"{worker} was never attached")
+            raise DeviceError(f"{worker} was never attached to {self._spec.id}")
 
     def refresh(self) -> None:
         pass
 
+    def facts(self) -> dict[str, int]:
+        return dict.fromkeys([*self._grants, *self._workers], 0)
+
     def _held(self, job: str) -> set[str]:
         if job not in self._grants:
-            raise DeviceError(f"{job} was never attached")
+            raise DeviceError(f"{job} was never attached to {self._spec.id}")
         return self._grants[job]

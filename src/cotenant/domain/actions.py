@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import msgspec
 
-from cotenant.domain.plan import Plan
+from cotenant.domain.device import Partition
 from cotenant.domain.request import Batch, Refusal
 
 
@@ -50,8 +50,15 @@ class StopJob(_Action, frozen=True):
     reason: str
 
 
+class Emit(_Action, frozen=True):
+    """Send what these requests of a batch emitted in its turn; they are not finished."""
+
+    batch: int
+    requests: tuple[int, ...]
+
+
 class Complete(_Action, frozen=True):
-    """Answer the requests of a batch with their results."""
+    """Answer the requests of a batch with their results: the last pieces, where there were some."""
 
     batch: int
     requests: tuple[int, ...]
@@ -67,9 +74,12 @@ class Reject(_Action, frozen=True):
 
 
 class Repartition(_Action, frozen=True):
-    """Bring the device's layout to that of ``plan``; every partition that changes is idle."""
+    """Make ``partitions`` the layout of a device, as plan ``version`` has it; every partition that
+    changes is idle."""
 
-    plan: Plan
+    device: str
+    version: int
+    partitions: tuple[Partition, ...]
 
 
 class WakeAt(_Action, frozen=True):
@@ -78,4 +88,4 @@ class WakeAt(_Action, frozen=True):
     at: int
 
 
-Action = Dispatch | Grant | Revoke | StopJob | Complete | Reject | Repartition | WakeAt
+Action = Dispatch | Grant | Revoke | StopJob | Emit | Complete | Reject | Repartition | WakeAt

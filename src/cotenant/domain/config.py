@@ -12,23 +12,13 @@ from typing import Any, Final
 import msgspec
 
 from cotenant.domain import reading
+from cotenant.domain.device_config import DeviceConfig, read_devices
 from cotenant.domain.errors import ConfigError
 from cotenant.domain.units import MS, S
 from cotenant.domain.workload import BatchSpec, JobSpec, Joining, RestartPolicy, ServiceSpec, Slo
 
 MEASURES: Final = ("exact", "argmax", "threshold", "r2")
 """Ways to compare check data; ``engines.accuracy`` says what they are."""
-
-
-class DeviceConfig(msgspec.Struct, frozen=True):
-    """``kind`` cpu; ``cores`` None = all that this process may use; ``realtime`` auto, never or
-    require; ``pin`` false leaves it to the kernel where workers run (to compare with)."""
-
-    kind: str = "cpu"
-    id: str = "cpu"
-    cores: tuple[int, ...] | None = None
-    realtime: str = "auto"
-    pin: bool = True
 
 
 class PolicyConfig(msgspec.Struct, frozen=True):
@@ -45,12 +35,13 @@ class PolicyConfig(msgspec.Struct, frozen=True):
 
 class LimitsConfig(msgspec.Struct, frozen=True):
     """Stated limits: request body and a service's tensor memory in bytes, tensors a request,
-    jobs running at once."""
+    jobs running at once, bytes of an answer in pieces that wait for its client."""
 
     body: int = 64 * 2**20
     tensors: int = 64
     arena: int = 256 * 2**20
     jobs: int = 8
+    unread: int = 2**20
 
 
 class JournalConfig(msgspec.Struct, frozen=True):
@@ -74,7 +65,7 @@ class NodeConfig(msgspec.Struct, frozen=True):
     poll_models_every: int
     journal: JournalConfig
     limits: LimitsConfig
-    device: DeviceConfig
+    devices: tuple[DeviceConfig, ...]
     policy: PolicyConfig
     services: tuple[ServiceSpec, ...]
     jobs: tuple[JobSpec, ...]
@@ -106,10 +97,7 @@ def parse_config(text: str) -> NodeConfig:
     root = reading.Section(reading.load(text), "")
     node = root.section("node")
     policy = _policy(root.section("policy"))
-    devices = root.sections("devices")
-    if len(devices) > 1:
-        raise ConfigError("one device a node for now", "devices")
-    device = _device(devices[0]) if devices else DeviceConfig()
+    devices = read_devices(root.sections("devices"))
     services = tuple(_service(s) for s in root.sections("services"))
     jobs = tuple(_job(j) for j in root.sections("jobs"))
     root.done()
@@ -126,7 +114,7 @@ def parse_config(text: str) -> NodeConfig:
         poll_models_every=node.take("poll_models_every", reading.duration, 1 * S),
         journal=_journal(node.section("journal")),
         limits=_limits(node.section("limits")),
-        device=device,
+        devices=devices,
         policy=policy,
         services=services,
         jobs=jobs,
@@ -170,18 +158,6 @@ def is_loopback(address: str) -> bool:
 # --- sections -------------------------------------------------------------------------------
 
 
-def _device(section: reading.Section) -> DeviceConfig:
-    device = DeviceConfig(
-        kind=section.take("kind", reading.one_of(("cpu",))),
-        id=section.take("id", reading.name, "cpu"),
-        cores=section.take("cores", reading.cores, None),
-        realtime=section.take("realtime", reading.one_of(("auto", "never", "require")), "auto"),
-        pin=section.take("pin", reading.boolean, True),
-    )
-    section.done()
-    return device
-
-
 def _policy(section: reading.Section) -> PolicyConfig:
     policy = PolicyConfig(
         lend=section.take("lend", reading.boolean, True),
@@ -214,6 +190,7 @@ def _limits(section: reading.Section) -> LimitsConfig:
         tensors=section.take("tensors", reading.integer(1, 4096), 64),
         arena=section.take("arena", reading.size, 256 * 2**20),
         jobs=section.take("jobs", reading.integer(1, 1000), 8),
+        unread=section.take("unread", reading.size, 2**20),
     )
     section.done()
     return limits

@@ -21,6 +21,42 @@ class PreemptLevel(enum.IntEnum):
     before the job's revocation is acknowledged."""
 
 
+class TenantKind(enum.Enum):
+    """What occupies space on a device."""
+
+    WORKER = "worker"
+    """A model instance: one process, which executes what the dispatcher sends it."""
+    JOB = "job"
+    """A tree of processes that computes as it likes, on what it is granted."""
+
+
+class Tenant(msgspec.Struct, frozen=True):
+    """Whatever occupies space on a device, before there is a process of it and while there is.
+
+    ``memory`` in bytes (0: not known), ``threads`` compute units it may use at once (0: all of its
+    partition), ``exec_timeout`` ns that one execution may take (0: any time).
+    """
+
+    id: str
+    kind: TenantKind
+    memory: int = 0
+    threads: int = 0
+    exec_timeout: int = 0
+
+
+REST_EVERY = "COTENANT_REST_EVERY_NS"
+"""Environment variable of a model instance, for ``Launch``: without a break longer than so many ns
+it sleeps for a moment between two batches."""
+
+
+class Launch(msgspec.Struct, frozen=True):
+    """What a device wants of a tenant's process before it is executed: environment, and resource
+    limits (``RLIMIT_x``: soft, hard). A hard limit that is lower already stays."""
+
+    env: dict[str, str] = {}
+    limits: dict[int, tuple[int, int]] = {}
+
+
 class Partition(msgspec.Struct, frozen=True):
     """A piece of a device's space; the only thing that work runs on.
 

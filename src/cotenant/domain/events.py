@@ -13,8 +13,9 @@ class _Event(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class ServiceAdded(_Event, frozen=True):
-    """A service may receive requests from now on, or its bounds change. Times in ns; ``notes``
-    are for its owner: nothing depends on them."""
+    """A service may receive requests from now on, or its bounds change. Times in ns; ``percentile``
+    of its answers are to meet ``objective``. ``notes`` are for its owner: nothing depends on
+    them."""
 
     service: str
     objective: int
@@ -24,6 +25,7 @@ class ServiceAdded(_Event, frozen=True):
     max_queue_delay: int = 0
     strict: bool = False
     notes: tuple[str, ...] = ()
+    percentile: float = 99.0
 
 
 class ServiceRemoved(_Event, frozen=True):
@@ -50,15 +52,21 @@ class Cancelled(_Event, frozen=True):
 
 
 class BatchDone(_Event, frozen=True):
-    """A batch executed. ``exec_ns`` is the worker's own execution time; ``start_ns`` the time
-    between dispatch and the start of execution (hand-over, wake-up, queueing by the kernel, and
-    the batch before it if the worker had one); ``failed`` holds the requests that are answered
-    with an error of their own."""
+    """A batch executed: for its requests, a turn. ``exec_ns`` is the worker's own execution time;
+    ``start_ns`` the time between dispatch and the start of execution (hand-over, wake-up, queueing
+    by the kernel, and the batch before it if the worker had one).
+
+    Of its requests, ``failed`` are answered with an error of their own. ``unfinished`` are resident
+    on the worker and get another turn there; ``emitted`` are those of these that have a piece of
+    their answer to send. All others are finished.
+    """
 
     batch: int
     exec_ns: int
     start_ns: int = 0
     failed: tuple[int, ...] = ()
+    unfinished: tuple[int, ...] = ()
+    emitted: tuple[int, ...] = ()
 
 
 class BatchFailed(_Event, frozen=True):
@@ -133,13 +141,15 @@ class Revoked(_Event, frozen=True):
 
 
 class Repartitioned(_Event, frozen=True):
-    """The device's layout is now that of plan ``version``."""
+    """A device's layout is now that of plan ``version``."""
 
+    device: str
     version: int
 
 
 class ActionFailed(_Event, frozen=True):
-    """A grant, revocation or repartition could not be carried out."""
+    """A dispatch, grant, revocation or repartition could not be carried out. ``target``: the batch,
+    the partition, or the device."""
 
     action: str
     target: str

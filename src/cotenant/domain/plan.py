@@ -33,3 +33,41 @@ class Plan(msgspec.Struct, frozen=True):
 
 
 EMPTY_PLAN = Plan(version=0, partitions=(), services={}, jobs={}, lendable=())
+
+
+def adopted(old: Plan, new: Plan, device: str) -> Plan:
+    """The plan in force once one device has the layout of ``new``, the others still that of
+    ``old``. What concerns the whole box is as ``new`` has it."""
+    of = {p.id: p.device for p in (*old.partitions, *new.partitions)}
+    order = {d: i for i, d in enumerate(dict.fromkeys(p.device for p in new.partitions))}
+    come = {p.id for p in new.partitions if p.device == device}
+    kept = {p.id for p in old.partitions if p.device != device}
+
+    def rank(partition: str) -> int:
+        return order.get(of[partition], len(order))
+
+    def both(before: tuple[str, ...], after: tuple[str, ...]) -> tuple[str, ...]:
+        names = [*(p for p in after if p in come), *(p for p in before if p in kept)]
+        return tuple(sorted(names, key=rank))
+
+    def owners(
+        before: dict[str, tuple[str, ...]], after: dict[str, tuple[str, ...]]
+    ) -> dict[str, tuple[str, ...]]:
+        found = {name: both(before.get(name, ()), ps) for name, ps in after.items()}
+        left = {name: both(ps, ()) for name, ps in before.items() if name not in after}
+        return found | {name: ps for name, ps in left.items() if ps}
+
+    by_id = {p.id: p for p in old.partitions if p.id in kept}
+    by_id |= {p.id: p for p in new.partitions if p.id in come}
+    return msgspec.structs.replace(
+        new,
+        partitions=tuple(
+            by_id[name]
+            for name in both(
+                tuple(p.id for p in old.partitions), tuple(p.id for p in new.partitions)
+            )
+        ),
+        services=owners(old.services, new.services),
+        jobs=owners(old.jobs, new.jobs),
+        lendable=both(old.lendable, new.lendable),
+    )

@@ -43,13 +43,15 @@ class TensorMeta(msgspec.Struct, frozen=True):
 
 
 class ModelMeta(msgspec.Struct, frozen=True):
-    """What clients may know of a model. ``versions`` are those loaded now, newest last."""
+    """What clients may know of a model. ``versions`` are those loaded now, newest last;
+    ``pieces`` says whether it may answer in pieces."""
 
     name: str
     versions: tuple[str, ...]
     platform: str
     inputs: tuple[TensorMeta, ...]
     outputs: tuple[TensorMeta, ...]
+    pieces: bool = False
 
 
 class IndexEntry(msgspec.Struct, frozen=True):
@@ -84,7 +86,8 @@ class TensorOut(msgspec.Struct):
 
 class InferCall(msgspec.Struct):
     """One inference. ``timeout_ns`` 0 = the service's objective sets the deadline.
-    ``outputs`` empty = all. ``priority`` is a class 0..2 (see ``PRIORITY_CLASSES``)."""
+    ``outputs`` empty = all. ``priority`` is a class 0..2 (see ``PRIORITY_CLASSES``). ``pieces``:
+    whether the answer may come in pieces; a model that answers so is refused otherwise."""
 
     model: str
     inputs: list[TensorIn]
@@ -93,15 +96,21 @@ class InferCall(msgspec.Struct):
     outputs: tuple[str, ...] = ()
     priority: int = 1
     timeout_ns: int = 0
+    pieces: bool = False
 
 
 class InferResult(msgspec.Struct):
-    """The answer. Call ``release`` exactly once when the bytes have been written out."""
+    """The answer, or a piece of it: with ``more`` others follow. The last may have no outputs.
+
+    Call ``release`` exactly once when the bytes have been written out. Pieces that were not
+    released add up: beyond a stated limit the request is withdrawn, and answered UNREAD.
+    """
 
     model: str
     version: str
     outputs: list[TensorOut]
     release: Callable[[], None]
+    more: bool = False
 
 
 class Refused(msgspec.Struct, frozen=True):
@@ -178,8 +187,9 @@ class NodePort(Protocol):
         its shapes or its strings are free; raises NotFound, NotReady."""
 
     def submit(self, call: InferCall, done: OnOutcome) -> Withdraw | Refused:
-        """Validate and queue. ``done`` is called once, from the loop and never from within, with
-        the result or a refusal, unless the request is withdrawn before."""
+        """Validate and queue. ``done`` is called from the loop and never from within, with the
+        result or a refusal: once, or for ``call.pieces`` with each piece in turn, until one has no
+        ``more`` or is a refusal. Once the request is withdrawn it is not called again."""
 
     def statistics(self, name: str, version: str = "") -> dict[str, Any]:
         """Counters of one model, in ns and counts; ``""`` is not a wildcard. Keys: version,

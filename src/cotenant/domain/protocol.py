@@ -11,23 +11,27 @@ from cotenant.domain import actions as a
 from cotenant.domain import events as e
 
 ANSWERS: dict[type, tuple[type, ...]] = {
-    a.Dispatch: (e.BatchDone, e.BatchFailed, e.WorkerDown),
+    a.Dispatch: (e.BatchDone, e.BatchFailed, e.WorkerDown, e.ActionFailed),
     a.Grant: (e.Granted, e.ActionFailed, e.JobExited),
     a.Revoke: (e.Revoked, e.ActionFailed, e.JobExited),
     a.StopJob: (e.JobExited,),
     a.Repartition: (e.Repartitioned, e.ActionFailed),
     a.WakeAt: (e.Woke,),
+    a.Emit: (),
     a.Complete: (),
     a.Reject: (),
 }
 
 EFFECTS: dict[tuple[type, type], str] = {
-    (a.Dispatch, e.BatchDone): "answers every request of the batch; the partition is free, or "
-    "the worker goes on with the batch it has at hand",
+    (a.Dispatch, e.BatchDone): "answers every request of the batch that is finished; others have "
+    "had a turn and stay on the worker for the next; the partition is free, or the worker goes on "
+    "with the batch it has at hand",
     (a.Dispatch, e.BatchFailed): "refuses every request of the batch; the partition is free, or "
     "the worker goes on with the batch it has at hand",
     (a.Dispatch, e.WorkerDown): "each request of the batch goes back to the queue once, the second "
     "time it is refused; what the worker only had at hand goes back; the partition is free",
+    (a.Dispatch, e.ActionFailed): "the batch did not reach its worker, which is idle; its requests "
+    "go back to the queue once; the partition is free",
     (a.Grant, e.Granted): "the partition is lent",
     (a.Grant, e.ActionFailed): "the partition is free and not lent to this job for a while",
     (a.Grant, e.JobExited): "the partition is free",
@@ -36,8 +40,14 @@ EFFECTS: dict[tuple[type, type], str] = {
     (a.Revoke, e.JobExited): "the partition is free for the batch that waits",
     (a.StopJob, e.JobExited): "the job's partitions are free",
     (a.Repartition, e.Repartitioned): "the new partitions are free",
-    (a.Repartition, e.ActionFailed): "the old layout stays; the planner is told",
+    (a.Repartition, e.ActionFailed): "the old layout of the device stays; the planner is told",
     (a.WakeAt, e.Woke): "due lingers, slices, holds and time-outs are acted on",
+}
+
+_SAYS: dict[type, str] = {
+    a.Emit: "sends pieces of answers",
+    a.Complete: "ends requests",
+    a.Reject: "ends a request",
 }
 
 
@@ -46,7 +56,7 @@ def answer_table() -> str:
     lines = ["| action | answered by | effect |", "| --- | --- | --- |"]
     for action, answers in ANSWERS.items():
         if not answers:
-            lines.append(f"| `{action.__name__}` | nothing: it ends a request | |")
+            lines.append(f"| `{action.__name__}` | nothing: it {_SAYS[action]} | |")
         lines.extend(
             f"| `{action.__name__}` | `{answer.__name__}` | {EFFECTS[action, answer]} |"
             for answer in answers

@@ -54,3 +54,4 @@ class Refusal(enum.Enum):
     SHUTTING_DOWN = "the node is shutting down"
     CANCELLED = "the client went away"
     MEMORY = "no tensor memory is free"
+    UNREAD = "the client did not take up the pieces of its answer"

@@ -70,22 +70,13 @@ class JobFacts(msgspec.Struct, frozen=True):
     grants: float = 0.0
 
 
-class PartitionFacts(msgspec.Struct, frozen=True):
-    """Busy time of one partition by workload over the window, in ns, and switches."""
-
-    id: str
-    busy_ns: dict[str, int]
-    idle_ns: int
-    switches: int
-
-
 class Snapshot(msgspec.Struct, frozen=True):
     """Everything the planner may know at ``now`` (ns, monotonic)."""
 
     now: int
-    window: int
     devices: tuple[DeviceSpec, ...]
     plan: Plan
     services: tuple[ServiceFacts, ...]
     jobs: tuple[JobFacts, ...]
-    partitions: tuple[PartitionFacts, ...] = ()
+    changing: tuple[str, ...] = ()
+    """Devices whose layout is on its way to that of an earlier plan."""

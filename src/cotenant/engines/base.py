@@ -1,11 +1,15 @@
-"""The contract between a worker and an engine. To add one, see docs/howto-device.md."""
+"""The contract between a worker and an engine. To add one, see docs/howto-device.md.
+
+An ``Engine`` answers a request in one execution. A ``TurnEngine`` answers it in as many turns as it
+takes, and keeps what it needs of the request between them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
@@ -38,12 +42,19 @@ of BYTES are ``str``: what is not UTF-8 is refused before it is queued."""
 class EngineMeta(msgspec.Struct, frozen=True):
     """What a loaded model takes and gives. ``batchable``: axis 0 is a batch axis, so rows of
     several requests may be joined along it (shapes here include that axis, as -1). An engine says
-    so where axis 0 of every tensor is free; ``engines.joining`` judges whether it is true."""
+    so where axis 0 of every tensor is free; ``engines.joining`` judges whether it is true.
+    ``turns``: its engine is a ``TurnEngine``; then requests share turns, whatever their shapes."""
 
     platform: str
     inputs: tuple[TensorMeta, ...]
     outputs: tuple[TensorMeta, ...]
     batchable: bool
+    turns: bool = False
+
+    @property
+    def shared(self) -> bool:
+        """Whether several requests may be executed together."""
+        return self.batchable or self.turns
 
 
 class Engine(Protocol):
@@ -64,6 +75,39 @@ class Engine(Protocol):
         """
 
 
+class Turn(NamedTuple):
+    """What became of a request in a turn: what it emitted, in the order of ``meta.outputs`` (None:
+    nothing), and whether it is finished."""
+
+    outputs: list[Array] | None
+    finished: bool
+
+
+@runtime_checkable
+class TurnEngine(Protocol):
+    """A loaded model whose requests live through several turns. A key stands for a request; what
+    is finished is forgotten by itself."""
+
+    @property
+    def meta(self) -> EngineMeta:
+        """As an ``Engine``'s, with ``turns``."""
+
+    def begin(self, key: int, inputs: dict[str, Array]) -> None:
+        """Take a request up. ``inputs`` are views that are valid until this returns.
+
+        Raises ModelError if the model refuses the input; then nothing is kept.
+        """
+
+    def turn(self, units: int, keys: Sequence[int]) -> list[Turn]:
+        """One turn of these requests on ``units`` compute units, in their order.
+
+        Raises ModelError if all of them are to fail.
+        """
+
+    def forget(self, keys: Sequence[int]) -> None:
+        """Nobody waits for these any more. Unknown ones are passed over."""
+
+
 def size_of(meta: EngineMeta, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """How large one row of a request is, in elements: of each input with free axes the product of
     those (the batch axis aside), added up; 1 where all is fixed. Time grows with it."""
@@ -77,14 +121,21 @@ def size_of(meta: EngineMeta, shapes: Mapping[str, tuple[int, ...]]) -> int:
     return max(1, total)
 
 
-SUFFIXES = (".onnx",)
+FAILURES = (ModelError, ValueError, MemoryError)
+"""What a model may raise on an input; anything else is a bug and ends the worker."""
+
+SUFFIXES = (".onnx", ".pieces.json")
 """Model files that some engine opens, by preference."""
 
 
-def open_engine(path: Path, units: Sequence[int]) -> Engine:
+def open_engine(path: Path, units: Sequence[int]) -> Engine | TurnEngine:
     """Load the model at ``path`` for each unit count in ``units``; raises ModelError."""
     if path.suffix == ".onnx":
         from cotenant.engines.onnx import OnnxEngine
 
         return OnnxEngine(path, units)
+    if path.name.endswith(".pieces.json"):
+        from cotenant.engines.pieces import PiecesEngine
+
+        return PiecesEngine(path)
     raise ModelError(f"{path.name}: no engine for this kind of file; known: {SUFFIXES}")

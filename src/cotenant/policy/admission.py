@@ -22,6 +22,7 @@ from cotenant.policy.estimate import size_class
 from cotenant.policy.lending import note_headroom, starved
 from cotenant.policy.queues import lane_key, queued_ns, work_ns
 from cotenant.policy.state import DispatcherState, Hold, PartitionState, Running, ServiceState
+from cotenant.policy.tail import WHOLE
 
 BURST: Final = 50 * MS
 """Inference that may be admitted at once while a share is owed (per compute unit)."""
@@ -38,10 +39,10 @@ FIT: Final = 2
 as one begins waits for it and for one's own. So many executions may also pass until an answer
 where one alone is longer than the objective: such a service is late, not closed."""
 _LATE: Final = 20_000
-_IN_TIME: Final = 200
-"""Ppm of the wait by which each request that waited widens the margin if it was answered late, and
-each that was in time narrows it: so it settles where 1 % of the answers are late (stochastic
-approximation; Robbins and Monro, 1951)."""
+"""Ppm of the wait by which each request that waited and was answered late widens the margin. Each
+that was in time narrows it by as much less as there may be more of them: so it settles where as
+many answers are late as the percentile allows (stochastic approximation; Robbins and Monro,
+1951)."""
 _WIDEST: Final = 1_000_000
 
 
@@ -59,7 +60,7 @@ def refuse(
         return Refusal.QUEUE_FULL, max(RETRY_MIN, _queued_work(service, mine[0]))
     budget = request.deadline - now
     wait, own, partition = _best_finish(state, service, request, now, mine)
-    wait += wait * service.margin // 1_000_000
+    wait += wait * service.margin // WHOLE
     if wait + own > budget and _due_for_a_try(state, service, request, partition, now):
         return None
     if own > budget:
@@ -94,9 +95,10 @@ def busy_for(state: DispatcherState, partition: PartitionState, now: int) -> int
 def learn_margin(service: ServiceState, running: Running, now: int) -> None:
     """Correct the margin by a batch that is done. Who is late without having waited says nothing
     of waits."""
+    in_time = max(1, _LATE * service.missable // (WHOLE - service.missable))
     for request in running.requests:
         if now <= request.deadline:
-            service.margin = max(0, service.margin - _IN_TIME)
+            service.margin = max(0, service.margin - in_time)
         elif running.started > request.arrived:
             service.margin = min(_WIDEST, service.margin + _LATE)
 
@@ -163,7 +165,7 @@ def _best_finish(
         lanes = shared.get(partition.id, lanes)
         ahead = int(beside / lanes)
         mean, dev = service.exec[partition.kind].moments(partition.compute, request.rows, size)
-        own = mean + 2 * dev
+        own = mean + dev * service.caution // 1000
         queue = _ahead(service, partition, ahead + request.rows, size, own) if beside else 0
         if queued > beside:
             queue += int(queued_ns(service, partition, request.priority, key) / lanes)
@@ -175,8 +177,8 @@ def _best_finish(
         wait = free_in + queue + queue // MARGIN
         if queued or partition.batch:
             # Errors of executions that follow each other add up by the root of their squares, so
-            # beside those of the wait one deviation of its own is enough.
-            own = mean + dev
+            # beside those of the wait half of its own is enough.
+            own = mean + dev * service.caution // 2000
         if best is None or wait + own < best[0] + best[1]:
             best = wait, own, partition
     assert best is not None
@@ -241,8 +243,7 @@ def _others_ahead(
 def _ahead(service: ServiceState, partition: PartitionState, rows: int, size: int, own: int) -> int:
     """Predicted work in its own lane before the newcomer: the queue with it included (``rows``),
     less its own share of the last batch."""
-    table = service.exec[partition.kind]
-    return max(0, work_ns(table, service.max_batch, partition.compute, rows, size) - own)
+    return max(0, work_ns(service, partition, rows, size) - own)
 
 
 def _company(

@@ -234,15 +234,16 @@ class Quantile:
     ``step * p`` when a sample lies above, down by ``step * (1 - p)`` when below."""
 
     step: int
-    permille: int = 950
+    ppm: int = 950_000
     value: int = 0
 
     def add(self, sample: int) -> None:
         """Learn one sample (same unit as ``step``)."""
         if sample > self.value:
-            self.value += self.step * self.permille // 1000
+            self.value += self.step * self.ppm // 1_000_000
         else:
-            self.value = max(0, self.value - max(1, self.step * (1000 - self.permille) // 1000))
+            down = self.step * (1_000_000 - self.ppm) // 1_000_000
+            self.value = max(0, self.value - max(1, down))
 
 
 def _interpolate(means: list[int], devs: list[int], rows: int) -> tuple[int, int]:

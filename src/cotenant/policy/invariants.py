@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cotenant.domain.device import PreemptLevel
 from cotenant.policy.dispatcher import Dispatcher
-from cotenant.policy.queues import idle_count
+from cotenant.policy.queues import able_count, has_worker
 from cotenant.policy.state import DispatcherState, Hold
 
 
@@ -14,6 +14,7 @@ def check(dispatcher: Dispatcher) -> None:
     _holders(state, {d.id: d.preempt for d in dispatcher.devices})
     _workers(state)
     _queues(state)
+    _residents(state)
     _jobs(state, dispatcher.total_units)
     _work_conserving(state)
     _timers(state)
@@ -78,6 +79,23 @@ def _queues(state: DispatcherState) -> None:
             assert waits == (service.queued > 0 and partition.id in service.partitions)
 
 
+def _residents(state: DispatcherState) -> None:
+    queued_at = {
+        entry[2]: lane.worker
+        for service in state.services.values()
+        for lane in service.lanes.values()
+        for entry in lane.heap
+        if entry[2] in state.queued
+    }
+    running_at = {r: run.worker for run in state.running.values() for r in run.batch.requests}
+    for request, resident in state.residents.items():
+        assert resident.worker in state.workers, f"{request}: resident on a worker that is gone"
+        where = queued_at.get(request) or running_at.get(request)
+        assert where == resident.worker, f"{request}: resident on {resident.worker}, is at {where}"
+    strays = {r for r, worker in queued_at.items() if worker} - set(state.residents)
+    assert not strays, f"{strays}: queued for one worker, and not resident"
+
+
 def _jobs(state: DispatcherState, total_units: int) -> None:
     for job in state.jobs.values():
         held = [p for p in state.partitions.values() if p.job == job.id]
@@ -105,12 +123,11 @@ def _work_conserving(state: DispatcherState) -> None:
                 continue
             beside = [q for q in mine if q.device == p.device]
             closing = sum(not q.batch and q.hold >= Hold.CLOSING for q in beside)
-            if p.hold != Hold.NONE and closing >= idle_count(service, p.device):
+            if p.hold != Hold.NONE and closing >= able_count(state, service, p.device):
                 continue
             for lane in service.lanes.values():
-                pool = service.idle.get(p.device, {})
-                idle = pool.get(lane.version or service.version)
-                assert not (lane.live and idle), f"{p.id} idles while {name} waits"
+                able = has_worker(state, service, lane, p.device)
+                assert not (lane.live and able), f"{p.id} idles while {name} waits"
 
 
 def _timers(state: DispatcherState) -> None:

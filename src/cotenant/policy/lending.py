@@ -7,7 +7,7 @@
   than taking back costs cannot pay (ski rental; Karlin et al., 1988), so that cost, measured,
   is the linger, lengthened when the next arrival is due within it and dropped when the next
   arrival is far off.
-* How long: slices grow by a step while the objective has headroom, are halved when p95 comes
+* How long: slices grow by a step while the objective has headroom, are halved when its tail comes
   near it, and are zero (nothing is lent) while it is missed.
 """
 

@@ -48,10 +48,7 @@ class Planner:
         """A new plan, or None to keep the present one."""
         state = self.state
         facts = self._demand.see(snapshot)
-        if snapshot.plan.version < state.version:
-            # A device refused the last plan: begin anew.
-            for memory in state.devices.values():
-                memory.layout = memory.wish = None
+        self._forget_refused(snapshot)
         members = _members(snapshot)
         if members != state.members:
             for memory in state.devices.values():
@@ -63,6 +60,8 @@ class Planner:
         for view in views:
             new = DeviceMemory(lending_since=snapshot.now)
             memory = state.devices.setdefault(view.device.id, new)
+            if view.device.id in snapshot.changing:
+                continue  # one step at a time
             memory.layout, why = self._wishes.next_layout(view, memory)
             reasons += why
             if memory.layout == before.get(view.device.id) and members == state.members:
@@ -76,6 +75,15 @@ class Planner:
         state.members = members
         state.version += 1
         return self._make(views, reasons)
+
+    def _forget_refused(self, snapshot: Snapshot) -> None:
+        """Begin anew where a device has not the layout that it was to have."""
+        for name, memory in self.state.devices.items():
+            if memory.layout is None or name in snapshot.changing:
+                continue
+            there = {p for p in snapshot.plan.partitions if p.device == name}
+            if there != {*memory.layout.mine, *memory.layout.free}:
+                memory.layout = memory.wish = None
 
     def _make_wishes(self) -> Wishes:
         return Wishes(self.tuning, self.state, self._demand)

@@ -27,7 +27,7 @@ from typing import Final
 
 from cotenant.domain.request import Request
 from cotenant.domain.units import S
-from cotenant.policy.estimate import Costs, size_class
+from cotenant.policy.estimate import size_class
 from cotenant.policy.state import DispatcherState, Lane, PartitionState, Running, ServiceState
 
 AGEING: Final = 1 * S
@@ -35,17 +35,25 @@ _FAR: Final = 1 << 62
 
 
 def lane_key(request: Request) -> str:
-    """Which lane of its service a request is queued in."""
+    """Which lane of its service a request is queued in before its first turn."""
     return f"{request.version}|{request.shape}"
+
+
+def _lane_of(state: DispatcherState, request: Request) -> str:
+    resident = state.residents.get(request.id) if state.residents else None
+    return lane_key(request) if resident is None else f"@{resident.worker}"
 
 
 def enqueue(state: DispatcherState, service: ServiceState, request: Request) -> None:
     """Put an admitted request into its lane and note the load it brings."""
     state.queued[request.id] = request
-    key = lane_key(request)
+    key = _lane_of(state, request)
     lane = service.lanes.get(key)
     if lane is None:
         lane = service.lanes[key] = Lane(request.version, size_class(request.size))
+        if request.id in state.residents:
+            lane.worker = state.residents[request.id].worker
+            lane.version = state.workers[lane.worker].version
     rows, priority = request.rows, request.priority
     own = service.exec[service.home].predict(1, rows, lane.size)
     due = request.deadline + priority * AGEING - own
@@ -67,7 +75,7 @@ def withdraw(state: DispatcherState, request_id: int) -> Request | None:
     if request is None:
         return None
     service = state.services[request.service]
-    key = lane_key(request)
+    key = _lane_of(state, request)
     lane = service.lanes[key]
     _left(state, service, key, lane, request)
     if len(lane.heap) > 64 and len(lane.heap) > 4 * lane.live:
@@ -89,6 +97,25 @@ def head(state: DispatcherState, lane: Lane) -> int:
 def idle_count(service: ServiceState, device: str) -> int:
     """Instances on a device that have nothing to do."""
     return sum(map(len, service.idle.get(device, {}).values()))
+
+
+def has_worker(state: DispatcherState, service: ServiceState, lane: Lane, device: str) -> bool:
+    """Whether an instance on a device that may run a lane has nothing to do."""
+    if lane.worker:  # also one that is to take nothing new
+        worker = state.workers[lane.worker]
+        return worker.device == device and not worker.batch
+    idle = service.idle.get(device)
+    return bool(idle and idle.get(lane.version or service.version))
+
+
+def able_count(state: DispatcherState, service: ServiceState, device: str) -> int:
+    """Instances on a device that could begin something that the service has queued."""
+    found = idle_count(service, device)
+    if state.residents:
+        for lane in service.lanes.values():
+            if lane.worker and state.workers[lane.worker].retiring:
+                found += has_worker(state, service, lane, device)
+    return found
 
 
 def put_off(
@@ -119,11 +146,10 @@ def choose_lane(
     """The most urgent lane that has an idle worker for a partition: (key of its head, lane key);
     ("" if none)."""
     best, chosen = _FAR, ""
-    idle = service.idle.get(partition.device)
-    if not idle:
+    if not (service.idle.get(partition.device) or state.residents):
         return best, chosen
     for name, lane in service.lanes.items():
-        if idle.get(lane.version or service.version):
+        if has_worker(state, service, lane, partition.device):
             key = put_off(state, service, lane, partition, state.now)
             if key < best:
                 best, chosen = key, name
@@ -160,7 +186,7 @@ def full_lane(state: DispatcherState, service: ServiceState, before: Running, ve
     if not chosen:
         return ""
     lane = service.lanes[chosen]
-    runs = (lane.version or service.version) == version
+    runs = not lane.worker and (lane.version or service.version) == version
     return chosen if runs and lane.live >= service.max_batch else ""
 
 
@@ -265,21 +291,23 @@ def _left(
             state.partitions[partition].waiting.pop(service.name, None)
 
 
-def work_ns(costs: Costs, max_batch: int, units: int, rows: int, size: int = 0) -> int:
+def work_ns(service: ServiceState, partition: PartitionState, rows: int, size: int) -> int:
     """Predicted ns to execute ``rows`` rows of a class of size in the largest batches allowed.
 
     The means of the batches add up, their deviations like those of independent samples (by the
     root of the sum of squares).
     """
-    if rows <= max_batch:
-        return costs.predict(units, rows, size) if rows else 0
-    full, rest = divmod(rows, max_batch)
-    mean, dev = costs.moments(units, max_batch, size)
+    costs, units = service.exec[partition.kind], partition.compute
+    if rows <= service.max_batch:
+        mean, dev = costs.moments(units, rows, size) if rows else (0, 0)
+        return mean + dev * service.caution // 1000
+    full, rest = divmod(rows, service.max_batch)
+    mean, dev = costs.moments(units, service.max_batch, size)
     ns = full * mean
     if rest:
         ns += costs.predict(units, rest, size, 0)
         full += 1
-    return ns + isqrt(4 * full * dev * dev)
+    return ns + isqrt(full * dev * dev) * service.caution // 1000
 
 
 def queued_ns(
@@ -287,9 +315,9 @@ def queued_ns(
 ) -> int:
     """Predicted ns, on such a partition, of what a service has queued in this class and above, the
     lane ``but`` aside. Lanes do not share batches."""
-    costs, total = service.exec[partition.kind], 0
+    total = 0
     for key, lane in service.lanes.items():
         if key != but:
             rows = sum(lane.rows[: priority + 1])
-            total += work_ns(costs, service.max_batch, partition.compute, rows, lane.size)
+            total += work_ns(service, partition, rows, lane.size)
     return total

@@ -57,6 +57,8 @@ class Lane:
 
     version: str
     size: int = 0
+    worker: str = ""
+    """The worker that has these requests between two turns; any of the version if empty."""
     heap: list[tuple[int, int, int]] = field(default_factory=list)
     live: int = 0
     rows: list[int] = field(default_factory=lambda: [0] * PRIORITY_CLASSES)
@@ -74,7 +76,12 @@ class ServiceState:
     preferred: tuple[int, ...]
     max_queue_delay: int
     strict: bool
-    p95: Quantile
+    missable: int
+    """Ppm of its answers that may be late."""
+    caution: int
+    """By how many mean deviations (thousandths) its executions are taken longer."""
+    tail: Quantile
+    """The latency that lending watches (see ``cotenant.policy.tail``)."""
     back: Median
     """Time (ns) from the end of an execution until the dispatcher knows."""
     exec: dict[str, Costs] = field(default_factory=dict)
@@ -114,6 +121,24 @@ class WorkerState:
     retiring: bool = False
 
 
+def enter_pool(service: ServiceState, worker: WorkerState) -> None:
+    """A worker may be given a batch from now on."""
+    versions = service.idle.setdefault(worker.device, {})
+    versions.setdefault(worker.version, []).append(worker.id)
+
+
+def leave_pool(service: ServiceState, worker: WorkerState) -> None:
+    """A worker is to be given no more batches."""
+    service.workers -= 1
+    service.at[worker.device] -= 1
+    versions = service.idle.get(worker.device, {})
+    idle = versions.get(worker.version, [])
+    if worker.id in idle:
+        idle.remove(worker.id)
+    if not idle:
+        versions.pop(worker.version, None)
+
+
 @dataclass
 class Running:
     """A batch that a worker has: under way, or at hand (``after`` is the batch before it).
@@ -129,6 +154,17 @@ class Running:
     after: int = 0
     size: int = 0
     """Class of size of its requests."""
+
+
+@dataclass
+class Resident:
+    """A request between its first turn and its last: the worker that has it, and whether its
+    client has had a piece of the answer."""
+
+    worker: str
+    emitted: bool = False
+    withdrawn: bool = False
+    """Whether the client went away during its turn."""
 
 
 @dataclass
@@ -201,6 +237,17 @@ class Reserve:
 
 
 @dataclass
+class Change:
+    """A device on its way to the layout of a plan, which waits for partitions to fall idle."""
+
+    plan: Plan
+    moving: bool = False
+    """Whether ``Repartition`` was ordered."""
+    successor: Plan | None = None
+    """A plan that came since."""
+
+
+@dataclass
 class DispatcherState:
     """The whole."""
 
@@ -215,19 +262,24 @@ class DispatcherState:
     retried: dict[int, None] = field(default_factory=dict)
     """Accepted requests that lost a worker once."""
     running: dict[int, Running] = field(default_factory=dict)
+    residents: dict[int, Resident] = field(default_factory=dict)
+    """Requests that have had a turn and are not finished."""
     expiries: list[tuple[int, int]] = field(default_factory=list)
     timers: list[tuple[int, str]] = field(default_factory=list)
     armed: int = 0
     next_batch: int = 1
     plan: Plan = EMPTY_PLAN
-    pending: Plan | None = None
-    """A plan whose layout waits for partitions to fall idle."""
-    moving: bool = False
-    """Whether ``Repartition`` of the pending plan was ordered."""
-    successor: Plan | None = None
-    """A plan that came while the device was being repartitioned."""
+    """What is in force."""
+    changes: dict[str, Change] = field(default_factory=dict)
+    """Devices whose layout is about to change."""
     draining: bool = False
     reserve: Reserve = field(default_factory=Reserve)
+
+
+def served(state: DispatcherState, service: ServiceState) -> set[str]:
+    """Versions that some instance takes requests for."""
+    workers = state.workers.values()
+    return {w.version for w in workers if w.service == service.name and not w.retiring}
 
 
 COMPOUND: dict[type, dict[str, Any]] = {
@@ -249,6 +301,7 @@ COMPOUND: dict[type, dict[str, Any]] = {
         "waiting": dict[str, None],
     },
     JobShare: {"held": list[str]},
+    Change: {"successor": Plan | None},
     DispatcherState: {
         "services": dict[str, ServiceState],
         "workers": dict[str, WorkerState],
@@ -258,10 +311,10 @@ COMPOUND: dict[type, dict[str, Any]] = {
         "unplaced": dict[str, None],
         "retried": dict[int, None],
         "running": dict[int, Running],
+        "residents": dict[int, Resident],
         "expiries": list[tuple[int, int]],
         "timers": list[tuple[int, str]],
-        "pending": Plan | None,
-        "successor": Plan | None,
+        "changes": dict[str, Change],
     },
     Median: {"last": list[int]},
     Costs: {"tables": dict[int, ExecTable], "recent": dict[int, int]},

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Iterable
+from functools import partial
 
+import msgspec
 import numpy as np
 
 from cotenant.domain.errors import InvalidRequest, TooLarge
@@ -30,6 +32,8 @@ from cotenant.runtime.messages import LENGTH, Item, Outputs, Place
 ALIGN = 64
 Placed = tuple[Arena, int, Item]
 """Where a request lies in tensor memory: the arena, the block in it, and what a worker is told."""
+PIECE_BYTES = 512
+"""What a piece of an answer takes beside its bytes."""
 UNKNOWN_OUTPUT = 64 * 1024
 """Bytes reserved for an output whose size is not known from the model, until one was seen."""
 
@@ -38,15 +42,31 @@ class Pending:
     """A request that was accepted and not answered yet. ``done`` is called from the loop, when
     what is going on has been seen to: the next batch comes before the last one's answers."""
 
-    __slots__ = ("arena", "block", "done", "item", "meta", "service", "version")
+    __slots__ = ("arena", "block", "done", "id", "item", "meta", "service", "unread", "version",
+                 "wanted", "worker")  # fmt: skip
 
     def __init__(
-        self, service: str, version: str, meta: EngineMeta, placed: Placed, done: OnOutcome
+        self,
+        number: int,
+        call: InferCall,
+        version: str,
+        meta: EngineMeta,
+        placed: Placed,
+        done: OnOutcome,
     ) -> None:
-        self.service = service
+        self.id = number
+        self.service = call.model
         self.version = version
         self.meta = meta
         self.arena, self.block, self.item = placed
+        if meta.turns:
+            self.item = msgspec.structs.replace(self.item, id=number)
+        self.worker = ""
+        """Where it stays between its turns."""
+        self.unread = 0
+        """Bytes of pieces that were sent and not released."""
+        self.wanted = call.outputs
+        """Outputs that were asked for; empty: all."""
         self.done = done
 
     def withdraw(self) -> None:
@@ -59,8 +79,35 @@ class Pending:
             self.arena.free(self.block)
             self.block = -1
 
-    def answer(self, wanted: tuple[str, ...], outputs: Outputs) -> None:
+    def answer(self, outputs: Outputs) -> None:
         """Say what came out; the result's ``release`` frees the memory."""
+        tensors = self._tensors(outputs) if outputs.places else []
+        self._say(InferResult(self.service, self.version, tensors, self.free))
+
+    def emit(self, outputs: Outputs) -> None:
+        """Say a piece of the answer, as a copy: the next turn writes to the same place."""
+        tensors, size = self._tensors(outputs), PIECE_BYTES
+        for tensor in tensors:
+            tensor.data = memoryview(bytes(tensor.data))
+            size += tensor.data.nbytes
+        self.unread += size
+        release = partial(self._read, size)
+        self._say(InferResult(self.service, self.version, tensors, release, more=True))
+
+    def _read(self, size: int) -> None:
+        self.unread -= size
+
+    def give_up(self, refused: Refused) -> None:
+        """Say that nothing follows the pieces so far; the request itself is still to end."""
+        asyncio.get_running_loop().call_soon(self._end, refused)
+
+    def _end(self, refused: Refused) -> None:
+        done, self.done = self.done, _give_back
+        done(refused)
+
+    def _tensors(self, outputs: Outputs) -> list[TensorOut]:
+        """What was asked for of what came out."""
+        wanted = self.wanted
         spilled = iter(outputs.spilled)
         tensors = []
         for meta, place in zip(self.meta.outputs, outputs.places, strict=True):
@@ -73,7 +120,7 @@ class Pending:
                 tensors.append(TensorOut(meta.name, meta.datatype, place.shape, data))
         if wanted and len(tensors) > 1:
             tensors.sort(key=lambda t: wanted.index(t.name))
-        self._say(InferResult(self.service, self.version, tensors, self.free))
+        return tensors
 
     def refuse(self, refused: Refused) -> None:
         """Say that there will be no result."""
@@ -198,6 +245,8 @@ def _wrong_names(
 def signature(meta: EngineMeta, call: InferCall) -> str:
     """What must be equal for two requests to share a batch, or to be alike in what they cost; ""
     where it always is."""
+    if meta.turns:
+        return ""
     first = 1 if meta.batchable else 0
     for tensor in meta.inputs:
         if -1 in tensor.shape[first:]:

@@ -2,7 +2,8 @@
 
 ``feed`` runs the dispatcher and its actions at once, in the same turn of the event loop. What
 carrying out an action brings about (a revocation that is done when the call returns) is fed
-back in order, never from within.
+back in order, never from within. Where a device may block, the answer comes in a later turn; a
+batch is sent to its worker only once that is bound to its partition.
 """
 
 from __future__ import annotations
@@ -13,14 +14,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from cotenant.devices.base import Device
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
 from cotenant.domain.device import Partition
-from cotenant.domain.errors import DeviceError
 from cotenant.domain.units import MS, S
 from cotenant.policy.dispatcher import Dispatcher
-from cotenant.runtime.blocking import DeviceCaller
+from cotenant.runtime.fleet import Fleet
 from cotenant.telemetry.journal import Journal
 from cotenant.telemetry.monitor import Monitor
 
@@ -49,7 +48,10 @@ class Hands(Protocol):
     """The node's part of carrying actions out."""
 
     def on_dispatch(self, action: a.Dispatch, partition: Partition) -> None:
-        """Send a batch to its worker."""
+        """Send a batch to its worker, which is bound to the partition."""
+
+    def on_emit(self, action: a.Emit) -> None:
+        """Send what unfinished requests emitted."""
 
     def on_complete(self, action: a.Complete) -> None:
         """Answer requests with their results."""
@@ -62,30 +64,30 @@ class Hands(Protocol):
 
 
 class Core:
-    """Dispatcher, device, monitor and journal joined."""
+    """Dispatcher, devices, monitor and journal joined."""
 
     def __init__(
         self,
         dispatcher: Dispatcher,
-        device: Device,
+        fleet: Fleet,
         monitor: Monitor,
         journal: Journal | None,
         hands: Hands,
         clock: Clock,
     ) -> None:
         self.dispatcher = dispatcher
-        self.device = device
+        self.fleet = fleet
         self.monitor = monitor
         self.journal = journal
         self.clock = clock
         self._hands = hands
-        self._caller = DeviceCaller(device)
         self._partitions: dict[str, Partition] = {}
         self._inbox: deque[e.Event] = deque()
         self._feeding = False
         self._timer: asyncio.TimerHandle | None = None
         self._carry_out: dict[type, Callable[[Any], None]] = {
             a.Dispatch: self._dispatch,
+            a.Emit: hands.on_emit,
             a.Complete: hands.on_complete,
             a.Reject: hands.on_reject,
             a.Grant: self._grant,
@@ -120,45 +122,56 @@ class Core:
         """No further wake-ups."""
         if self._timer is not None:
             self._timer.cancel()
-        self._caller.close()
 
     # --- carrying out -----------------------------------------------------------------------
 
     def _dispatch(self, action: a.Dispatch) -> None:
-        self._hands.on_dispatch(action, self._partitions[action.partition])
+        partition = self._partitions[action.partition]
+        self.fleet.bind(action.worker, partition, action, self._bound, self._unbound)
+
+    def _bound(self, action: a.Dispatch, _: None) -> None:
+        if action.batch.id in self.dispatcher.state.running:  # else it was given up meanwhile
+            self._hands.on_dispatch(action, self._partitions[action.partition])
+
+    def _unbound(self, action: a.Dispatch, why: str) -> None:
+        self._failed("Dispatch", str(action.batch.id), "", why)
 
     def _grant(self, action: a.Grant) -> None:
         partition = self._partitions[action.partition]
-        self._caller.call(
-            lambda: self.device.grant(action.job, partition),
-            lambda _: self.feed(e.Granted(action.job, action.partition)),
-            lambda error: self._failed("Grant", action.partition, action.job, error),
-        )
+        self.fleet.grant(action.job, partition, action, self._granted, self._not_granted)
+
+    def _granted(self, action: a.Grant, _: None) -> None:
+        self.feed(e.Granted(action.job, action.partition))
+
+    def _not_granted(self, action: a.Grant, why: str) -> None:
+        self._failed("Grant", action.partition, action.job, why)
 
     def _revoke(self, action: a.Revoke) -> None:
         partition = self._partitions[action.partition]
-        self._caller.call(
-            lambda: self.device.revoke(action.job, partition),
-            lambda took: self.feed(e.Revoked(action.job, action.partition, took)),
-            lambda error: self._failed("Revoke", action.partition, action.job, error),
-        )
+        self.fleet.revoke(action.job, partition, action, self._revoked, self._not_revoked)
+
+    def _revoked(self, action: a.Revoke, took_ns: int) -> None:
+        self.feed(e.Revoked(action.job, action.partition, took_ns))
+
+    def _not_revoked(self, action: a.Revoke, why: str) -> None:
+        self._failed("Revoke", action.partition, action.job, why)
 
     def _repartition(self, action: a.Repartition) -> None:
-        plan = action.plan
-
-        def done(_: None) -> None:
-            self._partitions = {p.id: p for p in plan.partitions}
-            self.feed(e.Repartitioned(plan.version))
-
-        self._caller.call(
-            lambda: self.device.repartition(plan.partitions),
-            done,
-            lambda error: self._failed("Repartition", str(plan.version), "", error),
+        self.fleet.repartition(
+            action.device, action.partitions, action, self._repartitioned, self._not_repartitioned
         )
 
-    def _failed(self, action: str, target: str, job: str, error: DeviceError) -> None:
-        log.warning("device refused", extra={"action": action, "target": target, "why": str(error)})
-        self.feed(e.ActionFailed(action, target, job, str(error)))
+    def _repartitioned(self, action: a.Repartition, _: None) -> None:
+        others = {n: p for n, p in self._partitions.items() if p.device != action.device}
+        self._partitions = others | {p.id: p for p in action.partitions}
+        self.feed(e.Repartitioned(action.device, action.version))
+
+    def _not_repartitioned(self, action: a.Repartition, why: str) -> None:
+        self._failed("Repartition", action.device, "", why)
+
+    def _failed(self, action: str, target: str, job: str, why: str) -> None:
+        log.warning("device refused", extra={"action": action, "target": target, "why": why})
+        self.feed(e.ActionFailed(action, target, job, why))
 
     def _wake_at(self, action: a.WakeAt) -> None:
         if self._timer is not None:

@@ -19,13 +19,23 @@ import msgspec
 
 from cotenant.domain import events as e
 from cotenant.domain.config import ModelSettings
-from cotenant.domain.errors import EnvironmentProblem, ModelError
+from cotenant.domain.device import Launch, Tenant, TenantKind
+from cotenant.domain.errors import DeviceError, EnvironmentProblem, ModelError
 from cotenant.domain.units import S, format_duration
 from cotenant.domain.workload import Joining, ServiceSpec
 from cotenant.engines.accuracy import Accuracy
 from cotenant.engines.base import EngineMeta
 from cotenant.runtime.arena import Arena
-from cotenant.runtime.messages import Done, Failed, FromWorker, Open, Opened, OpenFailed, Run
+from cotenant.runtime.messages import (
+    Done,
+    Failed,
+    Forget,
+    FromWorker,
+    Open,
+    Opened,
+    OpenFailed,
+    Run,
+)
 from cotenant.runtime.process import WorkerProcess
 from cotenant.runtime.repository import ModelFiles, Stamp, stamp
 
@@ -37,6 +47,8 @@ BACKOFF_FIRST_S = 0.2
 BACKOFF_MOST_S = 30.0
 HEALTHY_AFTER_S = 60.0
 """An instance that lived this long starts over with the shortest back-off."""
+NO_STAMP = Stamp(())
+"""Of a version that is refused for now, whatever its files."""
 UNJOINED = "requests run one by one: {} (docs: batch.joining)"
 
 
@@ -49,11 +61,14 @@ class Shell(Protocol):
     def feed(self, event: e.Event) -> None:
         """Hand an event to the dispatcher."""
 
-    def attach_worker(self, worker: str, pid: int, exec_timeout_ns: int) -> str:
-        """Tell the device of a new process; returns the id of the device that it is on."""
+    async def launch_worker(self, device: str, tenant: Tenant) -> Launch:
+        """What the device wants of a process before there is one. Raises DeviceError."""
 
-    def detach_worker(self, worker: str) -> None:
-        """Tell the device that a process is gone."""
+    async def attach_worker(self, device: str, tenant: Tenant, pid: int) -> None:
+        """Put a new process under the device's control. Raises DeviceError."""
+
+    def detach_worker(self, device: str, worker: str) -> None:
+        """Tell the device that a process is gone, attached or not."""
 
     def on_result(self, message: Done | Failed) -> None:
         """A batch came back."""
@@ -76,8 +91,9 @@ class Loaded(msgspec.Struct, frozen=True):
 class _Instance:
     """One worker process and what it is doing."""
 
-    def __init__(self, process: WorkerProcess, version: str, born: float) -> None:
+    def __init__(self, process: WorkerProcess, tenant: Tenant, version: str, born: float) -> None:
         self.process = process
+        self.tenant = tenant
         self.version = version
         self.born = born
         self.opened: asyncio.Future[Opened] = asyncio.get_running_loop().create_future()
@@ -87,15 +103,24 @@ class _Instance:
         self.batches: dict[int, int] = {}
         """Batches under way or at hand: id to when it was dispatched or, if that is later, when
         the one before it was done (the node's clock, ns)."""
+        self.resident: set[int] = set()
+        """Requests that have had a turn here, or are having one, and are not finished."""
 
 
 class Instances:
-    """See the module's text. ``units``: unit counts that partitions may have."""
+    """See the module's text. ``units``: unit counts that partitions of ``device`` may have."""
 
     def __init__(
-        self, spec: ServiceSpec, units: tuple[int, ...], arena: Arena, logs: Path, shell: Shell
+        self,
+        spec: ServiceSpec,
+        device: str,
+        units: tuple[int, ...],
+        arena: Arena,
+        logs: Path,
+        shell: Shell,
     ) -> None:
         self.spec = spec
+        self.device = device
         self.arena = arena
         self.loaded: dict[str, Loaded] = {}
         """Versions that serve, oldest first."""
@@ -136,12 +161,15 @@ class Instances:
         started: list[_Instance] = []
         try:
             # One by one, so that those before one that fails are known and ended.
-            started.extend(self._spawn(files, settings) for _ in range(self.spec.instances))
+            for _ in range(self.spec.instances):
+                started.append(await self._spawn(files, settings))  # noqa: PERF401
             opened = await asyncio.wait_for(
                 asyncio.gather(*(i.opened for i in started)), LOAD_TIMEOUT_S
             )
             opened = _of_one_mind(opened)
             self._accept(files, settings, opened[0])
+            for instance in started:
+                await self._attach(instance)
         except BaseException as error:
             for instance in started:
                 instance.retiring = True
@@ -151,6 +179,8 @@ class Instances:
             if isinstance(error, ModelError):
                 self.refused[files.version] = files.stamp, str(error)
                 raise error from None
+            if isinstance(error, DeviceError):  # not the file's fault: it is tried again
+                self.refused[files.version] = NO_STAMP, str(error)
             raise
         finally:
             self.loading = ""
@@ -238,12 +268,13 @@ class Instances:
         return e.ServiceAdded(
             service=spec.name,
             objective=spec.slo.latency,
-            max_batch=spec.batch.max if meta.batchable else 1,
+            max_batch=spec.batch.max if meta.shared else 1,
             max_queue=spec.max_queue,
-            preferred=spec.batch.preferred if meta.batchable else (),
-            max_queue_delay=spec.batch.max_queue_delay if meta.batchable else 0,
+            preferred=spec.batch.preferred if meta.shared else (),
+            max_queue_delay=spec.batch.max_queue_delay if meta.shared else 0,
             strict=spec.strict,
             notes=loaded.notes,
+            percentile=spec.slo.percentile,
         )
 
     def _end_joining(self, version: str, why: str) -> None:
@@ -267,16 +298,22 @@ class Instances:
         if opened.unjoined:
             self._end_joining(instance.version, opened.unjoined)
         instance.announced = True
-        name, pid = instance.process.name, instance.process.pid
-        device = self._shell.attach_worker(name, pid, self.spec.exec_timeout)
         service, version = self.spec.name, instance.version
+        name, device = instance.process.name, self.device
         self._shell.feed(e.WorkerUp(name, service, version, device, opened.profile, opened.size))
 
     # --- processes --------------------------------------------------------------------------
 
-    def _spawn(self, files: ModelFiles, settings: ModelSettings) -> _Instance:
+    async def _spawn(self, files: ModelFiles, settings: ModelSettings) -> _Instance:
         self._counter += 1
         name = f"{self.spec.name}#{self._counter}"
+        tenant = Tenant(
+            name,
+            TenantKind.WORKER,
+            threads=self.spec.threads,
+            exec_timeout=self.spec.exec_timeout,
+        )
+        launch = await self._shell.launch_worker(self.device, tenant)
         joining = self.spec.batch.joining
         loaded = self.loaded.get(files.version)
         if loaded is not None and loaded.files == files:  # what was found out is not asked again
@@ -288,21 +325,26 @@ class Instances:
             on_message=lambda message: self._on_message(instance, message),
             on_exit=lambda code: self._on_exit(instance, files, settings, code),
         )
-        instance = _Instance(process, files.version, asyncio.get_running_loop().time())
-        process.start()
+        instance = _Instance(process, tenant, files.version, asyncio.get_running_loop().time())
+        process.start(launch)
         self._live[name] = instance
         process.send(
             Open(
                 path=str(files.path),
                 units=self._units,
                 max_batch=self.spec.batch.max,
-                exec_timeout=self.spec.exec_timeout,
                 check=str(files.check) if files.check is not None else "",
                 settings=settings,
                 joining=joining,
             )
         )
         return instance
+
+    async def _attach(self, instance: _Instance) -> None:
+        """Raises DeviceError; one that died meanwhile is seen to elsewhere."""
+        if instance.process.name in self._live:
+            pid = instance.process.pid
+            await self._shell.attach_worker(self.device, instance.tenant, pid)
 
     def _on_message(self, instance: _Instance, message: FromWorker) -> None:
         match message:
@@ -332,8 +374,8 @@ class Instances:
                 ModelError(f"the worker died while loading the model (exit code {code})")
             )
             instance.opened.exception()  # looked at, should nobody else
+        self._shell.detach_worker(self.device, name)
         if instance.announced:
-            self._shell.detach_worker(name)
             self._shell.feed(e.WorkerDown(name, f"exit code {code}"))
         wanted = instance.announced and not instance.retiring and not self._closed
         if wanted and self._serves(files):
@@ -357,11 +399,12 @@ class Instances:
             await asyncio.sleep(min(BACKOFF_MOST_S, delay) if self._failures else 0)
             instance = None
             try:
-                instance = self._spawn(files, settings)
+                instance = await self._spawn(files, settings)
                 opened = await asyncio.wait_for(asyncio.shield(instance.opened), LOAD_TIMEOUT_S)
                 if stamp(files.path) != files.stamp:  # it was never checked: not by this way in
                     raise ModelError(f"{files.path.name} was replaced since it was loaded")
-            except (ModelError, EnvironmentProblem, TimeoutError) as error:
+                await self._attach(instance)
+            except (ModelError, DeviceError, EnvironmentProblem, TimeoutError) as error:
                 log.warning("restart failed", extra={"service": self.spec.name, "why": str(error)})
                 if instance is not None:
                     instance.process.kill()
@@ -385,7 +428,7 @@ class Instances:
         self._stop_if_idle(instance)
 
     def _stop_if_idle(self, instance: _Instance) -> None:
-        if instance.retiring and not instance.batches:
+        if instance.retiring and not instance.batches and not instance.resident:
             instance.process.close()
 
     # --- batches ----------------------------------------------------------------------------
@@ -398,6 +441,21 @@ class Instances:
         instance.batches[run.batch] = run.sent
         instance.process.send(run)
         return True
+
+    def stay(self, worker: str, request: int) -> None:
+        """A request has begun on a worker that is to keep it until it is finished."""
+        instance = self._live.get(worker)
+        if instance is not None:
+            instance.resident.add(request)
+
+    def leave(self, worker: str, request: int, forget: bool) -> None:
+        """A request that stayed has ended; the worker is to ``forget`` it unless it knows."""
+        instance = self._live.get(worker)
+        if instance is not None:
+            instance.resident.discard(request)
+            if forget:
+                instance.process.send(Forget((request,)))
+            self._stop_if_idle(instance)
 
     def end_overdue(self, now: int) -> None:
         """Kill instances whose batch runs longer than ``exec_timeout``. ``now`` in ns."""

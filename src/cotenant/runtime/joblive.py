@@ -21,7 +21,7 @@ class LiveJob:
         self.progress = Progress()
         self.cpu_s = 0.0
         self.told = False
-        """Whether ``on_ready`` was the last callback."""
+        """Whether ``on_job_ready`` was the last callback."""
         self.settled = asyncio.Event()
         """Its command runs, or it is clear that it will not."""
         self.force: asyncio.TimerHandle | None = None

@@ -54,6 +54,8 @@ class Outcome(msgspec.Struct, frozen=True):
     failed: str = ""
     """``cwd`` or ``exec`` if that failed, with ``errno``; ``spawn`` if even the shim did."""
     errno: int = 0
+    detail: str = ""
+    """Why even the shim was not started, where the devices would not have it."""
     stopped: bool = False
     over_memory: int = 0
     log_dropped: int = 0
@@ -79,7 +81,7 @@ class Outcome(msgspec.Struct, frozen=True):
         if self.failed == "cwd":
             return f"cannot enter the working directory {spec.cwd}: {os.strerror(self.errno)}"
         if self.failed:
-            return f"could not be started: {os.strerror(self.errno)}"
+            return f"could not be started: {self.detail or os.strerror(self.errno)}"
         if self.over_memory:
             limit, resident = format_bytes(spec.memory), format_bytes(self.over_memory)
             return f"memory limit {limit} exceeded ({resident} resident)"
@@ -127,13 +129,16 @@ class JobRun:
         self._alive, self._pidfd, self._ready = -1, -1, -1
         self._signal_due: signal.Signals | None = None
 
-    async def start(self, spec: JobSpec, env: Mapping[str, str]) -> int:
-        """Start the shim and the command; the command's pid, 0 if that failed or has ended.
+    async def start(
+        self, spec: JobSpec, env: Mapping[str, str], limits: Mapping[int, tuple[int, int]]
+    ) -> int:
+        """Start the shim and the command with its environment and resource limits; the command's
+        pid, 0 if that failed or has ended.
 
         Raises ``OSError`` if there is no shim: no room on the disk, no more processes.
         """
         try:
-            await self._in_pool(lambda: self._spawn(spec, env))
+            await self._in_pool(lambda: self._spawn(spec, env, limits))
         except BaseException:
             self._release()
             raise
@@ -210,7 +215,9 @@ class JobRun:
         """Let go of it but keep its directory for the next daemon."""
         self._release()
 
-    def _spawn(self, spec: JobSpec, env: Mapping[str, str]) -> None:
+    def _spawn(
+        self, spec: JobSpec, env: Mapping[str, str], limits: Mapping[int, tuple[int, int]]
+    ) -> None:
         for old in self._job_directory.glob("run-*"):
             if not is_locked(old / "lock"):
                 shutil.rmtree(old, ignore_errors=True)
@@ -222,6 +229,7 @@ class JobRun:
             "command": list(spec.command),
             "cwd": spec.cwd,
             "env": dict(env),
+            "limits": dict(limits),
             "grace_s": spec.grace / S,
             "log": str(self._job_directory / "log"),
             "log_limit": spec.log_limit,

@@ -6,7 +6,7 @@ Its laws:
    been written. So a daemon that comes after a crash knows of every run there can be.
 2. A job has at most one run at a time. A run is over when its shim is dead (its lock is free)
    and nothing of its tree is left; only then is the next one started.
-3. ``on_ready`` and ``on_exited`` alternate for each job, in this order.
+3. ``on_job_ready`` and ``on_job_exited`` alternate for each job, in this order.
 4. ``close`` leaves no process: running jobs are stopped and go back to the queue, where the
    next daemon takes them up. A daemon that is killed leaves them running, and the next one
    adopts them.
@@ -24,15 +24,16 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
 from cotenant.devices import proctree
-from cotenant.domain.errors import EnvironmentProblem, InvalidRequest
+from cotenant.domain.device import Launch
+from cotenant.domain.errors import DeviceError, EnvironmentProblem, InvalidRequest
 from cotenant.domain.port import JobStatus
 from cotenant.domain.units import S
 from cotenant.domain.workload import JOB_TRANSITIONS, JobSpec, JobState
@@ -64,12 +65,22 @@ class JobOptions(msgspec.Struct, frozen=True):
     """Ended jobs kept with their logs; older ones are forgotten."""
 
 
+class JobShell(Protocol):
+    """What the jobs need of the node. ``on_job_ready`` and ``on_job_exited`` do not block."""
+
+    async def launch_job(self, spec: JobSpec) -> Launch:
+        """What its devices want before its command is executed; raises DeviceError."""
+
+    def on_job_ready(self, spec: JobSpec, pid: int) -> None:
+        """The job's processes exist (or exist again for us: adopted, or released from a hold),
+        below process ``pid``, and run unconfined."""
+
+    def on_job_exited(self, job: str) -> None:
+        """They are gone, or the job is held and must lose its partitions."""
+
+
 class JobSupervisor:
     """See the module's text. All methods are called on the loop that ``open`` ran on.
-
-    ``on_ready(spec, pid)``: the command's root process ``pid`` exists (or exists again for
-    us: adopted, or released from a hold) and runs unconfined. ``on_exited(job_id)``: its tree
-    is gone, or it is held and must lose its partitions. Both are quick and do not block.
 
     Thread use: one pool for /proc, starting and files, so that the loop does not wait for them.
     """
@@ -78,15 +89,13 @@ class JobSupervisor:
         self,
         store: JobStore,
         directory: Path,
-        on_ready: Callable[[JobSpec, int], None],
-        on_exited: Callable[[str], None],
+        shell: JobShell,
         max_running: int = 8,
         options: JobOptions | None = None,
     ) -> None:
         self._store = store
         self._directory = Path(directory).absolute()
-        self._on_ready = on_ready
-        self._on_exited = on_exited
+        self._shell = shell
         self._max_running = max_running
         self._options = options or JobOptions()
         self._ledger = JobLedger(store)
@@ -188,7 +197,7 @@ class JobSupervisor:
     def hold(self, ref: str) -> str:
         """Keep a job from running until it is released; returns its id.
 
-        A running job becomes HELD: its tree is stopped and ``on_exited`` is called. One that
+        A running job becomes HELD: its tree is stopped and ``on_job_exited`` is called. One that
         waits goes on waiting. A hold survives the daemon. Raises ``InvalidRequest`` if the job
         has ended or is being stopped.
         """
@@ -206,7 +215,7 @@ class JobSupervisor:
         return id
 
     def release(self, ref: str) -> str:
-        """Undo ``hold``; returns the id. A running job is continued, then ``on_ready`` called."""
+        """Undo ``hold``; returns the id. A running job goes on, then ``on_job_ready`` comes."""
         self._require_open()
         id = self.resolve(ref)
         record = self._ledger.records[id]
@@ -290,10 +299,11 @@ class JobSupervisor:
                 if self._ledger.records[id].state is JobState.STOPPING:
                     self._stop(id)
             else:
-                env = environment(spec)
+                launch = await self._shell.launch_job(spec)
+                env = environment(spec, launch)
                 env["COTENANT_JOB_ID"], env[RUN_MARKER] = id, live.run.run
                 env["COTENANT_REPORT_SOCKET"] = str(self._reports.path)
-                pid = await live.run.start(spec, env)
+                pid = await live.run.start(spec, env, launch.limits)
             if pid:
                 self._on_running(id, live, pid)
             live.settled.set()
@@ -304,6 +314,9 @@ class JobSupervisor:
             outcome = await live.run.outcome()
             if not outcome.begun:
                 outcome = Outcome(failed="spawn", errno=error.errno or 0, begun=False)
+        except DeviceError as error:
+            log.warning("job not started: %s", error, extra={"job": id})
+            outcome = Outcome(failed="spawn", detail=str(error), begun=False)
         finally:
             live.settled.set()
         await self._finish(id, live, outcome, recovering=adopted)
@@ -406,17 +419,17 @@ class JobSupervisor:
             return
         live.told = True
         try:
-            self._on_ready(self._ledger.records[id].spec, live.run.pid)
+            self._shell.on_job_ready(self._ledger.records[id].spec, live.run.shim_pid)
         except Exception:
-            log.exception("on_ready failed", extra={"job": id})
+            log.exception("on_job_ready failed", extra={"job": id})
 
     def _tell_exited(self, id: str, live: LiveJob) -> None:
         if live.told:
             live.told = False
             try:
-                self._on_exited(id)
+                self._shell.on_job_exited(id)
             except Exception:
-                log.exception("on_exited failed", extra={"job": id})
+                log.exception("on_job_exited failed", extra={"job": id})
 
     # -- looking after what runs
 

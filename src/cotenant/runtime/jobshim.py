@@ -40,6 +40,7 @@ from cotenant.devices import proctree
 from cotenant.runtime.boundedlog import BoundedLog
 from cotenant.runtime.jobmemory import MemoryLimit
 from cotenant.runtime.jobstop import Stop
+from cotenant.runtime.rlimits import limit
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -179,6 +180,8 @@ class Shim:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(log_write, 1)
             os.dup2(log_write, 2)
+            with contextlib.suppress(ValueError):
+                limit(self._spec["limits"])
             stage = b"cwd"
             os.chdir(self._spec["cwd"])
             stage = b"exec"

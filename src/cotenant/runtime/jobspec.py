@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from cotenant.domain.device import Launch
 from cotenant.domain.errors import InvalidRequest, TooLarge
 from cotenant.domain.workload import JobSpec
 
@@ -54,17 +55,14 @@ def checked(spec: JobSpec, taken: Container[str]) -> JobSpec:
     return msgspec.structs.replace(spec, id=id, name=name, cwd=cwd)
 
 
-def environment(spec: JobSpec) -> dict[str, str]:
-    """All that the command gets: the job's own variables, and ours where it does not set them."""
+def environment(spec: JobSpec, launch: Launch) -> dict[str, str]:
+    """All that the command gets: the job's own variables, and where it does not set them those
+    that its devices want (``launch``) and ours."""
     ours = {
-        # GNU OpenMP threads spin at a barrier for milliseconds by default. When a job's gang is
-        # squeezed onto fewer cores than it has threads, the spinners burn the very core that the
-        # thread they wait for needs. This many turns are a few microseconds, then they sleep.
-        "GOMP_SPINCOUNT": "1000",
         # Into a pipe Python writes blocks of some KiB: a log would show nothing for hours.
         "PYTHONUNBUFFERED": "1",
     }
-    return {**ours, **spec.env, "PWD": spec.cwd}
+    return {**ours, **launch.env, **spec.env, "PWD": spec.cwd}
 
 
 def minimal(environ: Mapping[str, str]) -> dict[str, str]:

@@ -23,14 +23,13 @@ class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 
 
 class Open(_Message, frozen=True):
-    """Load, check and profile a model. ``check`` is the path of a ``check.npz``, or "";
-    ``exec_timeout`` is how long (ns) an execution may take; ``joining`` is what is known of whether
-    rows may be joined."""
+    """Load, check and profile a model. ``units`` are the counts of threads to be ready for;
+    ``check`` is the path of a ``check.npz``, or ""; ``joining`` is what is known of whether rows
+    may be joined."""
 
     path: str
     units: tuple[int, ...]
     max_batch: int
-    exec_timeout: int
     check: str = ""
     settings: ModelSettings = ModelSettings()
     joining: Joining = Joining.CHECKED
@@ -45,21 +44,31 @@ class Place(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Item(msgspec.Struct, frozen=True, array_like=True):
-    """One request of a batch: inputs in the model's order, and where its outputs may go."""
+    """One request of a batch: inputs in the model's order, and where its outputs may go. ``id``
+    is what a ``TurnEngine`` knows it by; other engines need none (0)."""
 
     rows: int
     inputs: tuple[Place, ...]
     out_offset: int
     out_bytes: int
+    id: int = 0
 
 
 class Run(_Message, frozen=True):
-    """Execute a batch on ``units`` compute units. ``sent`` is the monotonic ns of dispatch."""
+    """Execute a batch on these ``units`` (the partition's) with so many ``threads``: a turn of it
+    where the engine takes turns. ``sent`` is the monotonic ns of dispatch."""
 
     batch: int
-    units: int
+    units: tuple[int, ...]
+    threads: int
     sent: int
     items: tuple[Item, ...]
+
+
+class Forget(_Message, frozen=True):
+    """Nobody waits for these requests (``Item.id``) any more."""
+
+    keys: tuple[int, ...]
 
 
 class Opened(_Message, frozen=True):
@@ -80,12 +89,14 @@ class OpenFailed(_Message, frozen=True):
 
 
 class Outputs(msgspec.Struct, frozen=True, array_like=True):
-    """One request's outputs. ``spilled`` holds the bytes of those whose place was too small
-    (offset -1), in order. ``error`` says why this request of a batch has none."""
+    """One request's outputs, or what it emitted in a turn (without places: nothing). ``spilled``
+    holds the bytes of those whose place was too small (offset -1), in order. ``error`` says why
+    this request of a batch has none. One that is not ``finished`` is to get another turn."""
 
     places: tuple[Place, ...]
     spilled: tuple[bytes, ...] = ()
     error: str = ""
+    finished: bool = True
 
 
 class Done(_Message, frozen=True):
@@ -106,7 +117,7 @@ class Failed(_Message, frozen=True):
     reason: str
 
 
-ToWorker = Open | Run
+ToWorker = Open | Run | Forget
 FromWorker = Opened | OpenFailed | Done | Failed
 
 _encoder = msgspec.msgpack.Encoder()

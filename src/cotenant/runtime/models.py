@@ -8,7 +8,8 @@ from pathlib import Path
 
 from cotenant.domain import events as e
 from cotenant.domain.config import ModelSettings
-from cotenant.domain.errors import CotenantError, NotFound, NotReady
+from cotenant.domain.device import DeviceSpec
+from cotenant.domain.errors import CotenantError, ModelError, NotFound, NotReady
 from cotenant.domain.port import IndexEntry, ModelMeta
 from cotenant.domain.workload import DEFAULT_SLO, BatchSpec, ServiceSpec
 from cotenant.runtime.arena import Arena
@@ -21,13 +22,13 @@ DRAIN_S = 10.0
 
 
 class Models:
-    """Services by name. ``units``: unit counts that partitions may have."""
+    """Services by name, each on the first of ``devices`` that it can run on."""
 
     def __init__(
         self,
         repository: Repository,
         declared: tuple[ServiceSpec, ...],
-        units: tuple[int, ...],
+        devices: tuple[DeviceSpec, ...],
         arena_bytes: int,
         logs: Path,
         shell: Shell,
@@ -35,7 +36,7 @@ class Models:
         self.repository = repository
         self.services: dict[str, Instances] = {}
         self._declared = {spec.name: spec for spec in declared}
-        self._units = units
+        self._devices = devices
         self._arena_bytes = arena_bytes
         self._logs = logs
         self._shell = shell
@@ -100,9 +101,13 @@ class Models:
             slo=settings.slo or DEFAULT_SLO,
             batch=settings.batch or BatchSpec(),
         )
+        able = (d for d in self._devices if not spec.variants or d.kind in spec.variants)
+        device = next(able, None)
+        if device is None:
+            raise ModelError(f"model {name!r} has a build for none of this node's devices")
         arena = Arena(name, self._arena_bytes)
-        units = tuple(u for u in self._units if u <= (spec.threads or u)) or (1,)
-        return Instances(spec, units, arena, self._logs, self._shell)
+        units = tuple(u for u in device.shapes if u <= (spec.threads or u)) or (1,)
+        return Instances(spec, device.id, units, arena, self._logs, self._shell)
 
     async def unload(self, name: str, pending: asyncio.Event | None) -> None:
         """Stop admitting, wait for what was accepted (``pending`` is set when none is left),
@@ -239,7 +244,7 @@ class Models:
         """What clients may know; raises NotFound."""
         meta = self.version(name, version).meta
         versions = tuple(self.services[name].loaded)
-        return ModelMeta(name, versions, meta.platform, meta.inputs, meta.outputs)
+        return ModelMeta(name, versions, meta.platform, meta.inputs, meta.outputs, meta.turns)
 
     def index(self) -> list[IndexEntry]:
         """Every model on disk or loaded, with the state of each version."""

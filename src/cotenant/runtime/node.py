@@ -8,20 +8,18 @@ import fcntl
 import logging
 import os
 import time
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from cotenant.devices import proctree
 from cotenant.devices.base import Device
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
 from cotenant.domain.config import NodeConfig
-from cotenant.domain.device import Partition
-from cotenant.domain.errors import CotenantError, EnvironmentProblem, InvalidRequest
+from cotenant.domain.device import DeviceSpec, Launch, Partition, Tenant, TenantKind
+from cotenant.domain.errors import CotenantError, EnvironmentProblem
 from cotenant.domain.port import (
     IndexEntry,
     InferCall,
@@ -31,23 +29,21 @@ from cotenant.domain.port import (
     Refused,
     Withdraw,
 )
-from cotenant.domain.request import Refusal, Request
 from cotenant.domain.units import MS, S
-from cotenant.domain.workload import PRIORITY_CLASSES, JobSpec
-from cotenant.engines.base import size_of
+from cotenant.domain.workload import JobSpec, ServiceSpec, Variant
 from cotenant.policy.dispatcher import Dispatcher
 from cotenant.policy.planner import Planner
 from cotenant.policy.planstate import Tuning
-from cotenant.runtime import calls
-from cotenant.runtime.arena import ArenaFull
-from cotenant.runtime.calls import OutputSizes, Pending
 from cotenant.runtime.core import Clock, Core, steady
+from cotenant.runtime.fleet import Fleet
+from cotenant.runtime.instances import Instances
 from cotenant.runtime.jobs import JobSupervisor
 from cotenant.runtime.jobspec import minimal
 from cotenant.runtime.jobstore import JobStore
-from cotenant.runtime.messages import Done, Failed, Outputs, Run
+from cotenant.runtime.messages import Done, Failed, Run
 from cotenant.runtime.models import Models
 from cotenant.runtime.repository import Repository
+from cotenant.runtime.requests import Requests
 from cotenant.runtime.status import node_status
 from cotenant.telemetry import metrics
 from cotenant.telemetry.journal import Journal, checkpoint
@@ -57,11 +53,17 @@ from cotenant.telemetry.records import Header
 log = logging.getLogger("cotenant.node")
 
 REFRESH_S = 0.25
-"""How often the device looks for new threads and children of jobs."""
-RETRY_MEMORY = 50 * MS
+"""How often devices look for new threads and children of jobs, and at what tenants occupy."""
 DEBT_WINDOW = 2 * S
 """A job's guaranteed share is owed over windows of this length."""
 DRAIN_S = 10.0
+
+
+class _JobRun(msgspec.Struct, eq=False):
+    """A job whose processes exist; ``announced``: its devices have it, and the dispatcher knows."""
+
+    spec: JobSpec
+    announced: bool = False
 
 
 class Node:
@@ -69,23 +71,17 @@ class Node:
     from the time it is entered."""
 
     def __init__(
-        self, config: NodeConfig, device: Device, clock: Clock = time.monotonic_ns
+        self,
+        config: NodeConfig,
+        devices: Sequence[Device],
+        clock: Clock = time.monotonic_ns,
     ) -> None:
         self.config = config
-        self.device = device
+        self.fleet = Fleet(devices)
         self.addresses: dict[str, str | None] = {"http": None, "grpc": None}
         self._state_dir = Path(config.state_dir).absolute()
         self._clock = steady(clock)
-        self._next_request = 1
-        self._arrivals: list[Request] = []
-        self._pending: dict[int, Pending] = {}
-        self._wanted: dict[int, tuple[str, ...]] = {}
-        self._results: dict[int, tuple[Outputs, ...]] = {}
-        self._sizes: dict[tuple[str, str], OutputSizes] = {}
-        self._drained: dict[str, asyncio.Event] = {}
-        self._open_requests: dict[str, int] = {}
-        self._job_specs: dict[str, JobSpec] = {}
-        self.draining = False
+        self._job_runs: dict[str, _JobRun] = {}
         self.started = time.monotonic()
         self.planned_at = self.started
         self._tasks: list[asyncio.Task[None]] = []
@@ -95,14 +91,13 @@ class Node:
     # --- life -------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Node:
-        """Take the state directory and open the device. Raises EnvironmentProblem."""
+        """Take the state directory and open the devices. Raises EnvironmentProblem."""
         async with contextlib.AsyncExitStack() as stack:
             self._lock_state_dir(stack)
-            self.device.open()
-            stack.callback(self.device.close)
+            await self.fleet.open()
+            stack.push_async_callback(self.fleet.close)
             self._make_parts(stack)
-            self._looker = ThreadPoolExecutor(1, "cotenant-look")
-            stack.callback(self._looker.shutdown)
+            stack.push_async_callback(self.fleet.close)  # what it still answers is journaled
             stack.push_async_callback(self._stop_tasks)
             stack.push_async_callback(self.models.close)
             stack.callback(self.core.close)
@@ -152,30 +147,39 @@ class Node:
         os.pwrite(fd, str(os.getpid()).encode(), 0)
 
     def _make_parts(self, stack: contextlib.AsyncExitStack) -> None:
-        config, spec = self.config, self.device.spec
-        policy = config.policy
-        if policy.split is not None and policy.split[0] > len(spec.units):
-            raise EnvironmentProblem(
-                f"policy.split.cores is {policy.split[0]}, the device has {len(spec.units)}"
-            )
+        config, policy = self.config, self.config.policy
+        self.specs = _one_kind_trains(self.fleet.specs)
+        self._job_devices = tuple(spec.id for spec in self.specs if spec.trains)
+        for spec in self.specs:
+            if policy.split is not None and policy.split[0] > len(spec.units):
+                raise EnvironmentProblem(
+                    f"policy.split.cores is {policy.split[0]}, {spec.id} has {len(spec.units)}"
+                )
         self.monitor = Monitor()
         self.planner = Planner(Tuning(**msgspec.structs.asdict(policy)))
-        dispatcher = Dispatcher((spec,))
+        dispatcher = Dispatcher(self.specs)
         self.journal = self._make_journal(stack, dispatcher)
-        self.core = Core(dispatcher, self.device, self.monitor, self.journal, self, self._clock)
+        self.core = Core(dispatcher, self.fleet, self.monitor, self.journal, self, self._clock)
         self.models = Models(
             Repository(Path(config.models).absolute()),
             config.services,
-            spec.shapes,
+            self.specs,
             config.limits.arena,
             self._state_dir / "workers",
             self,
         )
+        self.requests = Requests(
+            self.models,
+            self.monitor,
+            dispatcher,
+            self.core.feed,
+            self._clock,
+            config.limits.unread,
+        )
         self.jobs_supervisor = JobSupervisor(
             JobStore(self._state_dir / "jobs.sqlite"),
             self._state_dir,
-            self._on_job_ready,
-            self._on_job_exited,
+            self,
             config.limits.jobs,
         )
 
@@ -209,10 +213,10 @@ class Node:
 
     async def _drain(self) -> None:
         """Admit nothing more and answer what was accepted."""
-        self.draining = True
+        self.requests.draining = True
         self.core.feed(e.Draining())
         end = time.monotonic() + DRAIN_S
-        while self._pending and time.monotonic() < end:
+        while len(self.requests) and time.monotonic() < end:
             await asyncio.sleep(0.01)
 
     async def _stop_tasks(self) -> None:
@@ -243,7 +247,16 @@ class Node:
         self._plan()
 
     async def _refresh(self) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._looker, self.device.refresh)
+        self.fleet.look()
+
+    def _pinned(self, instances: Instances) -> ServiceSpec:
+        """A service as the planner may place it: where its instances are."""
+        spec = instances.spec
+        kind = next(s.kind for s in self.specs if s.id == instances.device)
+        if len(self.specs) == 1:
+            return spec
+        variants = {kind: spec.variants.get(kind, Variant())}
+        return msgspec.structs.replace(spec, variants=variants)
 
     def _plan_soon(self) -> None:
         if self._replan is None:
@@ -252,20 +265,20 @@ class Node:
     def _plan(self) -> None:
         self._replan = None
         state = self.core.dispatcher.state
-        if state.pending is not None or self.draining:
+        if self.requests.draining:
             return
         now = self._clock()
         statuses = {s.id: s for s in self._job_statuses()}
         self.monitor.forget_jobs(statuses)
         snapshot = self.monitor.snapshot(
             now,
-            (self.device.spec,),
+            self.specs,
             state,
-            {n: (i.spec, i.live) for n, i in self.models.services.items()},
+            {n: (self._pinned(i), i.live) for n, i in self.models.services.items()},
             {
-                j: (self._job_specs[j], statuses[j].rate)
+                j: (self._job_runs[j].spec, statuses[j].rate)
                 for j in state.jobs
-                if j in self._job_specs and j in statuses
+                if j in self._job_runs and j in statuses
             },
         )
         plan = self.planner.plan(snapshot)
@@ -288,71 +301,46 @@ class Node:
         if isinstance(event, e.ServiceAdded | e.ServiceRemoved | e.WorkerUp):
             self._plan_soon()
 
-    def attach_worker(self, worker: str, pid: int, exec_timeout_ns: int) -> str:
-        """A new model instance; returns the device it is on."""
-        self.device.attach_worker(worker, pid, exec_timeout_ns)
-        return self.device.spec.id
+    async def launch_worker(self, device: str, tenant: Tenant) -> Launch:
+        """See Shell."""
+        return await self.fleet.launch((device,), tenant)
 
-    def detach_worker(self, worker: str) -> None:
-        """A model instance is gone."""
-        self.device.detach_worker(worker)
+    async def attach_worker(self, device: str, tenant: Tenant, pid: int) -> None:
+        """See Shell."""
+        await self.fleet.attached((device,), tenant, pid)
+
+    def detach_worker(self, device: str, worker: str) -> None:
+        """See Shell."""
+        self.fleet.detach((device,), worker)
 
     def on_result(self, message: Done | Failed) -> None:
         """A batch came back from a worker."""
-        if isinstance(message, Failed):
-            self.core.feed(e.BatchFailed(message.batch, message.reason))
-            return
-        self._results[message.batch] = message.items
-        failed: tuple[int, ...] = ()
-        running = self.core.dispatcher.state.running.get(message.batch)
-        if running is not None and any(outputs.error for outputs in message.items):
-            pairs = zip(running.batch.requests, message.items, strict=True)
-            failed = tuple(request for request, outputs in pairs if outputs.error)
-        self.core.feed(e.BatchDone(message.batch, message.exec_ns, message.start_ns, failed))
-        self._results.pop(message.batch, None)  # late news of a batch that was given up
+        self.requests.on_result(message)
 
     # --- Hands for the core -----------------------------------------------------------------
 
     def on_dispatch(self, action: a.Dispatch, partition: Partition) -> None:
         """See Hands."""
         batch = action.batch
-        self.device.bind_worker(action.worker, partition)
         instances = self.models.services.get(batch.service)
         if instances is None:
             return  # unloaded this very turn: WorkerDown is on its way
-        requests = [self._pending[r] for r in batch.requests]
-        for pending in requests:
-            pending.version = batch.version  # a swap may have come since it was queued
-        items = tuple(pending.item for pending in requests)
-        units = min(partition.compute, instances.spec.threads or partition.compute)
-        instances.send(action.worker, Run(batch.id, units, self._clock(), items))
+        items = self.requests.items(batch, action.worker)
+        threads = min(partition.compute, instances.spec.threads or partition.compute)
+        run = Run(batch.id, partition.units, threads, self._clock(), items)
+        instances.send(action.worker, run)
+
+    def on_emit(self, action: a.Emit) -> None:
+        """See Hands."""
+        self.requests.on_emit(action)
 
     def on_complete(self, action: a.Complete) -> None:
         """See Hands."""
-        items = self._results.pop(action.batch)
-        for request_id, outputs in zip(action.requests, items, strict=True):
-            pending = self._close_request(request_id)
-            wanted = self._wanted.pop(request_id, ())
-            if outputs.error:
-                pending.refuse(Refused(Refusal.FAILED, 0, outputs.error))
-                continue
-            sizes = self._sizes.get((pending.service, pending.version))
-            if sizes is not None:
-                sizes.learn(pending.item.rows, outputs)
-            pending.answer(wanted, outputs)
+        self.requests.on_complete(action)
 
     def on_reject(self, action: a.Reject) -> None:
         """See Hands."""
-        pending = self._close_request(action.request)
-        self._wanted.pop(action.request, None)
-        pending.refuse(Refused(action.refusal, action.retry_after, action.detail))
-
-    def _close_request(self, request_id: int) -> Pending:
-        pending = self._pending.pop(request_id)
-        left = self._open_requests[pending.service] = self._open_requests[pending.service] - 1
-        if left == 0 and pending.service in self._drained:
-            self._drained[pending.service].set()
-        return pending
+        self.requests.on_reject(action)
 
     def on_stop_job(self, action: a.StopJob) -> None:
         """See Hands."""
@@ -362,96 +350,22 @@ class Node:
 
     def most_elements(self, name: str, version: str = "") -> int | None:
         """See NodePort."""
-        meta = self.models.version(name, version).meta
-        return calls.most_elements(meta, self.core.dispatcher.state.services[name].max_batch)
+        return self.requests.most_elements(name, version)
 
     def submit(self, call: InferCall, done: OnOutcome) -> Withdraw | Refused:
         """See NodePort."""
-        if self.draining:
-            return self._turn_away(call, Refusal.SHUTTING_DOWN, 0, "")
-        loaded = self.models.version(call.model, call.version)
-        if call.model in self.models.leaving:
-            return self._turn_away(call, Refusal.UNAVAILABLE, 0, "the model is being unloaded")
-        if not 0 <= call.priority < PRIORITY_CLASSES:
-            raise InvalidRequest(f"priority {call.priority}: classes are 0 (high) to 2 (low)")
-        instances = self.models.services[call.model]
-        service = self.core.dispatcher.state.services[call.model]
-        meta = loaded.meta
-        rows = calls.rows_of(meta, service.max_batch, call)
-        version = loaded.files.version
-        sizes = self._sizes.get((call.model, version))
-        if sizes is None:
-            sizes = self._sizes[call.model, version] = OutputSizes(meta)
-        try:
-            placed = calls.place(
-                meta, call, rows, instances.arena, sizes.expect(rows), instances.spec.refuse_nan
-            )
-        except ArenaFull as error:
-            return self._turn_away(call, Refusal.MEMORY, RETRY_MEMORY, str(error))
-        pending = Pending(call.model, version, meta, placed, done)
-        shape = calls.signature(meta, call)
-        size = size_of(meta, {t.name: t.shape for t in call.inputs}) if shape else 1
-        request_id = self._arrive(call, pending, shape, size)
-        return partial(self._withdraw, request_id, pending)
-
-    def _turn_away(self, call: InferCall, refusal: Refusal, retry_after: int, why: str) -> Refused:
-        if call.model in self.models.services:  # no meters for names that clients make up
-            self.monitor.turned_away(call.model, refusal)
-        return Refused(refusal, retry_after, why)
-
-    def _arrive(self, call: InferCall, pending: Pending, shape: str, size: int) -> int:
-        request_id, now = self._next_request, self._clock()
-        self._next_request += 1
-        self._pending[request_id] = pending
-        if call.outputs:
-            self._wanted[request_id] = call.outputs
-        self._open_requests[call.model] = self._open_requests.get(call.model, 0) + 1
-        spec = self.models.services[call.model].spec
-        budget = call.timeout_ns or spec.slo.latency
-        if not self._arrivals:
-            asyncio.get_running_loop().call_soon(self._hand_over)
-        self._arrivals.append(
-            Request(
-                id=request_id,
-                service=call.model,
-                arrived=now,
-                deadline=now + budget,
-                priority=call.priority,
-                rows=pending.item.rows,
-                version=call.version,
-                shape=shape,
-                expires=now + call.timeout_ns if call.timeout_ns else 0,
-                payload=request_id,
-                size=size,
-            )
-        )
-        return request_id
-
-    def _hand_over(self) -> None:
-        """Feed the arrivals of this turn of the loop, which may so become one batch."""
-        arrivals, self._arrivals = self._arrivals, []
-        left = len(arrivals)
-        for request in arrivals:
-            left -= 1
-            self.core.feed(e.Arrived(request, more=left > 0))
-
-    def _withdraw(self, request_id: int, pending: Pending) -> None:
-        """The caller went away: what is queued goes too; what runs is thrown away when done."""
-        pending.withdraw()
-        self._hand_over()
-        if request_id in self._pending:
-            self.core.feed(e.Cancelled(request_id))
+        return self.requests.accept(call, done)
 
     # --- models -----------------------------------------------------------------------------
 
     def is_ready(self) -> bool:
         """See NodePort."""
-        return not self.draining and all(self.model_ready(n) for n in self.models.declared)
+        return not self.requests.draining and all(self.model_ready(n) for n in self.models.declared)
 
     def model_ready(self, name: str, version: str = "") -> bool:
         """See NodePort."""
         found = self.models.services.get(name)
-        if found is None or name in self.models.leaving or self.draining:
+        if found is None or name in self.models.leaving or self.requests.draining:
             return False
         return found.live > 0 if not version else version in found.loaded
 
@@ -470,14 +384,10 @@ class Node:
     async def unload(self, name: str) -> None:
         """See NodePort."""
         self.models.find(name)
-        drained = None
-        if self._open_requests.get(name):
-            drained = self._drained[name] = asyncio.Event()
         try:
-            await self.models.unload(name, drained)
+            await self.models.unload(name, self.requests.drained(name))
         finally:
-            self._drained.pop(name, None)
-        self._sizes = {key: s for key, s in self._sizes.items() if key[0] != name}
+            self.requests.forget(name)
 
     def statistics(self, name: str, version: str = "") -> dict[str, Any]:
         """See NodePort."""
@@ -504,22 +414,40 @@ class Node:
 
     # --- jobs -------------------------------------------------------------------------------
 
-    def _on_job_ready(self, spec: JobSpec, pid: int) -> None:
-        found = proctree.stat(pid)
-        if found is None:
-            return  # it ended before we could look; on_exited is on its way
-        units = len(self.device.spec.units)
-        self._job_specs[spec.id] = spec
-        # The shim above the command is the one ancestor that a daemonised child keeps.
-        self.device.attach_job(spec.id, found.parent)
+    async def launch_job(self, spec: JobSpec) -> Launch:
+        """See JobShell."""
+        return await self.fleet.launch(self._job_devices, _job_tenant(spec))
+
+    def on_job_ready(self, spec: JobSpec, pid: int) -> None:
+        """See JobShell."""
+        run = self._job_runs[spec.id] = _JobRun(spec)
+        self.fleet.attach(
+            self._job_devices, _job_tenant(spec), pid, run, self._job_attached, self._job_refused
+        )
+
+    def _job_attached(self, run: _JobRun, _: object) -> None:
+        spec = run.spec
+        if self._job_runs.get(spec.id) is not run:
+            return  # it ended meanwhile
+        run.announced = True
+        units = sum(s.compute for s in self.specs if s.trains)
         limit = max(1, int(spec.limit * units + 1e-9))
         self.core.feed(e.JobReady(spec.id, spec.weight, spec.guaranteed, limit, DEBT_WINDOW))
         self._plan_soon()
 
-    def _on_job_exited(self, job: str) -> None:
-        self.core.feed(e.JobExited(job))
-        self.device.detach_job(job)
-        self._job_specs.pop(job, None)
+    def _job_refused(self, run: _JobRun, why: str) -> None:
+        job = run.spec.id
+        if self._job_runs.get(job) is run:
+            log.error("job not attached, stopping it", extra={"job": job, "why": why})
+            with contextlib.suppress(EnvironmentProblem):  # all jobs are being stopped
+                self.jobs_supervisor.cancel(job, f"its device would not take it: {why}")
+
+    def on_job_exited(self, job: str) -> None:
+        """See JobShell."""
+        run = self._job_runs.pop(job)
+        if run.announced:
+            self.core.feed(e.JobExited(job))
+        self.fleet.detach(self._job_devices, job)
         self._plan_soon()
 
     def submit_job(self, spec: JobSpec) -> str:
@@ -562,8 +490,22 @@ class Node:
 
     def metrics(self) -> bytes:
         """See NodePort."""
-        return metrics.exposition(self.monitor, self.core.dispatcher.state, self._job_statuses())
+        memory = {spec.id: self.fleet.memory(spec.id) for spec in self.specs}
+        state = self.core.dispatcher.state
+        return metrics.exposition(self.monitor, state, self._job_statuses(), memory)
 
     def status(self) -> dict[str, Any]:
         """See NodePort."""
         return node_status(self)
+
+
+def _job_tenant(spec: JobSpec) -> Tenant:
+    return Tenant(spec.id, TenantKind.JOB, memory=spec.memory)
+
+
+def _one_kind_trains(specs: tuple[DeviceSpec, ...]) -> tuple[DeviceSpec, ...]:
+    """Jobs live on one kind of device: that of the first that trains. The others only serve."""
+    kind = next((spec.kind for spec in specs if spec.trains), "")
+    return tuple(
+        spec if spec.kind == kind else msgspec.structs.replace(spec, trains=False) for spec in specs
+    )

@@ -19,9 +19,11 @@ from pathlib import Path
 
 import msgspec
 
+from cotenant.domain.device import Launch
 from cotenant.domain.errors import EnvironmentProblem
 from cotenant.runtime.arena import Arena
 from cotenant.runtime.messages import FromWorker, ToWorker, frame, unframe
+from cotenant.runtime.rlimits import limit
 
 log = logging.getLogger("cotenant.worker")
 _decoder = msgspec.msgpack.Decoder(FromWorker)
@@ -57,8 +59,9 @@ class WorkerProcess:
         """Process id; 0 before ``start``."""
         return self._popen.pid if self._popen is not None else 0
 
-    def start(self) -> None:
-        """Spawn. Must run on the loop's thread: the worker dies with the thread that made it."""
+    def start(self, launch: Launch) -> None:
+        """Spawn with what the device wants. Must run on the loop's thread: the worker dies with
+        the thread that made it. Raises EnvironmentProblem."""
         ours, theirs = socket.socketpair()
         try:
             with self._log_path.open("ab") as output:
@@ -75,9 +78,16 @@ class WorkerProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
+                    env={**os.environ, **launch.env},
                 )
-        except OSError as error:
+            # Now, while it is only an interpreter that starts: what would set them between fork
+            # and exec may hang, since other threads of the node hold locks.
+            limit(launch.limits, self._popen.pid)
+        except (OSError, ValueError) as error:
             ours.close()
+            if self._popen is not None:
+                self._popen.kill()
+                self._popen.wait()
             raise EnvironmentProblem(f"cannot start a worker: {error}") from error
         finally:
             theirs.close()

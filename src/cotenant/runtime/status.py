@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from cotenant import __version__
+from cotenant.domain.device import DeviceSpec
 from cotenant.domain.units import MS, US
 from cotenant.policy.state import PartitionState
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 def node_status(node: Node) -> dict[str, Any]:
     """The whole node."""
-    spec, state = node.device.spec, node.core.dispatcher.state
+    state = node.core.dispatcher.state
     journal = node.journal
     return {
         "version": __version__,
@@ -29,14 +30,8 @@ def node_status(node: Node) -> dict[str, Any]:
         "http": node.addresses["http"],
         "grpc": node.addresses["grpc"],
         "ready": node.is_ready(),
-        "draining": node.draining,
-        "device": {
-            "id": spec.id,
-            "kind": spec.kind,
-            "units": list(spec.units),
-            "level": spec.preempt.name,
-            "limits": list(spec.limits),
-        },
+        "draining": node.requests.draining,
+        "devices": [_device(node, spec) for spec in node.specs],
         "plan": {
             "version": state.plan.version,
             "reasons": list(state.plan.reasons),
@@ -53,6 +48,23 @@ def node_status(node: Node) -> dict[str, Any]:
     }
 
 
+def _device(node: Node, spec: DeviceSpec) -> dict[str, Any]:
+    memory, levels = node.fleet.memory(spec.id), node.fleet.levels(spec.id)
+    return {
+        "id": spec.id,
+        "kind": spec.kind,
+        "units": list(spec.units),
+        "memory": spec.memory,
+        "level": spec.preempt.name,
+        "trains": spec.trains,
+        "limits": list(spec.limits),
+        "tenants": {
+            tenant: {"level": level.name, "memory": memory.get(tenant)}
+            for tenant, level in levels.items()
+        },
+    }
+
+
 def _partition(node: Node, partition: PartitionState) -> dict[str, Any]:
     meter = node.monitor.partition(partition.id)
     p50, p99 = meter.recent_revoke.quantiles(node.core.clock(), 0.5, 0.99)
@@ -62,6 +74,7 @@ def _partition(node: Node, partition: PartitionState) -> dict[str, Any]:
         holder = f"batch:{service}"
     return {
         "id": partition.id,
+        "device": partition.device,
         "units": list(partition.units),
         "services": list(partition.services),
         "owners": list(partition.owners),

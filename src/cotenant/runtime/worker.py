@@ -20,10 +20,19 @@ import msgspec
 import numpy as np
 
 from cotenant.devices import proctree
+from cotenant.domain.device import REST_EVERY
 from cotenant.domain.errors import ModelError
 from cotenant.domain.workload import Joining
 from cotenant.engines.accuracy import measure
-from cotenant.engines.base import NUMPY, Array, Engine, open_engine
+from cotenant.engines.base import (
+    FAILURES,
+    NUMPY,
+    Array,
+    Engine,
+    EngineMeta,
+    TurnEngine,
+    open_engine,
+)
 from cotenant.engines.checkdata import CheckData, read_check
 from cotenant.engines.joining import ONE_ROW, judge, named_alike, same
 from cotenant.engines.samples import Samples, check_samples, make_samples
@@ -43,21 +52,15 @@ from cotenant.runtime.messages import (
     ToWorker,
     frame,
 )
+from cotenant.runtime.sequences import PROFILE_BUDGET_NS, PROFILE_RUNS, Sequences
 
 ALIGN = 64
 PROBATION, CHECK_EVERY = 8, 512
 """Where names do not say that the first axes of inputs and outputs are one, so many of the first
 batches of real requests, and then one in so many, are compared with the requests alone: the rows of
 a trial may all be alike in what they let the model find. It takes the time of those executions."""
-PROFILE_RUNS = 5
-PROFILE_BUDGET_NS = 2_000_000_000
-"""Profiling stops here: a slow model learns the rest from traffic."""
-REST_EVERY_NS, REST_S = 100_000_000, 100e-6
-"""With the next batch always at hand a worker never blocks, and at real-time priority the kernel
-would end it for that (RLIMIT_RTTIME): so often, or four times within the limit, it sleeps, long
-enough to count."""
-_FAILURES = (ModelError, ValueError, MemoryError)
-"""What a model may raise on an input; anything else is a bug and ends the worker."""
+REST_S = 100e-6
+"""How long a worker sleeps where its device wants it to rest (``REST_EVERY``)."""
 
 
 class Worker:
@@ -67,12 +70,14 @@ class Worker:
         self._sock = sock
         self._arena = arena
         self._engine: Engine | None = None
+        self._sequences: Sequences | None = None
+        """In place of the engine, where that takes turns."""
         self._unjoined = ""
         """Why no rows are joined; "" if they may be."""
         self._until_check = -1
         """Batches until one whose requests are also run alone, to compare; below 0: none is."""
         self._checked = 0
-        self._rest_every = REST_EVERY_NS
+        self._rest_every = int(os.environ.get(REST_EVERY, "0"))
         self._decoder = msgspec.msgpack.Decoder(ToWorker)
 
     def serve(self) -> None:
@@ -81,10 +86,12 @@ class Worker:
         while (message := self._receive()) is not None:
             if isinstance(message, Open):
                 self._send(self._open(message))
-            else:
+            elif isinstance(message, Run):
                 self._send(self._run(message))
+            elif self._sequences is not None:
+                self._sequences.forget(message.keys)
             now = time.monotonic_ns()
-            if now - rested > self._rest_every:
+            if self._rest_every and now - rested > self._rest_every:
                 time.sleep(REST_S)
                 rested = now
 
@@ -105,9 +112,12 @@ class Worker:
     # --- loading ----------------------------------------------------------------------------
 
     def _open(self, order: Open) -> Opened | OpenFailed:
-        self._rest_every = min(REST_EVERY_NS, order.exec_timeout // 4)
         try:
-            self._engine = engine = open_engine(Path(order.path), order.units)
+            engine = open_engine(Path(order.path), order.units)
+            if isinstance(engine, TurnEngine):
+                self._sequences = Sequences(engine, self._gather, self._store)
+                return self._sequences.open(order)
+            self._engine = engine
             data = None
             if order.check:
                 data = read_check(Path(order.check), engine.meta.inputs, order.settings.check)
@@ -161,18 +171,20 @@ class Worker:
 
     def _run(self, order: Run) -> Done | Failed:
         started = time.monotonic_ns()
+        if self._sequences is not None:
+            return _took_turn(self._sequences, order, started)
         was, together = self._unjoined, ""
         items = None
         if len(order.items) == 1 or not self._unjoined:
             try:
-                items = self._execute(order.units, order.items)
-            except _FAILURES as error:
+                items = self._execute(order.threads, order.items)
+            except FAILURES as error:
                 if len(order.items) == 1:
                     return Failed(order.batch, self._why(order.items[0], error))
                 together = _said(error)
         if items is None:
             # One request's fault, or outputs that are not row by row: nobody else's business.
-            items = tuple(self._execute_alone(order.units, item) for item in order.items)
+            items = tuple(self._execute_alone(order.threads, item) for item in order.items)
             if together and not any(item.error for item in items):
                 self._unjoined = f"requests that it answers alone failed together: {together}"
         ended = time.monotonic_ns()
@@ -183,7 +195,7 @@ class Worker:
         """Outputs of requests run as one; None, and no joining from then on, if an output is not
         row by row: then whose is whose cannot be told."""
         assert self._engine is not None
-        outputs = self._engine.run(units, self._gather(self._engine, items))
+        outputs = self._engine.run(units, self._gather(self._engine.meta, items))
         if not self._unjoined:
             rows = sum(item.rows for item in items)
             for meta, output in zip(self._engine.meta.outputs, outputs, strict=True):
@@ -205,7 +217,7 @@ class Worker:
         """End joining if the outputs of a batch are not those of its requests alone."""
         assert self._engine is not None
         for item, parts in zip(items, _split(items, outputs), strict=True):
-            alone = self._engine.run(units, self._gather(self._engine, (item,)))
+            alone = self._engine.run(units, self._gather(self._engine.meta, (item,)))
             for meta, part, other in zip(self._engine.meta.outputs, parts, alone, strict=True):
                 if not same(part, other):
                     self._unjoined = f"output {meta.name!r} of a request depends on its company"
@@ -214,7 +226,7 @@ class Worker:
     def _execute_alone(self, units: int, item: Item) -> Outputs:
         try:
             outputs = self._execute(units, (item,))
-        except _FAILURES as error:
+        except FAILURES as error:
             return Outputs((), error=self._why(item, error))
         assert outputs is not None
         return outputs[0]
@@ -226,10 +238,10 @@ class Worker:
             return f"this model takes one row a request; send the {rows[0]} rows one by one"
         return _said(error)
 
-    def _gather(self, engine: Engine, items: tuple[Item, ...]) -> dict[str, Array]:
+    def _gather(self, model: EngineMeta, items: tuple[Item, ...]) -> dict[str, Array]:
         """One array an input: a view of the arena for one request, else rows joined."""
         inputs: dict[str, Array] = {}
-        for index, meta in enumerate(engine.meta.inputs):
+        for index, meta in enumerate(model.inputs):
             parts = [self._view(item.inputs[index], meta.datatype) for item in items]
             inputs[meta.name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return inputs
@@ -261,6 +273,15 @@ class Worker:
             places.append(Place(part.shape, offset, size))
             offset += -(-size // ALIGN) * ALIGN
         return Outputs(tuple(places), tuple(spilled))
+
+
+def _took_turn(sequences: Sequences, order: Run, started: int) -> Done | Failed:
+    try:
+        items = sequences.run(order)
+    except FAILURES as error:
+        return Failed(order.batch, _said(error))
+    took = time.monotonic_ns() - started
+    return Done(order.batch, max(0, started - order.sent), took, items)
 
 
 def _split(items: tuple[Item, ...], outputs: list[Array]) -> list[list[Array]]:

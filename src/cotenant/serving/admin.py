@@ -14,6 +14,7 @@ SERVER_NAME = "cotenant"
 
 EXTENSIONS = (
     "binary_tensor_data",
+    "generate",
     "model_configuration",
     "model_repository",
     "statistics",
@@ -107,12 +108,14 @@ def model_config(meta: ModelMeta) -> dict[str, Any]:
     """A minimal model configuration: what is true of a model here, and nothing more.
 
     ``max_batch_size`` is 0, which in this format means that shapes are complete (they hold
-    the batch axis); whether requests are batched together is not the client's concern.
+    the batch axis); whether requests are batched together is not the client's concern. A model is
+    ``decoupled`` where it may answer in pieces.
     """
     return {
         "name": meta.name,
         "platform": meta.platform,
         "max_batch_size": 0,
+        "model_transaction_policy": {"decoupled": meta.pieces},
         "input": [
             {"name": t.name, "data_type": MODEL_DATA_TYPES[t.datatype][0], "dims": t.shape}
             for t in meta.inputs

@@ -7,19 +7,23 @@ for what a compressed body unfolds to.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import logging
 from collections.abc import Awaitable, Callable, Iterable, MutableMapping
 from typing import Any, Protocol
 
 import msgspec
 
-from cotenant.domain.errors import TooLarge
+from cotenant.domain.errors import CotenantError, TooLarge
 from cotenant.domain.port import Refused
 from cotenant.domain.request import Refusal
 from cotenant.serving.intake import Budget, inflate
 from cotenant.serving.overdue import Overdue
-from cotenant.serving.refusals import HTTP_STATUS, refusal_headers
+from cotenant.serving.refusals import HTTP_STATUS, as_refused, error_status, refusal_headers
 from cotenant.serving.tensors import Limits
+
+log = logging.getLogger("cotenant.serving")
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -183,6 +187,61 @@ def error_answer(status: int, message: str, headers: Iterable[Header] = ()) -> A
 def refusal_answer(refused: Refused) -> Answer:
     """A refusal with its reason and, where it may pass, the time to retry."""
     return error_answer(HTTP_STATUS[refused.refusal], refused.message, refusal_headers(refused))
+
+
+def failure_answer(exc: Exception, model: str) -> Answer:
+    """What to answer to an inference that failed with ``exc``."""
+    refused = as_refused(exc)
+    if refused is not None:
+        return refusal_answer(refused)
+    if isinstance(exc, CotenantError):
+        return error_answer(error_status(exc), str(exc))
+    log.error("inference on %s failed inside the server", model, exc_info=exc)
+    return error_answer(500, "the server failed; its log says how")
+
+
+class HangupWatch:
+    """Cancels a request's task when its client disconnects, from ``start`` to ``stop``.
+
+    As a context it watches what is within, and raises Hangup there.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self.fired = False
+        task = asyncio.current_task()
+        assert task is not None
+        self._request = task
+        self._receive = receive
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Watch."""
+        self._task = asyncio.create_task(self._watch())
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _watch(self) -> None:
+        with contextlib.suppress(Exception):  # a broken connection is a hang-up too
+            while (await self._receive())["type"] != "http.disconnect":
+                pass
+        self.fired = True
+        self._request.cancel()
+
+    def check(self) -> None:
+        """To be called where the task was cancelled; raises Hangup if that was for a hang-up."""
+        if self.fired and self._request.uncancel() == 0:
+            raise Hangup from None
+
+    async def __aenter__(self) -> None:
+        self.start()
+
+    async def __aexit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.stop()
+        if kind is not None and issubclass(kind, asyncio.CancelledError):
+            self.check()
 
 
 async def respond_unread(

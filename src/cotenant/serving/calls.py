@@ -7,7 +7,8 @@ inputs and outputs in shared memory, and what is not supported.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections import deque
+from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import NoReturn, Protocol
 
 import msgspec
@@ -55,12 +56,14 @@ class Decoded(msgspec.Struct):
     """A request: the call for the node, and how its answer is to be written.
 
     ``wanted`` maps output names to what was asked; empty means all outputs, each in binary
-    form if ``binary``.
+    form if ``binary``. ``empty_final``: an answer in pieces ends with an empty one, where nothing
+    else says that it ends.
     """
 
     call: InferCall
     wanted: dict[str, Wanted]
     binary: bool
+    empty_final: bool = False
 
 
 async def infer(node: NodePort, call: InferCall) -> Outcome:
@@ -83,6 +86,37 @@ async def infer(node: NodePort, call: InferCall) -> Outcome:
         if not future.cancelled() and isinstance(outcome := future.result(), InferResult):
             outcome.release()
         raise
+
+
+async def pieces(node: NodePort, call: InferCall) -> AsyncGenerator[Outcome]:
+    """Have the node run a call, and take its outcomes as they come: the last has no ``more`` or is
+    a refusal. Close this (``aclosing``) to withdraw the request before."""
+    waiting: deque[Outcome] = deque()
+    wake = asyncio.Event()
+    ended = False
+
+    def done(outcome: Outcome) -> None:
+        nonlocal ended
+        ended = isinstance(outcome, Refused) or not outcome.more
+        waiting.append(outcome)
+        wake.set()
+
+    withdraw = node.submit(call, done)
+    if isinstance(withdraw, Refused):
+        yield withdraw
+        return
+    try:
+        while waiting or not ended:
+            if not waiting:
+                wake.clear()
+                await wake.wait()
+            yield waiting.popleft()
+    finally:
+        if not ended:
+            withdraw()
+        for outcome in waiting:
+            if isinstance(outcome, InferResult):
+                outcome.release()
 
 
 def priority_class(priority: int) -> int:

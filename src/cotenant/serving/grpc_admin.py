@@ -98,8 +98,14 @@ class Admin:
             ]
             for side, group in (("input", meta.inputs), ("output", meta.outputs))
         }
-        # See cotenant.serving.admin.model_config for what max_batch_size 0 means.
-        config = {"name": meta.name, "platform": meta.platform, "max_batch_size": 0, **tensors}
+        # See cotenant.serving.admin.model_config for what this means.
+        config = {
+            "name": meta.name,
+            "platform": meta.platform,
+            "max_batch_size": 0,
+            "model_transaction_policy": {"decoupled": meta.pieces},
+            **tensors,
+        }
         return _answer("ModelConfig", config=config)
 
     def _model_statistics(self, request: Any) -> bytes:

@@ -1,9 +1,10 @@
 """gRPC calls under way: what their clients do (``http2.Receiver``) and how they end.
 
 On a stream, requests run side by side and their answers go out **in the order of the
-requests**. At most ``STREAM_WINDOW`` of one stream are under way. What its client sends beyond
-that stays as it came, counts for the memory of its connection, and stops the client from sending
-more; so does what comes after the connection's turn is over (``http2_credit``).
+requests**; those that come in pieces go out beside them, a piece only when the client has taken up
+what was sent before. At most ``STREAM_WINDOW`` of one stream are under way. What its client sends
+beyond that stays as it came, counts for the memory of its connection, and stops the client from
+sending more; so does what comes after the connection's turn is over (``http2_credit``).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from cotenant.serving.grpc_wire import (
     framed,
     status_block,
 )
-from cotenant.serving.grpc_work import FAILED, Method, Work, status
+from cotenant.serving.grpc_work import FAILED, Inference, Method, Work, status
 from cotenant.serving.http2_sending import Stream
 from cotenant.serving.intake import BodyRefused
 
@@ -60,6 +61,9 @@ class Call:
     """One call under way."""
 
     __slots__ = ("_assembler", "_said", "_timer", "front", "head", "over", "route", "stream")
+
+    pieces = False
+    """Whether a request may be answered in pieces."""
 
     def __init__(self, front: GrpcFront, stream: Stream, head: Head, route: Route) -> None:
         self.front = front
@@ -102,6 +106,10 @@ class Call:
 
     def done(self, work: Work, said: bytes | Status, /) -> None:
         """A piece of work is done."""
+        raise NotImplementedError
+
+    def told(self, work: Inference, /) -> None:
+        """A piece of an answer is there."""
         raise NotImplementedError
 
     def withdraw(self) -> None:
@@ -211,14 +219,19 @@ class UnaryCall(Call):
 
 
 class StreamCall(Call):
-    """A stream of messages, each with an answer, in their order."""
+    """A stream of messages, each with an answer, in their order. One that comes in pieces holds up
+    no other, once its first is there."""
 
-    __slots__ = ("_backlog", "_ended", "_moving", "_running")
+    __slots__ = ("_backlog", "_ended", "_moving", "_running", "_telling")
+
+    pieces = True
 
     def __init__(self, front: GrpcFront, stream: Stream, head: Head, route: Route) -> None:
         super().__init__(front, stream, head, route)
         self._running: deque[Work] = deque()
         """In the order of their messages; those whose answer is there wait for earlier ones."""
+        self._telling: dict[Inference, None] = {}
+        """Those that are answered in pieces, the one whose turn is next first."""
         self._backlog: deque[memoryview] = deque()
         """What came and is not looked at yet."""
         self._ended = False
@@ -258,10 +271,18 @@ class StreamCall(Call):
         else:
             self._move()
 
+    def told(self, work: Inference) -> None:
+        """See ``Call``."""
+        if work not in self._telling:
+            self._running.remove(work)
+            self._telling[work] = None
+        self._move()
+
     def withdraw(self) -> None:
         """See ``Call``."""
         running, self._running = self._running, deque()
-        for work in running:
+        telling, self._telling = self._telling, {}
+        for work in (*running, *telling):
             work.withdraw()
         backlog, self._backlog = self._backlog, deque()
         self.stream.keep(-sum(map(len, backlog)))
@@ -283,7 +304,7 @@ class StreamCall(Call):
 
     def _may_start(self) -> bool:
         """Whether there is room for one more: while answers are not taken up there is none."""
-        if len(self._running) >= STREAM_WINDOW or self.stream.out:
+        if len(self._running) + len(self._telling) >= STREAM_WINDOW or self.stream.out:
             return False
         if self.stream.work(0):
             return True
@@ -294,6 +315,21 @@ class StreamCall(Call):
         while self._running and (answer := self._running[0].answer) is not None:
             self._running.popleft()
             self.say(answer)
+        if self._telling:
+            self._tell()
+
+    def _tell(self) -> None:
+        """Say pieces, one of each request by turns, while the client takes them up."""
+        while not (self.stream.out or self.over):
+            work = next((work for work in self._telling if work.waiting), None)
+            if work is None:
+                return
+            del self._telling[work]
+            message = work.piece()
+            if not work.over:
+                self._telling[work] = None
+            if message:
+                self.say(message)
 
     def _move(self) -> None:
         """Say what is due, start what there is room for."""
@@ -333,5 +369,5 @@ class StreamCall(Call):
         if self._ended and not self._backlog:
             if self._assembler.midway:
                 self.finish(Status(Code.INTERNAL, "the stream ends within a message"))
-            elif not self._running:
+            elif not (self._running or self._telling):
                 self.finish(Status(Code.OK))

@@ -64,6 +64,17 @@ _SMALL_BYTES = 512
 _STREAM_ANSWER_TAG = b"\x12"  # ModelStreamInferResponse.infer_response: field 2
 
 
+def _final(final: bool) -> bytes:
+    """The parameter that tells it, as a field of a serialised ModelInferResponse."""
+    answer = protos.ModelInferResponse()
+    answer.parameters["triton_final_response"].bool_param = final
+    data: bytes = answer.SerializeToString()
+    return data
+
+
+_FINAL = (_final(False), _final(True))
+
+
 Packed = dict[int, dict[int, list[memoryview]]]
 """Of large inputs: which one → number of a field of its contents → what is in that, as it came."""
 
@@ -239,7 +250,10 @@ def decode(request: InferMessage, limits: Limits, regions: RegionIO) -> Decoded:
     wanted = _wanted(message.outputs, regions)
     call = InferCall(message.model_name, inputs, message.model_version, message.id, tuple(wanted))
     if message.parameters:
-        _apply(call, _parameters(message.parameters))
+        parameters = _parameters(message.parameters)
+        _apply(call, parameters)
+        empty_final = parameters.get("triton_enable_empty_final_response") is True
+        return Decoded(call, wanted, binary=True, empty_final=empty_final)
     return Decoded(call, wanted, binary=True)
 
 
@@ -269,9 +283,11 @@ def encode(result: InferResult, request: Decoded, regions: RegionIO) -> bytes:
     return b"".join((answer.SerializeToString(), *raw))
 
 
-def stream_answer(answer: bytes) -> bytes:
-    """A serialised ModelStreamInferResponse around a serialised ModelInferResponse."""
-    return b"".join((_STREAM_ANSWER_TAG, _varint(len(answer)), answer))
+def stream_answer(answer: bytes, final: bool) -> bytes:
+    """A serialised ModelStreamInferResponse around a serialised ModelInferResponse, to which it
+    adds whether this ends the answer to its request (Triton's ``triton_final_response``)."""
+    last = _FINAL[final]
+    return b"".join((_STREAM_ANSWER_TAG, _varint(len(answer) + len(last)), answer, last))
 
 
 def stream_error(message: str, request: Any | None, extra: dict[str, str]) -> bytes:

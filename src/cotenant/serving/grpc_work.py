@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf.message import DecodeError
 
 from cotenant.domain.errors import InvalidRequest
-from cotenant.domain.port import Outcome, Refused, Withdraw
+from cotenant.domain.port import InferResult, Outcome, Refused, Withdraw
 from cotenant.serving import grpc_codec
 from cotenant.serving.calls import Decoded
 from cotenant.serving.grpc_wire import (
@@ -137,14 +138,18 @@ class Asking(Work):
 class Inference(Work):
     """A ModelInferRequest."""
 
-    __slots__ = ("_decoded", "_withdraw", "asked")
+    __slots__ = ("_decoded", "_pieces", "_withdraw", "asked", "over")
 
     def __init__(self, call: Call, message: Message) -> None:
         super().__init__(call, message)
         self.asked: Any = None
         """The message, once it could be read."""
+        self.over = False
+        """Of an answer in pieces: whether the last was taken."""
         self._decoded: Decoded
         self._withdraw: Withdraw | None = None
+        self._pieces: deque[Outcome] | None = None
+        """Outcomes that wait for ``piece``, of an answer that comes in pieces."""
 
     def withdraw(self) -> None:
         """See ``Work``."""
@@ -152,12 +157,19 @@ class Inference(Work):
         withdraw, self._withdraw = self._withdraw, None
         if withdraw is not None:
             withdraw()
+        pieces, self._pieces = self._pieces, None
+        for outcome in pieces or ():
+            if isinstance(outcome, InferResult):
+                outcome.release()
 
     def framed(self, said: bytes | Status) -> bytes:
         """See ``Work``; what went wrong with one is said in its answer."""
+        return self._framed(said, final=True)
+
+    def _framed(self, said: bytes | Status, final: bool) -> bytes:
         try:
             if not isinstance(said, Status):
-                return framed(grpc_codec.stream_answer(said))
+                return framed(grpc_codec.stream_answer(said, final))
         except Damaged as exc:
             said = exc.status
         return framed(grpc_codec.stream_error(said.details, self.asked, dict(said.metadata)))
@@ -171,6 +183,7 @@ class Inference(Work):
             self.asked = message.message
             self.call.stream.work(message.parsed // _PARSED_BYTES_PER_UNIT)
             self._decoded = grpc_codec.decode(message, limits, regions)
+            self._decoded.call.pieces = self.call.pieces
             withdraw = front.node.submit(self._decoded.call, self._outcome)
         except Exception as exc:
             self.finish(status(_told(exc), self.call.method))
@@ -181,18 +194,55 @@ class Inference(Work):
             self._withdraw = withdraw
 
     def _outcome(self, outcome: Outcome) -> None:
-        self._withdraw = None  # it refers to the request, and that to this
-        if isinstance(outcome, Refused):
+        more = isinstance(outcome, InferResult) and outcome.more
+        if not more:
+            self._withdraw = None  # it refers to the request, and that to this
+        if more or self._pieces is not None:
+            self._told(outcome)
+        elif isinstance(outcome, Refused):
             self.finish(refusal_status(outcome))
-            return
-        try:
-            said = grpc_codec.encode(outcome, self._decoded, self.call.front.intake.regions)
-        except Exception as exc:
-            self.finish(status(exc, self.call.method))
         else:
-            self.finish(said)
+            self.finish(self._said(outcome))
+
+    def _told(self, outcome: Outcome) -> None:
+        """A piece is there, or what ends them."""
+        if self._pieces is None:
+            self._pieces = deque()
+            self._release()  # what was asked is with the node by now
+            self._message = Message(b"", packed=False, held=0)
+            self._decoded.call.inputs = []
+        self._pieces.append(outcome)
+        self.call.told(self)
+
+    def _said(self, result: InferResult) -> bytes | Status:
+        try:
+            return grpc_codec.encode(result, self._decoded, self.call.front.intake.regions)
+        except Exception as exc:
+            return status(exc, self.call.method)
         finally:
+            result.release()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is something for ``piece`` to take."""
+        return bool(self._pieces)
+
+    def piece(self) -> bytes:
+        """Take the next piece, framed; empty where nothing is to be said."""
+        assert self._pieces
+        outcome = self._pieces.popleft()
+        if isinstance(outcome, Refused):
+            self.over = True
+            return self._framed(refusal_status(outcome), final=True)
+        self.over = not outcome.more
+        if not outcome.outputs and not self._decoded.empty_final:
             outcome.release()
+            return b""
+        said = self._said(outcome)
+        if isinstance(said, Status):
+            self.over = True
+            self.withdraw()
+        return self._framed(said, final=self.over)
 
 
 def _parsed(parse: Callable[[bytes | memoryview], Any], data: bytes | memoryview) -> Any:

@@ -19,7 +19,7 @@ from typing import Any
 import msgspec
 
 from cotenant.domain.errors import InvalidRequest, TooLarge
-from cotenant.domain.port import InferCall, InferResult, TensorIn
+from cotenant.domain.port import InferCall, InferResult, TensorIn, TensorMeta
 from cotenant.serving.calls import (
     Decoded,
     RegionIO,
@@ -265,7 +265,7 @@ def _input(
         source = (region, offset, parameters.shared_memory_byte_size)
         return region_input(name, datatype, shape, count, source, regions), pos
     if size is None:
-        data = _from_json(tensor, count, limits)
+        data = from_json(tensor, shape, count, tensor.data, limits)
         return TensorIn(name, datatype, shape, len(data), data), pos
     if not 0 <= size <= len(view) - pos:
         raise InvalidRequest(
@@ -279,22 +279,30 @@ def _input(
     return TensorIn(name, datatype, shape, size, part), pos + size
 
 
-def _from_json(tensor: _Input, count: int, limits: Limits) -> bytes:
-    raw, most = memoryview(tensor.data), limits.json_elements
+def from_json(
+    tensor: _Input | TensorMeta,
+    shape: tuple[int, ...],
+    count: int,
+    data: msgspec.Raw | bytes,
+    limits: Limits,
+) -> bytes:
+    """Bytes of a tensor of so many elements, given as a JSON list; raises InvalidRequest,
+    TooLarge."""
+    raw, most = memoryview(data), limits.json_elements
     if most is not None and count > most:
         raise InvalidRequest(
-            f"tensor {shown(tensor.name)}: the shape {list(tensor.shape)} means {count} elements;"
+            f"tensor {shown(tensor.name)}: the shape {list(shape)} means {count} elements;"
             f" a request to this model has at most {most}"
         )
     if len(raw) > PIECE_BYTES:
         if tensor.datatype != "BYTES":
-            return long_to_bytes(tensor.name, tensor.datatype, tensor.shape, raw)
+            return long_to_bytes(tensor.name, tensor.datatype, shape, raw)
         if bytes(raw).count(b'"') > 2 * limits.strings:
             raise TooLarge(
                 f"tensor {shown(tensor.name)}: more than {limits.strings} strings in JSON;"
                 " send them as binary data (binary_data_size)"
             )
-    return json_to_bytes(tensor.name, tensor.datatype, tensor.shape, count, tensor.data)
+    return json_to_bytes(tensor.name, tensor.datatype, shape, count, data)
 
 
 def _apply(call: InferCall, parameters: _Parameters | None) -> bool:

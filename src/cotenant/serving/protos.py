@@ -113,6 +113,9 @@ ModelConfig
     4 max_batch_size int32
     5 input repeated ModelInput
     6 output repeated ModelOutput
+    19 model_transaction_policy ModelTransactionPolicy
+ModelTransactionPolicy
+    1 decoupled bool
 ModelInput
     1 name string
     2 data_type DataType

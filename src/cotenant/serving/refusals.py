@@ -19,6 +19,7 @@ HTTP_STATUS: dict[Refusal, int] = {
     Refusal.QUEUE_FULL: 429,
     Refusal.RESERVED: 429,
     Refusal.MEMORY: 429,
+    Refusal.UNREAD: 429,
     Refusal.UNAVAILABLE: 503,
     Refusal.SHUTTING_DOWN: 503,
     Refusal.WORKER_LOST: 503,

@@ -1,4 +1,4 @@
-"""The REST front end: the inference route by itself, Starlette for the rest.
+"""The REST front end: the inference routes by themselves, Starlette for the rest.
 
 The inference route carries the load, so it pays for no framework: what arrives in one piece is
 answered by callbacks (``App.whole``), the rest as raw ASGI. It answers exactly once, releases
@@ -9,16 +9,15 @@ up while it waits.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from functools import lru_cache
 
 import msgspec
 
 from cotenant.domain.errors import CotenantError, TooLarge
 from cotenant.domain.port import DATATYPES, InferCall, NodePort, Outcome, Refused
-from cotenant.serving import oip
+from cotenant.serving import generate, oip
 from cotenant.serving.bodies import (
     JSON_TYPE,
     STOPPING,
@@ -27,6 +26,7 @@ from cotenant.serving.bodies import (
     BodyReader,
     Exchange,
     Hangup,
+    HangupWatch,
     Head,
     Header,
     Receive,
@@ -34,7 +34,7 @@ from cotenant.serving.bodies import (
     Send,
     SlowBody,
     WholeAnswer,
-    error_answer,
+    failure_answer,
     parse_head,
     refusal_answer,
     respond,
@@ -46,6 +46,7 @@ from cotenant.serving.long_lists import PIECE_BYTES
 from cotenant.serving.overdue import Overdue
 from cotenant.serving.refusals import HTTP_STATUS, as_refused, error_status, refusal_headers
 from cotenant.serving.rest_admin import build_admin
+from cotenant.serving.rest_generate import Generation
 from cotenant.serving.tensors import Limits
 
 log = logging.getLogger("cotenant.serving")
@@ -81,6 +82,8 @@ class App:
         self._bodies = BodyReader(intake.limits, intake.budget)
         self._waiting = Overdue(_HANGUP_DELAY_S)
         self._admin = build_admin(node, intake, self._bodies)
+        generation = Generation(node, intake.limits)
+        self._generation = {"/generate": generation.at_once, "/generate_stream": generation.stream}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -101,10 +104,19 @@ class App:
                 [(b"www-authenticate", b"Bearer")],
             )
             return
-        target = _target(path) if scope["method"] == "POST" else None
-        if target is not None:
-            await self._infer(head, target, receive, send, scope["extensions"][WHOLE_ANSWER])
-            return
+        if scope["method"] == "POST":
+            target = _target(path)
+            if target is not None:
+                await self._infer(head, target, receive, send, scope["extensions"][WHOLE_ANSWER])
+                return
+            for suffix, answer in self._generation.items():
+                target = _target(path, suffix)
+                if target is not None and scope["http_version"] == "1.0":
+                    await respond_unread(send, receive, 505, "this needs HTTP/1.1")
+                    return
+                if target is not None:
+                    await self._generate(head, target, receive, send, answer)
+                    return
         try:
             await self._admin(scope, receive, send)
         except Exception:  # answered with 500 by now; Starlette passes it on to be logged
@@ -114,10 +126,57 @@ class App:
         self, head: Head, target: tuple[str, str], receive: Receive, send: Send, whole: WholeAnswer
     ) -> None:
         """Receive, decode, execute, answer: one inference request."""
-        try:
-            body, held = await self._bodies.read(receive, head, self._body_room(head, target))
-        except Hangup:
+        found = await self._read(head, target, receive, send)
+        if found is None:
             return
+        body, held = found
+        try:
+            status, answer, headers = await self._answer(body, head, target, receive)
+            if not whole(status, answer, headers):
+                await respond(send, status, answer, headers)
+        except Hangup:
+            log.debug("the client of a request for %s went away", target[0])
+        finally:
+            self._budget.release(held)
+
+    async def _generate(
+        self,
+        head: Head,
+        target: tuple[str, str],
+        receive: Receive,
+        send: Send,
+        answer: Callable[[InferCall, Receive, Send], Awaitable[None]],
+    ) -> None:
+        """Receive and decode a request to the generate extension, and have it answered."""
+        found = await self._read(head, target, receive, send)
+        if found is None:
+            return
+        body, held = found
+        try:
+            meta, limits = self._node.metadata(*target), self._limits_of(target, len(body))
+            asked = body, meta, target[1], limits
+            if len(body) > JSON_AT_ONCE:
+                call = await asyncio.to_thread(generate.decode, *asked)
+            else:
+                call = generate.decode(*asked)
+        except Exception as exc:
+            await respond(send, *failure_answer(exc, target[0]))
+            return
+        finally:
+            self._budget.release(held)
+        try:
+            await answer(call, receive, send)
+        except Hangup:
+            log.debug("the client of a request for %s went away", target[0])
+
+    async def _read(
+        self, head: Head, target: tuple[str, str], receive: Receive, send: Send
+    ) -> tuple[bytes, int] | None:
+        """A body, and what is to be given back to the budget; None if it was refused."""
+        try:
+            return await self._bodies.read(receive, head, self._body_room(head, target))
+        except Hangup:
+            pass
         except asyncio.CancelledError:
             # Only the HTTP server's stop cancels a request.
             await respond(send, *refusal_answer(STOPPING))
@@ -134,15 +193,7 @@ class App:
                 await self._refuse_unread(send, receive, refused)
             else:
                 await respond_unread(send, receive, error_status(exc), str(exc))
-        else:
-            try:
-                status, answer, headers = await self._answer(body, head, target, receive)
-                if not whole(status, answer, headers):
-                    await respond(send, status, answer, headers)
-            except Hangup:
-                log.debug("the client of a request for %s went away", target[0])
-            finally:
-                self._budget.release(held)
+        return None
 
     @staticmethod
     async def _refuse_unread(send: Send, receive: Receive, refused: Refused) -> None:
@@ -161,7 +212,7 @@ class App:
         except asyncio.CancelledError:
             return refusal_answer(STOPPING)
         except Exception as exc:
-            return _failure(exc, target[0])
+            return failure_answer(exc, target[0])
 
     async def _decode(self, body: bytes, head: Head, target: tuple[str, str]) -> oip.Decoded:
         """The request; long JSON elsewhere than on the loop, if the model has use for so much."""
@@ -248,7 +299,7 @@ class App:
             try:
                 reply = self._said(outcome, request)
             except Exception as exc:
-                reply = _failure(exc, target[0])
+                reply = failure_answer(exc, target[0])
             answer(*reply)
 
         try:
@@ -256,7 +307,7 @@ class App:
             request = oip.decode(body, head.json_length, *target, limits, self._regions)
             withdraw = self._node.submit(request.call, done)
         except Exception as exc:
-            answer(*_failure(exc, target[0]))
+            answer(*failure_answer(exc, target[0]))
             return
         if isinstance(withdraw, Refused):
             answer(*refusal_answer(withdraw))
@@ -270,43 +321,16 @@ class App:
 
     async def _execute(self, call: InferCall, receive: Receive) -> Outcome:
         """Run a call; raises Hangup if the client goes away meanwhile."""
-        task = asyncio.current_task()
-        assert task is not None
-        watch = _HangupWatch(task, receive)
-        self._waiting.enter(task, watch.start)
+        watch = HangupWatch(receive)
+        self._waiting.enter(watch, watch.start)
         try:
             return await infer(self._node, call)
         except asyncio.CancelledError:
-            if watch.fired and task.uncancel() == 0:
-                raise Hangup from None
+            watch.check()
             raise
         finally:
-            self._waiting.leave(task)
+            self._waiting.leave(watch)
             watch.stop()
-
-
-class _HangupWatch:
-    """Cancels a request's task when its client disconnects."""
-
-    def __init__(self, request: asyncio.Task[object], receive: Receive) -> None:
-        self.fired = False
-        self._request = request
-        self._receive = receive
-        self._task: asyncio.Task[None] | None = None
-
-    def start(self) -> None:
-        self._task = asyncio.create_task(self._watch())
-
-    def stop(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-
-    async def _watch(self) -> None:
-        with contextlib.suppress(Exception):  # a broken connection is a hang-up too
-            while (await self._receive())["type"] != "http.disconnect":
-                pass
-        self.fired = True
-        self._request.cancel()
 
 
 def build_app(node: NodePort, intake: Intake, token: str | None) -> App:
@@ -325,16 +349,6 @@ def _is_long(head: Head, total: int) -> bool:
     return len(stated) > len(str(JSON_AT_ONCE)) or int(stated.isdigit() and stated) > JSON_AT_ONCE
 
 
-def _failure(exc: Exception, model: str) -> Answer:
-    refused = as_refused(exc)
-    if refused is not None:
-        return refusal_answer(refused)
-    if isinstance(exc, CotenantError):
-        return error_answer(error_status(exc), str(exc))
-    log.error("inference on %s failed inside the server", model, exc_info=exc)
-    return error_answer(500, "the server failed; its log says how")
-
-
 @lru_cache(maxsize=128)
 def _plain_target(url: bytes) -> tuple[str, str] | None:
     """As ``_target``, of a URL as it was sent; None too if it has a query or escapes."""
@@ -343,11 +357,11 @@ def _plain_target(url: bytes) -> tuple[str, str] | None:
     return _target(url.decode())
 
 
-def _target(path: str) -> tuple[str, str] | None:
+def _target(path: str, suffix: str = _SUFFIX) -> tuple[str, str] | None:
     """Model and version (empty if not named) of an inference path, None for other paths."""
-    if not (path.startswith(_PREFIX) and path.endswith(_SUFFIX)):
+    if not (path.startswith(_PREFIX) and path.endswith(suffix)):
         return None
-    parts = path[len(_PREFIX) : -len(_SUFFIX)].split("/")
+    parts = path[len(_PREFIX) : -len(suffix)].split("/")
     if len(parts) == 1 and parts[0]:
         return parts[0], ""
     if len(parts) == 3 and parts[1] == "versions" and parts[0] and parts[2]:

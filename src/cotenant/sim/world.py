@@ -351,6 +351,7 @@ class World:
                     spec.batch.preferred,
                     spec.batch.max_queue_delay,
                     spec.strict,
+                    percentile=spec.slo.percentile,
                 )
             )
             self._schedule_arrival(self._sources[spec.name])
@@ -399,7 +400,7 @@ class World:
 
     def _plan(self) -> None:
         state = self._dispatcher.state
-        if self._loading or state.pending is not None:
+        if self._loading:
             return
         jobs: dict[str, tuple[JobSpec, float]] = {
             j.spec.id: (j.spec, self._jobs[j.spec.id].rate(self._now)) for j in self._scenario.jobs
@@ -623,36 +624,26 @@ class World:
         self._at(at, _ACK, done)
 
     def _repartition(self, action: a.Repartition) -> None:
-        plan = action.plan
-        # What is there when the run begins was made before it.
-        took = self._change_time(plan) if self._places else 0
-        if self._places:
+        name = action.device
+        device, wanted = self._devices[name], {p.id for p in action.partitions}
+        gone = [p for p, old in self._places.items() if old.device == name and p not in wanted]
+        made = [p for p in action.partitions if p.id not in self._places]
+        took = 0
+        if self._now:  # what is there when the run begins was made before it
+            took = self._draws.time(device.cost.repartition)
+            took += sum(self._draws.time(device.cost.make) for _ in made)
+            took += sum(self._draws.time(device.cost.unmake) for _ in gone)
             self.outcome.repartitions += 1
             self.outcome.repartition_ns += took
 
         def done() -> None:
-            self._places = {
-                p.id: _Place(p, self._devices[p.device], self._rows[p.device])
-                for p in plan.partitions
-            }
-            self._feed(e.Repartitioned(plan.version))
+            for left in gone:
+                del self._places[left]
+            for partition in action.partitions:
+                self._places[partition.id] = _Place(partition, device, self._rows[name])
+            self._feed(e.Repartitioned(name, action.version))
 
         self._at(self._now + took, _ACK, done)
-
-    def _change_time(self, plan: Plan) -> int:
-        """Ns to bring all devices to a plan's layout; each sees to its own at the same time."""
-        wanted = {p.id: p for p in plan.partitions}
-        longest = 0
-        for name, device in self._devices.items():
-            made = [p for p in wanted if p not in self._places and wanted[p].device == name]
-            gone = [p for p, old in self._places.items() if p not in wanted and old.device == name]
-            if not (made or gone):
-                continue
-            took = self._draws.time(device.cost.repartition)
-            took += sum(self._draws.time(device.cost.make) for _ in made)
-            took += sum(self._draws.time(device.cost.unmake) for _ in gone)
-            longest = max(longest, took)
-        return longest
 
 
 def _rows(devices: tuple[DeviceSpec, ...]) -> dict[str, int]:

@@ -221,6 +221,8 @@ class _Witness:
         self._drive(record)
         for action in record.actions:
             self._action(wall, now, event, action)
+        if isinstance(event, e.BatchDone):
+            self.dispatched.pop(event.batch, None)
 
     def _action(self, wall: float, now: int, event: e.Event, action: a.Action) -> None:
         match action:
@@ -307,7 +309,7 @@ class _Witness:
 
     def _failed(self, wall: float, event: e.ActionFailed) -> None:
         if event.action == "Repartition":
-            text = f"plan {event.target} could not be carried out: {event.reason}"
+            text = f"the layout of {event.target} could not be changed: {event.reason}"
             self._keep(self.told.layouts, Incident(wall, "layout", text))
         else:
             text = f"{event.action} on {event.target} failed: {event.reason}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import (
@@ -27,10 +27,16 @@ class _Once:
         return self._families
 
 
-def exposition(monitor: Monitor, state: DispatcherState, jobs: Sequence[JobStatus]) -> bytes:
-    """The text that ``/metrics`` answers with. Times in seconds."""
+def exposition(
+    monitor: Monitor,
+    state: DispatcherState,
+    jobs: Sequence[JobStatus],
+    memory: Mapping[str, Mapping[str, int]],
+) -> bytes:
+    """The text that ``/metrics`` answers with. Times in seconds; ``memory`` in bytes by device and
+    tenant."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Once(list(_families(monitor, state, jobs))))
+    registry.register(_Once([*_families(monitor, state, jobs), _memory(memory)]))
     return generate_latest(registry)
 
 
@@ -40,6 +46,18 @@ def _families(
     yield from _services(monitor, state)
     yield from _partitions(monitor)
     yield from _jobs(monitor, jobs)
+
+
+def _memory(memory: Mapping[str, Mapping[str, int]]) -> Metric:
+    resident = GaugeMetricFamily(
+        "cotenant_tenant_memory_bytes",
+        "Resident memory of a model instance or a job on a device",
+        labels=["device", "tenant"],
+    )
+    for device, tenants in memory.items():
+        for tenant, occupied in tenants.items():
+            resident.add_metric([device, tenant], occupied)
+    return resident
 
 
 def _services(monitor: Monitor, state: DispatcherState) -> Iterator[Metric]:
@@ -83,21 +101,23 @@ def _partitions(monitor: Monitor) -> Iterator[Metric]:
     busy = CounterMetricFamily(
         "cotenant_partition_busy_seconds",
         "Time a partition was held, by workload",
-        labels=["partition", "workload"],
+        labels=["device", "partition", "workload"],
     )
     switches = CounterMetricFamily(
         "cotenant_partition_switches",
         "Changes of the workload on a partition",
-        labels=["partition"],
+        labels=["device", "partition"],
     )
     revoke = HistogramMetricFamily(
-        "cotenant_preemption_seconds", "Taking a partition back from a job", labels=["partition"]
+        "cotenant_preemption_seconds",
+        "Taking a partition back from a job",
+        labels=["device", "partition"],
     )
     for name, meter in monitor.partitions.items():
         for workload, ns in meter.busy.items():
-            busy.add_metric([name, workload], ns / S)
-        switches.add_metric([name], meter.switches)
-        _add_histogram(revoke, [name], meter.revoke)
+            busy.add_metric([meter.device, name, workload], ns / S)
+        switches.add_metric([meter.device, name], meter.switches)
+        _add_histogram(revoke, [meter.device, name], meter.revoke)
     yield from (busy, switches, revoke)
 
 

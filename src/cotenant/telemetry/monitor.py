@@ -18,7 +18,6 @@ from cotenant.domain.snapshot import (
     RATE_WINDOW,
     SEASON_AHEAD,
     JobFacts,
-    PartitionFacts,
     ServiceFacts,
     Snapshot,
 )
@@ -116,6 +115,7 @@ class PartitionMeter:
     """Busy time of one partition by workload (``service:x``, ``job:y``), in ns."""
 
     def __init__(self) -> None:
+        self.device = ""
         self.busy: Counter[str] = Counter()
         self.window: Counter[str] = Counter()
         self.last_window: dict[str, float] = {}
@@ -198,6 +198,8 @@ class Monitor:
         self.partitions: dict[str, PartitionMeter] = {}
         self.jobs: dict[str, JobMeter] = {}
         self._open: dict[int, Request] = {}
+        self._resident: set[int] = set()
+        """Those that have had a turn and are to have another: they wait in no queue."""
         self._running: dict[int, a.Dispatch] = {}
         self._at_hand: dict[int, a.Dispatch] = {}
         """Batches that workers have at hand, by the batch that they follow."""
@@ -242,9 +244,12 @@ class Monitor:
 
     def _planned(self, _: int, event: e.Planned) -> None:
         self._compute |= {p.id: p.compute for p in event.plan.partitions}
+        for partition in event.plan.partitions:
+            self.partition(partition.id).device = partition.device
 
     def _batch_done(self, now: int, event: e.BatchDone) -> None:
         self._batch_over(now, event.batch, event.exec_ns, event.failed)
+        self._resident.update(event.unfinished)
 
     def _batch_failed(self, now: int, event: e.BatchFailed) -> None:
         self._batch_over(now, event.batch, 0)
@@ -267,6 +272,7 @@ class Monitor:
         lost = [x for x in self._running.values() if x.worker == event.worker]
         for dispatch in lost:
             self._at_hand.pop(dispatch.batch.id, None)
+            self._resident.difference_update(dispatch.batch.requests)
             self._batch_over(now, dispatch.batch.id, 0)
 
     def _dispatched(self, now: int, action: a.Dispatch) -> None:
@@ -298,9 +304,11 @@ class Monitor:
         meter.batched_rows += batch.rows
         meter.rows[batch.rows] += 1
         for request in batch.requests:
-            meter.queue_ns += now - self._open[request].arrived
+            if request not in self._resident:
+                meter.queue_ns += now - self._open[request].arrived
 
     def _answered(self, now: int, request: Request) -> None:
+        self._resident.discard(request.id)
         meter = self.service(request.service)
         latency = now - request.arrived
         meter.answered += 1
@@ -312,6 +320,7 @@ class Monitor:
 
     def _refused(self, request_id: int, refusal: Refusal) -> None:
         request = self._open.pop(request_id, None)
+        self._resident.discard(request_id)
         if request is not None:
             meter = self.service(request.service)
             meter.refused[refusal.name] += 1
@@ -410,7 +419,6 @@ class Monitor:
         job to (spec, progress rate)."""
         return Snapshot(
             now=now,
-            window=S,
             devices=devices,
             plan=state.plan,
             services=tuple(
@@ -431,10 +439,7 @@ class Monitor:
                 )
                 for spec, rate in jobs.values()
             ),
-            partitions=tuple(
-                PartitionFacts(name, dict(m.busy), 0, m.switches)
-                for name, m in self.partitions.items()
-            ),
+            changing=tuple(state.changes),
         )
 
     def _service_facts(

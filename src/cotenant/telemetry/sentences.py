@@ -148,8 +148,8 @@ def pause(state: DispatcherState, partition: PartitionState) -> str:
     """Why lending a partition paused. ``state`` is that after it did."""
     for name in partition.services:
         service = state.services[name]
-        if service.p95.value >= service.objective:
-            near = format_duration(service.p95.value)
-            return f"p95 of {name} came to {near} against {format_duration(service.objective)}"
+        if service.tail.value >= service.objective:
+            near, objective = map(format_duration, (service.tail.value, service.objective))
+            return f"p{service.tail.ppm / 10_000:g} of {name} came to {near} against {objective}"
     names = " or ".join(partition.services) or "a service"
     return f"a request of {names} was predicted to miss its objective"

@@ -1,0 +1,99 @@
+"""``devices:`` of the configuration: a list whose entries say their ``kind``, each with keys of its
+own. To add a kind, add its class and reader here, and make it in ``cli/wiring.py``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from cotenant.domain import reading
+from cotenant.domain.device import PreemptLevel
+from cotenant.domain.errors import ConfigError
+
+
+class CpuConfig(msgspec.Struct, frozen=True, tag="cpu", tag_field="kind"):
+    """``cores`` None = all that this process may use; ``realtime`` auto, never or require; ``pin``
+    false leaves it to the kernel where workers run (to compare with)."""
+
+    id: str = "cpu"
+    cores: tuple[int, ...] | None = None
+    realtime: str = "auto"
+    pin: bool = True
+
+
+class NullConfig(msgspec.Struct, frozen=True, tag="null", tag_field="kind"):
+    """A stand-in with so many ``units`` and bytes of ``memory`` (0: no constraint), which claims a
+    level and to be ``blocking``."""
+
+    id: str = "null"
+    units: int = 2
+    memory: int = 0
+    preempt: PreemptLevel = PreemptLevel.PRIORITY
+    blocking: bool = False
+
+
+DeviceConfig = CpuConfig | NullConfig
+
+
+def read_devices(sections: Sequence[reading.Section]) -> tuple[DeviceConfig, ...]:
+    """The devices of a box: without any, the CPU. Raises ConfigError."""
+    devices = tuple(_device(section) for section in sections) or (CpuConfig(),)
+    ids = [device.id for device in devices]
+    for id in ids:
+        if ids.count(id) > 1:
+            raise ConfigError(f"the id {id!r} stands twice; give each device its own", "devices")
+    _separate([device for device in devices if isinstance(device, CpuConfig)])
+    return devices
+
+
+def _device(section: reading.Section) -> DeviceConfig:
+    device = _READERS[section.take("kind", _kind)](section)
+    section.done()
+    return device
+
+
+def _kind(value: object) -> str:
+    if value is None:  # what YAML makes of a bare null, and of nothing at all
+        raise ValueError('is empty; for the stand-in write "null", in quotes')
+    return reading.one_of(_READERS)(value)
+
+
+def _cpu(section: reading.Section) -> CpuConfig:
+    return CpuConfig(
+        id=section.take("id", reading.name, "cpu"),
+        cores=section.take("cores", reading.cores, None),
+        realtime=section.take("realtime", reading.one_of(("auto", "never", "require")), "auto"),
+        pin=section.take("pin", reading.boolean, True),
+    )
+
+
+def _null(section: reading.Section) -> NullConfig:
+    levels = {level.name.lower(): level for level in PreemptLevel}
+    return NullConfig(
+        id=section.take("id", reading.name, "null"),
+        units=section.take("units", reading.integer(1, 1024), 2),
+        memory=section.take("memory", reading.size, 0),
+        preempt=levels[section.take("preempt", reading.one_of(levels), "priority")],
+        blocking=section.take("blocking", reading.boolean, False),
+    )
+
+
+_READERS: dict[str, Callable[[reading.Section], DeviceConfig]] = {"cpu": _cpu, "null": _null}
+
+
+def _separate(cpus: Sequence[CpuConfig]) -> None:
+    taken: dict[int, str] = {}
+    for cpu in cpus:
+        if cpu.cores is None and len(cpus) > 1:
+            raise ConfigError(
+                f"{cpu.id} has all cores, and there is another cpu; name the cores of each",
+                "devices",
+            )
+        for core in cpu.cores or ():
+            if core in taken:
+                raise ConfigError(
+                    f"{taken[core]} and {cpu.id} share core {core}; a core belongs to one device",
+                    "devices",
+                )
+            taken[core] = cpu.id

@@ -1,0 +1,286 @@
+"""Calls to one device. Their laws:
+
+1. A call is answered exactly once, on the loop: ``done(tag, result)``, or ``failed(tag, why)`` if
+   the device raises anything at all or does not answer within the time for that kind of call.
+2. A device that is quick (``blocking = False``) is called and has answered when ``call`` returns.
+   Any other is called on a thread of its own, one call after the other; its ``revoke`` calls,
+   which wait for work to drain, have threads beside that.
+3. Calls that name the same tenant are carried out in the order they came, except ``revoke`` calls
+   of different partitions. A call whose time is over before it began is not made any more.
+4. What succeeds after its time is taken back, before any later call for the same: a ``grant`` by
+   ``revoke``, a ``repartition`` by the layout before it. Of an ``attach`` that failed the caller
+   disposes with ``detach``, which has no time limit.
+5. A device that hangs holds up nothing but calls to itself, not even the end of the node.
+
+``tag`` is whatever tells who asked which call was answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Final
+
+from cotenant.devices.base import Device
+from cotenant.domain.device import DeviceSpec, Partition, PreemptLevel
+from cotenant.domain.errors import CotenantError, DeviceError
+from cotenant.runtime.lanes import Lane
+
+log = logging.getLogger("cotenant.devices")
+Answer = Callable[[Any, Any], None]
+Subject = tuple[str, str]
+"""Tenant and partition that a call is about, each "" where it is about none."""
+Reply = tuple[Any, Answer, Answer]
+"""``tag``, ``done`` and ``failed``."""
+
+TIMEOUT_S: Final[Mapping[str, float]] = {
+    "open": 120.0,
+    "close": 10.0,
+    "repartition": 60.0,
+    "launch": 10.0,
+    "attach": 30.0,
+    "grant": 5.0,
+    "revoke": 10.0,
+    "bind": 5.0,
+}
+"""For a call to a device that may block, from the order to the answer. ``bind`` and ``grant`` are
+part of what requests wait for; ``open`` and ``attach`` may load a driver; a ``revoke`` waits for
+what is in flight."""
+DRAINS = 4
+"""Threads for ``revoke`` calls of a device that may block."""
+LOOK_S = 5.0
+"""How long the end waits for a look at a device that is under way."""
+
+
+class _Call:
+    """One call to a device that may block."""
+
+    def __init__(self, kind: str, args: tuple[Any, ...], subject: Subject, reply: Reply) -> None:
+        self.kind = kind
+        self.args = args
+        self.tenant, self.partition = subject
+        self.tag, self.done, self.failed = reply
+        self.timer: asyncio.TimerHandle | None = None
+        self.submitted = False
+        self.begun = False
+        self.dropped = False
+        """Its time was over before a thread had begun it."""
+        self.answered = False
+        self.undoing = False
+
+    @property
+    def awaited(self) -> bool:
+        """Whether there is to be an answer yet."""
+        return self.timer is not None and not self.answered
+
+    def goes_before(self, other: _Call) -> bool:
+        """Whether ``other``, which came later, must wait for it."""
+        alike = not self.partition or not other.partition or self.partition == other.partition
+        return self.tenant == other.tenant and alike
+
+    def settle(self) -> None:
+        """It is answered now."""
+        self.answered = True
+        if self.timer is not None:
+            self.timer.cancel()
+
+
+class Caller:
+    """See the module's text. Made and used on the loop."""
+
+    def __init__(self, device: Device, timeouts_s: Mapping[str, float] = TIMEOUT_S) -> None:
+        self.device = device
+        self.spec: DeviceSpec | None = None
+        self.levels: dict[str, PreemptLevel] = {}
+        """Of the tenants that are attached."""
+        self.memory: dict[str, int] = {}
+        """What they occupy in bytes, as of the last look."""
+        self.layout: tuple[Partition, ...] = ()
+        self._timeouts_s = timeouts_s
+        self._quick = not device.blocking
+        self._line: list[_Call] = []
+        """Calls that have not returned, in the order they came."""
+        self._lock = threading.Lock()
+        """Whether a call has begun or is dropped is decided under it."""
+        self._looking = False
+        self._looks = Lane("cotenant-look")
+        self._calls = None if self._quick else Lane("cotenant-device")
+        self._drains = None if self._quick else Lane("cotenant-drain", DRAINS)
+        self._loop = asyncio.get_running_loop()
+
+    @property
+    def name(self) -> str:
+        """What the device is called in messages."""
+        return self.spec.id if self.spec is not None else type(self.device).__name__
+
+    async def open(self) -> DeviceSpec:
+        """Open the device; raises DeviceError."""
+        try:
+            await self.ask("open", ())
+        except DeviceError:
+            self._end()
+            raise
+        self.spec = self.device.spec
+        return self.spec
+
+    async def close(self) -> None:
+        """Wait for the calls under way, within the time for this one, and close the device."""
+        end = self._loop.time() + self._timeouts_s["close"]
+        while self._loop.time() < end and any(call.awaited for call in self._line):
+            await asyncio.sleep(0.005)
+        for call in [call for call in self._line if call.awaited]:
+            self._expire(call)
+        self._looks.close()
+        await asyncio.to_thread(self._looks.join, LOOK_S)
+        try:
+            await self.ask("close", ())
+        except DeviceError as error:
+            log.error("device not closed", extra={"why": str(error)})
+        self._end()
+
+    def _end(self) -> None:
+        for lane in (self._looks, self._calls, self._drains):
+            if lane is not None:
+                lane.close()
+
+    # --- calls ------------------------------------------------------------------------------
+
+    async def ask(self, kind: str, args: tuple[Any, ...], subject: Subject = ("", "")) -> Any:
+        """The result of a call; raises DeviceError."""
+        future: asyncio.Future[Any] = self._loop.create_future()
+        self.call(kind, args, subject, (future, fulfil, refuse))
+        return await future
+
+    def call(self, kind: str, args: tuple[Any, ...], subject: Subject, reply: Reply) -> None:
+        """Call the device's method ``kind`` with ``args``."""
+        if self._quick:
+            tag, done, failed = reply
+            try:
+                result = getattr(self.device, kind)(*args)
+            except Exception as error:
+                failed(tag, self._said(kind, error))
+                return
+            done(tag, result)
+            return
+        call = _Call(kind, args, subject, reply)
+        if kind in self._timeouts_s:
+            call.timer = self._loop.call_later(self._timeouts_s[kind], self._expire, call)
+        self._line.append(call)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Hand over every call that need not wait for one before it."""
+        for index, call in enumerate(self._line):
+            if call.submitted or any(before.goes_before(call) for before in self._line[:index]):
+                continue
+            call.submitted = True
+            self._submit(call, call.kind, call.args)
+
+    def _submit(self, call: _Call, kind: str, args: tuple[Any, ...]) -> None:
+        lane = self._drains if kind == "revoke" else self._calls
+        assert lane is not None
+        lane.submit(partial(self._carry_out, call, kind, args))
+
+    def _carry_out(self, call: _Call, kind: str, args: tuple[Any, ...]) -> None:
+        """On a thread."""
+        with self._lock:
+            if call.dropped:
+                return
+            call.begun = True
+        result, why = None, ""
+        try:
+            result = getattr(self.device, kind)(*args)
+        except BaseException as error:
+            why = self._said(kind, error)
+        self._post(self._finish, call, result, why)
+
+    def _finish(self, call: _Call, result: Any, why: str) -> None:
+        if call.answered and not call.undoing and not why and self._undo(call):
+            return
+        if call.undoing and why:
+            log.error("a late call was not taken back", extra={"call": call.kind, "why": why})
+        self._line.remove(call)
+        self._begin()
+        if call.answered:
+            return
+        call.settle()
+        if why:
+            call.failed(call.tag, why)
+        else:
+            call.done(call.tag, result)
+
+    def _undo(self, call: _Call) -> bool:
+        """Take back what succeeded too late, in its place in the line; whether there is need."""
+        undo: dict[str, tuple[str, tuple[Any, ...]]] = {
+            "grant": ("revoke", call.args),
+            "repartition": ("repartition", (self.layout,)),
+        }
+        if call.kind not in undo:
+            return False
+        log.warning("late, taken back", extra={"call": call.kind, "tenant": call.tenant})
+        call.undoing = True
+        self._submit(call, *undo[call.kind])
+        return True
+
+    def _expire(self, call: _Call) -> None:
+        """Its time is over."""
+        with self._lock:
+            call.dropped = not call.begun
+        if call.dropped:
+            self._line.remove(call)
+            self._begin()
+        call.settle()
+        call.failed(call.tag, f"{self.name}: no answer to {call.kind} in time")
+
+    # --- looks ------------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Have the device look again at its tenants (``refresh``, ``facts``), beside everything
+        else; while it has not done with the last look it is left alone."""
+        if not self._looking:
+            self._looking = True
+            self._looks.submit(self._look)
+
+    def _look(self) -> None:
+        """On a thread."""
+        memory, why = self.memory, ""
+        try:
+            self.device.refresh()
+            memory = self.device.facts()
+        except Exception as error:
+            why = self._said("refresh", error)
+        self._post(self._looked, memory, why)
+
+    def _looked(self, memory: dict[str, int], why: str) -> None:
+        self._looking, self.memory = False, memory
+        if why:
+            log.warning("device could not look at its tenants", extra={"why": why})
+
+    # --- threads ----------------------------------------------------------------------------
+
+    def _post(self, callback: Callable[..., None], *args: Any) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is left to hear it
+            self._loop.call_soon_threadsafe(callback, *args)
+
+    def _said(self, kind: str, error: BaseException) -> str:
+        """A failure in words; what no device should raise is logged with where it came from."""
+        if isinstance(error, CotenantError):
+            return str(error) or type(error).__name__
+        log.error("device raised", extra={"device": self.name, "call": kind}, exc_info=error)
+        return f"{self.name}: {type(error).__name__}: {error}"
+
+
+def fulfil(future: asyncio.Future[Any], result: Any) -> None:
+    """``done`` for who waits for a future."""
+    if not future.done():
+        future.set_result(result)
+
+
+def refuse(future: asyncio.Future[Any], why: str) -> None:
+    """``failed`` for who waits for a future: it raises DeviceError."""
+    if not future.done():
+        future.set_exception(DeviceError(why))

@@ -1,0 +1,205 @@
+"""The devices of a box by id. Every call to one goes through here, and what becomes of it is told
+exactly once (``cotenant.runtime.caller`` holds the laws).
+
+``tag`` is whatever tells the caller which call was answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
+
+from cotenant.devices.base import Device
+from cotenant.domain.device import DeviceSpec, Launch, Partition, PreemptLevel, Tenant
+from cotenant.domain.errors import DeviceError, EnvironmentProblem
+from cotenant.runtime.caller import TIMEOUT_S, Caller, fulfil, refuse
+from cotenant.runtime.rlimits import lower
+
+log = logging.getLogger("cotenant.devices")
+T = TypeVar("T")
+Failed = Callable[[T, str], None]
+
+
+class Fleet:
+    """All methods are called on the loop; ``done`` and ``failed`` come on it, for a device that is
+    not blocking before the method returns."""
+
+    def __init__(
+        self, devices: Sequence[Device], timeouts_s: Mapping[str, float] = TIMEOUT_S
+    ) -> None:
+        self._devices = devices
+        self._timeouts_s = timeouts_s
+        self._callers: dict[str, Caller] = {}
+        self.specs: tuple[DeviceSpec, ...] = ()
+        """The devices, in the order given; once they are open."""
+
+    # --- life -------------------------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Open the devices in order. Raises EnvironmentProblem; then none is left open."""
+        for device in self._devices:
+            caller = Caller(device, self._timeouts_s)
+            try:
+                spec = await caller.open()
+            except DeviceError as error:
+                await self.close()
+                raise EnvironmentProblem(str(error)) from error
+            self._callers[spec.id] = caller
+            self.specs = (*self.specs, spec)
+
+    async def close(self) -> None:
+        """Wait for the calls under way, for a bounded time, and close the devices."""
+        for caller in reversed(self._callers.values()):
+            await caller.close()
+        self._callers.clear()
+
+    # --- looking ----------------------------------------------------------------------------
+
+    def look(self) -> None:
+        """Have every device look again at its tenants (``refresh``, ``facts``), off the loop."""
+        for caller in self._callers.values():
+            caller.look()
+
+    def memory(self, device: str) -> dict[str, int]:
+        """Resident memory there in bytes by tenant, as of the last look."""
+        return self._callers[device].memory
+
+    def levels(self, device: str) -> dict[str, PreemptLevel]:
+        """The level at which each tenant that is attached there can be made to yield."""
+        return self._callers[device].levels
+
+    # --- tenants ----------------------------------------------------------------------------
+
+    async def launch(
+        self, devices: Sequence[str], tenant: Tenant, partition: Partition | None = None
+    ) -> Launch:
+        """What all these devices together want of a process of the tenant. Raises DeviceError."""
+        wanted = [
+            await self._callers[device].ask("launch", (tenant, partition), (tenant.id, ""))
+            for device in devices
+        ]
+        return _merged(wanted)
+
+    def attach(
+        self,
+        devices: Sequence[str],
+        tenant: Tenant,
+        pid: int,
+        tag: T,
+        done: Callable[[T, dict[str, PreemptLevel]], None],
+        failed: Failed[T],
+    ) -> None:
+        """Attach a tenant to all these devices: its level on each once all have it, or the first
+        failure. In the end the caller detaches it from all, also after a failure."""
+        levels: dict[str, PreemptLevel] = {}
+        over = False
+
+        def attached(device: str, level: PreemptLevel) -> None:
+            self._callers[device].levels[tenant.id] = levels[device] = level
+            if len(levels) == len(devices):
+                done(tag, levels)
+
+        def refused(_: str, why: str) -> None:
+            nonlocal over
+            if not over:
+                over = True
+                failed(tag, why)
+
+        for device in devices:
+            reply = (device, attached, refused)
+            self._callers[device].call("attach", (tenant, pid), (tenant.id, ""), reply)
+
+    async def attached(
+        self, devices: Sequence[str], tenant: Tenant, pid: int
+    ) -> dict[str, PreemptLevel]:
+        """``attach`` for who can wait; raises DeviceError."""
+        future: asyncio.Future[dict[str, PreemptLevel]]
+        future = asyncio.get_running_loop().create_future()
+        self.attach(devices, tenant, pid, future, fulfil, refuse)
+        return await future
+
+    def detach(self, devices: Sequence[str], tenant: str) -> None:
+        """Have these devices forget a tenant, once all that was ordered for it is over."""
+        for device in devices:
+            caller = self._callers[device]
+            reply = (tenant, partial(_detached, caller), partial(_not_detached, caller))
+            caller.call("detach", (tenant,), (tenant, ""), reply)
+
+    # --- partitions -------------------------------------------------------------------------
+
+    def grant(
+        self,
+        job: str,
+        partition: Partition,
+        tag: T,
+        done: Callable[[T, None], None],
+        failed: Failed[T],
+    ) -> None:
+        """See ``Device.grant``."""
+        caller, subject = self._callers[partition.device], (job, partition.id)
+        caller.call("grant", (job, partition), subject, (tag, done, failed))
+
+    def revoke(
+        self,
+        job: str,
+        partition: Partition,
+        tag: T,
+        done: Callable[[T, int], None],
+        failed: Failed[T],
+    ) -> None:
+        """See ``Device.revoke``."""
+        caller, subject = self._callers[partition.device], (job, partition.id)
+        caller.call("revoke", (job, partition), subject, (tag, done, failed))
+
+    def bind(
+        self,
+        worker: str,
+        partition: Partition,
+        tag: T,
+        done: Callable[[T, None], None],
+        failed: Failed[T],
+    ) -> None:
+        """See ``Device.bind``."""
+        caller, subject = self._callers[partition.device], (worker, partition.id)
+        caller.call("bind", (worker, partition), subject, (tag, done, failed))
+
+    def repartition(
+        self,
+        device: str,
+        partitions: tuple[Partition, ...],
+        tag: T,
+        done: Callable[[T, None], None],
+        failed: Failed[T],
+    ) -> None:
+        """See ``Device.repartition``."""
+        caller = self._callers[device]
+
+        def changed(tag: T, _: None) -> None:
+            caller.layout = partitions
+            done(tag, None)
+
+        caller.call("repartition", (partitions,), ("", ""), (tag, changed, failed))
+
+
+def _detached(caller: Caller, tenant: str, _: None) -> None:
+    caller.levels.pop(tenant, None)
+
+
+def _not_detached(caller: Caller, tenant: str, why: str) -> None:
+    caller.levels.pop(tenant, None)
+    log.warning("not detached", extra={"device": caller.name, "tenant": tenant, "why": why})
+
+
+def _merged(launches: Sequence[Launch]) -> Launch:
+    """All environments together (where two set a variable the later wins), the lower limits."""
+    env: dict[str, str] = {}
+    limits: dict[int, tuple[int, int]] = {}
+    for launch in launches:
+        env |= launch.env
+        for number, (soft, hard) in launch.limits.items():
+            first, second = limits.get(number, (soft, hard))
+            limits[number] = (lower(soft, first), lower(hard, second))
+    return Launch(env, limits)

@@ -1,0 +1,244 @@
+"""Requests between a front end's call and its outcome.
+
+A call is accepted in one pass: refused at once where it can be, checked against its model, placed
+in tensor memory, and made a ``Request`` for the dispatcher. All that arrive in one turn of the loop
+are handed over together, so that they may become one batch. On the node's loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.domain.errors import InvalidRequest
+from cotenant.domain.port import InferCall, OnOutcome, Refused, Withdraw
+from cotenant.domain.request import Batch, Refusal, Request
+from cotenant.domain.units import MS
+from cotenant.domain.workload import PRIORITY_CLASSES
+from cotenant.engines.base import size_of
+from cotenant.policy.dispatcher import Dispatcher
+from cotenant.runtime import calls
+from cotenant.runtime.arena import ArenaFull
+from cotenant.runtime.calls import OutputSizes, Pending
+from cotenant.runtime.messages import Done, Failed, Item, Outputs
+from cotenant.runtime.models import Models
+from cotenant.telemetry.monitor import Monitor
+
+RETRY_MEMORY = 50 * MS
+
+
+class Requests:
+    """See the module's text. ``feed`` hands an event to the dispatcher; ``clock`` is the node's;
+    ``unread`` is how many bytes of an answer in pieces may wait for its client."""
+
+    def __init__(
+        self,
+        models: Models,
+        monitor: Monitor,
+        dispatcher: Dispatcher,
+        feed: Callable[[e.Event], None],
+        clock: Callable[[], int],
+        unread: int,
+    ) -> None:
+        self.draining = False
+        """Whether nothing more is accepted."""
+        self._models = models
+        self._monitor = monitor
+        self._state = dispatcher.state
+        self._feed = feed
+        self._clock = clock
+        self._unread = unread
+        self._next = 1
+        self._arrivals: list[Request] = []
+        self._pending: dict[int, Pending] = {}
+        self._results: dict[int, dict[int, Outputs]] = {}
+        """Of a batch that is done: what each of its requests gave."""
+        self._sizes: dict[tuple[str, str], OutputSizes] = {}
+        self._open: dict[str, int] = {}
+        """How many are pending, by service."""
+        self._drained: dict[str, asyncio.Event] = {}
+
+    def __len__(self) -> int:
+        """How many were accepted and not answered yet."""
+        return len(self._pending)
+
+    # --- in -----------------------------------------------------------------------------------
+
+    def most_elements(self, name: str, version: str) -> int | None:
+        """See NodePort."""
+        meta = self._models.version(name, version).meta
+        return calls.most_elements(meta, self._state.services[name].max_batch)
+
+    def accept(self, call: InferCall, done: OnOutcome) -> Withdraw | Refused:
+        """See ``NodePort.submit``."""
+        name = call.model
+        if self.draining:
+            return self._turn_away(name, Refusal.SHUTTING_DOWN, 0, "")
+        loaded = self._models.version(name, call.version)
+        if name in self._models.leaving:
+            return self._turn_away(name, Refusal.UNAVAILABLE, 0, "the model is being unloaded")
+        if not 0 <= call.priority < PRIORITY_CLASSES:
+            raise InvalidRequest(f"priority {call.priority}: classes are 0 (high) to 2 (low)")
+        instances, meta, version = self._models.services[name], loaded.meta, loaded.files.version
+        if meta.turns and not call.pieces:
+            raise InvalidRequest(
+                f"model {name!r} answers in pieces; use generate, generate_stream (REST) or"
+                " ModelStreamInfer (gRPC)"
+            )
+        spec = instances.spec
+        rows = calls.rows_of(meta, self._state.services[name].max_batch, call)
+        sizes = self._sizes.get((name, version))
+        if sizes is None:
+            sizes = self._sizes[name, version] = OutputSizes(meta)
+        room = sizes.expect(rows)
+        try:
+            placed = calls.place(meta, call, rows, instances.arena, room, spec.refuse_nan)
+        except ArenaFull as error:
+            return self._turn_away(name, Refusal.MEMORY, RETRY_MEMORY, str(error))
+        number, now = self._next, self._clock()
+        self._next += 1
+        pending = Pending(number, call, version, meta, placed, done)
+        self._pending[number] = pending
+        self._open[name] = self._open.get(name, 0) + 1
+        shape = calls.signature(meta, call)
+        request = Request(
+            id=number,
+            service=name,
+            arrived=now,
+            deadline=now + (call.timeout_ns or spec.slo.latency),
+            priority=call.priority,
+            rows=rows,
+            version=call.version,
+            shape=shape,
+            expires=now + call.timeout_ns if call.timeout_ns else 0,
+            payload=number,
+            size=size_of(meta, {t.name: t.shape for t in call.inputs}) if shape else 1,
+        )
+        if not self._arrivals:
+            asyncio.get_running_loop().call_soon(self._hand_over)
+        self._arrivals.append(request)
+        return partial(self._withdraw, pending)
+
+    def _turn_away(self, name: str, refusal: Refusal, retry_after: int, why: str) -> Refused:
+        if name in self._models.services:  # no meters for names that clients make up
+            self._monitor.turned_away(name, refusal)
+        return Refused(refusal, retry_after, why)
+
+    def _hand_over(self) -> None:
+        """Feed the arrivals of this turn of the loop."""
+        arrivals, self._arrivals = self._arrivals, []
+        left = len(arrivals)
+        for request in arrivals:
+            left -= 1
+            self._feed(e.Arrived(request, more=left > 0))
+
+    def _withdraw(self, pending: Pending) -> None:
+        """The caller went away: what is queued goes too; what runs is thrown away when done."""
+        pending.withdraw()
+        self._hand_over()
+        if pending.id in self._pending:
+            self._feed(e.Cancelled(pending.id))
+
+    # --- to a worker and back -----------------------------------------------------------------
+
+    def items(self, batch: Batch, worker: str) -> tuple[Item, ...]:
+        """What a worker is told of a batch's requests."""
+        requests = [self._pending[r] for r in batch.requests]
+        for pending in requests:
+            pending.version = batch.version  # a swap may have come since it was queued
+            if pending.meta.turns and pending.worker != worker:
+                instances = self._models.services[batch.service]
+                instances.leave(pending.worker, pending.id, forget=True)
+                instances.stay(worker, pending.id)
+                pending.worker = worker
+        return tuple([pending.item for pending in requests])
+
+    def on_result(self, message: Done | Failed) -> None:
+        """A batch came back from a worker."""
+        if isinstance(message, Failed):
+            self._feed(e.BatchFailed(message.batch, message.reason))
+            return
+        running = self._state.running.get(message.batch)
+        if running is None:  # late news of a batch that was given up
+            self._feed(e.BatchDone(message.batch, message.exec_ns, message.start_ns))
+            return
+        results = dict(zip(running.batch.requests, message.items, strict=True))
+        failed, unfinished, emitted = [], [], []
+        for number, outputs in results.items():
+            if outputs.error:
+                failed.append(number)
+            elif not outputs.finished:
+                unfinished.append(number)
+                if outputs.places:
+                    emitted.append(number)
+        self._results[message.batch] = results
+        self._feed(
+            e.BatchDone(
+                message.batch,
+                message.exec_ns,
+                message.start_ns,
+                tuple(failed),
+                tuple(unfinished),
+                tuple(emitted),
+            )
+        )
+        del self._results[message.batch]
+
+    # --- out ----------------------------------------------------------------------------------
+
+    def on_emit(self, action: a.Emit) -> None:
+        """See Hands."""
+        results = self._results[action.batch]
+        for number in action.requests:
+            pending = self._pending[number]
+            pending.emit(results[number])
+            if pending.unread > self._unread:
+                why = f"more than {self._unread} bytes wait (limits.unread)"
+                pending.give_up(Refused(Refusal.UNREAD, 0, why))
+                self._feed(e.Cancelled(number))
+
+    def on_complete(self, action: a.Complete) -> None:
+        """See Hands."""
+        results = self._results[action.batch]
+        for number in action.requests:
+            pending, outputs = self._close(number, forget=False), results[number]
+            if outputs.error:
+                pending.refuse(Refused(Refusal.FAILED, 0, outputs.error))
+                continue
+            sizes = self._sizes.get((pending.service, pending.version))
+            if sizes is not None:
+                sizes.learn(pending.item.rows, outputs)
+            pending.answer(outputs)
+
+    def on_reject(self, action: a.Reject) -> None:
+        """See Hands."""
+        refused = Refused(action.refusal, action.retry_after, action.detail)
+        self._close(action.request, forget=True).refuse(refused)
+
+    def _close(self, number: int, forget: bool) -> Pending:
+        pending = self._pending.pop(number)
+        left = self._open[pending.service] = self._open[pending.service] - 1
+        if left == 0 and pending.service in self._drained:
+            self._drained[pending.service].set()
+        if pending.worker:
+            instances = self._models.services.get(pending.service)
+            if instances is not None:
+                instances.leave(pending.worker, number, forget)
+        return pending
+
+    # --- unloading ----------------------------------------------------------------------------
+
+    def drained(self, name: str) -> asyncio.Event | None:
+        """An event that is set when no request of a service is open any more; None if none is.
+        ``forget`` ends it."""
+        if not self._open.get(name):
+            return None
+        return self._drained.setdefault(name, asyncio.Event())
+
+    def forget(self, name: str) -> None:
+        """A service was unloaded, or was to be."""
+        self._drained.pop(name, None)
+        self._sizes = {key: sizes for key, sizes in self._sizes.items() if key[0] != name}
