@@ -19,7 +19,7 @@ from cotenant.domain.request import Refusal, Request
 from cotenant.domain.units import MS
 from cotenant.domain.workload import PRIORITY_CLASSES
 from cotenant.policy.estimate import size_class
-from cotenant.policy.lending import note_headroom, starved
+from cotenant.policy.lending import starved
 from cotenant.policy.queues import lane_key, queued_ns, work_ns
 from cotenant.policy.state import DispatcherState, Hold, PartitionState, Running, ServiceState
 from cotenant.policy.tail import WHOLE
@@ -64,10 +64,7 @@ def refuse(
             return Refusal.DEADLINE, 0
         budget = aim(service, own)
     if wait + own > budget:
-        note_headroom(partition, 1000)
         return Refusal.OVERLOADED, max(RETRY_MIN, wait + own - budget)
-    if budget:
-        note_headroom(partition, (wait + own) * 1000 // budget - 1)
     if not service.strict:
         return _spend(state, own * partition.compute, now, total_units)
     return None
