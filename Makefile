@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The pure modules that gain from being compiled: no struct classes with options in them.
 COMPILED := $(addprefix cotenant/,$(addsuffix .py, \
 	$(addprefix policy/,dispatcher desk tail roster turns holds relayout admission lending queues state estimate pressure \
-		planner wishes demand judging leftover layouts placing sharing queueing forecast utility) \
+		planner wishes demand judging leftover trials layouts placing sharing queueing forecast utility) \
 	sim/world sim/outcome sim/reactive telemetry/monitor))
 
 .PHONY: help demo test lint attack bench bench-peers bench-simulator compile compiled-modules \

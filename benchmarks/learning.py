@@ -3,10 +3,9 @@
 ``two-jobs``: per seed, how far each job's learned speed-up curve is from its true one (mean
 absolute error over all sizes), the share of all unit time spent on trying out, and the jobs' steps
 beside those of the same planner without learning. Then one job alone on four cores, which loses no
-work or 20 ms of it at each grant, beside a service of three instances or one: learning decides
-whether the job borrows or owns space, and whether idle space is lent. Its steps without learning,
-and where nothing is ever lent, stand beside it. With one instance nothing is seen to change before
-it is tried, so that takes longer.
+work or 20 ms of it at each grant, beside a service of three instances: learning decides whether the
+job borrows or owns space, and whether idle space is lent. Its steps without learning, and where
+nothing is ever lent, stand beside it.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ import re
 import statistics
 from pathlib import Path
 
-from cotenant.policy.demand import PROBE_FOR
 from cotenant.policy.planner import Planner
 from cotenant.policy.planstate import Tuning
+from cotenant.policy.trials import TRY_FOR
 from cotenant.sim.outcome import Outcome
 from cotenant.sim.scenario import Scenario, parse_scenario, read_scenario
 from cotenant.sim.world import World
@@ -27,12 +26,12 @@ from cotenant.sim.world import World
 SCENARIOS = Path(__file__).parents[1] / "examples" / "scenarios"
 ONE_JOB = """
 name: one-job
-duration: DURATION
+duration: 900s
 device: {kind: cpu, units: 4}
 services:
   - name: api
     objective: {latency: 50ms}
-    instances: INSTANCES
+    instances: 3
     cost: {first: 4ms, per_row: 1ms, parallel: 0.5, saturates: 2, cv: 0.1}
     arrivals: {kind: poisson, rate: 60}
 jobs:
@@ -49,12 +48,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     curves = [of_curves(read_scenario(SCENARIOS / "two-jobs.yaml"), n) for n in range(args.seeds)]
-    pauses = [
-        of_pauses(instances, lost_ms, seed)
-        for instances in (3, 1)
-        for lost_ms in (0, 20)
-        for seed in range(args.seeds)
-    ]
+    pauses = [of_pauses(lost_ms, seed) for lost_ms in (0, 20) for seed in range(args.seeds)]
     for title, samples in (("two jobs", curves), ("one job on four cores", pauses)):
         print(title)
         for sample in samples:
@@ -78,20 +72,17 @@ def of_curves(scenario: Scenario, seed: int) -> dict[str, float]:
     tried = [int(m[1]) for _, why in learned.reasons for w in why if (m := TRY_OUT.search(w))]
     found["try_outs"] = len(tried)
     units = scenario.devices[0].spec.compute
-    found["explored"] = PROBE_FOR * sum(tried) / (scenario.duration * units)
+    found["explored"] = TRY_FOR * sum(tried) / (scenario.duration * units)
     return found | compared(learned, scenario, seed)
 
 
-def of_pauses(instances: int, lost_ms: int, seed: int) -> dict[str, float]:
+def of_pauses(lost_ms: int, seed: int) -> dict[str, float]:
     """One seed of a job that loses ``lost_ms`` of work at each grant."""
-    text = ONE_JOB.replace("INSTANCES", str(instances)).replace("LOST", f"{lost_ms}ms")
-    text = text.replace("DURATION", "900s" if instances > 1 else "3600s")
-    scenario = parse_scenario(text, SCENARIOS)
+    scenario = parse_scenario(ONE_JOB.replace("LOST", f"{lost_ms}ms"), SCENARIOS)
     learned = World(scenario, Planner(), (seed, 0)).run()
     kept = World(scenario, Planner(Tuning(lend=False)), (seed, 0)).run()
     return {
         "seed": seed,
-        "instances": instances,
         "lost_ms": lost_ms,
         "steps_s_never_lent": kept.figures()["job_rate"],
     } | compared(learned, scenario, seed)

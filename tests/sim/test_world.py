@@ -15,8 +15,7 @@ from cotenant.domain.snapshot import Snapshot
 from cotenant.domain.units import MS, S
 from cotenant.policy.planner import Planner
 from cotenant.policy.planstate import Tuning
-from cotenant.policy.utility import EXPLORE, speed_up
-from cotenant.policy.wishes import UNLENT_FOR
+from cotenant.policy.utility import speed_up
 from cotenant.sim.costs import ExecCost, JobCost
 from cotenant.sim.outcome import Outcome
 from cotenant.sim.policies import POLICIES, simulate
@@ -222,34 +221,12 @@ def test_a_gang_is_lent_idle_space_though_its_pauses_may_look_dear() -> None:
     for seed in range(3):
         outcome = run(found, seed=seed)
         assert outcome.figures()["job_rate"] > 0.92 * lent
-        said = [(now, why) for now, each in outcome.reasons for why in each if "idle space" in why]
-        (began, tried), (ended, found_out) = said
-        assert "for a while" in tried
-        assert "is lent again" in found_out
-        assert ended - began <= UNLENT_FOR + S
-
-
-@pytest.mark.parametrize(("resume", "lent"), [("0ms", True), ("20ms", False)])
-def test_what_is_made_without_lending_is_tried_where_there_is_no_sign(
-    resume: str, lent: bool
-) -> None:
-    """A single instance holds the same unit all the time: nothing tells pauses from time lost."""
-    job = f"{{name: j, cost: {{rate: 10, parallel: 0.9, resume: {resume}}}}}"
-    found = scenario(rate=60, first="4ms", latency="50ms", jobs=job, seconds=1200)
-    planner = Planner()
-    outcome = World(found, planner, (0, 0)).run()
-    said = [(now, why) for now, each in outcome.reasons for why in each]
-    began = [now for now, why in said if "for a while" in why]
-    assert began[0] * EXPLORE >= UNLENT_FOR
-    ended = next(now for now, why in said if "was tried" in why)
-    assert 0 < ended - began[0] <= UNLENT_FOR + S
-    assert planner.state.devices["cpu"].lends == lent
 
 
 def test_a_new_job_is_lent_idle_space_until_more_is_known() -> None:
     job = "{name: j, cost: {rate: 10, parallel: 0.9, resume: 20ms}}"
     found = scenario(
-        rate=60, first="4ms", latency="50ms", jobs=job, seconds=200, more="instances: 3"
+        rate=60, first="4ms", latency="50ms", jobs=job, seconds=400, more="instances: 3"
     )
     planner = Planner()
     snapshots = _Snapshots()

@@ -447,10 +447,10 @@ def test_a_plan_that_was_refused_is_made_again() -> None:
 def test_trying_out_keeps_guarantees_and_limits(probed: str) -> None:
     world = Planning(8)
     world.see(job("a", weight=1.0, guaranteed=0.5), job("b", weight=0.01, limit=0.25))
-    world.planner.state.probe = probed
+    world.planner.state.trials.job = probed
     world.see(job("a", weight=1.0, guaranteed=0.5), job("b", weight=0.01, limit=0.25), job("c"))
     shares = {name: len(where) for name, where in world.present.jobs.items()}
     assert shares["a"] >= 4
     assert shares["b"] <= 2
     world.see(job("c"))
-    assert world.planner.state.probe == ""
+    assert world.planner.state.trials.job == ""

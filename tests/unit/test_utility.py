@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cotenant.policy.utility import LOST, QUANTILES, Curve, speed_up
+from cotenant.policy.utility import LOST, Curve, speed_up
 
 
 def learned(parallel: float, cap: int, tried: tuple[int, ...], noise: float = 0.05) -> Curve:
@@ -72,22 +72,6 @@ def test_a_gang_that_waits_for_itself_is_told_from_one_that_does_not() -> None:
                 curve.observe({units: 1.0}, 30.0 * true * source.gauss(1.0, 0.03))
         assert curve.speed_ups()[2] == pytest.approx(2.0 * gain, rel=0.1)
         assert curve.rates()[1] == pytest.approx(30.0, rel=0.1)
-
-
-def test_what_may_be_true_narrows_as_it_is_seen() -> None:
-    def spread(curve: Curve) -> float:
-        least, *_, most = curve.possible()
-        return most[0][4] - least[0][4]
-
-    curve = Curve(4)
-    assert len(curve.possible()) == len(QUANTILES)
-    assert {lost for _, lost in curve.possible()} == {LOST}
-    assert spread(curve) >= 2.0
-    curve.observe({4: 1.0}, 12.0)
-    unsure = spread(curve)
-    curve.observe({1: 1.0}, 4.0)
-    assert spread(curve) < unsure / 2
-    assert [ups[4] for ups, _ in curve.possible()] == sorted(ups[4] for ups, _ in curve.possible())
 
 
 @pytest.mark.parametrize(("threads", "gain"), [(3, 1.5), (4, 1.5)])

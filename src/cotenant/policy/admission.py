@@ -2,8 +2,8 @@
 
 The predicted finish of a newcomer is, on the least loaded of its service's partitions: what is
 left of the batch under way, plus the predicted work queued there of its own priority class and
-above, plus its own execution in the company that is expected to join its batch. Queues are taken
-longer than predicted, and waits by a margin that late answers widen.
+above, plus its own execution in the company that is expected to join its batch. Waits are taken
+longer than predicted by a margin that late answers widen.
 
 While a guaranteed share of a job is owed, admission also spends tokens that refill at the rate of
 what is not guaranteed, so that gaps open for the job (token bucket; Turner, IEEE Communications
@@ -20,7 +20,7 @@ from cotenant.domain.request import Refusal, Request
 from cotenant.domain.units import MS
 from cotenant.domain.workload import PRIORITY_CLASSES
 from cotenant.policy.estimate import size_class
-from cotenant.policy.lending import back_in, note_headroom, starved
+from cotenant.policy.lending import back_in, starved
 from cotenant.policy.queues import lane_key, queued_ns, work_ns
 from cotenant.policy.state import DispatcherState, PartitionState, Reserve, Running, ServiceState
 from cotenant.policy.tail import WHOLE
@@ -31,10 +31,6 @@ RETRY_MIN: Final = 1 * MS
 TRY_AFTER: Final = 200 * MS
 """Predictions are corrected by executions alone. A service that has had none for this long takes
 one request however bad they look, lest a slow spell close it for ever."""
-MARGIN: Final = 8
-"""A queue is taken 1/MARGIN longer than predicted: its errors are not independent (the whole box
-gets slower at times), so they do not average out. How much longer waits are on this box is
-learned."""
 FIT: Final = 2
 """How many batches must fit into the objective for batches of their length to form: whoever comes
 as one begins waits for it and for one's own. So many executions may also pass until an answer
@@ -74,10 +70,7 @@ def refuse(
             return Refusal.DEADLINE, 0
         budget = aim(service, own)
     if wait + own > budget:
-        note_headroom(partition, 1000)
         return Refusal.OVERLOADED, max(RETRY_MIN, wait + own - budget)
-    if budget:
-        note_headroom(partition, (wait + own) * 1000 // budget - 1)
     if not service.strict and partition.kind in compute:
         return _spend(state, partition, own, now, compute[partition.kind])
     return None
@@ -151,8 +144,7 @@ def _best_finish(
     for partition in mine:
         wait = _free_in(state, service, partition, now)
         if partition.waiting:
-            others = _others_ahead(state, service, partition, request)
-            wait += others + others // MARGIN
+            wait += _others_ahead(state, service, partition, request)
         for i, (known, other) in enumerate(soonest):
             if other.compute == partition.compute and other.kind == partition.kind:
                 if wait < known:
@@ -180,7 +172,7 @@ def _best_finish(
             joining = int(wait / (service.gap * lanes))
             last = ahead % service.max_batch + request.rows
             queue += _company(service, partition, last, joining, size)
-        wait = free_in + queue + queue // MARGIN
+        wait = free_in + queue
         if queued or partition.batch:
             # Errors of executions that follow each other add up by the root of their squares, so
             # beside those of the wait half of its own is enough.

@@ -15,7 +15,7 @@ from cotenant.domain.units import S
 from cotenant.policy.planstate import PlannerState, Tuning
 from cotenant.policy.pressure import Pressure, note_pressure
 from cotenant.policy.sharing import divide
-from cotenant.policy.utility import EXPLORE, Curve
+from cotenant.policy.utility import Curve
 from cotenant.policy.views import Layout, View
 
 LEARN_EVERY: Final = 10 * S
@@ -23,8 +23,6 @@ RISES_OVER, FALLS_OVER = 10 * S, 30 * S
 """Time constants of the rate that is usual: bursts of a few seconds hardly change it."""
 PARTS: Final = 256
 """Of a device, in which it is reckoned what a job is to hold in all; or whole units."""
-PROBE_FOR: Final = 90 * S
-"""How long something is tried out: progress is known over a minute."""
 
 
 class Demand:
@@ -113,17 +111,15 @@ class Demand:
         state = self._state
         known = {j.id for j in snapshot.jobs}
         state.curves = {j: c for j, c in state.curves.items() if j in known}
-        state.settled = {j: at for j, at in state.settled.items() if j in known}
-        if state.probe not in known:
-            state.probe = ""
+        if state.trials.job not in known:
+            state.trials.job = ""
         if not self._tuning.learn or snapshot.now - state.learned_at < LEARN_EVERY:
             return
         state.learned_at = snapshot.now
         most = max((d.compute for d in snapshot.devices if d.trains), default=0)
         for job in snapshot.jobs:
             held = sum(job.units.values()) - job.units.get(0, 0.0)
-            settled = snapshot.now >= state.settled.get(job.id, 0)
-            if job.rate > 0 and held > 0.2 and settled:
+            if job.rate > 0 and held > 0.2:
                 curve = state.curves.get(job.id)
                 if curve is None or curve.units != most:
                     curve = state.curves[job.id] = Curve(most)
@@ -140,26 +136,9 @@ class Demand:
         shared = [v for v in views if v.device.trains and not v.device.pins_jobs]
         if not self._tuning.learn or len(shared) != 1 or len(shared[0].jobs) < 2:
             return []
-        if state.devices[shared[0].device.id].trying:
-            return []
-        now = shared[0].now
-        if state.probe:
-            if now - state.probed_at < PROBE_FOR:
-                return []
-            done, state.probe = state.probe, ""
-            return [f"job {done} was tried out; its space is what it was"]
         layout = state.devices[shared[0].device.id].layout
         shares = self.divide(shared[0], layout) if layout is not None else {}
-        moved, units = _moved(shares), sum(shares.values())
-        if not moved or now - state.probed_at < PROBE_FOR * moved / (units * EXPLORE):
-            return []
-        state.probed_at = now
-        for job, have in sorted(shares.items(), key=lambda item: (item[1], item[0])):
-            curve = state.curves.get(job)
-            if curve is not None and curve.unsure(min(have + moved, curve.units)):
-                state.probe = job
-                return [f"job {job} is tried out with {moved} more: what it gains is not known"]
-        return []
+        return state.trials.more(shared[0].now, shares, state.curves)
 
     def divide(self, view: View, layout: Layout) -> dict[str, int]:
         """Whole units of what is left for each job; none if there are more jobs than units."""
@@ -167,16 +146,7 @@ class Demand:
         if len(view.jobs) > units:
             return {}
         shares = divide(units, view.jobs, view.device.compute, view.speed_ups)
-        probe = self._state.probe
-        if probe in shares and len(shares) > 1:
-            jobs, compute = {j.id: j for j in view.jobs}, view.device.compute
-            richest = max((j for j in shares if j != probe), key=lambda j: (shares[j], j))
-            kept = max(1, int(jobs[richest].guaranteed * compute + 1e-9))
-            most = max(1, int(jobs[probe].limit * compute + 1e-9))
-            moved = max(0, min(_moved(shares), shares[richest] - kept, most - shares[probe]))
-            shares[richest] -= moved
-            shares[probe] += moved
-        return shares
+        return self._state.trials.applied(shares, view)
 
     def with_targets(self, view: View) -> View:
         """The view with what jobs are to hold in all: as if all units were divided among them. A
@@ -200,8 +170,3 @@ def scaled(service: ServiceFacts, factor: float) -> ServiceFacts:
     return msgspec.structs.replace(
         service, rate=service.rate * factor, rate_trend=service.rate_trend * factor
     )
-
-
-def _moved(shares: dict[str, int]) -> int:
-    """Units that a job is given to try: a third of what the richest has."""
-    return max(shares.values(), default=0) // 3

@@ -37,11 +37,6 @@ class Holt(msgspec.Struct):
             self.trend = self.beta * (self.level - before) + (1 - self.beta) * DAMPING * self.trend
         self.samples += 1
 
-    def ahead(self, steps: int) -> float:
-        """Forecast ``steps`` steps ahead; never negative."""
-        damped = sum(DAMPING**i for i in range(1, steps + 1))
-        return max(0.0, self.level + damped * self.trend)
-
 
 class Season(msgspec.Struct):
     """The usual rate in each slot of a period (ns), smoothed over periods with gain ``gamma``."""

@@ -23,8 +23,6 @@ HEADROOM: Final = 0.9
 """Share of the objective that the predicted percentile may use."""
 BATCHING: Final = 0.5
 """Utilization by single requests from which on they find company in the queue."""
-SLOWER: Final = 2.0
-"""A partition that no load calls for does not help a service that it slows down by more."""
 NO_PLACE: Final = 10.0
 """What a service that fits into no partition counts as overload."""
 
@@ -32,21 +30,11 @@ NO_PLACE: Final = 10.0
 def judge(view: View, layout: Layout, horizon_s: float) -> Verdict:
     """Spread services over the partitions (largest load first, least loaded partition first)
     and predict each one's percentile at the load expected ``horizon_s`` seconds ahead. Among
-    partitions that are equally loaded small ones are taken first, and, if that does not do,
-    large ones."""
-    verdict = _judge(view, layout, horizon_s, 1)
-    if verdict.misses and len({p.compute for p in layout.mine}) > 1:
-        other = _judge(view, layout, horizon_s, -1)
-        if other.overload < verdict.overload:
-            return other
-    return verdict
-
-
-def _judge(view: View, layout: Layout, horizon_s: float, order_of_size: int) -> Verdict:
+    partitions that are equally loaded small ones are taken first."""
     kind, mine = view.device.kind, layout.mine
     sizes = [p.compute for p in mine]
     largest = max(sizes, default=1)
-    crowd = _Crowd(mine, order_of_size)
+    crowd = _Crowd(mine)
     rho, guests = crowd.rho, crowd.guests
     slowest = [0] * len(mine)
     placed: dict[str, tuple[int, ...]] = {}
@@ -141,11 +129,10 @@ class _Crowd:
     """Partitions by how crowded they are: heaps of (utilization, guests, index), one for those of
     one size and memory. ``rho`` and ``guests`` are for the user to change before ``put_back``."""
 
-    def __init__(self, mine: Sequence[Partition], order_of_size: int) -> None:
+    def __init__(self, mine: Sequence[Partition]) -> None:
         self.rho = [0.0] * len(mine)
         self.guests = [0] * len(mine)
         self.sizes = {p.compute for p in mine}
-        self._order = order_of_size
         self._heaps: dict[tuple[int, int], list[tuple[float, int, int]]] = {}
         for index, p in enumerate(mine):
             self._heaps.setdefault((p.compute, p.memory), []).append((0.0, 0, index))
@@ -156,7 +143,7 @@ class _Crowd:
         not too long, then the least loaded. Where loads are equal (nothing measured yet), services
         keep out of each other's way."""
         fitting = [
-            (times[size] > within, self._order * size, heap)
+            (times[size] > within, size, heap)
             for (size, memory), heap in self._heaps.items()
             if not memory or need <= memory
         ]
@@ -269,7 +256,6 @@ def _fill(
             if 0 < len(placed[s.name]) < s.instances
             and (not partition.memory or memory_of(s, view.device) <= partition.memory)
             and sum(sizes[i] for i in placed[s.name]) + sizes[index] <= limits[s.name]
-            and _keeps_up(view, s, sizes[index], {sizes[i] for i in placed[s.name]})
         ]
         if not able:
             continue
@@ -283,13 +269,6 @@ def _fill(
         shares[busiest.name] = 1.0 / sum(1.0 / each for each in loads)
         for new in now:
             rho[new] += shares[busiest.name]
-
-
-def _keeps_up(view: View, service: ServiceFacts, size: int, present: set[int]) -> bool:
-    """Whether requests would not be much slower on a partition of this size than on those of the
-    sizes that the service runs on already."""
-    slowest = max(exec_ns(view.device.kind, service, other, 1) for other in present)
-    return exec_ns(view.device.kind, service, size, 1) <= SLOWER * slowest
 
 
 def utilization(view: View, layout: Layout, horizon_s: float) -> float:

@@ -9,7 +9,7 @@ Laws (docs/design.md says why):
    their objectives are predicted to need at the recent peak rate. They give up the rest where
    jobs gain by having it for themselves; where jobs cannot move, the layout is taken that leaves
    them most. What nobody serves on is divided among jobs by utility, and idle service
-   partitions are lent, unless it was tried and pauses cost jobs more than that is worth.
+   partitions are lent, unless pauses were seen to cost jobs more than that is worth.
 4. A prediction that measurement contradicts is corrected: while a service misses its objective
    more often than allowed, its load counts for more than its rate says.
 5. A layout changes only when the wish for it has held for a while, one step at a time, and
@@ -26,7 +26,7 @@ import msgspec
 
 from cotenant.domain.device import DeviceSpec, Partition
 from cotenant.domain.plan import Plan
-from cotenant.domain.snapshot import RATE_WINDOW, JobFacts, ServiceFacts, Snapshot
+from cotenant.domain.snapshot import JobFacts, ServiceFacts, Snapshot
 from cotenant.domain.units import S
 from cotenant.policy.demand import Demand, scaled
 from cotenant.policy.judging import judge
@@ -54,7 +54,7 @@ class Planner:
         members = _members(snapshot)
         if members != state.members:
             for memory in state.devices.values():
-                memory.lends, memory.trying, memory.tried = True, False, 0
+                memory.lends = True
                 memory.lending_since = snapshot.now
         placing, reasons = self._next_placing(snapshot, facts, members)
         before = {d: m.layout for d, m in state.devices.items()}
@@ -263,9 +263,6 @@ class Planner:
         """The partitions of each job; those of jobs that cannot move are noted in ``bound``."""
         if view.device.pins_jobs:
             _, places = share_out(view, verdict, self.tuning.lend, self.state.bound)
-            for job, where in places.items():
-                if where != self.state.bound.get(job):
-                    self.state.settled[job] = view.now + RATE_WINDOW + view.device.move_ns
             bound.update(places)
             return {job: (where,) for job, where in places.items()}
         rest = [p.id for p in layout.free]

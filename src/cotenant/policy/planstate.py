@@ -6,13 +6,12 @@ import msgspec
 
 from cotenant.domain.units import MS, S
 from cotenant.policy.pressure import Pressure
+from cotenant.policy.trials import Trials
 from cotenant.policy.utility import Curve
 from cotenant.policy.views import Layout, Parts
 
 Members = tuple[tuple[str, ...], tuple[str, ...]]
 """Services, with their instances, and jobs."""
-TRY_EVERY = 3600 * S
-"""How often, at most, jobs are given space of their own to learn what borrowing costs them."""
 
 
 class Tuning(msgspec.Struct, frozen=True):
@@ -27,8 +26,6 @@ class Tuning(msgspec.Struct, frozen=True):
     memory: int = 300 * S
     """Space is taken from services only if the rest would do at the recent peak rate, which
     fades with this time constant. 0: only the present rate counts."""
-    settle: int = 60 * S
-    """How long the load is watched before services are given less than they started with."""
     lend: bool = True
     split: tuple[int, int] | None = None
     """(units, partition size) for services, never changed: a static split."""
@@ -55,8 +52,6 @@ class DeviceMemory(msgspec.Struct):
     """What the planner remembers of one device."""
 
     layout: Layout | None = None
-    since: int = 0
-    """When services were first given space (ns)."""
     wish: Layout | None = None
     wished_since: int = 0
     restless: dict[str, int] = {}
@@ -67,10 +62,6 @@ class DeviceMemory(msgspec.Struct):
     """And those that each is to hold in all."""
     lends: bool = True
     """Whether idle service partitions are lent."""
-    trying: bool = False
-    """Whether they are not, to show what jobs make of that."""
-    tried: int = 0
-    """How often that was done since it was last time for it, or services or jobs came or went."""
     lending_since: int = 0
     """When lending last began or ended, or services or jobs came or went (ns)."""
     paused: float = 1.0
@@ -94,19 +85,13 @@ class PlannerState(msgspec.Struct):
     looked into."""
     bound: dict[str, str] = {}
     """The partition of each job that cannot move."""
-    settled: dict[str, int] = {}
-    """From when on (ns) what is seen of such a job is of its present partition alone."""
     peaks: dict[str, float] = {}
     """Recent peak rate of each service, per second, as of ``peaks_at``."""
     peaks_at: int = 0
     usual: dict[str, float] = {}
     """Rate of each service without its bursts, per second."""
     pressure: dict[str, Pressure] = {}
-    tried_own: int = -TRY_EVERY
-    """When jobs last had space of their own to learn what borrowing costs them (ns)."""
     curves: dict[str, Curve] = {}
     """What was learned of each job's speed."""
     learned_at: int = 0
-    probe: str = ""
-    """The job that is being tried out."""
-    probed_at: int = 0
+    trials: Trials = msgspec.field(default_factory=Trials)

@@ -10,8 +10,8 @@ the latter drawn to a prior) and weighs ``prior * exp(-residual / (2 sigma ** 2)
 a twentieth of what was seen (Bayesian model averaging; Hoeting et al., Statistical Science 1999).
 The prior favours jobs that scale. Old observations fade.
 
-Only what is tried is learned: ``unsure`` says of which sizes too little is known. The planner then
-gives the job more for a while, seldom enough to stay below ``EXPLORE`` of all units' time.
+Only what is tried is learned (``policy/trials.py``): ``unsure`` says of which sizes too little is
+known.
 """
 
 from __future__ import annotations
@@ -39,11 +39,6 @@ DEAR: Final = 0.01
 """What a pause may well cost (s)."""
 APART: Final = 0.01
 """Part of the variance of pauses that must not go with that of time held."""
-EXPLORE: Final = 0.03
-"""Share of the time that may be spent on trying out what a job makes of more units; and that
-for which nothing may be lent to learn what jobs make without."""
-QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-"""Of what may be true, those at which it is looked at."""
 UNSURE: Final = 0.1
 """Relative standard deviation of a predicted speed-up from which trying out is worth it."""
 
@@ -148,20 +143,6 @@ class Curve(msgspec.Struct):
                 rate, lost = self._fit(index)
                 self.expected_lost += weight * (lost / rate if rate else LOST)
         return self.expected_lost
-
-    def possible(self) -> list[tuple[list[float], float]]:
-        """Members of the family at some quantiles of what the whole device may bring, least first:
-        speed on 0, 1, 2 … units relative to one, and seconds of work that a pause costs."""
-        family, weights = _family(self.units), self.weights()
-        order = sorted([(speeds[-1], index) for index, (_, speeds) in enumerate(family)])
-        found: list[tuple[list[float], float]] = []
-        below = 0.0
-        for _, index in order:
-            below += weights[index]
-            while len(found) < len(QUANTILES) and below >= QUANTILES[len(found)]:
-                rate, lost = self._fit(index) if self.seen else (0.0, 0.0)
-                found.append((list(family[index][1]), lost / rate if rate else LOST))
-        return found
 
     def knows_pauses(self) -> bool:
         """Whether what pauses cost can be told from the speed: because there were more and fewer

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 import msgspec
@@ -12,7 +11,7 @@ from cotenant.domain.device import DeviceSpec
 from cotenant.domain.snapshot import RATE_WINDOW
 from cotenant.domain.units import S
 from cotenant.domain.workload import share_on
-from cotenant.policy.demand import PROBE_FOR, Demand
+from cotenant.policy.demand import Demand
 from cotenant.policy.judging import RHO_MAX, judge, utilization
 from cotenant.policy.layouts import (
     mig_fixed,
@@ -23,19 +22,12 @@ from cotenant.policy.layouts import (
     without_services,
 )
 from cotenant.policy.leftover import pauses_of, share_out, worth
-from cotenant.policy.planstate import TRY_EVERY, DeviceMemory, PlannerState, Tuning
-from cotenant.policy.sharing import speed_at
-from cotenant.policy.utility import DEAR, EXPLORE, QUANTILES
+from cotenant.policy.planstate import DeviceMemory, PlannerState, Tuning
 from cotenant.policy.views import Layout, Verdict, View
 
-CALM: Final = 0.6
-"""Space is taken from services only where what is left would be used no more than this."""
 SPARE: Final = 1.25
-"""Such a layout must hold at this much more than the recent peak."""
-LESS: Final = 0.3
-MUCH_LESS: Final = 0.01
-"""Services are given another layout for their overload if that takes away this part of it, or as
-much as this."""
+"""Space is taken from services only where what is left would hold at this much more than the recent
+peak."""
 GAIN: Final = 1.05
 """Where jobs cannot move, a layout must be worth this much more to them to be changed for."""
 GAIN_OWN: Final = 1.02
@@ -44,8 +36,6 @@ LOSE_NOTHING: Final = 0.99
 """And give it back if borrowing is worth this much of owning it."""
 OUTAGE: Final = 30
 """A second in which services answer nothing costs as much as this many in which jobs rest."""
-UNLENT_LEAST, UNLENT_FOR = 20 * S, 30 * S
-"""How long it is tried what jobs make if nothing is lent (ns): progress is known over a minute."""
 
 
 class Wish(NamedTuple):
@@ -72,7 +62,6 @@ class Wishes:
         least = _least(view)
         if current is None or (device.trains and bool(current.mine) != bool(view.services)):
             layout = self._first(view, least)
-            memory.since = now
             return layout, [f"first layout of {device.id}: {_describe(layout)}"]
         if not device.trains or self._is_fixed(device):
             return current, []
@@ -86,11 +75,11 @@ class Wishes:
         if wish.layout != memory.wish:
             memory.wish, memory.wished_since = wish.layout, now
         held = now - memory.wished_since
-        if held < wish.patience or not self._pays(view, current, wish.layout):
+        if held < wish.patience:
             return current, []
         memory.wish = None
         if wish.trial:
-            self.state.tried_own = now
+            self.state.trials.own_at = now
         step = f"{_describe(current)} -> {_describe(wish.layout)}"
         return wish.layout, [f"{step}: {wish.why} (for {held / S:.0f}s)"]
 
@@ -129,13 +118,12 @@ class Wishes:
         pressing, patience = self._demand.pressing(view)
         here = judge(pressing, current, horizon_s)
         if here.misses or current.compute < least:
-            best = self._step_up(pressing, current, _lower(here.overload))
+            best = self._step_up(pressing, current, here.overload)
             if best is None:
                 return Wish(current)
             held = patience if best.compute > current.compute else tuning.grow_after
             return Wish(best, _first_miss(here), held)
-        watched = view.now - self.state.devices[view.device.id].since
-        if watched < tuning.settle or not view.jobs:
+        if not view.jobs:
             return Wish(current)
         return self._wish_for_jobs(view, current, least)
 
@@ -143,26 +131,23 @@ class Wishes:
         """One step less for services if jobs gain by having for themselves, rather than
         borrowing, all that services can do without at their peak; one step more if they would
         lose nothing. Where it is not known what borrowing costs them, that is tried."""
-        tuning, state = self.tuning, self.state
+        tuning, trials = self.tuning, self.state.trials
         peak = self._demand.at_peak(view, SPARE)
         here = judge(view, current, 0.0)
         fewest = self._fewest(peak, current, least)
         if fewest is not None:
             gained = self._ratio(view, here, fewest)
             unknown = [j.id for j in view.jobs if self._demand.unknown_pauses(j.id)]
-            trying = state.devices[view.device.id].trying
-            tried = not tuning.lend or trying or view.now - state.tried_own <= TRY_EVERY
             if gained > GAIN_OWN:
                 step = self._fit(peak, current.compute - 1)
-                if self._is_calm(peak, step):
+                if self._holds(peak, step):
                     why = f"jobs gain {gained - 1:.0%} and objectives hold"
                     return Wish(step, why, tuning.shrink_after)
-            elif unknown and not tried:
+            elif unknown and tuning.lend and trials.may_own(view.now):
                 why = f"what pauses cost {', '.join(unknown)} is not known; it is tried without"
                 return Wish(fewest, why, tuning.shrink_after, trial=True)
         usable = min(view.device.compute, sum(s.instances for s in view.services))
-        trying = view.now - state.tried_own < PROBE_FOR
-        if not tuning.lend or current.compute >= usable or trying:
+        if not tuning.lend or current.compute >= usable or trials.owning(view.now):
             return Wish(current)
         if self._ratio(view, here, self._fit(view, usable)) < LOSE_NOTHING:
             return Wish(current)
@@ -180,13 +165,12 @@ class Wishes:
             for size in sorted({1, current.mine[0].compute}):
                 if units % size == 0:
                     layout = unit_layout(peak.device, units, size)
-                    if self._is_calm(peak, layout):
+                    if self._holds(peak, layout):
                         return layout
         return None
 
-    def _is_calm(self, view: View, layout: Layout) -> bool:
-        verdict = judge(view, layout, self.tuning.horizon / S)
-        return not verdict.misses and verdict.busiest <= CALM
+    def _holds(self, view: View, layout: Layout) -> bool:
+        return not judge(view, layout, self.tuning.horizon / S).misses
 
     def _ratio(self, view: View, here: Verdict, layout: Layout) -> float:
         """What another layout would be worth to jobs, 1 being what they have."""
@@ -207,8 +191,7 @@ class Wishes:
         each request that finds a partition idle took it back: lingering spares some, and so does
         other work. While nothing is lent, and until a minute after, as it was before."""
         memory = self.state.devices[view.device.id]
-        settled = not memory.tried or view.now - memory.lending_since >= RATE_WINDOW
-        if memory.lends and settled:
+        if memory.lends and view.now - memory.lending_since >= RATE_WINDOW:
             held = sum(n * share for job in view.jobs for n, share in job.units.items())
             expected = pauses_of(here, held)
             seen = sum(job.grants for job in view.jobs)
@@ -220,13 +203,8 @@ class Wishes:
         below this; None if there is none."""
         horizon_s = self.tuning.horizon / S
         for units in range(current.compute, view.device.compute + 1):
-            options = unit_layouts(view.device, units)
-            if units == current.compute:
-                options += unit_layouts(view.device, min(units + 1, view.device.compute))
-            best = min(
-                _judge_all(view, options, horizon_s),
-                key=lambda v: (round(v.overload, 4), v.layout.compute),
-            )
+            verdicts = _judge_all(view, unit_layouts(view.device, units), horizon_s)
+            best = min(verdicts, key=lambda v: round(v.overload, 4))
             if best.overload < below:
                 return best.layout
         return None
@@ -245,32 +223,23 @@ class Wishes:
         if here.misses:
             verdicts = _judge_all(pressing, options, horizon_s)
             best = min(verdicts, key=lambda v: (round(v.overload, 4), -self._worth(view, v)))
-            # Less that does as well makes room for the next step.
-            less = best.layout.compute < current.compute and best.overload <= here.overload
-            if best.overload < _lower(here.overload) or less:
+            if best.overload < here.overload:
                 now = judge(pressing, current, 0.0).overload
                 patience = max(tuning.grow_after, _worth_waiting(moving, now))
                 return Wish(best.layout, _first_miss(here), patience)
             return Wish(current)
         peak = self._demand.at_peak(view, SPARE)
-        calm = [
-            v
-            for v in _judge_all(peak, options, horizon_s)
-            if not v.misses and (v.busiest <= CALM or v.layout.compute >= current.compute)
-        ]
-        if not calm:
+        holding = [v for v in _judge_all(peak, options, horizon_s) if not v.misses]
+        if not holding:
             return Wish(current)
         before = self._worth(view, judge(peak, current, horizon_s))
-        worths = [(self._worth(view, v), v.layout) for v in calm]
-        for after, layout in sorted(worths, key=lambda each: -each[0]):
-            if after <= (GAIN + moving / tuning.payback) * before:
-                break
-            # Services that a high rate keeps apart may be put together for a low one.
-            if not judge(pressing, layout, horizon_s).misses:
-                gained = after / before - 1 if before else 1
-                why = f"jobs gain {gained:.0%} and objectives hold"
-                return Wish(layout, why, tuning.shrink_after)
-        return Wish(current)
+        after, layout = max(
+            ((self._worth(view, v), v.layout) for v in holding), key=lambda each: each[0]
+        )
+        if after <= (GAIN + moving / tuning.payback) * before:
+            return Wish(current)
+        gained = after / before - 1 if before else 1
+        return Wish(layout, f"jobs gain {gained:.0%} and objectives hold", tuning.shrink_after)
 
     def _worth(self, view: View, verdict: Verdict) -> float:
         """What a layout is worth to jobs that are bound to their partitions."""
@@ -281,13 +250,7 @@ class Wishes:
         not."""
         if view.device.pins_jobs:
             return self._rebalance(view, memory) or self._rebind(view, memory)
-        ended = self._relend(view, memory) if memory.trying else []
-        return (
-            ended
-            or self._rebalance(view, memory)
-            or self._redivide(view, memory)
-            or self._relend(view, memory)
-        )
+        return self._rebalance(view, memory) or self._relend(view, memory)
 
     def _rebalance(self, view: View, memory: DeviceMemory) -> list[str]:
         """Why services should change places within the layout; empty if they should not."""
@@ -302,31 +265,10 @@ class Wishes:
             return []
         return [f"services spread anew: busiest partition {now_rho:.2f} -> {best_rho:.2f}"]
 
-    def _redivide(self, view: View, memory: DeviceMemory) -> list[str]:
-        """Why jobs should have other parts of what is left: what they make of it was learned."""
-        state, layout = self.state, memory.layout
-        if layout is None or state.learned_at != view.now or state.probe:
-            return []
-        own = self._demand.divide(view, layout)
-        if not own or not view.targets or own.keys() != memory.shares.keys():
-            return []
-        weights = sum(job.weight for job in view.jobs)
-        by_weight = {j.id: view.device.compute * j.weight / weights for j in view.jobs}
-        pairs: tuple[tuple[str, Mapping[str, float], Mapping[str, float]], ...] = (
-            ("units that jobs hold in all", memory.targets or by_weight, view.targets),
-            ("units of jobs", memory.shares, own),
-        )
-        for what, have, wish in pairs:
-            if _utility(view, wish) > GAIN * _utility(view, have):
-                parts = ", ".join(f"{j} {have[j]:.3g} -> {wish[j]:.3g}" for j in sorted(wish))
-                return [f"{what}: {parts}: what each makes of them was learned"]
-        return []
-
     def _relend(self, view: View, memory: DeviceMemory) -> list[str]:
-        """Why lending should end, or begin again. Where pauses seem to cost jobs more than idle
-        space is worth, or may do so, what jobs make without it is tried for a while: without such a
-        sign seldom enough to stay below ``EXPLORE`` of the time. Until then a sign counts twice at
-        most: at first, and once all that was tried is known."""
+        """Why lending should end, or begin again. It ends once pauses have seemed to cost jobs more
+        than idle space is worth. What jobs make without it then shows whether that is so, and what
+        pauses cost is forgotten in time, so that it does not end for ever."""
         layout, state, tuning = memory.layout, self.state, self.tuning
         if layout is None or state.learned_at != view.now:
             return []
@@ -334,53 +276,29 @@ class Wishes:
             return []
         if not all(job.id in state.curves for job in view.jobs):
             return []
-        passed = view.now - memory.lending_since
         if self._is_owed(view, memory):
             if memory.lends:
                 return []
-            self._set_lending(view, memory, True)
+            self._set_lending(view, memory)
             return ["idle space is lent again: guaranteed shares ask for it"]
         here = judge(view, layout, 0.0)
-        pauses = self._pauses(view, here)
-        lent, kept = self._lent_or_not(view, here, pauses)
-        worse = kept > GAIN_OWN * lent
-        if memory.trying:
-            if passed < UNLENT_LEAST:
-                return []
-            if passed < UNLENT_FOR and self._is_open(view, here, pauses):
-                return []
-            self._set_lending(view, memory, not worse)
-            return ["it was tried: " + self._verdict(view, not worse, lent, kept)]
-        if not memory.lends:
-            better = lent > GAIN_OWN * kept
-            if not _has_held(memory, "lending", better, view.now, tuning.shrink_after):
-                return []
-            self._set_lending(view, memory, True)
-            return [self._verdict(view, True, lent, kept)]
-        seldom = passed * EXPLORE >= UNLENT_FOR
-        counts_after = (tuning.settle, RATE_WINDOW, math.inf)[memory.tried]
-        seems = worse and (seldom or passed >= counts_after)
-        seems = _has_held(memory, "lending", seems, view.now, tuning.shrink_after)
-        due = seldom and self._is_open(view, here, pauses)
-        if not (seems or due) or state.probe or view.now - state.tried_own < PROBE_FOR:
+        lent, kept = self._lent_or_not(view, here, self._pauses(view, here))
+        before, after = (lent, kept) if memory.lends else (kept, lent)
+        known = not memory.lends or view.now - memory.lending_since >= RATE_WINDOW
+        gains = known and after > GAIN_OWN * before
+        if not _has_held(memory, "lending", gains, view.now, tuning.shrink_after):
             return []
-        self._set_lending(view, memory, False)
-        memory.trying, memory.tried = True, 1 if seldom else memory.tried + 1
-        return ["idle space is not lent for a while: what jobs make without it is tried"]
+        self._set_lending(view, memory)
+        return [self._verdict(view, memory.lends, lent, kept)]
 
-    def _set_lending(self, view: View, memory: DeviceMemory, lends: bool) -> None:
-        memory.lends, memory.trying, memory.lending_since = lends, False, view.now
+    def _set_lending(self, view: View, memory: DeviceMemory) -> None:
+        memory.lends, memory.lending_since = not memory.lends, view.now
         memory.restless.pop("lending", None)
 
     def _is_owed(self, view: View, memory: DeviceMemory) -> bool:
         """Whether a job has less of its own than it is guaranteed."""
         compute, own = view.device.compute, memory.shares
         return any(j.guaranteed * compute > own.get(j.id, 0) + 1e-9 for j in view.jobs)
-
-    def _is_open(self, view: View, here: Verdict, pauses: float) -> bool:
-        """Whether jobs would gain without lending in some of what may be true, not in all."""
-        pairs = [self._lent_or_not(each, here, pauses) for each in self._possible(view)]
-        return len({kept > GAIN_OWN * lent for lent, kept in pairs}) == 2
 
     def _verdict(self, view: View, lends: bool, lent: float, kept: float) -> str:
         before, after = (kept, lent) if lends else (lent, kept)
@@ -390,21 +308,6 @@ class Wishes:
         costs = [f"{j.id} {view.lost[j.id] * 1000:.1f} ms" for j in view.jobs if j.id in view.lost]
         known = ", ".join(costs) or "what is not known"
         return f"idle space is {ended}: {gain}; a pause costs {known}"
-
-    def _possible(self, view: View) -> list[View]:
-        """The view as it may be, all jobs being as good or as bad as may be at once; what is not
-        known of pauses is from nothing to ``DEAR``."""
-        possible = {job.id: self.state.curves[job.id].possible() for job in view.jobs}
-        found = []
-        for index in range(len(QUANTILES)):
-            speed_ups = {job: each[index][0] for job, each in possible.items()}
-            for unknown in (0.0, DEAR):
-                lost = {
-                    job: each[index][1] if job in view.lost else unknown
-                    for job, each in possible.items()
-                }
-                found.append(msgspec.structs.replace(view, speed_ups=speed_ups, lost=lost))
-        return found
 
     def _rebind(self, view: View, memory: DeviceMemory) -> list[str]:
         """Why jobs should start again on other instances."""
@@ -421,25 +324,6 @@ class Wishes:
         gained = after / before - 1 if before else 1.0
         return [f"{', '.join(moved)} elsewhere: jobs gain {gained:.0%}"]
 
-    def _pays(self, view: View, current: Layout, wish: Layout) -> bool:
-        """Whether unit-time gained (by services or by jobs) exceeds the cost of the change."""
-        device, tuning = view.device, self.tuning
-        gained = max(1, abs(wish.compute - current.compute)) * tuning.payback
-        cost = (device.repartition_ns + device.revoke_ns) * device.compute
-        if device.pins_jobs:
-            staying = {p.id for p in (*wish.mine, *wish.free)}
-            moving = sum(self.state.bound.get(j.id) not in staying for j in view.jobs)
-            cost += moving * device.move_ns
-        return gained > cost
-
-
-def _utility(view: View, units: Mapping[str, float]) -> float:
-    """Of jobs whose speed-ups are known, on so many units each."""
-    return sum(
-        job.weight * math.log1p(speed_at(view.speed_ups[job.id], units[job.id]))
-        for job in view.jobs
-    )
-
 
 def _has_held(memory: DeviceMemory, who: str, wish: bool, now: int, patience: int) -> bool:
     """Whether the wish that they change places has held for long enough; it is then forgotten."""
@@ -450,11 +334,6 @@ def _has_held(memory: DeviceMemory, who: str, wish: bool, now: int, patience: in
         return False
     del memory.restless[who]
     return True
-
-
-def _lower(overload: float) -> float:
-    """What a layout must bring an overload below to be changed for."""
-    return max((1.0 - LESS) * overload, overload - MUCH_LESS)
 
 
 def _worth_waiting(moving: int, overload: float) -> int:
