@@ -15,11 +15,9 @@ from typing import Any
 import msgspec
 
 from cotenant.devices.base import Device
-from cotenant.domain import actions as a
 from cotenant.domain import events as e
 from cotenant.domain import shares
 from cotenant.domain.config import NodeConfig
-from cotenant.domain.device import Launch, Partition, Tenant
 from cotenant.domain.errors import CotenantError, EnvironmentProblem, InvalidRequest
 from cotenant.domain.port import (
     IndexEntry,
@@ -37,12 +35,12 @@ from cotenant.policy.planner import Planner
 from cotenant.policy.planstate import Tuning
 from cotenant.policy.state import DispatcherState
 from cotenant.runtime.core import Clock, Core, steady
+from cotenant.runtime.effects import Effects
 from cotenant.runtime.fleet import Fleet
 from cotenant.runtime.jobs import JobSupervisor
 from cotenant.runtime.jobspec import minimal
 from cotenant.runtime.jobstore import JobStore
 from cotenant.runtime.jobtenants import JobTenants
-from cotenant.runtime.messages import Done, Failed, Run
 from cotenant.runtime.models import Models
 from cotenant.runtime.repository import Repository
 from cotenant.runtime.requests import Requests
@@ -150,15 +148,18 @@ class Node:
         self.planner = Planner(Tuning(**msgspec.structs.asdict(policy)))
         dispatcher = Dispatcher(self.specs, DispatcherState(most_jobs=config.limits.jobs))
         self.journal = self._make_journal(stack, dispatcher)
-        self.core = Core(dispatcher, self.fleet, self.monitor, self.journal, self, self._clock)
-        self.models = Models(
+        effects = self.effects = Effects(self.fleet, self._clock, self._plan_soon)
+        self.core = effects.core = Core(
+            dispatcher, self.fleet, self.monitor, self.journal, effects, self._clock
+        )
+        self.models = effects.models = Models(
             Repository(Path(config.models).absolute()),
             config.services,
             config.limits.arena,
             self._state_dir / "workers",
-            self,
+            effects,
         )
-        self.requests = Requests(
+        self.requests = effects.requests = Requests(
             self.models,
             self.monitor,
             dispatcher,
@@ -166,9 +167,9 @@ class Node:
             self._clock,
             config.limits.unread,
         )
-        self.job_tenants = JobTenants(self.fleet, self.core.feed, self._plan_soon)
-        self.jobs_supervisor = self.job_tenants.supervisor = JobSupervisor(
-            JobStore(self._state_dir / "jobs.sqlite"), self._state_dir, self.job_tenants
+        tenants = effects.jobs = JobTenants(self.fleet, self.core.feed, self._plan_soon)
+        self.jobs_supervisor = tenants.supervisor = JobSupervisor(
+            JobStore(self._state_dir / "jobs.sqlite"), self._state_dir, tenants
         )
 
     def _make_journal(
@@ -265,96 +266,6 @@ class Node:
             log.info("plan", extra={"version": plan.version, "reasons": list(plan.reasons)})
             self.core.feed(e.Planned(plan))
 
-    # --- Shell for the instances ------------------------------------------------------------
-
-    def now(self) -> int:
-        """See Shell."""
-        return self._clock()
-
-    def feed(self, event: e.Event) -> None:
-        """Hand an event to the dispatcher; a change of membership also wakes the planner."""
-        self.core.feed(event)
-        if isinstance(event, e.ServiceAdded | e.ServiceRemoved | e.WorkerUp | e.LoadFailed):
-            self._plan_soon()
-
-    async def launch_worker(self, device: str, tenant: Tenant) -> Launch:
-        """See Shell."""
-        return await self.fleet.launch((device,), tenant)
-
-    async def attach_worker(self, device: str, tenant: Tenant, pid: int) -> None:
-        """See Shell."""
-        await self.fleet.attached((device,), tenant, pid)
-
-    def detach_worker(self, device: str, worker: str) -> None:
-        """See Shell."""
-        self.fleet.detach((device,), worker)
-
-    def units_of(self, device: str) -> tuple[int, ...]:
-        """See Shell."""
-        return next(spec.shapes for spec in self.specs if spec.id == device)
-
-    def on_result(self, message: Done | Failed) -> None:
-        """A batch came back from a worker."""
-        self.requests.on_result(message)
-
-    # --- Hands for the core -----------------------------------------------------------------
-
-    def on_dispatch(self, action: a.Dispatch, partition: Partition) -> None:
-        """See Hands."""
-        batch = action.batch
-        instances = self.models.services.get(batch.service)
-        if instances is None:
-            return  # unloaded this very turn: WorkerDown is on its way
-        items = self.requests.items(batch, action.worker)
-        threads = min(partition.compute, instances.spec.threads or partition.compute)
-        run = Run(batch.id, partition.units, threads, self._clock(), items)
-        instances.send(action.worker, run)
-
-    def on_emit(self, action: a.Emit) -> None:
-        """See Hands."""
-        self.requests.on_emit(action)
-
-    def on_complete(self, action: a.Complete) -> None:
-        """See Hands."""
-        self.requests.on_complete(action)
-
-    def on_reject(self, action: a.Reject) -> None:
-        """See Hands."""
-        self.requests.on_reject(action)
-
-    def on_load(self, action: a.Load) -> None:
-        """See Hands."""
-        instances = self.models.services.get(action.service)
-        if instances is None:
-            self.core.feed(e.LoadFailed(action.worker, "the service is gone", final=True))
-        else:
-            instances.load(action)
-
-    def on_unload(self, action: a.Unload) -> None:
-        """See Hands."""
-        for instances in self.models.services.values():
-            instances.unload(action.worker)
-
-    def on_serve(self, action: a.Serve) -> None:
-        """See Hands."""
-        instances = self.models.services.get(action.service)
-        if instances is not None:
-            instances.serve(action)
-
-    def on_start(self, action: a.Start) -> None:
-        """See Hands."""
-        self.job_tenants.start(action)
-
-    def on_stop(self, action: a.Stop) -> None:
-        """See Hands."""
-        self.job_tenants.stop(action)
-
-    def on_decline(self, action: a.Decline) -> None:
-        """See Hands."""
-        instances = self.models.services.get(action.service)
-        if instances is not None:
-            instances.decline(action)
-
     # --- inference --------------------------------------------------------------------------
 
     def most_elements(self, name: str, version: str = "") -> int | None:
@@ -392,11 +303,7 @@ class Node:
 
     async def unload(self, name: str) -> None:
         """See NodePort."""
-        self.models.find(name)
-        try:
-            await self.models.unload(name, self.requests.drained(name))
-        finally:
-            self.requests.forget(name)
+        await self.effects.unload(name)
 
     def statistics(self, name: str, version: str = "") -> dict[str, Any]:
         """See NodePort."""
