@@ -37,12 +37,15 @@ def dispatcher_us(services: int) -> float:
     d, now = Dispatcher((_device(2),)), S
     for i in range(services):
         d.handle(now, e.ServiceAdded(f"s{i}", 50 * MS, 8, 100))
-        profile = ((1, 1, EXEC_NS), (1, 8, 4 * EXEC_NS))
-        d.handle(now, e.WorkerUp(f"w{i}", f"s{i}", "1", "cpu", profile))
     partitions = (Partition("p0", "cpu", (0,)), Partition("p1", "cpu", (1,)))
     owners = {f"s{i}": ("p0",) for i in range(services)}
     d.handle(now, e.Planned(Plan(1, partitions, owners, {"job": ("p1",)}, ("p0",))))
     d.handle(now, e.Repartitioned("cpu", 1))
+    profile = ((1, 1, EXEC_NS), (1, 8, 4 * EXEC_NS))
+    for i in range(services):
+        for load in d.handle(now, e.VersionOffered(f"s{i}", "1")):
+            assert isinstance(load, a.Load)
+            d.handle(now, e.WorkerUp(load.worker, f"s{i}", "1", "cpu", profile))
     d.handle(now, e.JobQueued("job"))
     d.handle(now, e.JobReady("job"))
     handled, request = 0, 0
