@@ -16,9 +16,10 @@ from cotenant.domain.snapshot import Snapshot
 from cotenant.policy.planner import Planner
 from cotenant.policy.planstate import Tuning
 from cotenant.sim.outcome import Outcome
+from cotenant.sim.physics import Place
 from cotenant.sim.policies import Scheduled, simulate
 from cotenant.sim.scenario import Scenario, one_box, parse_scenario
-from cotenant.sim.world import World, _Place
+from cotenant.sim.world import World
 from tests.sim.test_scenario import MIG, NPU
 from tests.unit.test_planner_mig import placements
 
@@ -239,7 +240,7 @@ def test_a_job_is_slowed_down_by_the_neighbours_on_its_own_device_only() -> None
     world = World(parse_scenario(GPUS, Path()), Planner(), (0, 0))
     job = world._jobs["j"]
     world._places = {
-        name: _Place(Partition(name, name, (0,)), world._devices[name], 0) for name in ("g0", "g1")
+        name: Place(Partition(name, name, (0,)), world._devices[name], 0) for name in ("g0", "g1")
     }
     world._served["g1"] = 4  # all of it; nothing is served on the other
     for held, slow in (({"g0": 1}, 0.0), ({"g1": 1}, 0.3), ({"g0": 1, "g1": 1}, 0.15)):

@@ -303,20 +303,6 @@ def test_who_holds_what_changes_with_the_plan() -> None:
         assert held["b"] / held["a"] == pytest.approx(ratio, rel=0.05), targets
 
 
-def test_what_was_not_there_to_be_lent_is_no_claim_later() -> None:
-    """While a service is busy nothing is lent, and the one that is to hold more falls behind."""
-    world = two_jobs({"a": 1.2, "b": 1.8}, objective=10 * S)
-    for action in world.arrive():
-        if isinstance(action, a.Revoke):
-            world.send(e.Revoked(action.job, action.partition, 0))
-    batch = world.d.state.partitions["p0"].batch
-    for grant in only(world.send(e.BatchDone(batch, 3600 * S), after=3600 * S), a.Grant):
-        world.send(e.Granted(grant.job, grant.partition))
-    run_for(world, 60 * S)
-    held = run_for(world, 10 * S)
-    assert held["b"] / held["a"] == pytest.approx(1.5, rel=0.05)
-
-
 def test_a_job_that_comes_back_does_not_cash_in_the_time_it_was_away() -> None:
     world = World()
     world.planned({}, {"a": (0,), "b": (0,)})

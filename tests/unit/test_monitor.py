@@ -233,3 +233,21 @@ def test_meters_of_jobs_that_are_no_more_are_dropped() -> None:
         monitor.job(name)
     monitor.forget_jobs({"b"})
     assert list(monitor.jobs) == ["b"]
+
+
+def test_each_piece_of_an_answer_is_to_come_within_the_objective() -> None:
+    for last, misses in ((40, 0), (80, 1)):
+        world, monitor = World(units=1), Monitor()
+        world.service(objective=50 * MS).worker()
+        world.planned({"s": (0,)})
+
+        def see(event: e.Event, after: int = 0, world=world, monitor=monitor) -> None:
+            actions = world.send(event, after)
+            monitor.observe(world.now, event, actions)
+
+        see(e.Arrived(Request(1, "s", world.now, world.now + 50 * MS)))
+        for batch in (1, 2, 3):
+            done = e.BatchDone(batch, MS, unfinished=(1,), emitted=(1,))
+            see(done, after=40 * MS)
+        see(e.BatchDone(4, MS), after=last * MS)
+        assert (monitor.service("s").answered, monitor.service("s").misses) == (1, misses)

@@ -29,8 +29,6 @@ OWED: Final = 20
 """A job is in debt when it is owed more than 1/OWED of one window's guaranteed share."""
 DEBT_WINDOW: Final = 2 * S
 """Over how long (ns) a guaranteed share is owed."""
-BEHIND: Final = 10 * S
-"""By how much virtual time at most a job may be behind that of another."""
 _SCALE: Final = 1_000_000
 
 
@@ -88,8 +86,6 @@ def choose_job(
     state: DispatcherState, partition: PartitionState, now: int, total_units: int
 ) -> JobShare | None:
     """Who gets an idle partition; None if nobody may."""
-    if state.plan.targets:
-        _forgive(state, partition.kind, now)
     owners = [state.jobs[j] for j in partition.owners if j in state.jobs]
     candidates = owners or state.jobs.values()
     size = partition.compute
@@ -119,25 +115,11 @@ def target(plan: Plan, job: str) -> int:
 
 
 def aim(state: DispatcherState) -> None:
-    """Jobs are to hold what the plan now says. Where that is something else, what they held so
-    far no longer counts."""
-    wish = {job.id: target(state.plan, job.id) for job in state.jobs.values()}
-    if all(job.target == wish[job.id] for job in state.jobs.values()):
-        return
+    """Jobs are to hold what the plan now says."""
     for job in state.jobs.values():
-        job.target = wish[job.id]
-        job.vtime = -(_running(state, job, state.now) * 1000 // job.pace)
-
-
-def _forgive(state: DispatcherState, kind: str, now: int) -> None:
-    """Where the plan says what jobs are to hold, nobody is behind by more than ``BEHIND``: what
-    was not there to be lent yesterday is nobody's claim today."""
-    jobs = [job for job in state.jobs.values() if job.kind == kind]
-    times = {job.id: virtual_time(state, job, now) for job in jobs}
-    least = max(times.values(), default=0) - BEHIND
-    for job in jobs:
-        if job.target:
-            job.vtime += max(0, least - times[job.id])
+        held = _running(state, job, state.now) * 1000
+        before, job.target = job.pace, target(state.plan, job.id)
+        job.vtime += held // before - held // job.pace
 
 
 REVOKE_WITHIN: Final = 2 * S

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Any
 
 from cotenant.domain.device import PreemptLevel
 from cotenant.domain.plan import EMPTY_PLAN, Plan
 from cotenant.domain.request import Batch, Request
 from cotenant.domain.workload import PRIORITY_CLASSES, Share
-from cotenant.policy.estimate import Costs, ExecTable, Median, Quantile
+from cotenant.policy.estimate import Costs, Median, Quantile
 
 
 class Hold(enum.IntEnum):
@@ -370,67 +369,3 @@ def served(state: DispatcherState, service: ServiceState) -> set[str]:
     """Versions that some instance takes requests for."""
     workers = (w for w in state.workers.values() if w.service == service.name)
     return {w.version for w in workers if w.up and not w.retiring and w.version in service.versions}
-
-
-COMPOUND: dict[type, dict[str, Any]] = {
-    Lane: {"heap": list[tuple[int, int, int]], "rows": list[int]},
-    ServiceState: {
-        "preferred": tuple[int, ...],
-        "exec": dict[str, Costs],
-        "memory": dict[str, int],
-        "versions": dict[str, int],
-        "wanted": list[str],
-        "unfit": dict[str, str],
-        "lanes": dict[str, Lane],
-        "rows": list[int],
-        "partitions": list[str],
-        "idle": dict[str, dict[str, list[str]]],
-        "at": dict[str, int],
-    },
-    Running: {"requests": list[Request]},
-    PartitionState: {
-        "units": tuple[int, ...],
-        "services": list[str],
-        "owners": list[str],
-        "waiting": dict[str, None],
-    },
-    Tenant: {
-        "guaranteed": Share,
-        "limit": Share,
-        "kinds": tuple[str, ...],
-        "devices": tuple[str, ...],
-    },
-    JobShare: {"held": list[str], "levels": dict[str, PreemptLevel]},
-    Change: {"successor": Plan | None},
-    DispatcherState: {
-        "services": dict[str, ServiceState],
-        "workers": dict[str, WorkerState],
-        "partitions": dict[str, PartitionState],
-        "tenants": dict[str, Tenant],
-        "jobs": dict[str, JobShare],
-        "queued": dict[int, Request],
-        "unplaced": dict[str, None],
-        "retried": dict[int, None],
-        "running": dict[int, Running],
-        "residents": dict[int, Resident],
-        "expiries": list[tuple[int, int]],
-        "timers": list[tuple[int, str]],
-        "changes": dict[str, Change],
-        "watches": list[tuple[int, str, str]],
-        "leaving": dict[str, None],
-        "reserves": dict[str, Reserve],
-    },
-    Median: {"last": list[int]},
-    Costs: {"tables": dict[int, ExecTable], "recent": dict[int, int]},
-    ExecTable: {
-        "mean": dict[int, list[int]],
-        "dev": dict[int, list[int]],
-        "warm": dict[int, dict[int, int]],
-    },
-}
-"""Types of fields that are made of others. A compiled class keeps only the outermost (``list``),
-and a checkpoint could not be decoded by that."""
-
-if not __file__.endswith(".py"):
-    for _kind, _types in COMPOUND.items():
-        _kind.__annotations__.update(_types)

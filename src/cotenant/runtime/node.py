@@ -19,7 +19,7 @@ from cotenant.domain import actions as a
 from cotenant.domain import events as e
 from cotenant.domain import shares
 from cotenant.domain.config import NodeConfig
-from cotenant.domain.device import Launch, Partition, Tenant, TenantKind
+from cotenant.domain.device import Launch, Partition, Tenant
 from cotenant.domain.errors import CotenantError, EnvironmentProblem, InvalidRequest
 from cotenant.domain.port import (
     IndexEntry,
@@ -41,6 +41,7 @@ from cotenant.runtime.fleet import Fleet
 from cotenant.runtime.jobs import JobSupervisor
 from cotenant.runtime.jobspec import minimal
 from cotenant.runtime.jobstore import JobStore
+from cotenant.runtime.jobtenants import JobTenants
 from cotenant.runtime.messages import Done, Failed, Run
 from cotenant.runtime.models import Models
 from cotenant.runtime.repository import Repository
@@ -58,14 +59,6 @@ REFRESH_S = 0.25
 DRAIN_S = 10.0
 
 
-class _JobRun(msgspec.Struct, eq=False):
-    """A job that wants to run, or does; ``attached``: its ``devices`` have its processes."""
-
-    spec: JobSpec
-    devices: tuple[str, ...] = ()
-    attached: bool = False
-
-
 class Node:
     """One box. ``async with`` it, ``await start()``; front ends call the ``NodePort`` methods
     from the time it is entered."""
@@ -81,7 +74,6 @@ class Node:
         self.addresses: dict[str, str | None] = {"http": None, "grpc": None}
         self._state_dir = Path(config.state_dir).absolute()
         self._clock = steady(clock)
-        self._job_runs: dict[str, _JobRun] = {}
         self.started = time.monotonic()
         self.planned_at = self.started
         self._tasks: list[asyncio.Task[None]] = []
@@ -174,10 +166,9 @@ class Node:
             self._clock,
             config.limits.unread,
         )
-        self.jobs_supervisor = JobSupervisor(
-            JobStore(self._state_dir / "jobs.sqlite"),
-            self._state_dir,
-            self,
+        self.job_tenants = JobTenants(self.fleet, self.core.feed, self._plan_soon)
+        self.jobs_supervisor = self.job_tenants.supervisor = JobSupervisor(
+            JobStore(self._state_dir / "jobs.sqlite"), self._state_dir, self.job_tenants
         )
 
     def _make_journal(
@@ -350,20 +341,19 @@ class Node:
         if instances is not None:
             instances.serve(action)
 
+    def on_start(self, action: a.Start) -> None:
+        """See Hands."""
+        self.job_tenants.start(action)
+
+    def on_stop(self, action: a.Stop) -> None:
+        """See Hands."""
+        self.job_tenants.stop(action)
+
     def on_decline(self, action: a.Decline) -> None:
         """See Hands."""
         instances = self.models.services.get(action.service)
         if instances is not None:
             instances.decline(action)
-
-    def on_start(self, action: a.Start) -> None:
-        """See Hands."""
-        self._job_runs[action.job].devices = action.devices
-        self.jobs_supervisor.start(action.job)
-
-    def on_stop(self, action: a.Stop) -> None:
-        """See Hands."""
-        self.jobs_supervisor.stop(action.job, action.reason, action.kill, action.again)
 
     # --- inference --------------------------------------------------------------------------
 
@@ -433,56 +423,6 @@ class Node:
 
     # --- jobs -------------------------------------------------------------------------------
 
-    def on_job_queued(self, spec: JobSpec) -> None:
-        """See JobShell."""
-        self._job_runs[spec.id] = _JobRun(spec)
-        self.core.feed(
-            e.JobQueued(
-                spec.id,
-                spec.weight,
-                spec.guaranteed,
-                spec.limit,
-                spec.kinds,
-                spec.memory,
-                spec.grace,
-            )
-        )
-        self._plan_soon()
-
-    async def launch_job(self, spec: JobSpec) -> Launch:
-        """See JobShell."""
-        return await self.fleet.launch(self._job_runs[spec.id].devices, _job_tenant(spec))
-
-    def on_job_ready(self, spec: JobSpec, pid: int) -> None:
-        """See JobShell."""
-        run = self._job_runs[spec.id]
-        run.attached = True
-        self.fleet.attach(
-            run.devices, _job_tenant(spec), pid, run, self._job_attached, self._job_refused
-        )
-
-    def _job_attached(self, run: _JobRun, _: object) -> None:
-        job = run.spec.id
-        if self._job_runs.get(job) is not run:
-            return  # it ended meanwhile
-        levels = {device: self.fleet.levels(device)[job] for device in run.devices}
-        self.core.feed(e.JobReady(job, levels))
-        self._plan_soon()
-
-    def _job_refused(self, run: _JobRun, why: str) -> None:
-        job = run.spec.id
-        if self._job_runs.get(job) is run:
-            log.error("job not attached, stopping it", extra={"job": job, "why": why})
-            self.jobs_supervisor.stop(job, f"its device would not take it: {why}")
-
-    def on_job_exited(self, job: str) -> None:
-        """See JobShell."""
-        run = self._job_runs.pop(job)
-        self.core.feed(e.JobExited(job))
-        if run.attached:
-            self.fleet.detach(run.devices, job)
-        self._plan_soon()
-
     def submit_job(self, spec: JobSpec) -> str:
         """See NodePort."""
         kinds = tuple(dict.fromkeys(d.kind for d in self.specs if d.trains))
@@ -539,7 +479,3 @@ class Node:
     def status(self) -> dict[str, Any]:
         """See NodePort."""
         return node_status(self)
-
-
-def _job_tenant(spec: JobSpec) -> Tenant:
-    return Tenant(spec.id, TenantKind.JOB, memory=spec.memory)

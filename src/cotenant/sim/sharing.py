@@ -29,8 +29,8 @@ from cotenant.domain.units import US, S
 from cotenant.policy.utility import speed_up
 from cotenant.sim.costs import DEVICES, ExecCost
 from cotenant.sim.outcome import JobTally, Outcome, ServiceTally
+from cotenant.sim.physics import Draws
 from cotenant.sim.scenario import Scenario, SimJob, SimService
-from cotenant.sim.world import Draws
 
 SWITCH = 100 * US
 """A context switch on a GPU (the multitasking paper, arXiv 2508.08448)."""

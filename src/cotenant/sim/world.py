@@ -8,8 +8,6 @@ first. So a run is a function of scenario, policy and seed.
 
 from __future__ import annotations
 
-import math
-from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Any, Final, Protocol
@@ -18,19 +16,19 @@ import numpy as np
 
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
-from cotenant.domain.device import DeviceSpec, Partition
+from cotenant.domain.device import DeviceSpec
 from cotenant.domain.plan import Plan
 from cotenant.domain.request import Request
-from cotenant.domain.snapshot import RATE_WINDOW, Snapshot
+from cotenant.domain.snapshot import Snapshot
 from cotenant.domain.units import S
 from cotenant.domain.workload import JobSpec
 from cotenant.policy.dispatcher import Dispatcher
 from cotenant.policy.planner import Planner
-from cotenant.sim.arrivals import Recorded
-from cotenant.sim.costs import Spread
-from cotenant.sim.moments import MOMENTS, SPANS, Moment, Span
+from cotenant.sim.diary import Diary
+from cotenant.sim.moments import SPANS, Span
 from cotenant.sim.outcome import JobTally, Outcome, ServiceTally
-from cotenant.sim.scenario import Scenario, SimDevice, SimJob, SimService, sizes
+from cotenant.sim.physics import Draws, Execution, Place, Progress, Source
+from cotenant.sim.scenario import Scenario, sizes
 from cotenant.telemetry.monitor import Monitor
 
 TICK: Final = 1 * S
@@ -39,177 +37,6 @@ _DONE: Final = 1
 _ARRIVAL: Final = 2
 _WAKE: Final = 3
 _TICK: Final = 4
-
-
-class Draws:
-    """Random factors of mean 1, drawn in blocks."""
-
-    def __init__(self, rng: np.random.Generator) -> None:
-        self._rng = rng
-        self._normals: list[float] = []
-
-    def factor(self, cv: float) -> float:
-        """Log-normal with mean 1 and coefficient of variation ``cv``."""
-        if cv <= 0:
-            return 1.0
-        if not self._normals:
-            self._normals = self._rng.standard_normal(4096).tolist()
-        variance = math.log1p(cv * cv)
-        return math.exp(math.sqrt(variance) * self._normals.pop() - variance / 2)
-
-    def time(self, spread: Spread) -> int:
-        """Ns."""
-        return round(spread.mean * self.factor(spread.cv))
-
-
-class _Progress:
-    """One job: what it holds and how far it came."""
-
-    def __init__(self, job: SimJob, tally: JobTally) -> None:
-        self.spec = job.spec
-        self.cost = job.cost
-        self.tally = tally
-        self.started = False
-        self._speeds: dict[int, float] = {}
-        self.held: dict[str, int] = {}
-        self._units = 0
-        self.owed: dict[str, float] = {}
-        """Steps that are done over on a partition before there is progress there."""
-        self.since = 0
-        self.slowed = 0.0
-        self._made: deque[tuple[int, float]] = deque()
-
-    def grant(self, now: int, partition: str, units: int) -> None:
-        """It may use a partition from now on."""
-        self.settle(now)
-        lost = self.cost.resume
-        self._units += units - self.held.get(partition, 0)
-        self.held[partition] = units
-        if lost:
-            self.owed[partition] = self._speed(units) * lost / S
-        self.tally.grants += 1
-
-    def revoke(self, now: int, partition: str) -> None:
-        """It may not use a partition any more."""
-        self.settle(now)
-        self._units -= self.held.pop(partition, 0)
-        self.owed.pop(partition, None)
-
-    def rate(self, now: int) -> float:
-        """Progress per second over the last minute, as a node reports it."""
-        self.settle(now)
-        self._made.append((now, self.tally.steps))
-        while len(self._made) > 1 and self._made[1][0] <= now - RATE_WINDOW:
-            self._made.popleft()
-        since, made = self._made[0]
-        return max(0.0, self.tally.steps - made) / ((now - since) / S) if now > since else 0.0
-
-    def settle(self, now: int) -> None:
-        """Book progress up to ``now``."""
-        if now <= self.since:
-            return
-        made = self._speed(self._units) * (now - self.since) / S * (1 - self.slowed)
-        self.tally.steps += made
-        if self.owed:
-            owed = sum(self.owed.values())
-            self.tally.steps -= min(made, owed)
-            left = max(0.0, 1.0 - made / owed)
-            self.owed = {name: steps * left for name, steps in self.owed.items()} if left else {}
-        self.tally.held_ns += self._units * (now - self.since)
-        self.since = now
-
-    def _speed(self, units: int) -> float:
-        if units not in self._speeds:
-            self._speeds[units] = self.cost.speed(units)
-        return self._speeds[units]
-
-
-class _Place:
-    """A partition of the layout in force and what its device charges. ``first``: where the
-    device's units begin if all are numbered through."""
-
-    def __init__(self, partition: Partition, device: SimDevice, first: int) -> None:
-        self.id = partition.id
-        self.device = partition.device
-        self.compute = partition.compute
-        self.kind = device.spec.kind
-        self.cost = device.cost
-        self.rows = tuple(first + unit for unit in partition.units)
-
-
-class _Execution:
-    """A batch under way: where, since when, and how long starting and executing it take (ns)."""
-
-    def __init__(self, action: a.Dispatch, place: _Place, began: int, start: int, took: int):
-        self.action = action
-        self.place = place
-        self.began = began
-        self.start = start
-        self.took = took
-
-
-class _Source:
-    """Where a service's requests come from."""
-
-    def __init__(self, service: SimService, tally: ServiceTally, rng: np.random.Generator) -> None:
-        self._service = service.spec.name
-        self._objective = service.spec.slo.latency
-        self._recorded = service.arrivals if isinstance(service.arrivals, Recorded) else None
-        self._times = service.arrivals.times(rng)
-        self._tally = tally
-
-    def next(self) -> int | None:
-        """When the next one comes (ns); None if none does."""
-        return next(self._times, None)
-
-    def request(self, number: int, now: int) -> Request:
-        """The one that comes now."""
-        nth = self._tally.offered
-        self._tally.offered += 1
-        recorded = self._recorded
-        if recorded is None:
-            return Request(number, self._service, now, now + self._objective)
-        deadline = now + recorded.budgets[nth]
-        priority, rows = recorded.priorities[nth], recorded.rows[nth]
-        return Request(number, self._service, now, deadline, priority, rows)
-
-
-class _Diary:
-    """What goes on over a run, in at most ``MOMENTS`` pieces."""
-
-    def __init__(self, scenario: Scenario) -> None:
-        self._every = max(TICK, scenario.duration // MOMENTS)
-        self._since = 0
-        self._objective = {s.spec.name: s.spec.slo.latency for s in scenario.services}
-        self._latencies: dict[str, list[int]] = {name: [] for name in self._objective}
-        self._served = dict.fromkeys(self._objective, 0)
-        self._held = {j.spec.id: 0 for j in scenario.jobs}
-
-    def answered(self, service: str, latency: int) -> None:
-        """A request was answered."""
-        self._latencies[service].append(latency)
-
-    def served(self, service: str, unit_ns: int) -> None:
-        """A batch held compute."""
-        self._served[service] += unit_ns
-
-    def tick(self, now: int, outcome: Outcome) -> None:
-        """Close a stretch if it is long enough."""
-        if now - self._since < self._every:
-            return
-        p95, share, whole = {}, {}, (now - self._since) * outcome.units
-        for name, latencies in self._latencies.items():
-            latencies.sort()
-            worst = latencies[int(0.95 * len(latencies))] if latencies else 0
-            p95[name] = worst / self._objective[name]
-            latencies.clear()
-            share[name] = self._served[name] / whole
-            self._served[name] = 0
-        for job, tally in outcome.jobs.items():
-            share[job] = (tally.held_ns - self._held[job]) / whole
-            self._held[job] = tally.held_ns
-        outcome.moments.append(Moment(now, p95, share))
-        self._since = now
 
 
 class Observer(Protocol):
@@ -252,7 +79,7 @@ class World:
         self._heap: list[tuple[int, int, int, Any]] = []
         self._order = 0
         self._wake_token = 0
-        self._places: dict[str, _Place] = {}
+        self._places: dict[str, Place] = {}
         self._rows = _rows(self._specs)
         self._loading: set[str] = set()
         """Instances that are not up yet."""
@@ -272,7 +99,7 @@ class World:
         middle = scenario.duration // 2
         self._recorded = (middle - SPANS // 2, middle + SPANS // 2) if record else None
         self._granted: dict[tuple[str, str], int] = {}
-        self._diary = _Diary(scenario) if record else None
+        self._diary = Diary(scenario) if record else None
         self._next_request = 1
         self.outcome = Outcome(
             duration=scenario.duration,
@@ -280,7 +107,7 @@ class World:
             services={s.spec.name: ServiceTally(s.spec.slo.latency) for s in scenario.services},
             jobs={j.spec.id: JobTally() for j in scenario.jobs},
         )
-        self._jobs = {j.spec.id: _Progress(j, self.outcome.jobs[j.spec.id]) for j in scenario.jobs}
+        self._jobs = {j.spec.id: Progress(j, self.outcome.jobs[j.spec.id]) for j in scenario.jobs}
         self._hands: dict[type, Callable[[Any], None]] = {
             a.Dispatch: self._dispatch,
             a.Complete: self._complete,
@@ -297,7 +124,7 @@ class World:
             a.Stop: self._stop,
         }
         self._sources = {
-            s.spec.name: _Source(
+            s.spec.name: Source(
                 s, self.outcome.services[s.spec.name], np.random.default_rng((*seed, 1 + i))
             )
             for i, s in enumerate(scenario.services)
@@ -359,12 +186,12 @@ class World:
         self._order += 1
         heappush(self._heap, (when, kind, self._order, what))
 
-    def _schedule_arrival(self, source: _Source) -> None:
+    def _schedule_arrival(self, source: Source) -> None:
         at = source.next()
         if at is not None:
             self._at(at, _ARRIVAL, source)
 
-    def _arrive(self, source: _Source) -> None:
+    def _arrive(self, source: Source) -> None:
         self._schedule_arrival(source)
         request = source.request(self._next_request, self._now)
         self._next_request += 1
@@ -510,10 +337,10 @@ class World:
         self._served[place.device] += units
         self._served[""] += units
         self._load_changed = True
-        begun = _Execution(action, place, self._now, start, took)
+        begun = Execution(action, place, self._now, start, took)
         self._at(self._now + start + took, _DONE, begun)
 
-    def _executed(self, execution: _Execution) -> None:
+    def _executed(self, execution: Execution) -> None:
         action, place, now = execution.action, execution.place, self._now
         batch, units = action.batch, place.compute
         del self._running[place.id]
@@ -531,14 +358,14 @@ class World:
             self._execute(at_hand)
         self._feed(e.BatchDone(batch.id, execution.took, execution.start))
 
-    def _record(self, who: str, place: _Place, began: int) -> None:
+    def _record(self, who: str, place: Place, began: int) -> None:
         if self._recorded is None:
             return
         start, end = max(began, self._recorded[0]), min(self._now, self._recorded[1])
         if start < end:
             self.outcome.spans.append(Span(who, place.rows, start, end))
 
-    def _contention(self, place: _Place) -> float:
+    def _contention(self, place: Place) -> float:
         """By how much an execution is slowed down by what else is busy: on its device, and, where
         all devices share a memory, in the box."""
         contention, shared = place.cost.contention, self._scenario.shared_bandwidth
@@ -549,7 +376,7 @@ class World:
             slowed += shared * self._busy("", place)
         return slowed
 
-    def _busy(self, device: str, but: _Place) -> float:
+    def _busy(self, device: str, but: Place) -> float:
         """Share of a device (of the box, if not named) that is busy, 0..1, one partition aside."""
         running, places, aside = self._running, self._places, but.id
         anywhere = not device or len(self._specs) == 1
@@ -606,7 +433,7 @@ class World:
 
         self._acknowledge(place.id, took, done)
 
-    def _leave(self, job: str, place: _Place) -> None:
+    def _leave(self, job: str, place: Place) -> None:
         self._jobs[job].revoke(self._now, place.id)
         began = self._granted.pop((job, place.id), None)
         if began is not None:
@@ -635,7 +462,7 @@ class World:
             for left in gone:
                 del self._places[left]
             for partition in action.partitions:
-                self._places[partition.id] = _Place(partition, device, self._rows[name])
+                self._places[partition.id] = Place(partition, device, self._rows[name])
             self._feed(e.Repartitioned(name, action.version))
 
         self._at(self._now + took, _ACK, done)

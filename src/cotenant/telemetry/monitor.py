@@ -11,6 +11,8 @@ from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
+import msgspec
+
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
 from cotenant.domain.device import DeviceSpec
@@ -199,6 +201,8 @@ class Monitor:
         self.partitions: dict[str, PartitionMeter] = {}
         self.jobs: dict[str, JobMeter] = {}
         self._open: dict[int, Request] = {}
+        self._pieces: dict[int, tuple[int, bool]] = {}
+        """Of answers in pieces: how long (ns) each may take, and whether one was late."""
         self._resident: set[int] = set()
         """Those that have had a turn and are to have another: they wait in no queue."""
         self._running: dict[int, a.Dispatch] = {}
@@ -219,6 +223,7 @@ class Monitor:
         }
         self._seen: dict[type, Callable[[int, Any], None]] = {
             a.Dispatch: self._dispatched,
+            a.Emit: self._emitted,
             a.Complete: self._completed,
             a.Reject: self._rejected,
             a.Grant: self._granting,
@@ -264,6 +269,8 @@ class Monitor:
     def _action_failed(self, now: int, event: e.ActionFailed) -> None:
         if event.action == "Grant":
             self._grant_over(now, event.job, event.target)
+        elif event.action == "Dispatch":
+            self._batch_over(now, int(event.target), 0)
 
     def _job_exited(self, now: int, event: e.JobExited) -> None:
         for held in [p for j, p in self._granted if j == event.job]:
@@ -281,6 +288,17 @@ class Monitor:
             self._at_hand[action.after] = action
         else:
             self._begin(now, action)
+
+    def _emitted(self, now: int, action: a.Emit) -> None:
+        """Each piece of an answer has as long as the first one had."""
+        for request_id in action.requests:
+            request = self._open.get(request_id)
+            if request is None:
+                continue
+            budget, late = self._pieces.get(request_id, (request.deadline - request.arrived, False))
+            self._pieces[request_id] = budget, late or now > request.deadline
+            later = msgspec.structs.replace(request, deadline=now + budget)
+            self._open[request_id] = later
 
     def _completed(self, now: int, action: a.Complete) -> None:
         for request_id in action.requests:
@@ -313,7 +331,8 @@ class Monitor:
         meter = self.service(request.service)
         latency = now - request.arrived
         meter.answered += 1
-        meter.misses += now > request.deadline
+        _, late = self._pieces.pop(request.id, (0, False))
+        meter.misses += late or now > request.deadline
         meter.latency.add(latency)
         meter.latency_ns += latency
         meter.recent.add(now, latency)
@@ -322,6 +341,7 @@ class Monitor:
     def _refused(self, request_id: int, refusal: Refusal) -> None:
         request = self._open.pop(request_id, None)
         self._resident.discard(request_id)
+        self._pieces.pop(request_id, None)
         if request is not None:
             meter = self.service(request.service)
             meter.refused[refusal.name] += 1

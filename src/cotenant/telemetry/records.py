@@ -29,8 +29,10 @@ from cotenant.domain.errors import JournalError
 from cotenant.domain.events import Event
 from cotenant.domain.plan import Plan
 from cotenant.domain.snapshot import Snapshot
+from cotenant.policy import estimate, state
 from cotenant.policy.planstate import PlannerState, Tuning
 from cotenant.policy.state import DispatcherState
+from cotenant.telemetry.compiled import restore_types
 
 FORMAT = 2
 SUFFIX = ".cotj"
@@ -114,6 +116,8 @@ class Gap(_Entry, frozen=True, gc=False):
 
 Entry = Header | Record | PlanRecord | Gap
 
+for _module in (estimate, state):
+    restore_types(_module)
 _decode = msgspec.msgpack.Decoder(Entry).decode
 
 

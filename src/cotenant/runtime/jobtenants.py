@@ -1,0 +1,108 @@
+"""Jobs as tenants of the box: between the supervisor, which keeps their processes, the fleet, whose
+devices they are on, and the dispatcher, which says when they start and stop."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.domain.device import Launch, Tenant, TenantKind
+from cotenant.domain.workload import JobSpec
+from cotenant.runtime.fleet import Fleet
+from cotenant.runtime.jobs import JobSupervisor
+
+log = logging.getLogger("cotenant.node")
+
+
+class _Run(msgspec.Struct, eq=False):
+    """A job that wants to run, or does; ``attached``: its ``devices`` have its processes."""
+
+    spec: JobSpec
+    devices: tuple[str, ...] = ()
+    attached: bool = False
+
+
+class JobTenants:
+    """See the module's text. ``supervisor`` is set once there is one; ``feed`` hands an event to
+    the dispatcher, ``plan_soon`` wakes the planner."""
+
+    supervisor: JobSupervisor
+
+    def __init__(
+        self, fleet: Fleet, feed: Callable[[e.Event], None], plan_soon: Callable[[], None]
+    ) -> None:
+        self._fleet = fleet
+        self._feed = feed
+        self._plan_soon = plan_soon
+        self._runs: dict[str, _Run] = {}
+
+    # --- what the dispatcher orders ---------------------------------------------------------
+
+    def start(self, action: a.Start) -> None:
+        """See Hands."""
+        self._runs[action.job].devices = action.devices
+        self.supervisor.start(action.job)
+
+    def stop(self, action: a.Stop) -> None:
+        """See Hands."""
+        self.supervisor.stop(action.job, action.reason, action.kill, action.again)
+
+    # --- what the supervisor tells ----------------------------------------------------------
+
+    def on_job_queued(self, spec: JobSpec) -> None:
+        """See JobShell."""
+        self._runs[spec.id] = _Run(spec)
+        self._feed(
+            e.JobQueued(
+                spec.id,
+                spec.weight,
+                spec.guaranteed,
+                spec.limit,
+                spec.kinds,
+                spec.memory,
+                spec.grace,
+            )
+        )
+        self._plan_soon()
+
+    async def launch_job(self, spec: JobSpec) -> Launch:
+        """See JobShell."""
+        return await self._fleet.launch(self._runs[spec.id].devices, _tenant(spec))
+
+    def on_job_ready(self, spec: JobSpec, pid: int) -> None:
+        """See JobShell."""
+        run = self._runs[spec.id]
+        run.attached = True
+        self._fleet.attach(
+            run.devices, _tenant(spec), pid, run, self._job_attached, self._job_refused
+        )
+
+    def _job_attached(self, run: _Run, _: object) -> None:
+        job = run.spec.id
+        if self._runs.get(job) is not run:
+            return  # it ended meanwhile
+        levels = {device: self._fleet.levels(device)[job] for device in run.devices}
+        self._feed(e.JobReady(job, levels))
+        self._plan_soon()
+
+    def _job_refused(self, run: _Run, why: str) -> None:
+        job = run.spec.id
+        if self._runs.get(job) is run:
+            log.error("job not attached, stopping it", extra={"job": job, "why": why})
+            self.supervisor.stop(job, f"its device would not take it: {why}")
+
+    def on_job_exited(self, job: str) -> None:
+        """See JobShell."""
+        run = self._runs.pop(job)
+        self._feed(e.JobExited(job))
+        if run.attached:
+            self._fleet.detach(run.devices, job)
+        self._plan_soon()
+
+
+def _tenant(spec: JobSpec) -> Tenant:
+    return Tenant(spec.id, TenantKind.JOB, memory=spec.memory)

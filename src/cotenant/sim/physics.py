@@ -1,0 +1,152 @@
+"""What the parts of a simulated box do by themselves: jobs progress, executions take their time,
+requests come. Nothing here decides."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+import numpy as np
+
+from cotenant.domain import actions as a
+from cotenant.domain.device import Partition
+from cotenant.domain.request import Request
+from cotenant.domain.snapshot import RATE_WINDOW
+from cotenant.domain.units import S
+from cotenant.sim.arrivals import Recorded
+from cotenant.sim.costs import Spread
+from cotenant.sim.outcome import JobTally, ServiceTally
+from cotenant.sim.scenario import SimDevice, SimJob, SimService
+
+
+class Draws:
+    """Random factors of mean 1, drawn in blocks."""
+
+    def __init__(self, rng: np.random.Generator) -> None:
+        self._rng = rng
+        self._normals: list[float] = []
+
+    def factor(self, cv: float) -> float:
+        """Log-normal with mean 1 and coefficient of variation ``cv``."""
+        if cv <= 0:
+            return 1.0
+        if not self._normals:
+            self._normals = self._rng.standard_normal(4096).tolist()
+        variance = math.log1p(cv * cv)
+        return math.exp(math.sqrt(variance) * self._normals.pop() - variance / 2)
+
+    def time(self, spread: Spread) -> int:
+        """Ns."""
+        return round(spread.mean * self.factor(spread.cv))
+
+
+class Progress:
+    """One job: what it holds and how far it came."""
+
+    def __init__(self, job: SimJob, tally: JobTally) -> None:
+        self.spec = job.spec
+        self.cost = job.cost
+        self.tally = tally
+        self.started = False
+        self._speeds: dict[int, float] = {}
+        self.held: dict[str, int] = {}
+        self._units = 0
+        self.owed: dict[str, float] = {}
+        """Steps that are done over on a partition before there is progress there."""
+        self.since = 0
+        self.slowed = 0.0
+        self._made: deque[tuple[int, float]] = deque()
+
+    def grant(self, now: int, partition: str, units: int) -> None:
+        """It may use a partition from now on."""
+        self.settle(now)
+        lost = self.cost.resume
+        self._units += units - self.held.get(partition, 0)
+        self.held[partition] = units
+        if lost:
+            self.owed[partition] = self._speed(units) * lost / S
+        self.tally.grants += 1
+
+    def revoke(self, now: int, partition: str) -> None:
+        """It may not use a partition any more."""
+        self.settle(now)
+        self._units -= self.held.pop(partition, 0)
+        self.owed.pop(partition, None)
+
+    def rate(self, now: int) -> float:
+        """Progress per second over the last minute, as a node reports it."""
+        self.settle(now)
+        self._made.append((now, self.tally.steps))
+        while len(self._made) > 1 and self._made[1][0] <= now - RATE_WINDOW:
+            self._made.popleft()
+        since, made = self._made[0]
+        return max(0.0, self.tally.steps - made) / ((now - since) / S) if now > since else 0.0
+
+    def settle(self, now: int) -> None:
+        """Book progress up to ``now``."""
+        if now <= self.since:
+            return
+        made = self._speed(self._units) * (now - self.since) / S * (1 - self.slowed)
+        self.tally.steps += made
+        if self.owed:
+            owed = sum(self.owed.values())
+            self.tally.steps -= min(made, owed)
+            left = max(0.0, 1.0 - made / owed)
+            self.owed = {name: steps * left for name, steps in self.owed.items()} if left else {}
+        self.tally.held_ns += self._units * (now - self.since)
+        self.since = now
+
+    def _speed(self, units: int) -> float:
+        if units not in self._speeds:
+            self._speeds[units] = self.cost.speed(units)
+        return self._speeds[units]
+
+
+class Place:
+    """A partition of the layout in force and what its device charges. ``first``: where the
+    device's units begin if all are numbered through."""
+
+    def __init__(self, partition: Partition, device: SimDevice, first: int) -> None:
+        self.id = partition.id
+        self.device = partition.device
+        self.compute = partition.compute
+        self.kind = device.spec.kind
+        self.cost = device.cost
+        self.rows = tuple(first + unit for unit in partition.units)
+
+
+class Execution:
+    """A batch under way: where, since when, and how long starting and executing it take (ns)."""
+
+    def __init__(self, action: a.Dispatch, place: Place, began: int, start: int, took: int):
+        self.action = action
+        self.place = place
+        self.began = began
+        self.start = start
+        self.took = took
+
+
+class Source:
+    """Where a service's requests come from."""
+
+    def __init__(self, service: SimService, tally: ServiceTally, rng: np.random.Generator) -> None:
+        self._service = service.spec.name
+        self._objective = service.spec.slo.latency
+        self._recorded = service.arrivals if isinstance(service.arrivals, Recorded) else None
+        self._times = service.arrivals.times(rng)
+        self._tally = tally
+
+    def next(self) -> int | None:
+        """When the next one comes (ns); None if none does."""
+        return next(self._times, None)
+
+    def request(self, number: int, now: int) -> Request:
+        """The one that comes now."""
+        nth = self._tally.offered
+        self._tally.offered += 1
+        recorded = self._recorded
+        if recorded is None:
+            return Request(number, self._service, now, now + self._objective)
+        deadline = now + recorded.budgets[nth]
+        priority, rows = recorded.priorities[nth], recorded.rows[nth]
+        return Request(number, self._service, now, deadline, priority, rows)
