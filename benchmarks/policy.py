@@ -48,7 +48,7 @@ def dispatcher_us(services: int) -> float:
             d.handle(now, e.WorkerUp(load.worker, f"s{i}", "1", "cpu", profile))
     d.handle(now, e.JobQueued("job"))
     d.handle(now, e.JobReady("job"))
-    handled, request = 0, 0
+    handled, request, answered = 0, 0, 0
     began = time.perf_counter_ns()
     while handled < EVENTS:
         now += 6 * EXEC_NS
@@ -57,11 +57,15 @@ def dispatcher_us(services: int) -> float:
         open_ = d.handle(now, e.Arrived(Request(request, name, now, now + 50 * MS)))
         handled += 1
         while open_:
-            answer = _answer(open_.pop(0), now)
+            action = open_.pop(0)
+            answered += isinstance(action, a.Complete)
+            answer = _answer(action, now)
             if answer is not None:
                 open_ += d.handle(now, answer)
                 handled += 1
-    return (time.perf_counter_ns() - began) / handled / 1e3
+    took = time.perf_counter_ns() - began
+    assert answered == request, "it measured something else"
+    return took / handled / 1e3
 
 
 def _answer(action: a.Action, now: int) -> e.Event | None:

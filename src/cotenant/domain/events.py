@@ -18,8 +18,8 @@ class _Event(msgspec.Struct, frozen=True, tag=True, array_like=True):
 class ServiceAdded(_Event, frozen=True):
     """A service may receive requests from now on, or its bounds change. Times in ns; ``percentile``
     of its answers are to meet ``objective``. On each device that carries it ``instances`` of its
-    ``keep`` newest versions are loaded; ``memory``: the bytes that one occupies, by kind of device.
-    ``notes`` are for its owner: nothing depends on them."""
+    ``keep`` newest versions are loaded; ``memory``: the bytes that one occupies, by kind of device
+    ("": any other). ``notes`` are for its owner: nothing depends on them."""
 
     service: str
     objective: int

@@ -117,7 +117,7 @@ class Residency:
     def _wait(self, service: ServiceState, lived: int) -> None:
         """An instance failed that had been up for so long (ns): set the time of the next try."""
         service.failures = 0 if lived > HEALTHY_AFTER else service.failures + 1
-        delay = RETRY_FIRST << min(service.failures, 20) if service.failures else 0
+        delay = RETRY_FIRST << min(service.failures - 1, 20) if service.failures else 0
         service.retry_at = self._state.now + min(RETRY_MOST, delay)
         self._desk.watch(service.retry_at, "service", service.name)
 
@@ -158,7 +158,8 @@ class Residency:
         state = self._state
         name = f"{service.name}#{state.next_worker}"
         state.next_worker += 1
-        memory = service.memory.get(self._desk.specs[device].kind, 0)
+        kind = self._desk.specs[device].kind
+        memory = service.memory.get(kind, service.memory.get("", 0))
         state.workers[name] = WorkerState(
             id=name,
             service=service.name,

@@ -273,7 +273,8 @@ class Instances:
             percentile=spec.slo.percentile,
             instances=spec.instances,
             keep=settings.keep_versions,
-            memory={kind: v.memory for kind, v in spec.variants.items() if v.memory},
+            memory={"": spec.memory}
+            | {kind: v.memory for kind, v in spec.variants.items() if v.memory},
         )
 
     def _end_joining(self, version: str, why: str) -> None:
