@@ -18,20 +18,23 @@ for needed in ("torch", "onnx"):
 COMMAND = ("-m", "cotenant", "bench", "colocate", "--load", "0.1", "--seconds", "1", "--arms")
 
 
-def test_every_arm_is_reported(directory: Path) -> None:
+def test_every_arm_is_reported_for_services_of_several_lengths(directory: Path) -> None:
     out = directory / "out.json"
     arms = ("alone", "train", "cotenant")
-    bench = Marked(directory, *COMMAND, ",".join(arms), "--rounds", "1", "--json", str(out))
+    options = ("--rounds", "1", "--json", str(out), "--service", "2ms,30ms")
+    bench = Marked(directory, *COMMAND, ",".join(arms), *options)
     try:
         assert bench.process.wait(PATIENCE_S) == 0, bench.said
     finally:
         bench.end()
-    (load,) = json.loads(out.read_text())["loads"]
-    for arm in arms:
-        figures = load["arms"][arm]
-        assert (figures["train_rate"] > 0) == (arm != "alone"), figures
-        assert (figures["p99_ms"] is None) == (arm == "train"), figures
-    assert set(load["ratios"]["cotenant"]) >= {"p99_vs_alone", "train_vs_left"}
+    short, long = json.loads(out.read_text())["loads"]
+    assert 2 * short["exec_ms"] < long["exec_ms"]
+    for load in (short, long):
+        for arm in arms:
+            figures = load["arms"][arm]
+            assert (figures["train_rate"] > 0) == (arm != "alone"), figures
+            assert (figures["p99_ms"] is None) == (arm == "train"), figures
+        assert set(load["ratios"]["cotenant"]) >= {"p99_vs_alone", "train_vs_left"}
     assert left_behind(bench) == []
 
 

@@ -34,7 +34,7 @@ from typing import Any
 
 from cotenant import __version__
 from cotenant.cli.bench import arrivals
-from cotenant.cli.bench.model import request, write_model
+from cotenant.cli.bench.model import request, write_model, write_model_of
 from cotenant.cli.bench.rigs import (
     CotenantJob,
     Job,
@@ -45,6 +45,7 @@ from cotenant.cli.bench.rigs import (
     wait_for_steps,
 )
 from cotenant.domain.errors import EnvironmentProblem
+from cotenant.domain.units import S, parse_duration
 
 ARMS = (
     *("alone", "cotenant_alone", "train", "unmanaged", "nice", "split", "slicing"),
@@ -58,12 +59,18 @@ WARM_STEPS = 5
 class Bench:
     """Nodes and jobs of all arms, started once; arms then take turns."""
 
-    def __init__(self, directory: Path, cores: list[int], arms: tuple[str, ...]) -> None:
+    def __init__(
+        self, directory: Path, cores: list[int], arms: tuple[str, ...], service_s: float = 0.0
+    ) -> None:
         self.cores = cores
         self.arms = arms
         self._directory = directory
         self._models = directory / "models"
-        write_model(self._models / "bench" / "1" / "model.onnx")
+        model = self._models / "bench" / "1" / "model.onnx"
+        if service_s:
+            write_model_of(model, service_s)
+        else:
+            write_model(model)
         self.nodes: dict[str, NodeRig] = {}
         self.jobs: dict[str, Job] = {}
         self.exec_s = 0.0
@@ -249,7 +256,13 @@ def measure(bench: Bench, load: float, rounds: int, seconds: float, seed: int) -
             }
         )
     print(" " * 70, end="\r")
-    return {"load": load, "rate": rate, "rounds": per_round, **aggregate(bench.arms, per_round)}
+    return {
+        "load": load,
+        "rate": rate,
+        "exec_ms": bench.exec_s * 1e3,
+        "rounds": per_round,
+        **aggregate(bench.arms, per_round),
+    }
 
 
 def aggregate(arms: tuple[str, ...], rounds: list[dict[str, Any]]) -> dict[str, Any]:
@@ -267,7 +280,8 @@ def aggregate(arms: tuple[str, ...], rounds: list[dict[str, Any]]) -> dict[str, 
 def table(result: dict[str, Any], cores: int) -> str:
     """The figures of one load for people."""
     lines = [
-        f"load {result['load']:g} of one core = {result['rate']:.0f} requests/s on {cores} cores; "
+        f"load {result['load']:g} of one core = {result['rate']:.0f} requests/s of "
+        f"{result['exec_ms']:.1f} ms on {cores} cores; "
         f"medians over {len(result['rounds'])} rounds, quartiles in brackets",
         f"{'arm':<15}{'p50 ms':>8}{'p95 ms':>8}{'p99 ms':>8}{'attained':>10}{'refused':>9}"
         f"{'steps/s':>9}  {'p99 / alone':<20}{'train / left':<20}",
@@ -318,7 +332,7 @@ def plot(results: list[dict[str, Any]], path: Path) -> None:
         axis.yaxis.set_minor_formatter(ticker.StrMethodFormatter("{x:.3g}"))
         axis.set_xlabel("training rate / what is left (right is better)")
         axis.set_ylabel("p99 / p99 alone (down is better)")
-        axis.set_title(f"load {result['load']:g} of one core")
+        axis.set_title(f"{result['exec_ms']:.0f} ms, load {result['load']:g} of one core")
         axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -341,38 +355,38 @@ def cmd_colocate(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     cores = sorted(os.sched_getaffinity(0))
     results: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="cotenant-bench-") as directory:
-        bench = Bench(Path(directory), cores, arms)
-        try:
-            bench.start()
-            print(f"service: {bench.exec_s * 1e3:.2f} ms a request on one core")
-            for load in args.load:
-                result = measure(bench, load, args.rounds, args.seconds, args.seed)
-                results.append(result)
-                print(table(result, len(cores)), end="\n\n", flush=True)
-        finally:
-            bench.stop()
+    for service_s in args.service:
+        with tempfile.TemporaryDirectory(prefix="cotenant-bench-") as directory:
+            bench = Bench(Path(directory), cores, arms, service_s)
+            try:
+                bench.start()
+                print(f"service: {bench.exec_s * 1e3:.2f} ms a request on one core")
+                for load in args.load:
+                    result = measure(bench, load, args.rounds, args.seconds, args.seed)
+                    results.append(result)
+                    print(table(result, len(cores)), end="\n\n", flush=True)
+            finally:
+                bench.stop()
     if args.json:
-        Path(args.json).write_text(json.dumps(_document(args, bench, results), allow_nan=False))
+        Path(args.json).write_text(json.dumps(_document(args, cores, results), allow_nan=False))
     if args.plot:
         plot(results, Path(args.plot))
     return 0
 
 
 def _document(
-    args: argparse.Namespace, bench: Bench, results: list[dict[str, Any]]
+    args: argparse.Namespace, cores: list[int], results: list[dict[str, Any]]
 ) -> dict[str, Any]:
     return {
         "benchmark": "colocate",
         "date": time.strftime("%Y-%m-%d"),
         "cotenant": __version__,
         "machine": {
-            "cores": len(bench.cores),
+            "cores": len(cores),
             "kernel": platform.release(),
             "python": platform.python_version(),
         },
         "options": {"rounds": args.rounds, "seconds": args.seconds, "seed": args.seed},
-        "exec_ms": bench.exec_s * 1e3,
         "loads": _finite(results),
     }
 
@@ -401,6 +415,12 @@ def add_bench(subparsers: Any) -> None:
     colocate.add_argument(
         "--load", type=_loads, default=[0.1, 0.25, 0.5], help="fractions of one core, e.g. 0.1,0.5"
     )
+    colocate.add_argument(
+        "--service",
+        type=_services,
+        default=[0.0],
+        help="how long a request takes on one core, e.g. 2ms,14ms,40ms (default: the base model)",
+    )
     colocate.add_argument("--seed", type=int, default=1)
     colocate.add_argument("--arms", help=f"some of: {','.join(ARMS)}")
     colocate.add_argument("--json", help="write raw samples and figures to this file")
@@ -412,6 +432,13 @@ def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _services(text: str) -> list[float]:
+    try:
+        return [parse_duration(part) / S for part in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def _loads(text: str) -> list[float]:

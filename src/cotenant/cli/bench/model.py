@@ -2,22 +2,60 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from pathlib import Path
 
 import numpy as np
 
 INPUT = (3, 64, 64)
+_BASE = ((48, 1), (80, 1), (112, 2), (160, 2))
+"""Width and stride of the layers of a model that takes some 2 to 6 ms on one core."""
+_PROBE = 8
+"""Layers that are added to see how long one takes."""
 
 
-def write_model(path: Path) -> None:
-    """Write the ONNX file: 3x64x64 image in, 10 scores out, batch axis free."""
+def write_model_of(path: Path, seconds: float) -> None:
+    """Write a model whose execution takes about so long on one core of this machine: with more
+    layers than the base, or narrower ones."""
+    write_model(path)
+    base = _took(path)
+    if seconds < base:
+        write_model(path, scale=(seconds / base) ** 0.5)
+        return
+    write_model(path, more=_PROBE)
+    layer = max(1e-6, (_took(path) - base) / _PROBE)
+    write_model(path, more=round((seconds - base) / layer))
+
+
+def _took(path: Path) -> float:
+    """Median seconds of an execution on one thread."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    image = np.random.default_rng(1).random((1, *INPUT), dtype=np.float32)
+    times = []
+    for _ in range(25):
+        began = time.perf_counter()
+        session.run(None, {"image": image})
+        times.append(time.perf_counter() - began)
+    return statistics.median(times[5:])
+
+
+def write_model(path: Path, more: int = 0, scale: float = 1.0) -> None:
+    """Write the ONNX file: 3x64x64 image in, 10 scores out, batch axis free; with so many layers
+    more than the base, all of them so many times as wide."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
 
     random = np.random.default_rng(7)
     nodes, weights = [], []
     name, channels = "image", INPUT[0]
-    for index, (width, stride) in enumerate(((48, 1), (80, 1), (112, 2), (160, 2))):
+    layers = [(max(8, round(scale * width)), stride) for width, stride in _BASE]
+    layers += [(layers[-1][0], 1)] * more
+    for index, (width, stride) in enumerate(layers):
         kernel = random.standard_normal((width, channels, 3, 3)) / (9 * channels) ** 0.5
         weights.append(numpy_helper.from_array(kernel.astype(np.float32), f"w{index}"))
         nodes.append(
