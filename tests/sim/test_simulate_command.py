@@ -82,13 +82,13 @@ def test_an_objective_that_load_breaks_is_said_with_what_would_do(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "300")
-    path.write_text(SCENARIO.replace("rate: 20", "rate: 600").replace("50ms", "15ms"))
+    path.write_text(SCENARIO.replace("rate: 20", "rate: 300").replace("50ms", "15ms"))
     out = tmp_path / "out.json"
     args = [
         "simulate",
         str(path),
         "--policies",
-        "cotenant,static",
+        "cotenant",
         "--seeds",
         "1",
         "--json",

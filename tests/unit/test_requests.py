@@ -37,15 +37,13 @@ class Rig:
     def __init__(self, meta: EngineMeta = META) -> None:
         self.fed: list[e.Event] = []
         self.said: dict[int, list[Any]] = {}
-        self.stays: list[tuple[str, int]] = []
-        self.ends: list[tuple[str, int, bool]] = []
+        self.forgotten: list[tuple[str, int]] = []
         self.arena = Arena("test", 2**20)
         self.react: Callable[[e.Event], None] = lambda _: None
         instances = SimpleNamespace(
             arena=self.arena,
             spec=ServiceSpec("s", "s", DEFAULT_SLO),
-            stay=lambda worker, key: self.stays.append((worker, key)),
-            leave=lambda worker, key, forget: self.ends.append((worker, key, forget)),
+            forget=lambda worker, key: self.forgotten.append((worker, key)),
         )
         loaded = SimpleNamespace(meta=meta, files=SimpleNamespace(version="1"))
         models = SimpleNamespace(
@@ -142,8 +140,7 @@ async def test_pieces_come_in_order_and_the_last_has_no_more(rig: Rig) -> None:
     for result in rig.said[number]:
         result.release()
     assert rig.arena.used == 0
-    assert rig.stays == [("w", number)]
-    assert rig.ends[-1] == ("w", number, False)
+    assert not rig.forgotten, "the worker knows that it has ended"
     assert len(rig.requests) == 0
 
 
@@ -180,7 +177,7 @@ async def test_who_is_refused_between_turns_is_forgotten_by_its_worker(rig: Rig)
     assert rig.only(e.Cancelled) == [e.Cancelled(number)]
     rig.requests.on_reject(a.Reject("", number, Refusal.CANCELLED))
     await asyncio.sleep(0)
-    assert rig.ends[-1] == ("w", number, True)
+    assert rig.forgotten == [("w", number)]
     assert rig.said[number] == [], "nobody waits for it"
     assert rig.arena.used == 0
 
@@ -217,8 +214,7 @@ async def test_a_request_whose_worker_changes_is_kept_by_the_new_one_alone(rig: 
     number, _ = rig.ask()
     rig.dispatch(1, number)
     rig.dispatch(2, number, worker="v")
-    assert rig.stays == [("w", number), ("v", number)]
-    assert ("w", number, True) in rig.ends
+    assert rig.forgotten == [("w", number)]
 
 
 @on_loop

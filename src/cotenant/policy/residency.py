@@ -17,7 +17,7 @@ from cotenant.domain.plan import Plan
 from cotenant.domain.units import MS, S
 from cotenant.policy.desk import Desk
 from cotenant.policy.roster import Roster
-from cotenant.policy.state import ServiceState, WorkerState
+from cotenant.policy.state import ServiceState, WorkerState, unfit
 
 RETRY_FIRST, RETRY_MOST = 200 * MS, 30 * S
 """Wait (ns) before an instance that failed is loaded again: doubled each time, up to a most."""
@@ -53,7 +53,6 @@ class Residency:
         if service.offer:
             self._drop(service, service.offer, service.offer_revision)
         service.offer, service.offer_revision = event.version, event.revision
-        service.unfit.clear()
         service.failures = service.retry_at = 0
         self.settle(service.name)
 
@@ -95,13 +94,14 @@ class Residency:
             return
         offered = (worker.version, worker.revision) == (service.offer, service.offer_revision)
         if offered or event.final:
-            service.unfit[worker.device] = event.reason
+            service.unfit.setdefault(worker.revision, {})[worker.device] = event.reason
             for other in self._of(service, worker.version, worker.revision):
                 if other.device == worker.device:
                     self._retire(other)
         else:
             self._wait(service, lived=0)
-        if offered and all(device in service.unfit for device in service.wanted):
+        failed = service.unfit.get(worker.revision, {})
+        if offered and all(device in failed for device in service.wanted):
             self._decline(service, event.reason)
         self.settle(service.name)
 
@@ -139,9 +139,10 @@ class Residency:
         """See to the instances of a version; whether all that are wanted are up."""
         mine = self._of(service, version, revision)
         complete, able = True, False
+        failed = service.unfit.get(revision, {})
         for device in service.wanted:
             there = [w for w in mine if w.device == device]
-            if device in service.unfit:
+            if device in failed:
                 continue
             able = True
             for _ in range(service.instances - len(there)):
@@ -183,13 +184,15 @@ class Residency:
         self._desk.out.append(a.Serve(self._desk.cause, service.name, version, revision))
         while len(service.versions) > service.keep:
             self._end(service, next(iter(service.versions)))
+        kept = set(service.versions.values())
+        service.unfit = {r: devices for r, devices in service.unfit.items() if r in kept}
         self._roster.version_changed(service)
 
     def _decline(self, service: ServiceState, reason: str) -> None:
         version, revision = service.offer, service.offer_revision
         service.offer = ""
         self._drop(service, version, revision)
-        service.unfit.clear()
+        service.unfit.pop(revision, None)
         decline = a.Decline(self._desk.cause, service.name, version, revision, reason)
         self._desk.out.append(decline)
 
@@ -233,6 +236,6 @@ class Residency:
             then = {of[p] for p in plan.services.get(service.name, ())}
             if device not in now - then or not service.at.get(device):
                 continue
-            if any(not service.at.get(d) and d not in service.unfit for d in then):
+            if any(not service.at.get(d) and d not in unfit(service) for d in then):
                 return True
         return False

@@ -121,8 +121,8 @@ class ServiceState:
     offer_revision: int = 0
     wanted: list[str] = field(default_factory=list)
     """The devices that are to carry it."""
-    unfit: dict[str, str] = field(default_factory=dict)
-    """Devices that could not load what serves or was offered last, and why."""
+    unfit: dict[int, dict[str, str]] = field(default_factory=dict)
+    """Devices that could not load a revision, and why."""
     failures: int = 0
     """How often in a row an instance failed."""
     retry_at: int = 0
@@ -363,6 +363,12 @@ class DispatcherState:
     draining: bool = False
     reserves: dict[str, Reserve] = field(default_factory=dict)
     """By kind of device."""
+
+
+def unfit(service: ServiceState) -> dict[str, str]:
+    """Devices that could not load what serves or, before anything does, what is offered."""
+    revision = service.versions.get(service.version, service.offer_revision)
+    return service.unfit.get(revision, {})
 
 
 def served(state: DispatcherState, service: ServiceState) -> set[str]:

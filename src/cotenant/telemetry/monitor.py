@@ -27,7 +27,7 @@ from cotenant.domain.snapshot import (
 from cotenant.domain.units import S
 from cotenant.domain.workload import ServiceSpec, share_on
 from cotenant.policy.forecast import Holt, Season
-from cotenant.policy.state import DispatcherState, Phase
+from cotenant.policy.state import DispatcherState, Phase, unfit
 
 LATENCY_BUCKETS_S = (
     *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075),
@@ -503,7 +503,7 @@ class Monitor:
             variants=spec.variants,
             kinds=spec.kinds,
             memory=_occupied(spec, state),
-            unfit={d: why for d, why in known.unfit.items() if not known.at.get(d)},
+            unfit={d: why for d, why in unfit(known).items() if not known.at.get(d)},
         )
 
 

@@ -146,10 +146,9 @@ def worker_lost(
 
 def pause(state: DispatcherState, partition: PartitionState) -> str:
     """Why lending a partition paused. ``state`` is that after it did."""
-    for name in partition.services:
-        service = state.services[name]
-        if service.tail.value >= service.objective:
-            near, objective = map(format_duration, (service.tail.value, service.objective))
-            return f"p{service.tail.ppm / 10_000:g} of {name} came to {near} against {objective}"
-    names = " or ".join(partition.services) or "a service"
-    return f"a request of {names} was predicted to miss its objective"
+    services = [state.services[name] for name in partition.services]
+    if not services:
+        return "it serves nobody"
+    worst = max(services, key=lambda s: s.tail.value / s.objective)
+    near, objective = format_duration(worst.tail.value), format_duration(worst.objective)
+    return f"p{worst.tail.ppm / 10_000:g} of {worst.name} came to {near} against {objective}"
