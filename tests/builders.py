@@ -23,7 +23,7 @@ def cpu(
         id=id,
         kind=kwargs.pop("kind", "cpu"),
         units=tuple(range(units)),
-        memory=0,
+        memory=kwargs.pop("memory", 0),
         shapes=tuple(range(1, units + 1)),
         preempt=level,
         revoke_ns=20_000,

@@ -316,3 +316,20 @@ def test_loading_what_serves_already_starts_nothing(boxes: Boxes) -> None:
     before = box.workers()
     assert box.post("/v2/repository/models/double/load", b"{}").status == 200
     assert box.workers() == before
+
+
+def test_a_model_that_fits_nowhere_is_refused_with_the_reason_and_others_serve(
+    boxes: Boxes,
+) -> None:
+    box = boxes()
+    box.model("scale", "small")
+    box.model("scale", "large")
+    box.configure([{"name": "small"}, {"name": "large", "memory": "900TiB"}]).start(ready=False)
+    box.until(lambda: box.infer("small", x=X).status == 200)
+    for _ in range(2):  # every time it is asked for
+        answer = box.post("/v2/repository/models/large/load", b"{}")
+        assert answer.status >= 400 and "cpu" in str(answer.json)
+    assert box.infer("large", x=X).status >= 400
+    box.submit("true", memory=2**60)
+    box.until(lambda: box.job("job").reason)
+    assert box.job("job").state == "queued"

@@ -89,7 +89,7 @@ class Start(_Action, frozen=True):
 
 class Stop(_Action, frozen=True):
     """Stop ``job``: within its grace, or at once (``kill``). ``again``: it goes back to the queue,
-    to start elsewhere; otherwise it has failed."""
+    to start elsewhere; otherwise it is ended for good."""
 
     job: str
     reason: str

@@ -8,7 +8,7 @@ from cotenant.domain.device import PreemptLevel
 from cotenant.domain.plan import Plan
 from cotenant.domain.request import Request
 from cotenant.domain.units import S
-from cotenant.domain.workload import Share
+from cotenant.domain.workload import JobSpec, ServiceSpec, Share
 
 
 class _Event(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -225,3 +225,32 @@ Event = (
     | Planned
     | Draining
 )
+
+
+def service_added(
+    spec: ServiceSpec, joined: bool = True, keep: int = 1, notes: tuple[str, ...] = ()
+) -> ServiceAdded:
+    """The event of a service as its owner declares it; ``joined``: whether requests may share
+    batches."""
+    batch = spec.batch
+    return ServiceAdded(
+        service=spec.name,
+        objective=spec.slo.latency,
+        max_batch=batch.max if joined else 1,
+        max_queue=spec.max_queue,
+        preferred=batch.preferred if joined else (),
+        max_queue_delay=batch.max_queue_delay if joined else 0,
+        strict=spec.strict,
+        notes=notes,
+        percentile=spec.slo.percentile,
+        instances=spec.instances,
+        keep=keep,
+        memory={"": spec.memory} | {k: v.memory for k, v in spec.variants.items() if v.memory},
+    )
+
+
+def job_queued(spec: JobSpec) -> JobQueued:
+    """The event of a job that wants to run."""
+    return JobQueued(
+        spec.id, spec.weight, spec.guaranteed, spec.limit, spec.kinds, spec.memory, spec.grace
+    )

@@ -25,7 +25,8 @@ class ServiceFacts(msgspec.Struct, frozen=True):
     ``SEASON_AHEAD`` later. ``instances`` are those on each device that carries it.
     ``variants`` says what the model is on kinds of device; empty: it runs anywhere, or on any of
     ``kinds``. ``memory``: bytes that an instance occupies, by kind of device, as far as is known.
-    ``unfit``: devices that could not load it, and why.
+    ``unfit``: devices that could not load it, and why. ``offer``: the revision that waits to be
+    loaded, 0 if none does.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ServiceFacts(msgspec.Struct, frozen=True):
     kinds: tuple[str, ...] = ()
     memory: dict[str, int] = {}
     unfit: dict[str, str] = {}
+    offer: int = 0
 
 
 RATE_WINDOW: Final = 60 * S

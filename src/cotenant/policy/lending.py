@@ -29,6 +29,8 @@ OWED: Final = 20
 """A job is in debt when it is owed more than 1/OWED of one window's guaranteed share."""
 DEBT_WINDOW: Final = 2 * S
 """Over how long (ns) a guaranteed share is owed."""
+REVOKE_WITHIN: Final = 2 * S
+"""In what time (ns) a job must have left a partition that is taken back; then it is stopped."""
 _SCALE: Final = 1_000_000
 
 
@@ -121,9 +123,6 @@ def aim(state: DispatcherState) -> None:
         before, job.target = job.pace, target(state.plan, job.id)
         job.vtime += held // before - held // job.pace
 
-
-REVOKE_WITHIN: Final = 2 * S
-"""In what time (ns) a job must have left a partition that is taken back; then it is stopped."""
 
 # --- linger ---------------------------------------------------------------------------------
 

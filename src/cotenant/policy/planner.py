@@ -101,12 +101,18 @@ class Planner:
         state, tuning = self.state, self.tuning
         devices = self._devices(snapshot)
         horizon_s = tuning.horizon / S
-        came = members[0] != state.members[0] or not state.version
+        asked = {s.name: s.offer for s in facts if s.offer and not state.parts.get(s.name)}
+        again = [name for name, offer in asked.items() if state.asked.get(name) != offer]
+        state.asked = asked
+        changed = members[0] != state.members[0] or not state.version
+        came = changed or bool(again)
         improve = came and tuning.move
         wish = place(facts, devices, state.parts, horizon_s, state.usual, improve)
         present = Placing(state.parts).homes()
         if came:
             reasons = list(wish.reasons)
+            if not changed:
+                reasons += [f"{name} is to be loaded" for name in again]
         else:
             if wish.homes() != present:
                 if not self._patient(snapshot, facts, wish):

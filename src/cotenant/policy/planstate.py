@@ -78,6 +78,8 @@ class PlannerState(msgspec.Struct):
     """Where services are."""
     nowhere: dict[str, str] = {}
     """Services that are not, and why."""
+    asked: dict[str, int] = {}
+    """What was offered of services without a place, when they were last looked at."""
     elsewhere_since: int = 0
     """Since when they should be somewhere else (ns)."""
     uneven_since: int = 0

@@ -54,18 +54,26 @@ class Relayout:
         if change is not None and change.moving:
             change.successor = plan
             return
-        self._state.changes[device] = Change(plan)
-        self._tenancy.move(device, plan)
-        new = {p.id: p.units for p in _layout(plan, device)}
+        change = self._state.changes[device] = Change(plan)
+        vacated = [p for p in self._on(device) if p.retiring]
+        for partition in vacated:
+            partition.retiring = False
+        self._vacate(device, change)
+        for partition in vacated:
+            self._turns.run(partition)
+
+    def _vacate(self, device: str, change: Change) -> None:
+        """Make room on a device, unless what leaves it is not loaded yet where it goes: until then
+        it serves here."""
+        if self._residency.arriving(device, change.plan):
+            return
+        change.begun = True
+        self._tenancy.move(device, change.plan)
+        new = {p.id: p.units for p in _layout(change.plan, device)}
         for partition in self._on(device):
-            spared, partition.retiring = (
-                partition.retiring,
-                new.get(partition.id) != partition.units,
-            )
+            partition.retiring = new.get(partition.id) != partition.units
             if partition.retiring:
                 self._holds.revoke(partition)
-            elif spared:
-                self._turns.run(partition)
 
     def settle(self) -> None:
         """Where every partition that changes is idle, order (or make) the new layout."""
@@ -74,11 +82,13 @@ class Relayout:
                 self._settle(device, change)
 
     def _settle(self, device: str, change: Change) -> None:
+        if not change.begun:
+            self._vacate(device, change)
+        if not change.begun:
+            return
         there = self._on(device)
         retiring = [p for p in there if p.retiring]
         if any(p.batch or p.hold != Hold.NONE or self._tenancy.bound(p) for p in retiring):
-            return
-        if self._residency.arriving(device, change.plan):
             return
         known = {p.id for p in there if not p.retiring}
         layout = _layout(change.plan, device)

@@ -51,7 +51,7 @@ class Residency:
         if service is None:
             return
         if service.offer:
-            self._drop(service, service.offer, service.offer_revision)
+            self._decline(service, "another was offered since")
         service.offer, service.offer_revision = event.version, event.revision
         service.failures = service.retry_at = 0
         self.settle(service.name)
@@ -62,8 +62,7 @@ class Residency:
         if service is None:
             return
         if service.offer == event.version:
-            self._drop(service, service.offer, service.offer_revision)
-            service.offer = ""
+            self._decline(service, "its files are gone")
         revision = service.versions.pop(event.version, None)
         if revision is not None:
             service.version = next(reversed(service.versions), "")
@@ -75,7 +74,9 @@ class Residency:
         service = self._state.services.get(event.service)
         if service is None:
             return
-        service.offer, service.version = "", ""
+        if service.offer:
+            self._decline(service, "the service was removed")
+        service.version = ""
         service.versions.clear()
         service.wanted.clear()
         for worker in self._of(service):

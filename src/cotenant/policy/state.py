@@ -318,6 +318,8 @@ class Change:
     """A device on its way to the layout of a plan, which waits for partitions to fall idle."""
 
     plan: Plan
+    begun: bool = False
+    """Whether the partitions that change are being vacated."""
     moving: bool = False
     """Whether ``Repartition`` was ordered."""
     successor: Plan | None = None
@@ -366,8 +368,9 @@ class DispatcherState:
 
 
 def unfit(service: ServiceState) -> dict[str, str]:
-    """Devices that could not load what serves or, before anything does, what is offered."""
-    revision = service.versions.get(service.version, service.offer_revision)
+    """Devices that could not load what is offered or, if nothing is, what serves."""
+    serves = service.versions.get(service.version, 0)
+    revision = service.offer_revision if service.offer else serves
     return service.unfit.get(revision, {})
 
 

@@ -91,16 +91,22 @@ class Tenancy:
         devices = tuple(d for d in self._desk.devices if d.kind == kind and d.trains)
         place = ""
         if devices[0].pins_jobs:
-            place = next(iter(self._state.plan.jobs.get(tenant.id, ())), "")
-            partition = self._state.partitions.get(place)
-            if partition is None or partition.retiring or self._taken(place):
+            partition = self._place_of(tenant, kind)
+            if partition is None or partition.retiring or self._taken(partition.id):
                 tenant.waits = "its partition is not there yet"
                 return
+            place = partition.id
             devices = tuple(d for d in devices if d.id == partition.device)
         self._step(tenant, "Start")
         tenant.place, tenant.waits = place, ""
         tenant.devices = tuple(d.id for d in devices)
         self._desk.out.append(a.Start(self._desk.cause, tenant.id, tenant.devices, place))
+
+    def _place_of(self, tenant: Tenant, kind: str) -> PartitionState | None:
+        """The partition of a kind of device that the plan in force gives a job."""
+        parts = self._state.partitions
+        mine = (parts[p] for p in self._state.plan.jobs.get(tenant.id, ()) if p in parts)
+        return next((p for p in mine if p.kind == kind), None)
 
     def _taken(self, place: str) -> bool:
         return any(t.place == place for t in self._state.tenants.values())

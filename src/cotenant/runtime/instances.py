@@ -44,6 +44,7 @@ LOAD_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 5.0
 NO_STAMP = Stamp(())
 """Of a version that is declined for now, whatever its files."""
+Notes = tuple[str, ...]
 UNJOINED = "requests run one by one: {} (docs: batch.joining)"
 
 
@@ -94,8 +95,8 @@ class Offer(msgspec.Struct):
     settings: ModelSettings
     revision: int
     opened: Opened | None = None
-    transient: bool = False
-    """Whether an instance failed for what is not the file's fault: it is tried again."""
+    faulty: bool = False
+    """Whether an instance failed by the file's fault: else it is tried again."""
     outcome: asyncio.Future[None] = msgspec.field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -156,17 +157,12 @@ class Instances:
     # --- versions ---------------------------------------------------------------------------
 
     def offer(self, files: ModelFiles, settings: ModelSettings) -> Offer:
-        """Offer a version to the dispatcher; what was offered before and does not serve is
-        forgotten."""
-        before = self.loading
-        if before is not None:
-            before.outcome.set_exception(ModelError("a newer version took its place"))
-            before.outcome.exception()  # looked at, should nobody else
+        """Offer a version to the dispatcher, which answers with ``serve`` or ``decline``."""
         revision = max(self.offers, default=0) + 1
         offer = self.offers[revision] = Offer(files, settings, revision)
-        joined = self.current is None or self.current.meta.shared
-        notes = self.current.notes if self.current is not None else ()
-        self._shell.feed(self._service_added(settings, joined, notes))
+        current = self.current
+        joined = current is None or current.meta.shared
+        self._announce_bounds(settings, joined, current.notes if current is not None else ())
         self._shell.feed(e.VersionOffered(self.spec.name, files.version, revision))
         return offer
 
@@ -183,7 +179,7 @@ class Instances:
             del self.loaded[next(iter(self.loaded))]
         self._forget_offers()
         self.refused.pop(action.version, None)
-        self._shell.feed(self._service_added(loaded.settings, loaded.meta.shared, notes))
+        self._announce_bounds(loaded.settings, loaded.meta.shared, notes)
         self._tell(loaded)
         if not offer.outcome.done():
             offer.outcome.set_result(None)
@@ -191,7 +187,7 @@ class Instances:
     def decline(self, action: a.Decline) -> None:
         """A version is not to serve."""
         offer = self.offers.pop(action.revision)
-        refused = NO_STAMP if offer.transient else offer.files.stamp
+        refused = offer.files.stamp if offer.faulty else NO_STAMP
         self.refused[action.version] = refused, action.reason
         if not offer.outcome.done():
             offer.outcome.set_exception(ModelError(action.reason))
@@ -257,25 +253,9 @@ class Instances:
             notes.append("accuracy_floor has no effect: the version has no check.npz")
         return tuple(notes)
 
-    def _service_added(
-        self, settings: ModelSettings, joined: bool, notes: tuple[str, ...]
-    ) -> e.ServiceAdded:
-        spec = self.spec
-        return e.ServiceAdded(
-            service=spec.name,
-            objective=spec.slo.latency,
-            max_batch=spec.batch.max if joined else 1,
-            max_queue=spec.max_queue,
-            preferred=spec.batch.preferred if joined else (),
-            max_queue_delay=spec.batch.max_queue_delay if joined else 0,
-            strict=spec.strict,
-            notes=notes,
-            percentile=spec.slo.percentile,
-            instances=spec.instances,
-            keep=settings.keep_versions,
-            memory={"": spec.memory}
-            | {kind: v.memory for kind, v in spec.variants.items() if v.memory},
-        )
+    def _announce_bounds(self, settings: ModelSettings, joined: bool, notes: Notes) -> None:
+        """Tell the dispatcher what holds for the service from now on."""
+        self._shell.feed(e.service_added(self.spec, joined, settings.keep_versions, notes))
 
     def _end_joining(self, version: str, why: str) -> None:
         """A worker found that rows of a version must not be joined."""
@@ -285,7 +265,7 @@ class Instances:
         meta = msgspec.structs.replace(old.meta, batchable=False)
         notes = (*old.notes, UNJOINED.format(why))
         loaded = self.loaded[version] = msgspec.structs.replace(old, meta=meta, notes=notes)
-        self._shell.feed(self._service_added(loaded.settings, meta.shared, notes))
+        self._announce_bounds(loaded.settings, meta.shared, notes)
         self._tell(loaded)
 
     # --- processes --------------------------------------------------------------------------
@@ -314,12 +294,13 @@ class Instances:
             pid = instance.process.pid
             await self._shell.attach_worker(order.device, instance.tenant, pid)
         except TimeoutError:
+            offer.faulty = True
             why = f"version {order.version} did not load in {LOAD_TIMEOUT_S:g} s"
             self._failed(order, why)
         except ModelError as error:
+            offer.faulty = True
             self._failed(order, str(error), final=stamp(offer.files.path) != offer.files.stamp)
         except (DeviceError, EnvironmentProblem) as error:
-            offer.transient = True
             self._failed(order, str(error))
         else:
             self._announce(instance, offer, opened)

@@ -44,8 +44,10 @@ class JobTenants:
 
     def start(self, action: a.Start) -> None:
         """See Hands."""
-        self._runs[action.job].devices = action.devices
-        self.supervisor.start(action.job)
+        run = self._runs.get(action.job)
+        if run is not None:  # else its JobExited is on its way
+            run.devices = action.devices
+            self.supervisor.start(action.job)
 
     def stop(self, action: a.Stop) -> None:
         """See Hands."""
@@ -56,17 +58,7 @@ class JobTenants:
     def on_job_queued(self, spec: JobSpec) -> None:
         """See JobShell."""
         self._runs[spec.id] = _Run(spec)
-        self._feed(
-            e.JobQueued(
-                spec.id,
-                spec.weight,
-                spec.guaranteed,
-                spec.limit,
-                spec.kinds,
-                spec.memory,
-                spec.grace,
-            )
-        )
+        self._feed(e.job_queued(spec))
         self._plan_soon()
 
     async def launch_job(self, spec: JobSpec) -> Launch:

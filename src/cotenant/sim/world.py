@@ -21,7 +21,6 @@ from cotenant.domain.plan import Plan
 from cotenant.domain.request import Request
 from cotenant.domain.snapshot import Snapshot
 from cotenant.domain.units import S
-from cotenant.domain.workload import JobSpec
 from cotenant.policy.dispatcher import Dispatcher
 from cotenant.policy.planner import Planner
 from cotenant.sim.diary import Diary
@@ -162,23 +161,11 @@ class World:
     def _set_up(self) -> None:
         for service in self._scenario.services:
             spec = service.spec
-            self._feed(
-                e.ServiceAdded(
-                    spec.name,
-                    spec.slo.latency,
-                    spec.batch.max,
-                    spec.max_queue,
-                    spec.batch.preferred,
-                    spec.batch.max_queue_delay,
-                    spec.strict,
-                    percentile=spec.slo.percentile,
-                    instances=spec.instances,
-                )
-            )
+            self._feed(e.service_added(spec))
             self._feed(e.VersionOffered(spec.name, "1"))
             self._schedule_arrival(self._sources[spec.name])
         for job in self._scenario.jobs:
-            self._feed(self._queued(job.spec))
+            self._feed(e.job_queued(job.spec))
         self._plan()
         self._at(TICK, _TICK, None)
 
@@ -278,15 +265,9 @@ class World:
                 self._leave(action.job, self._places[name])
             self._feed(e.JobExited(action.job))
             if action.again:
-                self._feed(self._queued(job.spec))
+                self._feed(e.job_queued(job.spec))
 
         self._at(self._now + took, _ACK, done)
-
-    @staticmethod
-    def _queued(spec: JobSpec) -> e.JobQueued:
-        return e.JobQueued(
-            spec.id, spec.weight, spec.guaranteed, spec.limit, spec.kinds, spec.memory, spec.grace
-        )
 
     def _acknowledge_now(self, event: e.Event) -> None:
         self._at(self._now, _ACK, lambda: self._feed(event))

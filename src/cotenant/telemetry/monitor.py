@@ -439,12 +439,13 @@ class Monitor:
     ) -> Snapshot:
         """Facts for the planner: of services by their ``specs``, of jobs with their progress
         ``rates`` (per second) and the bytes that they have ``resident``."""
+        kinds = {device.id: device.kind for device in devices}
         return Snapshot(
             now=now,
             devices=devices,
             plan=state.plan,
             services=tuple(
-                self._service_facts(now, spec, state)
+                self._service_facts(now, spec, state, kinds)
                 for spec in specs.values()
                 if spec.name in state.services
             ),
@@ -472,6 +473,7 @@ class Monitor:
         now: int,
         spec: ServiceSpec,
         state: DispatcherState,
+        kinds: Mapping[str, str],
     ) -> ServiceFacts:
         meter, known = self.service(spec.name), state.services[spec.name]
         (p95,) = meter.recent.quantiles(now, 0.95)
@@ -502,20 +504,21 @@ class Monitor:
             accuracy_floor=spec.accuracy_floor,
             variants=spec.variants,
             kinds=spec.kinds,
-            memory=_occupied(spec, state),
+            memory=_occupied(spec, state, kinds),
+            offer=known.offer_revision if known.offer else 0,
             unfit={d: why for d, why in unfit(known).items() if not known.at.get(d)},
         )
 
 
-def _occupied(spec: ServiceSpec, state: DispatcherState) -> dict[str, int]:
-    """Bytes that an instance occupies, by kind of device: what its owner says, or more where more
-    was measured."""
-    found = {kind: variant.memory for kind, variant in spec.variants.items() if variant.memory}
-    for partition in state.partitions.values():
-        found.setdefault(partition.kind, spec.memory)
-    devices = {p.device: p.kind for p in state.partitions.values()}
+def _occupied(
+    spec: ServiceSpec, state: DispatcherState, kinds: Mapping[str, str]
+) -> dict[str, int]:
+    """Bytes that an instance occupies, by kind of device (``kinds``: of each): what its owner says,
+    or more where more was measured."""
+    found = dict.fromkeys(kinds.values(), spec.memory)
+    found |= {kind: variant.memory for kind, variant in spec.variants.items() if variant.memory}
     for worker in state.workers.values():
-        kind = devices.get(worker.device)
-        if worker.service == spec.name and kind is not None:
-            found[kind] = max(found.get(kind, 0), worker.memory)
+        if worker.service == spec.name:
+            kind = kinds[worker.device]
+            found[kind] = max(found[kind], worker.memory)
     return {kind: need for kind, need in found.items() if need}
