@@ -132,6 +132,7 @@ class Instances:
         """Versions that were declined: which file, and why."""
         self._log_path = logs / f"{spec.name}.log"
         self._shell = shell
+        self._revisions = 0
         self._live: dict[str, _Instance] = {}
         self._loads: dict[str, asyncio.Task[None]] = {}
 
@@ -158,7 +159,8 @@ class Instances:
 
     def offer(self, files: ModelFiles, settings: ModelSettings) -> Offer:
         """Offer a version to the dispatcher, which answers with ``serve`` or ``decline``."""
-        revision = max(self.offers, default=0) + 1
+        self._revisions += 1
+        revision = self._revisions
         offer = self.offers[revision] = Offer(files, settings, revision)
         current = self.current
         joined = current is None or current.meta.shared
