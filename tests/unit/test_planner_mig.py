@@ -234,6 +234,7 @@ CONSTANT = st.tuples(
 @example("A30-24GB", [(30.0, 30, 2, 8), (30.0, 30, 2, 8)])
 @example(GPU, [(120.0, 5, 1, 8), (20.0, 20, 4, 1), (5.0, 40, 2, 1)])
 @example(GPU, [(5.0, 10, 1, 1), (80.0, 20, 1, 1)])
+@example("A30-24GB", [(30.0, 10, 2, 1), (30.0, 10, 2, 1), (120.0, 10, 2, 1)])
 def test_a_constant_load_keeps_its_layout_for_ever(
     name: str, loads: list[tuple[float, int, int, int]]
 ) -> None:

@@ -125,22 +125,22 @@ class Wishes:
             return Wish(best, _first_miss(here), held)
         if not view.jobs:
             return Wish(current)
-        return self._wish_for_jobs(view, current, least)
+        return self._wish_for_jobs(view, pressing, current, least)
 
-    def _wish_for_jobs(self, view: View, current: Layout, least: int) -> Wish:
+    def _wish_for_jobs(self, view: View, pressing: View, current: Layout, least: int) -> Wish:
         """One step less for services if jobs gain by having for themselves, rather than
         borrowing, all that services can do without at their peak; one step more if they would
         lose nothing. Where it is not known what borrowing costs them, that is tried."""
         tuning, trials = self.tuning, self.state.trials
-        peak = self._demand.at_peak(view, SPARE)
+        loads = (self._demand.at_peak(view, SPARE), pressing)
         here = judge(view, current, 0.0)
-        fewest = self._fewest(peak, current, least)
+        fewest = self._fewest(loads, current, least)
         if fewest is not None:
             gained = self._ratio(view, here, fewest)
             unknown = [j.id for j in view.jobs if self._demand.unknown_pauses(j.id)]
             if gained > GAIN_OWN:
-                step = self._fit(peak, current.compute - 1)
-                if self._holds(peak, step):
+                step = self._fit(loads[0], current.compute - 1)
+                if self._holds(loads, step):
                     why = f"jobs gain {gained - 1:.0%} and objectives hold"
                     return Wish(step, why, tuning.shrink_after)
             elif unknown and tuning.lend and trials.may_own(view.now):
@@ -156,7 +156,7 @@ class Wishes:
             return Wish(current)
         return Wish(more, "jobs lose nothing by borrowing it", tuning.shrink_after)
 
-    def _fewest(self, peak: View, current: Layout, least: int) -> Layout | None:
+    def _fewest(self, loads: tuple[View, ...], current: Layout, least: int) -> Layout | None:
         """About the least that services can do with: single units, or as large as now."""
         low, high = max(1, least), current.compute - 1
         if high < low:
@@ -164,13 +164,17 @@ class Wishes:
         for units in sorted({low, (low + high) // 2, high}):
             for size in sorted({1, current.mine[0].compute}):
                 if units % size == 0:
-                    layout = unit_layout(peak.device, units, size)
-                    if self._holds(peak, layout):
+                    layout = unit_layout(loads[0].device, units, size)
+                    if self._holds(loads, layout):
                         return layout
         return None
 
-    def _holds(self, view: View, layout: Layout) -> bool:
-        return not judge(view, layout, self.tuning.horizon / S).misses
+    def _holds(self, loads: tuple[View, ...], layout: Layout) -> bool:
+        """Whether objectives hold under each of these loads. The peak alone will not do: services
+        are placed anew for each load, so what holds under more can miss under less, and the
+        layout would be undone as soon as it stood."""
+        horizon_s = self.tuning.horizon / S
+        return not any(judge(load, layout, horizon_s).misses for load in loads)
 
     def _ratio(self, view: View, here: Verdict, layout: Layout) -> float:
         """What another layout would be worth to jobs, 1 being what they have."""
@@ -229,7 +233,8 @@ class Wishes:
                 return Wish(best.layout, _first_miss(here), patience)
             return Wish(current)
         peak = self._demand.at_peak(view, SPARE)
-        holding = [v for v in _judge_all(peak, options, horizon_s) if not v.misses]
+        calm = [v.layout for v in _judge_all(pressing, options, horizon_s) if not v.misses]
+        holding = [v for v in _judge_all(peak, calm, horizon_s) if not v.misses]
         if not holding:
             return Wish(current)
         before = self._worth(view, judge(peak, current, horizon_s))
