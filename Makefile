@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 COMPILED := $(addprefix cotenant/,$(addsuffix .py, \
 	$(addprefix policy/,dispatcher desk tail roster turns holds relayout residency tenancy admission lending queues state estimate pressure \
 		planner wishes demand judging leftover trials layouts placing sharing queueing forecast utility) \
-	sim/world sim/physics sim/outcome sim/reactive telemetry/monitor))
+	sim/world sim/physics sim/outcome sim/reactive telemetry/meters telemetry/monitor))
 
 .PHONY: help demo test lint attack bench bench-peers bench-simulator compile compiled-modules \
 	uncompile clean

@@ -24,7 +24,7 @@ def test_nothing_measured_is_nothing_predicted() -> None:
 
 
 def test_a_prediction_lies_above_the_mean() -> None:
-    assert table((1, 1, 8 * MS)).predict(1, 1) == 8 * MS + 2 * MS
+    assert table((1, 1, 8 * MS)).predict(1, 1) > 8 * MS
 
 
 def test_steady_times_are_predicted_closely() -> None:
@@ -61,7 +61,7 @@ def test_unknown_cores_fall_back_to_the_nearest_fewer() -> None:
     found = table((1, 1, 16 * MS), (4, 1, 4 * MS))
     assert found.predict(3, 1) == found.predict(1, 1)
     assert found.predict(8, 1) == found.predict(4, 1)
-    assert table((4, 1, 4 * MS)).predict(2, 1) == 5 * MS
+    assert table((4, 1, 4 * MS)).predict(2, 1) == table((4, 1, 4 * MS)).predict(4, 1)
 
 
 @given(st.lists(st.tuples(st.sampled_from([1, 2, 4]), st.integers(1, 16), TIMES), min_size=1))

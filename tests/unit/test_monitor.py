@@ -8,7 +8,8 @@ from cotenant.domain import actions as a
 from cotenant.domain import events as e
 from cotenant.domain.request import Refusal, Request
 from cotenant.domain.units import MS, S
-from cotenant.telemetry.monitor import RECENT_NS, Monitor, Recent
+from cotenant.telemetry.meters import RECENT_NS, Recent
+from cotenant.telemetry.monitor import Monitor
 from tests.builders import World
 
 

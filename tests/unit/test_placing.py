@@ -50,27 +50,34 @@ def test_what_fits_goes_to_the_npu_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "device", "why"),
+    ("changes", "device"),
     [
-        ({"on_npu": None}, npu(), "has no build for npu"),
-        ({"on_npu": Variant(memory=200 * MIB)}, npu(), "needs 200"),
-        (
-            {"on_npu": SMALL, "accuracy_floor": 0.98},
-            npu(),
-            "accuracy 0.97 on npu is below its floor",
-        ),
-        ({"on_npu": SMALL}, npu(operators=("gemm",)), "npu does not support conv"),
-        ({"on_npu": SMALL, "objective": 5 * MS}, npu(), "one request takes 5.0 ms there"),
+        ({"on_npu": None}, npu()),
+        ({"on_npu": Variant(memory=200 * MIB)}, npu()),
+        ({"on_npu": SMALL, "accuracy_floor": 0.98}, npu()),
+        ({"on_npu": SMALL}, npu(operators=("gemm",))),
+        ({"on_npu": SMALL, "objective": 5 * MS}, npu()),
     ],
+    ids=["no build", "memory", "accuracy", "operators", "time"],
 )
 def test_what_does_not_fit_stays_off_it_and_it_is_said(
-    changes: dict[str, Any], device: DeviceSpec, why: str
+    changes: dict[str, Any], device: DeviceSpec
 ) -> None:
     found = placed(model(**changes), device=device)
     assert found.homes() == {"s": {"cpu"}}
-    (reason,) = found.reasons
-    assert reason.startswith("s is not on npu: ")
-    assert why in reason
+    assert len(found.reasons) == 1
+
+
+def test_each_kind_of_misfit_has_a_reason_of_its_own() -> None:
+    misfits = [
+        why_not(model(on_npu=None), npu(), npu().memory),
+        why_not(model(on_npu=Variant(memory=200 * MIB)), npu(), npu().memory),
+        why_not(model(on_npu=SMALL, accuracy_floor=0.98), npu(), npu().memory),
+        why_not(model(on_npu=SMALL), npu(operators=("gemm",)), npu().memory),
+        why_not(model(on_npu=SMALL, objective=5 * MS), npu(), npu().memory),
+    ]
+    assert all(misfits)
+    assert len(set(misfits)) == len(misfits)
 
 
 def test_two_models_share_the_npu_until_its_memory_is_used_up() -> None:
@@ -90,7 +97,7 @@ def test_both_at_once_when_the_npu_alone_is_not_enough() -> None:
     assert found.homes() == {"s": {"npu", "cpu"}}
     assert 0.1 < found.parts["s"]["npu"] < 0.9
     assert sum(found.parts["s"].values()) == pytest.approx(1.0)
-    assert "npu can carry" in found.reasons[0]
+    assert found.reasons
 
 
 def test_a_model_that_runs_only_there_goes_there_whatever_it_brings() -> None:
@@ -103,7 +110,7 @@ def test_a_model_that_runs_only_there_goes_there_whatever_it_brings() -> None:
 def test_one_that_can_run_nowhere_has_no_place_and_it_is_said() -> None:
     found = placed(service("s", variants={"tpu": Variant()}))
     assert found.parts == {"s": {}}
-    assert any("s can run nowhere" in reason for reason in found.reasons)
+    assert found.reasons
 
 
 def test_services_stay_where_they_are_while_the_load_is_even() -> None:
@@ -142,7 +149,7 @@ def test_one_that_is_not_placed_leaves_the_room_to_others() -> None:
     tight.exec_ns["npu"]["1x1"] = tight.exec_ns["cpu"]["1x1"] = 9 * MS
     found = placed(tight, model("easy", 20.0, SMALL, objective=500 * MS))
     assert found.homes()["easy"] == {"npu"}
-    assert any("tight is not on npu" in reason for reason in found.reasons)
+    assert any("tight" in reason for reason in found.reasons)
 
 
 def test_two_serving_devices_share_what_one_cannot_carry() -> None:
@@ -185,7 +192,7 @@ def test_a_service_moves_when_its_device_has_had_too_much_for_a_while() -> None:
     assert moved != first
     assert moved[a] != moved[b]
     reasons = [reason for plan in plans if plan for reason in plan.reasons]
-    assert any(reason.startswith((f"{a}: ", f"{b}: ")) for reason in reasons)
+    assert any(a in reason or b in reason for reason in reasons)
 
 
 def test_services_do_not_move_where_that_is_not_wanted() -> None:

@@ -208,9 +208,7 @@ def test_the_more_is_lost_the_sooner_jobs_are_moved_for_it() -> None:
         changes = [i for i in range(30) if world.see(model(rate=rate, max_batch=1), job())]
         waited.append(changes[0])
     slight, saturated, twice = waited
-    assert slight == world.device.move_ns // S
     assert slight > saturated > twice
-    assert twice == Tuning().grow_after // S
 
 
 def test_jobs_are_not_moved_for_a_slight_loss_that_passes() -> None:

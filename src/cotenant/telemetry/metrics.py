@@ -14,7 +14,8 @@ from prometheus_client.core import (
 from cotenant.domain.port import JobStatus
 from cotenant.domain.units import S
 from cotenant.policy.state import DispatcherState
-from cotenant.telemetry.monitor import Histogram, Monitor
+from cotenant.telemetry.meters import Histogram
+from cotenant.telemetry.monitor import Monitor
 
 
 class _Once:

@@ -1,0 +1,169 @@
+"""Meters: what is counted of one service, partition or job."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter, deque
+from typing import Final
+
+from cotenant.domain.snapshot import RATE_WINDOW
+from cotenant.domain.units import S
+from cotenant.policy.forecast import Holt, Season
+
+LATENCY_BUCKETS_S = (
+    *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075),
+    *(0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.0, 5.0, 10.0),
+)
+REVOKE_BUCKETS_S = (10e-6, 20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-3, 10e-3, 50e-3)
+RECENT: Final = 2000
+"""Latencies kept for quantiles, and for no longer than ``RECENT_NS``."""
+RECENT_NS: Final = 30 * S
+
+
+class Histogram:
+    """Counts by upper bound (seconds), with sum."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.sum = 0.0
+
+    def add(self, ns: int) -> None:
+        """Count one duration."""
+        seconds = ns / S
+        self.counts[bisect_left(self.bounds, seconds)] += 1
+        self.sum += seconds
+
+
+class Recent:
+    """The newest durations, for quantiles."""
+
+    def __init__(self) -> None:
+        self._samples: deque[tuple[int, int]] = deque(maxlen=RECENT)
+
+    def add(self, now: int, ns: int) -> None:
+        """Keep one duration."""
+        self._samples.append((now, ns))
+
+    def quantiles(self, now: int, *shares: float) -> list[int | None]:
+        """Quantiles in ns of what is recent at ``now``; None without samples."""
+        while self._samples and now - self._samples[0][0] > RECENT_NS:
+            self._samples.popleft()
+        ordered = sorted(ns for _, ns in self._samples)
+        if not ordered:
+            return [None for _ in shares]
+        return [ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in shares]
+
+
+class ServiceMeter:
+    """Counters of one service since the node started."""
+
+    def __init__(self, season: Season) -> None:
+        self.arrived = 0
+        self.answered = 0
+        self.failed = 0
+        self.misses = 0
+        self.refused: Counter[str] = Counter()
+        self.latency = Histogram(LATENCY_BUCKETS_S)
+        self.recent = Recent()
+        self.batches = 0
+        self.batched_rows = 0
+        self.rows: Counter[int] = Counter()
+        self.queue_ns = 0
+        self.exec_ns = 0
+        self.latency_ns = 0
+        self.rate = Holt()
+        self.season = season
+        self.last_answer = 0
+        self._rows = 0
+        self._counted = 0
+
+    def arrive(self, rows: int) -> None:
+        """A request came."""
+        self.arrived += 1
+        self._rows += rows
+
+    def tick(self, now: int, seconds: float) -> None:
+        """Close one interval of the arrival rate (rows per second)."""
+        rate = (self._rows - self._counted) / seconds
+        self.rate.add(rate)
+        self.season.add(now, rate)
+        self._counted = self._rows
+
+
+class PartitionMeter:
+    """Busy time of one partition by workload (``service:x``, ``job:y``), in ns."""
+
+    def __init__(self) -> None:
+        self.device = ""
+        self.busy: Counter[str] = Counter()
+        self.window: Counter[str] = Counter()
+        self.last_window: dict[str, float] = {}
+        self.switches = 0
+        self.revoke = Histogram(REVOKE_BUCKETS_S)
+        self.recent_revoke = Recent()
+        self.holder = ""
+        self.since = 0
+        self._last = ""
+
+    def hold(self, workload: str, now: int) -> None:
+        """A workload takes the partition ("" = idle)."""
+        if self.holder:
+            self.busy[self.holder] += now - self.since
+            self.window[self.holder] += now - self.since
+        if workload and workload != self._last:
+            self.switches += 1
+            self._last = workload
+        self.holder, self.since = workload, now
+
+
+class JobMeter:
+    """Grants of one job. ``held_ns`` is unit-nanoseconds."""
+
+    def __init__(self, now: int) -> None:
+        self.held_ns = 0
+        self.grants = 0
+        self.pauses = 0
+        self._units = 0
+        self._since = now
+        self._now: Counter[int] = Counter()
+        self._recent: deque[Counter[int]] = deque()
+        self._total: Counter[int] = Counter()
+        self._renewed = 0.0
+        """Grants, each counted as the part that it is of what the job then holds."""
+        self._renewals: deque[float] = deque([0.0], maxlen=RATE_WINDOW // S + 1)
+
+    def change(self, now: int, units: int) -> None:
+        """It got or lost units."""
+        self._now[self._units] += now - self._since
+        self._units, self._since = self._units + units, now
+
+    def tick(self, now: int) -> None:
+        """Close one interval."""
+        self.change(now, 0)
+        self._recent.append(self._now)
+        for units, ns in self._now.items():
+            self._total[units] += ns
+        if len(self._recent) > RATE_WINDOW // S:
+            for units, ns in self._recent.popleft().items():
+                self._total[units] -= ns
+        self._now = Counter()
+        self._renewals.append(self._renewed)
+
+    def grant(self, now: int, units: int) -> None:
+        """It may use so many units more."""
+        self.change(now, units)
+        self.grants += 1
+        self._renewed += units / self._units
+
+    def grant_rate(self) -> float:
+        """How often per second of the last minute it was given what it has."""
+        span = sum(self._total.values())
+        return (self._renewals[-1] - self._renewals[0]) / (span / S) if span else 0.0
+
+    def shares(self) -> dict[int, float]:
+        """For which part of the last minute it held so many units."""
+        span = sum(self._total.values())
+        if not span:
+            return {}
+        return {units: ns / span for units, ns in sorted(self._total.items()) if ns > 0}
