@@ -24,6 +24,7 @@ import json
 import math
 import os
 import platform
+import random
 import re
 import signal
 import statistics
@@ -243,7 +244,8 @@ def measure(bench: Bench, load: float, rounds: int, seconds: float, seed: int) -
     for index in range(rounds):
         pattern = arrivals.PATTERNS[index % 2]
         times = arrivals.make(pattern, rate, seconds, seed + index)
-        order = list(bench.arms[index % len(bench.arms) :] + bench.arms[: index % len(bench.arms)])
+        # Shuffled: after one that kept all cores busy the host may be slower for a while.
+        order = random.Random(seed + index).sample(bench.arms, len(bench.arms))
         raw = {}
         for arm in order:
             print(
