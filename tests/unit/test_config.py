@@ -102,7 +102,7 @@ jobs:
     [
         ("servces: []", "servces", "did you mean 'services'?"),
         ("node: {state-dir: x}", "node.state-dir", "did you mean 'state_dir'?"),
-        ("policy: {slice: 1ms}", "policy.slice", "did you mean 'slice_max'?"),
+        ("policy: {slice: 1ms}", "policy.slice", "did you mean 'slice_min'?"),
         ("node: {zzz: 1}", "node.zzz", "known here: state_dir"),
         ("devices: [{kind: gpu}]", "devices[0].kind", "is none of cpu"),
         ("devices: [{kind: cpu, realtime: allways}]", "devices[0].realtime", "none of auto"),

@@ -14,7 +14,7 @@ from __future__ import annotations
 from typing import Final
 
 from cotenant.domain.plan import Plan
-from cotenant.domain.units import MS, US, S
+from cotenant.domain.units import MS, S
 from cotenant.policy.state import DispatcherState, Hold, JobShare, PartitionState, ServiceState
 
 ADJUST_EVERY: Final = 100 * MS
