@@ -21,7 +21,6 @@ RIVALS = ("static", "exclusive", "temporal", "spatial", "sliced", "shared", "rea
 FAMILIES = ("orion", "tgs", "reef", "quotas")
 LAWS = (
     "spatial",
-    "no_linger",
     "no_hysteresis",
     "no_memory",
     "no_trend",

@@ -52,7 +52,7 @@ node:
 devices:
   - {kind: cpu, id: c, cores: [3, 1], realtime: never, pin: false}
   - {kind: "null", id: n, units: 4, memory: 1GiB, preempt: gate, blocking: true}
-policy: {lend: false, split: {cores: 2}, grow_after: 1s, slice_min: 1ms, linger_max: 0}
+policy: {lend: false, split: {cores: 2}, grow_after: 1s, slice_min: 1ms}
 services:
   - name: vision
     model: net
@@ -94,7 +94,6 @@ jobs:
     assert service.guaranteed == {"cpu": 0.25, "null": 0.5}
     assert (job.guaranteed, job.kinds) == ({"cpu": 0.5}, ("cpu", "null"))
     assert config.policy.split == (2, 1)
-    assert config.policy.linger_max == 0
     assert config.grpc is None
 
 
@@ -103,7 +102,7 @@ jobs:
     [
         ("servces: []", "servces", "did you mean 'services'?"),
         ("node: {state-dir: x}", "node.state-dir", "did you mean 'state_dir'?"),
-        ("policy: {linger: 1ms}", "policy.linger", "did you mean 'linger_max'?"),
+        ("policy: {slice: 1ms}", "policy.slice", "did you mean 'slice_min'?"),
         ("node: {zzz: 1}", "node.zzz", "known here: state_dir"),
         ("devices: [{kind: gpu}]", "devices[0].kind", "is none of cpu"),
         ("devices: [{kind: cpu, realtime: allways}]", "devices[0].realtime", "none of auto"),

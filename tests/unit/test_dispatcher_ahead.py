@@ -155,15 +155,6 @@ def test_admission_counts_what_the_worker_has_at_hand() -> None:
     assert one(world.arrive(slo=end - world.now + own // 2), a.Reject)
 
 
-@pytest.mark.parametrize("waited", [0, 5 * MS])
-def test_waiting_at_the_worker_is_not_taken_for_what_starting_costs(waited: int) -> None:
-    world = busy()
-    world.arrive()
-    done(world, 1, start_ns=100 * US)
-    done(world, 2, start_ns=waited)
-    assert partition(world).start_idle == 100 * US
-
-
 def test_execution_is_counted_from_the_end_of_the_batch_before() -> None:
     world = busy()
     world.arrive()

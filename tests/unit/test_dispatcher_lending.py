@@ -136,44 +136,13 @@ def test_nothing_is_lent_while_the_node_drains() -> None:
     assert not only(world.job(), a.Grant)
 
 
-def after_a_batch(cost: int, gap: int = 0) -> int:
-    """How long (ns) a core is held back from a job, if taking it back was seen to take ``cost``
-    and requests come every ``gap``."""
-    world = lent(PreemptLevel.PAUSE)
-    p0 = world.d.state.partitions["p0"]
-    actions: list[a.Action] = []
-    for _ in range(20 if gap else 1):
-        if actions:
-            world.now += gap - 100 * US
-        if only(world.arrive(), a.Revoke):
-            world.send(e.Revoked("j", "p0", cost))
-        actions = world.send(e.BatchDone(p0.batch, 100 * US), after=100 * US)
-        for grant in only(actions, a.Grant):
-            world.send(e.Granted("j", grant.partition))
-    while not only(actions, a.Grant):
-        world.now = p0.wake
-        actions = world.send(e.Woke())
-    return world.now - p0.idle_since
-
-
-def test_the_linger_is_the_cost_of_taking_back() -> None:
-    assert after_a_batch(cost=1 * MS) == 1 * MS
-
-
-def test_a_negligible_linger_is_none() -> None:
-    assert after_a_batch(cost=50 * US) == 0
-
-
-def test_the_linger_is_bounded_by_the_plan() -> None:
-    assert after_a_batch(cost=500 * MS) == DispatcherState().plan.linger_max
-
-
-def test_there_is_no_linger_where_the_next_arrival_is_far_off() -> None:
-    assert after_a_batch(cost=1 * MS, gap=50 * MS) == 0
-
-
-def test_the_linger_reaches_to_an_arrival_that_is_due_soon() -> None:
-    assert after_a_batch(cost=1 * MS, gap=800 * US) == pytest.approx(1600 * US, rel=0.1)
+@EVERY_LEVEL
+def test_what_is_idle_is_lent_at_once(level: PreemptLevel) -> None:
+    world = lent(level)
+    world.arrive()
+    world.send(e.Revoked("j", "p0", 50 * MS))
+    batch = world.d.state.partitions["p0"].batch
+    one(world.send(e.BatchDone(batch, 1 * MS), after=1 * MS), a.Grant)
 
 
 # --- slices ---------------------------------------------------------------------------------

@@ -29,7 +29,6 @@ class PolicyConfig(msgspec.Struct, frozen=True):
     shrink_after: int = 10 * S
     slice_min: int = 2 * MS
     slice_max: int = 200 * MS
-    linger_max: int = 20 * MS
 
 
 class LimitsConfig(msgspec.Struct, frozen=True):
@@ -176,7 +175,6 @@ def _policy(section: reading.Section) -> PolicyConfig:
         shrink_after=section.take("shrink_after", reading.duration, 10 * S),
         slice_min=section.take("slice_min", reading.duration, 2 * MS),
         slice_max=section.take("slice_max", reading.duration, 200 * MS),
-        linger_max=section.take("linger_max", reading.duration_or_zero, 20 * MS),
     )
     if policy.slice_min > policy.slice_max:
         raise ConfigError("is longer than policy.slice_max", "policy.slice_min")

@@ -16,9 +16,8 @@ class Plan(msgspec.Struct, frozen=True):
     one). A service partition in ``lendable`` is lent to jobs while its services are idle.
     ``targets``: jobs take turns at what is lent so that what they hold in all comes to be in these
     proportions; those that are not named count by their weight. ``slice_min``/``slice_max`` bound
-    a grant, ``linger_max`` the time an idle service partition is held back before it is lent (all
-    ns). ``unplaced``: services that no device can carry, and why. ``reasons`` says why, a line a
-    change.
+    a grant (ns). ``unplaced``: services that no device can carry, and why. ``reasons`` says why, a
+    line a change.
     """
 
     version: int
@@ -29,7 +28,6 @@ class Plan(msgspec.Struct, frozen=True):
     targets: dict[str, float] = {}
     slice_min: int = 1 * MS
     slice_max: int = 200 * MS
-    linger_max: int = 20 * MS
     unplaced: dict[str, str] = {}
     reasons: tuple[str, ...] = ()
 

@@ -53,7 +53,7 @@ EFFECTS: dict[tuple[type, type], str] = {
     (a.Stop, e.JobExited): "the job's partitions are free; another may start in its place",
     (a.Repartition, e.Repartitioned): "the new partitions are free",
     (a.Repartition, e.ActionFailed): "the old layout of the device stays; the planner is told",
-    (a.WakeAt, e.Woke): "due lingers, slices, holds and time-outs are acted on",
+    (a.WakeAt, e.Woke): "due slices, holds and time-outs are acted on",
 }
 
 _SAYS: dict[type, str] = {

@@ -14,7 +14,7 @@ Laws (docs/design.md says why):
    handed to a worker while it executes the one before.
 5. What cannot make its deadline is refused on arrival; what was accepted is answered exactly
    once, with a result or an error.
-6. An idle partition is lent after a linger of at most the cost of taking it back.
+6. An idle partition is lent at once.
 7. Slices grow while the objective has headroom, are halved near it, zero beyond it.
 8. A guaranteed share is a debt that is paid: it tightens admission.
 9. Same events, same state: same actions, in the same order.

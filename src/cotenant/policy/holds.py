@@ -61,11 +61,6 @@ class Holds:
             if partition.lendable:
                 desk.set_wake(partition, now + lending.ADJUST_EVERY)
             return
-        if partition.services and not lending.in_debt(state, job, now, units):
-            due = partition.idle_since + lending.linger(state, partition)
-            if due > now:
-                desk.set_wake(partition, due)
-                return
         self._grant(partition, job)
 
     def _choose_job(self, partition: PartitionState) -> JobShare | None:

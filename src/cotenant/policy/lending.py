@@ -3,10 +3,8 @@
 * To whom: a job that is owed its guaranteed share first (most owed), else the least virtual
   time (start-time fair queueing; Goyal, Vin and Cheng, SIGCOMM 1996), by what the plan says that
   jobs are to hold, or by weight.
-* When: a service's partition is lent once it has been idle for the linger. Holding on longer
-  than taking back costs cannot pay (ski rental; Karlin et al., 1988), so that cost, measured,
-  is the linger, lengthened when the next arrival is due within it and dropped when the next
-  arrival is far off.
+* When: as soon as it is idle. Held back for the next request it would be ready sooner, but idle in
+  vain, and a core that slept wakes no faster than one that is taken back.
 * How long: slices grow by a step while the objective has headroom, are halved when its tail comes
   near it, and are zero (nothing is lent) while it is missed.
 """
@@ -16,15 +14,13 @@ from __future__ import annotations
 from typing import Final
 
 from cotenant.domain.plan import Plan
-from cotenant.domain.units import MS, US, S
+from cotenant.domain.units import MS, S
 from cotenant.policy.state import DispatcherState, Hold, JobShare, PartitionState, ServiceState
 
 ADJUST_EVERY: Final = 100 * MS
 SLICE_STEP: Final = 5 * MS
 NEAR: Final = 800
 """Permille of the objective at which slices are halved; at 1000 lending pauses."""
-NEGLIGIBLE: Final = 100 * US
-"""A linger shorter than this costs more in timer events than it saves."""
 OWED: Final = 20
 """A job is in debt when it is owed more than 1/OWED of one window's guaranteed share."""
 DEBT_WINDOW: Final = 2 * S
@@ -124,21 +120,7 @@ def aim(state: DispatcherState) -> None:
         job.vtime += held // before - held // job.pace
 
 
-# --- linger ---------------------------------------------------------------------------------
-
-
-def linger(state: DispatcherState, partition: PartitionState) -> int:
-    """How long (ns) to hold an idle service partition back before lending it."""
-    penalty = max(0, partition.start_preempting - partition.start_idle)
-    cost = partition.revoke_cost + penalty
-    gap = min((state.services[s].gap for s in partition.services), default=0)
-    if gap:
-        if gap <= cost:
-            cost = 2 * gap
-        elif gap > 8 * cost:
-            cost = 0
-    cost = min(cost, state.plan.linger_max)
-    return cost if cost >= NEGLIGIBLE else 0
+# --- what is learned ------------------------------------------------------------------------
 
 
 def note_arrival(service: ServiceState, now: int) -> None:
@@ -147,16 +129,6 @@ def note_arrival(service: ServiceState, now: int) -> None:
         gap = min(now - service.last_arrival, 10 * S)
         service.gap += (gap - service.gap) // 8 if service.gap else gap
     service.last_arrival = now
-
-
-def note_start(partition: PartitionState, start_ns: int, preempting: bool) -> None:
-    """Learn what starting a batch costs with and without a job to push aside (gain 1/16)."""
-    if preempting:
-        old = partition.start_preempting
-        partition.start_preempting = old + (start_ns - old) // 16 if old else start_ns
-    else:
-        old = partition.start_idle
-        partition.start_idle = old + (start_ns - old) // 16 if old else start_ns
 
 
 def note_revoked(partition: PartitionState, took_ns: int) -> None:

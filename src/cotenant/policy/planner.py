@@ -258,7 +258,6 @@ class Planner:
             targets=targets,
             slice_min=tuning.slice_min,
             slice_max=tuning.slice_max,
-            linger_max=tuning.linger_max,
             unplaced=dict(state.nowhere),
             reasons=(*reasons, *infeasible),
         )

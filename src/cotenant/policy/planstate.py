@@ -45,7 +45,6 @@ class Tuning(msgspec.Struct, frozen=True):
     """Whether services that have a place move between devices that train."""
     slice_min: int = 2 * MS
     slice_max: int = 200 * MS
-    linger_max: int = 20 * MS
 
 
 class DeviceMemory(msgspec.Struct):

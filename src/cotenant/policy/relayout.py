@@ -141,7 +141,6 @@ class Relayout:
                     units=spec.units,
                     compute=spec.compute,
                     slice_ns=plan.slice_min,
-                    idle_since=state.now,
                 )
             kept.slice_ns = min(kept.slice_ns, plan.slice_max)
             state.partitions[spec.id] = kept

@@ -231,7 +231,6 @@ class PartitionState:
     hold: Hold = Hold.NONE
     held_since: int = 0
     slice_end: int = 0
-    idle_since: int = 0
     wake: int = 0
     retiring: bool = False
     waiting: dict[str, None] = field(default_factory=dict)
@@ -244,8 +243,6 @@ class PartitionState:
     watched: bool = False
     """Whether that time is looked at."""
     revoke_cost: int = 0
-    start_idle: int = 0
-    start_preempting: int = 0
 
 
 @dataclass

@@ -335,7 +335,6 @@ class Turns:
         held = event.exec_ns
         if not running.after:
             held += event.start_ns
-            lending.note_start(partition, event.start_ns, running.preempting)
         if not partition.batch:
             service.back.add(max(0, self._state.now - running.started - held))
             held += service.back.value
@@ -402,7 +401,6 @@ class Turns:
                 enter_pool(service, worker)
         if partition is not None:
             partition.batch = 0
-            partition.idle_since = state.now
         return partition
 
     def _begin(self, running: Running, partition: PartitionState) -> None:

@@ -192,8 +192,8 @@ class Wishes:
 
     def _pauses(self, view: View, here: Verdict) -> float:
         """Pauses of jobs that there are where idle space is lent, of those that there would be if
-        each request that finds a partition idle took it back: lingering spares some, and so does
-        other work. While nothing is lent, and until a minute after, as it was before."""
+        each request that finds a partition idle took it back: other work spares some. While nothing
+        is lent, and until a minute after, as it was before."""
         memory = self.state.devices[view.device.id]
         if memory.lends and view.now - memory.lending_since >= RATE_WINDOW:
             held = sum(n * share for job in view.jobs for n, share in job.units.items())

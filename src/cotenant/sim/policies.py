@@ -120,21 +120,21 @@ def _driver(settings: dict[str, Setting]) -> Callable[[Scenario], dict[str, Sett
     return lambda scenario: {} if sum(d.spec.trains for d in scenario.devices) > 1 else settings
 
 
-def _splits(device: DeviceSpec, whole: bool, **changes: object) -> dict[str, Tuning]:
+def _splits(device: DeviceSpec, whole: bool, lend: bool = True) -> dict[str, Tuning]:
     """Every split of a device between services and jobs; if ``whole``, those that give services
     all of it."""
     found: dict[str, Tuning] = {}
     if device.mig:
         for profiles in service_profiles(device.mig):
             if not whole or any(not x.free for x in mig_fixed(device, profiles)):
-                found["+".join(profiles)] = Tuning(instances=profiles, **changes)  # type: ignore[arg-type]
+                found["+".join(profiles)] = Tuning(instances=profiles, lend=lend)
     elif device.trains:
         count = len(device.units)
         step = max(1, count // MOST_SPLITS)
         for units in [count] if whole else sorted({1, *range(step, count, step), count}):
             for size in _sizes(units, device):
-                found[f"{units}/{size}"] = Tuning(split=(units, size), **changes)  # type: ignore[arg-type]
-    return found or {"": Tuning(**changes)}  # type: ignore[arg-type]
+                found[f"{units}/{size}"] = Tuning(split=(units, size), lend=lend)
+    return found or {"": Tuning(lend=lend)}
 
 
 def _sizes(units: int, device: DeviceSpec) -> list[int]:
@@ -181,13 +181,13 @@ def _exclusive(scenario: Scenario) -> dict[str, Setting]:
     return {name: Scheduled(tuning, alone=True) for name, tuning in splits.items()}
 
 
-def _undivided(scenario: Scenario, **changes: object) -> dict[str, Tuning]:
+def _undivided(scenario: Scenario) -> dict[str, Tuning]:
     """No partitions between services and jobs: services have all of it, what is idle is lent."""
     device = scenario.device.spec
     if device.mig:
         whole = max(service_profiles(device.mig), key=lambda p: (len(p) == 1, _compute(p)))
-        return {"+".join(whole): Tuning(instances=whole, **changes)}  # type: ignore[arg-type]
-    return _splits(device, whole=True, **changes)
+        return {"+".join(whole): Tuning(instances=whole)}
+    return _splits(device, whole=True)
 
 
 def _compute(profiles: Sequence[str]) -> int:
@@ -199,14 +199,14 @@ def _temporal(scenario: Scenario) -> dict[str, Setting]:
 
 
 def _reef(scenario: Scenario) -> dict[str, Setting]:
-    splits = _undivided(scenario, linger_max=0)
+    splits = _undivided(scenario)
     return {name: Scheduled(tuning, lost=KILLED) for name, tuning in splits.items()}
 
 
 def _quotas(scenario: Scenario) -> dict[str, Setting]:
     return {
         f"{name} {share:.0%}".strip(): Scheduled(tuning, guaranteed=share)
-        for name, tuning in _undivided(scenario, linger_max=0).items()
+        for name, tuning in _undivided(scenario).items()
         for share in (0.25, 0.5, 0.75)
     }
 
@@ -235,7 +235,6 @@ POLICIES: dict[str, Policy] = {
         Policy("tgs", "co-running at a controlled rate", _driver(_TOLERANCES)),
         Policy("reef", "preemption by killing and running again", _reef),
         Policy("quotas", "shares, and stolen idle time", _quotas),
-        Policy("no_linger", "cotenant that lends at once", _tuned(linger_max=0)),
         Policy(
             "no_hysteresis",
             "cotenant that changes at the first wish",
