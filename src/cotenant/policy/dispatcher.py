@@ -123,6 +123,7 @@ class Dispatcher:
     def _load_failed(self, event: e.LoadFailed) -> None:
         self._residency.load_failed(event)
         self._relayout.settle()
+        self._tenancy.settle()
 
     def _worker_down(self, event: e.WorkerDown) -> None:
         worker = self.state.workers.get(event.worker)
@@ -134,6 +135,7 @@ class Dispatcher:
         self._roster.worker_down(worker)
         self._residency.lost(worker)
         self._relayout.settle()
+        self._tenancy.settle()
 
     def _batch_done(self, event: e.BatchDone) -> None:
         self._turns.batch_done(event)

@@ -161,8 +161,11 @@ class Holds:
     def granted(self, event: e.Granted) -> None:
         """The job runs there now."""
         partition = self._state.partitions.get(event.partition)
-        if partition is not None and partition.job == event.job:
-            self.step(partition, "Granted")
+        if partition is None or partition.job != event.job:
+            return
+        if self.step(partition, "Granted") and len(self._state.jobs) > 1:
+            # Its slice may have ended, or another job may have come, while this was under way.
+            self._desk.set_wake(partition, max(self._state.now, partition.slice_end))
 
     def revoked(self, event: e.Revoked) -> PartitionState | None:
         """The partition that a job left, if it did."""

@@ -161,7 +161,7 @@ def _work_conserving(state: DispatcherState) -> None:
             if service.max_queue_delay and any(q.wake for q in mine):
                 continue
             beside = [q for q in mine if q.device == p.device]
-            closing = sum(not q.batch and q.hold >= Hold.CLOSING for q in beside)
+            closing = sum(not q.batch and q.hold == Hold.CLOSING for q in beside)
             if p.hold != Hold.NONE and closing >= able_count(state, service, p.device):
                 continue
             for lane in service.lanes.values():

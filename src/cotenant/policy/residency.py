@@ -97,7 +97,7 @@ class Residency:
         if offered or event.final:
             service.unfit.setdefault(worker.revision, {})[worker.device] = event.reason
             for other in self._of(service, worker.version, worker.revision):
-                if other.device == worker.device:
+                if other.device == worker.device and (offered or not other.up):
                     self._retire(other)
         else:
             self._wait(service, lived=0)

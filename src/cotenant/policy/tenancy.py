@@ -178,10 +178,9 @@ class Tenancy:
         self._desk.out.append(a.Stop(self._desk.cause, job, reason, again=again))
 
     def failed(self, event: e.ActionFailed) -> None:
-        """A revocation could not be carried out."""
-        partition = self._state.partitions.get(event.target)
-        if partition is not None and partition.job == event.job:
-            self.stop(event.job, f"it could not be made to yield: {event.reason}")
+        """A revocation could not be carried out, ordered here or by the shell (a grant that came
+        too late): the job is where it must not be."""
+        self.stop(event.job, f"it could not be made to yield: {event.reason}")
 
     def partition_overdue(self, partition: str) -> None:
         """Stop the job that has not left a partition in time."""

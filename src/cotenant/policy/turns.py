@@ -113,7 +113,8 @@ class Turns:
 
     def place(self, service: ServiceState) -> None:
         """Use more of a service's partitions for what it has queued: free ones first, then take
-        back as many lent ones of each device as it has idle workers for there."""
+        back as many lent ones of each device as it has idle workers for there. One whose job is
+        being stopped is not waited for."""
         lent: list[PartitionState] = []
         closing: dict[str, int] = {}
         for name in service.partitions:
@@ -126,7 +127,8 @@ class Turns:
             self.run(partition)
             if service.queued == 0:
                 return
-            closing[partition.device] = closing.get(partition.device, 0) + (partition.batch == 0)
+            if not partition.batch and partition.hold != Hold.STOPPING:
+                closing[partition.device] = closing.get(partition.device, 0) + 1
         for partition in lent:
             if service.queued == 0:
                 return

@@ -71,6 +71,8 @@ class _Call:
         """Its time was over before a thread had begun it."""
         self.answered = False
         self.undoing = False
+        self.lost = False
+        """What takes it back hangs."""
 
     @property
     def awaited(self) -> bool:
@@ -92,8 +94,16 @@ class _Call:
 class Caller:
     """See the module's text. Made and used on the loop."""
 
-    def __init__(self, device: Device, timeouts_s: Mapping[str, float] = TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        device: Device,
+        timeouts_s: Mapping[str, float] = TIMEOUT_S,
+        astray: Callable[[str, str, str], None] = lambda *_: None,
+    ) -> None:
+        """``astray``: called with a tenant, a partition and why, where what succeeded too late
+        could not be taken back."""
         self.device = device
+        self._astray = astray
         self.spec: DeviceSpec | None = None
         self.levels: dict[str, PreemptLevel] = {}
         """Of the tenants that are attached."""
@@ -201,8 +211,12 @@ class Caller:
     def _finish(self, call: _Call, result: Any, why: str) -> None:
         if call.answered and not call.undoing and not why and self._undo(call):
             return
-        if call.undoing and why:
-            log.error("a late call was not taken back", extra={"call": call.kind, "why": why})
+        if call.lost:
+            return
+        if call.undoing:
+            call.settle()
+            if why:
+                self._not_undone(call, why)
         self._line.remove(call)
         self._begin()
         if call.answered:
@@ -223,8 +237,23 @@ class Caller:
             return False
         log.warning("late, taken back", extra={"call": call.kind, "tenant": call.tenant})
         call.undoing = True
-        self._submit(call, *undo[call.kind])
+        kind, args = undo[call.kind]
+        if kind in self._timeouts_s:
+            call.timer = self._loop.call_later(self._timeouts_s[kind], self._lose, call)
+        self._submit(call, kind, args)
         return True
+
+    def _lose(self, call: _Call) -> None:
+        """What takes it back hangs: nothing is to wait for it."""
+        call.lost = True
+        self._line.remove(call)
+        self._begin()
+        self._not_undone(call, "no answer in time")
+
+    def _not_undone(self, call: _Call, why: str) -> None:
+        log.error("a late call was not taken back", extra={"call": call.kind, "why": why})
+        if call.tenant:
+            self._astray(call.tenant, call.partition, why)
 
     def _expire(self, call: _Call) -> None:
         """Its time is over."""

@@ -92,6 +92,7 @@ class Core:
     ) -> None:
         self.dispatcher = dispatcher
         self.fleet = fleet
+        fleet.astray = self._strayed
         self.monitor = monitor
         self.journal = journal
         self.clock = clock
@@ -175,6 +176,9 @@ class Core:
 
     def _not_revoked(self, action: a.Revoke, why: str) -> None:
         self._failed("Revoke", action.partition, action.job, why)
+
+    def _strayed(self, job: str, partition: str, why: str) -> None:
+        self._failed("Revoke", partition, job, why)
 
     def _repartition(self, action: a.Repartition) -> None:
         self.fleet.repartition(

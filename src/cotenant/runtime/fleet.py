@@ -33,6 +33,9 @@ class Fleet:
         self._devices = devices
         self._timeouts_s = timeouts_s
         self._callers: dict[str, Caller] = {}
+        self.astray: Callable[[str, str, str], None] = lambda *_: None
+        """Called with a job, a partition and why, where the job came to be on the partition after
+        the grant had failed, and could not be taken off it."""
         self.specs: tuple[DeviceSpec, ...] = ()
         """The devices, in the order given; once they are open."""
 
@@ -41,7 +44,7 @@ class Fleet:
     async def open(self) -> None:
         """Open the devices in order. Raises EnvironmentProblem; then none is left open."""
         for device in self._devices:
-            caller = Caller(device, self._timeouts_s)
+            caller = Caller(device, self._timeouts_s, self._stray)
             try:
                 spec = await caller.open()
             except DeviceError as error:
@@ -49,6 +52,9 @@ class Fleet:
                 raise EnvironmentProblem(str(error)) from error
             self._callers[spec.id] = caller
             self.specs = (*self.specs, spec)
+
+    def _stray(self, tenant: str, partition: str, why: str) -> None:
+        self.astray(tenant, partition, why)
 
     async def close(self) -> None:
         """Wait for the calls under way, for a bounded time, and close the devices."""

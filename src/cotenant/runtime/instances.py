@@ -280,6 +280,9 @@ class Instances:
             del self._loads[order.worker]
             if task.cancelled():
                 self._failed(order, "it was unloaded")
+            elif (error := task.exception()) is not None:
+                log.error("loading failed", extra={"worker": order.worker}, exc_info=error)
+                self._failed(order, f"{type(error).__name__}: {error}")
 
         task.add_done_callback(done)
 
@@ -301,7 +304,7 @@ class Instances:
             self._failed(order, why)
         except ModelError as error:
             offer.faulty = True
-            self._failed(order, str(error), final=stamp(offer.files.path) != offer.files.stamp)
+            self._failed(order, str(error), final=_replaced(offer.files))
         except (DeviceError, EnvironmentProblem) as error:
             self._failed(order, str(error))
         else:
@@ -403,7 +406,7 @@ class Instances:
     def unload(self, worker: str) -> None:
         """End an instance that has nothing to do, or is not ready yet."""
         task, instance = self._loads.get(worker), self._live.get(worker)
-        if task is not None:
+        if task is not None and not task.done():
             task.cancel()
         elif instance is not None:
             instance.process.close()
@@ -461,3 +464,11 @@ class Instances:
                 instance.process.kill()
         await waiting
         self.arena.close()
+
+
+def _replaced(files: ModelFiles) -> bool:
+    """Whether a version's files are not those that were found, or are gone."""
+    try:
+        return stamp(files.path) != files.stamp
+    except ModelError:
+        return True

@@ -367,6 +367,7 @@ class JobSupervisor:
             record = self._ledger.step(id, JobState.RUNNING, **pids)
             if record.held:
                 record = self._ledger.step(id, JobState.HELD)
+                self._tell_exited(id)
         elif (record.pid, record.shim_pid) != (pid, live.run.shim_pid):
             record = self._ledger.step(id, record.state, **pids)
         if record.state is JobState.HELD:
@@ -459,7 +460,8 @@ class JobSupervisor:
 
     async def _hold_back(self, id: str, live: LiveJob) -> None:
         await asyncio.get_running_loop().run_in_executor(self._freezer, live.run.freeze)
-        self._ask(id)
+        if self._live.get(id) is live and self._ledger.records[id].state is JobState.RUNNING:
+            self._ask(id)
 
     def _tell_ready(self, id: str, live: LiveJob) -> None:
         if not self._open:
