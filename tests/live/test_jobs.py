@@ -561,6 +561,24 @@ print("fine")
     run(main)
 
 
+def test_a_job_that_is_held_while_it_starts_makes_room_and_runs_once_released(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        async with node(tmp_path, most=1) as n:
+            id = n.submit(f"while :; do echo >> beats; sleep 0.02; done & {FOREVER}")
+            assert n.status(id).state == "starting"
+            n.jobs.hold(id)
+            await n.state(id, "held")
+            await n.state(n.submit("true", name="second"), "succeeded")
+            n.jobs.release(id)
+            await until(lambda: ("ready", id) in n.calls and n.lines("beats"))
+            beats = len(n.lines("beats"))
+            await until(lambda: len(n.lines("beats")) > beats)
+
+    run(main)
+
+
 def test_hold_stops_a_job_and_release_continues_it(tmp_path: Path) -> None:
     async def main() -> None:
         async with node(tmp_path, most=1) as n:

@@ -225,6 +225,36 @@ def test_an_objective_that_no_execution_meets_does_not_pause_lending_for_ever() 
     assert lent > 40
 
 
+def test_a_request_takes_another_partition_rather_than_wait_for_a_job_that_is_stopped() -> None:
+    world = World(PreemptLevel.PAUSE).service().worker()
+    world.planned({"s": (0, 1)})
+    for name in ("a", "b"):
+        for grant in only(world.job(name, units=1), a.Grant):
+            world.send(e.Granted(grant.job, grant.partition))
+    stuck = one(world.arrive(), a.Revoke)
+    others = {p.id for p in world.d.state.partitions.values()} - {stuck.partition}
+    actions = world.send(e.ActionFailed("Revoke", stuck.partition, stuck.job, "no"))
+    assert one(actions, a.Stop).job == stuck.job
+    assert {r.partition for r in only(actions, a.Revoke)} == others
+
+
+@pytest.mark.parametrize("comes", ["before", "while"])
+def test_a_grant_that_took_longer_than_its_slice_rotates_all_the_same(comes: str) -> None:
+    world = World()
+    world.planned({}, {"a": (0,), "b": (0,)})
+    if comes == "before":
+        world.send(e.JobQueued("b"))
+        world.send(e.JobQueued("a"))
+        grant = one(world.send(e.JobReady("a")), a.Grant)
+        world.send(e.JobReady("b"))
+    else:
+        grant = one(world.job("a"), a.Grant)
+        world.job("b")
+    world.send(e.Woke(), after=2 * DispatcherState().plan.slice_max)
+    world.send(e.Granted(grant.job, grant.partition))
+    assert one(world.send(e.Woke(), after=1), a.Revoke).job == "a"
+
+
 # --- shares ---------------------------------------------------------------------------------
 
 

@@ -73,6 +73,15 @@ def test_who_was_replaced_in_the_files_is_not_loaded_again_by_itself() -> None:
     assert one(world.offer("1", revision=1), a.Serve).revision == 1
 
 
+def test_an_instance_that_is_up_outlives_one_that_cannot_be_loaded_again() -> None:
+    world = placed(instances=2)
+    first, _ = only(world.offer("1"), a.Load)
+    world.send(e.WorkerDown(first.worker))
+    again = one(world.send(e.Woke(), after=1 * S), a.Load)
+    assert not only(world.send(e.LoadFailed(again.worker, "replaced", final=True)), a.Unload)
+    assert one(world.arrive(), a.Dispatch)
+
+
 def two_devices(version: int, *devices: str) -> Plan:
     parts = tuple(Partition(f"{device}:0", device, (0,)) for device in devices)
     names = tuple(p.id for p in parts)
@@ -123,6 +132,19 @@ def test_a_job_waits_for_memory_and_goes_where_it_can_run() -> None:
     assert not only(world.send(e.JobQueued("next", memory=600)), a.Start)
     assert not only(world.send(e.JobQueued("never", kinds=("tpu",))), a.Start)
     assert one(world.send(e.JobExited("large")), a.Start).job == "next"
+
+
+def test_a_job_that_waits_for_memory_starts_when_an_instance_is_gone() -> None:
+    world = World()
+    world.d = Dispatcher((cpu(2, memory=100),))
+    world.service()
+    world.planned({"s": (0,)})
+    load = one(world.send(e.VersionOffered("s", "1")), a.Load)
+    world.send(e.WorkerUp(load.worker, "s", "1", "cpu", ((1, 1, MS),), memory=80))
+    assert not only(world.send(e.JobQueued("j", memory=60)), a.Start)
+    world.send(e.ServiceRemoved("s"))
+    gone = world.send(e.WorkerDown(load.worker))
+    assert one(gone, a.Start).job == "j"
 
 
 def test_a_revocation_that_is_not_answered_stops_the_job_and_then_kills_it() -> None:

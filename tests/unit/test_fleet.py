@@ -236,6 +236,30 @@ def test_a_grant_that_comes_too_late_is_taken_back_before_the_next() -> None:
     play(story, slow, timeouts={**TIMEOUT_S, "grant": 0.05})
 
 
+@pytest.mark.parametrize("hangs", [False, True])
+def test_a_job_that_cannot_be_taken_off_where_it_came_too_late_is_told_of(hangs: bool) -> None:
+    slow = SlowDevice()
+
+    async def story(fleet: Fleet, answers: Answers) -> None:
+        strays: list[tuple[str, str]] = []
+        fleet.astray = lambda job, partition, _: strays.append((job, partition))
+        let_go = slow.hang("grant")
+        fleet.grant("j", P0, "late", answers.done, answers.failed)
+        await answers.have("late")
+        if hangs:
+            let_go_later = slow.hang("revoke")
+        else:
+            slow.fail("revoke", DeviceError("it does not yield"))
+        let_go()
+        await until(lambda: strays == [("j", "p0")])
+        fleet.grant("j", P0, "next", answers.done, answers.failed)
+        await answers.have("next")
+        if hangs:
+            let_go_later()
+
+    play(story, slow, timeouts={**TIMEOUT_S, "grant": 0.05, "revoke": 0.05})
+
+
 def test_a_layout_that_comes_too_late_is_taken_back() -> None:
     slow = SlowDevice()
 

@@ -164,6 +164,7 @@ class Dispatcher:
                 self._relayout.settle()
             case "Revoke":
                 self._tenancy.failed(event)
+                self._stopped(event.job)
             case _:
                 self._freed(self._holds.failed(event))
 
@@ -176,6 +177,12 @@ class Dispatcher:
         for other in self._holds.below_limit():
             self._turns.run(other)
         self._relayout.settle()
+
+    def _stopped(self, job: str) -> None:
+        """It may be long until a job has left what it has: who waits for that uses others."""
+        share = self.state.jobs.get(job)
+        for name in share.held if share is not None else ():
+            self._turns.place_waiting(self.state.partitions[name])
 
     def _job_ready(self, event: e.JobReady) -> None:
         if self._tenancy.ready(event):
@@ -193,7 +200,7 @@ class Dispatcher:
         for what, name in self._desk.watched():
             match what:
                 case "partition":
-                    self._tenancy.partition_overdue(name)
+                    self._stopped(self._tenancy.partition_overdue(name))
                 case "job":
                     self._tenancy.job_overdue(name)
                 case "service":

@@ -182,11 +182,12 @@ class Tenancy:
         too late): the job is where it must not be."""
         self.stop(event.job, f"it could not be made to yield: {event.reason}")
 
-    def partition_overdue(self, partition: str) -> None:
-        """Stop the job that has not left a partition in time."""
+    def partition_overdue(self, partition: str) -> str:
+        """Stop the job that has not left a partition in time; its id, or ""."""
         job = self._holds.overdue(partition)
         if job:
             self.stop(job, "it did not yield in time")
+        return job
 
     def job_overdue(self, job: str) -> None:
         """Kill a job that was stopped and is still there."""
