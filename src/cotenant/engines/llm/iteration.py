@@ -1,0 +1,353 @@
+"""Iterations: which tokens of which sequences a model computes next (continuous batching).
+
+Its laws:
+
+1. Who generates goes before who reads a prompt, and who is due first before the others (Orca, Yu et
+   al., OSDI 2022). Prompts are read in chunks beside them (Sarathi-Serve, Agrawal et al., OSDI
+   2024): as many tokens as fit the limit and the time that there is.
+2. An iteration has work wherever a sequence could have a block, however short the time is: at least
+   one chunk of one block.
+3. A sequence begins only if its whole prompt finds room, and each that runs a block more. So nobody
+   is put aside for who begins.
+4. Where there is no room for who generates, who is due last is put aside, and comes back when there
+   is. Its blocks wait on the host, or are computed again, whichever takes less time.
+5. A sequence that is alone gets all there is. What could not run even then is refused when it
+   comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Tokens
+from typing import NamedTuple
+
+import msgspec
+
+from cotenant.domain.errors import TooLarge
+from cotenant.engines.llm.blocks import BlockPool, Move, Offload, Restore
+from cotenant.engines.llm.costs import Costs, Load, load
+from cotenant.engines.llm.lookup import Acceptance
+from cotenant.engines.llm.sequence import End, Phase, Sequence
+
+
+class Limits(msgspec.Struct, frozen=True):
+    """Of an iteration. ``sequences`` that run, ``tokens`` that are computed, ``drafts`` of one
+    sequence that are verified at once (0: none)."""
+
+    sequences: int = 64
+    tokens: int = 512
+    drafts: int = 7
+
+    def __post_init__(self) -> None:
+        if self.sequences < 1 or self.tokens < 1 or self.drafts < 0:
+            raise ValueError(f"{self}: sequences and tokens are 1 or more, drafts not negative")
+
+
+class Work(NamedTuple):
+    """Compute ``tokens`` at the positions from ``start`` on. ``blocks``: those of the sequence, in
+    order. For each of the last ``sampled`` tokens the model says what comes next; the tokens
+    behind the first of these are drafts."""
+
+    key: int
+    start: int
+    tokens: tuple[int, ...]
+    blocks: tuple[int, ...]
+    sampled: int
+
+    @property
+    def drafts(self) -> tuple[int, ...]:
+        """What is to be verified."""
+        return self.tokens[len(self.tokens) - self.sampled + 1 :] if self.sampled else ()
+
+
+class Iteration(NamedTuple):
+    """``moves`` first, one after the other; then all ``works`` together. ``expected``: ns."""
+
+    moves: tuple[Move, ...]
+    works: tuple[Work, ...]
+    load: Load
+    expected: int
+
+
+class Said(NamedTuple):
+    """What a sequence said in an iteration; ``end``: why it is over, if it is."""
+
+    key: int
+    tokens: tuple[int, ...]
+    end: End | None
+
+
+class Iterations:
+    """See the module's text."""
+
+    def __init__(self, pool: BlockPool, limits: Limits, costs: Costs | None = None) -> None:
+        self.pool = pool
+        self.limits = limits
+        self.costs = costs or Costs()
+        self.acceptance = Acceptance()
+        self.put_aside = 0
+        """How often a sequence had to make room."""
+        self._sequences: dict[int, Sequence] = {}
+        self._running: list[Sequence] = []
+        self._waiting: list[Sequence] = []
+
+    # --- who there is -----------------------------------------------------------------------
+
+    @property
+    def running(self) -> int:
+        """Sequences that have blocks."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that have none yet, or none at the moment."""
+        return len(self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Take a sequence up. Raises TooLarge if not even the whole pool could hold it."""
+        most = sequence.prompt + sequence.most
+        if self.pool.needed(most) > self.pool.target:
+            raise TooLarge(
+                f"{sequence.prompt} tokens and {sequence.most} more fill "
+                f"{self.pool.needed(most)} blocks; there are {self.pool.target}"
+            )
+        self._sequences[sequence.key] = sequence
+        self._waiting.append(sequence)
+
+    def find(self, key: int) -> Sequence | None:
+        """The sequence of this key, if it has not ended."""
+        return self._sequences.get(key)
+
+    def end(self, key: int, why: End = End.CANCELLED) -> None:
+        """A sequence is over; unknown ones are passed over. If it is part of an iteration that is
+        under way, what that says of it is passed over too."""
+        sequence = self._sequences.pop(key, None)
+        if sequence is None:
+            return
+        if sequence.phase is Phase.WAITING:
+            self._waiting.remove(sequence)
+        else:
+            self._running.remove(sequence)
+        self._leave(sequence)
+        sequence.phase, sequence.end = Phase.ENDED, why
+
+    def _leave(self, sequence: Sequence) -> None:
+        if sequence.table is not None:
+            self.pool.close(sequence.table)
+            sequence.table = None
+        self.pool.drop(sequence.claim)
+        sequence.claim = ()
+
+    # --- the next iteration -----------------------------------------------------------------
+
+    def next(self, within: int | None = None) -> Iteration:
+        """What to compute now, in about ``within`` ns (None: however long it takes)."""
+        self._make_room()
+        plan = _Plan(self.limits.tokens, within, self.costs)
+        self._running.sort(key=_urgency)
+        generate = [s for s in self._running if s.generates]
+        rate = self._rate(generate)
+        for index, sequence in enumerate(generate):
+            if sequence.phase is Phase.RUNNING:
+                spare = plan.left - (len(generate) - index)
+                self._go_on(sequence, plan, self._draft(sequence, rate, spare))
+        for sequence in [s for s in self._running if not s.generates]:
+            if sequence.phase is Phase.RUNNING:
+                self._read(sequence, plan)
+        self._waiting.sort(key=_urgency)
+        while self._waiting and len(self._running) < self.limits.sequences and plan.open():
+            sequence = self._waiting[0]
+            if not self._begin(sequence):
+                break
+            self._read(sequence, plan)
+        return Iteration(self.pool.moves(), tuple(plan.works), plan.load, plan.expected)
+
+    def _make_room(self) -> None:
+        """Put sequences aside until the pool is as small as it should be."""
+        while self.pool.excess and self._running:
+            self._put_aside(max(self._running, key=_urgency))
+        self.pool.spill = self._spills()
+
+    def _spills(self) -> bool:
+        """Whether blocks that nobody is known to want are worth a copy, by how many of those that
+        were copied came back."""
+        pool = self.pool
+        chance = (pool.hits + 1) / (pool.hits + pool.losses + 2)
+        return self.costs.worth_aside(0, pool.size, chance)
+
+    def _rate(self, generate: list[Sequence]) -> float:
+        """Tokens a ns of an iteration without drafts."""
+        plain = Load()
+        for sequence in generate:
+            plain += load(sequence.computed, 1)
+        took = self.costs.predict(plain)
+        return len(generate) / took if took else 0.0
+
+    def _draft(self, sequence: Sequence, rate: float, spare: int) -> tuple[int, ...]:
+        """What is worth verifying; ``spare``: tokens that nobody needs."""
+        draft = sequence.draft(min(self.limits.drafts, spare))
+        if not draft:
+            return ()
+        token = self.costs.token + self.costs.pair * sequence.computed
+        return draft[: self.acceptance.worth(token, rate, len(draft))]
+
+    def _go_on(self, sequence: Sequence, plan: _Plan, draft: tuple[int, ...]) -> None:
+        """The next token, and with it those of the draft that there is room for."""
+        at, table = len(sequence.tokens), sequence.table
+        assert table is not None
+        if plan.room(at - 1, 1, 1) < 1:
+            return
+        if draft and not self.pool.extend(table, at + len(draft)):
+            draft = ()
+        while not self.pool.extend(table, at):
+            last = self._last(plan)
+            if last is None or last is sequence:
+                self._put_aside(sequence)
+                return
+            self._put_aside(last)
+        tokens = (sequence.tokens[-1], *draft)
+        plan.add(Work(sequence.key, at - 1, tokens, table.blocks, len(tokens)))
+
+    def _last(self, plan: _Plan) -> Sequence | None:
+        """Who is due last of those that are not part of the iteration."""
+        others = [s for s in self._running if s.key not in plan.keys]
+        return max(others, key=_urgency, default=None)
+
+    def _put_aside(self, sequence: Sequence) -> None:
+        """It comes back when there is room, behind nobody who is due later."""
+        table, pool = sequence.table, self.pool
+        assert table is not None
+        wanted = self.costs.worth_aside(sequence.computed // 2, pool.size)
+        pool.drop(sequence.claim)
+        sequence.claim = pool.close(table, wanted)
+        sequence.table, sequence.computed, sequence.phase = None, 0, Phase.WAITING
+        self._running.remove(sequence)
+        self._waiting.append(sequence)
+        self.put_aside += 1
+
+    def _begin(self, sequence: Sequence) -> bool:
+        """Take a sequence up that waits; False if there is no room for it."""
+        pool = self.pool
+        if pool.excess:
+            return False
+        need = pool.needed(len(sequence.tokens) + 1) - pool.held(sequence.tokens, sequence.salt)
+        if need + len(self._running) > pool.available:
+            return False
+        table = pool.open(sequence.tokens, sequence.salt)
+        found = pool.extend(table, len(sequence.tokens))
+        assert found, "what is needed was counted"
+        pool.drop(sequence.claim)
+        sequence.claim, sequence.table = (), table
+        sequence.computed = len(table.nodes) * pool.size
+        if not sequence.said:
+            sequence.known = max(sequence.known, sequence.computed)
+        sequence.phase = Phase.RUNNING
+        self._waiting.remove(sequence)
+        self._running.append(sequence)
+        return True
+
+    def _read(self, sequence: Sequence, plan: _Plan) -> None:
+        """A chunk of what is not computed."""
+        start, end, table = sequence.computed, len(sequence.tokens), sequence.table
+        assert table is not None
+        count = plan.room(start, end - start, self.pool.size)
+        if count < 1:
+            return
+        chunk = tuple(sequence.tokens[start : start + count])
+        plan.add(Work(sequence.key, start, chunk, table.blocks, int(start + count == end)))
+
+    # --- what came of it --------------------------------------------------------------------
+
+    def done(self, iteration: Iteration, chosen: Mapping[int, Tokens[int]]) -> list[Said]:
+        """Take up what an iteration gave. ``chosen``: by key, for each sampled token what the model
+        says comes next; missing where nothing was sampled. Drafts that it would have said itself
+        are kept, and the first token that it says instead."""
+        said = []
+        for work in iteration.works:
+            sequence = self._sequences.get(work.key)
+            if sequence is None or sequence.table is None:
+                continue
+            drafts = work.drafts
+            sequence.computed = work.start + len(work.tokens) - len(drafts)
+            if work.sampled:
+                picked = chosen[work.key]
+                right = 0
+                while right < len(drafts) and picked[right] == drafts[right]:
+                    right += 1
+                if drafts:
+                    self.acceptance.note(len(drafts), right)
+                tokens = sequence.say(tuple(picked[: right + 1]))
+                sequence.computed += min(right, len(tokens))
+                said.append(Said(work.key, tokens, sequence.end))
+            self.pool.publish(sequence.table, sequence.tokens, sequence.computed)
+            if sequence.end is not None:
+                self.end(work.key, sequence.end)
+        return said
+
+    def took(self, iteration: Iteration, ns: int, offload_ns: int = 0, restore_ns: int = 0) -> None:
+        """How long its works took, and its moves: those to the host, and those back."""
+        if iteration.works:
+            self.costs.observe(iteration.load, ns)
+        kinds = [type(move) for move in iteration.moves]
+        self.costs.moved(kinds.count(Offload), offload_ns, back=False)
+        self.costs.moved(kinds.count(Restore), restore_ns, back=True)
+
+    # --- for tests --------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise AssertionError naming the law that is broken."""
+        self.pool.check()
+        both = [*self._running, *self._waiting]
+        assert sorted(s.key for s in both) == sorted(self._sequences), "each runs or waits"
+        assert len(self._running) <= self.limits.sequences, "no more run than may"
+        for sequence in both:
+            runs = sequence.table is not None
+            assert runs == (sequence.phase is Phase.RUNNING), "who runs has a table"
+            assert sequence.computed < len(sequence.tokens), "the newest token is not computed"
+            if sequence.table is not None:
+                room = len(sequence.table) * self.pool.size
+                assert sequence.computed <= room, "what is computed has blocks"
+                assert not sequence.claim, "who runs has no claim"
+
+
+def _urgency(sequence: Sequence) -> tuple[int, int]:
+    return sequence.due, sequence.key
+
+
+class _Plan:
+    """An iteration in the making."""
+
+    def __init__(self, tokens: int, within: int | None, costs: Costs) -> None:
+        self.left = tokens
+        self.works: list[Work] = []
+        self.keys: set[int] = set()
+        self.load = Load()
+        self._within = within
+        self._costs = costs
+
+    @property
+    def expected(self) -> int:
+        """How long (ns) it will take."""
+        return self._costs.predict(self.load)
+
+    def open(self) -> bool:
+        """Whether there may be room for more."""
+        if self.left < 1:
+            return False
+        return not self.works or self._within is None or self.expected < self._within
+
+    def room(self, start: int, wanted: int, least: int) -> int:
+        """How many of the ``wanted`` tokens behind ``start`` others there is room for; with no work
+        yet, at least some."""
+        count = min(wanted, self.left)
+        if self._within is not None:
+            spare = self._within - (self.expected or self._costs.fixed)
+            fits = self._costs.within(spare, start)
+            count = min(count, fits if self.works else max(fits, least))
+        return count
+
+    def add(self, work: Work) -> None:
+        self.works.append(work)
+        self.keys.add(work.key)
+        self.left -= len(work.tokens)
+        self.load += load(work.start, len(work.tokens))

@@ -1,0 +1,173 @@
+"""Whatever comes, goes, is put aside or taken away: each sequence says what it would say alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Tokens
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cotenant.engines.llm.blocks import BlockPool, Offload, Release, Restore
+from cotenant.engines.llm.costs import Costs
+from cotenant.engines.llm.iteration import Iteration, Iterations, Limits
+from cotenant.engines.llm.sequence import End, Sequence
+
+WORDS = 5
+"""Few, so that prompts begin alike and drafts are often right."""
+STOP = 4
+
+
+def mark(tokens: Tokens[int], salt: str = "") -> int:
+    """What the keys and values of the last of these tokens depend on: all of them."""
+    return hash((salt, *tokens))
+
+
+def says(tokens: Tokens[int], stutter: bool) -> int:
+    """What the model says next."""
+    if stutter and len(tokens) > 3:
+        return (tokens[-2] + 1) % STOP
+    return hash((7, *tokens)) % WORDS
+
+
+def alone(sequence: Sequence, stutter: bool) -> list[int]:
+    """What a sequence says if nothing is beside it."""
+    tokens = list(sequence.tokens[: sequence.prompt])
+    for _ in range(sequence.most):
+        tokens.append(says(tokens, stutter))
+        if tokens[-1] in sequence.stops:
+            break
+    return tokens[sequence.prompt :]
+
+
+class Machine:
+    """Carries iterations out with memory that holds marks, and sees that what is read is right."""
+
+    def __init__(self, blocks: int, size: int, host: int, limits: Limits, stutter: bool) -> None:
+        self.pool = BlockPool(blocks, size, host)
+        self.core = Iterations(self.pool, limits, Costs(fixed=10, token=2, pair=0.01))
+        self.size = size
+        self.stutter = stutter
+        self.memory: dict[int, dict[int, int]] = {}
+        self.host: dict[int, dict[int, int]] = {}
+        self.released: set[int] = set()
+        self.expected: dict[int, list[int]] = {}
+        self.said: dict[int, list[int]] = {}
+        self.salts: dict[int, str] = {}
+        self.ends: dict[int, End] = {}
+
+    def add(self, sequence: Sequence) -> None:
+        self.expected[sequence.key] = alone(sequence, self.stutter)
+        self.said[sequence.key] = []
+        self.salts[sequence.key] = sequence.salt
+        self.core.add(sequence)
+
+    def step(self, within: int | None = None, cancel: int | None = None) -> Iteration:
+        iteration = self.core.next(within)
+        self.core.check()
+        assert iteration.load.tokens <= self.core.limits.tokens
+        for move in iteration.moves:
+            match move:
+                case Offload(block, slot):
+                    self.host[slot] = dict(self.memory[block])
+                case Restore(slot, block):
+                    self.memory[block] = dict(self.host[slot])
+                    self.released.discard(block)
+                case Release(block):
+                    self.memory.pop(block, None)
+                    self.released.add(block)
+        chosen = {}
+        for work in iteration.works:
+            sequence = self.core.find(work.key)
+            assert sequence is not None
+            tokens = [*sequence.tokens[: work.start], *work.tokens]
+            salt = self.salts[work.key]
+            for at in range(work.start):
+                there = self.memory[work.blocks[at // self.size]]
+                assert there[at % self.size] == mark(tokens[: at + 1], salt), "another's memory"
+            for at in range(work.start, len(tokens)):
+                block = work.blocks[at // self.size]
+                self.memory.setdefault(block, {})[at % self.size] = mark(tokens[: at + 1], salt)
+            first = len(tokens) - work.sampled
+            chosen[work.key] = [
+                says(tokens[: at + 1], self.stutter) for at in range(first, len(tokens))
+            ]
+        if cancel is not None:
+            self.core.end(cancel)
+        for key, tokens, end in self.core.done(iteration, chosen):
+            self.said[key] += tokens
+            if end is not None:
+                self.ends[key] = end
+        self.core.took(iteration, iteration.expected or 1, 5, 5)
+        self.core.check()
+        return iteration
+
+    def finish(self) -> None:
+        for _ in range(10_000):
+            if not self.core.running + self.core.waiting:
+                return
+            assert self.step().works, "somebody waits and nobody runs"
+        raise AssertionError("it does not end")
+
+
+SEQUENCES = st.builds(
+    Sequence,
+    key=st.just(0),
+    prompt=st.lists(st.integers(0, 2), min_size=1, max_size=20).map(tuple),
+    most=st.integers(1, 20),
+    stops=st.sampled_from([frozenset(), frozenset({STOP})]),
+    due=st.integers(0, 100),
+    pace=st.integers(0, 20),
+    salt=st.sampled_from(["", "", "", "other"]),
+)
+STEPS = st.lists(
+    st.one_of(
+        SEQUENCES,
+        st.tuples(st.just("step"), st.one_of(st.none(), st.integers(1, 200))),
+        st.tuples(st.just("cancel"), st.integers(1, 12)),
+        st.tuples(st.just("cancel under way"), st.integers(1, 12)),
+        st.tuples(st.just("resize"), st.integers(0, 24)),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.integers(10, 24),
+    st.integers(4, 5),
+    st.integers(0, 16),
+    st.builds(Limits, st.integers(1, 6), st.integers(1, 40), st.integers(0, 4)),
+    st.booleans(),
+    STEPS,
+)
+def test_each_says_what_it_says_alone(
+    blocks: int, size: int, host: int, limits: Limits, stutter: bool, steps: list[object]
+) -> None:
+    machine = Machine(blocks, size, host, limits, stutter)
+    cancelled: set[int] = set()
+    for step in steps:
+        match step:
+            case Sequence():
+                step.key = len(machine.expected) + 1
+                if machine.pool.needed(step.prompt + step.most) <= machine.pool.target:
+                    machine.add(step)
+            case ("step", within):
+                machine.step(within)
+            case ("cancel", key):
+                machine.core.end(key)
+                cancelled.add(key)
+            case ("cancel under way", key):
+                machine.step(cancel=key)
+                cancelled.add(key)
+            case ("resize", target):
+                machine.pool.resize(min(target, blocks))
+                machine.pool.check()
+    machine.pool.resize(blocks)
+    machine.finish()
+    for key, expected in machine.expected.items():
+        if key in cancelled:
+            assert machine.said[key] == expected[: len(machine.said[key])]
+        else:
+            assert machine.said[key] == expected
+            assert key in machine.ends
+    assert machine.pool.available == blocks
