@@ -24,7 +24,7 @@ def mark(tokens: Tokens[int], salt: str = "") -> int:
 
 def says(tokens: Tokens[int], stutter: bool) -> int:
     """What the model says next."""
-    if stutter and len(tokens) > 3:
+    if stutter and len(tokens) > 3 and hash((9, *tokens)) % 4:
         return (tokens[-2] + 1) % STOP
     return hash((7, *tokens)) % WORDS
 
@@ -49,7 +49,6 @@ class Machine:
         self.stutter = stutter
         self.memory: dict[int, dict[int, int]] = {}
         self.host: dict[int, dict[int, int]] = {}
-        self.released: set[int] = set()
         self.expected: dict[int, list[int]] = {}
         self.said: dict[int, list[int]] = {}
         self.salts: dict[int, str] = {}
@@ -64,17 +63,22 @@ class Machine:
     def step(self, within: int | None = None, cancel: int | None = None) -> Iteration:
         iteration = self.core.next(within)
         self.core.check()
+        assert self.pool.excess == 0, "memory is given back"
         assert iteration.load.tokens <= self.core.limits.tokens
+        if within is not None and len(iteration.works) > 1:
+            assert iteration.expected <= within
+        fits = [
+            s for s in self.core.waits if self.pool.needed(len(s.tokens) + 1) <= self.pool.target
+        ]
+        assert iteration.works or not fits, "somebody waits and nobody runs"
         for move in iteration.moves:
             match move:
                 case Offload(block, slot):
                     self.host[slot] = dict(self.memory[block])
                 case Restore(slot, block):
                     self.memory[block] = dict(self.host[slot])
-                    self.released.discard(block)
                 case Release(block):
                     self.memory.pop(block, None)
-                    self.released.add(block)
         chosen = {}
         for work in iteration.works:
             sequence = self.core.find(work.key)
@@ -149,7 +153,7 @@ def test_each_says_what_it_says_alone(
         match step:
             case Sequence():
                 step.key = len(machine.expected) + 1
-                if machine.pool.needed(step.prompt + step.most) <= machine.pool.target:
+                if machine.pool.needed(step.prompt + step.most) <= machine.pool.most:
                     machine.add(step)
             case ("step", within):
                 machine.step(within)

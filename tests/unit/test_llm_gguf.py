@@ -151,8 +151,8 @@ def _sane_halves(raw: np.ndarray[Any, Any], kind: Kind) -> None:
     """Let the scales of random blocks be numbers."""
     blocks = raw.reshape(-1, kind.size)
     at = {"Q6_K": (208,), "Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2)}
-    for place in at.get(kind.name, (0,)):
-        blocks[:, place : place + 2] = np.frombuffer(np.float16(0.37).tobytes(), np.uint8)
+    for place, scale in zip(at.get(kind.name, (0,)), (0.37, 0.11), strict=False):
+        blocks[:, place : place + 2] = np.frombuffer(np.float16(scale).tobytes(), np.uint8)
 
 
 def test_a_type_that_is_not_dequantized_is_named() -> None:

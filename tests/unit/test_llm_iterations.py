@@ -104,6 +104,33 @@ def test_nobody_begins_if_another_would_have_to_make_room_for_it() -> None:
     assert found.put_aside == 0
 
 
+def test_who_fits_only_into_a_larger_pool_keeps_nobody_else_waiting() -> None:
+    found = core(blocks=8)
+    found.add(sequence(1, prompt=20, most=4, due=1))
+    found.pool.resize(4)
+    found.add(sequence(2, prompt=4, most=4, due=2))
+    assert set(lengths(step(found))) == {2}
+    found.pool.resize(8)
+    while found.running + found.waiting:
+        assert step(found).works
+
+
+def test_one_key_is_one_sequence() -> None:
+    found = core()
+    found.add(sequence(1))
+    with pytest.raises(ValueError, match="1"):
+        found.add(sequence(1))
+
+
+def test_drafts_take_no_block_that_another_needs() -> None:
+    found = core(blocks=5, drafts=4)
+    for key in (1, 2):
+        found.add(Sequence(key, (key, 7, 8, 9, key, 7, 8), 9))
+    for _ in range(2):
+        step(found, says=9)
+    assert found.put_aside == 0
+
+
 def test_what_even_the_whole_pool_cannot_hold_is_refused() -> None:
     found = core(blocks=4)
     with pytest.raises(TooLarge):

@@ -18,13 +18,17 @@ CHANCES = np.array([0.5, 0.25, 0.125, 0.0625, 0.0625])
 LOGITS = np.log(CHANCES).astype(np.float32)
 
 
+def sampling(**how: Any) -> Sampling:
+    return Sampling(**{"temperature": 1.0, "seed": 0} | how)
+
+
 def drawn(count: int = 4000, **how: Any) -> Counter[int]:
-    sampling = Sampling(**how)
-    return Counter(choose(LOGITS, sampling, at, {}).token for at in range(count))
+    chosen = sampling(**how)
+    return Counter(choose(LOGITS, chosen, at, {}).token for at in range(count))
 
 
 def test_greedy_takes_the_likeliest() -> None:
-    assert choose(LOGITS, Sampling(temperature=0), 0, {}).token == 0
+    assert choose(LOGITS, sampling(temperature=0), 0, {}).token == 0
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -34,10 +38,12 @@ def test_draws_follow_the_probabilities() -> None:
 
 
 def test_a_draw_depends_on_seed_and_position_alone() -> None:
-    first, again = ([choose(LOGITS, Sampling(seed=7), n, {}).token for n in range(50)],) * 2
-    other = [choose(LOGITS, Sampling(seed=8), n, {}).token for n in range(50)]
-    assert first == again != other
-    assert choose(LOGITS, Sampling(seed=7), 30, {}).token == first[30]
+    first, other = (
+        [choose(LOGITS, sampling(seed=seed), at, {}).token for at in range(50)] for seed in (7, 8)
+    )
+    assert first != other
+    for at in reversed(range(50)):
+        assert choose(LOGITS, sampling(seed=7), at, {1: 3}).token == first[at]
 
 
 @pytest.mark.parametrize(
@@ -47,6 +53,9 @@ def test_a_draw_depends_on_seed_and_position_alone() -> None:
         ({"top_p": 0.7}, {0, 1}),
         ({"top_p": 0.0}, {0}),
         ({"min_p": 0.4}, {0, 1}),
+        ({"min_p": 0.4, "top_p": 0.65}, {0}),
+        ({"min_p": 0.4, "temperature": 2.0}, {0, 1, 2}),
+        ({"top_k": 4}, {0, 1, 2, 3}),
         ({"bias": {2: 100.0}}, {2}),
         ({"bias": {0: -100.0, 99: 5.0}}, {1, 2, 3, 4}),
     ],
@@ -61,30 +70,36 @@ def test_a_low_temperature_sharpens() -> None:
 
 @pytest.mark.parametrize("how", [{"presence": 2.0}, {"frequency": 1.0}, {"repetition": 3.0}])
 def test_what_was_said_is_less_likely(how: dict[str, Any]) -> None:
-    sampling = Sampling(temperature=0, **how)
-    assert choose(LOGITS, sampling, 0, {0: 2}).token == 1
+    greedy = sampling(temperature=0, **how)
+    for logits in (LOGITS, LOGITS + 2):
+        assert choose(logits, greedy, 0, {0: 2}).token == 1
 
 
 def test_what_the_prompt_said_counts_for_repetition_alone() -> None:
-    assert choose(LOGITS, Sampling(temperature=0, repetition=3.0), 0, {}, prompt=[0]).token == 1
-    assert choose(LOGITS, Sampling(temperature=0, presence=2.0), 0, {}, prompt=[0]).token == 0
+    prompt = np.array([0], np.int64)
+    repeats = sampling(temperature=0, repetition=3.0)
+    present = sampling(temperature=0, presence=2.0)
+    assert choose(LOGITS, repeats, 0, {}, prompt).token == 1
+    assert choose(LOGITS, present, 0, {}, prompt).token == 0
 
 
 def test_only_what_is_allowed_is_said() -> None:
     allowed = np.array([False, False, True, False, True])
     for at in range(50):
-        assert choose(LOGITS, Sampling(), at, {}, allowed=allowed).token in (2, 4)
+        assert choose(LOGITS, sampling(), at, {}, allowed=allowed).token in (2, 4)
     with pytest.raises(ValueError, match="allowed"):
-        choose(LOGITS, Sampling(), 0, {}, allowed=np.zeros(5, bool))
+        choose(LOGITS, sampling(), 0, {}, allowed=np.zeros(5, bool))
+    with pytest.raises(ValueError, match="allowed"):
+        choose(np.full(5, -np.inf, np.float32), sampling(), 0, {}, allowed=allowed)
 
 
 def test_logprobs_are_the_models_own() -> None:
-    sampling = Sampling(temperature=0.5, logprobs=2, bias={3: 100.0})
-    token, logprob, top = choose(LOGITS, sampling, 0, {})
+    told = sampling(temperature=0.5, logprobs=2, bias={3: 100.0})
+    token, logprob, top = choose(LOGITS, told, 0, {})
     assert token == 3
     assert logprob == pytest.approx(math.log(0.0625), abs=1e-5)
     assert [t for t, _ in top] == [0, 1]
-    assert choose(LOGITS, Sampling(), 0, {}).top == ()
+    assert choose(LOGITS, sampling(), 0, {}).top == ()
 
 
 @pytest.mark.parametrize(
@@ -101,8 +116,8 @@ def test_logprobs_are_the_models_own() -> None:
 )
 def test_what_is_out_of_range_is_named(wrong: dict[str, Any]) -> None:
     (name,) = wrong
-    assert name in Sampling(**wrong).problem()
-    assert not Sampling().problem()
+    assert name in sampling(**wrong).problem()
+    assert not sampling().problem()
 
 
 # --- stop strings ---------------------------------------------------------------------------

@@ -17,9 +17,10 @@ A block holds the keys and values of ``size`` tokens in all layers. Its laws:
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import count
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 
 class Offload(NamedTuple):
@@ -48,7 +49,9 @@ Move = Offload | Restore | Release
 class Node:
     """A full block; see the module's text. ``block`` and ``slot`` are -1 where it has none."""
 
-    __slots__ = ("block", "children", "parent", "refs", "slot", "tokens", "used", "wanted")
+    __slots__ = (
+        *("block", "children", "parent", "refs", "resident", "slot", "tokens", "used", "wanted"),
+    )
 
     def __init__(self, tokens: tuple[int, ...], parent: Node | None) -> None:
         self.tokens = tokens
@@ -61,34 +64,39 @@ class Node:
         self.wanted = 0
         """Claims on it: sequences that left it and come back."""
         self.used = 0
-
-    @property
-    def leaf(self) -> bool:
-        """Whether none of its children has a block."""
-        return all(child.block < 0 for child in self.children.values())
+        self.resident = 0
+        """Children that have a block."""
 
 
 class Table:
-    """The blocks of one sequence: shared ones, then its own."""
+    """The blocks of one sequence: shared ones (as many as it has ``nodes``), then its own."""
 
-    __slots__ = ("nodes", "own", "root")
+    __slots__ = ("ids", "nodes", "salt")
 
-    def __init__(self, root: Node) -> None:
-        self.root = root
+    def __init__(self, salt: str) -> None:
+        self.salt = salt
         self.nodes: list[Node] = []
-        self.own: list[int] = []
+        self.ids: list[int] = []
 
     @property
     def blocks(self) -> tuple[int, ...]:
         """Ids, in the order of the tokens."""
-        return (*(node.block for node in self.nodes), *self.own)
+        return tuple(self.ids)
+
+    @property
+    def own(self) -> list[int]:
+        """Ids of those that nobody else may hold."""
+        return self.ids[len(self.nodes) :]
 
     def __len__(self) -> int:
-        return len(self.nodes) + len(self.own)
+        return len(self.ids)
 
 
 Claim = tuple[Node, ...]
 """What a sequence left and wants to find again."""
+Entry = tuple[bool, int, int, Node]
+"""Of a heap: wanted or not, last used, a number that is given once."""
+GAIN: Final = 1 / 64
 
 
 class BlockPool:
@@ -102,14 +110,16 @@ class BlockPool:
         """How many blocks there should be (``resize``)."""
         self.spill = True
         """Whether a block that nobody is known to want is worth a copy on the host."""
-        self.hits, self.losses = 0, 0
-        """Copies on the host that were restored, and that were dropped."""
-        self._total = blocks
+        self.chance = 0.5
+        """How many of the copies that nobody was known to want came back; the newer count more."""
+        self.most = blocks
+        """How many blocks there can ever be."""
         self._host = host
         self._free = list(range(blocks - 1, -1, -1))
         self._out: list[int] = []
         self._slots = list(range(host - 1, -1, -1))
         self._roots: dict[str, Node] = {}
+        """By salt; ``refs`` counts tables."""
         self._tables: set[Table] = set()
         self._cached = 0
         self._moves: list[Move] = []
@@ -124,7 +134,7 @@ class BlockPool:
     @property
     def capacity(self) -> int:
         """Blocks that there are."""
-        return self._total - len(self._out)
+        return self.most - len(self._out)
 
     @property
     def available(self) -> int:
@@ -147,8 +157,8 @@ class BlockPool:
 
     def resize(self, target: int) -> None:
         """Have so many blocks. What is held goes as soon as it is let go of."""
-        if not 0 <= target <= self._total:
-            raise ValueError(f"{target} blocks: there can be 0 to {self._total}")
+        if not 0 <= target <= self.most:
+            raise ValueError(f"{target} blocks: there can be 0 to {self.most}")
         self.target = target
         while self._out and self.capacity < target:
             self._free.append(self._out.pop())
@@ -169,8 +179,11 @@ class BlockPool:
     def open(self, tokens: Sequence[int], salt: str = "") -> Table:
         """A table that begins with what is known of these tokens, all but the last at most: what
         follows a token is known by computing it. Those with another ``salt`` share nothing."""
-        root = self._roots.setdefault(salt, Node((), None))
-        table = Table(root)
+        root = self._roots.get(salt)
+        if root is None:
+            root = self._roots[salt] = Node((), None)
+        root.refs += 1
+        table = Table(salt)
         self._tables.add(table)
         chain = list(self._find(tokens, salt))
         resident = [node for node in chain if node.block >= 0]
@@ -184,7 +197,8 @@ class BlockPool:
                 break
             block = self._take()
             self._moves.append(Restore(node.slot, block))
-            self.hits += 1
+            if node.wanted == 1:  # by nobody but this
+                self.chance += (1 - self.chance) * GAIN
             self._settle(table, node, block)
         self.drop(away)
         return table
@@ -194,7 +208,7 @@ class BlockPool:
         more = self.needed(tokens) - len(table)
         if more > self.available:
             return False
-        table.own.extend(self._take() for _ in range(more))
+        table.ids.extend(self._take() for _ in range(more))
         return True
 
     def publish(self, table: Table, tokens: Sequence[int], computed: int) -> None:
@@ -204,8 +218,8 @@ class BlockPool:
         while (len(table.nodes) + 1) * size <= computed:
             at = len(table.nodes) * size
             key = tuple(tokens[at : at + size])
-            parent = table.nodes[-1] if table.nodes else table.root
-            block = table.own.pop(0)
+            parent = table.nodes[-1] if table.nodes else self._roots[table.salt]
+            block = table.ids[len(table.nodes)]
             node = parent.children.get(key)
             if node is not None and node.block >= 0:
                 self._put_back(block)
@@ -219,6 +233,7 @@ class BlockPool:
         """Let go of everything. ``wanted``: its sequence comes back, and keeps a claim until it
         ``drop``s it."""
         self._tables.discard(table)
+        self._roots[table.salt].refs -= 1
         now, claim = next(self._clock), tuple(table.nodes) if wanted else ()
         for node in reversed(table.nodes):
             node.refs -= 1
@@ -229,7 +244,8 @@ class BlockPool:
                 self._offer(node)
         for block in table.own:
             self._put_back(block)
-        table.nodes, table.own = [], []
+        table.nodes, table.ids = [], []
+        self._forget_root(table.salt)
         while self.excess and self._cached:
             self._give_back(self._evict())
         return claim
@@ -240,7 +256,7 @@ class BlockPool:
             node.wanted -= 1
             self._offer(node)
             if node.slot >= 0:
-                heapq.heappush(self._aside, self._entry(node))
+                self._push(self._aside, node)
 
     # --- nodes ------------------------------------------------------------------------------
 
@@ -257,22 +273,49 @@ class BlockPool:
             self._cached -= 1
         node.refs += 1
         node.used = next(self._clock)
-        table.nodes.append(node)
+        self._note(table, node)
 
     def _settle(self, table: Table, node: Node, block: int) -> None:
         """A node that had no block gets one, and is held."""
+        assert node.parent is not None
+        node.parent.resident += 1
         node.block = block
         node.refs = 1
         node.used = next(self._clock)
+        self._note(table, node)
+
+    @staticmethod
+    def _note(table: Table, node: Node) -> None:
+        """It is the next shared one of a table, in the place of an own one if there is one."""
+        at = len(table.nodes)
         table.nodes.append(node)
+        table.ids[at : at + 1] = [node.block]
 
     def _offer(self, node: Node) -> None:
         """It may be a leaf now that nobody holds."""
-        if node.block >= 0 and not node.refs and node.leaf:
-            heapq.heappush(self._idle, self._entry(node))
+        if node.block >= 0 and not node.refs and not node.resident:
+            self._push(self._idle, node)
 
-    def _entry(self, node: Node) -> tuple[bool, int, int, Node]:
-        return node.wanted > 0, node.used, next(self._clock), node
+    def _push(self, heap: list[Entry], node: Node) -> None:
+        heapq.heappush(heap, (node.wanted > 0, node.used, next(self._clock), node))
+        if len(heap) > 2 * (self.most + self._host) + 64:
+            self._renew()
+
+    def _renew(self) -> None:
+        """Drop the entries of both heaps that are true no more."""
+        nodes = list(self._nodes())
+        leaves = [n for n in nodes if n.block >= 0 and not n.refs and not n.resident]
+        for heap, found in (
+            (self._idle, leaves),
+            (self._aside, [n for n in nodes if n.slot >= 0]),
+        ):
+            heap[:] = [(n.wanted > 0, n.used, next(self._clock), n) for n in found]
+            heapq.heapify(heap)
+
+    def _forget_root(self, salt: str) -> None:
+        root = self._roots.get(salt)
+        if root is not None and not root.refs and not root.children:
+            del self._roots[salt]
 
     # --- blocks and slots -------------------------------------------------------------------
 
@@ -294,19 +337,20 @@ class BlockPool:
         while True:
             wanted, used, _, node = heapq.heappop(self._idle)
             current = (node.wanted > 0, node.used) == (wanted, used)
-            if current and node.block >= 0 and not node.refs and node.leaf:
+            if current and node.block >= 0 and not node.refs and not node.resident:
                 break
         block, node.block = node.block, -1
         self._cached -= 1
+        parent = node.parent
+        assert parent is not None
+        parent.resident -= 1
         if node.slot < 0 and (self.spill or node.wanted):
             node.slot = self._take_slot()
             if node.slot >= 0:
                 self._moves.append(Offload(block, node.slot))
-                heapq.heappush(self._aside, self._entry(node))
+                self._push(self._aside, node)
         if node.slot < 0:
             self._forget(node)
-        parent = node.parent
-        assert parent is not None
         self._offer(parent)
         return block
 
@@ -317,14 +361,14 @@ class BlockPool:
             if node.slot < 0 or (node.wanted > 0, node.used) != (wanted, used):
                 heapq.heappop(self._aside)
                 if node.slot >= 0:
-                    heapq.heappush(self._aside, self._entry(node))
+                    self._push(self._aside, node)
                 continue
             if wanted:
                 return -1
             heapq.heappop(self._aside)
             self._free_slot(node)
             if node.block < 0:
-                self.losses += 1
+                self.chance -= self.chance * GAIN
                 self._forget(node)
         return self._slots.pop() if self._slots else -1
 
@@ -337,24 +381,27 @@ class BlockPool:
         parent = node.parent
         assert parent is not None
         del parent.children[node.tokens]
+        if parent.parent is None and not parent.children:
+            for salt in [salt for salt, root in self._roots.items() if root is parent]:
+                self._forget_root(salt)
         gone = list(node.children.values())
         while gone:
             child = gone.pop()
             gone.extend(child.children.values())
             if child.slot >= 0:
                 self._free_slot(child)
-                self.losses += 1
         node.children = {}
 
     # --- for tests --------------------------------------------------------------------------
 
-    def check(self) -> None:
-        """Raise AssertionError naming the law that is broken."""
+    def check(self, claims: Iterable[Claim] | None = None) -> None:
+        """Raise AssertionError naming the law that is broken. ``claims``: all that there are."""
         nodes = list(self._nodes())
+        claimed = Counter(id(node) for claim in claims or () for node in claim)
         blocks = [*self._free, *self._out]
         blocks += [block for table in self._tables for block in table.own]
         blocks += [node.block for node in nodes if node.block >= 0]
-        assert sorted(blocks) == list(range(self._total)), "each block is in one place"
+        assert sorted(blocks) == list(range(self.most)), "each block is in one place"
         slots = [*self._slots, *(node.slot for node in nodes if node.slot >= 0)]
         assert sorted(slots) == list(range(self._host)), "each slot is in one place"
         for node in nodes:
@@ -363,6 +410,10 @@ class BlockPool:
             assert node.block >= 0 or node.slot >= 0, "a node is somewhere"
             assert node.block >= 0 or not node.refs, "what is held is here"
             assert len(node.tokens) == self.size, "a node is a full block"
+            if claims is not None:
+                assert node.wanted == claimed[id(node)], "a node is wanted by those with a claim"
+            here = sum(child.block >= 0 for child in node.children.values())
+            assert node.resident == here, "children that are here are counted"
             parent = node.parent
             assert parent is not None
             if node.block >= 0 and parent.parent is not None:

@@ -80,9 +80,9 @@ class Costs(msgspec.Struct):
         half = self.pair / 2
         if ns <= 0:
             return 0
-        if half <= 0:
-            return int(ns / slope) if slope > 0 else 1 << 30
-        return int(((slope * slope + 4 * half * ns) ** 0.5 - slope) / (2 * half))
+        if slope <= 0:
+            return 1 << 30
+        return int(2 * ns / (slope + (slope * slope + 4 * half * ns) ** 0.5))
 
     def again(self, start: int, tokens: int) -> float:
         """What it costs (ns) to compute tokens again beside others, which pay the fixed part."""

@@ -28,6 +28,8 @@ _SCALARS: Final = {
     10: "<Q", 11: "<q", 12: "<d",
 }  # fmt: skip
 _STRING, _ARRAY = 8, 9
+SLICE: Final = 1 << 16
+"""Blocks that are dequantized at a time."""
 
 
 class Kind(NamedTuple):
@@ -181,7 +183,11 @@ def floats(tensor: Stored) -> npt.NDArray[np.float32]:
             f"{tensor.name} is {tensor.kind.name}; dequantized are {', '.join(_UNPACK)}"
         )
     blocks = tensor.data.reshape(-1, tensor.kind.size)
-    return np.ascontiguousarray(unpack(blocks).reshape(tensor.shape), np.float32)
+    found = np.empty((len(blocks), tensor.kind.numbers), np.float32)
+    for at in range(0, len(blocks), SLICE):  # what is made on the way stays small
+        part = blocks[at : at + SLICE]
+        found[at : at + SLICE] = unpack(part).reshape(len(part), -1)
+    return found.reshape(tensor.shape)
 
 
 Blocks = npt.NDArray[np.uint8]

@@ -17,6 +17,7 @@ Its laws:
 
 from __future__ import annotations
 
+from bisect import insort
 from collections.abc import Mapping
 from collections.abc import Sequence as Tokens
 from typing import NamedTuple
@@ -26,7 +27,7 @@ import msgspec
 from cotenant.domain.errors import TooLarge
 from cotenant.engines.llm.blocks import BlockPool, Move, Offload, Restore
 from cotenant.engines.llm.costs import Costs, Load, load
-from cotenant.engines.llm.lookup import Acceptance
+from cotenant.engines.llm.lookup import PROBE, Acceptance
 from cotenant.engines.llm.sequence import End, Phase, Sequence
 
 
@@ -90,6 +91,8 @@ class Iterations:
         self._sequences: dict[int, Sequence] = {}
         self._running: list[Sequence] = []
         self._waiting: list[Sequence] = []
+        """By urgency, which does not change while they wait."""
+        self._passed = 0
 
     # --- who there is -----------------------------------------------------------------------
 
@@ -103,16 +106,24 @@ class Iterations:
         """Sequences that have none yet, or none at the moment."""
         return len(self._waiting)
 
+    @property
+    def waits(self) -> tuple[Sequence, ...]:
+        """Those, the most urgent first."""
+        return tuple(self._waiting)
+
     def add(self, sequence: Sequence) -> None:
-        """Take a sequence up. Raises TooLarge if not even the whole pool could hold it."""
-        most = sequence.prompt + sequence.most
-        if self.pool.needed(most) > self.pool.target:
+        """Take a sequence up. Raises TooLarge if not even the largest pool could hold it, and
+        ValueError if there is one of that key."""
+        if sequence.key in self._sequences:
+            raise ValueError(f"there is a sequence {sequence.key} already")
+        need = self.pool.needed(sequence.prompt + sequence.most)
+        if need > self.pool.most:
             raise TooLarge(
-                f"{sequence.prompt} tokens and {sequence.most} more fill "
-                f"{self.pool.needed(most)} blocks; there are {self.pool.target}"
+                f"{sequence.prompt} tokens and {sequence.most} more fill {need} blocks; "
+                f"there are {self.pool.most}"
             )
         self._sequences[sequence.key] = sequence
-        self._waiting.append(sequence)
+        insort(self._waiting, sequence, key=_urgency)
 
     def find(self, key: int) -> Sequence | None:
         """The sequence of this key, if it has not ended."""
@@ -149,17 +160,11 @@ class Iterations:
         rate = self._rate(generate)
         for index, sequence in enumerate(generate):
             if sequence.phase is Phase.RUNNING:
-                spare = plan.left - (len(generate) - index)
-                self._go_on(sequence, plan, self._draft(sequence, rate, spare))
+                self._go_on(sequence, plan, rate, others=len(generate) - index - 1)
         for sequence in [s for s in self._running if not s.generates]:
             if sequence.phase is Phase.RUNNING:
                 self._read(sequence, plan)
-        self._waiting.sort(key=_urgency)
-        while self._waiting and len(self._running) < self.limits.sequences and plan.open():
-            sequence = self._waiting[0]
-            if not self._begin(sequence):
-                break
-            self._read(sequence, plan)
+        self._let_in(plan)
         return Iteration(self.pool.moves(), tuple(plan.works), plan.load, plan.expected)
 
     def _make_room(self) -> None:
@@ -169,11 +174,26 @@ class Iterations:
         self.pool.spill = self._spills()
 
     def _spills(self) -> bool:
-        """Whether blocks that nobody is known to want are worth a copy, by how many of those that
-        were copied came back."""
-        pool = self.pool
-        chance = (pool.hits + 1) / (pool.hits + pool.losses + 2)
-        return self.costs.worth_aside(0, pool.size, chance)
+        """Whether blocks that nobody is known to want are worth a copy. Now and then one is made
+        though they are not, or it would never be seen that they are by now."""
+        if self.costs.worth_aside(0, self.pool.size, self.pool.chance):
+            return True
+        self._passed = (self._passed + 1) % PROBE
+        return not self._passed
+
+    def _let_in(self, plan: _Plan) -> None:
+        """Take up who waits, in order. Who fits only into a larger pool than there is now is passed
+        over; for who fits into this one all others wait."""
+        if self.pool.excess:
+            return
+        for sequence in list(self._waiting):
+            if len(self._running) >= self.limits.sequences:
+                return
+            if self.pool.needed(len(sequence.tokens) + 1) > self.pool.target:
+                continue
+            if plan.room(0, 1, 1) < 1 or not self._begin(sequence):
+                return
+            self._read(sequence, plan)
 
     def _rate(self, generate: list[Sequence]) -> float:
         """Tokens a ns of an iteration without drafts."""
@@ -183,20 +203,26 @@ class Iterations:
         took = self.costs.predict(plain)
         return len(generate) / took if took else 0.0
 
-    def _draft(self, sequence: Sequence, rate: float, spare: int) -> tuple[int, ...]:
-        """What is worth verifying; ``spare``: tokens that nobody needs."""
-        draft = sequence.draft(min(self.limits.drafts, spare))
+    def _draft(self, sequence: Sequence, plan: _Plan, rate: float, others: int) -> tuple[int, ...]:
+        """What is worth verifying, of time, tokens and blocks that the ``others`` do not need."""
+        at, table, pool = len(sequence.tokens), sequence.table, self.pool
+        assert table is not None
+        most = min(self.limits.drafts, plan.left - others - 1)
+        most = min(most, plan.room(at - 1, most + 1, 1) - 1)
+        spare = max(0, pool.available - others - 1) + len(table)
+        draft = sequence.draft(min(most, spare * pool.size - at))
         if not draft:
             return ()
         token = self.costs.token + self.costs.pair * sequence.computed
         return draft[: self.acceptance.worth(token, rate, len(draft))]
 
-    def _go_on(self, sequence: Sequence, plan: _Plan, draft: tuple[int, ...]) -> None:
-        """The next token, and with it those of the draft that there is room for."""
+    def _go_on(self, sequence: Sequence, plan: _Plan, rate: float, others: int) -> None:
+        """The next token, and with it a draft if it pays. ``others`` are still to go on."""
         at, table = len(sequence.tokens), sequence.table
         assert table is not None
         if plan.room(at - 1, 1, 1) < 1:
             return
+        draft = self._draft(sequence, plan, rate, others)
         if draft and not self.pool.extend(table, at + len(draft)):
             draft = ()
         while not self.pool.extend(table, at):
@@ -218,20 +244,17 @@ class Iterations:
         table, pool = sequence.table, self.pool
         assert table is not None
         wanted = self.costs.worth_aside(sequence.computed // 2, pool.size)
-        pool.drop(sequence.claim)
         sequence.claim = pool.close(table, wanted)
         sequence.table, sequence.computed, sequence.phase = None, 0, Phase.WAITING
         self._running.remove(sequence)
-        self._waiting.append(sequence)
+        insort(self._waiting, sequence, key=_urgency)
         self.put_aside += 1
 
     def _begin(self, sequence: Sequence) -> bool:
         """Take a sequence up that waits; False if there is no room for it."""
         pool = self.pool
-        if pool.excess:
-            return False
-        need = pool.needed(len(sequence.tokens) + 1) - pool.held(sequence.tokens, sequence.salt)
-        if need + len(self._running) > pool.available:
+        lacking = pool.needed(len(sequence.tokens) + 1) + len(self._running) - pool.available
+        if lacking > 0 and lacking > pool.held(sequence.tokens, sequence.salt):
             return False
         table = pool.open(sequence.tokens, sequence.salt)
         found = pool.extend(table, len(sequence.tokens))
@@ -239,8 +262,8 @@ class Iterations:
         pool.drop(sequence.claim)
         sequence.claim, sequence.table = (), table
         sequence.computed = len(table.nodes) * pool.size
-        if not sequence.said:
-            sequence.known = max(sequence.known, sequence.computed)
+        if sequence.known is None:
+            sequence.known = sequence.computed
         sequence.phase = Phase.RUNNING
         self._waiting.remove(sequence)
         self._running.append(sequence)
@@ -260,8 +283,9 @@ class Iterations:
 
     def done(self, iteration: Iteration, chosen: Mapping[int, Tokens[int]]) -> list[Said]:
         """Take up what an iteration gave. ``chosen``: by key, for each sampled token what the model
-        says comes next; missing where nothing was sampled. Drafts that it would have said itself
-        are kept, and the first token that it says instead."""
+        says comes next, as if all drafts before it had been said (so they count for penalties and
+        grammars); missing where nothing was sampled. Drafts that it would have said itself are
+        kept, and the first token that it says instead."""
         said = []
         for work in iteration.works:
             sequence = self._sequences.get(work.key)
@@ -296,14 +320,16 @@ class Iterations:
 
     def check(self) -> None:
         """Raise AssertionError naming the law that is broken."""
-        self.pool.check()
+        self.pool.check(s.claim for s in self._waiting)
         both = [*self._running, *self._waiting]
         assert sorted(s.key for s in both) == sorted(self._sequences), "each runs or waits"
+        assert self._waiting == sorted(self._waiting, key=_urgency), "who waits is in order"
         assert len(self._running) <= self.limits.sequences, "no more run than may"
         for sequence in both:
             runs = sequence.table is not None
             assert runs == (sequence.phase is Phase.RUNNING), "who runs has a table"
             assert sequence.computed < len(sequence.tokens), "the newest token is not computed"
+            assert self._sequences[sequence.key] is sequence
             if sequence.table is not None:
                 room = len(sequence.table) * self.pool.size
                 assert sequence.computed <= room, "what is computed has blocks"
@@ -329,12 +355,6 @@ class _Plan:
     def expected(self) -> int:
         """How long (ns) it will take."""
         return self._costs.predict(self.load)
-
-    def open(self) -> bool:
-        """Whether there may be room for more."""
-        if self.left < 1:
-            return False
-        return not self.works or self._within is None or self.expected < self._within
 
     def room(self, start: int, wanted: int, least: int) -> int:
         """How many of the ``wanted`` tokens behind ``start`` others there is room for; with no work

@@ -22,8 +22,8 @@ class Lookup:
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens = tokens
-        self._last: dict[tuple[int, ...], int] = {}
-        self._before: dict[tuple[int, ...], int] = {}
+        self._ends: dict[tuple[int, ...], tuple[int, int]] = {}
+        """Where these tokens ended last, and the time before (0: never)."""
         self._seen = 0
         self.grew()
 
@@ -34,9 +34,7 @@ class Lookup:
             for length in LENGTHS:
                 if end >= length:
                     key = tuple(tokens[end - length : end])
-                    if key in self._last:
-                        self._before[key] = self._last[key]
-                    self._last[key] = end
+                    self._ends[key] = (end, self._ends.get(key, (0, 0))[0])
         self._seen = len(tokens)
 
     def draft(self, most: int) -> tuple[int, ...]:
@@ -46,8 +44,8 @@ class Lookup:
             return ()
         for length in LENGTHS:
             if len(tokens) >= length:
-                at = self._before.get(tuple(tokens[-length:]))
-                if at is not None:
+                _, at = self._ends[tuple(tokens[-length:])]
+                if at:
                     return tuple(tokens[at : at + most])
         return ()
 

@@ -6,7 +6,7 @@ it was batched, drafted, put aside or taken up again.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 import msgspec
@@ -16,27 +16,31 @@ import numpy.typing as npt
 Logits = npt.NDArray[np.float32]
 """One for each token of the vocabulary: natural logarithms, up to a constant."""
 
+Tokens = npt.NDArray[np.int64]
+NONE: Final[Tokens] = np.empty(0, np.int64)
+
 MOST_LOGPROBS: Final = 20
 
 
-class Sampling(msgspec.Struct, frozen=True):
-    """How to choose. ``temperature`` 0 is greedy. Of the tokens those count that are among the
-    ``top_k`` likeliest (0: all), among the fewest that have ``top_p`` of the probability together,
-    and at least ``min_p`` times as likely as the likeliest (Nguyen et al., 2024).
+class Sampling(msgspec.Struct, frozen=True, kw_only=True):
+    """How to choose. ``temperature`` 0 is greedy. Of the tokens those are kept, one step after the
+    other, that are among the ``top_k`` likeliest (0: all); that at this temperature are at least
+    ``min_p`` times as likely as the likeliest (Nguyen et al., 2024); and of the rest the fewest
+    that have ``top_p`` of its probability together.
 
     ``presence`` is taken from the logit of what was said, ``frequency`` as often as it was said;
     ``repetition`` divides (multiplies, below 0) the logits of prompt and answer (Keskar et al.,
     2019). ``bias`` is added. ``logprobs``: how many alternatives to tell (None: not even the
     chosen one's)."""
 
-    temperature: float = 1.0
+    temperature: float
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     presence: float = 0.0
     frequency: float = 0.0
     repetition: float = 1.0
-    seed: int = 0
+    seed: int
     bias: dict[int, float] = {}
     logprobs: int | None = None
 
@@ -77,16 +81,17 @@ def choose(
     how: Sampling,
     position: int,
     said: Mapping[int, int],
-    prompt: Collection[int] = (),
+    prompt: Tokens = NONE,
     allowed: npt.NDArray[np.bool_] | None = None,
 ) -> Choice:
     """The token at ``position``. ``said``: how often each was said so far; ``allowed``: which may
-    be said at all (a grammar). Raises ValueError if none may."""
+    be said at all (a grammar); ``prompt``: the tokens of the prompt, each once, sorted. Raises
+    ValueError if none may be said."""
     scores = _adjusted(logits, how, said, prompt)
     if allowed is not None:
-        if not allowed.any():
-            raise ValueError("no token is allowed here")
         scores[~allowed] = -np.inf
+    if not (scores > -np.inf).any():
+        raise ValueError("no token is allowed here")
     token = int(scores.argmax()) if not how.temperature else _draw(scores, how, position)
     if how.logprobs is None:
         return Choice(token, float("nan"), ())
@@ -97,12 +102,10 @@ def choose(
     return Choice(token, float(raw[token]), tuple((int(i), float(raw[i])) for i in top))
 
 
-def _adjusted(
-    logits: Logits, how: Sampling, said: Mapping[int, int], prompt: Collection[int]
-) -> Logits:
+def _adjusted(logits: Logits, how: Sampling, said: Mapping[int, int], prompt: Tokens) -> Logits:
     scores = logits.astype(np.float32, copy=True)
-    if how.repetition != 1 and (said or prompt):
-        seen = np.fromiter({*said, *prompt}, np.int64)
+    if how.repetition != 1:
+        seen = np.union1d(prompt, np.fromiter(said.keys(), np.int64))
         there = scores[seen]
         scores[seen] = np.where(there > 0, there / how.repetition, there * how.repetition)
     if said and (how.presence or how.frequency):
@@ -124,11 +127,14 @@ def _draw(scores: Logits, how: Sampling, position: int) -> int:
     if how.min_p:
         likely = weights >= how.min_p
         kept, weights = kept[likely], weights[likely]
-    order = np.argsort(-weights, kind="stable")
-    kept, total = kept[order], np.cumsum(weights[order])
     if how.top_p < 1:
+        order = np.argsort(-weights, kind="stable")
+        kept, weights = kept[order], weights[order]
+        total = np.cumsum(weights)
         count = int(np.searchsorted(total, how.top_p * total[-1])) + 1
         kept, total = kept[:count], total[:count]
+    else:
+        total = np.cumsum(weights)
     seed = how.seed & (2**64 - 1)
     place = np.random.Generator(np.random.Philox(key=seed, counter=position)).random() * total[-1]
     return int(kept[min(int(np.searchsorted(total, place, side="right")), len(kept) - 1)])
@@ -139,5 +145,8 @@ def _likeliest(scores: npt.NDArray[Any], count: int) -> npt.NDArray[np.int64]:
     count = min(count, len(scores))
     if not count:
         return np.empty(0, np.int64)
-    found = np.argpartition(-scores, count - 1)[:count]
-    return np.asarray(found[np.lexsort((found, -scores[found]))], np.int64)
+    least = np.partition(scores, len(scores) - count)[len(scores) - count]
+    found = np.flatnonzero(scores > least)
+    same = np.flatnonzero(scores == least)[: count - len(found)]
+    found = np.concatenate([found[np.argsort(-scores[found], kind="stable")], same])
+    return np.asarray(found, np.int64)

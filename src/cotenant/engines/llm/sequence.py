@@ -54,8 +54,8 @@ class Sequence:
         self.end: End | None = None
         self.computed = 0
         """Tokens whose keys and values are in its blocks."""
-        self.known = 0
-        """Tokens of the prompt that it found computed when it first ran."""
+        self.known: int | None = None
+        """Tokens of the prompt that it found computed when it first ran; None before."""
         self.table: Table | None = None
         self.claim: Claim = ()
         self._due = due
@@ -80,9 +80,12 @@ class Sequence:
     def draft(self, most: int) -> tuple[int, ...]:
         """Up to ``most`` tokens that may come next; never more than it may say, but for one that
         is not drafted."""
+        most = min(most, self.most - self.said - 1)
+        if most < 1:
+            return ()
         if self._lookup is None:
             self._lookup = Lookup(self.tokens)
-        return self._lookup.draft(min(most, self.most - self.said - 1))
+        return self._lookup.draft(most)
 
     def say(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         """Append tokens, up to one that ends it; those that were."""
