@@ -45,7 +45,7 @@ def test_overload_is_refused_fast_and_what_is_accepted_meets_its_objective(boxes
     # What was admitted is judged by the node's own clock: the client may starve beside it.
     service = box.service("work")
     assert service["answered"] == len(accepted)
-    assert service["misses"] < service["answered"] / 4
+    assert service["misses"] <= 0.1 * service["answered"]
     assert median(a.took for a in refused) < objective / 4
     assert median(a.took for a in refused) < median(a.took for a in accepted)
     assert box.infer("work", x=X).status == 200
@@ -69,7 +69,7 @@ def test_overload_does_not_keep_out_urgent_requests_to_another_service(boxes: Bo
     assert load.count(429) > 0, "it was no overload"
     assert sum(a.status == 200 for a in answers) >= 0.9 * len(answers)
     service = box.service("double")
-    assert service["misses"] < service["answered"] / 4
+    assert service["misses"] <= 0.1 * service["answered"]
 
 
 @pytest.mark.parametrize("limit", ["1s", "100ms"])

@@ -123,13 +123,16 @@ def test_one_key_is_one_sequence() -> None:
 
 
 def test_drafts_take_no_block_that_another_needs() -> None:
+    """One block is free. The first could draft into it; the second needs it for its next token."""
     found = core(blocks=5, drafts=4)
-    for key in (1, 2):
-        found.add(Sequence(key, (key, 7, 8, 9, key, 7, 8), 9))
-    for _ in range(2):
-        step(found, says=9)
+    found.add(Sequence(1, (1, 2, 3, 4, 1, 2), 9))
+    found.add(Sequence(2, (5, 6, 7, 8, 9, 5, 6), 9))
+    chosen = {1: [3], 2: [8]}
+    found.done(found.next(), chosen)
+    iteration = found.next()
+    assert set(lengths(iteration)) == {1, 2}
     assert found.put_aside == 0
-
+    assert lengths(iteration)[1] == 2
 
 def test_what_even_the_whole_pool_cannot_hold_is_refused() -> None:
     found = core(blocks=4)

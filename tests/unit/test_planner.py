@@ -371,12 +371,14 @@ def test_a_fixed_split_never_changes() -> None:
     assert [p.compute for p in world.present.partitions] == [2, 1, 1]
 
 
-def test_every_change_has_a_reason() -> None:
-    world = settled(1.0)
-    for rate in (500.0, 1.0):
-        for _ in range(60):
-            plan = world.see(service(rate=rate), job())
-            assert plan is None or plan.reasons
+def test_a_change_names_the_service_that_asks_for_it() -> None:
+    world = Planning(8, lend=False)
+    for _ in range(60):
+        world.see(service("calm", rate=1.0), service("tess", rate=1.0), job())
+    began = world.present.version
+    while world.present.version == began:
+        world.see(service("calm", rate=1.0), service("tess", rate=900.0), job())
+    assert any("tess" in reason for reason in world.present.reasons)
 
 
 def test_versions_go_up() -> None:

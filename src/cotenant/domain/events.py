@@ -180,7 +180,8 @@ class Repartitioned(_Event, frozen=True):
 
 class ActionFailed(_Event, frozen=True):
     """A dispatch, grant, revocation or repartition could not be carried out. ``target``: the batch,
-    the partition, or the device."""
+    the partition, or the device. A revocation may be the shell's own: of a grant that came to be
+    after it had failed."""
 
     action: str
     target: str

@@ -82,8 +82,6 @@ class Holds:
         job.held.append(partition.id)
         job.units += partition.compute
         self._desk.out.append(a.Grant(self._desk.cause, job.id, partition.id, slice_ns))
-        if len(state.jobs) > 1:
-            self._desk.set_wake(partition, partition.slice_end)
 
     def _slice(self, partition: PartitionState) -> int:
         plan = self._state.plan
@@ -164,7 +162,7 @@ class Holds:
         if partition is None or partition.job != event.job:
             return
         if self.step(partition, "Granted") and len(self._state.jobs) > 1:
-            # Its slice may have ended, or another job may have come, while this was under way.
+            # It may have ended, or another job may have come, while the grant was under way.
             self._desk.set_wake(partition, max(self._state.now, partition.slice_end))
 
     def revoked(self, event: e.Revoked) -> PartitionState | None:

@@ -3,8 +3,8 @@
 * To whom: a job that is owed its guaranteed share first (most owed), else the least virtual
   time (start-time fair queueing; Goyal, Vin and Cheng, SIGCOMM 1996), by what the plan says that
   jobs are to hold, or by weight.
-* When: as soon as it is idle. Held back for the next request it would be ready sooner, but idle in
-  vain, and a core that slept wakes no faster than one that is taken back.
+* When: as soon as it is idle. To hold it back for the next request brought nothing that could be
+  measured (docs/design.md).
 * How long: slices grow by a step while the objective has headroom, are halved when its tail comes
   near it, and are zero (nothing is lent) while it is missed.
 """

@@ -233,18 +233,17 @@ class Wishes:
                 return Wish(best.layout, _first_miss(here), patience)
             return Wish(current)
         peak = self._demand.at_peak(view, SPARE)
-        calm = [v.layout for v in _judge_all(pressing, options, horizon_s) if not v.misses]
-        holding = [v for v in _judge_all(peak, calm, horizon_s) if not v.misses]
-        if not holding:
-            return Wish(current)
         before = self._worth(view, judge(peak, current, horizon_s))
-        after, layout = max(
-            ((self._worth(view, v), v.layout) for v in holding), key=lambda each: each[0]
-        )
-        if after <= (GAIN + moving / tuning.payback) * before:
-            return Wish(current)
-        gained = after / before - 1 if before else 1
-        return Wish(layout, f"jobs gain {gained:.0%} and objectives hold", tuning.shrink_after)
+        enough = (GAIN + moving / tuning.payback) * before
+        holding = [v for v in _judge_all(peak, options, horizon_s) if not v.misses]
+        better = [(worth, v.layout) for v in holding if (worth := self._worth(view, v)) > enough]
+        better.sort(key=lambda each: each[0], reverse=True)
+        for after, layout in better:
+            if self._holds((pressing,), layout):
+                gained = after / before - 1 if before else 1
+                why = f"jobs gain {gained:.0%} and objectives hold"
+                return Wish(layout, why, tuning.shrink_after)
+        return Wish(current)
 
     def _worth(self, view: View, verdict: Verdict) -> float:
         """What a layout is worth to jobs that are bound to their partitions."""

@@ -54,6 +54,7 @@ class Fleet:
             self.specs = (*self.specs, spec)
 
     def _stray(self, tenant: str, partition: str, why: str) -> None:
+        """To whoever listens by then."""
         self.astray(tenant, partition, why)
 
     async def close(self) -> None:

@@ -54,8 +54,8 @@ ARMS = (
 )
 OBJECTIVE_MS = 100.0
 SLACK = 20
-"""The objective is at least so many times what a request takes. With less, what is measured beside
-long requests is who refuses more."""
+"""The objective is at least so many times the length that was asked for (``--service``). With less,
+what is measured beside long requests is who refuses more."""
 SETTLE_S = 0.3
 WARM_STEPS = 5
 

@@ -1,4 +1,5 @@
-"""Language models: the pure core (``blocks``, ``sequence``, ``iteration``, ``costs``, ``lookup``).
+"""Language models: the pure core (``blocks``, ``sequence``, ``iteration``, ``costs``, ``lookup``),
+and beside it ``sampler``, ``stops`` and ``gguf``.
 
-It knows no clock, no thread and no engine. ``docs/llm.md`` explains it.
+The core knows no clock, no thread and no engine. ``docs/llm.md`` explains it.
 """

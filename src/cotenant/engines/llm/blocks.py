@@ -49,10 +49,6 @@ Move = Offload | Restore | Release
 class Node:
     """A full block; see the module's text. ``block`` and ``slot`` are -1 where it has none."""
 
-    __slots__ = (
-        *("block", "children", "parent", "refs", "resident", "slot", "tokens", "used", "wanted"),
-    )
-
     def __init__(self, tokens: tuple[int, ...], parent: Node | None) -> None:
         self.tokens = tokens
         self.parent = parent
@@ -68,13 +64,19 @@ class Node:
         """Children that have a block."""
 
 
+class _Root(Node):
+    """What sequences of one salt begin with; no block. ``refs`` counts their tables."""
+
+    def __init__(self, salt: str) -> None:
+        super().__init__((), None)
+        self.salt = salt
+
+
 class Table:
     """The blocks of one sequence: shared ones (as many as it has ``nodes``), then its own."""
 
-    __slots__ = ("ids", "nodes", "salt")
-
-    def __init__(self, salt: str) -> None:
-        self.salt = salt
+    def __init__(self, root: _Root) -> None:
+        self.root = root
         self.nodes: list[Node] = []
         self.ids: list[int] = []
 
@@ -118,15 +120,14 @@ class BlockPool:
         self._free = list(range(blocks - 1, -1, -1))
         self._out: list[int] = []
         self._slots = list(range(host - 1, -1, -1))
-        self._roots: dict[str, Node] = {}
-        """By salt; ``refs`` counts tables."""
+        self._roots: dict[str, _Root] = {}
         self._tables: set[Table] = set()
         self._cached = 0
         self._moves: list[Move] = []
         self._clock = count(1)
-        self._idle: list[tuple[bool, int, int, Node]] = []
+        self._idle: list[Entry] = []
         """Heap of leaves that nobody holds; entries that are true no more are passed over."""
-        self._aside: list[tuple[bool, int, int, Node]] = []
+        self._aside: list[Entry] = []
         """The same of slots."""
 
     # --- how much ---------------------------------------------------------------------------
@@ -140,11 +141,6 @@ class BlockPool:
     def available(self) -> int:
         """Blocks that can be had now: free, or held by nobody."""
         return max(0, len(self._free) + self._cached - self.excess)
-
-    @property
-    def cached(self) -> int:
-        """Blocks that nobody holds, but that may be found again."""
-        return self._cached
 
     @property
     def excess(self) -> int:
@@ -181,9 +177,9 @@ class BlockPool:
         follows a token is known by computing it. Those with another ``salt`` share nothing."""
         root = self._roots.get(salt)
         if root is None:
-            root = self._roots[salt] = Node((), None)
+            root = self._roots[salt] = _Root(salt)
         root.refs += 1
-        table = Table(salt)
+        table = Table(root)
         self._tables.add(table)
         chain = list(self._find(tokens, salt))
         resident = [node for node in chain if node.block >= 0]
@@ -218,7 +214,7 @@ class BlockPool:
         while (len(table.nodes) + 1) * size <= computed:
             at = len(table.nodes) * size
             key = tuple(tokens[at : at + size])
-            parent = table.nodes[-1] if table.nodes else self._roots[table.salt]
+            parent = table.nodes[-1] if table.nodes else table.root
             block = table.ids[len(table.nodes)]
             node = parent.children.get(key)
             if node is not None and node.block >= 0:
@@ -233,7 +229,7 @@ class BlockPool:
         """Let go of everything. ``wanted``: its sequence comes back, and keeps a claim until it
         ``drop``s it."""
         self._tables.discard(table)
-        self._roots[table.salt].refs -= 1
+        table.root.refs -= 1
         now, claim = next(self._clock), tuple(table.nodes) if wanted else ()
         for node in reversed(table.nodes):
             node.refs -= 1
@@ -245,7 +241,7 @@ class BlockPool:
         for block in table.own:
             self._put_back(block)
         table.nodes, table.ids = [], []
-        self._forget_root(table.salt)
+        self._forget_root(table.root)
         while self.excess and self._cached:
             self._give_back(self._evict())
         return claim
@@ -261,7 +257,7 @@ class BlockPool:
     # --- nodes ------------------------------------------------------------------------------
 
     def _find(self, tokens: Sequence[int], salt: str) -> Iterator[Node]:
-        node = self._roots.get(salt)
+        node: Node | None = self._roots.get(salt)
         for at in range(0, (len(tokens) - 1) // self.size * self.size, self.size):
             node = node and node.children.get(tuple(tokens[at : at + self.size]))
             if node is None:
@@ -312,10 +308,9 @@ class BlockPool:
             heap[:] = [(n.wanted > 0, n.used, next(self._clock), n) for n in found]
             heapq.heapify(heap)
 
-    def _forget_root(self, salt: str) -> None:
-        root = self._roots.get(salt)
-        if root is not None and not root.refs and not root.children:
-            del self._roots[salt]
+    def _forget_root(self, root: _Root) -> None:
+        if not root.refs and not root.children:
+            self._roots.pop(root.salt, None)
 
     # --- blocks and slots -------------------------------------------------------------------
 
@@ -381,9 +376,8 @@ class BlockPool:
         parent = node.parent
         assert parent is not None
         del parent.children[node.tokens]
-        if parent.parent is None and not parent.children:
-            for salt in [salt for salt, root in self._roots.items() if root is parent]:
-                self._forget_root(salt)
+        if isinstance(parent, _Root):
+            self._forget_root(parent)
         gone = list(node.children.values())
         while gone:
             child = gone.pop()

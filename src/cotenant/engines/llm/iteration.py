@@ -28,7 +28,7 @@ from cotenant.domain.errors import TooLarge
 from cotenant.engines.llm.blocks import BlockPool, Move, Offload, Restore
 from cotenant.engines.llm.costs import Costs, Load, load
 from cotenant.engines.llm.lookup import PROBE, Acceptance
-from cotenant.engines.llm.sequence import End, Phase, Sequence
+from cotenant.engines.llm.sequence import End, Sequence
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -135,19 +135,14 @@ class Iterations:
         sequence = self._sequences.pop(key, None)
         if sequence is None:
             return
-        if sequence.phase is Phase.WAITING:
-            self._waiting.remove(sequence)
-        else:
-            self._running.remove(sequence)
-        self._leave(sequence)
-        sequence.phase, sequence.end = Phase.ENDED, why
-
-    def _leave(self, sequence: Sequence) -> None:
+        sequence.end = why
         if sequence.table is not None:
+            self._running.remove(sequence)
             self.pool.close(sequence.table)
-            sequence.table = None
-        self.pool.drop(sequence.claim)
-        sequence.claim = ()
+        else:
+            self._waiting.remove(sequence)
+            self.pool.drop(sequence.claim)
+        sequence.table, sequence.claim = None, ()
 
     # --- the next iteration -----------------------------------------------------------------
 
@@ -159,10 +154,10 @@ class Iterations:
         generate = [s for s in self._running if s.generates]
         rate = self._rate(generate)
         for index, sequence in enumerate(generate):
-            if sequence.phase is Phase.RUNNING:
+            if sequence.table is not None:  # else it has made room meanwhile
                 self._go_on(sequence, plan, rate, others=len(generate) - index - 1)
         for sequence in [s for s in self._running if not s.generates]:
-            if sequence.phase is Phase.RUNNING:
+            if sequence.table is not None:
                 self._read(sequence, plan)
         self._let_in(plan)
         return Iteration(self.pool.moves(), tuple(plan.works), plan.load, plan.expected)
@@ -193,7 +188,8 @@ class Iterations:
                 continue
             if plan.room(0, 1, 1) < 1 or not self._begin(sequence):
                 return
-            self._read(sequence, plan)
+            if not self._read(sequence, plan):
+                return
 
     def _rate(self, generate: list[Sequence]) -> float:
         """Tokens a ns of an iteration without drafts."""
@@ -236,7 +232,8 @@ class Iterations:
 
     def _last(self, plan: _Plan) -> Sequence | None:
         """Who is due last of those that are not part of the iteration."""
-        others = [s for s in self._running if s.key not in plan.keys]
+        working = {work.key for work in plan.works}
+        others = [s for s in self._running if s.key not in working]
         return max(others, key=_urgency, default=None)
 
     def _put_aside(self, sequence: Sequence) -> None:
@@ -245,7 +242,7 @@ class Iterations:
         assert table is not None
         wanted = self.costs.worth_aside(sequence.computed // 2, pool.size)
         sequence.claim = pool.close(table, wanted)
-        sequence.table, sequence.computed, sequence.phase = None, 0, Phase.WAITING
+        sequence.table, sequence.computed = None, 0
         self._running.remove(sequence)
         insort(self._waiting, sequence, key=_urgency)
         self.put_aside += 1
@@ -264,20 +261,20 @@ class Iterations:
         sequence.computed = len(table.nodes) * pool.size
         if sequence.known is None:
             sequence.known = sequence.computed
-        sequence.phase = Phase.RUNNING
         self._waiting.remove(sequence)
         self._running.append(sequence)
         return True
 
-    def _read(self, sequence: Sequence, plan: _Plan) -> None:
-        """A chunk of what is not computed."""
+    def _read(self, sequence: Sequence, plan: _Plan) -> bool:
+        """A chunk of what is not computed; False if there is no time for it."""
         start, end, table = sequence.computed, len(sequence.tokens), sequence.table
         assert table is not None
         count = plan.room(start, end - start, self.pool.size)
         if count < 1:
-            return
+            return False
         chunk = tuple(sequence.tokens[start : start + count])
         plan.add(Work(sequence.key, start, chunk, table.blocks, int(start + count == end)))
+        return True
 
     # --- what came of it --------------------------------------------------------------------
 
@@ -325,9 +322,9 @@ class Iterations:
         assert sorted(s.key for s in both) == sorted(self._sequences), "each runs or waits"
         assert self._waiting == sorted(self._waiting, key=_urgency), "who waits is in order"
         assert len(self._running) <= self.limits.sequences, "no more run than may"
+        assert all(s.table is not None for s in self._running), "who runs has blocks"
+        assert all(s.table is None for s in self._waiting), "who waits has none"
         for sequence in both:
-            runs = sequence.table is not None
-            assert runs == (sequence.phase is Phase.RUNNING), "who runs has a table"
             assert sequence.computed < len(sequence.tokens), "the newest token is not computed"
             assert self._sequences[sequence.key] is sequence
             if sequence.table is not None:
@@ -346,7 +343,6 @@ class _Plan:
     def __init__(self, tokens: int, within: int | None, costs: Costs) -> None:
         self.left = tokens
         self.works: list[Work] = []
-        self.keys: set[int] = set()
         self.load = Load()
         self._within = within
         self._costs = costs
@@ -368,6 +364,5 @@ class _Plan:
 
     def add(self, work: Work) -> None:
         self.works.append(work)
-        self.keys.add(work.key)
         self.left -= len(work.tokens)
         self.load += load(work.start, len(work.tokens))

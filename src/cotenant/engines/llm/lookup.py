@@ -40,8 +40,6 @@ class Lookup:
     def draft(self, most: int) -> tuple[int, ...]:
         """Up to ``most`` tokens that may come next."""
         tokens = self._tokens
-        if most < 1:
-            return ()
         for length in LENGTHS:
             if len(tokens) >= length:
                 _, at = self._ends[tuple(tokens[-length:])]

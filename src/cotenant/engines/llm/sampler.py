@@ -1,7 +1,7 @@
 """Which token comes next, of what a model says of all: greedy, or drawn.
 
-Each draw depends on the seed and the position alone. So an answer with a seed is the same however
-it was batched, drafted, put aside or taken up again.
+Each draw depends on the seed and the position alone. So as long as the model gives the same numbers
+an answer with a seed is the same, however it was batched, drafted, put aside or taken up again.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def choose(
     allowed: npt.NDArray[np.bool_] | None = None,
 ) -> Choice:
     """The token at ``position``. ``said``: how often each was said so far; ``allowed``: which may
-    be said at all (a grammar); ``prompt``: the tokens of the prompt, each once, sorted. Raises
-    ValueError if none may be said."""
+    be said at all (a grammar); ``prompt``: the tokens of the prompt, each once, sorted. All
+    are below the size of the vocabulary. Raises ValueError if none may be said."""
     scores = _adjusted(logits, how, said, prompt)
     if allowed is not None:
         scores[~allowed] = -np.inf

@@ -8,14 +8,6 @@ from cotenant.engines.llm.blocks import Claim, Table
 from cotenant.engines.llm.lookup import Lookup
 
 
-class Phase(Enum):
-    """What becomes of a sequence. It may go back from RUNNING to WAITING, and loses time by it."""
-
-    WAITING = "waiting"
-    RUNNING = "running"
-    ENDED = "ended"
-
-
 class End(Enum):
     """Why a sequence ended."""
 
@@ -50,13 +42,13 @@ class Sequence:
         self.most = most
         self.stops = stops
         self.salt = salt
-        self.phase = Phase.WAITING
         self.end: End | None = None
         self.computed = 0
         """Tokens whose keys and values are in its blocks."""
         self.known: int | None = None
         """Tokens of the prompt that it found computed when it first ran; None before."""
         self.table: Table | None = None
+        """Its blocks, while it runs."""
         self.claim: Claim = ()
         self._due = due
         self._pace = pace
