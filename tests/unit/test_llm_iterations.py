@@ -134,6 +134,7 @@ def test_drafts_take_no_block_that_another_needs() -> None:
     assert found.put_aside == 0
     assert lengths(iteration)[1] == 2
 
+
 def test_what_even_the_whole_pool_cannot_hold_is_refused() -> None:
     found = core(blocks=4)
     with pytest.raises(TooLarge):
