@@ -235,7 +235,7 @@ def _q8_0(blocks: Blocks) -> Floats:
     return _half(blocks, 0) * blocks[:, 2:].view(np.int8).astype(np.float32)
 
 
-def _scales_k(packed: Blocks) -> tuple[Floats, Floats]:
+def scales_k(packed: Blocks) -> tuple[Floats, Floats]:
     """Eight scales and eight minima of six bits each, from twelve bytes."""
     low, middle, high = packed[:, 0:4], packed[:, 4:8], packed[:, 8:12]
     scales = np.concatenate([low & 63, (high & 15) | ((low >> 6) << 4)], axis=1)
@@ -244,7 +244,7 @@ def _scales_k(packed: Blocks) -> tuple[Floats, Floats]:
 
 
 def _spread_k(blocks: Blocks, numbers: Floats) -> Floats:
-    scales, minima = _scales_k(blocks[:, 4:16])
+    scales, minima = scales_k(blocks[:, 4:16])
     scales, minima = scales * _half(blocks, 0), minima * _half(blocks, 2)
     return scales[:, :, None] * numbers - minima[:, :, None]
 
