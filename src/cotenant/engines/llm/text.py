@@ -29,8 +29,8 @@ SHRINK: Final = 4
 UNKNOWN, CONTROL, DEFINED = 2, 3, 4
 """Types of tokens in GGUF files; https://github.com/ggml-org/ggml/blob/master/docs/gguf.md."""
 ENDINGS: Final = frozenset(
-    ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>")
-    + ("<end_of_turn>", "<EOT>", "<|eot|>", "<|END_OF_TURN_TOKEN|>")
+    "<|im_end|> <|eot_id|> <|eom_id|> <|end|> <|endoftext|> <|end_of_text|> <end_of_turn> <EOT> "
+    "<|eot|> <|END_OF_TURN_TOKEN|>".split()
 )
 """Control tokens that end a turn, whether or not a GGUF file says so."""
 
@@ -134,9 +134,9 @@ class Text:
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         tokenizer = self._tokenizer if special else self._without_special()
         tokens: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-        if self.begin is not None and (self.begins if begin is None else begin):
-            if tokens[:1] != [self.begin]:  # a template has often written it already
-                tokens.insert(0, self.begin)
+        begins = self.begins if begin is None else begin
+        if begins and self.begin is not None and tokens[:1] != [self.begin]:
+            tokens.insert(0, self.begin)  # unless a template has written it already
         if most is not None and len(tokens) > most:
             raise TooLarge(f"the text has {len(tokens)} tokens; at most {most} are allowed here")
         return tokens
