@@ -29,7 +29,8 @@ INST = """{%- if messages[0].role == 'system' -%}
         {{- raise_exception('roles must alternate') }}
     {%- endif %}
     {%- if m.role == 'user' %}
-        {{- '[INST] ' ~ (system ~ '\n\n' if loop.last and system else '') ~ m.content ~ ' [/INST]' }}
+        {%- set first = system ~ '\n\n' if loop.last and system else '' %}
+        {{- '[INST] ' ~ first ~ m.content ~ ' [/INST]' }}
     {%- else %}{% generation %}{{ ' ' ~ m.content ~ eos_token }}{% endgeneration %}{% endif %}
 {%- endfor %}"""
 TURNS = """{{ bos_token }}{% set ns = namespace(first='') %}{% for m in messages %}

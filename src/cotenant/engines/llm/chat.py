@@ -46,13 +46,13 @@ CHATML: Final = (
 )
 """For models that have no template."""
 FILTERS: Final = frozenset(
-    "abs attr capitalize count d default dictsort e escape first float groupby indent int items "
+    "abs attr capitalize count d default dictsort e escape first float groupby indent int items "  # noqa: SIM905
     "join last length list lower map max min reject rejectattr replace reverse safe select "
     "selectattr sort string title tojson trim unique upper".split()
 )
 METHODS: Final[Mapping[tuple[type, ...], frozenset[str]]] = {
     (str,): frozenset(
-        "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit "
+        "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit "  # noqa: SIM905
         "islower isnumeric isspace istitle isupper join lower lstrip partition removeprefix "
         "removesuffix replace rfind rindex rpartition rsplit rstrip split splitlines startswith "
         "strip swapcase title upper".split()
@@ -136,7 +136,7 @@ class _Code(CodeGenerator):
 class _Generation(Extension):
     """``{% generation %}`` marks what a model said, for training; here it means nothing."""
 
-    tags = {"generation"}  # noqa: RUF012
+    tags = {"generation"}
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)
@@ -154,8 +154,16 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             optimized=False,
             extensions=[loopcontrols, _Generation],
         )
-        own = {"e": _escape, "escape": _escape, "indent": _indent, "join": _join, "list": _list}
-        own |= {"replace": _replace, "safe": str, "tojson": _tojson}
+        own: dict[str, Any] = {
+            "e": _escape,
+            "escape": _escape,
+            "indent": _indent,
+            "join": _join,
+            "list": _list,
+            "replace": _replace,
+            "safe": str,
+            "tojson": _tojson,
+        }
         self.filters = {name: own.get(name, self.filters[name]) for name in sorted(FILTERS)}
         self.globals = {
             "range": self.globals["range"],
@@ -179,7 +187,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             parts.append(part)
         return "".join(parts)
 
-    concat = joined  # type: ignore[assignment]
+    concat = joined
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "%" and isinstance(left, str):
@@ -210,7 +218,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(text, str) and __obj.__name__ == "replace":
             return _replace(text, *args, **kwargs)
         if isinstance(text, str) and __obj.__name__ == "join":
-            return _join(__self, *args, text, **kwargs)
+            return _join(__self, args[0], text)
         return super().call(__context, __obj, *args, **kwargs)
 
 
@@ -365,9 +373,11 @@ class _Run(threading.Thread):
 
 
 def _is_content(node: nodes.Node) -> bool:
-    if isinstance(node, nodes.Filter | nodes.Getitem) and isinstance(node.node, nodes.Node):
-        named = isinstance(node, nodes.Getitem) and isinstance(node.arg, nodes.Const)
-        return (named and node.arg.value == "content") or _is_content(node.node)
+    if isinstance(node, nodes.Filter):
+        return node.node is not None and _is_content(node.node)
+    if isinstance(node, nodes.Getitem):
+        named = isinstance(node.arg, nodes.Const) and node.arg.value == "content"
+        return named or _is_content(node.node)
     if isinstance(node, nodes.Getattr):
         return node.attr == "content"
     return isinstance(node, nodes.Name) and node.name == "content"

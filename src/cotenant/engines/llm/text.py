@@ -29,7 +29,7 @@ SHRINK: Final = 4
 UNKNOWN, CONTROL, DEFINED = 2, 3, 4
 """Types of tokens in GGUF files; https://github.com/ggml-org/ggml/blob/master/docs/gguf.md."""
 ENDINGS: Final = frozenset(
-    "<|im_end|> <|eot_id|> <|eom_id|> <|end|> <|endoftext|> <|end_of_text|> <end_of_turn> <EOT> "
+    "<|im_end|> <|eot_id|> <|eom_id|> <|end|> <|endoftext|> <|end_of_text|> <end_of_turn> <EOT> "  # noqa: SIM905
     "<|eot|> <|END_OF_TURN_TOKEN|>".split()
 )
 """Control tokens that end a turn, whether or not a GGUF file says so."""
