@@ -75,6 +75,9 @@ def test_tools_json_dates_and_more_are_there() -> None:
     assert Chat("{{ documents is none }}").render([]) == "True"
     assert Chat("{{ ['a', 'b'] | join('-') }}{{ '-'.join(['a', 'b']) }}").render([]) == "a-ba-b"
     assert Chat("{{ 'aXb'.split('X')[-1] * 3 + 'c' }}").render([]) == "bbbc"
+    assert Chat("{{ tools | map(attribute='a') | list }}").render([], [{"a": 1}]) == "[1]"
+    assert Chat("{{ tools | map('upper') | join }}").render([], ["a", "b"]) == "AB"
+    assert Chat("{% set x %}a{{ 1 }}b{% endset %}{{ x | upper }}").render([]) == "A1B"
     assert Chat("{{ 2 ** 3 + 4 * 1.5 }} {{ 7 % 4 }}").render([]) == "14.0 3"
 
 
@@ -166,6 +169,11 @@ def twice(start: str, step: str, after: str = "{{ n.x }}") -> str:
         "{% for i in range(99999) %}{{ 'x' * 100000 }}{% endfor %}",
         "{% set a %}{% for i in range(99999) %}{{ 'x' * 100000 }}{% endfor %}{% endset %}",
         "{{ range(10**10) | list }}",
+        "{% set b = 'x' * 10**6 %}{{ range(99999) | map('replace', 0, b) | list }}",
+        "{% set b = 'x' * 10**6 %}{% for i in range(99999) | map('replace', 1, b) %}"
+        "{{ loop.length }}{% endfor %}",
+        "{% macro f() %}{% for i in range(99999) %}{{ 'x' * 10**6 }}{% endfor %}{% endmacro %}"
+        "{% set b = f() %}",
         "{{ [1] | tojson(indent=10**10) }}",
     ],
 )

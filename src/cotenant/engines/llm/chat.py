@@ -16,15 +16,14 @@ import json
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
-from itertools import islice
 from types import BuiltinMethodType
 from typing import Any, Final
 
-from jinja2 import nodes, pass_environment
+from jinja2 import nodes, pass_context, pass_environment
 from jinja2.compiler import CodeGenerator, Frame
 from jinja2.exceptions import TemplateError
 from jinja2.ext import Extension, loopcontrols
-from jinja2.filters import do_indent
+from jinja2.filters import do_indent, sync_do_map
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
@@ -32,7 +31,7 @@ from jinja2.utils import Namespace
 from cotenant.domain.errors import InvalidRequest, ModelError
 
 MOST_SECONDS: Final = 2.0
-MOST_TEXT: Final = 1 << 23
+MOST_TEXT: Final = 1 << 22
 """Characters of a prompt, and of anything on the way to it."""
 MOST_TEMPLATE: Final = 1 << 20
 """Characters of a template."""
@@ -106,8 +105,28 @@ class _Held(Namespace):
         super().__setitem__(name, value)
 
 
+class _Buffer(list[str]):
+    """What a block or macro has said so far."""
+
+    total = 0
+
+    def append(self, part: str) -> None:
+        self.total += len(part)
+        if self.total > MOST_TEXT:
+            raise _TooMuch
+        super().append(part)
+
+    def extend(self, parts: Iterable[str]) -> None:
+        for part in parts:
+            self.append(part)
+
+
 class _Code(CodeGenerator):
-    """Literals and ``~`` are bounded."""
+    """Literals, ``~`` and what blocks say are bounded."""
+
+    def buffer(self, frame: Frame) -> None:
+        frame.buffer = self.temporary_identifier()
+        self.writeline(f"{frame.buffer} = environment.buffer()")
 
     def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
         self.write("environment.joined((")
@@ -145,6 +164,7 @@ class _Generation(Extension):
 
 class _Sandbox(ImmutableSandboxedEnvironment):
     code_generator_class = _Code
+    buffer = _Buffer
     intercepted_binops = frozenset(("+", "*", "**", "%"))
 
     def __init__(self) -> None:
@@ -160,6 +180,7 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             "indent": _indent,
             "join": _join,
             "list": _list,
+            "map": _map,
             "replace": _replace,
             "safe": str,
             "tojson": _tojson,
@@ -178,13 +199,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
 
     def joined(self, values: Iterable[Any]) -> str:
         """The values as one text."""
-        parts, total = [], 0
-        for value in values:
-            part = str(value)
-            total += len(part)
-            if total > MOST_TEXT:
-                raise _TooMuch
-            parts.append(part)
+        parts = _Buffer()
+        parts.extend(map(str, values))
         return "".join(parts)
 
     concat = joined
@@ -237,10 +253,20 @@ def _escape(value: Any) -> str:
     return html.escape(str(value))
 
 
-def _list(values: Any) -> list[Any]:
-    found = list(islice(values, MOST_TEXT + 1))
-    weigh(found)
+def _list(values: Iterable[Any]) -> list[Any]:
+    found, total = [], 0
+    for each in values:
+        total += weigh(each)
+        if total > MOST_TEXT:
+            raise _TooMuch
+        found.append(each)
     return found
+
+
+@pass_context
+def _map(context: Any, values: Any, *args: Any, **kwargs: Any) -> list[Any]:
+    """At once: of all filters it alone makes new values as somebody takes them."""
+    return _list(sync_do_map(context, values, *args, **kwargs))
 
 
 @pass_environment
@@ -281,12 +307,8 @@ def _tojson(
     encoder = json.JSONEncoder(
         ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
-    parts, total = [], 0
-    for part in encoder.iterencode(value):
-        total += len(part)
-        if total > MOST_TEXT:
-            raise _TooMuch
-        parts.append(part)
+    parts = _Buffer()
+    parts.extend(encoder.iterencode(value))
     return "".join(parts)
 
 
