@@ -26,7 +26,7 @@ help:
 $(VENV)/test.stamp: pyproject.toml
 	@echo "setting up $(VENV) (once, a minute or two) ..."
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo,test,lint,bench]'
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo,llm,test,lint,bench]'
 	@touch $@
 
 demo: $(VENV)/test.stamp

@@ -236,9 +236,7 @@ class _Layers:
             cos, sin = (each(angles).astype(np.float32) for each in (np.cos, np.sin))
             self._caches[rope] = self.graph.weight(cos), self.graph.weight(sin)
         caches = self._caches[rope]
-        return self.graph.node(
-            "RotaryEmbedding", heads, self._positions, *caches, domain=MICROSOFT
-        )
+        return self.graph.node("RotaryEmbedding", heads, self._positions, *caches, domain=MICROSOFT)
 
     def _cap(self, value: str, cap: float) -> str:
         limit = self.graph.constant(cap, np.float32)
@@ -266,8 +264,7 @@ class _Layers:
         weights = graph.node("Softmax", scores, axis=-1)
         old, new = graph.split(weights, self._lengths, 3, parts=2)
         from_old, from_new = (
-            graph.node("MatMul", part, each)
-            for part, each in ((old, old_values), (new, values))
+            graph.node("MatMul", part, each) for part, each in ((old, old_values), (new, values))
         )
         summed = graph.node("Add", from_old, from_new)
         summed = graph.reshape(summed, 0, decoder.heads, -1, decoder.head_dim)
