@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pytest
 
@@ -15,10 +14,9 @@ from cotenant.engines.llm.gguf import KINDS, Stored, floats
 from cotenant.engines.llm.iteration import Work
 from cotenant.engines.llm.runner import Runner, Sizes
 from cotenant.engines.llm.weights import Build, quantize, repack
+from tests.unit.llm_files import HEADS, HIDDEN, KV_HEADS, TYPES, write
 
-HIDDEN, HEADS, KV_HEADS, FFN, VOCAB, LAYERS = 256, 4, 2, 256, 64, 2
 MEMORY = Sizes(blocks=8, size=4, host=2, context=32)
-TYPES = gguf.GGMLQuantizationType
 TOKENS = (5, 9, 60, 3, 3, 17, 22, 8, 41)
 
 
@@ -32,57 +30,6 @@ def random_blocks(name: str, shape: tuple[int, ...]) -> Stored:
     scales = rng.normal(0, 0.02, (count, halves)).astype(np.float16)
     data[:, : 2 * halves] = scales.view(np.uint8).reshape(count, -1)
     return Stored("w", shape, kind, data.ravel())
-
-
-def weights() -> dict[str, np.ndarray[Any, Any]]:
-    rng = np.random.default_rng(5)
-    kv = HIDDEN // HEADS * KV_HEADS
-    shapes: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (VOCAB, HIDDEN),
-        "output_norm.weight": (HIDDEN,),
-    }
-    for n in range(LAYERS):
-        shapes |= {
-            f"blk.{n}.attn_norm.weight": (HIDDEN,),
-            f"blk.{n}.attn_q.weight": (HIDDEN, HIDDEN),
-            f"blk.{n}.attn_k.weight": (kv, HIDDEN),
-            f"blk.{n}.attn_v.weight": (kv, HIDDEN),
-            f"blk.{n}.attn_output.weight": (HIDDEN, HIDDEN),
-            f"blk.{n}.ffn_norm.weight": (HIDDEN,),
-            f"blk.{n}.ffn_gate.weight": (FFN, HIDDEN),
-            f"blk.{n}.ffn_up.weight": (FFN, HIDDEN),
-            f"blk.{n}.ffn_down.weight": (HIDDEN, FFN),
-        }
-    return {
-        name: (rng.normal(0, 0.1, shape) if len(shape) > 1 else 1 + rng.normal(0, 0.1, shape))
-        .astype(np.float32)
-        for name, shape in shapes.items()
-    }  # fmt: skip
-
-
-def write(path: Path, kind: TYPES, architecture: str = "llama", **changed: Any) -> Path:
-    writer = gguf.GGUFWriter(path, architecture)
-    keys = {
-        "block_count": LAYERS,
-        "embedding_length": HIDDEN,
-        "attention.head_count": HEADS,
-        "attention.head_count_kv": KV_HEADS,
-        "feed_forward_length": FFN,
-        "context_length": 64,
-    }
-    for name, value in (keys | changed).items():
-        writer.add_uint32(f"{architecture}.{name}", value)
-    writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
-    for name, tensor in weights().items():
-        if tensor.ndim == 1:
-            writer.add_tensor(name, tensor)
-        else:
-            writer.add_tensor(name, gguf.quants.quantize(tensor, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def logits(path: Path, build: Build) -> np.ndarray[Any, Any]:

@@ -7,6 +7,7 @@ there: pages come with the first write, and a block that is released is given ba
 from __future__ import annotations
 
 import mmap
+import time
 from collections.abc import Sequence
 from math import prod
 from typing import Final, NamedTuple
@@ -16,7 +17,7 @@ import onnx
 import onnxruntime as ort
 
 from cotenant.domain.errors import ModelError
-from cotenant.engines.llm.blocks import Move, Offload, Restore
+from cotenant.engines.llm.blocks import Move, Offload, Release, Restore
 from cotenant.engines.llm.checkpoint import Checkpoint
 from cotenant.engines.llm.decoder import Decoder
 from cotenant.engines.llm.families.base import Floats
@@ -84,16 +85,20 @@ class Runner:
         self._pool = Memory(memory.blocks, shape)
         self._host = Memory(memory.host, shape)
 
-    def move(self, moves: Sequence[Move]) -> None:
-        """Carry out, one after the other."""
+    def move(self, moves: Sequence[Move]) -> tuple[int, int]:
+        """Carry out, one after the other. How long (ns) copies to the host took, and those back."""
         pool, host = self._pool, self._host
+        took = {Offload: 0, Restore: 0, Release: 0}
         for move in moves:
+            began = time.monotonic_ns()
             if isinstance(move, Offload):
                 host.blocks[move.slot] = pool.blocks[move.block]
             elif isinstance(move, Restore):
                 pool.blocks[move.block] = host.blocks[move.slot]
             else:
                 pool.release(move.block)
+            took[type(move)] += time.monotonic_ns() - began
+        return took[Offload], took[Restore]
 
     def compute(self, units: int, works: Sequence[Work]) -> dict[int, Computed]:
         """By key. Works of the same length are computed together; keys and values of their tokens

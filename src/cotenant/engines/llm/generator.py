@@ -1,0 +1,200 @@
+"""Answers questions: joins the core, which decides, the runner, which computes, and the text.
+
+``begin`` takes a question up, each ``step`` is one iteration for all of them, ``forget`` is for
+those that nobody waits for any more. One thread calls it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+
+from cotenant.domain.errors import InvalidRequest, ModelError, TooLarge
+from cotenant.engines.llm.families.base import Floats
+from cotenant.engines.llm.grammar import Grammar, Grammars, Spec
+from cotenant.engines.llm.iteration import Iterations, Said, Work
+from cotenant.engines.llm.runner import Runner
+from cotenant.engines.llm.sampler import Choice, Sampling, choose
+from cotenant.engines.llm.sequence import End, Sequence
+from cotenant.engines.llm.stops import Stops
+from cotenant.engines.llm.text import Text
+
+
+class Question(msgspec.Struct, frozen=True, kw_only=True):
+    """``prompt``: its tokens. ``most``: so many tokens may be said. ``stops``: strings that end the
+    answer. ``endless``: tokens that end answers do not end this one. ``due``, ``pace`` and
+    ``salt`` are those of a ``Sequence``."""
+
+    prompt: tuple[int, ...]
+    most: int
+    sampling: Sampling
+    stops: tuple[str, ...] = ()
+    grammar: Spec | None = None
+    endless: bool = False
+    due: int = 0
+    pace: int = 0
+    salt: str = ""
+
+
+class Piece(NamedTuple):
+    """What an answer goes on with: ``choices`` token by token, and the text that is certain by now.
+    ``end``: why it is over, if it is; ``error``: what went wrong, and then it is over too."""
+
+    key: int
+    text: str
+    choices: tuple[Choice, ...]
+    end: End | None
+    error: str = ""
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing follows."""
+        return self.end is not None or bool(self.error)
+
+
+class Generator:
+    """See the module's text. Raises ModelError where text and model do not fit together."""
+
+    def __init__(self, text: Text, runner: Runner, core: Iterations) -> None:
+        if text.vocabulary > runner.decoder.vocab:
+            raise ModelError(
+                f"the tokenizer has {text.vocabulary} tokens, the model {runner.decoder.vocab}"
+            )
+        self.text = text
+        self.runner = runner
+        self.core = core
+        self._grammars: Grammars | None = None
+        self._answers: dict[int, _Answer] = {}
+
+    def begin(self, key: int, question: Question) -> None:
+        """Take a question up. Raises InvalidRequest, and TooLarge if the prompt and the answer are
+        longer than a sequence may be; then nothing is kept."""
+        problem = question.sampling.problem()
+        if problem:
+            raise InvalidRequest(problem)
+        if not question.prompt or question.most < 1:
+            raise InvalidRequest("a prompt has a token at least, and an answer may have one")
+        strange = [token for token in question.prompt if not 0 <= token < self.text.vocabulary]
+        if strange:
+            raise InvalidRequest(
+                f"token {strange[0]} of the prompt is not from 0 to {self.text.vocabulary - 1}"
+            )
+        context = self.runner.memory.context
+        if len(question.prompt) + question.most > context:
+            raise TooLarge(
+                f"{len(question.prompt)} tokens of the prompt and up to {question.most} of the "
+                f"answer are more than {context}"
+            )
+        answer = _Answer(question, self.text, self._compile(question.grammar))
+        ends = frozenset[int]() if question.endless else self.text.ends
+        self.core.add(
+            Sequence(
+                key,
+                question.prompt,
+                question.most,
+                stops=ends,
+                due=question.due,
+                pace=question.pace,
+                salt=question.salt,
+            )
+        )
+        self._answers[key] = answer
+
+    def _compile(self, spec: Spec | None) -> Grammar | None:
+        if spec is None:
+            return None
+        self._grammars = self._grammars or Grammars(self.text)
+        return self._grammars.compile(spec)
+
+    def step(self, units: int, within: int | None = None) -> list[Piece]:
+        """One iteration on so many threads, of about ``within`` ns; what came of it. An answer that
+        is over is forgotten. Raises ModelError if the engine fails; then all is as before but for
+        the time that is lost."""
+        iteration = self.core.next(within)
+        offload_ns, restore_ns = self.runner.move(iteration.moves)
+        began = time.monotonic_ns()
+        computed = self.runner.compute(units, iteration.works)
+        self.core.took(iteration, time.monotonic_ns() - began, offload_ns, restore_ns)
+        chosen, failed = {}, []
+        for work in iteration.works:
+            answer = self._answers.get(work.key)
+            if answer is None or not work.sampled:
+                continue
+            logits = computed[work.key].logits[:, : self.text.vocabulary]
+            try:
+                chosen[work.key] = answer.pick(work, logits)
+            except (InvalidRequest, ValueError) as error:  # a grammar that is too complex, or stuck
+                failed.append(Piece(work.key, "", (), None, str(error)))
+                self.forget((work.key,))
+        tokens = {key: [choice.token for choice in choices] for key, choices in chosen.items()}
+        said = self.core.done(iteration, tokens)
+        return failed + [self._piece(each, chosen[each.key]) for each in said]
+
+    def _piece(self, said: Said, choices: list[Choice]) -> Piece:
+        answer = self._answers[said.key]
+        piece = answer.say(said, choices[: len(said.tokens)])
+        if piece.over:
+            self.forget((said.key,))
+        return piece
+
+    def forget(self, keys: Iterable[int]) -> None:
+        """Nobody waits for these any more. Unknown ones are passed over."""
+        for key in keys:
+            self._answers.pop(key, None)
+            self.core.end(key)
+
+
+class _Answer:
+    """What was said to one question."""
+
+    def __init__(self, question: Question, text: Text, grammar: Grammar | None) -> None:
+        self._question = question
+        self._ends = text.ends
+        self._grammar = grammar
+        self._prompt = np.unique(np.array(question.prompt, np.int64))
+        self._said: Counter[int] = Counter()
+        self._decoder = text.stream(continued=True)
+        self._stops = Stops(question.stops)
+
+    def pick(self, work: Work, logits: Floats) -> list[Choice]:
+        """The tokens behind the sampled ones, as long as drafts are what would be said. Raises
+        ValueError if none may be said, InvalidRequest if the grammar is too complex."""
+        drafts, how = work.drafts, self._question.sampling
+        said, grammar = self._said, self._grammar
+        if drafts:
+            said, grammar = said.copy(), grammar and grammar.copy()
+        first = work.start + len(work.tokens) - work.sampled + 1
+        found: list[Choice] = []
+        for index, row in enumerate(logits):
+            allowed = grammar.allowed() if grammar else None
+            found.append(choose(row, how, first + index, said, self._prompt, allowed))
+            token = found[-1].token
+            if index == len(drafts) or token != drafts[index]:
+                break
+            said[token] += 1
+            if grammar:
+                grammar.advance(token)
+        return found
+
+    def say(self, said: Said, choices: list[Choice]) -> Piece:
+        """Take up what the core took up of it."""
+        text, end = "", said.end
+        for index, token in enumerate(said.tokens):
+            self._said[token] += 1
+            if self._grammar:
+                self._grammar.advance(token)
+            if token in self._ends and not self._question.endless:
+                continue
+            text += self._stops.feed(self._decoder.feed(token))
+            if self._stops.stopped:
+                return Piece(said.key, text, tuple(choices[: index + 1]), End.STOP)
+        if end is not None:
+            text += self._stops.feed(self._decoder.finish())
+            text += self._stops.finish()
+            end = End.STOP if self._stops.stopped else end
+        return Piece(said.key, text, tuple(choices), end)
