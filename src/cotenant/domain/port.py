@@ -35,11 +35,13 @@ element is a 4-byte little-endian length followed by that many bytes)."""
 
 
 class TensorMeta(msgspec.Struct, frozen=True):
-    """Name, datatype and shape of a model's input or output; -1 is any length."""
+    """Name, datatype and shape of a model's input or output; -1 is any length. ``optional``: a
+    request may leave the input out."""
 
     name: str
     datatype: str
     shape: tuple[int, ...]
+    optional: bool = False
 
 
 class ModelMeta(msgspec.Struct, frozen=True):

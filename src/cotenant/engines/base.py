@@ -124,7 +124,7 @@ def size_of(meta: EngineMeta, shapes: Mapping[str, tuple[int, ...]]) -> int:
 FAILURES = (ModelError, ValueError, MemoryError)
 """What a model may raise on an input; anything else is a bug and ends the worker."""
 
-SUFFIXES = (".onnx", ".pieces.json")
+SUFFIXES = (".onnx", ".gguf", ".safetensors", ".safetensors.index.json", ".pieces.json")
 """Model files that some engine opens, by preference."""
 
 
@@ -134,6 +134,10 @@ def open_engine(path: Path, units: Sequence[int]) -> Engine | TurnEngine:
         from cotenant.engines.onnx import OnnxEngine
 
         return OnnxEngine(path, units)
+    if path.suffix == ".gguf" or ".safetensors" in path.suffixes:
+        from cotenant.engines.llm.engine import LlmEngine
+
+        return LlmEngine(path, units)
     if path.name.endswith(".pieces.json"):
         from cotenant.engines.pieces import PiecesEngine
 

@@ -27,7 +27,7 @@ from cotenant.domain.port import (
 )
 from cotenant.engines.base import NUMPY, EngineMeta
 from cotenant.runtime.arena import Arena
-from cotenant.runtime.messages import LENGTH, Item, Outputs, Place
+from cotenant.runtime.messages import LEFT_OUT, LENGTH, Item, Outputs, Place
 
 ALIGN = 64
 Placed = tuple[Arena, int, Item]
@@ -173,6 +173,8 @@ def rows_of(meta: EngineMeta, max_batch: int, call: InferCall) -> int:
     rows = -1
     for want in meta.inputs:
         have = given.pop(want.name, None)
+        if have is None and want.optional:
+            continue
         if have is None:
             raise _wrong_names(meta, given, want.name)
         _check_input(have, want)
@@ -271,7 +273,10 @@ def place(
     try:
         offset, places = block, []
         for want in meta.inputs:
-            tensor = given[want.name]
+            tensor = given.get(want.name)
+            if tensor is None:
+                places.append(LEFT_OUT)
+                continue
             target = arena.memory[offset : offset + tensor.nbytes]
             _fill(target, tensor)
             _check_content(target, tensor, refuse_nan)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from typing import Final
 
 import msgspec
 
@@ -41,6 +42,10 @@ class Place(msgspec.Struct, frozen=True, array_like=True):
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+
+LEFT_OUT: Final = Place((), -1, 0)
+"""In place of an optional input that a request does not have."""
 
 
 class Item(msgspec.Struct, frozen=True, array_like=True):

@@ -39,6 +39,7 @@ from cotenant.engines.joining import ONE_ROW, judge, named_alike, same
 from cotenant.engines.samples import Samples, check_samples, make_samples
 from cotenant.runtime.arena import map_arena
 from cotenant.runtime.messages import (
+    LEFT_OUT,
     LENGTH,
     Done,
     Failed,
@@ -246,6 +247,8 @@ class Worker:
         """One array an input: a view of the arena for one request, else rows joined."""
         inputs: dict[str, Array] = {}
         for index, meta in enumerate(model.inputs):
+            if items[0].inputs[index] == LEFT_OUT:
+                continue
             parts = [self._view(item.inputs[index], meta.datatype) for item in items]
             inputs[meta.name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return inputs

@@ -118,6 +118,7 @@ def model_config(meta: ModelMeta) -> dict[str, Any]:
         "model_transaction_policy": {"decoupled": meta.pieces},
         "input": [
             {"name": t.name, "data_type": MODEL_DATA_TYPES[t.datatype][0], "dims": t.shape}
+            | ({"optional": True} if t.optional else {})
             for t in meta.inputs
         ],
         "output": [

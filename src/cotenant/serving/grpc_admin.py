@@ -94,6 +94,7 @@ class Admin:
         tensors = {
             side: [
                 {"name": t.name, "data_type": MODEL_DATA_TYPES[t.datatype][1], "dims": t.shape}
+                | ({"optional": True} if t.optional else {})
                 for t in group
             ]
             for side, group in (("input", meta.inputs), ("output", meta.outputs))

@@ -120,6 +120,7 @@ ModelInput
     1 name string
     2 data_type DataType
     4 dims repeated int64
+    8 optional bool
 ModelOutput
     1 name string
     2 data_type DataType

@@ -5,6 +5,7 @@ A family (``families/``) reads it from what a file says of the model; nothing el
 
 from __future__ import annotations
 
+from math import prod
 from typing import Final, Literal
 
 import msgspec
@@ -119,6 +120,10 @@ class Decoder(msgspec.Struct, frozen=True, kw_only=True):
     def block(self, size: int) -> tuple[int, ...]:
         """Shape of a block of ``size`` tokens: layers, keys and values, heads, tokens, head_dim."""
         return (self.layers, 2, self.kv_heads, size, self.head_dim)
+
+    def block_bytes(self, size: int) -> int:
+        """What a block takes in FP32."""
+        return 4 * prod(self.block(size))
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
         """Name and shape of each weight; matrices are [out, in]. Those of a layer begin with its

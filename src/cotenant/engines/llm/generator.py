@@ -78,7 +78,9 @@ class Generator:
         if problem:
             raise InvalidRequest(problem)
         if not question.prompt or question.most < 1:
-            raise InvalidRequest("a prompt has a token at least, and an answer may have one")
+            raise InvalidRequest(
+                "a prompt has at least one token, and an answer may have at least one"
+            )
         strange = [token for token in question.prompt if not 0 <= token < self.text.vocabulary]
         if strange:
             raise InvalidRequest(

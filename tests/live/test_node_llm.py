@@ -1,0 +1,116 @@
+"""A language model on a real box: answers, streams, what it refuses, whoever else is served."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import tritonclient.grpc as triton
+
+from tests.unit.llm_files import write
+
+if TYPE_CHECKING:
+    from tests.live.conftest import Box, Boxes
+
+PROMPT = "hello hello he said"
+
+
+@pytest.fixture(scope="module")
+def box(module_boxes: Boxes) -> Box:
+    box = module_boxes()
+    path = box.models / "says" / "1" / "model.gguf"
+    path.parent.mkdir(parents=True)
+    write(path, text=True)
+    return box.configure([{"name": "says"}], node={"grpc": "127.0.0.1:0"}).start()
+
+
+def ask(box: Box, **given: Any) -> Any:
+    body = {"text_input": PROMPT, "max_tokens": 12} | given
+    return box.post("/v2/models/says/generate", json.dumps(body).encode())
+
+
+def stream(box: Box, **given: Any) -> list[dict[str, Any]]:
+    connection = http.client.HTTPConnection("127.0.0.1", box.port, timeout=40)
+    body = json.dumps({"text_input": PROMPT, "max_tokens": 12} | given)
+    connection.request("POST", "/v2/models/says/generate_stream", body)
+    lines = connection.getresponse().read().split(b"\n")
+    connection.close()
+    return [json.loads(line[6:]) for line in lines if line.startswith(b"data: ")]
+
+
+def tokens(answer: dict[str, Any]) -> list[int]:
+    """What JSON gives of one element is that."""
+    found = answer["tokens"]
+    return found if isinstance(found, list) else [found]
+
+
+def test_a_stream_says_what_the_whole_answer_is(box: Box) -> None:
+    whole = ask(box).json
+    pieces = stream(box)
+    assert len(tokens(whole)) == 12
+    assert [t for piece in pieces for t in tokens(piece)] == tokens(whole)
+    assert "".join(piece["text_output"] for piece in pieces) == whole["text_output"]
+    assert len(pieces) > 1
+
+
+def test_optional_inputs_may_be_left_out(box: Box) -> None:
+    drawn = {"temperature": 1.0, "top_p": 0.9, "top_k": 40, "seed": 3}
+    assert tokens(ask(box, **drawn).json) == tokens(ask(box, **drawn).json)
+    assert tokens(ask(box, **drawn).json) != tokens(ask(box, **drawn | {"seed": 4}).json)
+    whole = ask(box, **drawn).json["text_output"]
+    stop = whole[3:5]
+    assert ask(box, **drawn, stop=[stop]).json["text_output"] == whole[: whole.index(stop)]
+
+
+def test_answers_side_by_side_are_those_alone(box: Box) -> None:
+    prompts = [f"{n} hello" for n in range(5)]
+    once = [tokens(ask(box, text_input=prompt).json) for prompt in prompts]
+    found: dict[str, list[int]] = {}
+
+    def one(prompt: str) -> None:
+        found[prompt] = tokens(ask(box, text_input=prompt).json)
+
+    threads = [threading.Thread(target=one, args=(prompt,)) for prompt in prompts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [found[prompt] for prompt in prompts] == once
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"temperature": -1.0}, "temperature"),
+        ({"max_tokens": 0}, "answer"),
+        ({"text_input": ""}, "prompt"),
+        ({"text_input": "ab" * 500_000}, "64"),
+        ({"max_tokens": 5000}, "5000"),
+    ],
+)
+def test_what_is_refused_says_why_and_harms_nobody(
+    box: Box, given: dict[str, Any], named: str
+) -> None:
+    answer = ask(box, **given)
+    assert answer.status == 400
+    assert named in answer.error
+    assert ask(box).status == 200
+
+
+def test_the_input_that_is_needed_is_named(box: Box) -> None:
+    answer = box.post("/v2/models/says/generate", b'{"max_tokens": 3}')
+    assert answer.status == 400
+    assert "text_input" in answer.error
+
+
+def test_clients_are_told_what_may_be_left_out(box: Box) -> None:
+    config = box.ask("GET", "/v2/models/says/config").json
+    optional = [each["name"] for each in config["input"] if each.get("optional")]
+    assert optional[:2] == ["max_tokens", "temperature"]
+    client = triton.InferenceServerClient(box.status()["grpc"])
+    told = client.get_model_config("says").config
+    assert [each.name for each in told.input if each.optional] == optional
+    client.close()
