@@ -135,8 +135,11 @@ def open_engine(path: Path, units: Sequence[int]) -> Engine | TurnEngine:
 
         return OnnxEngine(path, units)
     if path.suffix == ".gguf" or ".safetensors" in path.suffixes:
-        from cotenant.engines.llm.engine import LlmEngine
-
+        try:
+            from cotenant.engines.llm.engine import LlmEngine
+        except ImportError as error:
+            needs = "language models need the extra llm: pip install 'cotenant[llm]'"
+            raise ModelError(f"{needs} ({error})") from error
         return LlmEngine(path, units)
     if path.name.endswith(".pieces.json"):
         from cotenant.engines.pieces import PiecesEngine

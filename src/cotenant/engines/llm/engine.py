@@ -25,6 +25,14 @@ import numpy as np
 from cotenant.domain.errors import InvalidRequest, ModelError, TooLarge
 from cotenant.domain.port import TensorMeta
 from cotenant.engines.base import Array, EngineMeta, Turn
+from cotenant.engines.llm.blocks import BlockPool
+from cotenant.engines.llm.checkpoint import GgufCheckpoint, open_checkpoint
+from cotenant.engines.llm.generator import Generator, Question
+from cotenant.engines.llm.iteration import Iterations, Limits
+from cotenant.engines.llm.runner import Runner, Sizes
+from cotenant.engines.llm.sampler import Sampling
+from cotenant.engines.llm.text import Text
+from cotenant.engines.llm.weights import Build
 
 SIZE: Final = 16
 """Tokens of a block."""
@@ -48,22 +56,9 @@ _OUTPUTS: Final = (TensorMeta("text_output", "BYTES", (1,)), TensorMeta("tokens"
 
 
 class LlmEngine:
-    """A ``TurnEngine``; see the module's text. Raises ModelError, also where the packages of the
-    extra ``llm`` are not installed."""
+    """A ``TurnEngine``; see the module's text. Raises ModelError."""
 
     def __init__(self, path: Path, units: Sequence[int]) -> None:
-        try:
-            from cotenant.engines.llm.blocks import BlockPool
-            from cotenant.engines.llm.checkpoint import GgufCheckpoint, open_checkpoint
-            from cotenant.engines.llm.generator import Generator
-            from cotenant.engines.llm.iteration import Iterations, Limits
-            from cotenant.engines.llm.runner import Runner, Sizes
-            from cotenant.engines.llm.text import Text
-            from cotenant.engines.llm.weights import Build
-        except ImportError as error:
-            raise ModelError(
-                f"language models need the extra llm, pip install 'cotenant[llm]': {error}"
-            ) from error
         checkpoint = open_checkpoint(path)
         if isinstance(checkpoint, GgufCheckpoint):
             text = Text.from_gguf(checkpoint.file.keys)
@@ -83,9 +78,6 @@ class LlmEngine:
         return EngineMeta("cotenant_llm", _INPUTS, _OUTPUTS, batchable=False, turns=True)
 
     def begin(self, key: int, inputs: dict[str, Array]) -> None:
-        from cotenant.engines.llm.generator import Question
-        from cotenant.engines.llm.sampler import Sampling
-
         def of(name: str, default: Any) -> Any:
             return inputs[name][0].item() if name in inputs else default
 
