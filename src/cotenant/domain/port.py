@@ -36,7 +36,7 @@ element is a 4-byte little-endian length followed by that many bytes)."""
 
 class TensorMeta(msgspec.Struct, frozen=True):
     """Name, datatype and shape of a model's input or output; -1 is any length. ``optional``: a
-    request may leave the input out."""
+    request may leave the input out; only models that answer in turns have such inputs."""
 
     name: str
     datatype: str

@@ -40,7 +40,7 @@ class OnnxEngine:
         try:
             self._sessions = {n: _session(path, n) for n in units}
         except Exception as error:  # ONNX Runtime raises a dozen kinds of its own
-            raise ModelError(f"{path.name} cannot be loaded: {_first_line(error)}") from error
+            raise ModelError(f"{path.name} cannot be loaded: {first_line(error)}") from error
         first = next(iter(self._sessions.values()))
         inputs = tuple(_meta(i) for i in first.get_inputs())
         outputs = tuple(_meta(o) for o in first.get_outputs())
@@ -69,16 +69,22 @@ class OnnxEngine:
         try:
             outputs: list[Array] = session.run(self._names, inputs)
         except Exception as error:
-            raise ModelError(_first_line(error)) from error
+            raise ModelError(first_line(error)) from error
         return outputs
 
 
-def _session(path: Path, threads: int) -> ort.InferenceSession:
+def session_options(threads: int) -> ort.SessionOptions:
+    """For so many threads, which wait without spinning."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4
+    return options
+
+
+def _session(path: Path, threads: int) -> ort.InferenceSession:
+    options = session_options(threads)
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -95,6 +101,7 @@ def _meta(node: ort.NodeArg) -> TensorMeta:
     return TensorMeta(node.name, _TYPES[node.type], shape)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error of ONNX Runtime says, without its details."""
     text = str(error).strip()
     return text.splitlines()[0][:500] if text else type(error).__name__

@@ -107,6 +107,8 @@ class LlmEngine:
     def turn(self, units: int, keys: Sequence[int]) -> list[Turn]:
         """What others say in the iteration is kept for their next turn."""
         for piece in self._generator.step(units):
+            if piece.error:  # no request can bring that about: the model's numbers are none
+                raise ModelError(f"the model cannot go on: {piece.error}")
             said = self._said[piece.key]
             said.text += piece.text
             said.tokens += [choice.token for choice in piece.choices]

@@ -139,7 +139,10 @@ class Generator:
 
     def _piece(self, said: Said, choices: list[Choice]) -> Piece:
         answer = self._answers[said.key]
-        piece = answer.say(said, choices[: len(said.tokens)])
+        try:
+            piece = answer.say(said, choices[: len(said.tokens)])
+        except InvalidRequest as error:  # its grammar has become too complex
+            piece = Piece(said.key, "", (), None, str(error))
         if piece.over:
             self.forget((said.key,))
         return piece

@@ -24,6 +24,7 @@ from cotenant.engines.llm.families.base import Floats
 from cotenant.engines.llm.graph import Weights, build_graph
 from cotenant.engines.llm.iteration import Work
 from cotenant.engines.llm.weights import Build
+from cotenant.engines.onnx import first_line, session_options
 
 SHORT: Final = 8
 """Blocks; sequences below it are computed with any."""
@@ -80,7 +81,7 @@ class Runner:
         try:
             self._sessions = {n: _session(graph, self._weights, n) for n in sorted(units)}
         except Exception as error:  # ONNX Runtime raises a dozen kinds of its own
-            raise ModelError(f"ONNX Runtime refuses the model: {_first_line(error)}") from error
+            raise ModelError(f"ONNX Runtime refuses the model: {first_line(error)}") from error
         shape = self.decoder.block(memory.size)
         self._pool = Memory(memory.blocks, shape)
         self._host = Memory(memory.host, shape)
@@ -128,7 +129,7 @@ class Runner:
         try:
             logits, hidden, new = session.run(["logits", "hidden", "new"], feed)
         except Exception as error:
-            raise ModelError(_first_line(error)) from error
+            raise ModelError(first_line(error)) from error
         found, at = {}, 0
         for row, work in enumerate(works):
             self._write(work, new[:, row])
@@ -171,18 +172,9 @@ def _groups(works: Sequence[Work], size: int) -> list[list[Work]]:
 
 
 def _session(graph: onnx.ModelProto, weights: Weights, threads: int) -> ort.InferenceSession:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.log_severity_level = 4
+    options = session_options(threads)
     values = [ort.OrtValue.ortvalue_from_numpy(weight) for weight in weights.values()]
     options.add_external_initializers(list(weights), values)
     return ort.InferenceSession(
         graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:500] if text else type(error).__name__

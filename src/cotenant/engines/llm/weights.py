@@ -24,7 +24,7 @@ class Build(msgspec.Struct, frozen=True):
     or 8 bits by groups of 32; what else is quantized gets 8, what is not stays FP32).
 
     ``rounded``: activations are rounded to 8 bits before they are multiplied. Faster, and not
-    the model's own arithmetic: whether that changes answers is to be seen (``exactness``)."""
+    the model's own arithmetic: it may change answers."""
 
     bits: Bits | None = None
     rounded: bool = False
