@@ -34,7 +34,7 @@ DATATYPES: dict[str, int] = {
 element is a 4-byte little-endian length followed by that many bytes)."""
 
 
-class TensorMeta(msgspec.Struct, frozen=True):
+class TensorMeta(msgspec.Struct, frozen=True, omit_defaults=True):
     """Name, datatype and shape of a model's input or output; -1 is any length. ``optional``: a
     request may leave the input out; only models that answer in turns have such inputs."""
 
