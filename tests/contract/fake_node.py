@@ -20,6 +20,7 @@ from cotenant.domain.port import (
     InferCall,
     InferResult,
     JobStatus,
+    Language,
     ModelMeta,
     OnOutcome,
     Refused,
@@ -70,6 +71,10 @@ class FakeNode:
             return ModelMeta(name, ("1",), "talk", (text, n), (text, n), pieces=True)
         x, y = (TensorMeta(n, "FP32", (-1, 4)) for n in "xy")
         return ModelMeta(name, ("1",), "onnx", (x,), (y,))
+
+    async def language(self, name: str, version: str = "") -> Language:
+        self.metadata(name, version)
+        raise InvalidRequest(f"model {name} is no language model")
 
     def index(self) -> list[IndexEntry]:
         return [

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from cotenant.domain.errors import InvalidRequest, TooLarge
+from cotenant.engines.llm.asking import Lark, OneOf
 from cotenant.engines.llm.blocks import BlockPool
 from cotenant.engines.llm.checkpoint import GgufCheckpoint
 from cotenant.engines.llm.generator import Generator, Piece, Question
 from cotenant.engines.llm.gguf import Gguf
-from cotenant.engines.llm.grammar import Choice, Lark
 from cotenant.engines.llm.iteration import Iterations, Limits
 from cotenant.engines.llm.runner import Runner, Sizes
 from cotenant.engines.llm.sampler import Sampling
@@ -91,7 +91,7 @@ def test_an_answer_is_of_its_form(parts: tuple[Text, Runner]) -> None:
     choices = ("hell", "hello", "he said")
     for seed in range(6):
         how = Sampling(temperature=2, seed=seed)
-        question = asked(parts, "so?", sampling=how, grammar=Choice(choices=choices))
+        question = asked(parts, "so?", sampling=how, grammar=OneOf(choices=choices))
         pieces = alone(parts, question)
         assert text_of(pieces) in choices
         assert pieces[-1].end is End.STOP

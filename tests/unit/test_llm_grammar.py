@@ -10,16 +10,8 @@ import numpy as np
 import pytest
 
 from cotenant.domain.errors import InvalidRequest, ModelError, TooLarge
-from cotenant.engines.llm.grammar import (
-    Choice,
-    Expression,
-    Grammar,
-    Grammars,
-    JsonObject,
-    JsonSchema,
-    Lark,
-    Spec,
-)
+from cotenant.engines.llm.asking import Expression, JsonObject, JsonSchema, Lark, OneOf, Spec
+from cotenant.engines.llm.grammar import Grammar, Grammars
 from cotenant.engines.llm.text import Text
 from tests.unit.test_llm_text import BYTES, PIECES
 
@@ -74,13 +66,13 @@ def test_random_answers_match(seed: int) -> None:
     assert said is not None
     assert re.fullmatch("[ab]{2,5}é?(x|yz)", said)
     choices = ("yes", "no\n", "a.b|c", "été", '"', "\\")
-    assert walk(BYTES, MADE.compile(Choice(choices)), seed) in choices
+    assert walk(BYTES, MADE.compile(OneOf(choices)), seed) in choices
     said = walk(BYTES, MADE.compile(Lark('start: "<" start ">" | "x"')), seed)
     assert said is None or re.fullmatch("<*x>*", said)
 
 
 def test_only_the_end_is_allowed_where_it_must_stop() -> None:
-    grammar = MADE.compile(Choice(("a",)))
+    grammar = MADE.compile(OneOf(("a",)))
     grammar.advance(ord("a"))
     assert grammar.finished
     assert set(np.flatnonzero(grammar.allowed())) == BYTES.ends
@@ -89,7 +81,7 @@ def test_only_the_end_is_allowed_where_it_must_stop() -> None:
 
 
 def test_a_copy_goes_its_own_way_and_what_is_not_allowed_changes_nothing() -> None:
-    grammar = MADE.compile(Choice(("ab", "ac")))
+    grammar = MADE.compile(OneOf(("ab", "ac")))
     grammar.advance(ord("a"))
     other = grammar.copy()
     other.advance(ord("b"))
@@ -151,8 +143,8 @@ def chain(length: int) -> dict[str, Any]:
         Lark("no grammar"),
         Lark('start: "a" missing'),
         Lark("start: start"),
-        Choice(()),
-        Choice(("a\ud800",)),
+        OneOf(()),
+        OneOf(("a\ud800",)),
         Lark('start: "\ud800"'),
     ],
 )
@@ -171,8 +163,8 @@ def test_what_is_no_form_or_allows_nothing_is_refused(spec: Spec) -> None:
         Expression("(" * 50_000 + ")" * 50_000),
         Lark("start: " + "(" * 50_000 + '"a"' + ")" * 50_000),
         Lark("start: r0\n" + "".join(f"r{i}: r{i + 1}\n" for i in range(9999)) + 'r9999: "a"'),
-        Choice(("a",) * 100_000),
-        Choice(("a" * 10_000_000,)),
+        OneOf(("a",) * 100_000),
+        OneOf(("a" * 10_000_000,)),
     ],
 )
 def test_bombs_are_refused(spec: Spec) -> None:

@@ -6,7 +6,7 @@ hold no model and know no device. ``cotenant.cli.wiring`` hands them the node.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
@@ -46,7 +46,8 @@ class TensorMeta(msgspec.Struct, frozen=True, omit_defaults=True):
 
 class ModelMeta(msgspec.Struct, frozen=True):
     """What clients may know of a model. ``versions`` are those loaded now, newest last;
-    ``pieces`` says whether it may answer in pieces."""
+    ``pieces`` says whether it may answer in pieces; ``context`` is, of a language model, the most
+    tokens of prompt and answer together."""
 
     name: str
     versions: tuple[str, ...]
@@ -54,6 +55,7 @@ class ModelMeta(msgspec.Struct, frozen=True):
     inputs: tuple[TensorMeta, ...]
     outputs: tuple[TensorMeta, ...]
     pieces: bool = False
+    context: int = 0
 
 
 class IndexEntry(msgspec.Struct, frozen=True):
@@ -159,6 +161,39 @@ class JobStatus(msgspec.Struct, frozen=True):
     """What the job reported beside its steps; None for what was no number."""
 
 
+class Language(Protocol):
+    """The tokenizer and the chat template of a language model. Can be called from any thread."""
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are."""
+
+    @property
+    def template(self) -> str:
+        """The chat template as it came with the model, or ""."""
+
+    def encode(self, text: str, special: bool, most: int) -> list[int]:
+        """The tokens of a prompt, with what the model wants before each. ``special``: whether text
+        such as ``<|im_start|>`` is the special token. Raises TooLarge for more than ``most``."""
+
+    def prompt(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Any] | None,
+        most: int,
+        **names: Any,
+    ) -> list[int]:
+        """The tokens of a conversation that the model is to go on with, by its chat template;
+        ``names`` are what else that is to know. Raises InvalidRequest if it does not take these
+        messages, TooLarge. May take seconds: not on a loop."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; special ones are left out."""
+
+    def piece(self, token: int) -> bytes:
+        """A token's own bytes; none if there is no such token."""
+
+
 class NodePort(Protocol):
     """The node as front ends see it. It must be called on the node's own loop.
 
@@ -175,6 +210,10 @@ class NodePort(Protocol):
 
     def metadata(self, name: str, version: str = "") -> ModelMeta:
         """Metadata; raises NotFound, NotReady."""
+
+    async def language(self, name: str, version: str = "") -> Language:
+        """How to write prompts for a language model; raises NotFound, NotReady, and
+        InvalidRequest if it is none."""
 
     def index(self) -> list[IndexEntry]:
         """All models in the repository, loaded or not."""

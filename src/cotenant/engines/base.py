@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cotenant.domain.errors import ModelError
-from cotenant.domain.port import TensorMeta
+from cotenant.domain.port import Language, TensorMeta
 
 Array = npt.NDArray[Any]
 
@@ -43,13 +43,15 @@ class EngineMeta(msgspec.Struct, frozen=True):
     """What a loaded model takes and gives. ``batchable``: axis 0 is a batch axis, so rows of
     several requests may be joined along it (shapes here include that axis, as -1). An engine says
     so where axis 0 of every tensor is free; ``engines.joining`` judges whether it is true.
-    ``turns``: its engine is a ``TurnEngine``; then requests share turns, whatever their shapes."""
+    ``turns``: its engine is a ``TurnEngine``; then requests share turns, whatever their shapes.
+    ``context``: of a language model, the most tokens of prompt and answer together."""
 
     platform: str
     inputs: tuple[TensorMeta, ...]
     outputs: tuple[TensorMeta, ...]
     batchable: bool
     turns: bool = False
+    context: int = 0
 
     @property
     def shared(self) -> bool:
@@ -77,10 +79,11 @@ class Engine(Protocol):
 
 class Turn(NamedTuple):
     """What became of a request in a turn: what it emitted, in the order of ``meta.outputs`` (None:
-    nothing), and whether it is finished."""
+    nothing), and whether it is finished. With an ``error`` it is, without an answer."""
 
     outputs: list[Array] | None
     finished: bool
+    error: str = ""
 
 
 @runtime_checkable
@@ -106,6 +109,13 @@ class TurnEngine(Protocol):
 
     def forget(self, keys: Sequence[int]) -> None:
         """Nobody waits for these any more. Unknown ones are passed over."""
+
+
+def open_language(path: Path) -> Language:
+    """The language of the model at ``path``; raises ModelError."""
+    from cotenant.engines.llm.language import LlmLanguage
+
+    return LlmLanguage(path)
 
 
 def size_of(meta: EngineMeta, shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -110,6 +110,7 @@ def make_samples(
             {
                 t.name: _tensor(t, lengths[t.name], ranges.get(t.name), i, random)
                 for t in engine.meta.inputs
+                if not t.optional
             }
             for i in range(ROWS)
         ]

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from cotenant.domain import events as e
 from cotenant.domain.config import ModelSettings
-from cotenant.domain.errors import CotenantError, NotFound, NotReady
-from cotenant.domain.port import IndexEntry, ModelMeta
+from cotenant.domain.errors import CotenantError, InvalidRequest, NotFound, NotReady
+from cotenant.domain.port import IndexEntry, Language, ModelMeta
 from cotenant.domain.workload import DEFAULT_SLO, BatchSpec, ServiceSpec
+from cotenant.engines.base import open_language
 from cotenant.runtime.arena import Arena
 from cotenant.runtime.instances import Instances, Loaded, Shell
 from cotenant.runtime.repository import ModelFiles, Repository
@@ -41,6 +42,8 @@ class Models:
         self._seen: dict[str, tuple[ModelFiles | None, tuple[str, ...]]] = {}
         """What the last look at the disk found to be brought up, and to be gone."""
         self._complaints: dict[str, str] = {}
+        self._languages: dict[ModelFiles, asyncio.Future[Language]] = {}
+        """Of the versions that were asked for theirs."""
         self.leaving: set[str] = set()
         """Services that are being unloaded: they admit nothing."""
         self._starting = set(self._declared)
@@ -237,7 +240,29 @@ class Models:
         """What clients may know; raises NotFound."""
         meta = self.version(name, version).meta
         versions = tuple(self.services[name].loaded)
-        return ModelMeta(name, versions, meta.platform, meta.inputs, meta.outputs, meta.turns)
+        return ModelMeta(
+            name, versions, meta.platform, meta.inputs, meta.outputs, meta.turns, meta.context
+        )
+
+    async def language(self, name: str, version: str) -> Language:
+        """How to write prompts for a version; read once, when it is first asked for. Raises
+        NotFound, InvalidRequest, ModelError."""
+        loaded = self.version(name, version)
+        if not loaded.meta.context:
+            raise InvalidRequest(
+                f"model {name!r} is no language model; ask it at /v2/models/{name}/infer"
+            )
+        self._languages = {f: task for f, task in self._languages.items() if self._serves(f)}
+        reading = self._languages.get(loaded.files)
+        if reading is None or (reading.done() and reading.exception()):
+            reading = asyncio.ensure_future(asyncio.to_thread(open_language, loaded.files.path))
+            self._languages[loaded.files] = reading
+        return await asyncio.shield(reading)
+
+    def _serves(self, files: ModelFiles) -> bool:
+        return any(
+            loaded.files == files for i in self.services.values() for loaded in i.loaded.values()
+        )
 
     def index(self) -> list[IndexEntry]:
         """Every model on disk or loaded, with the state of each version."""

@@ -23,6 +23,7 @@ from cotenant.domain.port import (
     IndexEntry,
     InferCall,
     JobStatus,
+    Language,
     ModelMeta,
     OnOutcome,
     Refused,
@@ -292,6 +293,10 @@ class Node:
     def metadata(self, name: str, version: str = "") -> ModelMeta:
         """See NodePort."""
         return self.models.metadata(name, version)
+
+    async def language(self, name: str, version: str = "") -> Language:
+        """See NodePort."""
+        return await self.models.language(name, version)
 
     def index(self) -> list[IndexEntry]:
         """See NodePort."""

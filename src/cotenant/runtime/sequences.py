@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from cotenant.domain.errors import ModelError
-from cotenant.engines.base import FAILURES, Array, EngineMeta, TurnEngine
+from cotenant.engines.base import FAILURES, Array, EngineMeta, Turn, TurnEngine
 from cotenant.engines.samples import Samples, make_samples
 from cotenant.runtime.messages import Item, Open, Opened, Outputs, Run
 
@@ -83,19 +83,20 @@ class Sequences:
                     self._begun.add(item.id)
         keys = [item.id for item in order.items if item.id not in refused]
         turns = iter(self._engine.turn(order.threads, keys) if keys else ())
-        found = []
-        for item in order.items:
-            if item.id in refused:
-                found.append(Outputs((), error=refused[item.id]))
-                continue
-            outputs, finished = next(turns)
-            stored = self._store(item, outputs or [])
-            if finished:
-                self._begun.discard(item.id)
-            else:
-                stored = Outputs(stored.places, stored.spilled, finished=False)
-            found.append(stored)
-        return tuple(found)
+        return tuple(
+            Outputs((), error=refused[item.id])
+            if item.id in refused
+            else self._came_of(item, next(turns))
+            for item in order.items
+        )
+
+    def _came_of(self, item: Item, turn: Turn) -> Outputs:
+        if turn.finished:
+            self._begun.discard(item.id)
+        if turn.error:
+            return Outputs((), error=turn.error)
+        stored = self._store(item, turn.outputs or [])
+        return stored if turn.finished else Outputs(stored.places, stored.spilled, finished=False)
 
     def forget(self, keys: tuple[int, ...]) -> None:
         """Nobody waits for these requests any more."""

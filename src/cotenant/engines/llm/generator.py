@@ -15,8 +15,9 @@ import msgspec
 import numpy as np
 
 from cotenant.domain.errors import InvalidRequest, ModelError, TooLarge
+from cotenant.engines.llm.asking import Spec
 from cotenant.engines.llm.families.base import Floats
-from cotenant.engines.llm.grammar import Grammar, Grammars, Spec
+from cotenant.engines.llm.grammar import Grammar, Grammars
 from cotenant.engines.llm.iteration import Iterations, Said, Work
 from cotenant.engines.llm.runner import Runner
 from cotenant.engines.llm.sampler import Choice, Sampling, choose
@@ -27,8 +28,9 @@ from cotenant.engines.llm.text import Text
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
     """``prompt``: its tokens. ``most``: so many tokens may be said. ``stops``: strings that end the
-    answer. ``endless``: tokens that end answers do not end this one. ``due``, ``pace`` and
-    ``salt`` are those of a ``Sequence``."""
+    answer. ``endless``: tokens that end answers do not end this one. ``embed``: what the model
+    makes of the prompt is wanted, no answer. ``due``, ``pace`` and ``salt`` are those of a
+    ``Sequence``."""
 
     prompt: tuple[int, ...]
     most: int
@@ -36,6 +38,7 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
     stops: tuple[str, ...] = ()
     grammar: Spec | None = None
     endless: bool = False
+    embed: bool = False
     due: int = 0
     pace: int = 0
     salt: str = ""
@@ -43,13 +46,17 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
 
 class Piece(NamedTuple):
     """What an answer goes on with: ``choices`` token by token, and the text that is certain by now.
-    ``end``: why it is over, if it is; ``error``: what went wrong, and then it is over too."""
+    ``end``: why it is over, if it is; ``error``: what went wrong, and then it is over too.
+    ``cached``: tokens of the prompt that had been computed before. ``embedding``: see
+    ``asking.Details``."""
 
     key: int
     text: str
     choices: tuple[Choice, ...]
     end: End | None
     error: str = ""
+    cached: int = 0
+    embedding: Floats | None = None
 
     @property
     def over(self) -> bool:
@@ -94,17 +101,18 @@ class Generator:
             )
         answer = _Answer(question, self.text, self._compile(question.grammar))
         ends = frozenset[int]() if question.endless else self.text.ends
-        self.core.add(
-            Sequence(
-                key,
-                question.prompt,
-                question.most,
-                stops=ends,
-                due=question.due,
-                pace=question.pace,
-                salt=question.salt,
-            )
+        # Of blocks that are there already nothing is computed that could be pooled.
+        salt = f"embed {key}" if question.embed else question.salt
+        sequence = Sequence(
+            key,
+            question.prompt,
+            1 if question.embed else question.most,
+            stops=ends,
+            due=question.due,
+            pace=question.pace,
+            salt=salt,
         )
+        self.core.add(sequence)
         self._answers[key] = answer
 
     def _compile(self, spec: Spec | None) -> Grammar | None:
@@ -125,7 +133,10 @@ class Generator:
         chosen, failed = {}, []
         for work in iteration.works:
             answer = self._answers.get(work.key)
-            if answer is None or not work.sampled:
+            if answer is None:
+                continue
+            answer.read(work, computed[work.key].hidden)
+            if not work.sampled:
                 continue
             logits = computed[work.key].logits[:, : self.text.vocabulary]
             try:
@@ -134,6 +145,10 @@ class Generator:
                 failed.append(Piece(work.key, "", (), None, str(error)))
                 self.forget((work.key,))
         tokens = {key: [choice.token for choice in choices] for key, choices in chosen.items()}
+        for key in chosen:
+            sequence = self.core.find(key)
+            assert sequence is not None
+            self._answers[key].cached = sequence.known or 0
         said = self.core.done(iteration, tokens)
         return failed + [self._piece(each, chosen[each.key]) for each in said]
 
@@ -165,6 +180,22 @@ class _Answer:
         self._said: Counter[int] = Counter()
         self._decoder = text.stream(continued=True)
         self._stops = Stops(question.stops)
+        self._pooled = 0
+        self._sum: Floats | None = None
+        self.cached = 0
+
+    def read(self, work: Work, hidden: Floats) -> None:
+        """Take up what the last layer makes of tokens [tokens, hidden], each of them once."""
+        new = hidden[max(0, self._pooled - work.start) :]
+        if self._question.embed and len(new):
+            total = new.sum(axis=0)
+            self._sum = total if self._sum is None else self._sum + total
+            self._pooled = work.start + len(work.tokens)
+
+    def _embedding(self) -> Floats:
+        assert self._sum is not None
+        length = float(np.linalg.norm(self._sum))
+        return self._sum / (length or 1.0)
 
     def pick(self, work: Work, logits: Floats) -> list[Choice]:
         """The tokens behind the sampled ones, as long as drafts are what would be said. Raises
@@ -188,6 +219,8 @@ class _Answer:
 
     def say(self, said: Said, choices: list[Choice]) -> Piece:
         """Take up what the core took up of it."""
+        if self._question.embed:
+            return Piece(said.key, "", (), said.end, embedding=self._embedding())
         text, end = "", said.end
         for index, token in enumerate(said.tokens):
             self._said[token] += 1
@@ -197,9 +230,10 @@ class _Answer:
                 continue
             text += self._stops.feed(self._decoder.feed(token))
             if self._stops.stopped:
-                return Piece(said.key, text, tuple(choices[: index + 1]), End.STOP)
+                choices, end = choices[: index + 1], End.STOP
+                return Piece(said.key, text, tuple(choices), end, cached=self.cached)
         if end is not None:
             text += self._stops.feed(self._decoder.finish())
             text += self._stops.finish()
             end = End.STOP if self._stops.stopped else end
-        return Piece(said.key, text, tuple(choices), end)
+        return Piece(said.key, text, tuple(choices), end, cached=self.cached)

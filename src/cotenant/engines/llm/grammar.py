@@ -7,14 +7,14 @@ they are small, shallow and compiled within ``LIMITS``; what is beyond is refuse
 from __future__ import annotations
 
 import json
-from typing import Any, Final
+from typing import Final
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from cotenant.domain.errors import InvalidRequest, ModelError, TooLarge
+from cotenant.engines.llm.asking import Expression, JsonObject, JsonSchema, Lark, OneOf, Spec
 from cotenant.engines.llm.text import Text
 
 MOST_SCHEMA: Final = 1 << 16
@@ -36,37 +36,6 @@ LIMITS: Final = LLParserLimits(
     verbose_errors=False,
 )
 """About 20 ms to begin with and 10 ms a token, by what llguidance says of its speed."""
-
-
-class JsonObject(msgspec.Struct, frozen=True, tag="json_object"):
-    """Any JSON object."""
-
-
-class JsonSchema(msgspec.Struct, frozen=True, tag="json_schema"):
-    """JSON as a schema says."""
-
-    schema: dict[str, Any]
-
-
-class Expression(msgspec.Struct, frozen=True, tag="regex"):
-    """What a regular expression (in Rust's syntax) matches as a whole."""
-
-    pattern: str
-
-
-class Lark(msgspec.Struct, frozen=True, tag="lark"):
-    """What a grammar in Lark's syntax makes of its rule ``start``."""
-
-    grammar: str
-
-
-class Choice(msgspec.Struct, frozen=True, tag="choice"):
-    """One of several texts."""
-
-    choices: tuple[str, ...]
-
-
-Spec = JsonObject | JsonSchema | Expression | Lark | Choice
 
 
 class Grammar:
@@ -194,7 +163,7 @@ def _source(spec: Spec) -> str:
             _small(spec, grammar)
             _few(spec, "lines", grammar.count("\n"), MOST_RULES)
             return LLMatcher.grammar_from_lark(grammar)
-        case Choice(choices):
+        case OneOf(choices):
             if not choices:
                 raise InvalidRequest("choice needs at least one text")
             _few(spec, "texts", len(choices), MOST_CHOICES)

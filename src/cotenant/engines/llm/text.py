@@ -81,6 +81,7 @@ class Facts(NamedTuple):
     prefixed: bool
     begin: int | None
     begins: bool
+    end: int | None
     ends: frozenset[int]
     special: frozenset[int]
     template: str
@@ -88,8 +89,9 @@ class Facts(NamedTuple):
 
 class Text:
     """The tokenizer of one model. ``vocabulary``: how many tokens there are; ``begin``: the token
-    (BOS) before each text, and ``begins`` whether it is added by default; ``ends``: tokens that
-    end an answer; ``special``: tokens that are no text; ``template``: the chat template, or ""."""
+    (BOS) before each text, and ``begins`` whether it is added by default; ``end``: the one (EOS)
+    behind it; ``ends``: tokens that end an answer; ``special``: tokens that are no text;
+    ``template``: the chat template, or ""."""
 
     def __init__(self, tokenizer: Tokenizer, facts: Facts) -> None:
         self._tokenizer = tokenizer
@@ -100,9 +102,10 @@ class Text:
         self._lock = threading.Lock()
         self.vocabulary = len(facts.pieces)
         self.begin, self.begins = facts.begin, facts.begins
-        self.ends, self.special = facts.ends, facts.special
+        self.end, self.ends, self.special = facts.end, facts.ends, facts.special
         self.template = facts.template
-        ids = [i for i in (facts.begin, *facts.ends, *facts.special) if i is not None]
+        given = (facts.begin, facts.end, *facts.ends, *facts.special)
+        ids = [i for i in given if i is not None]
         for each in ids:
             if not 0 <= each < self.vocabulary:
                 raise ModelError(
@@ -237,16 +240,17 @@ def _from_gguf(keys: Mapping[str, Any]) -> Text:
     literal = added | special
     pieces = [_piece(token, bytewise, i in literal) for i, token in enumerate(tokens)]
     ends = {i for i in special if tokens[i] in ENDINGS}
-    for end in ("eos", "eot", "eom"):
-        if (name := f"tokenizer.ggml.{end}_token_id") in keys:
-            ends.add(_get(keys, name, int))
-    begin = None
-    if "tokenizer.ggml.bos_token_id" in keys:
-        begin = _get(keys, "tokenizer.ggml.bos_token_id", int)
+    named = {
+        which: _get(keys, name, int)
+        for which in ("bos", "eos", "eot", "eom")
+        if (name := f"tokenizer.ggml.{which}_token_id") in keys
+    }
+    begin, end = named.pop("bos", None), named.get("eos")
+    ends.update(named.values())
     begins = _get(keys, "tokenizer.ggml.add_bos_token", bool, begins)
     template = _get(keys, "tokenizer.chat_template", str, "")
     return Text(
-        tokenizer, Facts(pieces, prefixed, begin, begins, frozenset(ends), special, template)
+        tokenizer, Facts(pieces, prefixed, begin, begins, end, frozenset(ends), special, template)
     )
 
 
@@ -366,7 +370,8 @@ def _from_folder(folder: Path) -> Text:
     for token, i in known.items():
         pieces[i] = _piece(token, bytewise, i in added)
     special = frozenset(i for i, token in added.items() if token.special)
-    begin, ends = _limits(config, generation, known)
+    begin, end = (_named(config, name, known) for name in ("bos_token", "eos_token"))
+    ends = _ends(end, generation)
     begins = config.get("add_bos_token")
     if not isinstance(begins, bool):
         begins = begin is not None and first[:1] == [begin]
@@ -374,15 +379,12 @@ def _from_folder(folder: Path) -> Text:
     prefixed = prefixed and '"prepend_scheme": "never"' not in parts
     template = _template(folder, config)
     return Text(
-        tokenizer, Facts(pieces, prefixed, begin, begins, frozenset(ends), special, template)
+        tokenizer, Facts(pieces, prefixed, begin, begins, end, frozenset(ends), special, template)
     )
 
 
-def _limits(
-    config: Mapping[str, Any], generation: Mapping[str, Any], known: Mapping[str, int]
-) -> tuple[int | None, set[int]]:
-    """BOS, and all EOS."""
-    begin, end = (_named(config, name, known) for name in ("bos_token", "eos_token"))
+def _ends(end: int | None, generation: Mapping[str, Any]) -> set[int]:
+    """EOS, and what else ends an answer."""
     ends = set() if end is None else {end}
     more = generation.get("eos_token_id")
     more = more if isinstance(more, list) else [] if more is None else [more]
@@ -390,7 +392,7 @@ def _limits(
         if not isinstance(each, int) or isinstance(each, bool):
             raise ModelError(f"generation_config.json: eos_token_id {each!r} is no whole number")
         ends.add(each)
-    return begin, ends
+    return ends
 
 
 def _named(config: Mapping[str, Any], name: str, known: Mapping[str, int]) -> int | None:
