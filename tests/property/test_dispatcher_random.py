@@ -23,7 +23,9 @@ from tests.builders import cpu, plan
 
 SERVICES = ("s0", "s1", "s2")
 JOBS = ("j0", "j1", "j2")
-SIZES = {"a": 1, "b": 5000}
+TALKS = "s2"
+"""Its requests live through turns."""
+SIZES = {"a": 1, "b": 5000, "": 1}
 LAGS = (0, 10_000, 300_000, 5 * MS)
 """How much later than it came the dispatcher hears of a request; live never at once."""
 
@@ -56,6 +58,7 @@ class Chaos:
         self.answered: Counter[int] = Counter()
         self.workers: dict[str, tuple[str, str]] = {}
         self.jobs: set[str] = set()
+        self.recalled: set[int] = set()
         self.plan_version = 0
         self.next = 0
         self.history: list[tuple[int, e.Event, list[a.Action]]] = []
@@ -71,6 +74,9 @@ class Chaos:
                 self.answered[action.request] += 1
             elif isinstance(action, a.Emit):
                 assert not any(self.answered[r] for r in action.requests), "emitted when answered"
+            elif isinstance(action, a.Recall):
+                assert action.batch not in self.recalled, "recalled twice"
+                self.recalled.add(action.batch)
             else:
                 self.open.append(action)
         assert max(self.answered.values(), default=0) <= 1, "a request was answered twice"
@@ -129,12 +135,7 @@ class Chaos:
                 kinds = ["done", "turn", "failed", "died", "unsent"]
                 kind = r.choices(kinds, [8, self.turns, 1, 1, 0.3])[0]
                 if kind == "turn":
-                    stay = [x for x in batch.requests if r.random() < 0.7]
-                    spoke = [x for x in stay if r.random() < 0.7]
-                    took = r.randrange(1, self.longest)
-                    self.send(
-                        e.BatchDone(batch.id, took, 0, unfinished=tuple(stay), emitted=tuple(spoke))
-                    )
+                    self.turn(action)
                 elif kind == "unsent":
                     self.send(e.ActionFailed("Dispatch", str(batch.id), "", "busy"))
                 elif kind == "done":
@@ -160,7 +161,10 @@ class Chaos:
                 if answer == "up":
                     self.workers[worker] = (service, version)
                     profile = ((1, 1, MS), (1, 8, 4 * MS))
-                    self.send(e.WorkerUp(worker, service, version, device, profile))
+                    turns = service == TALKS
+                    room = r.choice([0, 30, 300]) if turns else 0
+                    up = e.WorkerUp(worker, service, version, device, profile)
+                    self.send(msgspec.structs.replace(up, turns=turns, room=room))
                 elif answer == "failed":
                     self.send(e.LoadFailed(worker, "no room", r.random() < 0.3))
             case a.Unload(worker=worker) if worker in self.workers:
@@ -189,6 +193,30 @@ class Chaos:
                 self.now = max(self.now, at)
                 self.send(e.Woke())
 
+    def turn(self, action: a.Dispatch) -> None:
+        """Some of a batch are not finished; the lease that it has may go on."""
+        r, batch = self.random, action.batch
+        running = self.d.state.running.get(batch.id)
+        requests = running.batch.requests if running is not None else ()
+        stay = tuple(x for x in requests if r.random() < 0.7)
+        spoke = tuple(x for x in stay if r.random() < 0.7)
+        more = bool(stay) and action.lease.turns > 1 and r.random() < 0.8
+        more = more and batch.id not in self.recalled
+        if more:
+            left = msgspec.structs.replace(action.lease, turns=action.lease.turns - 1)
+            self.open.append(msgspec.structs.replace(action, lease=left))
+        self.send(
+            e.BatchDone(
+                batch.id,
+                r.randrange(1, self.longest),
+                unfinished=stay,
+                emitted=spoke,
+                said=tuple((x, r.randrange(1, 4)) for x in requests if x in spoke or x not in stay),
+                more=more,
+                work=(len(requests), 100) if r.random() < 0.7 else (0, 0),
+            )
+        )
+
     def queue_job(self, job: str) -> None:
         r = self.random
         self.jobs.add(job)
@@ -212,10 +240,11 @@ class Chaos:
             self.next += 1
             self.submitted.add(self.next)
             due = self.now + r.choice([1, 5, 50, 500]) * MS
-            shape = r.choice("ab")
+            service = r.choice(SERVICES)
+            shape = "" if service == TALKS else r.choice("ab")
             request = Request(
                 self.next,
-                r.choice(SERVICES),
+                service,
                 self.now,
                 due,
                 r.randrange(3),
@@ -224,6 +253,8 @@ class Chaos:
                 shape,
                 r.choice([0, 0, due]),
                 size=SIZES[shape],
+                prompt=r.choice([1, 20, 200]) if service == TALKS else 0,
+                most=r.choice([1, 5, 100]) if service == TALKS else 0,
             )
             self.now += r.choice(LAGS)
             self.send(e.Arrived(request, more=r.random() < 0.3))
@@ -296,9 +327,15 @@ class Chaos:
     def noise(self, steps: int) -> None:
         for name in SERVICES:
             self.send(
-                e.ServiceAdded(name, 50 * MS, 8, 20, max_queue_delay=2 * MS, keep=2)
+                e.ServiceAdded(name, 50 * MS, 8, 20, max_queue_delay=2 * MS, keep=2, pace=9 * MS)
                 if name == "s2"
-                else e.ServiceAdded(name, 500 * MS, 1 if name == "s0" else 8, 20, instances=2)
+                else e.ServiceAdded(
+                    name,
+                    500 * MS,
+                    1 if name == "s0" else 8,
+                    20,
+                    instances=2,
+                )
             )
             self.send(e.VersionOffered(name, "1"))
         self.send(e.Planned(self.random_plan()))

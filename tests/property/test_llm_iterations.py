@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotenant.engines.llm.blocks import BlockPool, Offload, Release, Restore
-from cotenant.engines.llm.costs import Costs
 from cotenant.engines.llm.iteration import Iteration, Iterations, Limits
 from cotenant.engines.llm.sequence import End, Sequence
+from cotenant.policy.iterations import IterationCosts
 
 WORDS = 5
 """Few, so that prompts begin alike and drafts are often right."""
@@ -44,7 +44,7 @@ class Machine:
 
     def __init__(self, blocks: int, size: int, host: int, limits: Limits, stutter: bool) -> None:
         self.pool = BlockPool(blocks, size, host)
-        self.core = Iterations(self.pool, limits, Costs(fixed=10, token=2, pair=0.01))
+        self.core = Iterations(self.pool, limits, IterationCosts(fixed=10, token=2, pair=0.01))
         self.size = size
         self.stutter = stutter
         self.memory: dict[int, dict[int, int]] = {}

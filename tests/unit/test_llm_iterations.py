@@ -6,10 +6,11 @@ import pytest
 
 from cotenant.domain.errors import TooLarge
 from cotenant.engines.llm.blocks import BlockPool
-from cotenant.engines.llm.costs import Costs, Load, load
 from cotenant.engines.llm.iteration import Iteration, Iterations, Limits
 from cotenant.engines.llm.lookup import PROBE, Acceptance, Lookup
 from cotenant.engines.llm.sequence import End, Sequence
+from cotenant.policy.iterations import IterationCosts as Costs
+from cotenant.policy.iterations import Load, load
 
 SIZE = 4
 STEADY = Costs(fixed=100, token=10, pair=0.1)

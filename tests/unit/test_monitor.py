@@ -248,7 +248,7 @@ def test_each_piece_of_an_answer_is_to_come_within_the_objective() -> None:
 
         see(e.Arrived(Request(1, "s", world.now, world.now + 50 * MS)))
         for batch in (1, 2, 3):
-            done = e.BatchDone(batch, MS, unfinished=(1,), emitted=(1,))
+            done = e.BatchDone(batch, MS, unfinished=(1,), emitted=(1,), said=((1, 1),))
             see(done, after=40 * MS)
-        see(e.BatchDone(4, MS), after=last * MS)
+        see(e.BatchDone(4, MS, said=((1, 1),)), after=last * MS)
         assert (monitor.service("s").answered, monitor.service("s").misses) == (1, misses)

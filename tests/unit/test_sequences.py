@@ -42,7 +42,8 @@ class Rig:
 
     def run(self, *keys: int) -> tuple[Outputs, ...]:
         items = tuple(Item(1, (), 0, 0, key) for key in keys)
-        return self.sequences.run(Run(1, (0,), 1, 0, items))
+        outputs, _ = self.sequences.turn(Run(1, (0,), 1, 0, items), items)
+        return outputs
 
 
 def opening(rig: Rig, units: tuple[int, ...] = (1,), check: str = "") -> Open:

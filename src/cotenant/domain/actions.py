@@ -6,7 +6,7 @@ from __future__ import annotations
 import msgspec
 
 from cotenant.domain.device import Partition
-from cotenant.domain.request import Batch, Refusal
+from cotenant.domain.request import Batch, Lease, Refusal
 
 
 class _Action(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -19,6 +19,7 @@ class Dispatch(_Action, frozen=True):
     ``preempting``: a job held the partition until now, and its revocation may not be
     acknowledged yet (devices of level ``PRIORITY`` only). ``after``: the batch that the worker
     executes now, there; it goes on with this one by itself (0: the partition is free).
+    ``lease``: how many turns that is.
     """
 
     batch: Batch
@@ -26,6 +27,14 @@ class Dispatch(_Action, frozen=True):
     partition: str
     preempting: bool = False
     after: int = 0
+    lease: Lease = Lease()
+
+
+class Recall(_Action, frozen=True):
+    """The lease of a batch ends with the turn that is under way."""
+
+    batch: int
+    worker: str
 
 
 class Grant(_Action, frozen=True):
@@ -137,6 +146,7 @@ class WakeAt(_Action, frozen=True):
 
 Action = (
     Dispatch
+    | Recall
     | Grant
     | Revoke
     | Load

@@ -228,9 +228,11 @@ def _service(section: reading.Section) -> ServiceSpec:
 
 
 def _slo(section: reading.Section) -> Slo:
+    pieces = "ttft" in section.names()
     slo = Slo(
-        latency=section.take("latency", reading.duration),
+        latency=section.take("ttft" if pieces else "latency", reading.duration),
         percentile=section.take("percentile", reading.percentile, 99.0),
+        pace=section.take("tpot", reading.duration, 0) if pieces else 0,
     )
     section.done()
     return slo

@@ -19,7 +19,8 @@ class ServiceAdded(_Event, frozen=True):
     """A service may receive requests from now on, or its bounds change. Times in ns; ``percentile``
     of its answers are to meet ``objective``. On each device that carries it ``instances`` of its
     ``keep`` newest versions are loaded; ``memory``: the bytes that one occupies, by kind of device
-    ("": any other). ``notes`` are for its owner: nothing depends on them."""
+    ("": any other). ``pace``: see ``Slo``. ``notes`` are for its owner: nothing depends on
+    them."""
 
     service: str
     objective: int
@@ -33,6 +34,7 @@ class ServiceAdded(_Event, frozen=True):
     instances: int = 1
     keep: int = 1
     memory: dict[str, int] = {}
+    pace: int = 0
 
 
 class ServiceRemoved(_Event, frozen=True):
@@ -65,7 +67,11 @@ class BatchDone(_Event, frozen=True):
 
     Of its requests, ``failed`` are answered with an error of their own. ``unfinished`` are resident
     on the worker and get another turn there; ``emitted`` are those of these that have a piece of
-    their answer to send. All others are finished.
+    their answer to send. All others are finished. ``said``: request, and of how many tokens what
+    it gave is.
+
+    With ``more`` its lease goes on: the next turn of the unfinished is under way. ``work``: tokens
+    that were computed, and pairs of those with the ones that they look at; 0 where unknown.
     """
 
     batch: int
@@ -74,6 +80,9 @@ class BatchDone(_Event, frozen=True):
     failed: tuple[int, ...] = ()
     unfinished: tuple[int, ...] = ()
     emitted: tuple[int, ...] = ()
+    said: tuple[tuple[int, int], ...] = ()
+    more: bool = False
+    work: tuple[int, int] = (0, 0)
 
 
 class BatchFailed(_Event, frozen=True):
@@ -110,7 +119,8 @@ class LoadFailed(_Event, frozen=True):
 class WorkerUp(_Event, frozen=True):
     """A warmed model instance is ready on ``device``. ``profile`` holds measured execution times
     there as ``(units, rows, ns)``, for rows of ``size``; ``memory`` the bytes it occupies there, if
-    measured."""
+    measured. ``turns``: requests live through several turns there; ``room``: so many tokens of them
+    it can hold (0: any number)."""
 
     worker: str
     service: str
@@ -119,6 +129,8 @@ class WorkerUp(_Event, frozen=True):
     profile: tuple[tuple[int, int, int], ...] = ()
     size: int = 1
     memory: int = 0
+    turns: bool = False
+    room: int = 0
 
 
 class WorkerDown(_Event, frozen=True):
@@ -247,6 +259,7 @@ def service_added(
         instances=spec.instances,
         keep=keep,
         memory={"": spec.memory} | {k: v.memory for k, v in spec.variants.items() if v.memory},
+        pace=spec.slo.pace,
     )
 
 

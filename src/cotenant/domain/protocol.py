@@ -12,6 +12,7 @@ from cotenant.domain import events as e
 
 ANSWERS: dict[type, tuple[type, ...]] = {
     a.Dispatch: (e.BatchDone, e.BatchFailed, e.WorkerDown, e.ActionFailed),
+    a.Recall: (),
     a.Grant: (e.Granted, e.ActionFailed, e.JobExited),
     a.Revoke: (e.Revoked, e.ActionFailed, e.JobExited),
     a.Load: (e.WorkerUp, e.LoadFailed),
@@ -30,7 +31,7 @@ ANSWERS: dict[type, tuple[type, ...]] = {
 EFFECTS: dict[tuple[type, type], str] = {
     (a.Dispatch, e.BatchDone): "answers every request of the batch that is finished; others have "
     "had a turn and stay on the worker for the next; the partition is free, or the worker goes on "
-    "with the batch it has at hand",
+    "with the batch it has at hand. With `more` the lease goes on, and so does the batch",
     (a.Dispatch, e.BatchFailed): "refuses every request of the batch; the partition is free, or "
     "the worker goes on with the batch it has at hand",
     (a.Dispatch, e.WorkerDown): "each request of the batch goes back to the queue once, the second "
@@ -57,6 +58,7 @@ EFFECTS: dict[tuple[type, type], str] = {
 }
 
 _SAYS: dict[type, str] = {
+    a.Recall: "ends the lease of a batch, whose last turn answers the `Dispatch`",
     a.Serve: "says which version is the current one",
     a.Decline: "says that a version is not served",
     a.Emit: "sends pieces of answers",

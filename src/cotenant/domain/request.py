@@ -13,7 +13,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     ``arrived`` and ``deadline`` are ns on the node's monotonic clock. ``expires`` (0 = never)
     is the client's own time-out: a request still queued then is answered with an error.
     ``rows`` counts rows along the batch axis, ``size`` the elements of a row's free axes; requests
-    batch together when ``shape`` (which gives the size) and ``version`` are equal.
+    batch together when ``shape`` (which gives the size) and ``version`` are equal. ``prompt`` and
+    ``most``: tokens that a language model is to read, and may say at most.
     """
 
     id: int
@@ -26,6 +27,8 @@ class Request(msgspec.Struct, frozen=True, array_like=True):
     shape: str = ""
     expires: int = 0
     size: int = 1
+    prompt: int = 0
+    most: int = 0
 
 
 class Batch(msgspec.Struct, frozen=True, array_like=True):
@@ -36,6 +39,16 @@ class Batch(msgspec.Struct, frozen=True, array_like=True):
     version: str
     requests: tuple[int, ...]
     rows: int
+
+
+class Lease(msgspec.Struct, frozen=True, array_like=True):
+    """How many turns a batch may have before it is to be dispatched again: up to ``turns``, as long
+    as the last began within ``ns``, and until it is recalled. ``budget``: about how long (ns) one
+    of them may take, where its engine can cut it to that; 0: as long as it takes."""
+
+    turns: int = 1
+    ns: int = 0
+    budget: int = 0
 
 
 class Refusal(enum.Enum):

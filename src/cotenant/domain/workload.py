@@ -24,10 +24,13 @@ def share_on(share: Share, kind: str) -> float:
 
 
 class Slo(msgspec.Struct, frozen=True):
-    """``percentile`` % of answers within ``latency`` nanoseconds of arrival."""
+    """``percentile`` % of answers within ``latency`` nanoseconds of arrival. Of an answer that
+    comes in pieces (tokens) that is for the first, and each further one is due ``pace`` ns later
+    (0: ``latency`` later): the i-th of them at arrival + latency + i * pace."""
 
     latency: int
     percentile: float = 99.0
+    pace: int = 0
 
 
 class Joining(enum.Enum):

@@ -44,7 +44,8 @@ class EngineMeta(msgspec.Struct, frozen=True):
     several requests may be joined along it (shapes here include that axis, as -1). An engine says
     so where axis 0 of every tensor is free; ``engines.joining`` judges whether it is true.
     ``turns``: its engine is a ``TurnEngine``; then requests share turns, whatever their shapes.
-    ``context``: of a language model, the most tokens of prompt and answer together."""
+    ``context``: of a language model, the most tokens of prompt and answer together; ``room``: those
+    of all requests that it can hold at one time."""
 
     platform: str
     inputs: tuple[TensorMeta, ...]
@@ -52,6 +53,7 @@ class EngineMeta(msgspec.Struct, frozen=True):
     batchable: bool
     turns: bool = False
     context: int = 0
+    room: int = 0
 
     @property
     def shared(self) -> bool:
@@ -79,11 +81,20 @@ class Engine(Protocol):
 
 class Turn(NamedTuple):
     """What became of a request in a turn: what it emitted, in the order of ``meta.outputs`` (None:
-    nothing), and whether it is finished. With an ``error`` it is, without an answer."""
+    nothing), of so many tokens (``said``), and whether it is finished. With an ``error`` it is,
+    without an answer."""
 
     outputs: list[Array] | None
     finished: bool
     error: str = ""
+    said: int = 0
+
+
+class Turns(NamedTuple):
+    """A turn of several requests, in their order. ``work``: see ``events.BatchDone``."""
+
+    turns: list[Turn]
+    work: tuple[int, int] = (0, 0)
 
 
 @runtime_checkable
@@ -101,8 +112,9 @@ class TurnEngine(Protocol):
         Raises ModelError if the model refuses the input; then nothing is kept.
         """
 
-    def turn(self, units: int, keys: Sequence[int]) -> list[Turn]:
-        """One turn of these requests on ``units`` compute units, in their order.
+    def turn(self, units: int, keys: Sequence[int], budget: int) -> Turns:
+        """One turn of these requests on ``units`` compute units. It should take no longer than
+        ``budget`` ns (0: any time), where the engine can do less in one.
 
         Raises ModelError if all of them are to fail.
         """

@@ -16,7 +16,7 @@ import numpy as np
 
 from cotenant.domain.errors import ModelError
 from cotenant.domain.port import TensorMeta
-from cotenant.engines.base import Array, EngineMeta, Turn
+from cotenant.engines.base import Array, EngineMeta, Turn, Turns
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):
@@ -46,9 +46,9 @@ class PiecesEngine:
     def begin(self, key: int, inputs: dict[str, Array]) -> None:
         self._texts[key], self._said[key] = str(inputs["text"][0]), 0
 
-    def turn(self, units: int, keys: Sequence[int]) -> list[Turn]:  # noqa: ARG002
+    def turn(self, units: int, keys: Sequence[int], budget: int) -> Turns:  # noqa: ARG002
         time.sleep(self._file.turn_ms / 1000)
-        return [self._piece(key) for key in keys]
+        return Turns([self._piece(key) for key in keys])
 
     def _piece(self, key: int) -> Turn:
         text, number, pieces = self._texts[key], self._said[key], self._file.pieces
@@ -58,7 +58,7 @@ class PiecesEngine:
         if finished:
             self.forget((key,))
         part = np.array([text[begin:end]], np.object_)
-        return Turn([part, np.array([number], np.int64)], finished)
+        return Turn([part, np.array([number], np.int64)], finished, said=1)
 
     def forget(self, keys: Sequence[int]) -> None:
         for key in keys:

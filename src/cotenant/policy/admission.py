@@ -19,6 +19,7 @@ from typing import Final
 from cotenant.domain.request import Refusal, Request
 from cotenant.domain.units import MS
 from cotenant.domain.workload import PRIORITY_CLASSES
+from cotenant.policy import generation
 from cotenant.policy.estimate import size_class
 from cotenant.policy.lending import back_in, starved
 from cotenant.policy.queues import lane_key, queued_ns, work_ns
@@ -61,7 +62,12 @@ def refuse(
     if service.queued >= service.max_queue:
         return Refusal.QUEUE_FULL, max(RETRY_MIN, _queued_work(service, mine[0]))
     budget = request.deadline - now
-    wait, own, partition = _best_finish(state, service, request, now, mine)
+    if service.turns:
+        wait, own, partition, crowded = _best_turn(state, service, request, now, mine)
+        if crowded:
+            return Refusal.OVERLOADED, crowded
+    else:
+        wait, own, partition = _best_finish(state, service, request, now, mine)
     wait += wait * service.margin // WHOLE
     if wait + own > budget and _due_for_a_try(state, service, request, partition, now):
         return None
@@ -91,11 +97,13 @@ def busy_for(state: DispatcherState, partition: PartitionState, now: int) -> int
     return max(end, now) + state.running[partition.at_hand].expected_end - end - now
 
 
-def learn_margin(service: ServiceState, running: Running, now: int) -> None:
-    """Correct the margin by a batch that is done. Who is late without having waited says nothing
-    of waits."""
+def learn_margin(
+    service: ServiceState, running: Running, answered: list[Request], now: int
+) -> None:
+    """Correct the margin by the requests of a batch that are ``answered`` now, or begin to be. Who
+    is late without having waited says nothing of waits."""
     in_time = max(1, _LATE * service.missable // (WHOLE - service.missable))
-    for request in running.requests:
+    for request in answered:
         if now <= request.deadline:
             service.margin = max(0, service.margin - in_time)
         elif running.started > request.arrived:
@@ -179,6 +187,34 @@ def _best_finish(
             own = mean + dev * service.caution // 2000
         if best is None or wait + own < best[0] + best[1]:
             best = wait, own, partition
+    assert best is not None
+    return best
+
+
+def _best_turn(
+    state: DispatcherState,
+    service: ServiceState,
+    request: Request,
+    now: int,
+    mine: list[PartitionState],
+) -> tuple[int, int, PartitionState, int]:
+    """(wait, own execution until the first piece, partition, ns until it is not crowded there)
+    where its first piece would come first, of the service's partitions and instances."""
+    best: tuple[int, int, PartitionState, int] | None = None
+    workers = [w for w in state.workers.values() if w.service == service.name and w.up]
+    for partition in mine:
+        free_in = back_in(partition, now)
+        if partition.batch:
+            free_in = max(0, busy_for(state, partition, now))
+        free_in += _others_ahead(state, service, partition, request)
+        for worker in workers:
+            if worker.device != partition.device or worker.retiring:
+                continue
+            wait, own = generation.wait_and_own(state, service, partition, worker, request)
+            crowded = generation.crowded(state, service, partition, worker, request)
+            found = free_in + wait, own, partition, crowded
+            if best is None or (crowded, found[0] + own) < (best[3], best[0] + best[1]):
+                best = found
     assert best is not None
     return best
 

@@ -28,7 +28,15 @@ from typing import Final
 from cotenant.domain.request import Request
 from cotenant.domain.units import S
 from cotenant.policy.estimate import size_class
-from cotenant.policy.state import DispatcherState, Lane, PartitionState, Running, ServiceState
+from cotenant.policy.generation import fits, on_worker
+from cotenant.policy.state import (
+    DispatcherState,
+    Lane,
+    PartitionState,
+    Running,
+    ServiceState,
+    WorkerState,
+)
 
 AGEING: Final = 1 * S
 _FAR: Final = 1 << 62
@@ -104,8 +112,21 @@ def has_worker(state: DispatcherState, service: ServiceState, lane: Lane, device
     if lane.worker:  # also one that is to take nothing new
         worker = state.workers[lane.worker]
         return worker.device == device and not worker.batch
-    idle = service.idle.get(device)
-    return bool(idle and idle.get(lane.version or service.version))
+    idle = service.idle.get(device, {}).get(lane.version or service.version)
+    if not idle or not service.turns:
+        return bool(idle)
+    workers = [state.workers[name] for name in idle]
+    return any(has_room(state, service, worker, lane) for worker in workers)
+
+
+def has_room(
+    state: DispatcherState, service: ServiceState, worker: WorkerState, lane: Lane
+) -> bool:
+    """Whether who is next in a lane may join what a worker has between its turns or in one."""
+    if head(state, lane) == _FAR:
+        return False
+    beside = on_worker(state, service, worker)
+    return fits(state, service, worker, beside, state.queued[lane.heap[0][2]])
 
 
 def able_count(state: DispatcherState, service: ServiceState, device: str) -> int:
@@ -222,6 +243,37 @@ def take_batch(
         del state.queued[request.id]
         _left(state, service, key, lane, request)
     return taken
+
+
+def take_turn(state: DispatcherState, service: ServiceState, worker: WorkerState) -> list[Request]:
+    """Remove and return the requests of a worker's next turn: all that it has between turns, and of
+    those who wait for their first one as many as it has room for."""
+    taken: list[Request] = []
+    own = f"@{worker.id}"
+    while own in service.lanes:
+        taken.append(_take_first(state, service, own))
+    while not worker.retiring:
+        heads = [
+            (head(state, lane), key)
+            for key, lane in service.lanes.items()
+            if not lane.worker and (lane.version or service.version) == worker.version
+        ]
+        first, key = min(heads, default=(_FAR, ""))
+        if first == _FAR:
+            break
+        newcomer = state.queued[service.lanes[key].heap[0][2]]
+        if not fits(state, service, worker, taken, newcomer):
+            break
+        taken.append(_take_first(state, service, key))
+    return taken
+
+
+def _take_first(state: DispatcherState, service: ServiceState, key: str) -> Request:
+    lane = service.lanes[key]
+    head(state, lane)
+    request = state.queued.pop(heappop(lane.heap)[2])
+    _left(state, service, key, lane, request)
+    return request
 
 
 def _batch_count(

@@ -36,6 +36,7 @@ class Roster:
             old.missable, old.caution = missable(event.percentile), caution(event.percentile)
             old.tail.ppm = watched(event.percentile)
             old.instances, old.keep, old.memory = event.instances, event.keep, event.memory
+            old.pace = event.pace
             return
         state.services[event.service] = ServiceState(
             name=event.service,
@@ -52,6 +53,7 @@ class Roster:
             instances=event.instances,
             keep=event.keep,
             memory=event.memory,
+            pace=event.pace,
         )
         self.link()
 
@@ -104,6 +106,7 @@ class Roster:
         service = state.services[worker.service]
         worker.up, worker.since = True, state.now
         worker.memory = max(worker.memory, event.memory)
+        worker.room, service.turns = event.room, event.turns
         kind = self._desk.specs[event.device].kind
         service.home = service.home or kind
         costs = service.exec.setdefault(kind, Costs())

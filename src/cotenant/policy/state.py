@@ -16,6 +16,8 @@ from cotenant.domain.plan import EMPTY_PLAN, Plan
 from cotenant.domain.request import Batch, Request
 from cotenant.domain.workload import PRIORITY_CLASSES, Share
 from cotenant.policy.estimate import Costs, Median, Quantile
+from cotenant.policy.iterations import IterationCosts
+from cotenant.policy.tail import WHOLE
 
 
 class Hold(enum.IntEnum):
@@ -144,6 +146,16 @@ class ServiceState:
     """When a batch was last dispatched."""
     margin: int = 0
     """By how much longer (ppm) admission has learned to take a predicted wait."""
+    turns: bool = False
+    """Whether its requests live through several turns."""
+    pace: int = 0
+    """Of such an answer each further piece is due so much later (ns); 0: as the first."""
+    turn_costs: dict[str, IterationCosts] = field(default_factory=dict)
+    """What turns cost, by kind and compute of the partition."""
+    spoken: int = WHOLE
+    """How much (ppm) of what they may say answers are expected to say."""
+    spoken_mean: int = WHOLE
+    spoken_dev: int = 0
 
 
 @dataclass
@@ -157,6 +169,8 @@ class WorkerState:
     revision: int = 0
     memory: int = 0
     """Bytes that it occupies there."""
+    room: int = 0
+    """So many tokens of sequences it can hold; 0: any number."""
     up: bool = False
     since: int = 0
     """When it was ordered or, if that is later, when it came up (ns)."""
@@ -198,15 +212,20 @@ class Running:
     after: int = 0
     size: int = 0
     """Class of size of its requests."""
+    turns: int = 1
+    """How many its lease has."""
+    recalled: bool = False
 
 
 @dataclass
 class Resident:
-    """A request between its first turn and its last: the worker that has it, and whether its
-    client has had a piece of the answer."""
+    """A request between its first turn and its last: the worker that has it, whether its client
+    has had a piece of the answer, of how many tokens (``said``), and when the first was due."""
 
     worker: str
+    due: int = 0
     emitted: bool = False
+    said: int = 0
     withdrawn: bool = False
     """Whether the client went away during its turn."""
 

@@ -14,11 +14,12 @@ import msgspec
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
 from cotenant.domain.device import PreemptLevel
-from cotenant.domain.request import Batch, Refusal, Request
+from cotenant.domain.request import Batch, Lease, Refusal, Request
 from cotenant.domain.units import MS, S
-from cotenant.policy import admission, lending, queues
+from cotenant.policy import admission, generation, lending, queues
 from cotenant.policy.desk import Desk
 from cotenant.policy.holds import Holds
+from cotenant.policy.iterations import Load
 from cotenant.policy.state import (
     Hold,
     Lane,
@@ -98,7 +99,8 @@ class Turns:
             return
         for running in state.running.values():
             if event.request in running.batch.requests:
-                resident = Resident(running.worker)
+                first = next(r for r in running.requests if r.id == event.request)
+                resident = Resident(running.worker, first.deadline)
                 state.residents.setdefault(event.request, resident).withdrawn = True
 
     def expire(self) -> None:
@@ -116,10 +118,14 @@ class Turns:
         back as many lent ones of each device as it has idle workers for there. One whose job is
         being stopped is not waited for."""
         lent: list[PartitionState] = []
+        busy: list[PartitionState] = []
         closing: dict[str, int] = {}
         for name in service.partitions:
             partition = self._state.partitions[name]
-            if partition.batch or partition.retiring:
+            if partition.retiring:
+                continue
+            if partition.batch:
+                busy.append(partition)
                 continue
             if partition.hold in (Hold.GRANTING, Hold.HELD):
                 lent.append(partition)
@@ -139,6 +145,23 @@ class Turns:
         if self._plenty(service):
             for name in service.partitions:
                 self._hand_ahead(self._state.partitions[name])
+        for partition in busy:
+            self._recall(partition, service)
+
+    def _recall(self, partition: PartitionState, service: ServiceState) -> None:
+        """End a lease after the turn under way, if the service has what could run then."""
+        state, running = self._state, self._state.running.get(partition.batch)
+        if running is None or running.turns == 1 or running.recalled:
+            return
+        if running.batch.service == service.name:
+            worker = state.workers[running.worker]
+            lanes = [lane for lane in service.lanes.values() if not lane.worker]
+            wanted = any(queues.has_room(state, service, worker, lane) for lane in lanes)
+        else:
+            wanted = queues.able_count(state, service, partition.device) > 0
+        if wanted:
+            running.recalled = True
+            self._desk.out.append(a.Recall(self._desk.cause, running.batch.id, running.worker))
 
     def place_waiting(self, partition: PartitionState) -> None:
         """Let services that still wait for this partition use their others."""
@@ -194,7 +217,7 @@ class Turns:
     ) -> WorkerState:
         """The worker that has a lane's requests, or an idle one, preferably one that last ran on
         this partition."""
-        workers, index = self._state.workers, 0
+        workers, index = self._state.workers, -1
         if lane.worker:
             worker = workers[lane.worker]
             if not worker.retiring:
@@ -202,8 +225,11 @@ class Turns:
             return worker
         idle = service.idle[partition.device][lane.version or service.version]
         for i, name in enumerate(idle):
-            if workers[name].partition == partition.id:
+            if service.turns and not queues.has_room(self._state, service, workers[name], lane):
+                continue
+            if index < 0 or workers[name].partition == partition.id:
                 index = i
+            if workers[name].partition == partition.id:
                 break
         return workers[idle.pop(index)]
 
@@ -222,12 +248,17 @@ class Turns:
         start = before.expected_end if before is not None else state.now
         after = before.batch.id if before is not None else 0
         size = service.lanes[lane_key].size
-        requests = queues.take_batch(state, service, lane_key, partition, start)
+        lease = Lease()
+        if service.turns:
+            requests = queues.take_turn(state, service, worker)
+            lease = generation.lease(state, service, partition, requests)
+        else:
+            requests = queues.take_batch(state, service, lane_key, partition, start)
         rows = sum(r.rows for r in requests)
         ids = tuple(r.id for r in requests)
         batch = Batch(state.next_batch, service.name, worker.version, ids, rows)
         state.next_batch += 1
-        took = service.exec[partition.kind].predict(partition.compute, rows, size)
+        took = self._takes(service, partition, requests, rows, size)
         state.running[batch.id] = Running(
             batch=batch,
             requests=requests,
@@ -238,9 +269,27 @@ class Turns:
             preempting=preempting,
             after=after,
             size=size,
+            turns=lease.turns,
         )
-        desk.out.append(a.Dispatch(desk.cause, batch, worker.id, partition.id, preempting, after))
+        desk.out.append(
+            a.Dispatch(desk.cause, batch, worker.id, partition.id, preempting, after, lease)
+        )
         return batch.id
+
+    def _takes(
+        self,
+        service: ServiceState,
+        partition: PartitionState,
+        requests: list[Request],
+        rows: int,
+        size: int,
+    ) -> int:
+        """Predicted ns of a batch or, of a lease, of its next turn."""
+        if service.turns:
+            known = generation.turn_ns(self._state, service, partition, requests)
+            if known:
+                return known
+        return service.exec[partition.kind].predict(partition.compute, rows, size)
 
     def _plenty(self, service: ServiceState) -> bool:
         """Whether a batch can be handed ahead and each other partition that has none at hand
@@ -258,9 +307,9 @@ class Turns:
             return
         running = state.running[partition.batch]
         worker = state.workers[running.worker]
-        if worker.retiring or partition.services != [worker.service]:
-            return
         service = state.services[worker.service]
+        if worker.retiring or service.turns or partition.services != [service.name]:
+            return
         if running.expected_end < state.now:
             return
         costs, lanes = service.exec[partition.kind], service.lanes.values()
@@ -279,54 +328,101 @@ class Turns:
     # --- their ends -------------------------------------------------------------------------
 
     def batch_done(self, event: e.BatchDone) -> None:
-        """Answer the requests of a batch that are finished, queue the others for their next turn,
-        and learn from it."""
+        """Answer the requests of a batch that are finished, queue the others for their next turn
+        unless their lease goes on, and learn from it."""
         state, desk = self._state, self._desk
-        running = state.running.pop(event.batch, None)
+        running = state.running.get(event.batch)
         if running is None:
             return
         now, service = state.now, state.services[running.batch.service]
-        partition = self.free(running)
+        if event.more:
+            partition = state.partitions.get(running.partition)
+        else:
+            del state.running[event.batch]
+            partition = self.free(running)
+        silent = set(event.unfinished).difference(event.emitted)
+        spoke = [r for r in running.requests if r.id not in silent]
         if partition is not None:
             self._learn(event, running, partition)
-            for request in running.requests:
-                service.tail.add(now - request.arrived)
+            for request in spoke:
+                # Of a piece that is how long after it was due, and the objective.
+                took = now - request.deadline + service.objective
+                service.tail.add(max(0, took) if service.turns else now - request.arrived)
             # What no execution ever met, pausing jobs does not help either.
             goal = admission.aim(service, service.exec[partition.kind].least(running.size))
             lending.note_headroom(partition, service.tail.value * 1000 // goal)
             lending.adjust_slice(state, partition, now)
-        admission.learn_margin(service, running, now)
+        firsts = [r for r in spoke if r.id not in state.residents or not state.residents[r.id].said]
+        admission.learn_margin(service, running, firsts, now)
         finished = running.batch.requests
+        going_on: list[Request] = []
+        said = dict(event.said)
         if event.unfinished:
             finished = tuple(r for r in finished if r not in event.unfinished)
-            self._stay(event, running, service)
-        for request_id in finished:
-            state.retried.pop(request_id, None)
-            state.residents.pop(request_id, None)
+            going_on = self._stay(event, running, service, said)
+        for request in running.requests:
+            if request.id in finished:
+                resident = state.residents.pop(request.id, None)
+                before = resident.said if resident is not None else 0
+                generation.learn_length(service, request, before + said.get(request.id, 0))
+                state.retried.pop(request.id, None)
         if finished:
             desk.out.append(a.Complete(desk.cause, event.batch, finished))
+        if event.more:
+            self._next_turn(running, partition, service, going_on)
+            return
+        for request in going_on:
+            queues.enqueue(state, service, request)
         self.go_on(service, partition)
 
-    def _stay(self, event: e.BatchDone, running: Running, service: ServiceState) -> None:
-        """Requests that are not finished stay on their worker. The objective is that of each piece:
-        the next one is due that much later."""
+    def _next_turn(
+        self,
+        running: Running,
+        partition: PartitionState | None,
+        service: ServiceState,
+        going_on: list[Request],
+    ) -> None:
+        """The lease of a batch goes on with those that are not finished. There may be room now for
+        one that waits."""
+        ids, rows = tuple(r.id for r in going_on), sum(r.rows for r in going_on)
+        running.batch = msgspec.structs.replace(running.batch, requests=ids, rows=rows)
+        running.requests, running.started = going_on, self._state.now
+        if partition is not None:
+            took = self._takes(service, partition, going_on, max(1, rows), running.size)
+            running.expected_end = self._state.now + took
+            if service.queued:
+                self._recall(partition, service)
+
+    def _stay(
+        self, event: e.BatchDone, running: Running, service: ServiceState, said: dict[int, int]
+    ) -> list[Request]:
+        """Requests that are not finished stay on their worker. Each further piece is due the pace
+        of the objective later, from when the first was due; without one, an objective later than
+        the last one came."""
         state, desk, now = self._state, self._desk, self._state.now
         going_on = []
         for request in running.requests:
             if request.id not in event.unfinished:
                 continue
-            resident = state.residents.setdefault(request.id, Resident(running.worker))
+            resident = state.residents.get(request.id)
+            if resident is None:
+                resident = Resident(running.worker, request.deadline)
+                state.residents[request.id] = resident
             if resident.withdrawn:
                 desk.reject(request.id, Refusal.CANCELLED)
                 continue
             resident.emitted = resident.emitted or request.id in event.emitted
-            deadline = now + service.objective
-            going_on.append(msgspec.structs.replace(request, arrived=now, deadline=deadline))
+            resident.said += said.get(request.id, 0)
+            if request.id in event.emitted:
+                due = now + service.objective
+                if service.pace:
+                    due = resident.due + resident.said * service.pace
+                request = msgspec.structs.replace(request, arrived=now, deadline=due)  # noqa: PLW2901
+            going_on.append(request)
         spoke = tuple(r.id for r in going_on if r.id in event.emitted)
         if spoke:
             desk.out.append(a.Emit(desk.cause, event.batch, spoke))
-        for request in going_on:
-            queues.enqueue(state, service, request)
+        return going_on
 
     def _learn(self, event: e.BatchDone, running: Running, partition: PartitionState) -> None:
         """What a batch cost: what it held the partition, the way there and back included, for those
@@ -334,6 +430,11 @@ class Turns:
         taken: a stall of the node is not what executions cost. And where the worker went on with a
         batch that it had at hand nothing waited for the way."""
         service = self._state.services[running.batch.service]
+        if not running.batch.rows:
+            return  # all of it were given up during the lease
+        if event.work[0]:
+            work = Load(*event.work)
+            generation.costs_of(service, partition).observe(work, event.exec_ns)
         held = event.exec_ns
         if not running.after:
             held += event.start_ns

@@ -26,6 +26,7 @@ from cotenant.domain.port import (
     TensorOut,
 )
 from cotenant.engines.base import NUMPY, EngineMeta
+from cotenant.engines.llm.asking import MOST_TOKENS
 from cotenant.runtime.arena import Arena
 from cotenant.runtime.messages import LEFT_OUT, LENGTH, Item, Outputs, Place
 
@@ -34,6 +35,8 @@ Placed = tuple[Arena, int, Item]
 """Where a request lies in tensor memory: the arena, the block in it, and what a worker is told."""
 PIECE_BYTES = 512
 """What a piece of an answer takes beside its bytes."""
+BYTES_OF_A_TOKEN = 3
+"""Of a prompt that comes as text: rather too few than too many."""
 UNKNOWN_OUTPUT = 64 * 1024
 """Bytes reserved for an output whose size is not known from the model, until one was seen."""
 
@@ -85,11 +88,9 @@ class Pending:
         self._say(InferResult(self.service, self.version, tensors, self.free))
 
     def emit(self, outputs: Outputs) -> None:
-        """Say a piece of the answer, as a copy: the next turn writes to the same place."""
+        """Say a piece of the answer."""
         tensors, size = self._tensors(outputs), PIECE_BYTES
-        for tensor in tensors:
-            tensor.data = memoryview(bytes(tensor.data))
-            size += tensor.data.nbytes
+        size += sum(tensor.data.nbytes for tensor in tensors)
         self.unread += size
         release = partial(self._read, size)
         self._say(InferResult(self.service, self.version, tensors, release, more=True))
@@ -255,6 +256,40 @@ def signature(meta: EngineMeta, call: InferCall) -> str:
             shapes = {tensor.name: tensor.shape for tensor in call.inputs}
             return ";".join(",".join(map(str, shapes[t.name][first:])) for t in meta.inputs)
     return ""
+
+
+def generation(meta: EngineMeta, call: InferCall) -> tuple[int, int]:
+    """Of a request to a language model: about how many tokens its prompt has, and how many it may
+    say at most; else zeros."""
+    if not meta.context:
+        return 0, 0
+    given = {tensor.name: tensor for tensor in call.inputs if tensor.data is not None}
+    prompt = 0
+    if "prompt_tokens" in given:
+        prompt = math.prod(given["prompt_tokens"].shape)
+    elif "text_input" in given:
+        prompt = given["text_input"].nbytes // BYTES_OF_A_TOKEN
+    most = MOST_TOKENS
+    if "options" in given:
+        most = _max_tokens(given["options"])
+    elif "max_tokens" in given:
+        most = int.from_bytes(bytes(given["max_tokens"].data or b""), "little", signed=True)
+    most = min(max(1, most), meta.context)
+    return min(max(1, prompt), meta.context), most
+
+
+class _Asked(msgspec.Struct):
+    max_tokens: int = MOST_TOKENS
+    embed: bool = False
+
+
+def _max_tokens(options: TensorIn) -> int:
+    """Of options as JSON; what is wrong with them the model says."""
+    try:
+        asked = msgspec.json.decode(bytes(options.data or b"")[LENGTH.size :], type=_Asked)
+    except (msgspec.MsgspecError, RecursionError):
+        return 1
+    return 1 if asked.embed else asked.max_tokens
 
 
 def place(

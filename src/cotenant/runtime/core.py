@@ -50,6 +50,9 @@ class Hands(Protocol):
     def on_dispatch(self, action: a.Dispatch, partition: Partition) -> None:
         """Send a batch to its worker, which is bound to the partition."""
 
+    def on_recall(self, action: a.Recall) -> None:
+        """Tell a worker that a lease is over."""
+
     def on_emit(self, action: a.Emit) -> None:
         """Send what unfinished requests emitted."""
 
@@ -103,6 +106,7 @@ class Core:
         self._timer: asyncio.TimerHandle | None = None
         self._carry_out: dict[type, Callable[[Any], None]] = {
             a.Dispatch: self._dispatch,
+            a.Recall: hands.on_recall,
             a.Emit: hands.on_emit,
             a.Complete: hands.on_complete,
             a.Reject: hands.on_reject,

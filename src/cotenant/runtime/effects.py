@@ -80,8 +80,13 @@ class Effects:
             return  # unloaded this very turn: WorkerDown is on its way
         items = self.requests.items(batch, action.worker)
         threads = min(partition.compute, instances.spec.threads or partition.compute)
-        run = Run(batch.id, partition.units, threads, self._clock(), items)
+        run = Run(batch.id, partition.units, threads, self._clock(), items, action.lease)
         instances.send(action.worker, run)
+
+    def on_recall(self, action: a.Recall) -> None:
+        """See Hands."""
+        for instances in self.models.services.values():
+            instances.recall(action.worker, action.batch)
 
     def on_emit(self, action: a.Emit) -> None:
         """See Hands."""

@@ -33,6 +33,7 @@ from cotenant.runtime.messages import (
     Open,
     Opened,
     OpenFailed,
+    Recall,
     Run,
 )
 from cotenant.runtime.process import WorkerProcess
@@ -338,6 +339,8 @@ class Instances:
                 opened.profile,
                 opened.size,
                 opened.memory,
+                opened.meta.turns,
+                opened.meta.room,
             )
         )
 
@@ -385,6 +388,10 @@ class Instances:
             case Done(batch=batch) | Failed(batch=batch):
                 if isinstance(message, Done) and message.unjoined:
                     self._end_joining(instance.order.version, message.unjoined)
+                if isinstance(message, Done) and message.more:
+                    instance.batches[batch] = self._shell.now()
+                    self._shell.on_result(message)
+                    return
                 instance.batches.pop(batch, None)
                 if instance.batches:  # the one at hand begins now
                     instance.batches[next(iter(instance.batches))] = self._shell.now()
@@ -421,6 +428,12 @@ class Instances:
         instance.batches[run.batch] = run.sent
         instance.process.send(run)
         return True
+
+    def recall(self, worker: str, batch: int) -> None:
+        """The lease of a batch is over."""
+        instance = self._live.get(worker)
+        if instance is not None and batch in instance.batches:
+            instance.process.send(Recall(batch))
 
     def forget(self, worker: str, request: int) -> None:
         """A request that a worker keeps between turns has none any more."""

@@ -12,6 +12,7 @@ from typing import Final
 import msgspec
 
 from cotenant.domain.config import ModelSettings
+from cotenant.domain.request import Lease
 from cotenant.domain.workload import Joining
 from cotenant.engines.accuracy import Accuracy
 from cotenant.engines.base import EngineMeta
@@ -60,7 +61,7 @@ class Item(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Run(_Message, frozen=True):
-    """Execute a batch on these ``units`` (the partition's) with so many ``threads``: a turn of it
+    """Execute a batch on these ``units`` (the partition's) with so many ``threads``: turns of it
     where the engine takes turns. ``sent`` is the monotonic ns of dispatch."""
 
     batch: int
@@ -68,6 +69,13 @@ class Run(_Message, frozen=True):
     threads: int
     sent: int
     items: tuple[Item, ...]
+    lease: Lease = Lease()
+
+
+class Recall(_Message, frozen=True):
+    """The lease of a batch ends with the turn that is under way."""
+
+    batch: int
 
 
 class Forget(_Message, frozen=True):
@@ -98,23 +106,29 @@ class OpenFailed(_Message, frozen=True):
 class Outputs(msgspec.Struct, frozen=True, array_like=True):
     """One request's outputs, or what it emitted in a turn (without places: nothing). ``spilled``
     holds the bytes of those whose place was too small (offset -1), in order. ``error`` says why
-    this request of a batch has none. One that is not ``finished`` is to get another turn."""
+    this request of a batch has none. One that is not ``finished`` is to get another turn. Of a
+    turn: ``id`` is that of the request, ``said`` how many tokens they are."""
 
     places: tuple[Place, ...]
     spilled: tuple[bytes, ...] = ()
     error: str = ""
     finished: bool = True
+    id: int = 0
+    said: int = 0
 
 
 class Done(_Message, frozen=True):
-    """A batch executed: times in ns, outputs by request in the order of ``Run.items``.
-    ``unjoined`` says why this worker joins no rows from now on, should it have found out."""
+    """A batch executed: times in ns, outputs by request in the order of ``Run.items`` or, of a
+    turn, with their ``id``. ``unjoined`` says why this worker joins no rows from now on, should it
+    have found out. ``more`` and ``work``: see ``events.BatchDone``."""
 
     batch: int
     start_ns: int
     exec_ns: int
     items: tuple[Outputs, ...]
     unjoined: str = ""
+    more: bool = False
+    work: tuple[int, int] = (0, 0)
 
 
 class Failed(_Message, frozen=True):
@@ -124,7 +138,7 @@ class Failed(_Message, frozen=True):
     reason: str
 
 
-ToWorker = Open | Run | Forget
+ToWorker = Open | Run | Recall | Forget
 FromWorker = Opened | OpenFailed | Done | Failed
 
 _encoder = msgspec.msgpack.Encoder()

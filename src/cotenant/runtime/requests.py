@@ -93,7 +93,8 @@ class Requests:
         sizes = self._sizes.get((name, version))
         if sizes is None:
             sizes = self._sizes[name, version] = OutputSizes(meta)
-        room = sizes.expect(rows)
+        # What a turn gives comes by the message: the next one may begin before it was read.
+        room = 0 if meta.turns else sizes.expect(rows)
         try:
             placed = calls.place(meta, call, rows, instances.arena, room, spec.refuse_nan)
         except ArenaFull as error:
@@ -104,6 +105,7 @@ class Requests:
         self._pending[number] = pending
         self._open[name] = self._open.get(name, 0) + 1
         shape = calls.signature(meta, call)
+        prompt, most = calls.generation(meta, call)
         request = Request(
             id=number,
             service=name,
@@ -115,6 +117,8 @@ class Requests:
             shape=shape,
             expires=now + call.timeout_ns if call.timeout_ns else 0,
             size=size_of(meta, {t.name: t.shape for t in call.inputs}) if shape else 1,
+            prompt=prompt,
+            most=most,
         )
         if not self._arrivals:
             asyncio.get_running_loop().call_soon(self._hand_over)
@@ -162,9 +166,16 @@ class Requests:
         if running is None:  # late news of a batch that was given up
             self._feed(e.BatchDone(message.batch, message.exec_ns, message.start_ns))
             return
-        results = dict(zip(running.batch.requests, message.items, strict=True))
-        failed, unfinished, emitted = [], [], []
+        requests = running.batch.requests
+        if message.items and message.items[0].id:  # of a turn: some may have been given up since
+            given = {outputs.id: outputs for outputs in message.items}
+            results = {number: given[number] for number in requests}
+        else:
+            results = dict(zip(requests, message.items, strict=True))
+        failed, unfinished, emitted, said = [], [], [], []
         for number, outputs in results.items():
+            if outputs.said:
+                said.append((number, outputs.said))
             if outputs.error:
                 failed.append(number)
             elif not outputs.finished:
@@ -180,6 +191,9 @@ class Requests:
                 tuple(failed),
                 tuple(unfinished),
                 tuple(emitted),
+                tuple(said),
+                message.more,
+                message.work,
             )
         )
         del self._results[message.batch]
@@ -206,7 +220,7 @@ class Requests:
                 pending.refuse(Refused(Refusal.FAILED, 0, outputs.error))
                 continue
             sizes = self._sizes.get((pending.service, pending.version))
-            if sizes is not None:
+            if sizes is not None and not pending.meta.turns:
                 sizes.learn(pending.item.rows, outputs)
             pending.answer(outputs)
 

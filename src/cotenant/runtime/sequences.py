@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from cotenant.domain.errors import ModelError
-from cotenant.engines.base import FAILURES, Array, EngineMeta, Turn, TurnEngine
+from cotenant.engines.base import FAILURES, Array, EngineMeta, Turn, TurnEngine, Turns
 from cotenant.engines.samples import Samples, make_samples
 from cotenant.runtime.messages import Item, Open, Opened, Outputs, Run
 
@@ -65,15 +65,17 @@ class Sequences:
         for key, inputs in zip(keys, rows, strict=True):
             self._engine.begin(key, inputs)
         began = time.monotonic_ns()
-        self._engine.turn(units, keys)
+        self._engine.turn(units, keys, 0)
         took = time.monotonic_ns() - began
         self._engine.forget(keys)
         return max(1, took)
 
-    def run(self, order: Run) -> tuple[Outputs, ...]:
-        """A turn of a batch. Raises ModelError where all of it fails."""
+    def turn(
+        self, order: Run, items: tuple[Item, ...]
+    ) -> tuple[tuple[Outputs, ...], tuple[int, int]]:
+        """A turn of these of a batch, and its work. Raises ModelError where all of it fails."""
         refused: dict[int, str] = {}
-        for item in order.items:
+        for item in items:
             if item.id not in self._begun:
                 try:
                     self._engine.begin(item.id, self._read(self._engine.meta, (item,)))
@@ -81,22 +83,26 @@ class Sequences:
                     refused[item.id] = str(error) or type(error).__name__
                 else:
                     self._begun.add(item.id)
-        keys = [item.id for item in order.items if item.id not in refused]
-        turns = iter(self._engine.turn(order.threads, keys) if keys else ())
-        return tuple(
-            Outputs((), error=refused[item.id])
+        keys = [item.id for item in items if item.id not in refused]
+        done = Turns([])
+        if keys:
+            done = self._engine.turn(order.threads, keys, order.lease.budget)
+        turns = iter(done.turns)
+        outputs = tuple(
+            Outputs((), error=refused[item.id], id=item.id)
             if item.id in refused
             else self._came_of(item, next(turns))
-            for item in order.items
+            for item in items
         )
+        return outputs, done.work
 
     def _came_of(self, item: Item, turn: Turn) -> Outputs:
         if turn.finished:
             self._begun.discard(item.id)
         if turn.error:
-            return Outputs((), error=turn.error)
+            return Outputs((), error=turn.error, id=item.id)
         stored = self._store(item, turn.outputs or [])
-        return stored if turn.finished else Outputs(stored.places, stored.spilled, finished=False)
+        return Outputs(stored.places, stored.spilled, "", turn.finished, id=item.id, said=turn.said)
 
     def forget(self, keys: tuple[int, ...]) -> None:
         """Nobody waits for these requests any more."""
@@ -115,6 +121,6 @@ class _OneTurn:
 
     def run(self, units: int, inputs: Inputs) -> list[Array]:
         self._engine.begin(-1, inputs)
-        (turn,) = self._engine.turn(units, (-1,))
+        (turn,) = self._engine.turn(units, (-1,), 0).turns
         self._engine.forget((-1,))
         return turn.outputs or []

@@ -91,6 +91,7 @@ def _service(node: Node, name: str, instances: Instances) -> dict[str, Any]:
     meter = node.monitor.service(name)
     known = node.core.dispatcher.state.services.get(name)
     p50, p95, p99 = meter.recent.quantiles(node.core.clock(), 0.5, 0.95, 0.99)
+    (pace,) = meter.recent_pace.quantiles(node.core.clock(), 0.99)
     current = instances.current
     state = "READY" if node.model_ready(name) else "LOADING" if instances.loading else "UNAVAILABLE"
     refused = sum(meter.refused.values()) - meter.refused["CANCELLED"]
@@ -103,6 +104,8 @@ def _service(node: Node, name: str, instances: Instances) -> dict[str, Any]:
         "reason": next((why for _, why in reversed(instances.refused.values())), ""),
         "objective_ms": instances.spec.slo.latency / MS,
         "percentile": instances.spec.slo.percentile,
+        "pace_ms": instances.spec.slo.pace / MS or None,
+        "p99_pace_ms": None if pace is None else pace / MS,
         "rate": meter.rate.level,
         "queue": known.queued if known else 0,
         "batch_mean": meter.batched_rows / meter.batches if meter.batches else None,

@@ -6,9 +6,11 @@ in here, a crash of the engine included, ends this process alone.
 
 from __future__ import annotations
 
+import collections
 import gc
 import os
 import resource
+import select
 import signal
 import socket
 import statistics
@@ -43,6 +45,7 @@ from cotenant.runtime.messages import (
     LENGTH,
     Done,
     Failed,
+    Forget,
     FromWorker,
     Item,
     Open,
@@ -50,6 +53,7 @@ from cotenant.runtime.messages import (
     OpenFailed,
     Outputs,
     Place,
+    Recall,
     Run,
     ToWorker,
     frame,
@@ -79,28 +83,39 @@ class Worker:
         self._until_check = -1
         """Batches until one whose requests are also run alone, to compare; below 0: none is."""
         self._checked = 0
+        self._ahead: collections.deque[ToWorker] = collections.deque()
+        """Messages that came during a lease."""
         self._rest_every = int(os.environ.get(REST_EVERY, "0"))
+        self._rested = time.monotonic_ns()
         self._decoder = msgspec.msgpack.Decoder(ToWorker)
 
     def serve(self) -> None:
         """Answer messages until the node goes away."""
-        rested = time.monotonic_ns()
         while (message := self._receive()) is not None:
             if isinstance(message, Open):
                 opened = self._open(message)
                 if isinstance(opened, Opened):
                     opened = msgspec.structs.replace(opened, memory=_resident())
                 self._send(opened)
+            elif isinstance(message, Run) and self._sequences is not None:
+                self._lease(self._sequences, message)
             elif isinstance(message, Run):
                 self._send(self._run(message))
-            elif self._sequences is not None:
+            elif isinstance(message, Forget) and self._sequences is not None:
                 self._sequences.forget(message.keys)
-            now = time.monotonic_ns()
-            if self._rest_every and now - rested > self._rest_every:
-                time.sleep(REST_S)
-                rested = now
+            self._rest()
+
+    def _rest(self) -> None:
+        """Leave the core for a moment, now and then, where the device wants that."""
+        now = time.monotonic_ns()
+        if self._rest_every and now - self._rested > self._rest_every:
+            time.sleep(REST_S)
+            self._rested = now
 
     def _receive(self) -> ToWorker | None:
+        return self._ahead.popleft() if self._ahead else self._receive_now()
+
+    def _receive_now(self) -> ToWorker | None:
         head = self._read(LENGTH.size)
         if head is None:
             return None
@@ -176,8 +191,6 @@ class Worker:
 
     def _run(self, order: Run) -> Done | Failed:
         started = time.monotonic_ns()
-        if self._sequences is not None:
-            return _took_turn(self._sequences, order, started)
         was, together = self._unjoined, ""
         items = None
         if len(order.items) == 1 or not self._unjoined:
@@ -195,6 +208,50 @@ class Worker:
         ended = time.monotonic_ns()
         found = self._unjoined if self._unjoined != was else ""
         return Done(order.batch, max(0, started - order.sent), ended - started, items, found)
+
+    def _lease(self, sequences: Sequences, order: Run) -> None:
+        """Turn after turn of a batch, each with a message, until its lease ends or nothing is left
+        of it."""
+        items, lease, turns = order.items, order.lease, 0
+        began = started = time.monotonic_ns()
+        while True:
+            try:
+                outputs, work = sequences.turn(order, items)
+            except FAILURES as error:
+                self._send(Failed(order.batch, _said(error)))
+                return
+            ended = time.monotonic_ns()
+            turns += 1
+            gone, recalled = self._news(sequences, order.batch)
+            going_on = {o.id for o in outputs if not o.finished and o.id not in gone}
+            items = tuple(item for item in items if item.id in going_on)
+            more = bool(items) and not recalled and turns < lease.turns
+            more = more and ended - began < lease.ns
+            waited = max(0, began - order.sent) if turns == 1 else 0
+            took = ended - started
+            self._send(Done(order.batch, waited, took, outputs, more=more, work=work))
+            if not more:
+                return
+            self._rest()
+            started = time.monotonic_ns()
+
+    def _news(self, sequences: Sequences, batch: int) -> tuple[set[int], bool]:
+        """Take up what came during a turn: who is not waited for any more, and whether the lease is
+        recalled. All else is for later."""
+        gone: set[int] = set()
+        recalled = False
+        while select.select((self._sock,), (), (), 0)[0]:
+            message = self._receive_now()
+            if message is None:
+                return gone, True
+            if isinstance(message, Forget):
+                sequences.forget(message.keys)
+                gone.update(message.keys)
+            elif isinstance(message, Recall):
+                recalled = recalled or message.batch == batch
+            else:
+                self._ahead.append(message)
+        return gone, recalled
 
     def _execute(self, units: int, items: tuple[Item, ...]) -> tuple[Outputs, ...] | None:
         """Outputs of requests run as one; None, and no joining from then on, if an output is not
@@ -280,15 +337,6 @@ class Worker:
             places.append(Place(part.shape, offset, size))
             offset += -(-size // ALIGN) * ALIGN
         return Outputs(tuple(places), tuple(spilled))
-
-
-def _took_turn(sequences: Sequences, order: Run, started: int) -> Done | Failed:
-    try:
-        items = sequences.run(order)
-    except FAILURES as error:
-        return Failed(order.batch, _said(error))
-    took = time.monotonic_ns() - started
-    return Done(order.batch, max(0, started - order.sent), took, items)
 
 
 def _split(items: tuple[Item, ...], outputs: list[Array]) -> list[list[Array]]:

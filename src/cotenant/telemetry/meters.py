@@ -66,6 +66,14 @@ class ServiceMeter:
         self.refused: Counter[str] = Counter()
         self.latency = Histogram(LATENCY_BUCKETS_S)
         self.recent = Recent()
+        """Latency; of an answer in pieces that of its first one."""
+        self.first = Histogram(LATENCY_BUCKETS_S)
+        """Of answers in pieces: arrival to the first one."""
+        self.pace = Histogram(LATENCY_BUCKETS_S)
+        """Of such an answer: the mean time per token after the first."""
+        self.recent_pace = Recent()
+        self.tokens = 0
+        self.prompt_tokens = 0
         self.batches = 0
         self.batched_rows = 0
         self.rows: Counter[int] = Counter()

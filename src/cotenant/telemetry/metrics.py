@@ -80,6 +80,15 @@ def _services(monitor: Monitor, state: DispatcherState) -> Iterator[Metric]:
     latency = HistogramMetricFamily(
         "cotenant_latency_seconds", "Arrival to result, in the node", labels=label
     )
+    first = HistogramMetricFamily(
+        "cotenant_first_piece_seconds", "Arrival to the first piece of an answer", labels=label
+    )
+    pace = HistogramMetricFamily(
+        "cotenant_token_seconds", "Mean time per token after the first, by answer", labels=label
+    )
+    tokens = CounterMetricFamily(
+        "cotenant_tokens", "Tokens, read and said", labels=["service", "kind"]
+    )
     batches = HistogramMetricFamily("cotenant_batch_rows", "Rows per batch", labels=label)
     for name, meter in monitor.services.items():
         arrived.add_metric([name], meter.arrived)
@@ -90,12 +99,17 @@ def _services(monitor: Monitor, state: DispatcherState) -> Iterator[Metric]:
         rate.add_metric([name], meter.rate.level)
         trend.add_metric([name], meter.rate.trend)
         _add_histogram(latency, [name], meter.latency)
+        if meter.tokens:
+            _add_histogram(first, [name], meter.first)
+            _add_histogram(pace, [name], meter.pace)
+            tokens.add_metric([name, "prompt"], meter.prompt_tokens)
+            tokens.add_metric([name, "answer"], meter.tokens)
         _add_sizes(batches, [name], meter.rows)
         if name in state.services:
             queue.add_metric([name], state.services[name].queued)
             objective.add_metric([name], state.services[name].objective / S)
     yield from (arrived, answered, misses, refused, rate, trend, queue, objective)
-    yield from (latency, batches)
+    yield from (latency, batches, first, pace, tokens)
 
 
 def _partitions(monitor: Monitor) -> Iterator[Metric]:

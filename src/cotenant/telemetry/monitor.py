@@ -9,8 +9,6 @@ from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-import msgspec
-
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
 from cotenant.domain.device import DeviceSpec
@@ -33,6 +31,29 @@ SEASON_SLOTS: Final = 288
 """Slots of a season: five minutes of a day."""
 
 
+class _Talk:
+    """An answer that comes in pieces. ``first``: when its first one was sent; ``due``: when the
+    next one is. With a pace, an answer is in time if its first piece is, and its last one."""
+
+    __slots__ = ("due", "first", "late", "said")
+
+    def __init__(self, first: int, due: int) -> None:
+        self.first = first
+        self.due = due
+        self.late = False
+        self.said = 0
+
+    def next_due(self, now: int, request: Request, pace: int) -> int:
+        """When the piece after those so far is due."""
+        if pace:
+            return request.deadline + self.said * pace
+        return now + request.deadline - request.arrived
+
+    def fell_behind(self, now: int, pace: int) -> bool:
+        """Whether the last piece was late, where there is a pace."""
+        return bool(pace) and now > self.due - pace
+
+
 class Monitor:
     """Keeps every meter; see the module's docstring. ``season``: the period of demand, ns."""
 
@@ -42,7 +63,9 @@ class Monitor:
         self.partitions: dict[str, PartitionMeter] = {}
         self.jobs: dict[str, JobMeter] = {}
         self._open: dict[int, Request] = {}
-        self._pieces: dict[int, tuple[int, bool]] = {}
+        self._talks: dict[int, _Talk] = {}
+        """Answers of which a piece was sent."""
+        self._paces: dict[str, int] = {}
         """Of answers in pieces: how long (ns) each may take, and whether one was late."""
         self._resident: set[int] = set()
         """Those that have had a turn and are to have another: they wait in no queue."""
@@ -55,6 +78,7 @@ class Monitor:
         self._heard: dict[type, Callable[[int, Any], None]] = {
             e.Arrived: self._arrived,
             e.Planned: self._planned,
+            e.ServiceAdded: self._service_added,
             e.BatchDone: self._batch_done,
             e.BatchFailed: self._batch_failed,
             e.Revoked: self._revoked,
@@ -64,7 +88,6 @@ class Monitor:
         }
         self._seen: dict[type, Callable[[int, Any], None]] = {
             a.Dispatch: self._dispatched,
-            a.Emit: self._emitted,
             a.Complete: self._completed,
             a.Reject: self._rejected,
             a.Grant: self._granting,
@@ -89,14 +112,48 @@ class Monitor:
         self._open[request.id] = request
         self.service(request.service).arrive(request.rows)
 
+    def _service_added(self, _: int, event: e.ServiceAdded) -> None:
+        self._paces[event.service] = event.pace
+
     def _planned(self, _: int, event: e.Planned) -> None:
         self._compute |= {p.id: p.compute for p in event.plan.partitions}
         for partition in event.plan.partitions:
             self.partition(partition.id).device = partition.device
 
     def _batch_done(self, now: int, event: e.BatchDone) -> None:
-        self._batch_over(now, event.batch, event.exec_ns, event.failed)
+        for request, tokens in event.said:
+            self._spoke(now, request, tokens)
+        if event.more:
+            self._turn_over(event)
+        else:
+            self._batch_over(now, event.batch, event.exec_ns, event.failed)
         self._resident.update(event.unfinished)
+
+    def _spoke(self, now: int, request_id: int, tokens: int) -> None:
+        """A piece of an answer. Without a pace each has as long as the first one had."""
+        request = self._open.get(request_id)
+        if request is None:
+            return
+        meter = self.service(request.service)
+        talk = self._talks.get(request_id)
+        if talk is None:
+            talk = self._talks[request_id] = _Talk(now, request.deadline)
+            meter.first.add(now - request.arrived)
+            meter.recent.add(now, now - request.arrived)
+            meter.prompt_tokens += request.prompt
+            talk.late = now > talk.due
+        elif not self._paces.get(request.service):
+            talk.late = talk.late or now > talk.due
+        talk.said += tokens
+        meter.tokens += tokens
+        talk.due = talk.next_due(now, request, self._paces.get(request.service, 0))
+
+    def _turn_over(self, event: e.BatchDone) -> None:
+        for request in event.failed:
+            self._refused(request, Refusal.FAILED)
+        dispatch = self._running.get(event.batch)
+        if dispatch is not None:
+            self.service(dispatch.batch.service).exec_ns += event.exec_ns
 
     def _batch_failed(self, now: int, event: e.BatchFailed) -> None:
         self._batch_over(now, event.batch, 0)
@@ -130,17 +187,6 @@ class Monitor:
         else:
             self._begin(now, action)
 
-    def _emitted(self, now: int, action: a.Emit) -> None:
-        """Each piece of an answer has as long as the first one had."""
-        for request_id in action.requests:
-            request = self._open.get(request_id)
-            if request is None:
-                continue
-            budget, late = self._pieces.get(request_id, (request.deadline - request.arrived, False))
-            self._pieces[request_id] = budget, late or now > request.deadline
-            later = msgspec.structs.replace(request, deadline=now + budget)
-            self._open[request_id] = later
-
     def _completed(self, now: int, action: a.Complete) -> None:
         for request_id in action.requests:
             request = self._open.pop(request_id, None)
@@ -172,17 +218,23 @@ class Monitor:
         meter = self.service(request.service)
         latency = now - request.arrived
         meter.answered += 1
-        _, late = self._pieces.pop(request.id, (0, False))
-        meter.misses += late or now > request.deadline
+        talk = self._talks.pop(request.id, None)
+        if talk is None:
+            meter.misses += now > request.deadline
+            meter.recent.add(now, latency)
+        else:
+            meter.misses += talk.late or talk.fell_behind(now, self._paces.get(request.service, 0))
+            if talk.said > 1:
+                meter.pace.add((now - talk.first) // (talk.said - 1))
+                meter.recent_pace.add(now, (now - talk.first) // (talk.said - 1))
         meter.latency.add(latency)
         meter.latency_ns += latency
-        meter.recent.add(now, latency)
         meter.last_answer = now
 
     def _refused(self, request_id: int, refusal: Refusal) -> None:
         request = self._open.pop(request_id, None)
         self._resident.discard(request_id)
-        self._pieces.pop(request_id, None)
+        self._talks.pop(request_id, None)
         if request is not None:
             meter = self.service(request.service)
             meter.refused[refusal.name] += 1

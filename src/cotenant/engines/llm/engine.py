@@ -29,7 +29,7 @@ import numpy as np
 
 from cotenant.domain.errors import InvalidRequest, ModelError, TooLarge
 from cotenant.domain.port import TensorMeta
-from cotenant.engines.base import Array, EngineMeta, Turn
+from cotenant.engines.base import Array, EngineMeta, Turn, Turns
 from cotenant.engines.llm.asking import Chosen, Details, Options
 from cotenant.engines.llm.blocks import BlockPool
 from cotenant.engines.llm.checkpoint import open_checkpoint
@@ -82,14 +82,20 @@ class LlmEngine:
         if blocks < 1:
             raise ModelError(f"a block of {SIZE} tokens is larger than {KV_BYTES} bytes")
         runner = Runner(checkpoint, Build(), Sizes(blocks, SIZE, 0, context), units)
-        self._context = context
+        self._context, self._room = context, blocks * SIZE
         self._generator = Generator(text, runner, Iterations(BlockPool(blocks, SIZE), limits))
         self._said: dict[int, _Said] = {}
 
     @property
     def meta(self) -> EngineMeta:
         return EngineMeta(
-            "cotenant_llm", _INPUTS, _OUTPUTS, batchable=False, turns=True, context=self._context
+            "cotenant_llm",
+            _INPUTS,
+            _OUTPUTS,
+            batchable=False,
+            turns=True,
+            context=self._context,
+            room=self._room,
         )
 
     def begin(self, key: int, inputs: dict[str, Array]) -> None:
@@ -130,11 +136,12 @@ class LlmEngine:
             salt=options.salt,
         )
 
-    def turn(self, units: int, keys: Sequence[int]) -> list[Turn]:
+    def turn(self, units: int, keys: Sequence[int], budget: int) -> Turns:
         """What others say in the iteration is kept for their next turn."""
-        for piece in self._generator.step(units):
+        for piece in self._generator.step(units, budget or None):
             self._said[piece.key].add(piece)
-        return [self._take(key) for key in keys]
+        work = self._generator.work
+        return Turns([self._take(key) for key in keys], (work.tokens, work.pairs))
 
     def _take(self, key: int) -> Turn:
         said = self._said[key]
@@ -188,10 +195,8 @@ class _Said:
         tokens = [choice.token for piece in pieces for choice in piece.choices]
         reason = last.end.value if last.end is not None else ""
         details = _details(pieces) if self.detailed else ""
-        return Turn(
-            [_strings(text), np.array(tokens, np.int64), _strings(reason), _strings(details)],
-            self.over,
-        )
+        outputs = [_strings(text), np.array(tokens, np.int64), _strings(reason), _strings(details)]
+        return Turn(outputs, self.over, said=len(tokens))
 
 
 def _strings(text: str) -> Array:

@@ -24,6 +24,7 @@ from cotenant.engines.llm.sampler import Choice, Sampling, choose
 from cotenant.engines.llm.sequence import End, Sequence
 from cotenant.engines.llm.stops import Stops
 from cotenant.engines.llm.text import Text
+from cotenant.policy.iterations import Load
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,6 +76,8 @@ class Generator:
         self.text = text
         self.runner = runner
         self.core = core
+        self.work = Load()
+        """What the last iteration had to do."""
         self._grammars: Grammars | None = None
         self._answers: dict[int, _Answer] = {}
 
@@ -126,6 +129,7 @@ class Generator:
         is over is forgotten. Raises ModelError if the engine fails; then all is as before but for
         the time that is lost."""
         iteration = self.core.next(within)
+        self.work = iteration.load
         offload_ns, restore_ns = self.runner.move(iteration.moves)
         began = time.monotonic_ns()
         computed = self.runner.compute(units, iteration.works)

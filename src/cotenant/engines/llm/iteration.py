@@ -26,9 +26,10 @@ import msgspec
 
 from cotenant.domain.errors import TooLarge
 from cotenant.engines.llm.blocks import BlockPool, Move, Offload, Restore
-from cotenant.engines.llm.costs import Costs, Load, load
 from cotenant.engines.llm.lookup import PROBE, Acceptance
 from cotenant.engines.llm.sequence import End, Sequence
+from cotenant.policy.iterations import IterationCosts as Costs
+from cotenant.policy.iterations import Load, load
 
 
 class Limits(msgspec.Struct, frozen=True):

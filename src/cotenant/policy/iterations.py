@@ -7,9 +7,8 @@ three are fitted by least squares over what was measured, the newer counting mor
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Final
-
-import msgspec
 
 KEEP: Final = 0.98
 """What a sample still counts after the next one."""
@@ -20,7 +19,8 @@ RIDGE: Final = 1e-6
 """Keeps the fit defined while all samples are alike."""
 
 
-class Load(msgspec.Struct, frozen=True):
+@dataclass(frozen=True)
+class Load:
     """What an iteration has to do: ``tokens`` that are new, ``pairs`` of those with the ones that
     they look at."""
 
@@ -36,7 +36,8 @@ def load(start: int, tokens: int) -> Load:
     return Load(tokens, tokens * start + tokens * (tokens + 1) // 2)
 
 
-class Costs(msgspec.Struct):
+@dataclass
+class IterationCosts:
     """See the module's text; ns. Until something was measured everything costs nothing."""
 
     fixed: float = 0.0
@@ -46,7 +47,7 @@ class Costs(msgspec.Struct):
     """Of a block, to the host."""
     restore: float = 0.0
     """Of a block, back."""
-    sums: list[float] = msgspec.field(default_factory=lambda: [0.0] * 9)
+    sums: list[float] = field(default_factory=lambda: [0.0] * 9)
     """Of products of the inputs (six, upper triangle by rows), then of inputs and times (three)."""
 
     def predict(self, work: Load) -> int:
