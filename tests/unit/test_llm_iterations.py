@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+
 import pytest
 
 from cotenant.domain.errors import TooLarge
@@ -260,3 +262,20 @@ def test_copies_are_worth_it_where_computing_again_takes_longer() -> None:
     assert not slow.worth_aside(0, 16)
     assert slow.worth_aside(10_000, 16)
     assert not slow.worth_aside(10_000, 16, chance=0.01)
+
+
+def test_a_step_behind_the_first_token_is_learned_and_counts_for_drafts() -> None:
+    truth, found = Costs(fixed=3e7, token=5e6, pair=100.0, step=4e7), Costs()
+    draw = random.Random(1)
+    for _ in range(400):
+        work = load(draw.randrange(500), draw.choice([1, 1, 1, 2, 8, 16, 64]))
+        found.observe(work, round(truth.predict(work) * draw.uniform(0.95, 1.05)))
+    for work in (load(200, 1), load(200, 2), load(0, 64)):
+        assert found.predict(work) == pytest.approx(truth.predict(work), rel=0.1)
+
+    sure = Acceptance()
+    for _ in range(200):
+        sure.note(7, 7)
+    alone = 1 / truth.predict(load(100, 1))
+    assert sure.worth(truth.token, alone, 7) == 7
+    assert sure.worth(truth.token, alone, 7, step_ns=20 * truth.step) == 0

@@ -158,7 +158,7 @@ def wait_and_own(
     elif decode:
         before += decode * -(-sum([r.prompt for r in (*reading, *ahead)]) // CHUNK)
         own += decode * -(-request.prompt // CHUNK)
-    return wait + before, own + round(costs.fixed)
+    return wait + before, own + round(costs.fixed + costs.step)
 
 
 def crowded(

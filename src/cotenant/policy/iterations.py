@@ -1,8 +1,10 @@
 """What an iteration costs, and what it costs to put a block aside: learned from what was measured.
 
 An iteration takes ``fixed + token * new tokens + pair * (new tokens x tokens that they look at)``:
-weights are read once, multiplied for each token, and each token looks at those before it. The
-three are fitted by least squares over what was measured, the newer counting more.
+weights are read once, multiplied for each token, and each token looks at those before it. More than
+one token cost a ``step`` besides: quantized weights are multiplied with one row as they are, for
+several they are brought to another form first. The four are fitted by least squares over what was
+measured, the newer counting more.
 """
 
 from __future__ import annotations
@@ -13,8 +15,8 @@ from typing import Final
 KEEP: Final = 0.98
 """What a sample still counts after the next one."""
 GAIN: Final = 1 / 8
-SCALE: Final = (1.0, 1e-2, 1e-5)
-"""Brings the three to like size, or the sums would lose what is small."""
+SCALE: Final = (1.0, 1e-2, 1e-5, 1.0)
+"""Brings the four to like size, or the sums would lose what is small."""
 RIDGE: Final = 1e-6
 """Keeps the fit defined while all samples are alike."""
 
@@ -43,26 +45,31 @@ class IterationCosts:
     fixed: float = 0.0
     token: float = 0.0
     pair: float = 0.0
+    step: float = 0.0
     offload: float = 0.0
     """Of a block, to the host."""
     restore: float = 0.0
     """Of a block, back."""
-    sums: list[float] = field(default_factory=lambda: [0.0] * 9)
-    """Of products of the inputs (six, upper triangle by rows), then of inputs and times (three)."""
+    sums: list[float] = field(default_factory=lambda: [0.0] * 14)
+    """Of products of the inputs (ten, upper triangle by rows), then of inputs and times (four)."""
 
     def predict(self, work: Load) -> int:
         """How long (ns) an iteration takes."""
         if not work.tokens:
             return 0
-        return round(self.fixed + self.token * work.tokens + self.pair * work.pairs)
+        fixed = self.fixed + (self.step if work.tokens > 1 else 0.0)
+        return round(fixed + self.token * work.tokens + self.pair * work.pairs)
 
     def observe(self, work: Load, ns: int) -> None:
         """An iteration took so long."""
-        x = (SCALE[0], SCALE[1] * work.tokens, SCALE[2] * work.pairs)
-        fresh = [x[i] * x[j] for i in range(3) for j in range(i, 3)] + [each * ns for each in x]
+        given = (1.0, float(work.tokens), float(work.pairs), float(work.tokens > 1))
+        x = [each * scale for each, scale in zip(given, SCALE, strict=True)]
+        fresh = [x[i] * x[j] for i in range(4) for j in range(i, 4)] + [each * ns for each in x]
         self.sums = [KEEP * old + new for old, new in zip(self.sums, fresh, strict=True)]
         found = _fit(self.sums)
-        self.fixed, self.token, self.pair = (f * s for f, s in zip(found, SCALE, strict=True))
+        self.fixed, self.token, self.pair, self.step = [
+            f * s for f, s in zip(found, SCALE, strict=True)
+        ]
 
     def moved(self, blocks: int, ns: int, back: bool) -> None:
         """Copying so many blocks to the host, or ``back``, took so long."""
@@ -96,20 +103,25 @@ class IterationCosts:
         return self.offload + chance * self.restore < chance * self.again(start, tokens)
 
 
-def _fit(sums: list[float]) -> tuple[float, float, float]:
+def _fit(sums: list[float]) -> list[float]:
     """Least squares where no part is negative: what comes out so is taken as nothing, and the
     others are fitted without it."""
-    a, b, c, d, e, f, *right = sums
-    matrix = [[a, b, c], [b, d, e], [c, e, f]]
-    used = [0, 1, 2]
+    matrix = [[0.0] * 4 for _ in range(4)]
+    at = 0
+    for i in range(4):
+        for j in range(i, 4):
+            matrix[i][j] = matrix[j][i] = sums[at]
+            at += 1
+    right = sums[at:]
+    used = [0, 1, 2, 3]
     while used:
         found = _solve([[matrix[i][j] for j in used] for i in used], [right[i] for i in used])
         worst = min(range(len(used)), key=found.__getitem__)
         if found[worst] >= 0:
             full = dict(zip(used, found, strict=True))
-            return full.get(0, 0.0), full.get(1, 0.0), full.get(2, 0.0)
+            return [full.get(i, 0.0) for i in range(4)]
         del used[worst]
-    return 0.0, 0.0, 0.0
+    return [0.0] * 4
 
 
 def _solve(matrix: list[list[float]], right: list[float]) -> list[float]:

@@ -211,7 +211,8 @@ class Iterations:
         if not draft:
             return ()
         token = self.costs.token + self.costs.pair * sequence.computed
-        return draft[: self.acceptance.worth(token, rate, len(draft))]
+        step = 0.0 if plan.works or others else self.costs.step
+        return draft[: self.acceptance.worth(token, rate, len(draft), step)]
 
     def _go_on(self, sequence: Sequence, plan: _Plan, rate: float, others: int) -> None:
         """The next token, and with it a draft if it pays. ``others`` are still to go on."""
@@ -359,6 +360,8 @@ class _Plan:
         count = min(wanted, self.left)
         if self._within is not None:
             spare = self._within - (self.expected or self._costs.fixed)
+            if self.load.tokens <= 1 < self.load.tokens + wanted:
+                spare -= self._costs.step
             fits = self._costs.within(spare, start)
             count = min(count, fits if self.works else max(fits, least))
         return count

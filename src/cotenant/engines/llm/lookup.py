@@ -60,16 +60,18 @@ class Acceptance:
         for index in range(min(drafted, accepted + 1)):
             self.chance += (float(index < accepted) - self.chance) * GAIN
 
-    def worth(self, token_ns: float, rate: float, most: int) -> int:
-        """How many tokens of a draft to verify, if one costs ``token_ns`` more and the iteration
-        makes ``rate`` tokens a ns without. The n-th counts only if all before it are right."""
+    def worth(self, token_ns: float, rate: float, most: int, step_ns: float = 0.0) -> int:
+        """How many tokens of a draft to verify, if one costs ``token_ns`` more, the first
+        ``step_ns`` besides, and the iteration makes ``rate`` tokens a ns without. The n-th counts
+        only if all before it are right."""
         if token_ns <= 0 or rate <= 0:
             return most
-        count, chance = 0, self.chance
+        count, chance, gain = 0, self.chance, -step_ns * rate
         while count < most and chance / token_ns > rate:
             count += 1
+            gain += chance - token_ns * rate
             chance *= self.chance
-        if count:
+        if count and gain > 0:
             self._passed = 0
             return count
         self._passed += 1
