@@ -6,6 +6,7 @@ import msgspec
 import pytest
 
 from cotenant.domain.units import S
+from cotenant.policy.memory import account
 from cotenant.policy.memory.account import (
     LOAD_WITHIN,
     REST,
@@ -20,6 +21,7 @@ from cotenant.policy.memory.account import (
 )
 from cotenant.policy.memory.fairness import divide
 from cotenant.policy.memory.ledger import Ledger
+from cotenant.telemetry.compiled import restore_types
 
 NOW = 100 * S
 
@@ -282,13 +284,13 @@ def test_who_is_to_give_borrows_only_what_is_free() -> None:
 
 def test_who_waits_to_borrow_waits_no_more_once_it_has_to_give() -> None:
     box = Box()
-    box.holder("cache", Kind.RESULTS, 500, evictable=500)
-    box.holder("pool", Kind.KV, 300)
-    box.holder("other", Kind.JOB, 200, guaranteed=200)
-    box.admit("owner", Kind.KV, 800)
-    assert box.ask("pool", 500) == (0, 500, [("cache", -500)])
-    assert box.ask("owner", 800) == (0, 800, [("pool", -300)])
-    assert box.gave("cache", 500) == [("owner", 500)]
+    box.holder("cache", Kind.RESULTS, 100, evictable=100)
+    box.holder("pool", Kind.KV, 400, evictable=400, cold=400)
+    box.holder("other", Kind.JOB, 500, guaranteed=500)
+    box.admit("owner", Kind.JOB, 100)
+    assert box.ask("pool", 100) == (0, 100, [("cache", -100)])
+    assert box.ask("owner", 100) == (0, 100, [("pool", -100)])
+    assert box.gave("cache", 100) == [("owner", 100)]
 
 
 def test_who_comes_again_has_no_past() -> None:
@@ -466,6 +468,7 @@ def test_an_account_survives_a_checkpoint() -> None:
     box.holder("job", Kind.JOB, 900, evictable=900)
     box.admit("pool", Kind.KV, 500)
     box.ask("pool", 300)
+    restore_types(account)
     encoded = msgspec.msgpack.encode(box.ledger.account)
     again = Ledger(msgspec.msgpack.decode(encoded, type=Account))
     assert again.account == box.ledger.account
