@@ -371,6 +371,15 @@ def test_pools_share_what_guarantees_of_others_leave() -> None:
     assert box.settle() == [("a", -300)]
 
 
+def test_pools_share_what_is_left_beside_idle_guarantees() -> None:
+    box = Box()
+    box.holder("idle", Kind.KV, 400, guaranteed=400)
+    box.holder("a", Kind.KV, 600, wanted=600)
+    box.holder("b", Kind.KV, 0, wanted=600)
+    box.report("idle", wanted=0)
+    assert box.settle() == [("a", -300)]
+
+
 def test_a_pool_takes_from_all_that_means_less() -> None:
     box = Box()
     box.holder("cache", Kind.RESULTS, 400, evictable=400)
