@@ -154,8 +154,10 @@ class Ledgers(RuleBasedStateMachine):
     @rule(data=DATA)
     def waive(self, data: st.DataObject) -> None:
         name, holder = self.one(data)
-        self.told[name] -= holder.promised
+        lost, asked = holder.promised, holder.asked
+        self.told[name] -= lost
         self.hear(self.ledger.waive(name))
+        assert holder.asked == max(0, asked - lost)
 
     @precondition(lambda self: len(self.holders) > 2)
     @rule(data=DATA)

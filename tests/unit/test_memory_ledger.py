@@ -261,6 +261,17 @@ def test_who_waives_gives_way() -> None:
     assert (box.has("a"), box.ledger.free) == (0, 50)
 
 
+def test_who_waives_has_given_that() -> None:
+    box = Box()
+    box.admit("pool", Kind.KV)
+    box.admit("owner", Kind.KV, 300)
+    assert box.ask("pool", 1000) == (1000, 0, [])
+    assert box.ask("owner", 300) == (0, 300, [("pool", -300)])
+    assert told(box.ledger.waive("pool")) == [("owner", 300)]
+    box.ledger.check()
+    assert box.ledger.coming == 0
+
+
 def test_who_leaves_gives_everything() -> None:
     box = Box()
     box.holder("job", Kind.JOB, 1000)
@@ -380,6 +391,15 @@ def test_pools_share_what_is_left_beside_idle_guarantees() -> None:
     assert box.settle() == [("a", -300)]
 
 
+def test_what_a_pool_asked_for_it_wants() -> None:
+    box = Box()
+    box.holder("job", Kind.JOB, 1000, evictable=1000)
+    box.admit("pool", Kind.KV)
+    assert box.ask("pool", 500) == (0, 500, [("job", -500)])
+    assert box.settle() == []
+    assert box.gave("job", 500) == [("pool", 500)]
+
+
 def test_a_pool_takes_from_all_that_means_less() -> None:
     box = Box()
     box.holder("cache", Kind.RESULTS, 400, evictable=400)
@@ -441,6 +461,14 @@ def test_an_instance_goes_only_if_it_is_back_in_time(ahead: int, goes: bool) -> 
     assert box.settle() == ([("instance", -1000)] if goes else [])
 
 
+def test_an_instance_that_is_being_loaded_is_not_idle() -> None:
+    box = Box()
+    box.admit("instance", Kind.INSTANCE, cooperative=False)
+    box.admit("pool", Kind.KV)
+    assert box.ask("instance", 1000) == (1000, 0, [])
+    assert box.ask("pool", 100) == (0, 0, [])
+
+
 def test_a_guarantee_does_not_spare_an_instance() -> None:
     box = Box()
     box.holder("instance", Kind.INSTANCE, 1000, cooperative=False)
@@ -468,7 +496,8 @@ def test_the_view_adds_up() -> None:
     box.holder("job", Kind.JOB, 800, guaranteed=200, evictable=800)
     box.ask("owner", 300)
     owner, job = box.ledger.view()
-    assert (owner.held, owner.target, owner.waiting, owner.lent) == (100, 400, 200, 400)
+    assert (owner.held, owner.promised, owner.target, owner.waiting) == (100, 100, 200, 200)
+    assert owner.lent == 400
     assert (job.kind, job.held, job.target, job.borrowed, job.asked) == ("job", 800, 600, 600, 200)
 
 

@@ -199,11 +199,12 @@ class Line:
     name: str
     kind: str
     held: int
+    promised: int
     guaranteed: int
     limit: int
     wanted: int
     target: int
-    """Where it will be once all that is ordered is done."""
+    """What it may have now, less what it is to give."""
     lent: int
     """The part of its guarantee that others use."""
     borrowed: int

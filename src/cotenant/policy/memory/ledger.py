@@ -72,7 +72,7 @@ class Ledger:
         return sum(h.asked for h in self._holders.values())
 
     def target(self, name: str) -> int:
-        """Bytes that a holder may have now, less what it is to give."""
+        """What a holder may have now, less what it is to give: the size of a pool."""
         return self._of(name).keeps
 
     def due(self, now: int) -> list[str]:
@@ -116,7 +116,7 @@ class Ledger:
 
     def left(self, name: str) -> list[Grant]:
         """A holder is gone, and with it all that it had; who gets that."""
-        del self._holders[name]
+        del self._holders[self._of(name).terms.name]
         for other in self._holders.values():
             other.gave_to.pop(name, None)
         return self._grant()
@@ -364,10 +364,11 @@ class Ledger:
                 name=name,
                 kind=h.terms.kind.name.lower(),
                 held=h.held,
+                promised=h.promised,
                 guaranteed=h.terms.guaranteed,
                 limit=h.terms.limit,
                 wanted=h.wanted,
-                target=h.keeps + h.waiting,
+                target=h.keeps,
                 lent=lent * unused[name] // total,
                 borrowed=above[name],
                 asked=h.asked,
