@@ -124,11 +124,13 @@ class CpuDevice:
         cores: tuple[int, ...] | None = None,
         realtime: str = "auto",
         pin: bool = True,
+        kv: int = 0,
     ) -> None:
         self._id = device_id
         self._wanted = cores
         self._realtime_mode = realtime
         self._pin = pin
+        self._kv = kv
         self._realtime = False
         self._cores: tuple[int, ...] = ()
         self._limits: list[str] = []
@@ -193,6 +195,7 @@ class CpuDevice:
             revoke_ns=20 * US,
             repartition_ns=1 * MS,
             limits=tuple(self._limits),
+            kv=self._kv,
         )
 
     def repartition(self, partitions: tuple[Partition, ...]) -> None:

@@ -33,6 +33,7 @@ class NullDevice:
         memory: int = 0,
         preempt: PreemptLevel = PreemptLevel.PRIORITY,
         blocking: bool = False,
+        kv: int = 0,
     ) -> None:
         self.blocking = blocking
         self._spec = DeviceSpec(
@@ -45,6 +46,7 @@ class NullDevice:
             revoke_ns=0,
             repartition_ns=0,
             limits=(STAND_IN,),
+            kv=kv,
         )
         self._grants: dict[str, set[str]] = {}
         self._workers: set[str] = set()

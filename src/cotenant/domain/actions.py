@@ -70,6 +70,13 @@ class Unload(_Action, frozen=True):
     worker: str
 
 
+class Resize(_Action, frozen=True):
+    """A worker's pool of keys and values may have ``size`` bytes from now on."""
+
+    worker: str
+    size: int
+
+
 class Serve(_Action, frozen=True):
     """Requests that name no version go to this one from now on: its instances are up."""
 
@@ -151,6 +158,7 @@ Action = (
     | Revoke
     | Load
     | Unload
+    | Resize
     | Serve
     | Decline
     | Start

@@ -13,8 +13,16 @@ import msgspec
 from cotenant.domain import reading, shares
 from cotenant.domain.device_config import DeviceConfig, read_devices
 from cotenant.domain.errors import ConfigError
-from cotenant.domain.units import MS, S
-from cotenant.domain.workload import BatchSpec, JobSpec, Joining, RestartPolicy, ServiceSpec, Slo
+from cotenant.domain.units import MS, S, format_bytes
+from cotenant.domain.workload import (
+    BatchSpec,
+    JobSpec,
+    Joining,
+    KvSpec,
+    RestartPolicy,
+    ServiceSpec,
+    Slo,
+)
 
 MEASURES: Final = ("exact", "argmax", "threshold", "r2")
 """Ways to compare check data; ``engines.accuracy`` says what they are."""
@@ -99,6 +107,7 @@ def parse_config(text: str) -> NodeConfig:
     services = tuple(_service(s) for s in root.sections("services"))
     jobs = tuple(_job(j) for j in root.sections("jobs"))
     root.done()
+    _check_kv(devices, services)
     _unique("services", [s.name for s in services])
     _unique("jobs", [j.name for j in jobs])
     kinds = tuple(dict.fromkeys(device.kind for device in devices))
@@ -216,6 +225,7 @@ def _service(section: reading.Section) -> ServiceSpec:
         kinds=section.take("kinds", reading.names, ()),
         memory=section.take("memory", reading.size, 0),
         accuracy_floor=section.take("accuracy_floor", reading.share, 0.0),
+        kv=_kv(section.section("kv")),
         max_queue=section.take("max_queue", reading.integer(1, 1_000_000), 1024),
         strict=section.take("strict", reading.boolean, False),
         refuse_nan=section.take("refuse_nan", reading.boolean, False),
@@ -236,6 +246,32 @@ def _slo(section: reading.Section) -> Slo:
     )
     section.done()
     return slo
+
+
+def _kv(section: reading.Section) -> KvSpec:
+    kv = KvSpec(
+        guaranteed=section.take("guaranteed", reading.size, 0),
+        limit=section.take("limit", reading.size, KvSpec().limit),
+    )
+    if kv.guaranteed > kv.limit:
+        raise ConfigError(
+            f"{format_bytes(kv.guaranteed)} are guaranteed, the limit is {format_bytes(kv.limit)}",
+            section.at("guaranteed"),
+        )
+    section.done()
+    return kv
+
+
+def _check_kv(devices: tuple[DeviceConfig, ...], services: tuple[ServiceSpec, ...]) -> None:
+    """What is guaranteed fits into the budget of each device that has one."""
+    total = sum(service.instances * service.kv.guaranteed for service in services)
+    for device in devices:
+        if 0 < device.kv < total:
+            raise ConfigError(
+                f"the services are guaranteed {format_bytes(total)} for keys and values; device"
+                f" {device.id} has {format_bytes(device.kv)}",
+                "services",
+            )
 
 
 def _batch(value: Any, path: str) -> BatchSpec:

@@ -111,6 +111,9 @@ class DeviceSpec(msgspec.Struct, frozen=True):
     """What that costs a job."""
     operators: tuple[str, ...] = ()
     """What a model may be made of to run here; empty: anything."""
+    kv: int = 0
+    """Bytes that the pools of keys and values of language models may have here together, lent among
+    them; 0: each may have its limit."""
 
     @property
     def compute(self) -> int:

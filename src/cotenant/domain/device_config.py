@@ -15,13 +15,15 @@ from cotenant.domain.errors import ConfigError
 
 class CpuConfig(msgspec.Struct, frozen=True):
     """``cores`` None = all that this process may use; ``realtime`` auto, never or require; ``pin``
-    false leaves it to the kernel where workers run (to compare with)."""
+    false leaves it to the kernel where workers run (to compare with); ``kv``: see ``DeviceSpec``.
+    """
 
     kind: ClassVar[str] = "cpu"
     id: str = "cpu"
     cores: tuple[int, ...] | None = None
     realtime: str = "auto"
     pin: bool = True
+    kv: int = 0
 
 
 class NullConfig(msgspec.Struct, frozen=True):
@@ -34,6 +36,7 @@ class NullConfig(msgspec.Struct, frozen=True):
     memory: int = 0
     preempt: PreemptLevel = PreemptLevel.PRIORITY
     blocking: bool = False
+    kv: int = 0
 
 
 DeviceConfig = CpuConfig | NullConfig
@@ -68,6 +71,7 @@ def _cpu(section: reading.Section) -> CpuConfig:
         cores=section.take("cores", reading.cores, None),
         realtime=section.take("realtime", reading.one_of(("auto", "never", "require")), "auto"),
         pin=section.take("pin", reading.boolean, True),
+        kv=section.take("kv", reading.size, 0),
     )
 
 
@@ -79,6 +83,7 @@ def _null(section: reading.Section) -> NullConfig:
         memory=section.take("memory", reading.size, 0),
         preempt=levels[section.take("preempt", reading.one_of(levels), "priority")],
         blocking=section.take("blocking", reading.boolean, False),
+        kv=section.take("kv", reading.size, 0),
     )
 
 

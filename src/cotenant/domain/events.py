@@ -19,8 +19,8 @@ class ServiceAdded(_Event, frozen=True):
     """A service may receive requests from now on, or its bounds change. Times in ns; ``percentile``
     of its answers are to meet ``objective``. On each device that carries it ``instances`` of its
     ``keep`` newest versions are loaded; ``memory``: the bytes that one occupies, by kind of device
-    ("": any other). ``pace``: see ``Slo``. ``notes`` are for its owner: nothing depends on
-    them."""
+    ("": any other). ``pace``: see ``Slo``; ``kv``: bytes guaranteed to each instance for keys and
+    values. ``notes`` are for its owner: nothing depends on them."""
 
     service: str
     objective: int
@@ -35,6 +35,7 @@ class ServiceAdded(_Event, frozen=True):
     keep: int = 1
     memory: dict[str, int] = {}
     pace: int = 0
+    kv: int = 0
 
 
 class ServiceRemoved(_Event, frozen=True):
@@ -120,7 +121,7 @@ class WorkerUp(_Event, frozen=True):
     """A warmed model instance is ready on ``device``. ``profile`` holds measured execution times
     there as ``(units, rows, ns)``, for rows of ``size``; ``memory`` the bytes it occupies there, if
     measured. ``turns``: requests live through several turns there; ``room``: so many tokens of them
-    it can hold (0: any number)."""
+    it can hold (0: any number), in ``pool`` bytes."""
 
     worker: str
     service: str
@@ -131,6 +132,18 @@ class WorkerUp(_Event, frozen=True):
     memory: int = 0
     turns: bool = False
     room: int = 0
+    pool: int = 0
+
+
+class Held(_Event, frozen=True):
+    """What a worker's pool of keys and values has, in bytes, and would have to have for what it has
+    to do; what of that it could give without putting work aside, and what of that nobody reads."""
+
+    worker: str
+    held: int
+    wanted: int
+    evictable: int
+    cold: int
 
 
 class WorkerDown(_Event, frozen=True):
@@ -226,6 +239,7 @@ Event = (
     | VersionGone
     | LoadFailed
     | WorkerUp
+    | Held
     | WorkerDown
     | JobQueued
     | JobReady
@@ -260,6 +274,7 @@ def service_added(
         keep=keep,
         memory={"": spec.memory} | {k: v.memory for k, v in spec.variants.items() if v.memory},
         pace=spec.slo.pace,
+        kv=spec.kv.guaranteed,
     )
 
 

@@ -21,6 +21,7 @@ ANSWERS: dict[type, tuple[type, ...]] = {
     a.Stop: (e.JobExited,),
     a.Repartition: (e.Repartitioned, e.ActionFailed),
     a.WakeAt: (e.Woke,),
+    a.Resize: (),
     a.Serve: (),
     a.Decline: (),
     a.Emit: (),
@@ -59,6 +60,7 @@ EFFECTS: dict[tuple[type, type], str] = {
 
 _SAYS: dict[type, str] = {
     a.Recall: "ends the lease of a batch, whose last turn answers the `Dispatch`",
+    a.Resize: "says how large a pool may be, which goes on to report what it has (`Held`)",
     a.Serve: "says which version is the current one",
     a.Decline: "says that a version is not served",
     a.Emit: "sends pieces of answers",

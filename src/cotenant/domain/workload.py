@@ -56,6 +56,14 @@ class BatchSpec(msgspec.Struct, frozen=True):
     joining: Joining = Joining.CHECKED
 
 
+class KvSpec(msgspec.Struct, frozen=True):
+    """Bytes that an instance of a language model may have for keys and values: what it always gets
+    in the end, and the most."""
+
+    guaranteed: int = 0
+    limit: int = 2**30
+
+
 class Variant(msgspec.Struct, frozen=True):
     """What a model is on one kind of device: bytes that an instance holds there, accuracy (0..1)
     as it runs there (quantized, perhaps), and what it is made of."""
@@ -94,6 +102,7 @@ class ServiceSpec(msgspec.Struct, frozen=True):
     """Compute units that one execution may use at most; 0 = all of its partition."""
     exec_timeout: int = 30 * S
     """A batch that executes longer than this is ended together with its worker."""
+    kv: KvSpec = KvSpec()
     variants: dict[str, Variant] = {}
     """What the model is on kinds of device; empty: the same anywhere."""
 

@@ -45,7 +45,7 @@ class EngineMeta(msgspec.Struct, frozen=True):
     so where axis 0 of every tensor is free; ``engines.joining`` judges whether it is true.
     ``turns``: its engine is a ``TurnEngine``; then requests share turns, whatever their shapes.
     ``context``: of a language model, the most tokens of prompt and answer together; ``room``: those
-    of all requests that it can hold at one time."""
+    of all requests that it can hold at one time, in ``pool`` bytes (see ``Pooled``)."""
 
     platform: str
     inputs: tuple[TensorMeta, ...]
@@ -54,6 +54,7 @@ class EngineMeta(msgspec.Struct, frozen=True):
     turns: bool = False
     context: int = 0
     room: int = 0
+    pool: int = 0
 
     @property
     def shared(self) -> bool:
@@ -130,6 +131,26 @@ def open_language(path: Path) -> Language:
     return LlmLanguage(path)
 
 
+class PoolUse(NamedTuple):
+    """See ``events.Held``; bytes."""
+
+    held: int
+    wanted: int
+    evictable: int
+    cold: int
+
+
+@runtime_checkable
+class Pooled(Protocol):
+    """A turn engine whose requests share a pool of memory that can be made smaller and larger."""
+
+    def resize(self, size: int) -> None:
+        """Have at most so many bytes, as soon as that can be; what is given is the system's."""
+
+    def pool_use(self) -> PoolUse:
+        """What it has and wants."""
+
+
 def size_of(meta: EngineMeta, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """How large one row of a request is, in elements: of each input with free axes the product of
     those (the batch axis aside), added up; 1 where all is fixed. Time grows with it."""
@@ -150,8 +171,9 @@ SUFFIXES = (".onnx", ".gguf", ".safetensors", ".safetensors.index.json", ".piece
 """Model files that some engine opens, by preference."""
 
 
-def open_engine(path: Path, units: Sequence[int]) -> Engine | TurnEngine:
-    """Load the model at ``path`` for each unit count in ``units``; raises ModelError."""
+def open_engine(path: Path, units: Sequence[int], kv: int = 2**30) -> Engine | TurnEngine:
+    """Load the model at ``path`` for each unit count in ``units``, a language model with at most
+    ``kv`` bytes of keys and values; raises ModelError."""
     if path.suffix == ".onnx":
         from cotenant.engines.onnx import OnnxEngine
 
@@ -162,7 +184,7 @@ def open_engine(path: Path, units: Sequence[int]) -> Engine | TurnEngine:
         except ImportError as error:
             needs = "language models need the extra llm: pip install 'cotenant[llm]'"
             raise ModelError(f"{needs} ({error})") from error
-        return LlmEngine(path, units)
+        return LlmEngine(path, units, kv)
     if path.name.endswith(".pieces.json"):
         from cotenant.engines.pieces import PiecesEngine
 

@@ -30,6 +30,7 @@ room        decides
 `turns`     which batch runs next, where; what follows from its end
 `tenancy`   which jobs run, on which devices; when one is stopped
 `holds`     which job has which partition; taking it back
+`pools`     how large which pool of keys and values is
 =========== ====================================================================
 
 Each uses those below it only; what one event means for several is said here.
@@ -45,10 +46,11 @@ from cotenant.domain import events as e
 from cotenant.domain.device import DeviceSpec
 from cotenant.policy.desk import Desk
 from cotenant.policy.holds import Holds
+from cotenant.policy.memory.pools import Pools
 from cotenant.policy.relayout import Relayout
 from cotenant.policy.residency import Residency
 from cotenant.policy.roster import Roster
-from cotenant.policy.state import DispatcherState, PartitionState
+from cotenant.policy.state import DispatcherState, PartitionState, ServiceState
 from cotenant.policy.tenancy import Tenancy
 from cotenant.policy.turns import Turns
 
@@ -72,6 +74,7 @@ class Dispatcher:
         self._roster = roster = Roster(self._desk, turns)
         self._residency = residency = Residency(self._desk, roster)
         self._relayout = Relayout(self._desk, holds, tenancy, turns, roster, residency)
+        self._pools = Pools(self._desk)
         self._handlers: dict[type, Callable[[Any], None]] = {
             e.ServiceAdded: self._service_added,
             e.ServiceRemoved: self._service_removed,
@@ -80,6 +83,7 @@ class Dispatcher:
             e.WorkerUp: self._worker_up,
             e.LoadFailed: self._load_failed,
             e.WorkerDown: self._worker_down,
+            e.Held: self._held,
             e.Arrived: turns.arrived,
             e.Cancelled: turns.cancelled,
             e.BatchDone: self._batch_done,
@@ -100,6 +104,8 @@ class Dispatcher:
         """Decide. ``now`` is in ns; a clock that went backwards is held still."""
         self._desk.begin(now, event)
         self._handlers[type(event)](event)
+        if self.state.accounts:
+            self._place(self._pools.look())
         if self.state.leaving:
             self._residency.let_go()
         self._desk.arm()
@@ -117,6 +123,9 @@ class Dispatcher:
 
     def _worker_up(self, event: e.WorkerUp) -> None:
         self._roster.worker_up(event)
+        worker = self.state.workers.get(event.worker)
+        if worker is not None and worker.up:
+            self._place(self._pools.worker_up(worker))
         self._residency.settle(event.service)
         self._relayout.settle()
 
@@ -132,10 +141,20 @@ class Dispatcher:
         if not worker.up:
             self._load_failed(e.LoadFailed(event.worker, event.reason))
             return
+        self._place(self._pools.worker_down(worker))
         self._roster.worker_down(worker)
         self._residency.lost(worker)
         self._relayout.settle()
         self._tenancy.settle()
+
+    def _held(self, event: e.Held) -> None:
+        self._place(self._pools.reported(event))
+
+    def _place(self, grown: list[ServiceState]) -> None:
+        """Who waited for memory may have found it."""
+        for service in grown:
+            if service.queued:
+                self._turns.place(service)
 
     def _batch_done(self, event: e.BatchDone) -> None:
         self._turns.batch_done(event)
@@ -205,6 +224,8 @@ class Dispatcher:
                     self._tenancy.job_overdue(name)
                 case "service":
                     self._residency.settle(name)
+                case "memory":
+                    self._pools.due(name)
         while (partition := self._desk.due()) is not None:
             self._turns.run(partition)
             self._turns.place_waiting(partition)

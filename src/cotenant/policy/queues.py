@@ -111,11 +111,11 @@ def has_worker(state: DispatcherState, service: ServiceState, lane: Lane, device
     """Whether an instance on a device that may run a lane has nothing to do."""
     if lane.worker:  # also one that is to take nothing new
         worker = state.workers[lane.worker]
-        return worker.device == device and not worker.batch
+        return worker.device == device and not worker.batch and not worker.stalled
     idle = service.idle.get(device, {}).get(lane.version or service.version)
     if not idle or not service.turns:
         return bool(idle)
-    workers = [state.workers[name] for name in idle]
+    workers = [state.workers[name] for name in idle if not state.workers[name].stalled]
     return any(has_room(state, service, worker, lane) for worker in workers)
 
 

@@ -36,7 +36,7 @@ class Roster:
             old.missable, old.caution = missable(event.percentile), caution(event.percentile)
             old.tail.ppm = watched(event.percentile)
             old.instances, old.keep, old.memory = event.instances, event.keep, event.memory
-            old.pace = event.pace
+            old.pace, old.kv = event.pace, event.kv
             return
         state.services[event.service] = ServiceState(
             name=event.service,
@@ -54,6 +54,7 @@ class Roster:
             keep=event.keep,
             memory=event.memory,
             pace=event.pace,
+            kv=event.kv,
         )
         self.link()
 
@@ -106,7 +107,9 @@ class Roster:
         service = state.services[worker.service]
         worker.up, worker.since = True, state.now
         worker.memory = max(worker.memory, event.memory)
-        worker.room, service.turns = event.room, event.turns
+        worker.room = worker.most_room = event.room
+        worker.pool = worker.pool_now = worker.held = event.pool
+        service.turns = event.turns
         kind = self._desk.specs[event.device].kind
         service.home = service.home or kind
         costs = service.exec.setdefault(kind, Costs())

@@ -17,6 +17,7 @@ from cotenant.domain.request import Batch, Request
 from cotenant.domain.workload import PRIORITY_CLASSES, Share
 from cotenant.policy.estimate import Costs, Median, Quantile
 from cotenant.policy.iterations import IterationCosts
+from cotenant.policy.memory.account import Account
 from cotenant.policy.tail import WHOLE
 
 
@@ -150,6 +151,8 @@ class ServiceState:
     """Whether its requests live through several turns."""
     pace: int = 0
     """Of such an answer each further piece is due so much later (ns); 0: as the first."""
+    kv: int = 0
+    """Bytes guaranteed to each instance for keys and values."""
     turn_costs: dict[str, IterationCosts] = field(default_factory=dict)
     """What turns cost, by kind and compute of the partition."""
     spoken: int = WHOLE
@@ -170,13 +173,24 @@ class WorkerState:
     memory: int = 0
     """Bytes that it occupies there."""
     room: int = 0
-    """So many tokens of sequences it can hold; 0: any number."""
+    """So many tokens of sequences it can hold now; 0: any number."""
+    most_room: int = 0
+    pool: int = 0
+    """The bytes that they take at most, and (``pool_now``) may take now."""
+    pool_now: int = 0
+    held: int = 0
+    """What it said last of them (``events.Held``)."""
+    wanted: int = 0
+    evictable: int = 0
+    cold: int = 0
     up: bool = False
     since: int = 0
     """When it was ordered or, if that is later, when it came up (ns)."""
     batch: int = 0
     partition: str = ""
     retiring: bool = False
+    stalled: bool = False
+    """Whether its pool is too small for anything that it has; until that grows."""
 
 
 def enter_pool(service: ServiceState, worker: WorkerState) -> None:
@@ -379,6 +393,12 @@ class DispatcherState:
     most_jobs: int = 0
     """How many jobs may run at once; 0: any number."""
     draining: bool = False
+    accounts: dict[str, Account] = field(default_factory=dict)
+    """Of the memory for pools, by device."""
+    settled: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """When (ns) its needs were weighed last, and for what."""
+    settling: dict[str, None] = field(default_factory=dict)
+    """Devices where they are soon to be weighed again."""
     reserves: dict[str, Reserve] = field(default_factory=dict)
     """By kind of device."""
 

@@ -225,13 +225,17 @@ class Turns:
             return worker
         idle = service.idle[partition.device][lane.version or service.version]
         for i, name in enumerate(idle):
-            if service.turns and not queues.has_room(self._state, service, workers[name], lane):
+            worker = workers[name]
+            if worker.stalled or not self._may_join(service, worker, lane):
                 continue
             if index < 0 or workers[name].partition == partition.id:
                 index = i
             if workers[name].partition == partition.id:
                 break
         return workers[idle.pop(index)]
+
+    def _may_join(self, service: ServiceState, worker: WorkerState, lane: Lane) -> bool:
+        return not service.turns or queues.has_room(self._state, service, worker, lane)
 
     def _send(
         self,
@@ -373,6 +377,9 @@ class Turns:
             return
         for request in going_on:
             queues.enqueue(state, service, request)
+        worker = state.workers.get(running.worker)
+        if worker is not None and worker.pool_now < worker.pool:
+            worker.stalled = bool(going_on) and not event.work[0]
         self.go_on(service, partition)
 
     def _next_turn(

@@ -68,6 +68,9 @@ class Hands(Protocol):
     def on_unload(self, action: a.Unload) -> None:
         """End an instance."""
 
+    def on_resize(self, action: a.Resize) -> None:
+        """Tell a worker how large its pool may be."""
+
     def on_serve(self, action: a.Serve) -> None:
         """Note which version is the current one."""
 
@@ -114,6 +117,7 @@ class Core:
             a.Revoke: self._revoke,
             a.Load: hands.on_load,
             a.Unload: hands.on_unload,
+            a.Resize: hands.on_resize,
             a.Serve: hands.on_serve,
             a.Decline: hands.on_decline,
             a.Start: hands.on_start,

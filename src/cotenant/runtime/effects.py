@@ -88,6 +88,11 @@ class Effects:
         for instances in self.models.services.values():
             instances.recall(action.worker, action.batch)
 
+    def on_resize(self, action: a.Resize) -> None:
+        """See Hands."""
+        for instances in self.models.services.values():
+            instances.resize(action.worker, action.size)
+
     def on_emit(self, action: a.Emit) -> None:
         """See Hands."""
         self.requests.on_emit(action)

@@ -30,10 +30,12 @@ from cotenant.runtime.messages import (
     Failed,
     Forget,
     FromWorker,
+    Held,
     Open,
     Opened,
     OpenFailed,
     Recall,
+    Resize,
     Run,
 )
 from cotenant.runtime.process import WorkerProcess
@@ -341,6 +343,7 @@ class Instances:
                 opened.memory,
                 opened.meta.turns,
                 opened.meta.room,
+                opened.meta.pool,
             )
         )
 
@@ -373,6 +376,7 @@ class Instances:
                 check=str(offer.files.check) if offer.files.check is not None else "",
                 settings=offer.settings,
                 joining=joining,
+                kv=spec.kv.limit,
             )
         )
         return instance
@@ -385,6 +389,9 @@ class Instances:
             case OpenFailed(reason=reason):
                 if not instance.opened.done():
                     instance.opened.set_exception(ModelError(reason))
+            case Held():
+                worker = instance.order.worker
+                self._shell.feed(e.Held(worker, *msgspec.structs.astuple(message)))
             case Done(batch=batch) | Failed(batch=batch):
                 if isinstance(message, Done) and message.unjoined:
                     self._end_joining(instance.order.version, message.unjoined)
@@ -434,6 +441,12 @@ class Instances:
         instance = self._live.get(worker)
         if instance is not None and batch in instance.batches:
             instance.process.send(Recall(batch))
+
+    def resize(self, worker: str, size: int) -> None:
+        """The pool of an instance may have so many bytes."""
+        instance = self._live.get(worker)
+        if instance is not None:
+            instance.process.send(Resize(size))
 
     def forget(self, worker: str, request: int) -> None:
         """A request that a worker keeps between turns has none any more."""

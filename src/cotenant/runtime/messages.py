@@ -27,7 +27,7 @@ class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 class Open(_Message, frozen=True):
     """Load, check and profile a model. ``units`` are the counts of threads to be ready for;
     ``check`` is the path of a ``check.npz``, or ""; ``joining`` is what is known of whether rows
-    may be joined."""
+    may be joined; ``kv``: at most so many bytes for keys and values."""
 
     path: str
     units: tuple[int, ...]
@@ -35,6 +35,7 @@ class Open(_Message, frozen=True):
     check: str = ""
     settings: ModelSettings = ModelSettings()
     joining: Joining = Joining.CHECKED
+    kv: int = 2**30
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True):
@@ -76,6 +77,12 @@ class Recall(_Message, frozen=True):
     """The lease of a batch ends with the turn that is under way."""
 
     batch: int
+
+
+class Resize(_Message, frozen=True):
+    """The pool of keys and values may have so many bytes from now on."""
+
+    size: int
 
 
 class Forget(_Message, frozen=True):
@@ -131,6 +138,15 @@ class Done(_Message, frozen=True):
     work: tuple[int, int] = (0, 0)
 
 
+class Held(_Message, frozen=True):
+    """See ``events.Held``."""
+
+    held: int
+    wanted: int
+    evictable: int
+    cold: int
+
+
 class Failed(_Message, frozen=True):
     """The model refused a batch; the worker lives on."""
 
@@ -138,8 +154,8 @@ class Failed(_Message, frozen=True):
     reason: str
 
 
-ToWorker = Open | Run | Recall | Forget
-FromWorker = Opened | OpenFailed | Done | Failed
+ToWorker = Open | Run | Recall | Resize | Forget
+FromWorker = Opened | OpenFailed | Done | Failed | Held
 
 _encoder = msgspec.msgpack.Encoder()
 

@@ -12,13 +12,24 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from cotenant.domain.errors import ModelError
-from cotenant.engines.base import FAILURES, Array, EngineMeta, Turn, TurnEngine, Turns
+from cotenant.engines.base import (
+    FAILURES,
+    Array,
+    EngineMeta,
+    Pooled,
+    PoolUse,
+    Turn,
+    TurnEngine,
+    Turns,
+)
 from cotenant.engines.samples import Samples, make_samples
-from cotenant.runtime.messages import Item, Open, Opened, Outputs, Run
+from cotenant.runtime.messages import Held, Item, Open, Opened, Outputs, Run
 
 PROFILE_RUNS: Final = 5
 PROFILE_BUDGET_NS: Final = 2_000_000_000
 """Profiling stops here: a slow model learns the rest from traffic."""
+TELL: Final = 64
+"""A change of 1/TELL of a pool is worth telling."""
 Inputs = dict[str, Array]
 
 
@@ -36,6 +47,7 @@ class Sequences:
         self._read = read
         self._store = store
         self._begun: set[int] = set()
+        self._told: PoolUse | None = None
 
     def open(self, order: Open) -> Opened:
         """Warm and measure it: the first turn of so many requests. Raises ModelError."""
@@ -103,6 +115,29 @@ class Sequences:
             return Outputs((), error=turn.error, id=item.id)
         stored = self._store(item, turn.outputs or [])
         return Outputs(stored.places, stored.spilled, "", turn.finished, id=item.id, said=turn.said)
+
+    def resize(self, size: int) -> None:
+        """A pool may have so many bytes."""
+        if isinstance(self._engine, Pooled):
+            self._engine.resize(size)
+
+    def stalled(self, work: tuple[int, int]) -> bool:
+        """Whether a turn with this work could do nothing, for want of memory."""
+        return work == (0, 0) and isinstance(self._engine, Pooled)
+
+    def news(self) -> Held | None:
+        """What the pool has and wants, if that is worth telling: it has or wants more or less, or
+        can give much more or less."""
+        if not isinstance(self._engine, Pooled):
+            return None
+        use, told = self._engine.pool_use(), self._told
+        changed = told is None or use[:2] != told[:2]
+        if told is not None and not changed:
+            changed = abs(use.cold - told.cold) * TELL > self._engine.meta.pool
+        if not changed:
+            return None
+        self._told = use
+        return Held(*use)
 
     def forget(self, keys: tuple[int, ...]) -> None:
         """Nobody waits for these requests any more."""

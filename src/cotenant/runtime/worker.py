@@ -54,6 +54,7 @@ from cotenant.runtime.messages import (
     Outputs,
     Place,
     Recall,
+    Resize,
     Run,
     ToWorker,
     frame,
@@ -101,9 +102,17 @@ class Worker:
                 self._lease(self._sequences, message)
             elif isinstance(message, Run):
                 self._send(self._run(message))
-            elif isinstance(message, Forget) and self._sequences is not None:
-                self._sequences.forget(message.keys)
+            elif self._sequences is not None and isinstance(message, Forget | Resize):
+                self._change(self._sequences, message)
             self._rest()
+
+    def _change(self, sequences: Sequences, message: Forget | Resize) -> None:
+        if isinstance(message, Forget):
+            sequences.forget(message.keys)
+        else:
+            sequences.resize(message.size)
+        if (held := sequences.news()) is not None:
+            self._send(held)
 
     def _rest(self) -> None:
         """Leave the core for a moment, now and then, where the device wants that."""
@@ -133,7 +142,7 @@ class Worker:
 
     def _open(self, order: Open) -> Opened | OpenFailed:
         try:
-            engine = open_engine(Path(order.path), order.units)
+            engine = open_engine(Path(order.path), order.units, order.kv)
             if isinstance(engine, TurnEngine):
                 self._sequences = Sequences(engine, self._gather, self._store)
                 return self._sequences.open(order)
@@ -226,7 +235,9 @@ class Worker:
             going_on = {o.id for o in outputs if not o.finished and o.id not in gone}
             items = tuple(item for item in items if item.id in going_on)
             more = bool(items) and not recalled and turns < lease.turns
-            more = more and ended - began < lease.ns
+            more = more and ended - began < lease.ns and not sequences.stalled(work)
+            if (held := sequences.news()) is not None:
+                self._send(held)
             waited = max(0, began - order.sent) if turns == 1 else 0
             took = ended - started
             self._send(Done(order.batch, waited, took, outputs, more=more, work=work))
@@ -244,9 +255,9 @@ class Worker:
             message = self._receive_now()
             if message is None:
                 return gone, True
-            if isinstance(message, Forget):
-                sequences.forget(message.keys)
-                gone.update(message.keys)
+            if isinstance(message, Forget | Resize):
+                self._change(sequences, message)
+                gone.update(message.keys if isinstance(message, Forget) else ())
             elif isinstance(message, Recall):
                 recalled = recalled or message.batch == batch
             else:

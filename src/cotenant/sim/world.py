@@ -117,6 +117,7 @@ class World:
             a.Repartition: self._repartition,
             a.Load: self._load,
             a.Unload: self._unload,
+            a.Resize: lambda _: None,
             a.Serve: lambda _: None,
             a.Decline: lambda _: None,
             a.Start: self._start,

@@ -29,7 +29,7 @@ import numpy as np
 
 from cotenant.domain.errors import InvalidRequest, ModelError, TooLarge
 from cotenant.domain.port import TensorMeta
-from cotenant.engines.base import Array, EngineMeta, Turn, Turns
+from cotenant.engines.base import Array, EngineMeta, PoolUse, Turn, Turns
 from cotenant.engines.llm.asking import Chosen, Details, Options
 from cotenant.engines.llm.blocks import BlockPool
 from cotenant.engines.llm.checkpoint import open_checkpoint
@@ -44,8 +44,6 @@ SIZE: Final = 16
 """Tokens of a block."""
 CONTEXT: Final = 4096
 """The most tokens of a sequence, where the model has more."""
-KV_BYTES: Final = 1 << 30
-"""The most memory for keys and values."""
 
 _SETTINGS: Final = (
     TensorMeta("max_tokens", "INT32", (1,), optional=True),
@@ -73,14 +71,18 @@ _OUTPUTS: Final = (
 class LlmEngine:
     """A ``TurnEngine``; see the module's text. Raises ModelError."""
 
-    def __init__(self, path: Path, units: Sequence[int]) -> None:
+    def __init__(self, path: Path, units: Sequence[int], kv: int) -> None:
         checkpoint = open_checkpoint(path)
         text = text_of(checkpoint, path)
         decoder, limits = checkpoint.decoder, Limits()
         context = min(decoder.context, CONTEXT)
-        blocks = min(limits.sequences * -(-context // SIZE), KV_BYTES // decoder.block_bytes(SIZE))
+        self._block = decoder.block_bytes(SIZE)
+        blocks = min(limits.sequences * -(-context // SIZE), kv // self._block)
         if blocks < 1:
-            raise ModelError(f"a block of {SIZE} tokens is larger than {KV_BYTES} bytes")
+            raise ModelError(
+                f"a block of {SIZE} tokens is {self._block} bytes; for keys and values there are"
+                f" {kv} (kv.limit)"
+            )
         runner = Runner(checkpoint, Build(), Sizes(blocks, SIZE, 0, context), units)
         self._context, self._room = context, blocks * SIZE
         self._generator = Generator(text, runner, Iterations(BlockPool(blocks, SIZE), limits))
@@ -96,6 +98,7 @@ class LlmEngine:
             turns=True,
             context=self._context,
             room=self._room,
+            pool=self._room // SIZE * self._block,
         )
 
     def begin(self, key: int, inputs: dict[str, Array]) -> None:
@@ -149,6 +152,12 @@ class LlmEngine:
         if said.over:
             del self._said[key]
         return said.turn()
+
+    def resize(self, size: int) -> None:
+        self._generator.resize(size // self._block)
+
+    def pool_use(self) -> PoolUse:
+        return PoolUse(*(blocks * self._block for blocks in self._generator.blocks()))
 
     def forget(self, keys: Sequence[int]) -> None:
         self._generator.forget(keys)

@@ -166,6 +166,18 @@ class Generator:
             self.forget((said.key,))
         return piece
 
+    def resize(self, blocks: int) -> None:
+        """Have so many blocks; what nobody uses goes at once, the rest with the next step."""
+        pool = self.core.pool
+        pool.resize(min(blocks, pool.most))
+        self.runner.move(pool.moves())
+
+    def blocks(self) -> tuple[int, int, int, int]:
+        """How many there are, are wanted, could be given at once, and are read by nobody."""
+        pool = self.core.pool
+        spare = pool.available
+        return pool.capacity, self.core.wanted, spare, spare
+
     def forget(self, keys: Iterable[int]) -> None:
         """Nobody waits for these any more. Unknown ones are passed over."""
         for key in keys:

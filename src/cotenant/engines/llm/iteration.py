@@ -112,6 +112,12 @@ class Iterations:
         """Those, the most urgent first."""
         return tuple(self._waiting)
 
+    @property
+    def wanted(self) -> int:
+        """Blocks for all of them, to the longest that their answers may be."""
+        lengths = [s.prompt + s.most for s in self._sequences.values()]
+        return sum(self.pool.needed(length) for length in lengths)
+
     def add(self, sequence: Sequence) -> None:
         """Take a sequence up. Raises TooLarge if not even the largest pool could hold it, and
         ValueError if there is one of that key."""

@@ -1,0 +1,146 @@
+"""The dispatcher's room for memory that is lent: how large which pool of keys and values is.
+
+A pool belongs to an instance of a language model. What it has and wants the instance reports; what
+waits in the queue for a first turn is wanted too. Where a device has a budget for pools, a ledger
+divides it, and each pool is told its size whenever that changes. Without one each has its limit.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.domain.units import MS
+from cotenant.policy.desk import Desk
+from cotenant.policy.memory.account import Account, Kind, Report, Terms
+from cotenant.policy.memory.ledger import Ledger
+from cotenant.policy.state import ServiceState, WorkerState
+
+SETTLE: Final = 100 * MS
+"""So often at most the needs of all pools are weighed against each other."""
+COPY_NS: Final = 0.5
+"""What giving a byte takes (ns), with its pages written again later: 53 us and 379 us for a block
+of 720 KiB (docs/memory.md)."""
+
+
+class Pools:
+    """See the module's text."""
+
+    def __init__(self, desk: Desk) -> None:
+        self._desk = desk
+        self._state = desk.state
+        self._ledgers: dict[str, Ledger] = {}
+        for device in desk.devices:
+            if device.kv:
+                account = desk.state.accounts.setdefault(device.id, Account(device.kv))
+                self._ledgers[device.id] = Ledger(account)
+
+    def worker_up(self, worker: WorkerState) -> list[ServiceState]:
+        """An instance with a pool is there; services that others may have room for now."""
+        ledger = self._ledgers.get(worker.device)
+        if ledger is None or not worker.pool:
+            return []
+        service = self._state.services[worker.service]
+        terms = Terms(
+            worker.id,
+            Kind.KV,
+            min(service.kv, worker.pool),
+            worker.pool,
+            give_cost=COPY_NS,
+            back_cost=COPY_NS,
+        )
+        if ledger.admit(terms):
+            # Two versions beside each other while one replaces the other: the second borrows.
+            terms.guaranteed = 0
+            refused = ledger.admit(terms)
+            assert not refused, refused
+        worker.pool_now = worker.pool
+        return self._settle(worker.device, ledger)
+
+    def worker_down(self, worker: WorkerState) -> list[ServiceState]:
+        """An instance is gone, and what its pool had is the others'."""
+        ledger = self._ledgers.get(worker.device)
+        if ledger is None or worker.id not in ledger.account.holders:
+            return []
+        ledger.left(worker.id)
+        return self._tell(ledger)
+
+    def reported(self, event: e.Held) -> list[ServiceState]:
+        """An instance says what its pool has and wants."""
+        worker = self._state.workers.get(event.worker)
+        if worker is None:
+            return []
+        worker.held, worker.wanted = event.held, event.wanted
+        worker.evictable, worker.cold = event.evictable, event.cold
+        ledger = self._ledgers.get(worker.device)
+        if ledger is None or worker.id not in ledger.account.holders:
+            return []
+        self._enter(ledger, worker)
+        return self._tell(ledger)
+
+    def look(self) -> list[ServiceState]:
+        """Weigh the needs again where they have changed, unless that was just done."""
+        found: list[ServiceState] = []
+        for device, ledger in self._ledgers.items():
+            last = self._state.settled.get(device, (0, -1))
+            if self._needs(ledger) == last[1]:
+                continue
+            if self._state.now < last[0] + SETTLE:
+                if device not in self._state.settling:
+                    self._state.settling[device] = None
+                    self._desk.watch(last[0] + SETTLE, "memory", device)
+                continue
+            found += self._settle(device, ledger)
+        return found
+
+    def due(self, device: str) -> None:
+        """The time has come that ``look`` waited for."""
+        self._state.settling.pop(device, None)
+
+    # --- inside -----------------------------------------------------------------------------
+
+    def _needs(self, ledger: Ledger) -> int:
+        """A number that is another one when the needs are."""
+        total = 0
+        for name in ledger.account.holders:
+            worker = self._state.workers[name]
+            total = 31 * total + worker.wanted + self._state.services[worker.service].queued
+        return total
+
+    def _settle(self, device: str, ledger: Ledger) -> list[ServiceState]:
+        for name in ledger.account.holders:
+            self._enter(ledger, self._state.workers[name])
+        ledger.settle(self._state.now)
+        self._state.settled[device] = (self._state.now, self._needs(ledger))
+        return self._tell(ledger)
+
+    def _enter(self, ledger: Ledger, worker: WorkerState) -> None:
+        wanted = worker.wanted + self._queued(worker)
+        report = Report(worker.held, wanted, worker.evictable, worker.cold)
+        ledger.holds(worker.id, report)
+
+    def _queued(self, worker: WorkerState) -> int:
+        """Bytes that a worker's part of those who wait for a first turn will need at most."""
+        state, service = self._state, self._state.services[worker.service]
+        tokens = 0
+        for lane in service.lanes.values():
+            if not lane.worker:
+                waiting = [state.queued[x[2]] for x in lane.heap if x[2] in state.queued]
+                tokens += sum([request.prompt + request.most for request in waiting])
+        return tokens * worker.pool // max(1, worker.most_room * service.workers)
+
+    def _tell(self, ledger: Ledger) -> list[ServiceState]:
+        """Order the sizes that are others now. The services whose pools grew."""
+        grown: list[ServiceState] = []
+        for name in ledger.account.holders:
+            worker, size = self._state.workers[name], ledger.target(name)
+            if size == worker.pool_now:
+                continue
+            if size > worker.pool_now:
+                worker.stalled = False
+                grown.append(self._state.services[worker.service])
+            worker.pool_now = size
+            worker.room = max(1, worker.most_room * size // worker.pool)
+            self._desk.out.append(a.Resize(self._desk.cause, name, size))
+        return grown
