@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
+import signal
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -114,3 +117,71 @@ def test_clients_are_told_what_may_be_left_out(box: Box) -> None:
     told = client.get_model_config("says").config
     assert [each.name for each in told.input if each.optional] == optional
     client.close()
+
+
+def test_two_models_lend_each_other_memory_and_lose_nothing(boxes: Boxes) -> None:
+    """Together they have room for six blocks of 16 tokens, where each answer takes up to four."""
+    box = boxes()
+    for name in ("one", "two"):
+        path = box.models / name / "1" / "model.gguf"
+        path.parent.mkdir(parents=True)
+        write(path, text=True)
+    objective = {"ttft": "30s", "tpot": "10s"}
+    services = [{"name": name, "objective": objective} for name in ("one", "two")]
+    devices = [{"kind": "cpu", "kv": 6 * 32 * 1024}]
+    box.configure(services, devices=devices).start()
+    found: dict[tuple[str, int], Any] = {}
+
+    def one(name: str, number: int) -> None:
+        asked = {"text_input": f"{number % 3} hello", "max_tokens": 50}
+        answer = box.post(f"/v2/models/{name}/generate", json.dumps(asked).encode())
+        found[name, number] = answer.json.get("tokens", answer.json)
+
+    threads = [
+        threading.Thread(target=one, args=(name, number))
+        for number in range(6)
+        for name in ("one", "two")
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(100)
+    assert len(found) == 12
+    for number in range(3):
+        answers = [found[name, n] for name in ("one", "two") for n in (number, number + 3)]
+        assert all(answer == answers[0] for answer in answers), answers
+    sizes = {s["name"]: s["kv"] for s in box.status()["services"]}
+    assert sum(kv["size"] for kv in sizes.values()) <= 6 * 32 * 1024
+
+
+def test_a_worker_killed_in_the_midst_ends_streams_with_an_error_and_comes_back(
+    boxes: Boxes,
+) -> None:
+    box = boxes()
+    path = box.models / "says" / "1" / "model.gguf"
+    path.parent.mkdir(parents=True)
+    write(path, text=True)
+    objective = {"ttft": "30s", "tpot": "10s"}
+    box.configure([{"name": "says", "objective": objective, "exec_timeout": "60s"}]).start()
+    connection = http.client.HTTPConnection("127.0.0.1", box.port, timeout=40)
+    body = json.dumps({"text_input": PROMPT, "max_tokens": 40})
+    connection.request("POST", "/v2/models/says/generate_stream", body)
+    answer = connection.getresponse()
+    answer.readline()
+    (pid,) = box.workers()
+    os.kill(pid, signal.SIGKILL)
+    events = [json.loads(x[6:]) for x in answer.read().split(b"\n") if x.startswith(b"data: ")]
+    connection.close()
+    said = [event for event in events if "text_output" in event]
+    assert "error" in events[-1] or len(said) >= 39, "it had said all before it was killed"
+    assert ask_until(box).status == 200
+
+
+def ask_until(box: Box) -> Any:
+    """The answer once there is an instance again."""
+    for _ in range(200):
+        answer = ask(box)
+        if answer.status != 503:
+            break
+        time.sleep(0.1)
+    return answer

@@ -137,13 +137,15 @@ class WorkerUp(_Event, frozen=True):
 
 class Held(_Event, frozen=True):
     """What a worker's pool of keys and values has, in bytes, and would have to have for what it has
-    to do; what of that it could give without putting work aside, and what of that nobody reads."""
+    to do; what of that it could give without putting work aside, what of that nobody reads, and
+    what its first request needs alone."""
 
     worker: str
     held: int
     wanted: int
     evictable: int
     cold: int
+    least: int = 0
 
 
 class WorkerDown(_Event, frozen=True):

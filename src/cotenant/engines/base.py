@@ -138,6 +138,7 @@ class PoolUse(NamedTuple):
     wanted: int
     evictable: int
     cold: int
+    least: int
 
 
 @runtime_checkable

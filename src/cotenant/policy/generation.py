@@ -19,6 +19,7 @@ from typing import Final
 
 from cotenant.domain.request import Lease, Request
 from cotenant.domain.units import MS, S
+from cotenant.domain.workload import PRIORITY_CLASSES
 from cotenant.policy.iterations import IterationCosts, Load, load
 from cotenant.policy.state import DispatcherState, PartitionState, ServiceState, WorkerState
 from cotenant.policy.tail import WHOLE
@@ -144,7 +145,7 @@ def wait_and_own(
     """Ns until a newcomer's prompt is begun, once the turn under way is over; and from then until
     its first token."""
     beside = on_worker(state, service, worker)
-    ahead = _queued(state, service, worker, request.priority)
+    ahead = queued(state, service, worker, request.priority)
     costs = costs_of(service, partition)
     decode = turn_ns(state, service, partition, beside)
     reading = [r for r in beside if not _has_spoken(state, r)]
@@ -173,7 +174,7 @@ def crowded(
     beside = on_worker(state, service, worker)
     if not service.pace or not beside:
         return 0
-    batch = [*beside, *_queued(state, service, worker, request.priority), request]
+    batch = [*beside, *queued(state, service, worker, request.priority), request]
     alone = turn_ns(state, service, partition, [request])
     together = turn_ns(state, service, partition, batch[: service.max_batch])
     if together <= max(service.pace, 2 * alone):
@@ -191,8 +192,11 @@ def _read_ns(costs: IterationCosts, prompt: int) -> int:
     return round(costs.token * work.tokens + costs.pair * work.pairs)
 
 
-def _queued(
-    state: DispatcherState, service: ServiceState, worker: WorkerState, priority: int
+def queued(
+    state: DispatcherState,
+    service: ServiceState,
+    worker: WorkerState,
+    priority: int = PRIORITY_CLASSES,
 ) -> list[Request]:
     """Who waits for their first turn, in this class and above, and could have it there."""
     return [

@@ -183,6 +183,7 @@ class WorkerState:
     wanted: int = 0
     evictable: int = 0
     cold: int = 0
+    least: int = 0
     up: bool = False
     since: int = 0
     """When it was ordered or, if that is later, when it came up (ns)."""
@@ -397,8 +398,10 @@ class DispatcherState:
     """Of the memory for pools, by device."""
     settled: dict[str, tuple[int, int]] = field(default_factory=dict)
     """When (ns) its needs were weighed last, and for what."""
-    settling: dict[str, None] = field(default_factory=dict)
-    """Devices where they are soon to be weighed again."""
+    first: dict[str, int] = field(default_factory=dict)
+    """Pools that have what their first answer needs, and since when (ns)."""
+    settling: dict[str, int] = field(default_factory=dict)
+    """When (ns) they are to be weighed again."""
     reserves: dict[str, Reserve] = field(default_factory=dict)
     """By kind of device."""
 

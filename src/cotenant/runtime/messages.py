@@ -145,6 +145,7 @@ class Held(_Message, frozen=True):
     wanted: int
     evictable: int
     cold: int
+    least: int = 0
 
 
 class Failed(_Message, frozen=True):

@@ -131,7 +131,7 @@ class Sequences:
         if not isinstance(self._engine, Pooled):
             return None
         use, told = self._engine.pool_use(), self._told
-        changed = told is None or use[:2] != told[:2]
+        changed = told is None or (use[:2], use.least) != (told[:2], told.least)
         if told is not None and not changed:
             changed = abs(use.cold - told.cold) * TELL > self._engine.meta.pool
         if not changed:

@@ -87,6 +87,22 @@ def _partition(node: Node, partition: PartitionState) -> dict[str, Any]:
     }
 
 
+def _kv(node: Node, name: str) -> dict[str, int] | None:
+    """Bytes of keys and values of a language model's instances: what they may have now (``size``)
+    and at most, have, want, and have that nobody reads."""
+    workers = node.core.dispatcher.state.workers.values()
+    mine = [w for w in workers if w.service == name and w.up and w.pool]
+    if not mine:
+        return None
+    return {
+        "size": sum(w.pool_now for w in mine),
+        "most": sum(w.pool for w in mine),
+        "held": sum(w.held for w in mine),
+        "wanted": sum(w.wanted for w in mine),
+        "cold": sum(w.cold for w in mine),
+    }
+
+
 def _service(node: Node, name: str, instances: Instances) -> dict[str, Any]:
     meter = node.monitor.service(name)
     known = node.core.dispatcher.state.services.get(name)
@@ -117,6 +133,7 @@ def _service(node: Node, name: str, instances: Instances) -> dict[str, Any]:
         "refused": dict(meter.refused),
         "answered": meter.answered,
         "workers": instances.live,
+        "kv": _kv(node, name),
         "accuracy": msgspec.to_builtins(current.accuracy) if current else None,
         "joined": current.meta.batchable if current else None,
         "notes": list(current.notes) if current else [],

@@ -118,6 +118,12 @@ class Iterations:
         lengths = [s.prompt + s.most for s in self._sequences.values()]
         return sum(self.pool.needed(length) for length in lengths)
 
+    @property
+    def least(self) -> int:
+        """Blocks for the most urgent one alone."""
+        first = min(self._sequences.values(), key=_urgency, default=None)
+        return 0 if first is None else self.pool.needed(first.prompt + first.most)
+
     def add(self, sequence: Sequence) -> None:
         """Take a sequence up. Raises TooLarge if not even the largest pool could hold it, and
         ValueError if there is one of that key."""

@@ -114,6 +114,19 @@ class Ledger:
         self._holders[name] = Holder(terms)
         return ""
 
+    def guarantee(self, name: str, size: int) -> list[Grant]:
+        """A holder's guarantee is another one from now on; who may take what. Raises ValueError if
+        it does not fit beside the others'."""
+        holder = self._of(name)
+        others = sum(h.terms.guaranteed for h in self._holders.values()) - holder.terms.guaranteed
+        most = min(holder.terms.limit, self.usable - others)
+        if not 0 <= size <= most:
+            raise ValueError(f"{name} cannot be guaranteed {size} bytes: it must be 0 to {most}")
+        holder.terms.guaranteed = size
+        holder.asked -= min(holder.asked, max(0, size - holder.keeps))
+        self._trim()
+        return self._grant()
+
     def left(self, name: str) -> list[Grant]:
         """A holder is gone, and with it all that it had; who gets that."""
         del self._holders[self._of(name).terms.name]
@@ -245,13 +258,20 @@ class Ledger:
         orders = self._collect(taker, min(short, taker.waiting), now, shares)
         short = sum(h.owed for h in queue) - self.free - self.coming
         orders += self._collect(taker, min(short, taker.owed), now, None)
-        left = self.free + self.coming - sum(h.owed for h in queue)
-        for holder in queue:
-            owed = holder.owed
-            borrows = min(holder.waiting - owed, left)
-            left -= borrows
-            holder.waiting = owed + borrows
+        self._trim()
         return orders
+
+    def _trim(self) -> None:
+        """Nobody waits for more than comes: guarantees first, then in order."""
+        queue, left = self._queue(), self.free + self.coming
+        kept = {}
+        for holder in queue:
+            kept[holder.terms.name] = min(holder.owed, left)
+            left -= kept[holder.terms.name]
+        for holder in queue:
+            borrows = min(holder.waiting - holder.owed, left)
+            left -= borrows
+            holder.waiting = kept[holder.terms.name] + borrows
 
     # --- who gives --------------------------------------------------------------------------
 

@@ -3,6 +3,11 @@
 A pool belongs to an instance of a language model. What it has and wants the instance reports; what
 waits in the queue for a first turn is wanted too. Where a device has a budget for pools, a ledger
 divides it, and each pool is told its size whenever that changes. Without one each has its limit.
+
+A guarantee holds for what is wanted: who wants nothing lends all, and has it back at once when it
+does. And memory in which not one answer fits is of no use: the pools whose first answers fit beside
+each other are guaranteed that much, the most urgent first, and keep it for a while (``TERM``) or
+until they want nothing; so those that do not fit beside each other take turns.
 """
 
 from __future__ import annotations
@@ -11,14 +16,18 @@ from typing import Final
 
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
-from cotenant.domain.units import MS
+from cotenant.domain.units import MS, S
 from cotenant.policy.desk import Desk
+from cotenant.policy.generation import on_worker, queued
 from cotenant.policy.memory.account import Account, Kind, Report, Terms
 from cotenant.policy.memory.ledger import Ledger
 from cotenant.policy.state import ServiceState, WorkerState
 
 SETTLE: Final = 100 * MS
 """So often at most the needs of all pools are weighed against each other."""
+TERM: Final = 5 * S
+"""So long a pool has what its first answer needs before a more urgent one may take it: work that is
+put aside is computed again."""
 COPY_NS: Final = 0.5
 """What giving a byte takes (ns), with its pages written again later: 53 us and 379 us for a block
 of 720 KiB (docs/memory.md)."""
@@ -41,20 +50,9 @@ class Pools:
         ledger = self._ledgers.get(worker.device)
         if ledger is None or not worker.pool:
             return []
-        service = self._state.services[worker.service]
-        terms = Terms(
-            worker.id,
-            Kind.KV,
-            min(service.kv, worker.pool),
-            worker.pool,
-            give_cost=COPY_NS,
-            back_cost=COPY_NS,
-        )
-        if ledger.admit(terms):
-            # Two versions beside each other while one replaces the other: the second borrows.
-            terms.guaranteed = 0
-            refused = ledger.admit(terms)
-            assert not refused, refused
+        terms = Terms(worker.id, Kind.KV, 0, worker.pool, give_cost=COPY_NS, back_cost=COPY_NS)
+        refused = ledger.admit(terms)
+        assert not refused, refused
         worker.pool_now = worker.pool
         return self._settle(worker.device, ledger)
 
@@ -64,6 +62,7 @@ class Pools:
         if ledger is None or worker.id not in ledger.account.holders:
             return []
         ledger.left(worker.id)
+        self._state.first.pop(worker.id, None)
         return self._tell(ledger)
 
     def reported(self, event: e.Held) -> list[ServiceState]:
@@ -72,7 +71,7 @@ class Pools:
         if worker is None:
             return []
         worker.held, worker.wanted = event.held, event.wanted
-        worker.evictable, worker.cold = event.evictable, event.cold
+        worker.evictable, worker.cold, worker.least = event.evictable, event.cold, event.least
         ledger = self._ledgers.get(worker.device)
         if ledger is None or worker.id not in ledger.account.holders:
             return []
@@ -87,9 +86,7 @@ class Pools:
             if self._needs(ledger) == last[1]:
                 continue
             if self._state.now < last[0] + SETTLE:
-                if device not in self._state.settling:
-                    self._state.settling[device] = None
-                    self._desk.watch(last[0] + SETTLE, "memory", device)
+                self._again(ledger, last[0] + SETTLE)
                 continue
             found += self._settle(device, ledger)
         return found
@@ -97,8 +94,16 @@ class Pools:
     def due(self, device: str) -> None:
         """The time has come that ``look`` waited for."""
         self._state.settling.pop(device, None)
+        self._state.settled.pop(device, None)
 
     # --- inside -----------------------------------------------------------------------------
+
+    def _again(self, ledger: Ledger, at: int) -> None:
+        """Weigh the needs again at this time (ns), if not before."""
+        device = next(name for name, each in self._ledgers.items() if each is ledger)
+        if self._state.settling.get(device, at + 1) > at:
+            self._state.settling[device] = at
+            self._desk.watch(at, "memory", device)
 
     def _needs(self, ledger: Ledger) -> int:
         """A number that is another one when the needs are."""
@@ -111,9 +116,51 @@ class Pools:
     def _settle(self, device: str, ledger: Ledger) -> list[ServiceState]:
         for name in ledger.account.holders:
             self._enter(ledger, self._state.workers[name])
+        wanted = self._guarantees(ledger)
+        for name, holder in ledger.account.holders.items():
+            if wanted[name] < holder.terms.guaranteed:
+                ledger.guarantee(name, wanted[name])
+        for name, holder in ledger.account.holders.items():
+            if wanted[name] > holder.terms.guaranteed:
+                ledger.guarantee(name, wanted[name])
         ledger.settle(self._state.now)
         self._state.settled[device] = (self._state.now, self._needs(ledger))
         return self._tell(ledger)
+
+    def _guarantees(self, ledger: Ledger) -> dict[str, int]:
+        """What each pool is guaranteed now."""
+        state, left = self._state, ledger.usable
+        found: dict[str, int] = {}
+        ranked: list[tuple[int, int, str, int]] = []
+        for name, holder in ledger.account.holders.items():
+            worker = state.workers[name]
+            service = state.services[worker.service]
+            # Of two versions beside each other, while one replaces the other, the second borrows.
+            found[name] = min(service.kv, holder.wanted, holder.terms.limit, left)
+            left -= found[name]
+            if not holder.wanted:
+                state.first.pop(name, None)
+                continue
+            since = state.first.get(name, 0)
+            kept = 0 if since and state.now - since < TERM else 1
+            waiting = [*on_worker(state, service, worker), *queued(state, service, worker)]
+            due = min([request.deadline for request in waiting], default=state.now)
+            first = max([request.prompt + request.most for request in waiting[:1]], default=0)
+            need = worker.least or self._bytes(worker, first)
+            ranked.append((kept, due, name, min(need, holder.terms.limit)))
+        for _, _, name, need in sorted(ranked):
+            more = max(0, need - found[name])
+            if more > left:
+                state.first.pop(name, None)
+                self._again(ledger, state.now + TERM)
+                continue
+            left -= more
+            found[name] += more
+            state.first.setdefault(name, state.now)
+        return found
+
+    def _bytes(self, worker: WorkerState, tokens: int) -> int:
+        return -(-tokens * worker.pool // max(1, worker.most_room))
 
     def _enter(self, ledger: Ledger, worker: WorkerState) -> None:
         wanted = worker.wanted + self._queued(worker)
@@ -122,13 +169,10 @@ class Pools:
 
     def _queued(self, worker: WorkerState) -> int:
         """Bytes that a worker's part of those who wait for a first turn will need at most."""
-        state, service = self._state, self._state.services[worker.service]
-        tokens = 0
-        for lane in service.lanes.values():
-            if not lane.worker:
-                waiting = [state.queued[x[2]] for x in lane.heap if x[2] in state.queued]
-                tokens += sum([request.prompt + request.most for request in waiting])
-        return tokens * worker.pool // max(1, worker.most_room * service.workers)
+        service = self._state.services[worker.service]
+        waiting = queued(self._state, service, worker)
+        tokens = sum([request.prompt + request.most for request in waiting])
+        return self._bytes(worker, tokens) // max(1, service.workers)
 
     def _tell(self, ledger: Ledger) -> list[ServiceState]:
         """Order the sizes that are others now. The services whose pools grew."""
