@@ -191,7 +191,9 @@ class WorkerState:
     partition: str = ""
     retiring: bool = False
     stalled: bool = False
-    """Whether its pool is too small for anything that it has; until that grows."""
+    """Whether its pool is too small for anything that it has; until it tells of a change."""
+    told: bool = False
+    """Whether it has told of one since its last turn."""
 
 
 def enter_pool(service: ServiceState, worker: WorkerState) -> None:

@@ -378,8 +378,10 @@ class Turns:
         for request in going_on:
             queues.enqueue(state, service, request)
         worker = state.workers.get(running.worker)
-        if worker is not None and worker.pool_now < worker.pool:
-            worker.stalled = bool(going_on) and not event.work[0]
+        if worker is not None:
+            short = worker.pool_now < worker.pool and not event.work[0]
+            worker.stalled = short and bool(going_on) and not worker.told
+            worker.told = False
         self.go_on(service, partition)
 
     def _next_turn(

@@ -72,11 +72,12 @@ class Pools:
             return []
         worker.held, worker.wanted = event.held, event.wanted
         worker.evictable, worker.cold, worker.least = event.evictable, event.cold, event.least
+        worker.told, worker.stalled = True, False
         ledger = self._ledgers.get(worker.device)
         if ledger is None or worker.id not in ledger.account.holders:
             return []
         self._enter(ledger, worker)
-        return self._tell(ledger)
+        return [*self._tell(ledger), self._state.services[worker.service]]
 
     def look(self) -> list[ServiceState]:
         """Weigh the needs again where they have changed, unless that was just done."""
@@ -182,7 +183,6 @@ class Pools:
             if size == worker.pool_now:
                 continue
             if size > worker.pool_now:
-                worker.stalled = False
                 grown.append(self._state.services[worker.service])
             worker.pool_now = size
             worker.room = max(1, worker.most_room * size // worker.pool)
