@@ -32,7 +32,7 @@ from cotenant.engines.llm.iteration import Iterations, Limits
 from cotenant.engines.llm.runner import Runner, Sizes
 from cotenant.engines.llm.sampler import Sampling
 from cotenant.engines.llm.text import Text
-from cotenant.engines.llm.weights import Build
+from cotenant.engines.llm.verdicts import chosen_build
 
 SIZE: Final = 16
 """Tokens of a block."""
@@ -69,7 +69,8 @@ class LlmEngine:
         blocks = min(limits.sequences * -(-context // SIZE), KV_BYTES // decoder.block_bytes(SIZE))
         if blocks < 1:
             raise ModelError(f"a block of {SIZE} tokens is larger than {KV_BYTES} bytes")
-        runner = Runner(checkpoint, Build(), Sizes(blocks, SIZE, 0, context), units)
+        build = chosen_build(checkpoint, text, units)
+        runner = Runner(checkpoint, build, Sizes(blocks, SIZE, 0, context), units)
         self._generator = Generator(text, runner, Iterations(BlockPool(blocks, SIZE), limits))
         self._said: dict[int, _Said] = {}
 
