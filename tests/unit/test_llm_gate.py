@@ -21,6 +21,7 @@ from cotenant.engines.llm.gate import (
     Figures,
     Floor,
     Judgement,
+    Reader,
     check_text,
     judge,
     passages,
@@ -30,12 +31,13 @@ from cotenant.engines.llm.gate import (
 from cotenant.engines.llm.gguf import Stored
 from cotenant.engines.llm.runner import Runner
 from cotenant.engines.llm.text import Text
-from cotenant.engines.llm.verdicts import AT_LOAD, chosen_build, described, judgement
+from cotenant.engines.llm.verdicts import AT_LOAD, Bounds, chosen_build, described, judgement
 from cotenant.engines.llm.weights import Build
 from tests.unit.llm_files import TYPES, write
 
 AS_STORED, ROUNDED = Build(), Build(rounded=True)
 LENIENT, ANY = Floor(agreement=0.5, perplexity=2.0), Floor(agreement=0.0, perplexity=math.inf)
+NOTHING = Bounds(0, 0.0)
 
 
 class Damaged:
@@ -87,7 +89,7 @@ def text_of(checkpoint: GgufCheckpoint) -> Text:
 
 def judged(checkpoint: Checkpoint, text: Text, **how: Any) -> Judgement:
     script = passages("hello, all of you\n---\n1, 2, 3 and 4: so it goes on", text, 64)
-    return judge(checkpoint, text, script, 1, **how)
+    return judge(Reader(checkpoint, text, script, 1), **how)
 
 
 def kept(cache: Path) -> list[Path]:
@@ -182,7 +184,7 @@ def test_what_is_at_the_floor_or_above_passes(figures: Figures) -> None:
 def test_a_model_with_hardly_any_context_is_judged(tmp_path: Path) -> None:
     checkpoint = model(tmp_path, context_length=4)
     text = text_of(checkpoint)
-    found = judge(checkpoint, text, passages("hello\n---\nyes", text, 4), 1)
+    found = judge(Reader(checkpoint, text, passages("hello\n---\nyes", text, 4), 1))
     assert found.judged
     assert found.positions > 4
 
@@ -238,7 +240,7 @@ def test_a_judgement_is_remembered(
     first = judgement(checkpoint, text, 1, AT_LOAD)
     monkeypatch.setattr(verdicts, "judge", None)
     assert judgement(checkpoint, text, 1, AT_LOAD) == first
-    assert judgement(checkpoint, text, 1, 0) == first, "size counts only where it is made"
+    assert judgement(checkpoint, text, 1, NOTHING) == first, "size counts only where it is made"
     assert len(kept(cache)) == 1
 
 
@@ -262,11 +264,16 @@ def test_what_is_kept_and_damaged_is_made_again(tmp_path: Path, cache: Path) -> 
     assert judgement(checkpoint, text, 1, AT_LOAD) == first
 
 
-def test_a_model_too_large_for_a_reference_is_served_as_stored(
-    tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("bounds", [Bounds(1 << 10, math.inf), Bounds(AT_LOAD.size, -1.0)])
+def test_what_is_too_large_or_too_slow_to_judge_is_served_as_stored(
+    bounds: Bounds,
+    tmp_path: Path,
+    cache: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     checkpoint = model(tmp_path)
-    monkeypatch.setattr(verdicts, "AT_LOAD", 1 << 10)
+    monkeypatch.setattr(verdicts, "AT_LOAD", bounds)
     assert chosen_build(checkpoint, text_of(checkpoint), (1, 2)) == AS_STORED
     assert "unjudged" in caplog.text
     assert not kept(cache), "it is judged as soon as that is possible"

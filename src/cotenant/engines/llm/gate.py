@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import codecs
 import math
+import time
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -164,29 +165,24 @@ def check_text(folder: Path) -> str:
 
 
 def judge(
-    checkpoint: Checkpoint,
-    text: Text,
-    script: Sequence[Tokens],
-    threads: int,
-    floor: Floor = FLOOR,
-    candidates: Sequence[Build] = CANDIDATES,
+    reader: Reader, floor: Floor = FLOOR, candidates: Sequence[Build] = CANDIDATES
 ) -> Judgement:
-    """Hold candidates against the reference over the passages of ``script``, on so many threads.
-    Those behind the first that passes are not built."""
-    if not script:
-        return Judgement(Build(), "unjudged: no check text fits the model", judged=False)
-    reader = _Reader(checkpoint, text, script, threads)
-    try:
-        expected = reader.read(REFERENCE)
-    except (ModelError, MemoryError) as error:
-        return Judgement(Build(), f"unjudged: as FP32, {error}", judged=False)
+    """Hold candidates against the reference. Those behind the first that passes are not built."""
+    if not reader.script:
+        return unjudged("no check text fits the model")
     verdicts: list[Verdict] = []
     chosen, why = REFERENCE, "no candidate passes"
-    for build in candidates:
-        verdicts.append(_verdict(reader, build, expected, floor))
-        if not verdicts[-1].refused:
-            chosen, why = build, "the fastest that passes"
-            break
+    try:
+        expected = reader.read(REFERENCE)
+        for build in candidates:
+            verdicts.append(_verdict(reader, build, expected, floor))
+            if not verdicts[-1].refused:
+                chosen, why = build, "the fastest that passes"
+                break
+    except (ModelError, MemoryError) as error:
+        return unjudged(f"FP32 weights of the file cannot be computed with: {error}")
+    except _Late:
+        return unjudged("it takes too long")
     return Judgement(
         chosen,
         why,
@@ -197,11 +193,16 @@ def judge(
     )
 
 
-def _verdict(reader: _Reader, build: Build, expected: Reading, floor: Floor) -> Verdict:
+def unjudged(why: str) -> Judgement:
+    """The model is served as stored, with its activations in FP32."""
+    return Judgement(Build(), f"unjudged: {why}", judged=False)
+
+
+def _verdict(reader: Reader, build: Build, expected: Reading, floor: Floor) -> Verdict:
     try:
         figures = compare(reader.read(build, expected.said), expected)
-    except ModelError as error:
-        return Verdict(build, None, str(error))
+    except (ModelError, MemoryError) as error:
+        return Verdict(build, None, str(error) or "there is not enough memory")
     return Verdict(build, figures, refusal(figures, floor))
 
 
@@ -229,19 +230,30 @@ def refusal(figures: Figures, floor: Floor) -> str:
 # --- reading ------------------------------------------------------------------------------------
 
 
-class _Reader:
-    """Reads passages by one build after the other, and goes on with their beginnings."""
+class _Late(Exception):
+    """There is no time left."""
+
+
+class Reader:
+    """Reads the passages of ``script`` by one build after the other, and goes on with their
+    beginnings; on so many threads, and not beyond ``until`` on the monotonic clock (s)."""
 
     def __init__(
-        self, checkpoint: Checkpoint, text: Text, script: Sequence[Tokens], threads: int
+        self,
+        checkpoint: Checkpoint,
+        text: Text,
+        script: Sequence[Tokens],
+        threads: int,
+        until: float = math.inf,
     ) -> None:
-        longest = max(PROMPT + SAID, *map(len, script))
+        longest = max([PROMPT + SAID, *map(len, script)])
         blocks = max(-(-longest // _BLOCK), PROMPTS * -(-(PROMPT + SAID) // _BLOCK))
         context = min(checkpoint.decoder.context, longest)
         self._checkpoint = checkpoint
         self._vocabulary = text.vocabulary
-        self._script = script
         self._threads = threads
+        self._until = until
+        self.script = script
         self._sizes = Sizes(blocks, _BLOCK, 0, context)
         self._blocks = tuple(range(blocks))
 
@@ -253,7 +265,7 @@ class _Reader:
         Raises ModelError, also where logits are not finite numbers."""
         runner = Runner(self._checkpoint, build, self._sizes, (self._threads,))
         best, losses = [], []
-        for passage in self._script:
+        for passage in self.script:
             for at in range(0, len(passage), CHUNK):
                 chunk = passage[at : at + CHUNK]
                 work = Work(0, at, chunk, self._blocks, len(chunk))
@@ -261,7 +273,7 @@ class _Reader:
                 best.append(logits.argmax(axis=1))
                 losses.append(_losses(logits, passage[at + 1 : at + 1 + CHUNK]))
         length = max(1, min(PROMPT, self._sizes.context // 2))
-        prompts = [passage[:length] for passage in self._script[:PROMPTS]]
+        prompts = [passage[:length] for passage in self.script[:PROMPTS]]
         # One alone and the others together: kernels for one row are not those for several.
         answers = [
             self._say(runner, prompts[rows], None if said is None else said[rows])
@@ -290,6 +302,8 @@ class _Reader:
         return found
 
     def _compute(self, runner: Runner, works: Sequence[Work]) -> list[Floats]:
+        if time.monotonic() > self._until:
+            raise _Late
         computed = runner.compute(self._threads, works)
         found = [computed[work.key].logits[:, : self._vocabulary] for work in works]
         if not all(np.isfinite(each).all() for each in found):

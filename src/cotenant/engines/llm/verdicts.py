@@ -17,11 +17,12 @@ import hashlib
 import logging
 import os
 import platform
+import time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
-from math import prod
+from math import inf, prod
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -32,17 +33,27 @@ from cotenant.engines.llm.gate import (
     FLOOR,
     REFERENCE,
     Judgement,
+    Reader,
     check_text,
     judge,
     passages,
     quantized,
+    unjudged,
 )
 from cotenant.engines.llm.text import Text
 from cotenant.engines.llm.weights import Build
 
-AT_LOAD: Final = 1 << 30
-"""Bytes of FP32 weights up to which a model is judged when it is loaded. Meanwhile it takes about
-two and a half times as much memory."""
+
+class Bounds(NamedTuple):
+    """Up to which a model is judged: ``size`` of its FP32 weights in bytes, and ``seconds``. It
+    takes about three times that memory meanwhile."""
+
+    size: int
+    seconds: float
+
+
+AT_LOAD: Final = Bounds(1 << 30, 45.0)
+"""A worker that is not ready in two minutes is given up."""
 FORMAT: Final = 1
 """Of what is kept; a new way to judge is a new one."""
 COMMAND: Final = "cotenant.engines.llm.verdicts"
@@ -59,12 +70,12 @@ def chosen_build(checkpoint: Checkpoint, text: Text, units: Sequence[int]) -> Bu
 
 
 def judgement(
-    checkpoint: Checkpoint, text: Text, threads: int, most: int, fresh: bool = False
+    checkpoint: Checkpoint, text: Text, threads: int, bounds: Bounds, fresh: bool = False
 ) -> Judgement:
-    """Of a model whose FP32 weights take ``most`` bytes at most: remembered, unless ``fresh``, or
-    made on so many threads. A larger one is only remembered."""
+    """Of a model: remembered, unless ``fresh``, or made on so many threads within ``bounds``."""
     if not isinstance(checkpoint, GgufCheckpoint) or not quantized(checkpoint):
         return Judgement(Build(), "the file is not quantized: there is nothing to judge")
+    until = time.monotonic() + bounds.seconds
     path = checkpoint.file.path
     written = check_text(path.parent)
     kept = _kept(path, written)
@@ -72,19 +83,22 @@ def judgement(
         known = None if kept is None or fresh else _recall(kept)
         if known is not None:
             return known
-        size = 4 * sum(map(prod, checkpoint.decoder.tensors().values()))
-        if size > most:
-            return Judgement(
-                Build(),
-                f"unjudged: its FP32 weights take {size} bytes, more than {most}; judge it once "
-                f"with python -m {COMMAND} {path.name}",
-                judged=False,
-            )
-        script = passages(written, text, checkpoint.decoder.context)
-        made = judge(checkpoint, text, script, threads)
-        if kept is not None and made.judged:
+        made = _made(checkpoint, text, written, bounds.size, (threads, until))
+        if made.judged:
             _remember(kept, made)
-        return made
+            return made
+    again = f"; judge it once with python -m {COMMAND} {path.name}"
+    return msgspec.structs.replace(made, why=made.why + again)
+
+
+def _made(
+    checkpoint: Checkpoint, text: Text, written: str, most: int, limits: tuple[int, float]
+) -> Judgement:
+    size = 4 * sum(map(prod, checkpoint.decoder.tensors().values()))
+    if size > most:
+        return unjudged(f"its weights take {size} bytes as FP32, more than {most}")
+    script = passages(written, text, checkpoint.decoder.context)
+    return judge(Reader(checkpoint, text, script, *limits))
 
 
 # --- what is kept -------------------------------------------------------------------------------
@@ -147,8 +161,10 @@ def _recall(kept: Path) -> Judgement | None:
         return None
 
 
-def _remember(kept: Path, made: Judgement) -> None:
+def _remember(kept: Path | None, made: Judgement) -> None:
     """Not to be able to costs the next load some seconds, and nothing else."""
+    if kept is None:
+        return
     new = kept.with_suffix(f".{os.getpid()}")
     with contextlib.suppress(OSError):
         new.write_bytes(msgspec.json.encode(made))
@@ -199,7 +215,7 @@ def main() -> None:
         if not isinstance(checkpoint, GgufCheckpoint):
             raise ModelError(f"{args.model.name} is no GGUF file; only those are judged")
         text = Text.from_gguf(checkpoint.file.keys)
-        found = judgement(checkpoint, text, args.threads, 1 << 62, args.fresh)
+        found = judgement(checkpoint, text, args.threads, Bounds(1 << 62, inf), args.fresh)
     except ModelError as error:
         parser.exit(1, f"{error}\n")
     print(described(found))
