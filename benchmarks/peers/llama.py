@@ -88,6 +88,16 @@ def read(model: Model, script: list[list[int]]) -> list[list[int]]:
     return found
 
 
+def _now() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def _since(began: tuple[float, float]) -> tuple[float, float]:
+    """Milliseconds by the clock, and of CPU time."""
+    clock, cpu = _now()
+    return (clock - began[0]) * 1e3, (cpu - began[1]) * 1e3
+
+
 def main() -> None:
     """Measure, print."""
     if len(sys.argv) == 3:
@@ -101,22 +111,22 @@ def main() -> None:
         print(json.dumps(read(model, task["script"])))
         return
     prompts, steps = task["prompts"], task["steps"]
-    samples: dict[str, list[float]] = {"prefill_ms": []}
+    samples: dict[str, list[tuple[float, float]]] = {"prefill": []}
     for _ in range(task["prefills"] + 1):
         model.clear()
-        began = time.perf_counter()
+        began = _now()
         model.compute([(0, 0, prompts[0])])
-        samples["prefill_ms"].append((time.perf_counter() - began) * 1e3)
-    del samples["prefill_ms"][0]
+        samples["prefill"].append(_since(began))
+    del samples["prefill"][0]
     for count in task["counts"]:
         model.clear()
         said = [model.compute([(row, 0, prompts[row])])[0] for row in range(count)]
         start = len(prompts[0])
-        took = samples[f"ms_at_{count}"] = []
+        took = samples[f"at_{count}"] = []
         for step in range(steps):
-            began = time.perf_counter()
+            began = _now()
             said = model.compute([(row, start + step, [said[row]]) for row in range(count)])
-            took.append((time.perf_counter() - began) * 1e3)
+            took.append(_since(began))
     system = llama.llama_print_system_info().decode()
     print(json.dumps({"samples": samples, "version": llama.__version__, "system": system}))
 

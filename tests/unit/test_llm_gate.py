@@ -181,12 +181,24 @@ def test_what_is_at_the_floor_or_above_passes(figures: Figures) -> None:
     assert refusal(figures, Floor()) == ""
 
 
-def test_a_model_with_hardly_any_context_is_judged(tmp_path: Path) -> None:
-    checkpoint = model(tmp_path, context_length=4)
+@pytest.mark.parametrize("context", [2, 4, 30])
+def test_a_model_with_hardly_any_context_is_judged(context: int, tmp_path: Path) -> None:
+    checkpoint = model(tmp_path, context_length=context)
     text = text_of(checkpoint)
-    found = judge(Reader(checkpoint, text, passages("hello\n---\nyes", text, 4), 1))
+    script = passages("so\n---\nthis one is longer than the other", text, context)
+    found = judge(Reader(checkpoint, text, script, 1))
     assert found.judged
-    assert found.positions > 4
+    assert found.positions > context
+
+
+def test_a_model_that_is_wrong_throughout_can_be_judged(tmp_path: Path) -> None:
+    """Its perplexity is more than a number can be."""
+    checkpoint = model(tmp_path)
+    wrong = Damaged(checkpoint, lambda stored: stored.data)
+    wrong.floats = lambda name: checkpoint.floats(name) * np.float32(1e4 if name == "norm" else 1)
+    found = judged(wrong, text_of(checkpoint))
+    assert found.judged
+    assert math.isfinite(found.perplexity)
 
 
 # --- check text ---------------------------------------------------------------------------------

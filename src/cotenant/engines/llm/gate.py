@@ -112,7 +112,7 @@ class Judgement(msgspec.Struct, frozen=True):
 
 class Reading(NamedTuple):
     """What a build makes of the passages. ``best``: the most likely token behind each of theirs;
-    ``loss``: nats a token; ``said``: what it says to the prompts, [prompts, SAID]."""
+    ``loss``: nats a token; ``said``: what it says to the prompts, [prompts, steps]."""
 
     best: Choices
     loss: float
@@ -188,7 +188,7 @@ def judge(
         chosen,
         why,
         tuple(verdicts),
-        math.exp(expected.loss),
+        _exp(expected.loss),
         expected.best.size + expected.said.size,
         len(expected.said),
     )
@@ -213,9 +213,14 @@ def compare(found: Reading, expected: Reading) -> Figures:
     alike = int((found.best == expected.best).sum()) + int(same.sum())
     return Figures(
         alike / (found.best.size + same.size),
-        math.exp(min(found.loss - expected.loss, 700.0)),
+        _exp(found.loss - expected.loss),
         int(same.all(axis=1).sum()),
     )
+
+
+def _exp(value: float) -> float:
+    """A model may be so bad that it overflows."""
+    return math.exp(min(value, 700.0))
 
 
 def refusal(figures: Figures, floor: Floor) -> str:
@@ -280,19 +285,21 @@ class Reader:
                 best.append(logits.argmax(axis=1))
                 losses.append(_losses(logits, passage[at + 1 : at + 1 + CHUNK]))
         length = max(1, min(PROMPT, self._sizes.context // 2))
+        steps = max(1, min(SAID, self._sizes.context - length))
         prompts = [passage[:length] for passage in self.script[:PROMPTS]]
         # One alone and the others together: kernels for one row are not those for several.
         answers = [
-            self._say(runner, prompts[rows], None if said is None else said[rows])
+            self._say(runner, prompts[rows], steps, None if said is None else said[rows])
             for rows in (slice(0, 1), slice(1, None))
             if prompts[rows]
         ]
         loss = float(np.concatenate(losses).mean())
         return Reading(np.concatenate(best), loss, np.concatenate(answers))
 
-    def _say(self, runner: Runner, prompts: Sequence[Tokens], said: Choices | None) -> Choices:
+    def _say(
+        self, runner: Runner, prompts: Sequence[Tokens], steps: int, said: Choices | None
+    ) -> Choices:
         """The most likely tokens behind each prompt, [prompts, steps]."""
-        steps = max(1, min(SAID, self._sizes.context - max(map(len, prompts))))
         each = len(self._blocks) // len(prompts)
         tables = [self._blocks[row * each :][:each] for row in range(len(prompts))]
         found = np.zeros((len(prompts), steps), np.int64)
