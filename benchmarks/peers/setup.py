@@ -1,12 +1,15 @@
 """Make one virtual environment per rival under ``.venvs``: ``python setup.py [--only NAME]``.
 
 ``cotenant-compiled`` is no environment but a copy of this source as ``make compile`` leaves it.
+``llama.cpp`` is made only if it is named: it is built from source for this processor, which takes a
+C++ compiler and a quarter of an hour on two cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -33,11 +36,14 @@ PACKAGES = {
     "litserve": ["litserve==0.2.19", "python-multipart", "numpy", ONNXRUNTIME],
 }
 
+BUILT = {"llama.cpp": ["llama-cpp-python==0.3.36"]}
+"""What ``benchmarks/llm.py`` is measured against; not a server here."""
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--only", choices=(*PACKAGES, COMPILED), action="append", help="may be repeated"
+        "--only", choices=(*PACKAGES, *BUILT, COMPILED), action="append", help="may be repeated"
     )
     parser.add_argument(
         "--triton-python",
@@ -48,6 +54,8 @@ def main() -> None:
     for name in args.only or (*PACKAGES, COMPILED):
         if name == COMPILED:
             compile_cotenant(VENVS / COMPILED)
+        elif name in BUILT:
+            build(name)
         else:
             make(name, args.triton_python if name == "triton" else sys.executable)
     print("ready:", ", ".join(sorted(path.name for path in VENVS.iterdir())))
@@ -62,6 +70,18 @@ def make(name: str, python: str) -> None:
     subprocess.run([*pip, *PACKAGES[name]], check=True)
     if name == "triton":
         assemble_triton_backend(folder)
+
+
+def build(name: str) -> None:
+    """Create one environment from source."""
+    folder = VENVS / name
+    subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+    source = ["--no-binary", "llama-cpp-python", *BUILT[name]]
+    subprocess.run(
+        [str(folder / "bin" / "python"), "-m", "pip", "install", "--quiet", *source],
+        env=os.environ | {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"},
+        check=True,
+    )
 
 
 def compile_cotenant(folder: Path) -> None:

@@ -38,7 +38,7 @@ from cotenant.engines.llm.iteration import Iterations, Limits
 from cotenant.engines.llm.language import text_of
 from cotenant.engines.llm.runner import Runner, Sizes
 from cotenant.engines.llm.sampler import Sampling
-from cotenant.engines.llm.weights import Build
+from cotenant.engines.llm.verdicts import chosen_build
 
 SIZE: Final = 16
 """Tokens of a block."""
@@ -83,7 +83,8 @@ class LlmEngine:
                 f"a block of {SIZE} tokens is {self._block} bytes; for keys and values there are"
                 f" {kv} (kv.limit)"
             )
-        runner = Runner(checkpoint, Build(), Sizes(blocks, SIZE, 0, context), units)
+        build = chosen_build(checkpoint, text, units)
+        runner = Runner(checkpoint, build, Sizes(blocks, SIZE, 0, context), units)
         self._context, self._room = context, blocks * SIZE
         self._generator = Generator(text, runner, Iterations(BlockPool(blocks, SIZE), limits))
         self._said: dict[int, _Said] = {}
