@@ -65,19 +65,21 @@ def settings(asked: Asked, vocabulary: int) -> dict[str, Any]:
 def within(name: str, value: float, low: float, high: float) -> None:
     """Raises Unfit for what is not from ``low`` to ``high``."""
     if not low <= value <= high:
-        raise Unfit(f"{name} is {value:.6g}; it must be from {low:.6g} to {high:.6g}", name)
+        said = str(value) if abs(value) < 2**63 else "beyond all numbers"
+        raise Unfit(f"{name} is {said}; it must be from {low} to {high}", name)
 
 
 def most_tokens(given: int | None, name: str, prompt: int, context: int) -> int:
     """How many tokens an answer may have. Raises Unfit."""
     if given is not None and given < 1:
-        raise Unfit(f"{name} is {given}; it must be at least 1", name)
+        raise Unfit(f"{name} must be at least 1", name)
     most = min(context - prompt, DEFAULT_TOKENS) if given is None else given
     if prompt + max(most, 1) > context:
+        most = min(most, 2**63)
         raise Unfit(
             f"the prompt has {prompt} tokens, and the answer may have {max(most, 1)}; this model"
             f" takes at most {context} together. Make the prompt shorter, or {name} smaller",
-            name if given is not None and prompt < context else "prompt",
+            name if given is not None else "prompt",
             "context_length_exceeded",
         )
     return most

@@ -65,10 +65,13 @@ class Call(NamedTuple):
     arguments: str
 
 
+_ABSENT: Final = msgspec.Raw()
+
+
 class _Written(msgspec.Struct):
     name: str
-    arguments: msgspec.Raw | None = None
-    parameters: msgspec.Raw | None = None
+    arguments: msgspec.Raw = _ABSENT
+    parameters: msgspec.Raw = _ABSENT
 
 
 class Reader:
@@ -147,10 +150,10 @@ class Reader:
             return None
         calls = []
         for each in written if isinstance(written, list) else [written]:
-            given = each.arguments if each.arguments is not None else each.parameters
-            if not marked and (each.name not in self._known or given is None):
+            given = bytes(each.arguments) or bytes(each.parameters)
+            if not marked and (each.name not in self._known or not given):
                 return None
-            calls.append(Call(self._id(), each.name, "{}" if given is None else _json(given)))
+            calls.append(Call(self._id(), each.name, _json(given or b"{}")))
         return calls or None
 
     def _id(self) -> str:
@@ -166,10 +169,9 @@ class Reader:
         return calls
 
 
-def _json(raw: msgspec.Raw) -> str:
+def _json(raw: bytes) -> str:
     """Arguments as text; some models write them as a string that holds JSON."""
-    text = str(bytes(raw), "utf-8")
-    return str(msgspec.json.decode(raw, type=str)) if text.startswith('"') else text
+    return str(msgspec.json.decode(raw, type=str)) if raw[:1] == b'"' else str(raw, "utf-8")
 
 
 def _may_begin(text: str) -> int:
