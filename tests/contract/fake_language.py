@@ -79,7 +79,8 @@ class End(NamedTuple):
 
 class SpeakingNode(FakeNode):
     """Beside the others the language model ``says``. Each call says the next of ``scripts``, or
-    ``script``: pieces of text, where "" waits for ``gate``, and a refusal ends it."""
+    ``script``: pieces of text, where "" waits for ``gate``, and a refusal ends it. Of a long piece
+    only the first tokens are told."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,7 +138,7 @@ class SpeakingNode(FakeNode):
 def _piece(said: str | End, options: Options, over: bool, cached: int) -> list[TensorOut]:
     text = said.text if isinstance(said, End) else said
     reason = said.reason if isinstance(said, End) else "stop" * over
-    tokens = [*text.encode(), *([END] if over and reason == "stop" else [])]
+    tokens = [*text.encode()[:4096], *([END] if over and reason == "stop" else [])]
     top = tuple((t, -float(t)) for t in range(97, 97 + (options.logprobs or 0)))
     chosen = [Chosen(t, None if options.logprobs is None else -0.5, top) for t in tokens]
     details = Details(

@@ -107,7 +107,7 @@ class Reader:
             before, mark, inner = rest.partition(_OPEN)
             calls = self._calls(inner) if mark else None
             if calls is not None:
-                return before if before.strip() else "", self._counted(calls)
+                return before.rstrip(), self._counted(calls)
             return (rest, []) if rest.strip() or not self.called else ("", [])
         stripped = rest.strip()
         marked = stripped.startswith((_CALLS, _TAG))
@@ -133,7 +133,7 @@ class Reader:
             if calls is None:
                 said += self._held[:end]
             else:
-                said += before if before.strip() else ""
+                said += before.rstrip()
                 found += self._counted(calls)
             self._held = self._held[end:]
         keep = self._held.find(_OPEN) if start >= 0 else _may_begin(self._held)
