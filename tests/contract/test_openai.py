@@ -29,6 +29,7 @@ from tests.contract.fake_language import (
 )
 from tests.contract.fake_node import eventually, serving
 
+C, T, E = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 HELLO = [{"role": "user", "content": "hello"}]
 CHAT = {"model": "says", "messages": HELLO}
 TEXT = {"model": "says", "prompt": "once"}
@@ -447,6 +448,20 @@ def test_tools_need_a_template_that_knows_them(served: Any) -> None:
     assert choice["message"]["content"] == call_text()
 
 
+@pytest.mark.parametrize("depth", [300, 600, 900, 960])
+def test_schemas_may_be_deep(served: Any, depth: int) -> None:
+    """They reach the model or are refused; nothing breaks."""
+    served.node.words.template = HERMES
+    served.node.script = [call_text()]
+    deep = '{"items": ' * depth + "{}" + "}" * depth
+    shown = json.dumps(CHAT | {"tools": [tool()], "tool_choice": "required"})
+    for body in (
+        shown.replace('"properties": {}', f'"properties": {deep}'),
+        json.dumps(CHAT | {"structured_outputs": {"json": 1}}).replace("1}", deep + "}"),
+    ):
+        assert Reply(served, C, body.encode()).status in (200, 400)
+
+
 # --- embeddings and tokens --------------------------------------------------------------------
 
 
@@ -477,8 +492,6 @@ def test_tokens_there_and_back(served: Any) -> None:
 
 
 # --- what does not fit ------------------------------------------------------------------------
-
-C, T, E = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 
 
 @pytest.mark.parametrize(

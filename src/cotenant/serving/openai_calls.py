@@ -195,7 +195,7 @@ def _calls(model: Model, prompt: Sequence[int], how: dict[str, Any], n: int) -> 
     calls = []
     for number in range(n):
         seed = how.get("seed", 0) + number
-        options = join_bytes([_written(Options(**how | {"seed": seed}))])
+        options = join_bytes([msgspec.json.encode(Options(**how | {"seed": seed}))])
         inputs = [
             TensorIn("text_input", "BYTES", (1,), len(text), text),
             TensorIn("prompt_tokens", "INT64", (len(prompt),), len(tokens), tokens),
@@ -203,10 +203,3 @@ def _calls(model: Model, prompt: Sequence[int], how: dict[str, Any], n: int) -> 
         ]
         calls.append(InferCall(model.name, inputs, pieces=True))
     return calls
-
-
-def _written(options: Options) -> bytes:
-    try:
-        return msgspec.json.encode(options)
-    except (UnicodeError, OverflowError, RecursionError) as exc:
-        raise Unfit(f"the form of the answer is not valid JSON: {exc}", "response_format") from None

@@ -242,7 +242,10 @@ class OpenAI:
         context = self._context(asked.model)
         language = await self._node.language(asked.model)
         model = Model(asked.model, context, language, self._limits.json_bytes)
-        return await self._written(route.make, asked, model)
+        try:
+            return await self._written(route.make, asked, model)
+        except RecursionError:
+            raise Unfit("what the request holds is nested too deeply") from None
 
     async def _written(self, work: Callable[..., T], *args: Any) -> T:
         """Do it in a thread. Raises _Refusal."""
