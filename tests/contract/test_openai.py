@@ -778,6 +778,19 @@ def test_chunks_wait_at_the_node_for_a_slow_reader(served: Any) -> None:
     assert got.count(b"data: ") == 36
 
 
+def test_a_connection_too_many_is_told_so_in_the_same_words() -> None:
+    with serving(connections=2, make=SpeakingNode) as served:
+        served.node.script = ["", "a"]
+        kept = [socket.create_connection(("127.0.0.1", served.port)) for _ in range(2)]
+        for sock in kept:
+            send(sock, served, CHAT)
+            assert served.node.waiting.acquire(timeout=20)
+        refused = chat(served)
+        assert (refused.status, refused.error["type"]) == (503, "server_error")
+        for sock in kept:
+            sock.close()
+
+
 def test_prompts_that_wait_are_bounded(served: Any) -> None:
     served.node.words.free.clear()
     served.node.script = ["a"]

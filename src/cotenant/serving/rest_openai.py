@@ -194,13 +194,13 @@ class OpenAI:
         try:
             body, held = await self._bodies.read(receive, head, most)
         except asyncio.CancelledError:  # only the HTTP server's stop cancels a request
-            await respond(send, *_refusal(STOPPING))
+            await respond(send, *refusal(STOPPING))
             return None
         except SlowBody:
             said = f"the body did not arrive within {self._limits.body_timeout_s:g} s"
             refused = _error(408, said)
         except BodyRefused as exc:
-            refused = _refusal(exc.refused)
+            refused = refusal(exc.refused)
         except TooLarge:
             refused = _error(413, f"the body is larger than {most} bytes")
         except CotenantError as exc:
@@ -228,7 +228,7 @@ class OpenAI:
         except Hangup:
             raise
         except asyncio.CancelledError:
-            answer = _refusal(STOPPING)
+            answer = refusal(STOPPING)
         except Exception as exc:
             answer = failure(exc)
         await events.end(answer)
@@ -261,7 +261,7 @@ class OpenAI:
         async with aclosing(together(self._node, plan.calls, MOST_AT_ONCE)) as outcomes:
             async for index, outcome in outcomes:
                 if isinstance(outcome, Refused):
-                    return _refusal(outcome)
+                    return refusal(outcome)
                 try:
                     piece = piece_of(outcome)
                 finally:
@@ -276,7 +276,7 @@ class OpenAI:
         async with aclosing(together(self._node, plan.calls, MOST_AT_ONCE)) as outcomes:
             async for index, outcome in outcomes:
                 if isinstance(outcome, Refused):
-                    return _refusal(outcome)
+                    return refusal(outcome)
                 try:
                     piece = piece_of(outcome)
                 finally:
@@ -309,8 +309,8 @@ def _error(
     return status, error_body(status, message, param, code), (JSON_TYPE, *headers)
 
 
-def _refusal(refused: Refused) -> Answer:
-    """An expected refusal; its code is its reason."""
+def refusal(refused: Refused) -> Answer:
+    """What to answer with an expected refusal; its code is its reason."""
     status = HTTP_STATUS[refused.refusal]
     code = "rate_limit_exceeded" if status == 429 else refused.refusal.name.lower()
     return _error(status, refused.message, code=code, headers=refusal_headers(refused))
@@ -320,7 +320,7 @@ def failure(exc: Exception) -> Answer:
     """What to answer where this was raised."""
     refused = exc.refused if isinstance(exc, _Refusal) else as_refused(exc)
     if refused is not None:
-        return _refusal(refused)
+        return refusal(refused)
     if isinstance(exc, Unfit):
         return _error(400, str(exc), exc.param, exc.code)
     if isinstance(exc, NotFound):
