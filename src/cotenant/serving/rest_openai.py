@@ -182,17 +182,18 @@ class OpenAI:
 
     async def _post(self, route: _Route, head: Head, receive: Receive, send: Send) -> None:
         try:
-            body = await self._read(head, receive, send)
-            if body is not None:
-                await self._answer(route, body, receive, send)
+            found = await self._read(head, receive, send)
+            if found is not None:
+                await self._answer(route, *found, receive, send)
         except Hangup:
             log.debug("the client of an OpenAI request went away")
 
-    async def _read(self, head: Head, receive: Receive, send: Send) -> bytes | None:
-        """The body; None if it was refused. Raises Hangup."""
+    async def _read(self, head: Head, receive: Receive, send: Send) -> tuple[bytes, int] | None:
+        """A body, and what is to be given back to the budget; None if it was refused. Raises
+        Hangup."""
         most = min(self._limits.json_bytes, self._limits.body_bytes)
         try:
-            body, held = await self._bodies.read(receive, head, most)
+            return await self._bodies.read(receive, head, most)
         except asyncio.CancelledError:  # only the HTTP server's stop cancels a request
             await respond(send, *refusal(STOPPING))
             return None
@@ -205,20 +206,23 @@ class OpenAI:
             refused = _error(413, f"the body is larger than {most} bytes")
         except CotenantError as exc:
             refused = failure(exc)
-        else:
-            self._budget.release(held)
-            return body
         await answer_unread(send, receive, refused)
         return None
 
-    async def _answer(self, route: _Route, body: bytes, receive: Receive, send: Send) -> None:
+    async def _answer(
+        self, route: _Route, body: bytes, held: int, receive: Receive, send: Send
+    ) -> None:
         """Answer when all is there, or with an event for each chunk. What goes wrong before the
         first of them is answered with a status, and later as an event."""
         events = Events(send)
         answer: Answer | None = None
         try:
             async with HangupWatch(receive):
-                made = await self._make(route, body)
+                try:
+                    made = await self._make(route, body)
+                finally:
+                    self._budget.release(held)
+                del body
                 if isinstance(made, bytes):
                     answer = 200, made, (JSON_TYPE,)
                 elif made.stream:
