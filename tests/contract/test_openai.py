@@ -52,7 +52,7 @@ def served(shared: Any) -> Iterator[Any]:
     node.words.template, node.words.asked = "", []
     shared.call(node.gate.clear)
     node.refuse = node.fail = None
-    assert node.unreleased == 0, "a result was not released"
+    assert eventually(lambda: node.unreleased == 0), "a result was not released"
     assert eventually(lambda: shared.intake.budget.held == 0), "a body's memory was not given back"
 
 

@@ -91,12 +91,15 @@ def _finite(logprob: float | None) -> float:
 
 
 class Said(msgspec.Struct):
-    """A part of an answer, or all of it. ``reason``: why it is over, if it is."""
+    """A part of an answer, or all of it. ``reason``: why it is over, if it is; ``first``: nothing
+    was said before; ``before``: how many calls there were before."""
 
     text: str = ""
     calls: list[Call] = []
     tokens: list[Token] = []
     reason: str = ""
+    first: bool = False
+    before: int = 0
 
 
 class Choice:
@@ -107,17 +110,17 @@ class Choice:
         self, words: Words | None = None, reader: Reader | None = None, echo: str = ""
     ) -> None:
         self.said = Said()
-        self.begun = False
-        self.calls = 0
         self.count = 0
         self.cached = 0
+        self._begun = False
+        self._calls = 0
         self._words = words
         self._reader = reader
         self._echo = echo
 
     def take(self, piece: Piece, over: bool) -> Said:
         """What is new with a piece; ``over``: it is the last one."""
-        new = Said(piece.text)
+        new = Said(piece.text, first=not self._begun, before=self._calls)
         if self._reader is not None:
             new.text, new.calls = self._reader.feed(piece.text)
             if over:
@@ -125,15 +128,15 @@ class Choice:
                 new.text, new.calls = new.text + rest, new.calls + more
         if self._words is not None:
             new.tokens = self._words.read(piece.details.said)
-        if not self.begun:
+        if new.first:
             new.text = self._echo + new.text
-        self.begun = True
-        self.calls += len(new.calls)
+        self._begun = True
+        self._calls += len(new.calls)
         self.count += piece.tokens
         self.cached = max(self.cached, piece.details.cached)
         if over:
             new.reason = piece.reason or "stop"
-            if self.calls and new.reason == "stop":
+            if self._calls and new.reason == "stop":
                 new.reason = "tool_calls"
         return new
 
@@ -184,13 +187,10 @@ class Answer:
 
     def chunks(self, index: int, piece: Piece, over: bool) -> list[bytes]:
         """What a stream goes on with."""
-        choice = self._choices[index]
-        first = not choice.begun
-        new = choice.take(piece, over)
-        parts = self._parts(new, first, choice.calls - len(new.calls))
+        new = self._choices[index].take(piece, over)
         return [
             self._chunk([{"index": index, **part, "finish_reason": reason}])
-            for part, reason in parts
+            for part, reason in self._parts(new)
         ]
 
     def last(self) -> list[bytes]:
@@ -216,9 +216,8 @@ class Answer:
     def _whole(self, said: Said) -> dict[str, Any]:
         return {"text": said.text, "logprobs": _listed(said.tokens)}
 
-    def _parts(self, new: Said, first: bool, calls: int) -> list[tuple[dict[str, Any], str | None]]:
-        """A choice of each chunk, and its reason to be over; ``calls`` came before."""
-        del first, calls
+    def _parts(self, new: Said) -> list[tuple[dict[str, Any], str | None]]:
+        """A choice of each chunk, and its reason to be over."""
         part = self._whole(new)
         return [(part, new.reason or None)] if new.text or new.tokens or new.reason else []
 
@@ -241,13 +240,13 @@ class ChatAnswer(Answer):
             message["tool_calls"] = [_call(call) for call in said.calls]
         return {"message": message, "logprobs": _content(said.tokens)}
 
-    def _parts(self, new: Said, first: bool, calls: int) -> list[tuple[dict[str, Any], str | None]]:
+    def _parts(self, new: Said) -> list[tuple[dict[str, Any], str | None]]:
         deltas: list[dict[str, Any]] = []
-        if first:
+        if new.first:
             deltas.append({"role": "assistant", "content": ""})
         if new.text or new.tokens:
             deltas.append({"content": new.text})
-        for number, call in enumerate(new.calls, calls):
+        for number, call in enumerate(new.calls, new.before):
             begun = {"index": number, **_call(call._replace(arguments=""))}
             rest = {"index": number, "function": {"arguments": call.arguments}}
             deltas += [{"tool_calls": [begun]}, {"tool_calls": [rest]}]
