@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,20 @@ from typing import Any
 import msgspec
 import pytest
 
+from cotenant.domain.errors import CotenantError
 from cotenant.engines.llm.language import LlmLanguage
 from cotenant.serving import openai_calls, openai_prompts
-from cotenant.serving.openai_ask import Chat, Completion, Detokenize, Tokenize, Unfit
+from cotenant.serving.openai_ask import (
+    Chat,
+    Completion,
+    Detokenize,
+    Embedding,
+    Tokenize,
+    Unfit,
+    parse,
+)
 from cotenant.serving.openai_prompts import Model
-from tests.contract.fake_language import options_of, prompt_of
+from tests.contract.fake_language import Bytes, options_of, prompt_of
 from tests.unit.llm_files import TOKENS, write
 
 TEMPLATE = (
@@ -92,3 +102,28 @@ def test_a_prompt_that_leaves_no_room_is_refused(model: Model, length: int) -> N
     with pytest.raises(Unfit) as raised:
         openai_calls.completion(asked(Completion, prompt="x" * length), model)
     assert raised.value.code == "context_length_exceeded"
+
+
+ODD: list[Any] = [
+    True, -1, 0, 3, 2**70, 0.5, 1e300, "", "a", "{", [], [1], ["a"], [[]], [None],
+    [{"type": "text"}], {}, {"a": 1}, {"type": "function"}, {"type": "json_schema"},
+    {"1": 1}, {"json": "[1]"},
+]  # fmt: skip
+ROUTES: list[tuple[type[Any], Any, dict[str, Any]]] = [
+    (Chat, openai_calls.chat, {"messages": [{"role": "user", "content": "a"}]}),
+    (Completion, openai_calls.completion, {"prompt": "a"}),
+    (Embedding, openai_calls.embedding, {"input": "a"}),
+    (Tokenize, openai_prompts.tokenize, {"prompt": "a"}),
+    (Detokenize, openai_prompts.detokenize, {"tokens": [1]}),
+]
+
+
+@pytest.mark.parametrize(("kind", "make", "base"), ROUTES)
+def test_odd_values_are_refused_or_taken(kind: type[Any], make: Any, base: dict[str, Any]) -> None:
+    """No field lets anything else than a refusal out."""
+    model = Model("says", 64, Bytes(), 2**20)
+    for name in kind.__struct_fields__:
+        for value in ODD:
+            body = msgspec.json.encode({"model": "says", **base, name: value})
+            with contextlib.suppress(CotenantError):
+                make(parse(body, kind), model)

@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cotenant.engines.llm.grammar import Grammars
 from cotenant.engines.llm.text import Text
@@ -180,3 +182,21 @@ def test_what_is_allowed_is_read_as_calls() -> None:
         (Form.LLAMA, llama("weather", city="Bern")),
     ):
         assert read(form, said, 4) == ("", [WEATHER])
+
+
+MARKS = [
+    "<tool_call>", "</tool_call>", json.dumps(TIME), "\n", " ", "a", "<", "{", "[", "[TOOL_CALLS]",
+    "<|python_tag|>", json.dumps([TIME]), llama("time"),
+]  # fmt: skip
+
+
+@given(
+    st.sampled_from(Form),
+    st.lists(st.sampled_from(MARKS), max_size=7).map("".join),
+    st.integers(1, 20),
+)
+def test_no_text_is_lost_however_it_is_cut(form: Form, text: str, step: int) -> None:
+    said, calls = read(form, text, step)
+    assert (said, calls) == read(form, text, len(text) + 1)
+    if not calls:
+        assert said == text
