@@ -24,5 +24,5 @@ def served(shared: Any) -> Iterator[Any]:
     shared.call(node.gate.clear)
     node.refuse = node.fail = node.most = None
     node.loaded = {"double", "echo", "sleepy", "talk"}
-    assert node.unreleased == 0, "a result was not released"
+    assert eventually(lambda: node.unreleased == 0), "a result was not released"
     assert eventually(lambda: shared.intake.budget.held == 0), "a body's memory was not given back"
