@@ -185,3 +185,17 @@ def ask_until(box: Box) -> Any:
             break
         time.sleep(0.1)
     return answer
+
+
+def test_routers_find_the_metrics_that_they_know(box: Box) -> None:
+    assert ask(box).status == 200
+    told = box.ask("GET", "/metrics").body.decode()
+    names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+    for name in names:
+        (line,) = [x for x in told.splitlines() if x.startswith(f"vllm:{name}{{")]
+        assert 'model_name="says"' in line
+        assert 0 <= float(line.split()[-1]) <= 1
+    counts = ("generation_tokens_total", "time_to_first_token_seconds_count")
+    for name in counts:
+        (line,) = [x for x in told.splitlines() if x.startswith(f"vllm:{name}{{")]
+        assert float(line.split()[-1]) >= 1

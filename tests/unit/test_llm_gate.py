@@ -315,7 +315,7 @@ def test_an_engine_serves_what_was_chosen(
     build: Build, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = model(tmp_path).file.path
-    LlmEngine(path, (1,))
+    LlmEngine(path, (1,), kv=1 << 20)
     kept(cache)[0].write_bytes(msgspec.json.encode(Judgement(build, "as chosen before")))
     built: list[Build] = []
 
@@ -324,7 +324,7 @@ def test_an_engine_serves_what_was_chosen(
         return Runner(checkpoint, chosen, *rest)
 
     monkeypatch.setattr(engine, "Runner", runner)
-    LlmEngine(path, (1,))
+    LlmEngine(path, (1,), kv=1 << 20)
     assert built == [build]
 
 

@@ -45,6 +45,7 @@ def _families(
     monitor: Monitor, state: DispatcherState, jobs: Sequence[JobStatus]
 ) -> Iterator[Metric]:
     yield from _services(monitor, state)
+    yield from _language_models(monitor, state)
     yield from _partitions(monitor)
     yield from _jobs(monitor, jobs)
 
@@ -110,6 +111,58 @@ def _services(monitor: Monitor, state: DispatcherState) -> Iterator[Metric]:
             objective.add_metric([name], state.services[name].objective / S)
     yield from (arrived, answered, misses, refused, rate, trend, queue, objective)
     yield from (latency, batches, first, pace, tokens)
+
+
+def _language_models(monitor: Monitor, state: DispatcherState) -> Iterator[Metric]:
+    """By the names that routers and dashboards made for vLLM read
+    (https://docs.vllm.ai/en/latest/usage/metrics.html)."""
+    label = ["model_name"]
+    running = GaugeMetricFamily(
+        "vllm:num_requests_running", "Requests that have turns", labels=label
+    )
+    waiting = GaugeMetricFamily(
+        "vllm:num_requests_waiting", "Requests that wait for their first turn", labels=label
+    )
+    usage = GaugeMetricFamily(
+        "vllm:kv_cache_usage_perc",
+        "Part (0..1) of the memory for keys and values that is in use",
+        labels=label,
+    )
+    read = CounterMetricFamily("vllm:prompt_tokens", "Tokens of prompts", labels=label)
+    said = CounterMetricFamily("vllm:generation_tokens", "Tokens of answers", labels=label)
+    first = HistogramMetricFamily(
+        "vllm:time_to_first_token_seconds", "Arrival to the first token", labels=label
+    )
+    pace = HistogramMetricFamily(
+        "vllm:request_time_per_output_token_seconds",
+        "Mean time per token after the first, by answer",
+        labels=label,
+    )
+    whole = HistogramMetricFamily(
+        "vllm:e2e_request_latency_seconds", "Arrival to the last token", labels=label
+    )
+    for name in state.services:
+        pools = [w for w in state.workers.values() if w.service == name and w.up and w.pool]
+        if not pools:
+            continue
+        mine = {r.id for r in state.queued.values() if r.service == name}
+        resident = mine & state.residents.keys()
+        batches = [run.batch for run in state.running.values() if run.batch.service == name]
+        turns = sum(len(batch.requests) for batch in batches)
+        running.add_metric([name], turns + len(resident))
+        waiting.add_metric([name], len(mine) - len(resident))
+        size = sum(w.pool_now for w in pools)
+        used = sum(max(0, w.held - w.evictable) for w in pools)
+        usage.add_metric([name], used / size if size else 0.0)
+        meter = monitor.service(name)
+        read.add_metric([name], meter.prompt_tokens)
+        said.add_metric([name], meter.tokens)
+        _add_histogram(first, [name], meter.first)
+        _add_histogram(pace, [name], meter.pace)
+        _add_histogram(whole, [name], meter.latency)
+    found = (running, waiting, usage, read, said, first, pace, whole)
+    if running.samples:
+        yield from found
 
 
 def _partitions(monitor: Monitor) -> Iterator[Metric]:
