@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from cotenant.domain.config import Exactness
 from cotenant.domain.errors import ModelError
 from cotenant.engines.llm import engine, verdicts
 from cotenant.engines.llm.checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint
@@ -19,7 +20,6 @@ from cotenant.engines.llm.gate import (
     MOST_TOKENS,
     REFERENCE,
     Figures,
-    Floor,
     Judgement,
     Reader,
     check_text,
@@ -36,7 +36,10 @@ from cotenant.engines.llm.weights import Build
 from tests.unit.llm_files import TYPES, write
 
 AS_STORED, ROUNDED = Build(), Build(rounded=True)
-LENIENT, ANY = Floor(agreement=0.5, perplexity=2.0), Floor(agreement=0.0, perplexity=math.inf)
+LENIENT, ANY = (
+    Exactness(agreement=0.5, perplexity=2.0),
+    Exactness(agreement=0.0, perplexity=math.inf),
+)
 NOTHING = Bounds(0, 0.0)
 
 
@@ -152,7 +155,7 @@ def test_the_floor_decides(tmp_path: Path) -> None:
     """Rounded activations of a model of random weights turn a few per cent of the choices."""
     checkpoint = model(tmp_path)
     text = text_of(checkpoint)
-    strict = judged(checkpoint, text, floor=Floor(agreement=1.0, perplexity=1.0 + 1e-6))
+    strict = judged(checkpoint, text, floor=Exactness(agreement=1.0, perplexity=1.0 + 1e-6))
     lenient = judged(checkpoint, text, floor=LENIENT)
     assert strict.verdicts[0].figures == lenient.verdicts[0].figures
     assert strict.verdicts[0].refused
@@ -171,14 +174,14 @@ def test_the_floor_decides(tmp_path: Path) -> None:
     ],
 )
 def test_a_refusal_says_the_figures_that_it_is_for(figures: Figures, named: list[str]) -> None:
-    why = refusal(figures, Floor())
+    why = refusal(figures, Exactness())
     assert why
     assert all(each in why for each in named)
 
 
 @pytest.mark.parametrize("figures", [Figures(0.99, 1.005, 0), Figures(1.0, 0.9, 0)])
 def test_what_is_at_the_floor_or_above_passes(figures: Figures) -> None:
-    assert refusal(figures, Floor()) == ""
+    assert refusal(figures, Exactness()) == ""
 
 
 @pytest.mark.parametrize("context", [2, 4, 30])
@@ -286,7 +289,7 @@ def test_what_is_too_large_or_too_slow_to_judge_is_served_as_stored(
 ) -> None:
     checkpoint = model(tmp_path)
     monkeypatch.setattr(verdicts, "AT_LOAD", bounds)
-    assert chosen_build(checkpoint, text_of(checkpoint), (1, 2)) == AS_STORED
+    assert chosen_build(checkpoint, text_of(checkpoint), (1, 2), Exactness()) == AS_STORED
     assert "unjudged" in caplog.text
     assert not kept(cache), "it is judged as soon as that is possible"
 
@@ -306,7 +309,7 @@ def test_without_a_place_to_keep_it_a_model_is_judged_all_the_same(
 def test_a_file_that_is_not_quantized_is_not_judged(tmp_path: Path, cache: Path) -> None:
     checkpoint = model(tmp_path, TYPES.F16)
     assert not quantized(checkpoint)
-    assert chosen_build(checkpoint, text_of(checkpoint), (1,)) == AS_STORED
+    assert chosen_build(checkpoint, text_of(checkpoint), (1,), Exactness()) == AS_STORED
     assert not kept(cache)
 
 

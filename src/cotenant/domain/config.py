@@ -84,10 +84,28 @@ class CheckSettings(msgspec.Struct, frozen=True):
     measure: str = ""
 
 
+class Exactness(msgspec.Struct, frozen=True):
+    """What a build of a language model must reach (``engines.llm.gate``). ``agreement``: at least
+    this share of positions has the reference's most likely token. ``perplexity``: of the check
+    text, at most so many times the reference's.
+
+    Both are needed. Perplexity is a mean over all tokens that a text may go on with, and hides a
+    greedy answer that turns elsewhere. Agreement hides a build that is less sure throughout.
+
+    The defaults are chosen, not fitted to a model. One position in a hundred may go the other way:
+    with some 900 positions that is 9, enough that two tokens that are all but equally likely do
+    not decide, and few enough that a build which is worse at two in a hundred is as a rule
+    refused. Perplexity may rise by half a per cent, which is small against what 4 bits cost."""
+
+    agreement: float = 0.99
+    perplexity: float = 1.005
+
+
 class ModelSettings(msgspec.Struct, frozen=True):
     """``model.yaml`` of a model directory: all optional. ``shapes`` fills free axes of inputs
     for the warm-up, ``ranges`` says which integers an input may hold (both ends included);
-    ``keep_versions`` newest versions stay loaded."""
+    ``keep_versions`` newest versions stay loaded; ``exactness`` is the floor of a language model's
+    builds."""
 
     slo: Slo | None = None
     batch: BatchSpec | None = None
@@ -96,6 +114,7 @@ class ModelSettings(msgspec.Struct, frozen=True):
     check: CheckSettings = CheckSettings()
     keep_versions: int = 1
     accuracy_floor: float = 0.0
+    exactness: Exactness = Exactness()
 
 
 def parse_config(text: str) -> NodeConfig:
@@ -162,6 +181,7 @@ def parse_model_settings(text: str) -> ModelSettings:
         check=_check(root.section("check")),
         keep_versions=root.take("keep_versions", reading.integer(1, 100), 1),
         accuracy_floor=root.take("accuracy_floor", reading.share, 0.0),
+        exactness=_exactness(root.section("exactness")),
     )
     root.done()
     return settings
@@ -246,6 +266,16 @@ def _slo(section: reading.Section) -> Slo:
     )
     section.done()
     return slo
+
+
+def _exactness(section: reading.Section) -> Exactness:
+    usual = Exactness()
+    floor = Exactness(
+        agreement=section.take("agreement", reading.share, usual.agreement),
+        perplexity=section.take("perplexity", reading.positive, usual.perplexity),
+    )
+    section.done()
+    return floor
 
 
 def _kv(section: reading.Section) -> KvSpec:

@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from cotenant.domain.config import ModelSettings
 from cotenant.domain.errors import ModelError
 from cotenant.domain.port import Language, TensorMeta
 
 Array = npt.NDArray[Any]
+USUAL: Final = ModelSettings()
 
 NUMPY: dict[str, npt.DTypeLike] = {
     "BOOL": np.bool_,
@@ -172,7 +174,9 @@ SUFFIXES = (".onnx", ".gguf", ".safetensors", ".safetensors.index.json", ".piece
 """Model files that some engine opens, by preference."""
 
 
-def open_engine(path: Path, units: Sequence[int], kv: int = 2**30) -> Engine | TurnEngine:
+def open_engine(
+    path: Path, units: Sequence[int], settings: ModelSettings = USUAL, kv: int = 2**30
+) -> Engine | TurnEngine:
     """Load the model at ``path`` for each unit count in ``units``, a language model with at most
     ``kv`` bytes of keys and values; raises ModelError."""
     if path.suffix == ".onnx":
@@ -185,7 +189,7 @@ def open_engine(path: Path, units: Sequence[int], kv: int = 2**30) -> Engine | T
         except ImportError as error:
             needs = "language models need the extra llm: pip install 'cotenant[llm]'"
             raise ModelError(f"{needs} ({error})") from error
-        return LlmEngine(path, units, kv)
+        return LlmEngine(path, units, kv, settings.exactness)
     if path.name.endswith(".pieces.json"):
         from cotenant.engines.pieces import PiecesEngine
 

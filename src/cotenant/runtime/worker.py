@@ -142,7 +142,7 @@ class Worker:
 
     def _open(self, order: Open) -> Opened | OpenFailed:
         try:
-            engine = open_engine(Path(order.path), order.units, order.kv)
+            engine = open_engine(Path(order.path), order.units, order.settings, order.kv)
             if isinstance(engine, TurnEngine):
                 self._sequences = Sequences(engine, self._gather, self._store)
                 return self._sequences.open(order)

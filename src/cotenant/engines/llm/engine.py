@@ -27,12 +27,14 @@ from typing import Final
 import msgspec
 import numpy as np
 
+from cotenant.domain.config import Exactness
 from cotenant.domain.errors import InvalidRequest, ModelError, TooLarge
 from cotenant.domain.port import TensorMeta
 from cotenant.engines.base import Array, EngineMeta, PoolUse, Turn, Turns
 from cotenant.engines.llm.asking import Chosen, Details, Options
 from cotenant.engines.llm.blocks import BlockPool
 from cotenant.engines.llm.checkpoint import open_checkpoint
+from cotenant.engines.llm.gate import FLOOR
 from cotenant.engines.llm.generator import Generator, Piece, Question
 from cotenant.engines.llm.iteration import Iterations, Limits
 from cotenant.engines.llm.language import text_of
@@ -71,7 +73,7 @@ _OUTPUTS: Final = (
 class LlmEngine:
     """A ``TurnEngine``; see the module's text. Raises ModelError."""
 
-    def __init__(self, path: Path, units: Sequence[int], kv: int) -> None:
+    def __init__(self, path: Path, units: Sequence[int], kv: int, floor: Exactness = FLOOR) -> None:
         checkpoint = open_checkpoint(path)
         text = text_of(checkpoint, path)
         decoder, limits = checkpoint.decoder, Limits()
@@ -83,7 +85,7 @@ class LlmEngine:
                 f"a block of {SIZE} tokens is {self._block} bytes; for keys and values there are"
                 f" {kv} (kv.limit)"
             )
-        build = chosen_build(checkpoint, text, units)
+        build = chosen_build(checkpoint, text, units, floor)
         runner = Runner(checkpoint, build, Sizes(blocks, SIZE, 0, context), units)
         self._context, self._room = context, blocks * SIZE
         self._generator = Generator(text, runner, Iterations(BlockPool(blocks, SIZE), limits))

@@ -29,6 +29,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from cotenant.domain.config import Exactness
 from cotenant.domain.errors import ModelError
 from cotenant.engines.llm.checkpoint import Checkpoint
 from cotenant.engines.llm.families.base import Floats
@@ -59,23 +60,7 @@ Tokens = tuple[int, ...]
 Choices = npt.NDArray[np.int64]
 
 
-class Floor(msgspec.Struct, frozen=True):
-    """What a build must reach. ``agreement``: at least this share of positions has the reference's
-    most likely token. ``perplexity``: of the check text, at most so many times the reference's.
-
-    Both are needed. Perplexity is a mean over all tokens that a text may go on with, and hides a
-    greedy answer that turns elsewhere. Agreement hides a build that is less sure throughout.
-
-    The defaults are chosen, not fitted to a model. One position in a hundred may go the other way:
-    with some 900 positions that is 9, enough that two tokens that are all but equally likely do
-    not decide, and few enough that a build which is worse at two in a hundred is as a rule
-    refused. Perplexity may rise by half a per cent, which is small against what 4 bits cost."""
-
-    agreement: float = 0.99
-    perplexity: float = 1.005
-
-
-FLOOR: Final = Floor()
+FLOOR: Final = Exactness()
 
 
 class Figures(msgspec.Struct, frozen=True):
@@ -166,7 +151,7 @@ def check_text(folder: Path) -> str:
 
 
 def judge(
-    reader: Reader, floor: Floor = FLOOR, candidates: Sequence[Build] = CANDIDATES
+    reader: Reader, floor: Exactness = FLOOR, candidates: Sequence[Build] = CANDIDATES
 ) -> Judgement:
     """Hold candidates against the reference. Those behind the first that passes are not built."""
     if not reader.script:
@@ -199,7 +184,7 @@ def unjudged(why: str) -> Judgement:
     return Judgement(Build(), f"unjudged: {why}", judged=False)
 
 
-def _verdict(reader: Reader, build: Build, expected: Reading, floor: Floor) -> Verdict:
+def _verdict(reader: Reader, build: Build, expected: Reading, floor: Exactness) -> Verdict:
     try:
         figures = compare(reader.read(build, expected.said), expected)
     except (ModelError, MemoryError) as error:
@@ -223,7 +208,7 @@ def _exp(value: float) -> float:
     return math.exp(min(value, 700.0))
 
 
-def refusal(figures: Figures, floor: Floor) -> str:
+def refusal(figures: Figures, floor: Exactness) -> str:
     """Why a candidate is refused, or ""."""
     problems = []
     if not figures.agreement >= floor.agreement:

@@ -26,6 +26,7 @@ from typing import Final, NamedTuple
 
 import msgspec
 
+from cotenant.domain.config import Exactness
 from cotenant.domain.errors import ModelError
 from cotenant.engines.llm.checkpoint import Checkpoint, GgufCheckpoint, open_checkpoint
 from cotenant.engines.llm.gate import (
@@ -46,10 +47,11 @@ from cotenant.engines.llm.weights import Build
 
 class Bounds(NamedTuple):
     """Up to which a model is judged: ``size`` of its FP32 weights in bytes, and ``seconds``. It
-    takes about three times that memory meanwhile."""
+    takes about three times that memory meanwhile. ``floor``: what it is held to."""
 
     size: int
     seconds: float
+    floor: Exactness = FLOOR
 
 
 AT_LOAD: Final = Bounds(1 << 30, 45.0)
@@ -62,9 +64,11 @@ _LIBRARIES: Final = ("cotenant", "onnxruntime", "numpy", "tokenizers")
 log = logging.getLogger("cotenant.models")
 
 
-def chosen_build(checkpoint: Checkpoint, text: Text, units: Sequence[int]) -> Build:
+def chosen_build(
+    checkpoint: Checkpoint, text: Text, units: Sequence[int], floor: Exactness
+) -> Build:
     """The build that is to be served. Raises ModelError if ``check.txt`` cannot be read."""
-    found = judgement(checkpoint, text, max(units), AT_LOAD)
+    found = judgement(checkpoint, text, max(units), AT_LOAD._replace(floor=floor))
     log.log(logging.INFO if found.judged else logging.WARNING, "%s", described(found))
     return found.build
 
@@ -78,12 +82,12 @@ def judgement(
     until = time.monotonic() + bounds.seconds
     path = checkpoint.file.path
     written = check_text(path.parent)
-    kept = _kept(path, written)
+    kept = _kept(path, written, bounds.floor)
     with _alone(kept):
         known = None if kept is None or fresh else _recall(kept)
         if known is not None:
             return known
-        made = _made(checkpoint, text, written, bounds.size, (threads, until))
+        made = _made(checkpoint, text, written, bounds, (threads, until))
         if made.judged:
             _remember(kept, made)
             return made
@@ -92,19 +96,19 @@ def judgement(
 
 
 def _made(
-    checkpoint: Checkpoint, text: Text, written: str, most: int, limits: tuple[int, float]
+    checkpoint: Checkpoint, text: Text, written: str, bounds: Bounds, limits: tuple[int, float]
 ) -> Judgement:
     size = 4 * sum(map(prod, checkpoint.decoder.tensors().values()))
-    if size > most:
-        return unjudged(f"its weights take {size} bytes as FP32, more than {most}")
+    if size > bounds.size:
+        return unjudged(f"its weights take {size} bytes as FP32, more than {bounds.size}")
     script = passages(written, text, checkpoint.decoder.context)
-    return judge(Reader(checkpoint, text, script, *limits))
+    return judge(Reader(checkpoint, text, script, *limits), bounds.floor)
 
 
 # --- what is kept -------------------------------------------------------------------------------
 
 
-def _kept(path: Path, written: str) -> Path | None:
+def _kept(path: Path, written: str, floor: Exactness) -> Path | None:
     """Where a judgement of this file is kept; None if there is no place."""
     own = os.environ.get("XDG_CACHE_HOME", "")
     try:
@@ -119,7 +123,7 @@ def _kept(path: Path, written: str) -> Path | None:
         FORMAT,
         (name, found.st_size, found.st_mtime_ns, found.st_ino),
         written,
-        FLOOR,
+        floor,
         CANDIDATES,
         [_version(library) for library in _LIBRARIES],
         (platform.machine(), _processor()),
@@ -208,6 +212,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path, help="a GGUF file")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--agreement", type=float, default=FLOOR.agreement)
+    parser.add_argument("--perplexity", type=float, default=FLOOR.perplexity)
     parser.add_argument("--fresh", action="store_true", help="judge it again")
     args = parser.parse_args()
     try:
@@ -215,7 +221,8 @@ def main() -> None:
         if not isinstance(checkpoint, GgufCheckpoint):
             raise ModelError(f"{args.model.name} is no GGUF file; only those are judged")
         text = Text.from_gguf(checkpoint.file.keys)
-        found = judgement(checkpoint, text, args.threads, Bounds(1 << 62, inf), args.fresh)
+        bounds = Bounds(1 << 62, inf, Exactness(args.agreement, args.perplexity))
+        found = judgement(checkpoint, text, args.threads, bounds, args.fresh)
     except ModelError as error:
         parser.exit(1, f"{error}\n")
     print(described(found))
