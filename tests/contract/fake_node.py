@@ -233,9 +233,12 @@ def eventually(condition: Callable[[], bool]) -> bool:
 
 @contextmanager
 def serving(
-    limits: Limits | None = None, token: str | None = None, connections: int = 4096
+    limits: Limits | None = None,
+    token: str | None = None,
+    connections: int = 4096,
+    make: Callable[[], FakeNode] | None = None,
 ) -> Iterator[Any]:
-    """Both front ends over a FakeNode, in a thread with a loop of its own.
+    """Both front ends over a FakeNode (or what ``make`` makes), in a thread with a loop of its own.
 
     Yields ``node``, ``http`` and ``grpc`` (host:port), ``intake``, and ``call``, which runs
     a function on the loop.
@@ -249,7 +252,7 @@ def serving(
         return asyncio.run_coroutine_threadsafe(coroutine, loop).result(30)
 
     async def start() -> Any:
-        node, intake = FakeNode(), Intake(limits)
+        node, intake = (make or FakeNode)(), Intake(limits)
         http = HttpFront(build_app(node, intake, token), "127.0.0.1", 0, connections)
         rpc = GrpcFront(node, intake, token, "127.0.0.1", 0)
         ports = await http.start(), await rpc.start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,21 @@ TOKENS = [
 """Each byte, in the alphabet of GPT-2's tokenizer; two merged ones; and one that ends answers."""
 
 
-def add_text(writer: gguf.GGUFWriter) -> None:
+def add_text(writer: gguf.GGUFWriter, template: str = "") -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(TOKENS)
     writer.add_token_types([1] * (len(TOKENS) - 1) + [3])
     writer.add_token_merges(["h e", "l l"])
     writer.add_eos_token_id(len(TOKENS) - 1)
+    if template:
+        writer.add_chat_template(template)
 
 
-def weights(vocab: int) -> dict[str, np.ndarray[Any, Any]]:
+def weights(
+    vocab: int, likely: Mapping[int, float] | None = None
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Random ones; ``likely``: by how much the logits of some tokens are higher, about."""
     rng = np.random.default_rng(5)
     kv = HIDDEN // HEADS * KV_HEADS
     shapes: dict[str, tuple[int, ...]] = {
@@ -48,11 +54,17 @@ def weights(vocab: int) -> dict[str, np.ndarray[Any, Any]]:
             f"blk.{n}.ffn_up.weight": (FFN, HIDDEN),
             f"blk.{n}.ffn_down.weight": (HIDDEN, FFN),
         }
-    return {
+    found = {
         name: (rng.normal(0, 0.1, shape) if len(shape) > 1 else 1 + rng.normal(0, 0.1, shape))
         .astype(np.float32)
         for name, shape in shapes.items()
     }  # fmt: skip
+    if likely:
+        embedding = found["token_embd.weight"]  # all tokens point one way, these more so
+        embedding[:, 0] = 8.0
+        for token, more in likely.items():
+            embedding[token, 0] += more / 8
+    return found
 
 
 def write(
@@ -60,9 +72,12 @@ def write(
     kind: TYPES = TYPES.F32,
     architecture: str = "llama",
     text: bool = False,
+    template: str = "",
+    likely: Mapping[int, float] | None = None,
     **more: int,
 ) -> Path:
-    """A model of random weights; ``text``: with a tokenizer of bytes."""
+    """A model of random weights; ``text``: with a tokenizer of bytes; ``template``: for chats;
+    ``likely``: see ``weights``."""
     writer = gguf.GGUFWriter(path, architecture)
     keys = {
         "block_count": LAYERS,
@@ -76,8 +91,8 @@ def write(
         writer.add_uint32(f"{architecture}.{name}", value)
     writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
     if text:
-        add_text(writer)
-    for name, tensor in weights(len(TOKENS) if text else 64).items():
+        add_text(writer, template)
+    for name, tensor in weights(len(TOKENS) if text else 64, likely).items():
         if tensor.ndim == 1:
             writer.add_tensor(name, tensor)
         else:

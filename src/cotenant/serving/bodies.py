@@ -247,13 +247,18 @@ class HangupWatch:
 async def respond_unread(
     send: Send, receive: Receive, status: int, message: str, headers: Iterable[Header] = ()
 ) -> None:
+    """Refuse a request whose body was not read, then close the connection."""
+    await answer_unread(send, receive, (status, error_body(message), (JSON_TYPE, *headers)))
+
+
+async def answer_unread(send: Send, receive: Receive, answer: Answer) -> None:
     """Answer a request whose body was not read, then close the connection.
 
     Closing at once would reset the connection and could destroy the answer before the client
     has read it. So what the client still sends is thrown away first, for some seconds at most.
     """
-    body = error_body(message)
-    start = [(b"content-length", b"%d" % len(body)), (b"connection", b"close"), JSON_TYPE]
+    status, body, headers = answer
+    start = [(b"content-length", b"%d" % len(body)), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": [*start, *headers]})
     await send({"type": "http.response.body", "body": body, "more_body": True})
     try:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from functools import partial
 from typing import NoReturn, Protocol
 
 import msgspec
@@ -22,6 +23,7 @@ from cotenant.domain.port import (
     Refused,
     TensorIn,
     TensorOut,
+    Withdraw,
 )
 from cotenant.serving.tensors import Limits, check_bytes, check_size, shown
 
@@ -115,6 +117,43 @@ async def pieces(node: NodePort, call: InferCall) -> AsyncGenerator[Outcome]:
         if not ended:
             withdraw()
         for outcome in waiting:
+            if isinstance(outcome, InferResult):
+                outcome.release()
+
+
+async def together(
+    node: NodePort, calls: Sequence[InferCall], most: int
+) -> AsyncGenerator[tuple[int, Outcome]]:
+    """As ``pieces``, of several calls, at most so many at a time: outcomes as they come, each with
+    the place of its call."""
+    todo = deque(enumerate(calls))
+    running: dict[int, Withdraw] = {}
+    waiting: deque[tuple[int, Outcome]] = deque()
+    wake = asyncio.Event()
+
+    def done(index: int, outcome: Outcome) -> None:
+        if isinstance(outcome, Refused) or not outcome.more:
+            del running[index]
+        waiting.append((index, outcome))
+        wake.set()
+
+    try:
+        while todo or running or waiting:
+            while todo and len(running) < most:
+                index, call = todo.popleft()
+                withdraw = node.submit(call, partial(done, index))
+                if isinstance(withdraw, Refused):
+                    waiting.append((index, withdraw))
+                    break
+                running[index] = withdraw
+            if not waiting:
+                wake.clear()
+                await wake.wait()
+            yield waiting.popleft()
+    finally:
+        for withdraw in running.values():
+            withdraw()
+        for _, outcome in waiting:
             if isinstance(outcome, InferResult):
                 outcome.release()
 

@@ -16,12 +16,14 @@ import uvicorn
 
 from cotenant.domain.port import Refused
 from cotenant.domain.request import Refusal
-from cotenant.serving.bodies import Receive, Scope, Send, respond_unread
+from cotenant.serving.bodies import Receive, Scope, Send, answer_unread, respond_unread
 from cotenant.serving.http_answers import Application
 from cotenant.serving.http_connection import Connection
 from cotenant.serving.http_crowd import Crowd
 from cotenant.serving.listening import BACKLOG, bind
 from cotenant.serving.refusals import AWAY, refusal_headers
+from cotenant.serving.rest_openai import is_openai
+from cotenant.serving.rest_openai import refusal as openai_refusal
 
 
 class HttpFront:
@@ -116,12 +118,15 @@ class _Full:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse a request, and close."""
-        del scope  # whatever it was
-        refused = Refused(Refusal.UNAVAILABLE, AWAY, "")
         said = (
             f"the server has {self._most} connections, as many as it takes; keep fewer open, or"
             " try again later"
         )
+        if is_openai(scope["path"]):
+            full = Refused(Refusal.UNAVAILABLE, AWAY, said)
+            await answer_unread(send, receive, openai_refusal(full))
+            return
+        refused = Refused(Refusal.UNAVAILABLE, AWAY, "")
         await respond_unread(send, receive, 503, said, refusal_headers(refused))
 
     def whole(self, *_: object, **__: object) -> bool:

@@ -47,6 +47,7 @@ from cotenant.serving.overdue import Overdue
 from cotenant.serving.refusals import HTTP_STATUS, as_refused, error_status, refusal_headers
 from cotenant.serving.rest_admin import build_admin
 from cotenant.serving.rest_generate import Generation
+from cotenant.serving.rest_openai import OpenAI, is_openai
 from cotenant.serving.tensors import Limits
 
 log = logging.getLogger("cotenant.serving")
@@ -82,6 +83,7 @@ class App:
         self._bodies = BodyReader(intake.limits, intake.budget)
         self._waiting = Overdue(_HANGUP_DELAY_S)
         self._admin = build_admin(node, intake, self._bodies)
+        self._openai = OpenAI(node, intake, self._bodies, self._token)
         generation = Generation(node, intake.limits)
         self._generation = {"/generate": generation.at_once, "/generate_stream": generation.stream}
 
@@ -90,6 +92,9 @@ class App:
             await self._admin(scope, receive, send)
             return
         path: str = scope["path"]
+        if is_openai(path):
+            await self._openai(scope, receive, send)
+            return
         head = parse_head(scope["headers"])
         if (
             self._token is not None

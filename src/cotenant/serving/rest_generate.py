@@ -73,7 +73,7 @@ class Generation:
     async def stream(self, call: InferCall, receive: Receive, send: Send) -> None:
         """Answer with an event for each piece. What goes wrong before the first is answered as
         everywhere, and later as an event."""
-        events = _Events(send)
+        events = Events(send)
         ending: Answer | None = None
         try:
             async with HangupWatch(receive), aclosing(pieces(self._node, call)) as outcomes:
@@ -101,7 +101,7 @@ class Generation:
         return said.body() if said.pieces else b""
 
 
-class _Events:
+class Events:
     """An answer as server-sent events."""
 
     def __init__(self, send: Send) -> None:
