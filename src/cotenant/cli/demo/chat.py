@@ -66,7 +66,8 @@ class Chat:
     def _answer(self, question: str) -> None:
         text: list[str] = []
         times: list[float] = []
-        asked, tokens = time.monotonic(), 0
+        asked = ended = time.monotonic()
+        tokens = 0
         self._conversation.ask(question)
         try:
             most = self._conversation.fit(self._client.count)
@@ -76,7 +77,7 @@ class Chat:
             with contextlib.closing(answer):
                 for piece in answer:
                     self._say(piece, text, times)
-                    tokens = piece.tokens or tokens
+                    tokens, ended = piece.tokens or tokens, time.monotonic()
         except KeyboardInterrupt:
             self._screen.say("\n(stopped)")
         except CotenantError as error:
@@ -87,7 +88,7 @@ class Chat:
         self._conversation.answered("".join(text))
         self._mark(self._rates.answered)
         if times:
-            answered = Answered(asked, tuple(times), tokens or len(times))
+            answered = Answered(asked, tuple(times), ended, tokens or len(times))
             self._tokens += answered.tokens
             training = "" if self._trains else "off"
             self._screen.say(line(answered, self._rates, training), "dim")

@@ -15,11 +15,12 @@ LEAST_S = 0.5
 
 
 class Answered(NamedTuple):
-    """When a question was asked, when each piece of the answer came, how many tokens there were
-    in all (a piece may hold several)."""
+    """When a question was asked, when each piece of the answer came (it may hold several tokens,
+    or the last may be none that one sees), when it was over, how many tokens there were in all."""
 
     asked: float
     pieces: tuple[float, ...]
+    ended: float
     tokens: int
 
     @property
@@ -29,8 +30,8 @@ class Answered(NamedTuple):
 
     @property
     def tokens_per_s(self) -> float | None:
-        """From the first piece on; None where only one came."""
-        took = self.pieces[-1] - self.pieces[0] if self.pieces else 0.0
+        """From the first piece on; None where there was only one token."""
+        took = self.ended - self.pieces[0] if self.pieces else 0.0
         return (self.tokens - 1) / took if took > 0 and self.tokens > 1 else None
 
     @property

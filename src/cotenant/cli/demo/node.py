@@ -82,6 +82,7 @@ class DemoNode:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "cotenant", "serve", "cotenant.yaml"],
                 cwd=directory,
+                env={**os.environ, "TMPDIR": str(directory)},  # libraries leave files there
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -177,7 +178,7 @@ class DemoNode:
             self._control.release(self._job)
             return
         assert self._directory is not None
-        env = inherited()[0] | dict.fromkeys(_ONE_THREAD, "1")
+        env = inherited()[0] | dict.fromkeys(_ONE_THREAD, "1") | {"TMPDIR": str(self._directory)}
         command = (sys.executable, "-m", "cotenant.cli.demo.train")
         self._job = self._control.submit(
             JobSpec("", "train", command, str(self._directory), env, grace=1 * S)
