@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -33,7 +34,12 @@ def cmd_llm(args: argparse.Namespace) -> int:
         try:
             with signals.held():
                 node.open()
-            _chat(node, train=not args.no_train)
+            try:
+                _chat(node, train=not args.no_train)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    print(flush=True)  # the line that the cursor is in is no longer ours
+                raise
             return 0
         except Ended as ended:
             return 128 + ended.number
