@@ -28,7 +28,7 @@ class Screen:
         self._console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
         self._began = time.monotonic()
         self._progress = ""
-        self._asks = sys.stdin.isatty()
+        self._asks = bool(sys.stdin and sys.stdin.isatty())  # None where it was closed
         if self._asks:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401 - lines can be edited from here on
@@ -41,7 +41,7 @@ class Screen:
             except EOFError:
                 self.say()
                 return None
-        line = sys.stdin.readline()
+        line = sys.stdin.readline() if sys.stdin else ""
         if not line:
             return None
         self.say(PROMPT + clean(line).strip())
