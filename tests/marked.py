@@ -15,7 +15,7 @@ PATIENCE_S = 90.0
 class Marked:
     """A command as a process of its own, recognisable with all it starts."""
 
-    def __init__(self, directory: Path, *command: str) -> None:
+    def __init__(self, directory: Path, *command: str, stdin: int | None = None) -> None:
         self.directory = directory
         self._mark = f"COTENANT_TEST_MARK={uuid.uuid4().hex}"
         name, _, value = self._mark.partition("=")
@@ -23,6 +23,7 @@ class Marked:
         (directory / "tmp").mkdir()
         self.process = subprocess.Popen(
             [sys.executable, *command],
+            stdin=stdin,
             stdout=self._output,
             stderr=subprocess.STDOUT,
             env={**os.environ, name: value, "TMPDIR": str(directory / "tmp")},
@@ -41,11 +42,15 @@ class Marked:
             time.sleep(0.05)
 
     def left_behind(self) -> list[str]:
-        """Processes that it (or anything it started) started, and files in its directory."""
-        found = []
+        """Processes that it (or anything it started) started, and files in its directory. Jobs,
+        which do not have the mark, are known by where they run."""
+        found, tmp = [], str(self.directory / "tmp")
         for entry in Path("/proc").iterdir():
             try:
-                if entry.name.isdigit() and self._mark.encode() in (entry / "environ").read_bytes():
+                if not entry.name.isdigit():
+                    continue
+                marked = self._mark.encode() in (entry / "environ").read_bytes()
+                if marked or str((entry / "cwd").readlink()).startswith(tmp):
                     found.append((entry / "cmdline").read_bytes().replace(b"\0", b" ").decode())
             except OSError:
                 continue

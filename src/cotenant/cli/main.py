@@ -11,6 +11,7 @@ from pathlib import Path
 from cotenant import __version__
 from cotenant.cli.bench.colocate import add_bench
 from cotenant.cli.commands import add_commands
+from cotenant.cli.demo.command import add_demo
 from cotenant.cli.simulate.command import add_simulate
 from cotenant.domain.errors import CotenantError
 
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     add_commands(commands)
     add_bench(commands)
     add_simulate(commands)
+    add_demo(commands)
     return parser
 
 

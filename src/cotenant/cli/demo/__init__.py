@@ -1,0 +1,1 @@
+"""Demonstrations that come with the command: ``cotenant demo llm``."""
