@@ -18,6 +18,8 @@ from cotenant.domain.workload import BatchSpec, JobSpec, Joining, RestartPolicy,
 
 MEASURES: Final = ("exact", "argmax", "threshold", "r2")
 """Ways to compare check data; ``engines.accuracy`` says what they are."""
+ENGINES: Final = ("auto", "vllm")
+"""What may serve a model: an engine of ours, by the kind of its file, or vLLM."""
 
 
 class PolicyConfig(msgspec.Struct, frozen=True):
@@ -79,7 +81,7 @@ class CheckSettings(msgspec.Struct, frozen=True):
 class ModelSettings(msgspec.Struct, frozen=True):
     """``model.yaml`` of a model directory: all optional. ``shapes`` fills free axes of inputs
     for the warm-up, ``ranges`` says which integers an input may hold (both ends included);
-    ``keep_versions`` newest versions stay loaded."""
+    ``keep_versions`` newest versions stay loaded; ``engine``: one of ``ENGINES``."""
 
     slo: Slo | None = None
     batch: BatchSpec | None = None
@@ -88,6 +90,7 @@ class ModelSettings(msgspec.Struct, frozen=True):
     check: CheckSettings = CheckSettings()
     keep_versions: int = 1
     accuracy_floor: float = 0.0
+    engine: str = "auto"
 
 
 def parse_config(text: str) -> NodeConfig:
@@ -153,6 +156,7 @@ def parse_model_settings(text: str) -> ModelSettings:
         check=_check(root.section("check")),
         keep_versions=root.take("keep_versions", reading.integer(1, 100), 1),
         accuracy_floor=root.take("accuracy_floor", reading.share, 0.0),
+        engine=root.take("engine", reading.one_of(ENGINES), "auto"),
     )
     root.done()
     return settings

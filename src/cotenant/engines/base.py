@@ -150,8 +150,11 @@ SUFFIXES = (".onnx", ".gguf", ".safetensors", ".safetensors.index.json", ".piece
 """Model files that some engine opens, by preference."""
 
 
-def open_engine(path: Path, units: Sequence[int]) -> Engine | TurnEngine:
-    """Load the model at ``path`` for each unit count in ``units``; raises ModelError."""
+def open_engine(path: Path, units: Sequence[int], engine: str = "auto") -> Engine | TurnEngine:
+    """Load the model at ``path`` for each unit count in ``units``, into this ``engine`` (one of
+    ``config.ENGINES``); raises ModelError."""
+    if engine == "vllm":
+        return _open_vllm(path)
     if path.suffix == ".onnx":
         from cotenant.engines.onnx import OnnxEngine
 
@@ -168,3 +171,15 @@ def open_engine(path: Path, units: Sequence[int]) -> Engine | TurnEngine:
 
         return PiecesEngine(path)
     raise ModelError(f"{path.name}: no engine for this kind of file; known: {SUFFIXES}")
+
+
+def _open_vllm(path: Path) -> TurnEngine:
+    if ".safetensors" not in path.suffixes:
+        raise ModelError(f"{path.name}: engine: vllm serves safetensors alone")
+    try:
+        from cotenant.engines.llm.vllm import VllmEngine
+
+        return VllmEngine(path)
+    except ImportError as error:
+        needs = "engine: vllm needs the extra vllm: pip install 'cotenant[vllm]'"
+        raise ModelError(f"{needs} ({error})") from error

@@ -133,7 +133,7 @@ class Worker:
 
     def _open(self, order: Open) -> Opened | OpenFailed:
         try:
-            engine = open_engine(Path(order.path), order.units)
+            engine = open_engine(Path(order.path), order.units, order.settings.engine)
             if isinstance(engine, TurnEngine):
                 self._sequences = Sequences(engine, self._gather, self._store)
                 return self._sequences.open(order)
