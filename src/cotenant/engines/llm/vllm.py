@@ -172,24 +172,17 @@ class VllmEngine:
         self._llm = LLMEngine.from_engine_args(EngineArgs(**{**arguments, **more}))
         self._scheduler = self._llm.engine_core.engine_core.scheduler
         self._context = int(self._llm.model_config.max_model_len)
+        self.balloon: Balloon = self._scheduler.balloon
 
     @property
     def meta(self) -> EngineMeta:
         room = self.balloon.most * self._scheduler.block_size
         return contract.language_meta("vllm", self._context, room)
 
-    @property
-    def balloon(self) -> Balloon:
-        """What vLLM is kept from using."""
-        balloon: Balloon = self._scheduler.balloon
-        return balloon
-
     def begin(self, key: int, inputs: dict[str, Array]) -> None:
         try:
             options = contract.read_options(inputs)
-            prompt = contract.read_prompt(
-                inputs, lambda text: self._text.encode(text, special=True, most=self._context)
-            )
+            prompt = contract.read_prompt(inputs, self._encode)
             self._check(prompt, options)
         except (InvalidRequest, TooLarge) as error:
             raise ModelError(str(error)) from error
@@ -202,6 +195,9 @@ class VllmEngine:
             self._llm.abort_request([str(key)])
             raise ModelError(f"vLLM refuses it: {error}") from error
         self._answers[key] = _Answer("options" in inputs, options.logprobs)
+
+    def _encode(self, text: str) -> list[int]:
+        return self._text.encode(text, special=True, most=self._context)
 
     def _check(self, prompt: tuple[int, ...], options: Options) -> None:
         """What our own engine refuses is refused here too."""
