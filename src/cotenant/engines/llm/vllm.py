@@ -25,6 +25,7 @@ from cotenant.domain.errors import InvalidRequest, ModelError, TooLarge
 from cotenant.engines.base import Array, EngineMeta, Turn, Turns
 from cotenant.engines.llm import asking, contract
 from cotenant.engines.llm.asking import Chosen, Details, Options
+from cotenant.engines.llm.forms import check_form, check_repeats
 from cotenant.engines.llm.text import Text
 from cotenant.policy.iterations import IterationCosts, Load, load
 
@@ -42,8 +43,10 @@ ENVIRONMENT: Final = {
     "HF_HUB_OFFLINE": "1",  # a model is what is on the disk
 }
 """Read by vLLM when it is imported."""
+REPEATS: Final = 1000
+"""Of a part of a form. Its version of llguidance takes memory for each, without an end."""
 SEEDS: Final = 1 << 63
-"""vLLM takes seeds from 0 to this; -1 would be no seed to it."""
+"""vLLM takes seeds from 0 to this. -1 is no seed to it."""
 
 
 class Balloon:
@@ -75,10 +78,8 @@ class Balloon:
         self._shrink(0)
 
     def _shrink(self, size: int) -> None:
-        gone = self._held[size:]
-        if gone:
-            del self._held[size:]
-            self._pool.free_blocks(gone)
+        self._pool.free_blocks(self._held[size:])
+        del self._held[size:]
 
 
 def scheduler_class() -> type:
@@ -134,10 +135,8 @@ class VllmEngine:
         import vllm
 
         if vllm.__version__.partition("+")[0] != VERSION:
-            raise ModelError(
-                f"vLLM {vllm.__version__} is installed, and this version of Cotenant is made for "
-                f"{VERSION}: pip install 'cotenant[vllm]'"
-            )
+            right = f"{VERSION} is needed: pip install 'cotenant[vllm]'"
+            raise ModelError(f"vLLM {vllm.__version__} is installed, and {right}")
         self._text = Text.from_folder(path.parent)
         try:
             self._open(path.parent, more or {})
@@ -206,11 +205,12 @@ class VllmEngine:
             raise InvalidRequest(problem or "engine: vllm makes no embeddings")
         if not prompt or options.max_tokens < 1:
             raise InvalidRequest("a prompt and an answer have at least one token each")
+        if options.grammar:
+            check_form(options.grammar)
+            check_repeats(options.grammar, REPEATS)
         if len(prompt) + options.max_tokens > self._context:
-            raise TooLarge(
-                f"{len(prompt)} tokens of the prompt and up to {options.max_tokens} of the answer "
-                f"are more than {self._context}"
-            )
+            total = f"{len(prompt)} of the prompt and up to {options.max_tokens} of the answer"
+            raise TooLarge(f"{total} are more tokens than {self._context}")
 
     def turn(self, units: int, keys: Sequence[int], budget: int) -> Turns:  # noqa: ARG002
         """``units`` are those that the process was started on. What others say in the step is kept
@@ -252,8 +252,6 @@ class VllmEngine:
         known = [key for key in keys if self._answers.pop(key, None) is not None]
         if known:
             self._llm.abort_request([str(key) for key in known])
-
-    # --- memory -----------------------------------------------------------------------------
 
     def resize(self, target: int) -> None:
         """Use at most so many bytes for keys and values, from when no request has more."""
