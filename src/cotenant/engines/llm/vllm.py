@@ -46,7 +46,7 @@ ENVIRONMENT: Final = {
 REPEATS: Final = 1000
 """Of a part of a form. Its version of llguidance takes memory for each, without an end."""
 SEEDS: Final = 1 << 63
-"""vLLM takes seeds from 0 to this. -1 is no seed to it."""
+"""vLLM takes seeds below this; -1 is none to it."""
 
 
 class Balloon:
@@ -249,9 +249,9 @@ class VllmEngine:
         return turn
 
     def forget(self, keys: Sequence[int]) -> None:
-        known = [key for key in keys if self._answers.pop(key, None) is not None]
+        known = [str(key) for key in keys if self._answers.pop(key, None)]
         if known:
-            self._llm.abort_request([str(key) for key in known])
+            self._llm.abort_request(known)
 
     def resize(self, target: int) -> None:
         """Use at most so many bytes for keys and values, from when no request has more."""
@@ -273,9 +273,8 @@ class VllmEngine:
         if self._parked == 2:
             self._llm.wake_up(["weights"])
             self._llm.collective_rpc("reload_weights")
-            self._llm.wake_up(["kv_cache"])
-        elif self._parked:
-            self._llm.wake_up()
+        if self._parked:
+            self._llm.wake_up(["kv_cache"] if self._parked == 2 else None)
         self._parked = 0
         self.balloon.settle()
 
@@ -336,9 +335,8 @@ class _Answer:
             chosen = tuple(choice for each in said for choice in self._chosen(each))
             details = Details(said=chosen, cached=outputs[-1].num_cached_tokens or 0)
         text = "".join(each.text for each in said)
-        return Turn(
-            contract.write_outputs(text, tokens, reason, details), bool(reason), said=len(tokens)
-        )
+        written = contract.write_outputs(text, tokens, reason, details)
+        return Turn(written, bool(reason), said=len(tokens))
 
     def _chosen(self, said: Any) -> Iterator[Chosen]:
         """vLLM tells, by token, of the chosen one and the likeliest ones, with their ranks."""
