@@ -1,4 +1,4 @@
-"""Tiny models of random weights, as GGUF files."""
+"""Tiny models of random weights, as GGUF files; tokenizers of bytes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 HIDDEN, HEADS, KV_HEADS, FFN, LAYERS = 256, 4, 2, 256, 2
 TYPES = gguf.GGMLQuantizationType
@@ -102,3 +103,21 @@ def write(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+END = 256
+
+
+def write_tokenizer(folder: Path) -> None:
+    """A ``tokenizer.json`` of bytes (in another order than ASCII's) and of one token that ends
+    answers."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {letter: token for token, letter in enumerate(letters)} | {"<|end|>": END}
+    tokenizer = Tokenizer(models.BPE(vocab, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        '{"eos_token": "<|end|>", "tokenizer_class": "PreTrainedTokenizerFast"}'
+    )

@@ -222,6 +222,10 @@ def test_model_settings_are_read_as_strictly() -> None:
     assert settings.shapes == {"x": (1, 8)}
     assert settings.keep_versions == 3
     assert parse_model_settings("").slo is None
+    assert parse_model_settings("").engine == "auto"
+    assert parse_model_settings("engine: vllm").engine == "vllm"
+    with pytest.raises(ConfigError, match="did you mean 'vllm'"):
+        parse_model_settings("engine: vlm")
     with pytest.raises(ConfigError, match="did you mean 'keep_versions'"):
         parse_model_settings("keep_version: 3")
     with pytest.raises(ConfigError, match=r"warmup_shapes\.x"):

@@ -26,6 +26,8 @@ from cotenant.domain.workload import (
 
 MEASURES: Final = ("exact", "argmax", "threshold", "r2")
 """Ways to compare check data; ``engines.accuracy`` says what they are."""
+ENGINES: Final = ("auto", "vllm")
+"""What may serve a model: an engine of ours, by the kind of its file, or vLLM."""
 
 
 class PolicyConfig(msgspec.Struct, frozen=True):
@@ -105,7 +107,7 @@ class ModelSettings(msgspec.Struct, frozen=True):
     """``model.yaml`` of a model directory: all optional. ``shapes`` fills free axes of inputs
     for the warm-up, ``ranges`` says which integers an input may hold (both ends included);
     ``keep_versions`` newest versions stay loaded; ``exactness`` is the floor of a language model's
-    builds."""
+    builds; ``engine`` is one of ``ENGINES``."""
 
     slo: Slo | None = None
     batch: BatchSpec | None = None
@@ -115,6 +117,7 @@ class ModelSettings(msgspec.Struct, frozen=True):
     keep_versions: int = 1
     accuracy_floor: float = 0.0
     exactness: Exactness = Exactness()
+    engine: str = "auto"
 
 
 def parse_config(text: str) -> NodeConfig:
@@ -182,6 +185,7 @@ def parse_model_settings(text: str) -> ModelSettings:
         keep_versions=root.take("keep_versions", reading.integer(1, 100), 1),
         accuracy_floor=root.take("accuracy_floor", reading.share, 0.0),
         exactness=_exactness(root.section("exactness")),
+        engine=root.take("engine", reading.one_of(ENGINES), "auto"),
     )
     root.done()
     return settings

@@ -179,6 +179,8 @@ def open_engine(
 ) -> Engine | TurnEngine:
     """Load the model at ``path`` for each unit count in ``units``, a language model with at most
     ``kv`` bytes of keys and values; raises ModelError."""
+    if settings.engine == "vllm":
+        return _open_vllm(path, kv)
     if path.suffix == ".onnx":
         from cotenant.engines.onnx import OnnxEngine
 
@@ -195,3 +197,15 @@ def open_engine(
 
         return PiecesEngine(path)
     raise ModelError(f"{path.name}: no engine for this kind of file; known: {SUFFIXES}")
+
+
+def _open_vllm(path: Path, kv: int) -> TurnEngine:
+    if ".safetensors" not in path.suffixes:
+        raise ModelError(f"{path.name}: engine: vllm serves safetensors alone")
+    try:
+        from cotenant.engines.llm.vllm import VllmEngine
+
+        return VllmEngine(path, kv)
+    except ImportError as error:
+        needs = "engine: vllm needs the extra vllm: pip install 'cotenant[vllm]'"
+        raise ModelError(f"{needs} ({error})") from error

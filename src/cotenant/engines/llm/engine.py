@@ -1,21 +1,6 @@
 """Language models behind a worker's contract: a turn is an iteration of all answers under way.
 
-Inputs, all but the first optional:
-
-| input | is |
-| --- | --- |
-| ``text_input`` BYTES [1] | the prompt; in it ``<|im_start|>`` and such are special tokens |
-| ``max_tokens`` INT32 [1] | how many tokens may be said (256) |
-| ``temperature`` FP32 [1] | 0 (the default) is greedy |
-| ``top_p`` FP32 [1], ``top_k`` INT32 [1] | of which tokens to draw (all) |
-| ``seed`` INT64 [1] | of the draws (0) |
-| ``stop`` BYTES [-1] | strings that end the answer and are not part of it |
-| ``prompt_tokens`` INT64 [-1] | the prompt in place of ``text_input``, which is empty then |
-| ``options`` BYTES [1] | all settings in place of those above: ``asking.Options`` as JSON |
-
-Outputs of a turn: ``text_output`` BYTES [1] that is certain by now, ``tokens`` INT64 [-1],
-``finish_reason`` BYTES [1] (``stop``, ``length``; "" as long as the answer goes on), ``details``
-BYTES [1] (``asking.Details`` as JSON where the request had ``options``, else "").
+Inputs and outputs are those of ``contract``.
 """
 
 from __future__ import annotations
@@ -24,50 +9,30 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-import msgspec
-import numpy as np
-
 from cotenant.domain.config import Exactness
 from cotenant.domain.errors import InvalidRequest, ModelError, TooLarge
-from cotenant.domain.port import TensorMeta
 from cotenant.engines.base import Array, EngineMeta, PoolUse, Turn, Turns
 from cotenant.engines.llm.asking import Chosen, Details, Options
 from cotenant.engines.llm.blocks import BlockPool
 from cotenant.engines.llm.checkpoint import open_checkpoint
+from cotenant.engines.llm.contract import (
+    language_meta,
+    read_options,
+    read_prompt,
+    sampling_of,
+    write_outputs,
+)
 from cotenant.engines.llm.gate import FLOOR
 from cotenant.engines.llm.generator import Generator, Piece, Question
 from cotenant.engines.llm.iteration import Iterations, Limits
 from cotenant.engines.llm.language import text_of
 from cotenant.engines.llm.runner import Runner, Sizes
-from cotenant.engines.llm.sampler import Sampling
 from cotenant.engines.llm.verdicts import chosen_build
 
 SIZE: Final = 16
 """Tokens of a block."""
 CONTEXT: Final = 4096
 """The most tokens of a sequence, where the model has more."""
-
-_SETTINGS: Final = (
-    TensorMeta("max_tokens", "INT32", (1,), optional=True),
-    TensorMeta("temperature", "FP32", (1,), optional=True),
-    TensorMeta("top_p", "FP32", (1,), optional=True),
-    TensorMeta("top_k", "INT32", (1,), optional=True),
-    TensorMeta("seed", "INT64", (1,), optional=True),
-)
-"""Fields of ``Options`` that are inputs of their own."""
-_INPUTS: Final = (
-    TensorMeta("text_input", "BYTES", (1,)),
-    *_SETTINGS,
-    TensorMeta("stop", "BYTES", (-1,), optional=True),
-    TensorMeta("prompt_tokens", "INT64", (-1,), optional=True),
-    TensorMeta("options", "BYTES", (1,), optional=True),
-)
-_OUTPUTS: Final = (
-    TensorMeta("text_output", "BYTES", (1,)),
-    TensorMeta("tokens", "INT64", (-1,)),
-    TensorMeta("finish_reason", "BYTES", (1,)),
-    TensorMeta("details", "BYTES", (1,)),
-)
 
 
 class LlmEngine:
@@ -93,48 +58,24 @@ class LlmEngine:
 
     @property
     def meta(self) -> EngineMeta:
-        return EngineMeta(
-            "cotenant_llm",
-            _INPUTS,
-            _OUTPUTS,
-            batchable=False,
-            turns=True,
-            context=self._context,
-            room=self._room,
-            pool=self._room // SIZE * self._block,
-        )
+        pool = self._room // SIZE * self._block
+        return language_meta("cotenant_llm", self._context, self._room, pool)
 
     def begin(self, key: int, inputs: dict[str, Array]) -> None:
         try:
-            options = _options(inputs)
+            options = read_options(inputs)
             self._generator.begin(key, self._question(inputs, options))
         except (InvalidRequest, TooLarge) as error:
             raise ModelError(str(error)) from error
         self._said[key] = _Said(detailed="options" in inputs)
 
     def _question(self, inputs: dict[str, Array], options: Options) -> Question:
-        text = str(inputs["text_input"][0])
-        if "prompt_tokens" in inputs:
-            if text:
-                raise InvalidRequest("the prompt is either text_input or prompt_tokens, not both")
-            prompt = inputs["prompt_tokens"].tolist()
-        else:
-            prompt = self._generator.text.encode(text, special=True, most=self._context)
+        text = self._generator.text
+        prompt = read_prompt(inputs, lambda t: text.encode(t, special=True, most=self._context))
         return Question(
-            prompt=tuple(prompt),
+            prompt=prompt,
             most=options.max_tokens,
-            sampling=Sampling(
-                temperature=options.temperature,
-                top_k=options.top_k,
-                top_p=options.top_p,
-                min_p=options.min_p,
-                presence=options.presence_penalty,
-                frequency=options.frequency_penalty,
-                repetition=options.repetition_penalty,
-                seed=options.seed,
-                bias=options.logit_bias,
-                logprobs=options.logprobs,
-            ),
+            sampling=sampling_of(options),
             stops=options.stop,
             grammar=options.grammar,
             endless=options.ignore_eos,
@@ -168,21 +109,6 @@ class LlmEngine:
             self._said.pop(key, None)
 
 
-def _options(inputs: dict[str, Array]) -> Options:
-    """Of a request. Raises InvalidRequest."""
-    given = {t.name: inputs[t.name][0].item() for t in _SETTINGS if t.name in inputs}
-    if "stop" in inputs:
-        given["stop"] = tuple(map(str, inputs["stop"]))
-    if "options" not in inputs:
-        return Options(**given)
-    if given:
-        raise InvalidRequest(f"{', '.join(given)}: give them in options, where those are given")
-    try:
-        return msgspec.json.decode(str(inputs["options"][0]), type=Options)
-    except (msgspec.MsgspecError, RecursionError) as error:
-        raise InvalidRequest(f"options: {error}") from error
-
-
 class _Said:
     """Of an answer, what was not given out yet."""
 
@@ -206,18 +132,14 @@ class _Said:
         text = "".join(piece.text for piece in pieces)
         tokens = [choice.token for piece in pieces for choice in piece.choices]
         reason = last.end.value if last.end is not None else ""
-        details = _details(pieces) if self.detailed else ""
-        outputs = [_strings(text), np.array(tokens, np.int64), _strings(reason), _strings(details)]
+        details = _details(pieces) if self.detailed else None
+        outputs = write_outputs(text, tokens, reason, details)
         return Turn(outputs, self.over, said=len(tokens))
 
 
-def _strings(text: str) -> Array:
-    return np.array([text], np.object_)
-
-
-def _details(pieces: list[Piece]) -> str:
+def _details(pieces: list[Piece]) -> Details:
     last = pieces[-1]
-    details = Details(
+    return Details(
         said=tuple(
             Chosen(c.token, None if c.logprob != c.logprob else c.logprob, c.top)
             for piece in pieces
@@ -226,4 +148,3 @@ def _details(pieces: list[Piece]) -> str:
         cached=last.cached,
         embedding=tuple(last.embedding.tolist()) if last.embedding is not None else (),
     )
-    return msgspec.json.encode(details).decode()

@@ -6,26 +6,17 @@ they are small, shallow and compiled within ``LIMITS``; what is beyond is refuse
 
 from __future__ import annotations
 
-import json
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, TokenizerWrapper
 
-from cotenant.domain.errors import InvalidRequest, ModelError, TooLarge
+from cotenant.domain.errors import InvalidRequest, ModelError
 from cotenant.engines.llm.asking import Expression, JsonObject, JsonSchema, Lark, OneOf, Spec
+from cotenant.engines.llm.forms import check_form, name_of, schema_text
 from cotenant.engines.llm.text import Text
 
-MOST_SCHEMA: Final = 1 << 16
-"""Characters of a schema as JSON."""
-MOST_SOURCE: Final = 1 << 14
-"""Characters of an expression, a Lark grammar or a list of choices."""
-MOST_DEPTH: Final = 64
-"""Brackets in brackets. llguidance descends into them, and its stack has an end."""
-MOST_RULES: Final = 1000
-"""Lines of a Lark grammar, and references in a schema: one may lead to the next."""
-MOST_CHOICES: Final = 1000
 LIMITS: Final = LLParserLimits(
     max_items_in_row=1000,
     initial_lexer_fuel=500_000,
@@ -105,12 +96,12 @@ class Grammars:
             source = _source(spec)
             matcher = LLMatcher(self._tokenizer, source, log_level=0, limits=LIMITS)
         except ValueError as error:
-            raise InvalidRequest(f"{_name(spec)}: {error}") from error
+            raise InvalidRequest(f"{name_of(spec)}: {error}") from error
         if matcher.is_error():
-            raise InvalidRequest(f"{_name(spec)}: {matcher.get_error()}")
+            raise InvalidRequest(f"{name_of(spec)}: {matcher.get_error()}")
         grammar = Grammar(matcher, self._vocabulary, self._ends)
         if not grammar.allowed().any():
-            raise InvalidRequest(f"{_name(spec)}: no text is of this form")
+            raise InvalidRequest(f"{name_of(spec)}: no text is of this form")
         return grammar
 
 
@@ -139,35 +130,19 @@ class _Words:
         return [self._bytes[byte] for byte in whole if byte in self._bytes]
 
 
-def _name(spec: Spec) -> str:
-    return str(spec.__struct_config__.tag)
-
-
 def _source(spec: Spec) -> str:
     """In llguidance's own form, once it is seen to be small enough."""
+    check_form(spec)
     match spec:
         case JsonObject():
             return LLMatcher.grammar_from_json_schema({"type": "object"})
-        case JsonSchema(schema):
-            try:
-                written = json.dumps(schema)
-            except (TypeError, ValueError, RecursionError) as error:
-                raise InvalidRequest(f"json_schema is no JSON: {error}") from error
-            _small(spec, written, MOST_SCHEMA)
-            _few(spec, "references", written.count('"$ref"'), MOST_RULES)
-            return LLMatcher.grammar_from_json_schema(written)
+        case JsonSchema():
+            return LLMatcher.grammar_from_json_schema(schema_text(spec))
         case Expression(pattern):
-            _small(spec, pattern)
             return LLMatcher.grammar_from_regex(pattern)
         case Lark(grammar):
-            _small(spec, grammar)
-            _few(spec, "lines", grammar.count("\n"), MOST_RULES)
             return LLMatcher.grammar_from_lark(grammar)
         case OneOf(choices):
-            if not choices:
-                raise InvalidRequest("choice needs at least one text")
-            _few(spec, "texts", len(choices), MOST_CHOICES)
-            _few(spec, "characters", sum(map(len, choices)), MOST_SOURCE)
             return LLMatcher.grammar_from_regex("|".join(map(_quoted, choices)))
 
 
@@ -176,17 +151,3 @@ def _quoted(text: str) -> str:
     return "".join(
         each if each.isascii() and each.isalnum() else f"\\x{{{ord(each):x}}}" for each in text
     )
-
-
-def _small(spec: Spec, source: str, most: int = MOST_SOURCE) -> None:
-    _few(spec, "characters", len(source), most)
-    depth = deepest = 0
-    for each in source:  # those in quotes count as well: it is a bound
-        depth += (each in "([{") - (each in ")]}")
-        deepest = max(deepest, depth)
-    _few(spec, "brackets in each other", deepest, MOST_DEPTH)
-
-
-def _few(spec: Spec, what: str, count: int, most: int) -> None:
-    if count > most:
-        raise TooLarge(f"{_name(spec)} has {count} {what}; at most {most} are taken")
