@@ -197,3 +197,25 @@ def test_answers_that_were_short_are_expected_to_be() -> None:
     ask(world, prompt=400, most=500, more=True)
     batch = one(ask(world, prompt=400, most=500), a.Dispatch).batch
     assert len(batch.requests) == 2, "they fit as long as answers are short"
+
+
+def test_a_time_out_is_for_the_queue_and_an_answer_that_began_goes_on() -> None:
+    world = talking()
+    world.service("other", objective=400 * MS).worker("o0", "other")
+    world.planned({"s": (0,), "other": (0,)}, version=2)
+    world.arrive(timeout=2 * S, prompt=10, most=50)
+    world.arrive("other", slo=1 * MS)
+    actions = turn(world, 1, (1,))
+    assert not only(actions, a.Reject)
+    assert not only(world.send(e.Woke(), after=3 * S), a.Reject)
+
+
+def test_a_newcomer_for_another_version_does_not_end_a_lease() -> None:
+    world = talking(keep=2)
+    batch = one(ask(world), a.Dispatch).batch
+    service = world.d.state.services["s"]
+    service.versions["2"] = 0
+    load(world.d.state, "w9", "s", "2")
+    world.send(e.WorkerUp("w9", "s", "2", "cpu", ((1, 1, FIXED),), turns=True))
+    assert not only(ask(world, version="2"), a.Recall)
+    assert world.d.state.running[batch.id].turns > 1

@@ -202,6 +202,11 @@ def _best_turn(
     where its first piece would come first, of the service's partitions and instances."""
     best: tuple[int, int, PartitionState, int] | None = None
     workers = [w for w in state.workers.values() if w.service == service.name and w.up]
+    ahead: dict[str, list[Request]] = {}
+    for worker in workers:  # of a version's queue each instance gets its part
+        if worker.version not in ahead:
+            waiting = generation.queued(state, service, worker, request.priority)
+            ahead[worker.version] = waiting[:: max(1, service.workers)]
     for partition in mine:
         free_in = back_in(partition, now)
         if partition.batch:
@@ -210,8 +215,9 @@ def _best_turn(
         for worker in workers:
             if worker.device != partition.device or worker.retiring:
                 continue
-            wait, own = generation.wait_and_own(state, service, partition, worker, request)
-            crowded = generation.crowded(state, service, partition, worker, request)
+            others = ahead[worker.version]
+            wait, own = generation.wait_and_own(state, service, partition, worker, others, request)
+            crowded = generation.crowded(state, service, partition, worker, others, request)
             found = free_in + wait, own, partition, crowded
             if best is None or (crowded, found[0] + own) < (best[3], best[0] + best[1]):
                 best = found

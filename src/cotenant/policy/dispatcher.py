@@ -122,10 +122,11 @@ class Dispatcher:
         self._roster.service_removed(event)
 
     def _worker_up(self, event: e.WorkerUp) -> None:
-        self._roster.worker_up(event)
         worker = self.state.workers.get(event.worker)
-        if worker is not None and worker.up:
-            self._place(self._pools.worker_up(worker))
+        was_up = worker is not None and worker.up
+        self._roster.worker_up(event)
+        if worker is not None and worker.up and not was_up:
+            self._place([*self._pools.worker_up(worker), self.state.services[worker.service]])
         self._residency.settle(event.service)
         self._relayout.settle()
 
@@ -141,8 +142,9 @@ class Dispatcher:
         if not worker.up:
             self._load_failed(e.LoadFailed(event.worker, event.reason))
             return
-        self._place(self._pools.worker_down(worker))
+        grown = self._pools.worker_down(worker)
         self._roster.worker_down(worker)
+        self._place(grown)
         self._residency.lost(worker)
         self._relayout.settle()
         self._tenancy.settle()
@@ -153,7 +155,7 @@ class Dispatcher:
     def _place(self, grown: list[ServiceState]) -> None:
         """Who waited for memory may have found it."""
         for service in grown:
-            if service.queued:
+            if service.queued and service.name in self.state.services:
                 self._turns.place(service)
 
     def _batch_done(self, event: e.BatchDone) -> None:

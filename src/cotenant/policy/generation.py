@@ -140,21 +140,23 @@ def wait_and_own(
     service: ServiceState,
     partition: PartitionState,
     worker: WorkerState,
+    ahead: list[Request],
     request: Request,
 ) -> tuple[int, int]:
     """Ns until a newcomer's prompt is begun, once the turn under way is over; and from then until
-    its first token."""
+    its first token. ``ahead``: who waits for their first turn there, before it. A wait beyond its
+    deadline is told as some such wait: how much longer it is would cost more to know."""
     beside = on_worker(state, service, worker)
-    ahead = queued(state, service, worker, request.priority)
     costs = costs_of(service, partition)
     decode = turn_ns(state, service, partition, beside)
     reading = [r for r in beside if not _has_spoken(state, r)]
     before = sum([_read_ns(costs, r.prompt) for r in (*reading, *ahead)])
     own = _read_ns(costs, request.prompt)
     within = budget(state, service, partition, going_on=len(reading) < len(beside))
-    wait = _turns_until(state, service, worker, beside, ahead, request) * max(1, decode)
+    most = max(0, request.deadline - state.now) // max(1, decode)
+    wait = _turns_until(state, service, worker, (beside, ahead, request), most) * max(1, decode)
     if within:  # a part of each turn goes to those who go on
-        left = max(within // LEAST_SHARE, within - decode)
+        left = max(1, within // LEAST_SHARE, within - decode)
         before, own = before * within // left, own * within // left
     elif decode:
         before += decode * -(-sum([r.prompt for r in (*reading, *ahead)]) // CHUNK)
@@ -167,6 +169,7 @@ def crowded(
     service: ServiceState,
     partition: PartitionState,
     worker: WorkerState,
+    ahead: list[Request],
     request: Request,
 ) -> int:
     """Ns after which to try again, if with a newcomer the answers under way could not keep the pace
@@ -174,7 +177,7 @@ def crowded(
     beside = on_worker(state, service, worker)
     if not service.pace or not beside:
         return 0
-    batch = [*beside, *queued(state, service, worker, request.priority), request]
+    batch = [request, *beside, *ahead[: service.max_batch]]
     alone = turn_ns(state, service, partition, [request])
     together = turn_ns(state, service, partition, batch[: service.max_batch])
     if together <= max(service.pace, 2 * alone):
@@ -212,12 +215,13 @@ def _turns_until(
     state: DispatcherState,
     service: ServiceState,
     worker: WorkerState,
-    beside: Sequence[Request],
-    ahead: Sequence[Request],
-    request: Request,
+    company: tuple[list[Request], list[Request], Request],
+    most: int,
 ) -> int:
-    """After how many turns there are a place and memory for a newcomer, if those ``ahead`` of it
-    get theirs first."""
+    """After how many turns there are a place and memory for a newcomer. ``company``: who is beside
+    it, who is ahead of it and gets theirs first, and the newcomer. It is not looked beyond ``most``
+    turns."""
+    beside, ahead, request = company
     ends = [_sequence(state, service, r)[1] for r in beside]
     until = 0
     heapify(ends)
@@ -228,12 +232,14 @@ def _turns_until(
             heapify(ends)
         else:
             until = ends[0]
+            if until > most:
+                return until
             heapreplace(ends, until + left)
     if not worker.room:
         return until
     own = _sequence(state, service, request)
     going = sorted([_sequence(state, service, r) for r in beside], key=lambda s: s[1])
-    while going:
+    while going and until <= most:
         passed = until
         later = [(held + passed, left - passed) for held, left in going if left > passed]
         if peak([*later, own]) <= worker.room:

@@ -66,7 +66,7 @@ def enqueue(state: DispatcherState, service: ServiceState, request: Request) -> 
     own = service.exec[service.home].predict(1, rows, lane.size)
     due = request.deadline + priority * AGEING - own
     heappush(lane.heap, (due, request.arrived, request.id))
-    if request.expires:
+    if request.expires and request.id not in state.residents:  # an answer that began goes on
         heappush(state.expiries, (request.expires, request.id))
     lane.live += 1
     service.queued += 1

@@ -118,7 +118,6 @@ class Roster:
         enter_pool(service, worker)
         service.workers += 1
         service.at[event.device] = service.at.get(event.device, 0) + 1
-        self._turns.place(service)
 
     def worker_down(self, worker: WorkerState) -> None:
         """An instance is gone. What it executed is tried once more elsewhere."""

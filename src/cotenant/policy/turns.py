@@ -108,6 +108,8 @@ class Turns:
         state = self._state
         while state.expiries and state.expiries[0][0] <= state.now:
             _, request_id = heappop(state.expiries)
+            if request_id in state.residents:
+                continue
             if queues.withdraw(state, request_id) is not None:
                 self._desk.reject(request_id, Refusal.EXPIRED)
 
@@ -155,8 +157,14 @@ class Turns:
             return
         if running.batch.service == service.name:
             worker = state.workers[running.worker]
-            lanes = [lane for lane in service.lanes.values() if not lane.worker]
-            wanted = any(queues.has_room(state, service, worker, lane) for lane in lanes)
+            lanes = [
+                lane
+                for lane in service.lanes.values()
+                if not lane.worker and (lane.version or service.version) == worker.version
+            ]
+            wanted = not worker.retiring and any(
+                queues.has_room(state, service, worker, lane) for lane in lanes
+            )
         else:
             wanted = queues.able_count(state, service, partition.device) > 0
         if wanted:

@@ -66,7 +66,7 @@ class Monitor:
         self._talks: dict[int, _Talk] = {}
         """Answers of which a piece was sent."""
         self._paces: dict[str, int] = {}
-        """Of answers in pieces: how long (ns) each may take, and whether one was late."""
+        """Of services: after how long (ns) each further piece of an answer is due."""
         self._resident: set[int] = set()
         """Those that have had a turn and are to have another: they wait in no queue."""
         self._running: dict[int, a.Dispatch] = {}

@@ -94,8 +94,9 @@ class Pools:
 
     def due(self, device: str) -> None:
         """The time has come that ``look`` waited for."""
-        self._state.settling.pop(device, None)
-        self._state.settled.pop(device, None)
+        if self._state.settling.get(device, self._state.now + 1) <= self._state.now:
+            del self._state.settling[device]
+            self._state.settled.pop(device, None)
 
     # --- inside -----------------------------------------------------------------------------
 
