@@ -217,7 +217,7 @@ def _turns_until(
     request: Request,
 ) -> int:
     """After how many turns there are a place and memory for a newcomer, if those ``ahead`` of it
-    get theirs first."""
+    get theirs first. Memory that others lend on demand is there."""
     ends = [_sequence(state, service, r)[1] for r in beside]
     until = 0
     heapify(ends)
@@ -231,12 +231,13 @@ def _turns_until(
             heapreplace(ends, until + left)
     if not worker.room:
         return until
+    room = max(worker.room, worker.reach)
     own = _sequence(state, service, request)
     going = sorted([_sequence(state, service, r) for r in beside], key=lambda s: s[1])
     while going:
         passed = until
         later = [(held + passed, left - passed) for held, left in going if left > passed]
-        if peak([*later, own]) <= worker.room:
+        if peak([*later, own]) <= room:
             break
         until = max(until, going[0][1])
         going = going[1:]
