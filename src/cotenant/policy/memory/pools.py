@@ -19,7 +19,7 @@ from cotenant.domain import events as e
 from cotenant.domain.units import MS, S
 from cotenant.policy.desk import Desk
 from cotenant.policy.generation import on_worker, queued
-from cotenant.policy.memory.account import Account, Kind, Report, Terms
+from cotenant.policy.memory.account import STEP, Account, Kind, Report, Terms
 from cotenant.policy.memory.ledger import Ledger
 from cotenant.policy.state import ServiceState, WorkerState
 
@@ -166,6 +166,11 @@ class Pools:
     def _enter(self, ledger: Ledger, worker: WorkerState) -> None:
         wanted = worker.wanted + self._queued(worker)
         report = Report(worker.held, wanted, worker.evictable, worker.cold)
+        # A pool is whole blocks. A part of one that it is to give it never took, and who is to give
+        # gets nothing.
+        asked = ledger.account.holders[worker.id].asked
+        if asked * STEP < ledger.usable and worker.held <= ledger.target(worker.id):
+            ledger.gave(worker.id, asked)
         ledger.holds(worker.id, report)
 
     def _queued(self, worker: WorkerState) -> int:
