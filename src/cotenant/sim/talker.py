@@ -49,6 +49,8 @@ class Talker:
         self._kept: dict[int, int] = {}
         """Tokens that were said and not given out yet."""
         self._over: set[int] = set()
+        self._aside = 0
+        """How often a sequence was put aside up to the last turn."""
         self._told: tuple[int, ...] | None = None
         self._moving = 0
         """Ns of copies that the next turn waits for."""
@@ -141,7 +143,6 @@ class Talker:
         first turn."""
         iteration, lease = self._iteration, self._lease
         assert iteration is not None and lease is not None
-        before = self.core.put_aside
         self._say(iteration)
         said, unfinished = [], []
         for key in self._members:
@@ -155,7 +156,8 @@ class Talker:
         held = []
         if self._resized is not None:
             held, self._resized = self._resize(self._resized), None
-        self._tally.put_aside += self.core.put_aside - before
+        self._tally.put_aside += self.core.put_aside - self._aside
+        self._aside = self.core.put_aside
         self._members, self._turns = tuple(unfinished), self._turns + 1
         work = iteration.load.tokens, iteration.load.pairs
         more = bool(unfinished) and not self._recalled and self._turns < lease.lease.turns
