@@ -259,7 +259,7 @@ def test_figures_of_tokens_are_there_only_for_language_models() -> None:
     figures = simulate(found, POLICIES["cotenant"].settings(found)[""], 0).figures()
     assert figures["tokens_s"] > 0
     assert 0 < figures["ttft_p99_s"] < 20
-    assert 0.004 < figures["tpot_p99_s"]
+    assert figures["tpot_p99_s"] > 0.004
     plain = Outcome(S, 1, {}, {}).figures()
     assert "tokens_s" not in plain
 
