@@ -124,7 +124,13 @@ def add_simulate(commands: Any) -> None:
 
 _JUDGED = "cotenant"
 """The policy whose misses are reported."""
-NOT_MODELLED = "not modelled where several devices train, or here"
+NOT_MODELLED = "not modelled where several devices train"
+NO_MODELS = "not modelled for these language models and devices"
+
+
+def _why_left_out(scenario: Scenario) -> str:
+    several = sum(d.spec.trains for d in scenario.devices) > 1
+    return NOT_MODELLED if several else NO_MODELS
 
 
 def _simulate(args: argparse.Namespace) -> int:
@@ -138,7 +144,9 @@ def _simulate(args: argparse.Namespace) -> int:
     left_out = [p.name for p in policies if p.name not in modelled]
     policies = [p for p in policies if p.name in modelled]
     if not policies:
-        raise ConfigError(f"{NOT_MODELLED}; add cotenant, or another of them", "--policies")
+        raise ConfigError(
+            f"{_why_left_out(scenario)}; add cotenant, or another of them", "--policies"
+        )
     began = time.monotonic()
     results = _run_all(scenario, settings, [_Run(*key, 0) for key in settings])
     kept = [key for p in policies for key in _leading(p.name, settings, results)]
@@ -193,7 +201,9 @@ def _note(scenario: Scenario, results: _Results, took: float, left_out: list[str
         + "; "
         + "; ".join(f"{d.spec.id}: {d.cost.source}" for d in scenario.devices)
     )
-    return f"{note}; left out: {', '.join(left_out)} ({NOT_MODELLED})" if left_out else note
+    return (
+        f"{note}; left out: {', '.join(left_out)} ({_why_left_out(scenario)})" if left_out else note
+    )
 
 
 def _draw(
