@@ -31,7 +31,7 @@ LAWS = (
     "no_npu",
 )
 ATTAINS = 0.99
-APART = ("ten-boxes", "two-jobs", "three-gpus", "too-much")
+APART = ("ten-boxes", "two-jobs", "three-gpus", "too-much", "three-llms-one-gpu")
 """Left out unless named: two take an hour with all policies, on several GPUs not all are modelled,
 and one is more than anything can hold."""
 

@@ -124,3 +124,32 @@ def test_without_a_budget_each_has_its_limit() -> None:
     assert not world.sizes
     world.arrive("s", slo=60 * S, prompt=10, most=20)
     assert world.d.state.workers["s0"].room == 100
+
+
+def test_a_newcomer_is_admitted_by_what_its_pool_could_be_lent() -> None:
+    world = Lending()
+    for _ in range(3):
+        assert not only(world.arrive("s", slo=60 * S, prompt=10, most=20), a.Reject)
+    assert world.d.state.workers["s0"].reach == 100
+    world.report("s0", MOST)
+    world.report("t0", MOST)
+    assert world.d.state.workers["s0"].reach == 50, "its even part, where others want all"
+
+
+def test_a_part_of_a_block_that_is_asked_for_holds_up_nothing() -> None:
+    world = Lending()
+    ledger = world.d._pools._ledgers["cpu"]
+    world.report("s0", MOST)
+    world.wake()
+    world.send(e.Held("s0", MOST, MOST, 0, 0), after=S)
+    world.report("t0", MOST)
+    world.wake()
+    assert world.sizes["s0"] == MOST // 2
+    world.send(e.Held("s0", MOST // 2, MOST, 0, 0), after=S)
+    whole = world.sizes["t0"] - world.sizes["t0"] % 3  # blocks of three bytes
+    world.send(e.Held("t0", whole, MOST, 0, 0), after=S)
+    pool = ledger.account.holders["t0"]
+    assert (pool.held, pool.promised) == (whole, world.sizes["t0"] - whole)
+    pool.asked = 1
+    world.send(e.Held("t0", whole, MOST, 0, 0), after=S)
+    assert (pool.asked, pool.held) == (0, whole)

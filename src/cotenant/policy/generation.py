@@ -218,9 +218,9 @@ def _turns_until(
     company: tuple[list[Request], list[Request], Request],
     most: int,
 ) -> int:
-    """After how many turns there are a place and memory for a newcomer. ``company``: who is beside
-    it, who is ahead of it and gets theirs first, and the newcomer. It is not looked beyond ``most``
-    turns."""
+    """After how many turns there are a place and memory for a newcomer; memory that others lend on
+    demand is there. ``company``: who is beside it, who is ahead of it and gets theirs first, and
+    the newcomer. It is not looked beyond ``most`` turns."""
     beside, ahead, request = company
     ends = [_sequence(state, service, r)[1] for r in beside]
     until = 0
@@ -237,12 +237,13 @@ def _turns_until(
             heapreplace(ends, until + left)
     if not worker.room:
         return until
+    room = max(worker.room, worker.reach)
     own = _sequence(state, service, request)
     going = sorted([_sequence(state, service, r) for r in beside], key=lambda s: s[1])
     while going and until <= most:
         passed = until
         later = [(held + passed, left - passed) for held, left in going if left > passed]
-        if peak([*later, own]) <= worker.room:
+        if peak([*later, own]) <= room:
             break
         until = max(until, going[0][1])
         going = going[1:]

@@ -175,6 +175,8 @@ class WorkerState:
     room: int = 0
     """So many tokens of sequences it can hold now; 0: any number."""
     most_room: int = 0
+    reach: int = 0
+    """And so many if others lent what they do not want."""
     pool: int = 0
     """The bytes that they take at most, and (``pool_now``) may take now."""
     pool_now: int = 0

@@ -14,8 +14,37 @@ _STEP = math.log(1.02)
 """Latencies are kept in buckets 2 % wide: a percentile is right to that."""
 
 
+class TokenTally(msgspec.Struct):
+    """What a language model did. ``prompts`` and ``said``: tokens of the answers that are over.
+    ``again``: tokens that were computed though they had been before. Blocks: how often one was
+    ``read`` by an iteration, and copied to the host (``offloaded``) and back (``restored``).
+    ``pace``: mean ns of a token behind the first, by answer."""
+
+    prompts: int = 0
+    said: int = 0
+    again: int = 0
+    put_aside: int = 0
+    read: int = 0
+    offloaded: int = 0
+    restored: int = 0
+    pace: dict[int, int] = {}
+
+    def add(self, other: TokenTally) -> None:
+        """Count another box's too."""
+        for name in ("prompts", "said", "again", "put_aside", "read", "offloaded", "restored"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for index, count in other.pace.items():
+            self.pace[index] = self.pace.get(index, 0) + count
+
+    @property
+    def from_host(self) -> float:
+        """Share (0..1) of block accesses for which the block had to come from the host."""
+        return self.restored / self.read if self.read else 0.0
+
+
 class ServiceTally(msgspec.Struct):
-    """One service. ``objective`` in ns."""
+    """One service. ``objective`` in ns. Of a language model (``tokens``) latency is that of the
+    first token."""
 
     objective: int
     offered: int = 0
@@ -23,13 +52,21 @@ class ServiceTally(msgspec.Struct):
     attained: int = 0
     refused: dict[str, int] = {}
     buckets: dict[int, int] = {}
+    tokens: TokenTally | None = None
 
-    def answer(self, latency: int) -> None:
-        """Count an answer after ``latency`` ns."""
+    def answer(self, latency: int, in_time: bool | None = None) -> None:
+        """Count an answer after ``latency`` ns; ``in_time``: if not that alone says it."""
         self.answered += 1
-        self.attained += latency <= self.objective
-        index = int(math.log(max(latency, US) / US) / _STEP)
-        self.buckets[index] = self.buckets.get(index, 0) + 1
+        self.attained += latency <= self.objective if in_time is None else in_time
+        _count(self.buckets, latency)
+
+    def talked(self, prompt: int, said: int, first: int, last: int) -> None:
+        """An answer of so many tokens is over; when (ns) its first and last one came."""
+        assert self.tokens is not None
+        self.tokens.prompts += prompt
+        self.tokens.said += said
+        if said > 1:
+            _count(self.tokens.pace, (last - first) // (said - 1))
 
     def refuse(self, why: str) -> None:
         """Count a refusal."""
@@ -44,6 +81,8 @@ class ServiceTally(msgspec.Struct):
             self.refused[why] = self.refused.get(why, 0) + count
         for index, count in other.buckets.items():
             self.buckets[index] = self.buckets.get(index, 0) + count
+        if self.tokens is not None and other.tokens is not None:
+            self.tokens.add(other.tokens)
 
     @property
     def attainment(self) -> float:
@@ -54,12 +93,25 @@ class ServiceTally(msgspec.Struct):
 
     def quantile_ns(self, share: float) -> float:
         """Upper edge (ns) of the bucket that holds the quantile; 0 if nothing was answered."""
-        wanted, seen = share * self.answered, 0
-        for index in sorted(self.buckets):
-            seen += self.buckets[index]
-            if seen >= wanted:
-                return US * math.exp((index + 1) * _STEP)
-        return 0.0
+        return _quantile(self.buckets, share)
+
+    def pace_ns(self, share: float) -> float:
+        """The same of a token behind the first."""
+        return _quantile(self.tokens.pace, share) if self.tokens is not None else 0.0
+
+
+def _count(buckets: dict[int, int], ns: int) -> None:
+    index = int(math.log(max(ns, US) / US) / _STEP)
+    buckets[index] = buckets.get(index, 0) + 1
+
+
+def _quantile(buckets: dict[int, int], share: float) -> float:
+    wanted, seen = share * sum(buckets.values()), 0
+    for index in sorted(buckets):
+        seen += buckets[index]
+        if seen >= wanted:
+            return US * math.exp((index + 1) * _STEP)
+    return 0.0
 
 
 class JobTally(msgspec.Struct):
@@ -127,4 +179,29 @@ class Outcome(msgspec.Struct):
             "utilization": min(1.0, (self.served_ns + held) / (self.duration * self.units)),
             "repartitions": float(self.repartitions),
             "repartition_s": self.repartition_ns / S,
+        } | self._token_figures()
+
+    def _token_figures(self) -> dict[str, float]:
+        """Of language models, if there are any; of TTFT and TPOT the worst service's."""
+        talks = [s for s in self.services.values() if s.tokens is not None]
+        tokens = TokenTally()
+        for service in talks:
+            assert service.tokens is not None
+            tokens.add(service.tokens)
+        if not talks:
+            return {}
+        return {
+            "ttft_p99_s": max(s.quantile_ns(0.99) for s in talks) / S,
+            "tpot_p99_s": max(s.pace_ns(0.99) for s in talks) / S,
+            "tokens_s": tokens.said / (self.duration / S),
+            "put_aside": float(tokens.put_aside),
+            "again": tokens.again / max(1, tokens.prompts + tokens.said),
+            "from_host": tokens.from_host,
         }
+
+    def token_figures(self, name: str) -> dict[str, float]:
+        """The same of one language model."""
+        tally = self.services[name]
+        own = Outcome(self.duration, self.units, {name: tally}, {})
+        middle = {"ttft_p50_s": tally.quantile_ns(0.5) / S, "tpot_p50_s": tally.pace_ns(0.5) / S}
+        return own._token_figures() | middle

@@ -126,6 +126,36 @@ class Execution:
         self.took = took
 
 
+class Talk:
+    """An answer in pieces, as ``cotenant.telemetry.monitor`` judges it: with a pace it is in time
+    if its first piece is, and its last one; without one each has as long as the first had."""
+
+    def __init__(self, request: Request, pace: int) -> None:
+        self._deadline = request.deadline
+        self._each = request.deadline - request.arrived
+        self._pace = pace
+        self.first = self.last = 0
+        self.said = 0
+        self._in_time = True
+
+    def spoke(self, now: int, tokens: int) -> None:
+        """A piece came."""
+        if not self.said:
+            self.first = now
+            self._in_time = now <= self._deadline
+        elif not self._pace:
+            self._in_time = self._in_time and now - self.last <= self._each
+        self.last = now
+        self.said += tokens
+
+    @property
+    def in_time(self) -> bool:
+        """Whether it was, now that it is over."""
+        return self._in_time and (
+            not self._pace or self.last <= self._deadline + (self.said - 1) * self._pace
+        )
+
+
 class Source:
     """Where a service's requests come from."""
 
@@ -133,6 +163,11 @@ class Source:
         self._service = service.spec.name
         self._objective = service.spec.slo.latency
         self._recorded = service.arrivals if isinstance(service.arrivals, Recorded) else None
+        self._generates = service.generates
+        if self._generates is not None:
+            self._lengths = rng.spawn(1)[0]
+        self.answers: dict[int, int] = {}
+        """Tokens that answers under way will have; nobody but the model knows."""
         self._times = service.arrivals.times(rng)
         self._tally = tally
 
@@ -145,6 +180,12 @@ class Source:
         nth = self._tally.offered
         self._tally.offered += 1
         recorded = self._recorded
+        generates = self._generates
+        if generates is not None:
+            prompt = generates.prompt.draw(self._lengths)
+            self.answers[number] = min(generates.most, generates.answer.draw(self._lengths))
+            due, most = now + self._objective, generates.most
+            return Request(number, self._service, now, due, prompt=prompt, most=most)
         if recorded is None:
             return Request(number, self._service, now, now + self._objective)
         deadline = now + recorded.budgets[nth]

@@ -33,7 +33,7 @@ from cotenant.policy.planner import Planner
 from cotenant.policy.planstate import Tuning
 from cotenant.sim.outcome import JobTally, Outcome, merge
 from cotenant.sim.reactive import ReactivePlanner
-from cotenant.sim.scenario import Scenario, one_box
+from cotenant.sim.scenario import Scenario, one_box, split_pools
 from cotenant.sim.sharing import SharedWorld, Unscheduled
 from cotenant.sim.world import World
 
@@ -47,13 +47,14 @@ kernels of 1 ms."""
 class Scheduled(msgspec.Struct, frozen=True):
     """A run through the dispatcher. ``alone``: jobs are on another box. ``guaranteed`` (if not
     0) is divided among the jobs as their guaranteed share; ``lost`` ns of work are lost by a job
-    whenever it is preempted."""
+    whenever it is preempted. ``split``: memory for keys and values is in equal parts."""
 
     tuning: Tuning = Tuning()
     reactive: bool = False
     alone: bool = False
     guaranteed: float = 0.0
     lost: int = 0
+    split: bool = False
 
     def planner(self) -> Planner:
         """The planner of this setting."""
@@ -62,6 +63,8 @@ class Scheduled(msgspec.Struct, frozen=True):
     def apply(self, scenario: Scenario) -> Scenario:
         """The scenario as this setting has it."""
         replace = msgspec.structs.replace
+        if self.split:
+            scenario = split_pools(scenario)
         if self.alone:
             return replace(scenario, jobs=())
         jobs = scenario.jobs
@@ -116,8 +119,17 @@ def _tuned(**changes: object) -> Callable[[Scenario], dict[str, Setting]]:
 
 def _driver(settings: dict[str, Setting]) -> Callable[[Scenario], dict[str, Setting]]:
     """What is left to the driver of the one device that trains. Who would spread services over
-    several is not modelled."""
-    return lambda scenario: {} if sum(d.spec.trains for d in scenario.devices) > 1 else settings
+    several is not modelled, and no language model."""
+
+    def found(scenario: Scenario) -> dict[str, Setting]:
+        several = sum(d.spec.trains for d in scenario.devices) > 1
+        return {} if several or any(s.generates for s in scenario.services) else settings
+
+    return found
+
+
+def _split(scenario: Scenario) -> dict[str, Setting]:
+    return {"": Scheduled(split=True)} if any(d.spec.kv for d in scenario.devices) else {}
 
 
 def _splits(device: DeviceSpec, whole: bool, lend: bool = True) -> dict[str, Tuning]:
@@ -246,6 +258,7 @@ POLICIES: dict[str, Policy] = {
         Policy("no_season", "cotenant that does not know what usually comes", _tuned(season=False)),
         Policy("no_learning", "cotenant that takes jobs to scale without end", _tuned(learn=False)),
         Policy("no_feedback", "cotenant that trusts its predictions", _tuned(feedback=False)),
+        Policy("split_kv", "cotenant whose memory for keys and values is not lent", _split),
         Policy("no_npu", "cotenant that leaves serving devices idle", _tuned(offload=False)),
     )
 }

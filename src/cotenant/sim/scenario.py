@@ -16,12 +16,21 @@ from cotenant.domain.errors import ConfigError
 from cotenant.domain.mig import table, tables
 from cotenant.domain.shares import promised
 from cotenant.domain.snapshot import ServiceFacts
-from cotenant.domain.units import MS, S
-from cotenant.domain.workload import BatchSpec, JobSpec, ServiceSpec, Slo, Variant, share_on
+from cotenant.domain.units import MS, S, format_bytes
+from cotenant.domain.workload import (
+    BatchSpec,
+    JobSpec,
+    KvSpec,
+    ServiceSpec,
+    Slo,
+    Variant,
+    share_on,
+)
 from cotenant.policy.layouts import MIB, mig_fixed
 from cotenant.policy.placing import why_not
 from cotenant.sim.arrivals import Arrivals, Bursts, Diurnal, Poisson, Steps, read_trace, share
 from cotenant.sim.costs import DEVICES, DeviceCost, ExecCost, JobCost
+from cotenant.sim.generates import Generates, read_generates
 from cotenant.telemetry.monitor import DAY
 
 MAX_UNITS = 1024
@@ -32,21 +41,24 @@ SERVING = ("npu", "cpu")
 
 class SimDevice(msgspec.Struct, frozen=True):
     """A device and what it charges. ``layout`` is the split that its owner has now, if stated:
-    (units, size) or MIG profiles."""
+    (units, size) or MIG profiles. ``pools``: bytes that pools of keys and values share in equal
+    parts, none of which is lent."""
 
     spec: DeviceSpec
     cost: DeviceCost
     layout: tuple[int, int] | tuple[str, ...] | None = None
+    pools: int = 0
 
 
 class SimService(msgspec.Struct, frozen=True):
     """A service, its execution times by kind of device, how long loading it takes (ns), and its
-    arrivals."""
+    arrivals. ``generates``: of a language model, which has no such times."""
 
     spec: ServiceSpec
     costs: dict[str, ExecCost]
     load: int
     arrivals: Arrivals
+    generates: Generates | None = None
 
 
 class SimJob(msgspec.Struct, frozen=True):
@@ -81,6 +93,24 @@ class Scenario(msgspec.Struct, frozen=True):
     def compute(self) -> int:
         """Compute units of a box."""
         return sum(d.spec.compute for d in self.devices)
+
+
+def pool_bytes(scenario: Scenario, service: SimService, device: SimDevice) -> int:
+    """Bytes that the pool of an instance of a language model may have on a device at most."""
+    if not device.pools:
+        return service.spec.kv.limit
+    pools = sum(s.spec.instances for s in scenario.services if s.generates is not None)
+    return min(service.spec.kv.limit, device.pools // pools)
+
+
+def split_pools(scenario: Scenario) -> Scenario:
+    """The same memory for keys and values, in equal parts of which none is lent."""
+    replace = msgspec.structs.replace
+    devices = tuple(
+        replace(d, spec=replace(d.spec, kv=0), pools=d.spec.kv) if d.spec.kv else d
+        for d in scenario.devices
+    )
+    return replace(scenario, devices=devices)
 
 
 def one_box(scenario: Scenario, box: int) -> Scenario:
@@ -143,7 +173,34 @@ def parse_scenario(text: str, folder: Path) -> Scenario:
         raise ConfigError("no device can train; add one that does, or leave jobs out", "jobs")
     for index, service in enumerate(services):
         _check_feasible(service, devices, f"services[{index}]")
-    return Scenario(name, story, duration, devices, services, jobs, boxes, bandwidth, season)
+    found = Scenario(name, story, duration, devices, services, jobs, boxes, bandwidth, season)
+    _check_pools(found)
+    return found
+
+
+def _check_pools(scenario: Scenario) -> None:
+    """Each language model's longest answer fits into its pool, and all guarantees into memory."""
+    models = [(f"services[{i}]", s) for i, s in enumerate(scenario.services) if s.generates]
+    promised_bytes = sum(s.spec.instances * s.spec.kv.guaranteed for _, s in models)
+    for device in scenario.devices:
+        budget = device.spec.kv or device.pools
+        if budget and promised_bytes > budget:
+            raise ConfigError(
+                f"the services are guaranteed {format_bytes(promised_bytes)} for keys and values; "
+                f"{device.spec.id} has {format_bytes(budget)}",
+                "services",
+            )
+        for at, service in models:
+            assert service.generates is not None
+            need = service.generates.longest * service.generates.block
+            have = pool_bytes(scenario, service, device)
+            have = min(have, device.spec.kv) if device.spec.kv else have
+            if need > have:
+                raise ConfigError(
+                    f"infeasible: the longest prompt and answer take {format_bytes(need)} of keys "
+                    f"and values; on {device.spec.id} there are {format_bytes(have)}",
+                    f"{at}.generates",
+                )
 
 
 def _with_move(device: SimDevice, jobs: tuple[SimJob, ...]) -> SimDevice:
@@ -162,6 +219,9 @@ def _check_feasible(service: SimService, devices: tuple[SimDevice, ...], at: str
     if not able:
         whys = "; ".join(why_not(facts, d.spec, d.spec.memory) for d in devices)
         raise ConfigError(f"infeasible: it can run on none of the devices: {whys}", at)
+    if service.generates is not None:
+        _check_pace(service, service.generates, [d for d in able if d.trains], at)
+        return
     percentile = service.spec.slo.percentile
     best, where = min(
         (service.costs[d.kind].quantile(units, 1, percentile / 100), d.id)
@@ -178,6 +238,31 @@ def _check_feasible(service: SimService, devices: tuple[SimDevice, ...], at: str
             f"the smallest change that would do is latency: {best / MS * 1.01:.3g}ms",
             f"{at}.objective",
         )
+
+
+def _check_pace(service: SimService, generates: Generates, able: list[DeviceSpec], at: str) -> None:
+    """Whether a language model that has one prompt of mean length makes the objective on the best
+    share allowed."""
+    slo, limit = service.spec.slo, service.spec.limit
+    if not able:
+        raise ConfigError("infeasible: a language model needs a device that trains", at)
+    units = {
+        d.id: max(
+            [u for u in sizes(d) if u <= max(1, int(share_on(limit, d.kind) * d.compute + 1e-9))]
+        )
+        for d in able
+    }
+    for key, bound, took in (
+        ("ttft", slo.latency, min(generates.first_token(u) for u in units.values())),
+        ("tpot", slo.pace, min(generates.next_token(u) for u in units.values())),
+    ):
+        if 0 < bound < took:
+            raise ConfigError(
+                f"infeasible: alone, on the best share that it may have, it takes {took / MS:.3g} "
+                f"ms, the objective is {bound / MS:g} ms; the smallest change that would do is "
+                f"{key}: {took / MS * 1.01:.3g}ms",
+                f"{at}.objective",
+            )
 
 
 def sizes(device: DeviceSpec) -> tuple[int, ...]:
@@ -250,9 +335,25 @@ def _device(section: reading.Section) -> SimDevice:
             spec = msgspec.structs.replace(spec, trains=trains)
     if preempt:
         spec = msgspec.structs.replace(spec, preempt=PreemptLevel[preempt.upper()])
+    budget, split = _pools(section)
+    spec = msgspec.structs.replace(spec, kv=0 if split else budget)
     layout = section.take("layout", lambda value: _layout(value, spec), None)
     section.done()
-    return SimDevice(spec, cost, layout)
+    return SimDevice(spec, cost, layout, budget if split else 0)
+
+
+def _pools(section: reading.Section) -> tuple[int, bool]:
+    """Bytes for keys and values, and whether each pool has its equal part of them for good."""
+    value = section.raw("kv", None)
+    if value is None:
+        return 0, False
+    kv = reading.Section(value if isinstance(value, dict) else {"budget": value}, section.at("kv"))
+    budget = kv.take("budget", reading.size)
+    if not budget:
+        raise ConfigError("must be more than nothing; leave kv out", kv.at("budget"))
+    split = kv.take("split", reading.one_of(("elastic", "fixed")), "elastic")
+    kv.done()
+    return budget, split == "fixed"
 
 
 def _spec(
@@ -305,13 +406,10 @@ def _words(value: object) -> tuple[str, ...]:
 
 def _service(section: reading.Section, folder: Path, devices: tuple[SimDevice, ...]) -> SimService:
     name = section.take("name", reading.name)
-    costs, variants = _variants(section, devices)
-    objective = section.section("objective", required=True)
-    slo = Slo(
-        latency=objective.take("latency", reading.duration),
-        percentile=objective.take("percentile", reading.percentile, 99.0),
-    )
-    objective.done()
+    talks = section.section("generates")
+    generates = read_generates(talks) if talks.names() else None
+    costs, variants = _variants(section, devices, generates is not None)
+    slo = _slo(section.section("objective", required=True), generates is not None)
     batch = section.section("batch")
     batching = BatchSpec(
         max=batch.take("max", reading.integer(1, 4096), 8),
@@ -330,30 +428,59 @@ def _service(section: reading.Section, folder: Path, devices: tuple[SimDevice, .
             strict=section.take("strict", reading.boolean, False),
             instances=section.take("instances", reading.integer(1, 256), 1),
             accuracy_floor=section.take("accuracy_floor", reading.share, 0.0),
+            kv=_kv(section) if generates is not None else KvSpec(),
             variants=variants,
         ),
         costs=costs,
         load=section.take("load", reading.duration_or_zero, 1 * S),
         arrivals=_arrivals(section.section("arrivals", required=True), folder),
+        generates=generates,
     )
     section.done()
     return service
 
 
+def _slo(section: reading.Section, pieces: bool) -> Slo:
+    """Of answers in pieces the time to the first token, and for each further one."""
+    slo = Slo(
+        latency=section.take("ttft" if pieces else "latency", reading.duration),
+        percentile=section.take("percentile", reading.percentile, 99.0),
+        pace=section.take("tpot", reading.duration, 0) if pieces else 0,
+    )
+    section.done()
+    return slo
+
+
+def _kv(section: reading.Section) -> KvSpec:
+    kv = section.section("kv", required=True)
+    found = KvSpec(kv.take("guaranteed", reading.size, 0), kv.take("limit", reading.size))
+    if found.guaranteed > found.limit:
+        raise ConfigError(
+            f"{format_bytes(found.guaranteed)} are guaranteed, the limit is "
+            f"{format_bytes(found.limit)}",
+            kv.at("guaranteed"),
+        )
+    kv.done()
+    return found
+
+
 def _variants(
-    section: reading.Section, devices: tuple[SimDevice, ...]
+    section: reading.Section, devices: tuple[SimDevice, ...], generates: bool
 ) -> tuple[dict[str, ExecCost], dict[str, Variant]]:
     """Execution times and builds by kind of device. Those that train share ``cost``; one that
     only serves has a section of its own, named by its kind, without which there is no build for
-    it."""
-    cost = _exec(section.section("cost", required=True))
+    it. A language model has no ``cost``: its turns have."""
+    cost = None if generates else _exec(section.section("cost", required=True))
     common = Variant(
         memory=section.take("memory", reading.size, 0),
         accuracy=section.take("accuracy", reading.share, 1.0),
     )
-    costs = {d.spec.kind: cost for d in devices if d.spec.trains}
-    variants = dict.fromkeys(costs, common)
-    for kind in SERVING:
+    able = [d.spec.kind for d in devices if d.spec.trains]
+    costs, variants = (
+        dict.fromkeys(able, cost) if cost is not None else {},
+        dict.fromkeys(able, common),
+    )
+    for kind in () if generates else SERVING:
         own = section.section(kind)
         if not own.names():
             continue

@@ -24,10 +24,12 @@ from cotenant.domain.units import S
 from cotenant.policy.dispatcher import Dispatcher
 from cotenant.policy.planner import Planner
 from cotenant.sim.diary import Diary
+from cotenant.sim.generates import Generates
 from cotenant.sim.moments import SPANS, Span
-from cotenant.sim.outcome import JobTally, Outcome, ServiceTally
-from cotenant.sim.physics import Draws, Execution, Place, Progress, Source
-from cotenant.sim.scenario import Scenario, sizes
+from cotenant.sim.outcome import JobTally, Outcome, ServiceTally, TokenTally
+from cotenant.sim.physics import Draws, Execution, Place, Progress, Source, Talk
+from cotenant.sim.scenario import Scenario, SimService, pool_bytes, sizes
+from cotenant.sim.talker import Talker, first_turns
 from cotenant.telemetry.monitor import Monitor
 
 TICK: Final = 1 * S
@@ -95,6 +97,10 @@ class World:
         self._services = {s.spec.name: s for s in scenario.services}
         self._means: dict[tuple[str, str, int, int], int] = {}
         self._open: dict[int, Request] = {}
+        self._talkers: dict[str, Talker] = {}
+        """Instances of language models."""
+        self._talks: dict[int, Talk] = {}
+        """Answers of language models that are under way."""
         middle = scenario.duration // 2
         self._recorded = (middle - SPANS // 2, middle + SPANS // 2) if record else None
         self._granted: dict[tuple[str, str], int] = {}
@@ -103,7 +109,7 @@ class World:
         self.outcome = Outcome(
             duration=scenario.duration,
             units=scenario.compute,
-            services={s.spec.name: ServiceTally(s.spec.slo.latency) for s in scenario.services},
+            services={s.spec.name: _tally(s) for s in scenario.services},
             jobs={j.spec.id: JobTally() for j in scenario.jobs},
         )
         self._jobs = {j.spec.id: Progress(j, self.outcome.jobs[j.spec.id]) for j in scenario.jobs}
@@ -117,7 +123,9 @@ class World:
             a.Repartition: self._repartition,
             a.Load: self._load,
             a.Unload: self._unload,
-            a.Resize: lambda _: None,
+            a.Resize: self._resize,
+            a.Recall: self._recall,
+            a.Emit: lambda _: None,
             a.Serve: lambda _: None,
             a.Decline: lambda _: None,
             a.Start: self._start,
@@ -184,6 +192,9 @@ class World:
         request = source.request(self._next_request, self._now)
         self._next_request += 1
         self._open[request.id] = request
+        if request.id in source.answers:
+            pace = self._services[request.service].spec.slo.pace
+            self._talks[request.id] = Talk(request, pace)
         self._feed(e.Arrived(request))
 
     # --- the policy -------------------------------------------------------------------------
@@ -226,12 +237,18 @@ class World:
 
     def _load(self, action: a.Load) -> None:
         service, spec = self._services[action.service], self._devices[action.device].spec
+        if service.generates is not None:
+            self._bring_up(action, self._talker(action, service, service.generates), service.load)
+            return
         profile = tuple(
             (units, rows, service.costs[spec.kind].mean(units, rows))
             for units in sizes(spec)
             for rows in (1, service.spec.batch.max)
         )
         up = e.WorkerUp(action.worker, action.service, action.version, action.device, profile)
+        self._bring_up(action, up, service.load)
+
+    def _bring_up(self, action: a.Load, up: e.WorkerUp, took: int) -> None:
         self._loading.add(action.worker)
 
         def loaded() -> None:
@@ -240,9 +257,31 @@ class World:
                 self._feed(up)
 
         # What is there when the run begins was loaded before it.
-        self._at(self._now + (service.load if self._now else 0), _ACK, loaded)
+        self._at(self._now + (took if self._now else 0), _ACK, loaded)
+
+    def _talker(self, action: a.Load, service: SimService, generates: Generates) -> e.WorkerUp:
+        """An instance of a language model; what it says when it is ready."""
+        device, tally = self._devices[action.device], self.outcome.services[action.service].tokens
+        assert tally is not None
+        size = pool_bytes(self._scenario, service, device)
+        talker = self._talkers[action.worker] = Talker(action.worker, generates, size, tally)
+        return e.WorkerUp(
+            action.worker,
+            action.service,
+            action.version,
+            action.device,
+            tuple(
+                (units, rows, first_turns(generates, units, rows))
+                for units in sizes(device.spec)
+                for rows in (1, service.spec.batch.max)
+            ),
+            turns=True,
+            room=talker.room,
+            pool=talker.pool,
+        )
 
     def _unload(self, action: a.Unload) -> None:
+        self._talkers.pop(action.worker, None)
         if action.worker in self._loading:
             self._loading.remove(action.worker)
             self._acknowledge_now(e.LoadFailed(action.worker, "unloaded"))
@@ -285,21 +324,40 @@ class World:
         for request in action.requests:
             found = self._open.pop(request)
             latency = self._now - found.arrived
-            self.outcome.services[found.service].answer(latency)
+            tally, talk = self.outcome.services[found.service], self._talks.pop(request, None)
+            if talk is None:
+                tally.answer(latency)
+            else:
+                del self._sources[found.service].answers[request]
+                latency = talk.first - found.arrived
+                tally.answer(latency, talk.in_time)
+                tally.talked(found.prompt, talk.said, talk.first, talk.last)
             if self._diary is not None:
                 self._diary.answered(found.service, latency)
 
     def _reject(self, action: a.Reject) -> None:
         found = self._open.pop(action.request)
+        if self._talks.pop(action.request, None) is not None:
+            self._sources[found.service].answers.pop(action.request)
         self.outcome.services[found.service].refuse(action.refusal.name)
 
     def _wake_at(self, action: a.WakeAt) -> None:
         self._wake_token += 1
         self._at(max(action.at, self._now), _WAKE, self._wake_token)
 
+    def _resize(self, action: a.Resize) -> None:
+        talker = self._talkers.get(action.worker)
+        for held in talker.resize(action.size) if talker is not None else ():
+            self._acknowledge_now(held)
+
+    def _recall(self, action: a.Recall) -> None:
+        talker = self._talkers.get(action.worker)
+        if talker is not None:
+            talker.recall(action.batch)
+
     def _execute(self, action: a.Dispatch) -> None:
-        batch, place, draws = action.batch, self._places[action.partition], self._draws
-        cost, units, rows = place.cost, place.compute, batch.rows
+        place, draws = self._places[action.partition], self._draws
+        cost = place.cost
         if action.after:
             spread = cost.at_hand
         elif cost.follow is not None and self._ended.get(place.id) == self._now:
@@ -309,12 +367,28 @@ class World:
         start = draws.time(spread)
         if action.preempting:
             start += draws.time(cost.preempt)
-        model = self._services[batch.service].costs[place.kind]
-        key = batch.service, place.kind, units, rows
-        mean = self._means.get(key)
-        if mean is None:
-            mean = self._means[key] = model.mean(units, rows)
-        took = round(mean * draws.factor(model.cv) * (1 + self._contention(place)))
+        talker = self._talkers.get(action.worker)
+        if talker is not None:
+            answers = self._sources[action.batch.service].answers
+            begun = {r: (self._open[r], answers[r]) for r in action.batch.requests}
+            talker.lease(action, begun, self._now + start)
+        self._begin(action, place, start)
+
+    def _begin(self, action: a.Dispatch, place: Place, start: int) -> None:
+        """An execution, or the next turn of a lease, begins after ``start`` ns."""
+        batch, units, rows = action.batch, place.compute, action.batch.rows
+        service, talker = self._services[batch.service], self._talkers.get(action.worker)
+        slowed = 1 + self._contention(place)
+        if service.generates is not None:
+            assert talker is not None
+            took = talker.turn(units, self._draws.factor(service.generates.turn.cv) * slowed)
+        else:
+            model = service.costs[place.kind]
+            key = batch.service, place.kind, units, rows
+            mean = self._means.get(key)
+            if mean is None:
+                mean = self._means[key] = model.mean(units, rows)
+            took = round(mean * self._draws.factor(model.cv) * slowed)
         self._running[place.id] = units
         self._served[place.device] += units
         self._served[""] += units
@@ -335,10 +409,25 @@ class World:
         if self._diary is not None:
             self._diary.served(batch.service, used)
         self._record(batch.service, place, execution.began)
+        talker = self._talkers.get(action.worker)
+        if talker is not None:
+            self._turn_over(execution, talker)
+            return
         at_hand = self._at_hand.pop(batch.id, None)
         if at_hand is not None:
             self._execute(at_hand)
         self._feed(e.BatchDone(batch.id, execution.took, execution.start))
+
+    def _turn_over(self, execution: Execution, talker: Talker) -> None:
+        """A turn of a language model ended; its lease may go on at once."""
+        news, done = talker.ended(self._now, execution.start)
+        if done.more:
+            self._begin(execution.action, execution.place, 0)
+        for request, tokens in done.said:
+            self._talks[request].spoke(self._now, tokens)
+        for held in news:
+            self._feed(held)
+        self._feed(done)
 
     def _record(self, who: str, place: Place, began: int) -> None:
         if self._recorded is None:
@@ -448,6 +537,11 @@ class World:
             self._feed(e.Repartitioned(name, action.version))
 
         self._at(self._now + took, _ACK, done)
+
+
+def _tally(service: SimService) -> ServiceTally:
+    tokens = TokenTally() if service.generates is not None else None
+    return ServiceTally(service.spec.slo.latency, tokens=tokens)
 
 
 def _rows(devices: tuple[DeviceSpec, ...]) -> dict[str, int]:

@@ -49,6 +49,15 @@ _COLUMNS = (
     ("repartitions", "layout changes", "{:.1f}"),
     ("repartition_s", "time lost s", "{:.3f}"),
 )
+_TOKEN_COLUMNS = (
+    ("ttft_p99_s", "TTFT p99 s", "{:.2f}"),
+    ("tpot_p99_s", "TPOT p99 s", "{:.3f}"),
+    ("tokens_s", "tokens/s", "{:.0f}"),
+    ("put_aside", "put aside", "{:.1f}"),
+    ("again", "computed again", "{:.2%}"),
+    ("from_host", "from host", "{:.3%}"),
+)
+"""Where a service is a language model."""
 
 
 SEARCH_KEEPS = 3
@@ -62,10 +71,12 @@ class _Run(msgspec.Struct, frozen=True):
 
 
 class _Result(msgspec.Struct, frozen=True):
-    """``services``: the share (0..1) of each one's requests that was answered in time."""
+    """``services``: the share (0..1) of each one's requests that was answered in time. ``talks``:
+    figures of language models."""
 
     figures: Figures
     services: dict[str, float]
+    talks: dict[str, Figures] = {}
 
 
 _Results = dict[_Run, _Result]
@@ -114,6 +125,12 @@ def add_simulate(commands: Any) -> None:
 _JUDGED = "cotenant"
 """The policy whose misses are reported."""
 NOT_MODELLED = "not modelled where several devices train"
+NO_MODELS = "not modelled for these language models and devices"
+
+
+def _why_left_out(scenario: Scenario) -> str:
+    several = sum(d.spec.trains for d in scenario.devices) > 1
+    return NOT_MODELLED if several else NO_MODELS
 
 
 def _simulate(args: argparse.Namespace) -> int:
@@ -127,7 +144,9 @@ def _simulate(args: argparse.Namespace) -> int:
     left_out = [p.name for p in policies if p.name not in modelled]
     policies = [p for p in policies if p.name in modelled]
     if not policies:
-        raise ConfigError(f"{NOT_MODELLED}; add cotenant, or another of them", "--policies")
+        raise ConfigError(
+            f"{_why_left_out(scenario)}; add cotenant, or another of them", "--policies"
+        )
     began = time.monotonic()
     results = _run_all(scenario, settings, [_Run(*key, 0) for key in settings])
     kept = [key for p in policies for key in _leading(p.name, settings, results)]
@@ -182,7 +201,9 @@ def _note(scenario: Scenario, results: _Results, took: float, left_out: list[str
         + "; "
         + "; ".join(f"{d.spec.id}: {d.cost.source}" for d in scenario.devices)
     )
-    return f"{note}; left out: {', '.join(left_out)} ({NOT_MODELLED})" if left_out else note
+    return (
+        f"{note}; left out: {', '.join(left_out)} ({_why_left_out(scenario)})" if left_out else note
+    )
 
 
 def _draw(
@@ -225,6 +246,8 @@ def _scenario(args: argparse.Namespace) -> Scenario:
 
 
 def _sources(service: SimService) -> str:
+    if service.generates is not None:
+        return f"{service.spec.name} turns as stated"
     found = sorted({cost.source for cost in service.costs.values()})
     return f"{service.spec.name} {' and '.join(found)}"
 
@@ -280,7 +303,9 @@ def _end_with_parent() -> None:
 def _result(outcome: Outcome) -> _Result:
     offered = sum(s.offered for s in outcome.services.values())
     services = {name: s.attainment for name, s in outcome.services.items()}
-    return _Result(outcome.figures() | {"requests": float(offered)}, services)
+    models = [name for name, s in outcome.services.items() if s.tokens is not None]
+    talks = {name: outcome.token_figures(name) for name in models}
+    return _Result(outcome.figures() | {"requests": float(offered)}, services, talks)
 
 
 def _leading(
@@ -362,6 +387,8 @@ def _rows(
     """The table's cells, head first."""
     alone = len(scenario.services) < 2
     columns = [c for c in _COLUMNS if not (alone and c[0] == "worst_attainment")]
+    if any(service.generates is not None for service in scenario.services):
+        columns += _TOKEN_COLUMNS
     rows = [("policy", *(title for _, title, _ in columns))]
     for policy, setting in best.items():
         cells = []
@@ -414,7 +441,10 @@ def _document(
         "best_setting": best,
         "missed": [msgspec.to_builtins(m) for m in missed],
         "runs": [
-            msgspec.structs.asdict(run) | result.figures | {"services": result.services}
+            msgspec.structs.asdict(run)
+            | result.figures
+            | {"services": result.services}
+            | ({"language_models": result.talks} if result.talks else {})
             for run, result in results.items()
         ],
     }

@@ -12,7 +12,7 @@ from typing import Final
 
 from cotenant.domain.units import S
 
-REST: Final = 10 * S
+REST: Final = 1 * S
 """So long (ns) after one gave to another it borrows nothing back from it."""
 STEP: Final = 64
 """For less than 1/STEP of the memory nobody is asked to give, so that shares are even."""

@@ -19,7 +19,7 @@ from cotenant.domain import events as e
 from cotenant.domain.units import MS, S
 from cotenant.policy.desk import Desk
 from cotenant.policy.generation import on_worker, queued
-from cotenant.policy.memory.account import Account, Kind, Report, Terms
+from cotenant.policy.memory.account import STEP, Account, Kind, Report, Terms
 from cotenant.policy.memory.ledger import Ledger
 from cotenant.policy.state import ServiceState, WorkerState
 
@@ -167,6 +167,11 @@ class Pools:
     def _enter(self, ledger: Ledger, worker: WorkerState) -> None:
         wanted = worker.wanted + self._queued(worker)
         report = Report(worker.held, wanted, worker.evictable, worker.cold)
+        # A pool is whole blocks. A part of one that it is to give it never took, and who is to give
+        # gets nothing.
+        asked = ledger.account.holders[worker.id].asked
+        if asked * STEP < ledger.usable and worker.held <= ledger.target(worker.id):
+            ledger.gave(worker.id, asked)
         ledger.holds(worker.id, report)
 
     def _queued(self, worker: WorkerState) -> int:
@@ -176,9 +181,23 @@ class Pools:
         tokens = sum([request.prompt + request.most for request in waiting])
         return self._bytes(worker, tokens) // max(1, service.workers)
 
+    def _reach(self, ledger: Ledger) -> None:
+        """How large each pool could be: beside what the others want or, where that is more, its
+        even part. Admission goes by this, for a pool grows only for what was admitted."""
+        holders = ledger.account.holders
+        together = sum([holder.wanted for holder in holders.values()])
+        wanting = sum([holder.wanted > 0 for holder in holders.values()])
+        for name, holder in holders.items():
+            others = wanting - (holder.wanted > 0)
+            beside = ledger.usable - (together - holder.wanted)
+            size = min(holder.terms.limit, max(beside, ledger.usable // (others + 1)))
+            worker = self._state.workers[name]
+            worker.reach = worker.most_room * size // worker.pool
+
     def _tell(self, ledger: Ledger) -> list[ServiceState]:
         """Order the sizes that are others now. The services whose pools grew."""
         grown: list[ServiceState] = []
+        self._reach(ledger)
         for name in ledger.account.holders:
             worker, size = self._state.workers[name], ledger.target(name)
             if size == worker.pool_now:
