@@ -161,14 +161,14 @@ def _add_llm(group: Any) -> None:
     group.add_argument(
         "--ttft",
         type=parse_duration,
-        default=2 * S,
-        help="objective of the first token (default: 2s)",
+        default=5 * S,
+        help="objective of the first token (default: 5s)",
     )
     group.add_argument(
         "--tpot",
         type=parse_duration,
-        default=S // 4,
-        help="objective of each further one (default: 250ms)",
+        default=S // 2,
+        help="objective of each further one (default: 500ms)",
     )
 
 
