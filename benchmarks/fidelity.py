@@ -18,8 +18,10 @@ from pathlib import Path
 
 from cotenant import __version__
 from cotenant.cli.bench import arrivals
-from cotenant.cli.bench.colocate import Bench, quantile, request
-from cotenant.cli.bench.rigs import generate, steal_s
+from cotenant.cli.bench.arms import Bench
+from cotenant.cli.bench.figures import quantile
+from cotenant.cli.bench.images import Images
+from cotenant.cli.bench.rigs import steal_s
 from cotenant.cli.bench.train_job import read_counter
 from cotenant.domain.units import MS, S
 from cotenant.policy.planstate import Tuning
@@ -41,16 +43,16 @@ class Phase:
 def phase(bench: Bench, level: int, load: float, seconds: float, seed: int) -> Phase:
     """Load the node for a while."""
     node, job = bench.nodes["cotenant"], bench.jobs["cotenant"]
-    times = arrivals.make("poisson", load / bench.exec_s, seconds, seed)
+    times = arrivals.make("poisson", bench.service.rate(load), seconds, seed)
     start, first = time.monotonic_ns(), read_counter(job.counter)
-    generate(node.port, request("bench", node.port), times, bench.cores[-1])
+    bench.service.ask(node, times, seed, bench.cores[-1])
     end, last = time.monotonic_ns(), read_counter(job.counter)
     return Phase(level, start, end, (last[0] - first[0]) / ((last[1] - first[1]) / S))
 
 
 def live(directory: Path, loads: list[float], rounds: int, seconds: float) -> list[Phase]:
     """Run the node through all phases."""
-    bench = Bench(directory, sorted(os.sched_getaffinity(0)), ("cotenant",))
+    bench = Bench(directory, sorted(os.sched_getaffinity(0)), ("cotenant",), Images())
     try:
         bench.start()
         bench.jobs["cotenant"].resume()

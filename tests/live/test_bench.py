@@ -38,6 +38,44 @@ def test_every_arm_is_reported_for_services_of_several_lengths(directory: Path) 
     assert left_behind(bench) == []
 
 
+def test_every_arm_is_reported_for_a_language_model(directory: Path) -> None:
+    pytest.importorskip("tokenizers")
+    write = pytest.importorskip("tests.unit.llm_files").write
+    model = write(directory / "tiny.gguf", text=True, context_length=128)
+    out = directory / "out.json"
+    arms = ("alone", "train", "unmanaged", "cotenant")
+    options = ("--llm", "--model", str(model), "--answer", "6", "--rounds", "1")
+    bench = Marked(directory, *COMMAND, ",".join(arms), *options, "--json", str(out))
+    try:
+        assert bench.process.wait(PATIENCE_S) == 0, bench.said
+    finally:
+        bench.end()
+    (load,) = json.loads(out.read_text())["loads"]
+    assert load["rate"] == pytest.approx(load["load"] * load["sustained_rate"])
+    for arm in arms:
+        raw, figures = load["rounds"][0]["raw"][arm], load["arms"][arm]
+        assert (figures["train_rate"] > 0) == (arm != "alone"), figures
+        assert figures["failed"] == 0
+        assert bool(raw["samples"]) == (arm != "train")
+        for sample, status in zip(raw["samples"], raw["status"], strict=True):
+            assert (sample.get("tokens") == 6) == (status == 200), raw
+            assert bool(sample) == (status == 200)
+    assert {"ttft_p99_vs_alone", "tpot_p99_vs_alone", "train_vs_left"} <= set(
+        load["ratios"]["cotenant"]
+    )
+    assert left_behind(bench) == []
+
+
+def test_a_language_model_that_is_not_there_is_said_so(directory: Path) -> None:
+    bench = Marked(directory, *COMMAND, "alone,train", "--llm", "--model", "nowhere.gguf")
+    try:
+        assert bench.process.wait(PATIENCE_S) != 0
+    finally:
+        bench.end()
+    assert "nowhere.gguf" in bench.said
+    assert "Traceback" not in bench.said
+
+
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_however_it_ends_nothing_is_left_behind(directory: Path, sent: signal.Signals) -> None:
     bench = Marked(directory, *COMMAND, "alone,train,cotenant", "--rounds", "60")

@@ -185,6 +185,16 @@ def test_admission_keeps_the_pace_of_those_under_way() -> None:
     assert reject.refusal is Refusal.OVERLOADED and 0 < reject.retry_after <= 10 * S
 
 
+def test_long_prompts_alone_do_not_make_a_second_answer_look_too_dear() -> None:
+    world = talking(pace=PACE, max_batch=8)
+    for known in world.d.state.services["s"].turn_costs.values():
+        for turn_number in range(400):
+            tokens = 40 if turn_number % 16 == 0 else 1
+            known.observe(Load(tokens, tokens), 10 * MS + 2 * MS * (tokens - 1))
+    assert not only(ask(world, more=False), a.Reject)
+    assert not only(ask(world, more=False), a.Reject)
+
+
 def test_answers_that_were_short_are_expected_to_be() -> None:
     world = talking(room=1000)
     for _ in range(60):

@@ -279,3 +279,13 @@ def test_a_step_behind_the_first_token_is_learned_and_counts_for_drafts() -> Non
     alone = 1 / truth.predict(load(100, 1))
     assert sure.worth(truth.token, alone, 7) == 7
     assert sure.worth(truth.token, alone, 7, step_ns=20 * truth.step) == 0
+
+
+def test_together_tokens_never_seem_to_take_longer_than_one_by_one() -> None:
+    found = Costs()
+    for turn in range(400):
+        work = load(0, 40) if turn % 16 == 0 else load(40 + turn % 16, 1)
+        found.observe(work, 400_000_000 if work.tokens > 1 else 80_000_000)
+    one, two = found.predict(load(50, 1)), found.predict(load(50, 1) + load(50, 1))
+    assert two <= 2 * one
+    assert found.predict(load(0, 40)) == pytest.approx(400_000_000, rel=0.1)

@@ -161,7 +161,7 @@ def wait_and_own(
     elif decode:
         before += decode * -(-sum([r.prompt for r in (*reading, *ahead)]) // CHUNK)
         own += decode * -(-request.prompt // CHUNK)
-    return wait + before, own + round(costs.fixed + costs.step)
+    return wait + before, own + round(costs.fixed + costs.step_of(request.prompt))
 
 
 def crowded(

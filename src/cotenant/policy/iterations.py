@@ -57,8 +57,15 @@ class IterationCosts:
         """How long (ns) an iteration takes."""
         if not work.tokens:
             return 0
-        fixed = self.fixed + (self.step if work.tokens > 1 else 0.0)
+        fixed = self.fixed + self.step_of(work.tokens)
         return round(fixed + self.token * work.tokens + self.pair * work.pairs)
+
+    def step_of(self, tokens: int) -> float:
+        """What so many tokens pay (ns) for being more than one: no more than they would one by one.
+        While only long prompts and single tokens were seen, the fit may take all that prompts cost
+        for the step. Two answers would then look too dear, never be computed together, and the fit
+        never be put right."""
+        return min(self.step, self.fixed * (tokens - 1))
 
     def observe(self, work: Load, ns: int) -> None:
         """An iteration took so long."""

@@ -9,7 +9,6 @@ arrivals down. Latency counts from the time the request was due.
 from __future__ import annotations
 
 import contextlib
-import heapq
 import json
 import os
 import select
@@ -43,6 +42,10 @@ class Connection:
         if not data:
             return -1
         self.buffer += data
+        return self.status()
+
+    def status(self) -> int:
+        """Of what was read so far; 0 while that is not all."""
         head, found, body = self.buffer.partition(b"\r\n\r\n")
         if not found or len(body) < _length(head):
             return 0
@@ -60,9 +63,14 @@ def _length(head: bytes) -> int:
 class Generator:
     """Runs one order; see ``run``."""
 
-    def __init__(self, port: int, request: bytes, times: list[float], drain_s: float) -> None:
+    connection: type[Connection] = Connection
+
+    def __init__(
+        self, port: int, requests: list[bytes], times: list[float], drain_s: float
+    ) -> None:
         self._port = port
-        self._request = request
+        self._requests = requests
+        """Sent in turn."""
         self._due = [round(t * 1e9) for t in times]
         self._drain_ns = round(drain_s * 1e9)
         self._poll = select.epoll()
@@ -75,23 +83,30 @@ class Generator:
     def run(self) -> None:
         """Send everything, wait at most the drain time for the last answers."""
         start = time.monotonic_ns() + 5_000_000
-        pending = list(range(len(self._due)))
-        heapq.heapify(pending)
         end = start + (self._due[-1] if self._due else 0) + self._drain_ns
         position = 0
-        while position < len(pending) or self._busy:
+        while position < len(self._due) or self._busy:
             now = time.monotonic_ns()
             if now > end:
                 break
-            if position < len(pending) and now >= start + self._due[position]:
+            at = self.next_at(position, start, end)
+            if now >= at and at < end:
                 self._send(position, start + self._due[position], now)
                 position += 1
                 continue
-            due = start + self._due[position] if position < len(pending) else end
             # epoll itself counts in milliseconds; select on its descriptor does not.
-            select.select([self._poll], [], [], max(0, due - now) / 1e9)
+            select.select([self._poll], [], [], max(0, at - now) / 1e9)
             for fd, _ in self._poll.poll(0):
                 self._receive(fd, start)
+
+    def next_at(self, position: int, start: int, end: int) -> int:
+        """When the next request is sent; ``end`` if none is before somebody is answered."""
+        return start + self._due[position] if position < len(self._due) else end
+
+    def answered(self, connection: Connection, start: int) -> None:
+        """A request got an answer, or lost its connection."""
+        done = time.monotonic_ns() - start - self._due[connection.index]
+        self.latency_ms[connection.index] = done / 1e6
 
     def _send(self, index: int, due: int, now: int) -> None:
         self.lag_ms[index] = (now - due) / 1e6
@@ -101,10 +116,10 @@ class Generator:
         connection.index = index
         self._busy[connection.sock.fileno()] = connection
         with contextlib.suppress(BlockingIOError, OSError):
-            connection.sock.sendall(self._request)
+            connection.sock.sendall(self._requests[index % len(self._requests)])
 
     def _connect(self) -> Connection:
-        connection = Connection(self._port)
+        connection = self.connection(self._port)
         self._poll.register(connection.sock.fileno(), select.EPOLLIN)
         return connection
 
@@ -117,8 +132,7 @@ class Generator:
             return
         del self._busy[fd]
         self.status[connection.index] = status
-        done = time.monotonic_ns() - start - self._due[connection.index]
-        self.latency_ms[connection.index] = done / 1e6
+        self.answered(connection, start)
         if status > 0:
             self._idle.append(connection)
         else:
@@ -126,15 +140,20 @@ class Generator:
             connection.sock.close()
 
 
+def prepare(core: int | None) -> None:
+    """Run on this core, and above those who answer, as far as that is allowed."""
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    with contextlib.suppress(OSError):
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(PRIORITY))
+
+
 def main() -> None:
     """Entry point: one order in, one answer out."""
     order = json.load(sys.stdin)
-    if order["core"] is not None:
-        os.sched_setaffinity(0, {order["core"]})
-    with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(PRIORITY))
+    prepare(order["core"])
     generator = Generator(
-        order["port"], bytes.fromhex(order["request"]), order["times"], order["drain_s"]
+        order["port"], [bytes.fromhex(order["request"])], order["times"], order["drain_s"]
     )
     for connection in [generator._connect() for _ in range(order["warm_connections"])]:
         generator._idle.append(connection)

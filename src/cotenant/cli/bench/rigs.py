@@ -19,7 +19,6 @@ from cotenant.domain.errors import CotenantError, EnvironmentProblem
 from cotenant.domain.workload import JobSpec
 from cotenant.serving.control import ControlClient
 
-START_S = 60.0
 JOB_START_S = 120.0
 
 
@@ -60,7 +59,7 @@ class NodeRig:
         assert self._process is not None
         return self._process.pid
 
-    def start(self) -> None:
+    def start(self, within_s: float = 60.0) -> None:
         """Start it and wait until its model is warm; raises EnvironmentProblem."""
         with (self.directory / "log").open("wb") as log:
             self._process = subprocess.Popen(
@@ -72,7 +71,7 @@ class NodeRig:
                 start_new_session=True,
                 preexec_fn=_prepare(signal.SIGTERM, self._cores),
             )
-        end = time.monotonic() + START_S
+        end = time.monotonic() + within_s
         while time.monotonic() < end and self._process.poll() is None:
             with contextlib.suppress(CotenantError):
                 status = self.control.status()
@@ -96,11 +95,18 @@ class NodeRig:
 
     def service_cpu_s(self) -> float:
         """CPU seconds of the node and its workers, jobs not counted."""
-        total = _own_cpu_s(self.pid)
-        for pid in proctree.descendants(self.pid):
-            if b"cotenant.runtime.worker" in _cmdline(pid):
-                total += _own_cpu_s(pid)
-        return total
+        return _own_cpu_s(self.pid) + sum(map(_own_cpu_s, self._children(workers=True)))
+
+    def job_cpu_s(self) -> float:
+        """CPU seconds of its jobs."""
+        return sum(map(_own_cpu_s, self._children(workers=False)))
+
+    def _children(self, workers: bool) -> list[int]:
+        return [
+            pid
+            for pid in proctree.descendants(self.pid)
+            if (b"cotenant.runtime.worker" in _cmdline(pid)) == workers
+        ]
 
     def executed(self) -> tuple[float, int]:
         """Seconds of execution and requests executed since the node started, by its own count."""
@@ -137,6 +143,10 @@ class PlainJob:
         """Stop it where it is."""
         os.killpg(self._process.pid, signal.SIGSTOP)
 
+    def cpu_s(self) -> float:
+        """CPU seconds that it took so far."""
+        return _own_cpu_s(self._process.pid)
+
     def end(self) -> None:
         """End it for good."""
         with contextlib.suppress(ProcessLookupError):
@@ -167,6 +177,10 @@ class CotenantJob:
     def suspend(self) -> None:
         """Keep it from running."""
         self._node.control.hold(self._id)
+
+    def cpu_s(self) -> float:
+        """CPU seconds that it took so far."""
+        return self._node.job_cpu_s()
 
     def end(self) -> None:
         """End it for good."""
@@ -202,7 +216,7 @@ def wait_for_steps(counter: Path, steps: int) -> None:
 
 
 def generate(port: int, request: bytes, times: list[float], core: int | None) -> dict[str, Any]:
-    """Run the load generator in a process of its own; its answer."""
+    """Ask an endpoint at these times; the load generator's answer."""
     order = {
         "port": port,
         "request": request.hex(),
@@ -211,18 +225,29 @@ def generate(port: int, request: bytes, times: list[float], core: int | None) ->
         "core": core,
         "warm_connections": 8,
     }
+    return drive("loadgen", order, max(times, default=0.0) + 60)
+
+
+def drive(generator: str, order: dict[str, Any], within_s: float) -> dict[str, Any]:
+    """Run a load generator of this package in a process of its own; its answer."""
     done = subprocess.run(
-        [sys.executable, "-m", "cotenant.cli.bench.loadgen"],
+        [sys.executable, "-m", f"cotenant.cli.bench.{generator}"],
         input=json.dumps(order).encode(),
         preexec_fn=_prepare(signal.SIGKILL),
         capture_output=True,
-        timeout=max(times, default=0.0) + 60,
+        timeout=within_s,
         check=False,
     )
     if done.returncode:
         raise EnvironmentProblem(f"the load generator failed: {done.stderr.decode()[-500:]}")
     answer: dict[str, Any] = json.loads(done.stdout)
     return answer
+
+
+def busy_s() -> float:
+    """CPU seconds of all programs on all cores since boot (/proc/stat)."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    return sum(int(fields[n]) for n in (1, 2, 3, 6, 7)) / os.sysconf("SC_CLK_TCK")
 
 
 def steal_s() -> float:

@@ -373,7 +373,7 @@ class _Plan:
         if self._within is not None:
             spare = self._within - (self.expected or self._costs.fixed)
             if self.load.tokens <= 1 < self.load.tokens + wanted:
-                spare -= self._costs.step
+                spare -= self._costs.step_of(self.load.tokens + wanted)
             fits = self._costs.within(spare, start)
             count = min(count, fits if self.works else max(fits, least))
         return count
