@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ class Marked:
         name, _, value = self._mark.partition("=")
         self._output = (directory / "output").open("w+")
         (directory / "tmp").mkdir()
+        ignored = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # as by nohup, it is inherited
         self.process = subprocess.Popen(
             [sys.executable, *command],
             stdin=stdin,
@@ -29,6 +31,7 @@ class Marked:
             env={**os.environ, name: value, "TMPDIR": str(directory / "tmp")},
             start_new_session=True,
         )
+        signal.signal(signal.SIGHUP, ignored)
 
     @property
     def said(self) -> str:

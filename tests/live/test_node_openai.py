@@ -48,9 +48,13 @@ def box(module_boxes: Boxes) -> Box:
     token = box.directory / "token"
     token.write_text(KEY)
     token.chmod(0o600)
-    services = [{"name": "says", "objective": {"latency": "60s"}}, {"name": "scale"}]
-    node = {"token_file": str(token), "limits": {"arena": "2MiB"}}
-    return box.configure(services, node=node).start()
+    objective = {"latency": "60s"}
+    services = [
+        {"name": "says", "objective": objective},
+        {"name": "narrow", "model": "says", "objective": objective, "max_queue": 1},
+        {"name": "scale"},
+    ]
+    return box.configure(services, node={"token_file": str(token)}).start()
 
 
 def reach(box: Box) -> dict[str, Any]:
@@ -64,7 +68,7 @@ def client(box: Box) -> Iterator[openai.OpenAI]:
 
 
 def test_models(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["says"]
+    assert [model.id for model in client.models.list()] == ["narrow", "says"]
     assert client.models.retrieve("says").object == "model"
 
 
@@ -237,11 +241,11 @@ def test_a_wrong_key(box: Box) -> None:
 
 
 def test_who_asks_for_too_much_is_told_when_to_come_back(client: openai.OpenAI) -> None:
-    """Of so many answers the tensor memory of this node holds only some."""
+    """Of so many answers one may wait for its first turn."""
     with pytest.raises(openai.RateLimitError) as raised:
-        client.chat.completions.with_raw_response.create(messages=HELLO, n=16, **SHORT)
+        client.chat.completions.create(messages=HELLO, n=16, **SHORT | {"model": "narrow"})
     assert int(raised.value.response.headers["retry-after"]) >= 1
-    assert client.chat.completions.with_raw_response.create(messages=HELLO, **SHORT).parse().choices
+    assert client.chat.completions.create(messages=HELLO, **SHORT | {"model": "narrow"}).choices
 
 
 CHECKED = (
