@@ -7,6 +7,8 @@ from itertools import count
 
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
+from cotenant.domain.device import Partition
+from cotenant.domain.plan import Plan
 from cotenant.domain.request import Refusal
 from cotenant.domain.units import MS, S
 from cotenant.policy.generation import peak
@@ -229,3 +231,17 @@ def test_a_newcomer_for_another_version_does_not_end_a_lease() -> None:
     world.send(e.WorkerUp("w9", "s", "2", "cpu", ((1, 1, FIXED),), turns=True))
     assert not only(ask(world, version="2"), a.Recall)
     assert world.d.state.running[batch.id].turns > 1
+
+
+def test_a_partition_that_is_to_go_does_not_wait_for_a_lease_to_end() -> None:
+    world = talking()
+    batch = one(ask(world), a.Dispatch).batch
+    merged = Plan(
+        version=2,
+        partitions=(Partition("all", "cpu", (0,)),),
+        services={"s": ("all",)},
+        jobs={},
+        lendable=("all",),
+    )
+    assert one(world.send(e.Planned(merged)), a.Recall).batch == batch.id
+    assert one(turn(world, batch.id, (1,)), a.Repartition).version == 2

@@ -21,13 +21,19 @@ from cotenant.domain.request import Lease, Request
 from cotenant.domain.units import MS, S
 from cotenant.domain.workload import PRIORITY_CLASSES
 from cotenant.policy.iterations import IterationCosts, Load, load
-from cotenant.policy.state import DispatcherState, PartitionState, ServiceState, WorkerState
+from cotenant.policy.state import (
+    DispatcherState,
+    Lane,
+    PartitionState,
+    ServiceState,
+    WorkerState,
+)
 from cotenant.policy.tail import WHOLE
 
 LEASE_TURNS: Final = 64
 LEASE_NS: Final = 1 * S
 """Bounds of a lease that nobody recalls. It spares the way to the dispatcher and back after each
-turn; what it hides from the dispatcher that long is only that nothing happens."""
+turn."""
 AHEAD: Final = 4
 """A turn may take this part of the objective of another service on the partition: who comes in its
 midst waits for its end."""
@@ -55,6 +61,15 @@ def on_worker(state: DispatcherState, service: ServiceState, worker: WorkerState
     if lane is None:
         return []
     return [state.queued[entry[2]] for entry in lane.heap if entry[2] in state.queued]
+
+
+def first_lanes(service: ServiceState, worker: WorkerState) -> list[tuple[str, Lane]]:
+    """The lanes, by key, of those who wait for their first turn and could have it on a worker."""
+    return [
+        (key, lane)
+        for key, lane in service.lanes.items()
+        if not lane.worker and (lane.version or service.version) == worker.version
+    ]
 
 
 def fits(
@@ -204,8 +219,7 @@ def queued(
     """Who waits for their first turn, in this class and above, and could have it there."""
     return [
         state.queued[entry[2]]
-        for lane in service.lanes.values()
-        if not lane.worker and (lane.version or service.version) == worker.version
+        for _, lane in first_lanes(service, worker)
         for entry in lane.heap
         if entry[2] in state.queued and state.queued[entry[2]].priority <= priority
     ]

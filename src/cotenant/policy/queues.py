@@ -28,7 +28,7 @@ from typing import Final
 from cotenant.domain.request import Request
 from cotenant.domain.units import S
 from cotenant.policy.estimate import size_class
-from cotenant.policy.generation import fits, on_worker
+from cotenant.policy.generation import first_lanes, fits, on_worker
 from cotenant.policy.state import (
     DispatcherState,
     Lane,
@@ -172,7 +172,9 @@ def choose_lane(
     for name, lane in service.lanes.items():
         if has_worker(state, service, lane, partition.device):
             key = put_off(state, service, lane, partition, state.now)
-            if key < best:
+            # Who is first now may be another one, who finds no room.
+            able = not service.turns or has_worker(state, service, lane, partition.device)
+            if able and key < best:
                 best, chosen = key, name
     return best, chosen
 
@@ -253,11 +255,7 @@ def take_turn(state: DispatcherState, service: ServiceState, worker: WorkerState
     while own in service.lanes:
         taken.append(_take_first(state, service, own))
     while not worker.retiring:
-        heads = [
-            (head(state, lane), key)
-            for key, lane in service.lanes.items()
-            if not lane.worker and (lane.version or service.version) == worker.version
-        ]
+        heads = [(head(state, lane), key) for key, lane in first_lanes(service, worker)]
         first, key = min(heads, default=(_FAR, ""))
         if first == _FAR:
             break

@@ -73,6 +73,7 @@ class Relayout:
         for partition in self._on(device):
             partition.retiring = new.get(partition.id) != partition.units
             if partition.retiring:
+                self._turns.end_lease(partition)
                 self._holds.revoke(partition)
 
     def settle(self) -> None:

@@ -152,22 +152,24 @@ class Turns:
 
     def _recall(self, partition: PartitionState, service: ServiceState) -> None:
         """End a lease after the turn under way, if the service has what could run then."""
-        state, running = self._state, self._state.running.get(partition.batch)
-        if running is None or running.turns == 1 or running.recalled:
+        state, running = self._state, self._state.running[partition.batch]
+        if running.turns == 1 or running.recalled:
             return
         if running.batch.service == service.name:
             worker = state.workers[running.worker]
-            lanes = [
-                lane
-                for lane in service.lanes.values()
-                if not lane.worker and (lane.version or service.version) == worker.version
-            ]
+            lanes = generation.first_lanes(service, worker)
             wanted = not worker.retiring and any(
-                queues.has_room(state, service, worker, lane) for lane in lanes
+                queues.has_room(state, service, worker, lane) for _, lane in lanes
             )
         else:
             wanted = queues.able_count(state, service, partition.device) > 0
         if wanted:
+            self.end_lease(partition)
+
+    def end_lease(self, partition: PartitionState) -> None:
+        """What runs on a partition has no further turn by itself."""
+        running = self._state.running.get(partition.batch)
+        if running is not None and running.turns > 1 and not running.recalled:
             running.recalled = True
             self._desk.out.append(a.Recall(self._desk.cause, running.batch.id, running.worker))
 
@@ -342,44 +344,25 @@ class Turns:
     def batch_done(self, event: e.BatchDone) -> None:
         """Answer the requests of a batch that are finished, queue the others for their next turn
         unless their lease goes on, and learn from it."""
-        state, desk = self._state, self._desk
+        state = self._state
         running = state.running.get(event.batch)
         if running is None:
             return
-        now, service = state.now, state.services[running.batch.service]
+        service = state.services[running.batch.service]
         if event.more:
             partition = state.partitions.get(running.partition)
         else:
             del state.running[event.batch]
             partition = self.free(running)
-        silent = set(event.unfinished).difference(event.emitted)
-        spoke = [r for r in running.requests if r.id not in silent]
+        spoke = running.requests
+        if event.unfinished:
+            silent = set(event.unfinished).difference(event.emitted)
+            spoke = [request for request in spoke if request.id not in silent]
         if partition is not None:
             self._learn(event, running, partition)
-            for request in spoke:
-                # Of a piece that is how long after it was due, and the objective.
-                took = now - request.deadline + service.objective
-                service.tail.add(max(0, took) if service.turns else now - request.arrived)
-            # What no execution ever met, pausing jobs does not help either.
-            goal = admission.aim(service, service.exec[partition.kind].least(running.size))
-            lending.note_headroom(partition, service.tail.value * 1000 // goal)
-            lending.adjust_slice(state, partition, now)
-        firsts = [r for r in spoke if r.id not in state.residents or not state.residents[r.id].said]
-        admission.learn_margin(service, running, firsts, now)
-        finished = running.batch.requests
-        going_on: list[Request] = []
-        said = dict(event.said)
-        if event.unfinished:
-            finished = tuple(r for r in finished if r not in event.unfinished)
-            going_on = self._stay(event, running, service, said)
-        for request in running.requests:
-            if request.id in finished:
-                resident = state.residents.pop(request.id, None)
-                before = resident.said if resident is not None else 0
-                generation.learn_length(service, request, before + said.get(request.id, 0))
-                state.retried.pop(request.id, None)
-        if finished:
-            desk.out.append(a.Complete(desk.cause, event.batch, finished))
+            self._watch(service, running, partition, spoke)
+        self._margin(service, running, spoke)
+        going_on = self._came_of(event, running, service)
         if event.more:
             self._next_turn(running, partition, service, going_on)
             return
@@ -391,6 +374,65 @@ class Turns:
             worker.stalled = short and bool(going_on) and not worker.told
             worker.told = False
         self.go_on(service, partition)
+
+    def _watch(
+        self,
+        service: ServiceState,
+        running: Running,
+        partition: PartitionState,
+        spoke: list[Request],
+    ) -> None:
+        """Let lending see how near the objective those come who were answered now, or had a piece:
+        of a piece that is how long after it was due, and the objective."""
+        now = self._state.now
+        for request in spoke:
+            took = now - request.arrived
+            if service.turns:
+                took = max(0, now - request.deadline + service.objective)
+            service.tail.add(took)
+        # What no execution ever met, pausing jobs does not help either.
+        goal = admission.aim(service, service.exec[partition.kind].least(running.size))
+        lending.note_headroom(partition, service.tail.value * 1000 // goal)
+        lending.adjust_slice(self._state, partition, now)
+
+    def _margin(self, service: ServiceState, running: Running, spoke: list[Request]) -> None:
+        """Admission learns from those whose answer begins now."""
+        residents, firsts = self._state.residents, spoke
+        if service.turns:
+            firsts = [r for r in spoke if r.id not in residents or not residents[r.id].said]
+        admission.learn_margin(service, running, firsts, self._state.now)
+
+    def _came_of(
+        self, event: e.BatchDone, running: Running, service: ServiceState
+    ) -> list[Request]:
+        """Answer who is finished; those who are not, and are still waited for."""
+        state = self._state
+        finished, said = running.batch.requests, dict(event.said)
+        going_on: list[Request] = []
+        if event.unfinished:
+            finished = tuple(r for r in finished if r not in event.unfinished)
+            going_on = self._stay(event, running, service, said)
+        if service.turns:
+            self._learn_lengths(service, running, finished, said)
+        for request_id in finished:
+            state.retried.pop(request_id, None)
+            state.residents.pop(request_id, None)
+        if finished:
+            self._desk.out.append(a.Complete(self._desk.cause, event.batch, finished))
+        return going_on
+
+    def _learn_lengths(
+        self,
+        service: ServiceState,
+        running: Running,
+        finished: tuple[int, ...],
+        said: dict[int, int],
+    ) -> None:
+        for request in running.requests:
+            if request.id in finished:
+                resident = self._state.residents.get(request.id)
+                before = resident.said if resident is not None else 0
+                generation.learn_length(service, request, before + said.get(request.id, 0))
 
     def _next_turn(
         self,
