@@ -108,6 +108,27 @@ class Ledgers(RuleBasedStateMachine):
         assert bool(self.ledger.admit(found)) == (there or guaranteed > left)
 
     @rule(data=DATA, size=SIZES)
+    def guarantee(self, data: st.DataObject, size: int) -> None:
+        name, holder = self.one(data)
+        terms = holder.terms
+        others = sum(h.terms.guaranteed for h in self.holders.values()) - terms.guaranteed
+        size = min(size, terms.limit, self.ledger.usable - others)
+        if terms.cooperative:
+            self.hear(self.ledger.guarantee(name, size))
+            assert terms.guaranteed == size
+
+    @rule(data=DATA, part=PARTS)
+    def shed(self, data: st.DataObject, part: float) -> None:
+        """Less than a block was promised: its report gives that back."""
+        name, holder = self.one(data)
+        unit, holder.terms.unit = holder.terms.unit, holder.promised + 1
+        self.told[name] -= holder.promised
+        evictable = int(holder.held * part)
+        report = Report(holder.held, holder.wanted, evictable, 0, holder.returns_at)
+        self.hear(self.ledger.holds(name, report))
+        holder.terms.unit = unit
+
+    @rule(data=DATA, size=SIZES)
     def ask(self, data: st.DataObject, size: int) -> None:
         self.want(*self.one(data), size)
 

@@ -19,7 +19,7 @@ MOST = 100 * BYTES
 class Lending(World):
     """Two services with a pool each, of a budget that is too small for both."""
 
-    def __init__(self, budget: int = MOST, guaranteed: int = 0) -> None:
+    def __init__(self, budget: int = MOST, guaranteed: int = 0, block: int = 1) -> None:
         super().__init__(units=1)
         device = msgspec.structs.replace(cpu(1, PreemptLevel.PRIORITY), kv=budget)
         self.d = Dispatcher((device,))
@@ -28,7 +28,7 @@ class Lending(World):
             self.service(name, objective=60 * S, kv=guaranteed)
             load(self.d.state, f"{name}0", name)
             up = e.WorkerUp(f"{name}0", name, "1", "cpu", ((1, 1, MS),), turns=True)
-            self.send(msgspec.structs.replace(up, room=100, pool=MOST))
+            self.send(msgspec.structs.replace(up, room=100, pool=MOST, block=block))
         self.planned({"s": (0,), "t": (0,)})
 
     def send(self, event: e.Event, after: int = 0) -> list[a.Action]:
@@ -136,20 +136,18 @@ def test_a_newcomer_is_admitted_by_what_its_pool_could_be_lent() -> None:
     assert world.d.state.workers["s0"].reach == 50, "its even part, where others want all"
 
 
-def test_a_part_of_a_block_that_is_asked_for_holds_up_nothing() -> None:
-    world = Lending()
+def test_pools_are_whole_blocks_and_a_part_of_one_holds_up_nobody() -> None:
+    world = Lending(block=30)
     ledger = world.d._pools._ledgers["cpu"]
     world.report("s0", MOST)
     world.wake()
-    world.send(e.Held("s0", MOST, MOST, 0, 0), after=S)
+    assert world.sizes["s0"] == 990
+    world.send(e.Held("s0", 990, MOST, 0, 0), after=S)
     world.report("t0", MOST)
-    world.wake()
-    assert world.sizes["s0"] == MOST // 2
-    world.send(e.Held("s0", MOST // 2, MOST, 0, 0), after=S)
-    whole = world.sizes["t0"] - world.sizes["t0"] % 3  # blocks of three bytes
-    world.send(e.Held("t0", whole, MOST, 0, 0), after=S)
-    pool = ledger.account.holders["t0"]
-    assert (pool.held, pool.promised) == (whole, world.sizes["t0"] - whole)
-    pool.asked = 1
-    world.send(e.Held("t0", whole, MOST, 0, 0), after=S)
-    assert (pool.asked, pool.held) == (0, whole)
+    for _ in range(4):
+        world.wake()
+        for name in ("s0", "t0"):
+            world.send(e.Held(name, world.sizes[name], MOST, 0, 0), after=S)
+    assert world.sizes == {"s0": 480, "t0": 480}
+    for pool in ledger.account.holders.values():
+        assert (pool.promised, pool.asked) == (0, 0)

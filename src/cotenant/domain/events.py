@@ -121,7 +121,7 @@ class WorkerUp(_Event, frozen=True):
     """A warmed model instance is ready on ``device``. ``profile`` holds measured execution times
     there as ``(units, rows, ns)``, for rows of ``size``; ``memory`` the bytes it occupies there, if
     measured. ``turns``: requests live through several turns there; ``room``: so many tokens of them
-    it can hold (0: any number), in ``pool`` bytes."""
+    it can hold (0: any number), in ``pool`` bytes, blocks of ``block``."""
 
     worker: str
     service: str
@@ -133,6 +133,7 @@ class WorkerUp(_Event, frozen=True):
     turns: bool = False
     room: int = 0
     pool: int = 0
+    block: int = 1
 
 
 class Held(_Event, frozen=True):

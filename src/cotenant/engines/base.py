@@ -18,6 +18,7 @@ import numpy.typing as npt
 from cotenant.domain.config import ModelSettings
 from cotenant.domain.errors import ModelError
 from cotenant.domain.port import Language, TensorMeta
+from cotenant.policy.memory.account import PoolUse
 
 Array = npt.NDArray[Any]
 USUAL: Final = ModelSettings()
@@ -47,7 +48,8 @@ class EngineMeta(msgspec.Struct, frozen=True):
     so where axis 0 of every tensor is free; ``engines.joining`` judges whether it is true.
     ``turns``: its engine is a ``TurnEngine``; then requests share turns, whatever their shapes.
     ``context``: of a language model, the most tokens of prompt and answer together; ``room``: those
-    of all requests that it can hold at one time, in ``pool`` bytes (see ``Pooled``)."""
+    of all requests that it can hold at one time, in ``pool`` bytes (see ``Pooled``),
+    blocks of ``block``."""
 
     platform: str
     inputs: tuple[TensorMeta, ...]
@@ -57,6 +59,7 @@ class EngineMeta(msgspec.Struct, frozen=True):
     context: int = 0
     room: int = 0
     pool: int = 0
+    block: int = 1
 
     @property
     def shared(self) -> bool:
@@ -131,16 +134,6 @@ def open_language(path: Path) -> Language:
     from cotenant.engines.llm.language import LlmLanguage
 
     return LlmLanguage(path)
-
-
-class PoolUse(NamedTuple):
-    """See ``events.Held``; bytes."""
-
-    held: int
-    wanted: int
-    evictable: int
-    cold: int
-    least: int
 
 
 @runtime_checkable

@@ -109,6 +109,7 @@ class Roster:
         worker.memory = max(worker.memory, event.memory)
         worker.room = worker.most_room = event.room
         worker.pool = worker.pool_now = worker.held = event.pool
+        worker.block = event.block
         service.turns = event.turns
         kind = self._desk.specs[event.device].kind
         service.home = service.home or kind

@@ -175,11 +175,14 @@ class WorkerState:
     room: int = 0
     """So many tokens of sequences it can hold now; 0: any number."""
     most_room: int = 0
+    """At most."""
     reach: int = 0
     """And so many if others lent what they do not want."""
     pool: int = 0
     """The bytes that they take at most, and (``pool_now``) may take now."""
     pool_now: int = 0
+    block: int = 1
+    """What its pool is made of, in bytes."""
     held: int = 0
     """What it said last of them (``events.Held``)."""
     wanted: int = 0
@@ -400,7 +403,7 @@ class DispatcherState:
     draining: bool = False
     accounts: dict[str, Account] = field(default_factory=dict)
     """Of the memory for pools, by device."""
-    settled: dict[str, tuple[int, int]] = field(default_factory=dict)
+    settled: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
     """When (ns) its needs were weighed last, and for what."""
     first: dict[str, int] = field(default_factory=dict)
     """Pools that have what their first answer needs, and since when (ns)."""

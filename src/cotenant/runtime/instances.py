@@ -344,6 +344,7 @@ class Instances:
                 opened.meta.turns,
                 opened.meta.room,
                 opened.meta.pool,
+                opened.meta.block,
             )
         )
 

@@ -17,19 +17,17 @@ from cotenant.engines.base import (
     Array,
     EngineMeta,
     Pooled,
-    PoolUse,
     Turn,
     TurnEngine,
     Turns,
 )
 from cotenant.engines.samples import Samples, make_samples
+from cotenant.policy.memory.account import PoolUse
 from cotenant.runtime.messages import Held, Item, Open, Opened, Outputs, Run
 
 PROFILE_RUNS: Final = 5
 PROFILE_BUDGET_NS: Final = 2_000_000_000
 """Profiling stops here: a slow model learns the rest from traffic."""
-TELL: Final = 64
-"""A change of 1/TELL of a pool is worth telling."""
 Inputs = dict[str, Array]
 
 
@@ -126,15 +124,11 @@ class Sequences:
         return work == (0, 0) and isinstance(self._engine, Pooled)
 
     def news(self) -> Held | None:
-        """What the pool has and wants, if that is worth telling: it has or wants more or less, or
-        can give much more or less."""
+        """What the pool has and wants, if that is worth telling."""
         if not isinstance(self._engine, Pooled):
             return None
-        use, told = self._engine.pool_use(), self._told
-        changed = told is None or (use[:2], use.least) != (told[:2], told.least)
-        if told is not None and not changed:
-            changed = abs(use.cold - told.cold) * TELL > self._engine.meta.pool
-        if not changed:
+        use = self._engine.pool_use()
+        if not use.tells(self._told, self._engine.meta.pool):
             return None
         self._told = use
         return Held(*use)

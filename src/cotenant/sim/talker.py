@@ -21,14 +21,13 @@ from cotenant.engines.llm.blocks import BlockPool, Move, Offload, Restore
 from cotenant.engines.llm.iteration import Iteration, Iterations, Limits
 from cotenant.engines.llm.sequence import Sequence
 from cotenant.policy.iterations import load
+from cotenant.policy.memory.account import PoolUse
 from cotenant.sim.generates import Generates
 from cotenant.sim.outcome import TokenTally
 
 STOP: Final = -1
 """The token that ends an answer. Any other is the number of its request: answers share nothing, and
 nothing can be guessed."""
-TELL: Final = 64
-"""A change of 1/TELL of what a pool can give is worth telling."""
 
 
 class Talker:
@@ -51,7 +50,7 @@ class Talker:
         self._over: set[int] = set()
         self._aside = 0
         """How often a sequence was put aside up to the last turn."""
-        self._told: tuple[int, ...] | None = None
+        self._told: PoolUse | None = None
         self._moving = 0
         """Ns of copies that the next turn waits for."""
         self._lease: a.Dispatch | None = None
@@ -71,6 +70,11 @@ class Talker:
     def pool(self) -> int:
         """Bytes of them."""
         return self.core.pool.most * self._generates.block
+
+    @property
+    def block(self) -> int:
+        """Bytes of one."""
+        return self._generates.block
 
     # --- orders -----------------------------------------------------------------------------
 
@@ -195,17 +199,11 @@ class Talker:
         del self._answers[key], self._kept[key], self._highest[key]
 
     def _news(self) -> list[e.Held]:
-        pool, block = self.core.pool, self._generates.block
-        spare = pool.available
-        use = pool.capacity, self.core.wanted, spare, spare, self.core.least
-        told = self._told
-        changed = told is None or (use[:2], use[4]) != (told[:2], told[4])
-        if told is not None and not changed:
-            changed = abs(use[3] - told[3]) * TELL > pool.most
-        if not changed:
+        use = PoolUse(*(blocks * self.block for blocks in self.core.blocks))
+        if not use.tells(self._told, self.pool):
             return []
         self._told = use
-        return [e.Held(self._worker, *(blocks * block for blocks in use))]
+        return [e.Held(self._worker, *use)]
 
     # --- for tests --------------------------------------------------------------------------
 

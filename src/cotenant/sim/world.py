@@ -278,6 +278,7 @@ class World:
             turns=True,
             room=talker.room,
             pool=talker.pool,
+            block=talker.block,
         )
 
     def _unload(self, action: a.Unload) -> None:

@@ -55,8 +55,9 @@ _OUTPUTS: Final = (
 )
 
 
-def language_meta(platform: str, context: int, room: int, pool: int) -> EngineMeta:
-    """Of an engine that keeps this contract."""
+def language_meta(platform: str, context: int, blocks: int, tokens: int, nbytes: int) -> EngineMeta:
+    """Of an engine that keeps this contract, with a pool of so many ``blocks``, each of so many
+    ``tokens`` and ``nbytes``."""
     return EngineMeta(
         platform,
         _INPUTS,
@@ -64,8 +65,9 @@ def language_meta(platform: str, context: int, room: int, pool: int) -> EngineMe
         batchable=False,
         turns=True,
         context=context,
-        room=room,
-        pool=pool,
+        room=blocks * tokens,
+        pool=blocks * nbytes,
+        block=nbytes,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Final
 
 from cotenant.domain.config import Exactness
 from cotenant.domain.errors import InvalidRequest, ModelError, TooLarge
-from cotenant.engines.base import Array, EngineMeta, PoolUse, Turn, Turns
+from cotenant.engines.base import Array, EngineMeta, Turn, Turns
 from cotenant.engines.llm.asking import Chosen, Details, Options
 from cotenant.engines.llm.blocks import BlockPool
 from cotenant.engines.llm.checkpoint import open_checkpoint
@@ -28,6 +28,7 @@ from cotenant.engines.llm.iteration import Iterations, Limits
 from cotenant.engines.llm.language import text_of
 from cotenant.engines.llm.runner import Runner, Sizes
 from cotenant.engines.llm.verdicts import chosen_build
+from cotenant.policy.memory.account import PoolUse
 
 SIZE: Final = 16
 """Tokens of a block."""
@@ -52,14 +53,13 @@ class LlmEngine:
             )
         build = chosen_build(checkpoint, text, units, floor)
         runner = Runner(checkpoint, build, Sizes(blocks, SIZE, 0, context), units)
-        self._context, self._room = context, blocks * SIZE
+        self._context, self._blocks = context, blocks
         self._generator = Generator(text, runner, Iterations(BlockPool(blocks, SIZE), limits))
         self._said: dict[int, _Said] = {}
 
     @property
     def meta(self) -> EngineMeta:
-        pool = self._room // SIZE * self._block
-        return language_meta("cotenant_llm", self._context, self._room, pool)
+        return language_meta("cotenant_llm", self._context, self._blocks, SIZE, self._block)
 
     def begin(self, key: int, inputs: dict[str, Array]) -> None:
         try:
@@ -101,7 +101,7 @@ class LlmEngine:
         self._generator.resize(size // self._block)
 
     def pool_use(self) -> PoolUse:
-        return PoolUse(*(blocks * self._block for blocks in self._generator.blocks()))
+        return PoolUse(*(blocks * self._block for blocks in self._generator.core.blocks))
 
     def forget(self, keys: Sequence[int]) -> None:
         self._generator.forget(keys)

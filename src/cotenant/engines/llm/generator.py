@@ -172,13 +172,6 @@ class Generator:
         pool.resize(min(blocks, pool.most))
         self.runner.move(pool.moves())
 
-    def blocks(self) -> tuple[int, int, int, int, int]:
-        """How many there are, are wanted, could be given at once, are read by nobody, and are what
-        the first answer needs alone."""
-        pool = self.core.pool
-        spare = pool.available
-        return pool.capacity, self.core.wanted, spare, spare, self.core.least
-
     def forget(self, keys: Iterable[int]) -> None:
         """Nobody waits for these any more. Unknown ones are passed over."""
         for key in keys:

@@ -113,10 +113,13 @@ class Iterations:
         return tuple(self._waiting)
 
     @property
-    def wanted(self) -> int:
-        """Blocks for all of them, to the longest that their answers may be."""
-        lengths = [s.prompt + s.most for s in self._sequences.values()]
-        return sum(self.pool.needed(length) for length in lengths)
+    def blocks(self) -> tuple[int, int, int, int, int]:
+        """How many there are, are wanted for all answers at their longest, could be given at once,
+        are read by nobody, and are what the most urgent answer needs alone."""
+        pool = self.pool
+        wanted = sum(pool.needed(s.prompt + s.most) for s in self._sequences.values())
+        spare = pool.available
+        return pool.capacity, wanted, spare, spare, self.least
 
     @property
     def least(self) -> int:

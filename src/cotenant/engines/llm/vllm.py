@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from cotenant.domain.errors import InvalidRequest, ModelError, TooLarge
-from cotenant.engines.base import Array, EngineMeta, PoolUse, Turn, Turns
+from cotenant.engines.base import Array, EngineMeta, Turn, Turns
 from cotenant.engines.llm import asking, contract
 from cotenant.engines.llm.asking import Chosen, Details, Options
 from cotenant.engines.llm.forms import check_form, check_repeats
 from cotenant.engines.llm.text import Text
 from cotenant.policy.iterations import IterationCosts, Load, load
+from cotenant.policy.memory.account import PoolUse
 
 VERSION: Final = "0.32.0"
 """Of vLLM. What is used here is not its public interface, so any other is refused."""
@@ -183,9 +184,10 @@ class VllmEngine:
 
     @property
     def meta(self) -> EngineMeta:
-        room = self.balloon.most * self._scheduler.block_size
-        pool = self.balloon.most * self.balloon.block_bytes
-        return contract.language_meta("vllm", self._context, room, pool)
+        balloon, tokens = self.balloon, self._scheduler.block_size
+        return contract.language_meta(
+            "vllm", self._context, balloon.most, tokens, balloon.block_bytes
+        )
 
     def begin(self, key: int, inputs: dict[str, Array]) -> None:
         try:

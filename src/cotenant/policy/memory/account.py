@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from cotenant.domain.units import S
 
@@ -16,6 +16,8 @@ REST: Final = 1 * S
 """So long (ns) after one gave to another it borrows nothing back from it."""
 STEP: Final = 64
 """For less than 1/STEP of the memory nobody is asked to give, so that shares are even."""
+TELL: Final = 64
+"""A pool tells of a change of what it could give that is 1/TELL of it."""
 UNLOAD_BEYOND: Final = 4
 """An idle instance is unloaded if it is wanted again no sooner than so many times its load time."""
 LOAD_WITHIN: Final = 2
@@ -88,6 +90,8 @@ class Terms:
     a job is stopped."""
     load_ns: int = 0
     """How long an instance takes to load."""
+    unit: int = 1
+    """Bytes of a block: what it has is whole ones."""
 
 
 @dataclass
@@ -104,6 +108,23 @@ class Report:
     """The part of that which nobody reads."""
     returns_at: int = 0
     """When (ns) an idle instance is expected to be wanted again; 0: not to be foreseen."""
+
+
+class PoolUse(NamedTuple):
+    """See ``events.Held``; bytes."""
+
+    held: int
+    wanted: int
+    evictable: int
+    cold: int
+    least: int
+
+    def tells(self, told: PoolUse | None, pool: int) -> bool:
+        """Whether it is worth telling after what was ``told`` last: there is or is wanted more or
+        less, or of a pool of so many bytes 1/TELL more or less could be given."""
+        if told is None or (self[:2], self.least) != (told[:2], told.least):
+            return True
+        return abs(self.cold - told.cold) * TELL > pool
 
 
 @dataclass

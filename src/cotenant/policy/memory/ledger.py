@@ -151,6 +151,9 @@ class Ledger:
         else:
             holder.asked -= min(holder.asked, holder.held - held)
         holder.held = held
+        if holder.promised < holder.terms.unit:  # of that it can take nothing
+            holder.asked -= min(holder.asked, holder.promised)
+            holder.promised = 0
         holder.evictable = min(report.evictable, held)
         holder.cold = min(report.cold, holder.evictable)
         return self._grant()

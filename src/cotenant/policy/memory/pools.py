@@ -16,10 +16,11 @@ from typing import Final
 
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
+from cotenant.domain.request import Request
 from cotenant.domain.units import MS, S
 from cotenant.policy.desk import Desk
 from cotenant.policy.generation import on_worker, queued
-from cotenant.policy.memory.account import STEP, Account, Kind, Report, Terms
+from cotenant.policy.memory.account import Account, Kind, Report, Terms
 from cotenant.policy.memory.ledger import Ledger
 from cotenant.policy.state import ServiceState, WorkerState
 
@@ -50,7 +51,8 @@ class Pools:
         ledger = self._ledgers.get(worker.device)
         if ledger is None or not worker.pool:
             return []
-        terms = Terms(worker.id, Kind.KV, 0, worker.pool, give_cost=COPY_NS, back_cost=COPY_NS)
+        terms = Terms(worker.id, Kind.KV, 0, worker.pool, unit=worker.block)
+        terms.give_cost = terms.back_cost = COPY_NS
         refused = ledger.admit(terms)
         assert not refused, refused
         worker.pool_now = worker.pool
@@ -83,11 +85,11 @@ class Pools:
         """Weigh the needs again where they have changed, unless that was just done."""
         found: list[ServiceState] = []
         for device, ledger in self._ledgers.items():
-            last = self._state.settled.get(device, (0, -1))
-            if self._needs(ledger) == last[1]:
+            at, needs = self._state.settled.get(device, (0, ()))
+            if self._needs(ledger) == needs:
                 continue
-            if self._state.now < last[0] + SETTLE:
-                self._again(ledger, last[0] + SETTLE)
+            if self._state.now < at + SETTLE:
+                self._again(device, at + SETTLE)
                 continue
             found += self._settle(device, ledger)
         return found
@@ -100,25 +102,24 @@ class Pools:
 
     # --- inside -----------------------------------------------------------------------------
 
-    def _again(self, ledger: Ledger, at: int) -> None:
+    def _again(self, device: str, at: int) -> None:
         """Weigh the needs again at this time (ns), if not before."""
-        device = next(name for name, each in self._ledgers.items() if each is ledger)
         if self._state.settling.get(device, at + 1) > at:
             self._state.settling[device] = at
             self._desk.watch(at, "memory", device)
 
-    def _needs(self, ledger: Ledger) -> int:
-        """A number that is another one when the needs are."""
-        total = 0
+    def _needs(self, ledger: Ledger) -> tuple[int, ...]:
+        """Of each pool what it wants, and how many wait for it."""
+        found: list[int] = []
         for name in ledger.account.holders:
             worker = self._state.workers[name]
-            total = 31 * total + worker.wanted + self._state.services[worker.service].queued
-        return total
+            found += (worker.wanted, self._state.services[worker.service].queued)
+        return tuple(found)
 
     def _settle(self, device: str, ledger: Ledger) -> list[ServiceState]:
         for name in ledger.account.holders:
             self._enter(ledger, self._state.workers[name])
-        wanted = self._guarantees(ledger)
+        wanted = self._guarantees(device, ledger)
         for name, holder in ledger.account.holders.items():
             if wanted[name] < holder.terms.guaranteed:
                 ledger.guarantee(name, wanted[name])
@@ -129,50 +130,58 @@ class Pools:
         self._state.settled[device] = (self._state.now, self._needs(ledger))
         return self._tell(ledger)
 
-    def _guarantees(self, ledger: Ledger) -> dict[str, int]:
-        """What each pool is guaranteed now."""
+    def _guarantees(self, device: str, ledger: Ledger) -> dict[str, int]:
+        """What each pool is guaranteed now: its own of what it wants, and what its first answer
+        needs where that fits beside the others'."""
         state, left = self._state, ledger.usable
         found: dict[str, int] = {}
-        ranked: list[tuple[int, int, str, int]] = []
+        ranked: list[tuple[bool, int, str]] = []
         for name, holder in ledger.account.holders.items():
             worker = state.workers[name]
-            service = state.services[worker.service]
+            kv = state.services[worker.service].kv
             # Of two versions beside each other, while one replaces the other, the second borrows.
-            found[name] = min(service.kv, holder.wanted, holder.terms.limit, left)
+            found[name] = min(kv, holder.wanted, holder.terms.limit, left)
             left -= found[name]
-            if not holder.wanted:
+            if holder.wanted:
+                may_go = state.now - state.first.get(name, -TERM) >= TERM
+                ranked.append((may_go, self._due(worker), name))
+            else:
                 state.first.pop(name, None)
-                continue
-            since = state.first.get(name, 0)
-            kept = 0 if since and state.now - since < TERM else 1
-            waiting = [*on_worker(state, service, worker), *queued(state, service, worker)]
-            due = min([request.deadline for request in waiting], default=state.now)
-            first = max([request.prompt + request.most for request in waiting[:1]], default=0)
-            need = worker.least or self._bytes(worker, first)
-            ranked.append((kept, due, name, min(need, holder.terms.limit)))
-        for _, _, name, need in sorted(ranked):
+        for _, _, name in sorted(ranked):
+            need = min(self._first(state.workers[name]), ledger.account.holders[name].terms.limit)
             more = max(0, need - found[name])
             if more > left:
                 state.first.pop(name, None)
-                self._again(ledger, state.now + TERM)
+                self._again(device, state.now + TERM)
                 continue
             left -= more
             found[name] += more
             state.first.setdefault(name, state.now)
         return found
 
+    def _asked(self, worker: WorkerState) -> list[Request]:
+        """What an instance has, and what waits for it."""
+        service = self._state.services[worker.service]
+        return [*on_worker(self._state, service, worker), *queued(self._state, service, worker)]
+
+    def _due(self, worker: WorkerState) -> int:
+        """When the first of that is due (ns)."""
+        asked = self._asked(worker)
+        return min([request.deadline for request in asked], default=self._state.now)
+
+    def _first(self, worker: WorkerState) -> int:
+        """Bytes for its first answer alone: as it says, or of one that it does not know yet."""
+        asked = self._asked(worker)
+        if worker.least or not asked:
+            return worker.least
+        return self._bytes(worker, asked[0].prompt + asked[0].most)
+
     def _bytes(self, worker: WorkerState, tokens: int) -> int:
         return -(-tokens * worker.pool // max(1, worker.most_room))
 
     def _enter(self, ledger: Ledger, worker: WorkerState) -> None:
         wanted = worker.wanted + self._queued(worker)
-        report = Report(worker.held, wanted, worker.evictable, worker.cold)
-        # A pool is whole blocks. A part of one that it is to give it never took, and who is to give
-        # gets nothing.
-        asked = ledger.account.holders[worker.id].asked
-        if asked * STEP < ledger.usable and worker.held <= ledger.target(worker.id):
-            ledger.gave(worker.id, asked)
-        ledger.holds(worker.id, report)
+        ledger.holds(worker.id, Report(worker.held, wanted, worker.evictable, worker.cold))
 
     def _queued(self, worker: WorkerState) -> int:
         """Bytes that a worker's part of those who wait for a first turn will need at most."""
@@ -199,7 +208,8 @@ class Pools:
         grown: list[ServiceState] = []
         self._reach(ledger)
         for name in ledger.account.holders:
-            worker, size = self._state.workers[name], ledger.target(name)
+            worker = self._state.workers[name]
+            size = ledger.target(name) // worker.block * worker.block
             if size == worker.pool_now:
                 continue
             if size > worker.pool_now:
