@@ -374,6 +374,71 @@ class Rush(Chaos):
                 self.send(e.Arrived(request))
 
 
+class Tight(Chaos):
+    """Devices with less memory than services and jobs would have: instances are unloaded while they
+    idle, jobs take what is there and give some of it back, sooner or later or never."""
+
+    def __init__(self, seed: int, level: PreemptLevel, units: int) -> None:
+        super().__init__(seed, level, units)
+        kv = self.random.choice([0, 300, 1000])
+        self.devices = tuple(msgspec.structs.replace(d, memory=1000, kv=kv) for d in self.devices)
+        self.d = Dispatcher(self.devices)
+        self.most: dict[str, int] = {}
+        self.pools: dict[str, int] = {}
+
+    def send(self, event: e.Event) -> None:
+        if isinstance(event, e.ServiceAdded):
+            r = self.random
+            memory = {"": r.choice([0, 0, 100, 400])}
+            unloads, kv = r.random() < 0.7, r.choice([0, 100])
+            event = msgspec.structs.replace(event, memory=memory, unloads=unloads, kv=kv)
+        if isinstance(event, e.WorkerUp):
+            r = self.random
+            event = msgspec.structs.replace(event, memory=r.choice([0, 50, 100, 300]))
+            if event.room:
+                event = msgspec.structs.replace(event, pool=r.choice([200, 600]), block=10)
+                self.pools[event.worker] = 0
+        super().send(event)
+
+    def queue_job(self, job: str) -> None:
+        r = self.random
+        self.jobs.add(job)
+        memory = r.choice([0, 200, 600, 900])
+        kept = r.choice([0, memory // 2, memory])
+        gives, kinds = r.random() < 0.6, r.choice([(), ("cpu",), ("gpu", "cpu")])
+        self.send(e.JobQueued(job, kinds=kinds, memory=memory, kept=kept, gives=gives, grace=S))
+
+    def finish(self) -> None:
+        """Whoever waits for memory that never comes is told in time."""
+        super().finish()
+        self.now += 10 * S
+        self.send(e.Woke())
+
+    def spontaneous(self) -> None:
+        r = self.random
+        if r.random() < 0.2 and self.jobs:
+            job = r.choice(sorted(self.jobs))
+            tenant = self.d.state.tenants[job]
+            most = tenant.most if tenant.most >= 0 else tenant.memory or 1000
+            held = r.randrange(most + 1)
+            self.send(
+                e.Held(job, held, held, held if tenant.gives else 0, r.choice([0, held // 2]))
+            )
+        elif r.random() < 0.1:
+            self.now += 2 * S  # silences are long against loads
+        elif r.random() < 0.1 and self.pools:
+            self.pool_tells(r.choice(sorted(self.pools)))
+        else:
+            super().spontaneous()
+
+    def pool_tells(self, name: str) -> None:
+        r, worker = self.random, self.d.state.workers.get(name)
+        if worker is None or name not in self.workers:
+            return
+        held = r.randrange(worker.pool_now + 1) // 10 * 10
+        self.send(e.Held(name, held, r.choice([0, held, worker.pool]), held // 2, held // 4, 20))
+
+
 worlds = st.tuples(
     st.integers(0, 2**32),
     st.sampled_from([PreemptLevel.GATE, PreemptLevel.PAUSE, PreemptLevel.PRIORITY]),
@@ -395,6 +460,26 @@ def test_the_laws_hold_where_workers_have_batches_at_hand(world) -> None:
     rush = Rush(*world)
     rush.run(120)
     assert set(rush.answered) == rush.submitted
+
+
+@given(worlds)
+@settings(max_examples=80, deadline=None)
+def test_the_laws_hold_where_memory_is_short(world) -> None:
+    tight = Tight(*world)
+    tight.run(200)
+    assert set(tight.answered) == tight.submitted
+
+
+def test_where_memory_is_short_it_is_given_and_comes_back() -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(20):
+        tight = Tight(seed, PreemptLevel.PRIORITY, 2)
+        tight.run(250)
+        for _, _, actions in tight.history:
+            seen.update("job" for x in actions if isinstance(x, a.Resize) and x.holder in JOBS)
+            seen.update("unload" for x in actions if isinstance(x, a.Unload))
+            seen.update("load" for x in actions if isinstance(x, a.Load))
+    assert seen["job"] and seen["unload"] and seen["load"], seen
 
 
 def test_jobs_move_between_partitions_that_bind_them() -> None:

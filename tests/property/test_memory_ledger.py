@@ -76,9 +76,9 @@ class Ledgers(RuleBasedStateMachine):
                 continue
             giver, taker = self.holders[move.holder], self.holders[move.to]
             assert giver is not taker
-            assert move.target >= giver.terms.guaranteed
+            assert move.target >= giver.sure
             assert giver.terms.cooperative or move.target == 0, "a part of what cannot be parted"
-            if taker.has >= taker.terms.guaranteed and giver.terms.kind != Kind.KV:
+            if taker.has >= taker.sure and giver.terms.kind != Kind.KV:
                 assert move.rank < USES[taker.terms.kind], "what is in use is not lent"
         return size
 
@@ -158,7 +158,14 @@ class Ledgers(RuleBasedStateMachine):
         self.told[name] -= lost
         report = Report(held, holder.wanted, holder.evictable, holder.cold, holder.returns_at)
         self.hear(self.ledger.holds(name, report))
-        assert holder.asked == max(0, asked - lost)
+        assert holder.asked <= max(0, asked - lost)
+
+    @rule(data=DATA, more=SIZES)
+    def outgrow(self, data: st.DataObject, more: int) -> None:
+        """It needs more than it said."""
+        name, holder = self.one(data)
+        if not holder.terms.cooperative:
+            self.ledger.outgrew(name, holder.terms.limit + more)
 
     @rule(data=DATA, part=PARTS)
     def take(self, data: st.DataObject, part: float) -> None:

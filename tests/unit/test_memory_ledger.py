@@ -8,7 +8,6 @@ import pytest
 from cotenant.domain.units import S
 from cotenant.policy.memory import account
 from cotenant.policy.memory.account import (
-    LOAD_WITHIN,
     REST,
     UNLOAD_BEYOND,
     Account,
@@ -158,6 +157,32 @@ def test_what_is_held_within_a_guarantee_is_never_asked_for() -> None:
     assert box.ledger.ask("pool", 100, NOW).why
     box.report("pool", wanted=500)
     assert box.settle() == []
+
+
+def test_what_it_does_not_want_of_its_guarantee_is_lent_and_comes_back() -> None:
+    box = Box()
+    box.holder("owner", Kind.JOB, held=600, guaranteed=600, wanted=0, evictable=600)
+    box.holder("pool", Kind.KV, held=400)
+    granted, waiting, orders = box.ask("pool", 500)
+    assert (granted, waiting, orders) == (0, 500, [("owner", -500)])
+    box.report("owner", held=600, wanted=600)
+    assert box.ledger.target("owner") == 600, "it wants it again: the order is void"
+    assert box.ledger.coming == 0
+    box.report("owner", held=100, wanted=100)
+    assert box.ask("pool", 500)[0] == 500
+    box.ledger.took("pool", 500)
+    box.report("pool", held=900, wanted=900)
+    assert box.ask("owner", 500) == (0, 500, [("pool", -500)])
+
+
+def test_what_needs_more_than_it_said_is_guaranteed_what_others_leave() -> None:
+    box = Box()
+    box.holder("instance", Kind.INSTANCE, held=300, guaranteed=300, limit=300, cooperative=False)
+    box.holder("job", Kind.JOB, guaranteed=400)
+    box.ledger.outgrew("instance", 900)
+    terms = box.ledger.account.holders["instance"].terms
+    assert terms.guaranteed == terms.limit == 600
+    box.ledger.check()
 
 
 def test_jobs_borrow_what_nobody_uses_and_services_what_jobs_borrowed() -> None:
@@ -476,17 +501,6 @@ def test_a_guarantee_does_not_spare_an_instance() -> None:
     assert box.ask("pool", 50) == (0, 50, [("instance", -1000)])
 
 
-def test_an_instance_is_due_before_it_is_wanted_again() -> None:
-    box = Box()
-    back = NOW + LOAD_WITHIN * S
-    box.holder("instance", Kind.INSTANCE, load_ns=S, returns_at=back, cooperative=False)
-    box.holder("for good", Kind.INSTANCE, load_ns=S, cooperative=False)
-    assert box.ledger.due(NOW - 1) == []
-    assert box.ledger.due(NOW) == ["instance"]
-    box.ask("instance", 100)
-    assert box.ledger.due(NOW) == []
-
-
 # --- to be looked at ------------------------------------------------------------------------
 
 
@@ -522,7 +536,7 @@ def test_an_account_survives_a_checkpoint() -> None:
         ("account.holders['a'].held = -1", "negative"),
         ("account.holders['a'].cold = 1", "more than it holds"),
         ("account.holders['a'].terms.limit = 50", "limit"),
-        ("account.holders['a'].asked = 1", "below its guarantee"),
+        ("account.holders['a'].asked = 1", "within its guarantee"),
     ],
 )
 def test_check_names_the_law_that_is_broken(break_it: str, law: str) -> None:

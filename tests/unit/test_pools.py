@@ -34,7 +34,7 @@ class Lending(World):
     def send(self, event: e.Event, after: int = 0) -> list[a.Action]:
         actions = super().send(event, after)
         for order in only(actions, a.Resize):
-            self.sizes[order.worker] = order.size
+            self.sizes[order.holder] = order.size
         for ledger in self.d._pools._ledgers.values():
             ledger.check()
             assert sum(self.sizes.values()) <= ledger.usable + ledger.coming

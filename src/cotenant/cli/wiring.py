@@ -58,7 +58,9 @@ def make_device(config: DeviceConfig) -> Device:
     """A device that the configuration names."""
     match config:
         case CpuConfig():
-            return CpuDevice(config.id, config.cores, config.realtime, config.pin, config.kv)
+            return CpuDevice(
+                config.id, config.cores, config.realtime, config.pin, config.memory, config.kv
+            )
         case NullConfig():
             return NullDevice(
                 config.id, config.units, config.memory, config.preempt, config.blocking, config.kv

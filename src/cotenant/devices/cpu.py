@@ -52,7 +52,7 @@ from cotenant.domain.device import (
     TenantKind,
 )
 from cotenant.domain.errors import DeviceError, EnvironmentProblem
-from cotenant.domain.units import MS, US, S
+from cotenant.domain.units import MS, US, S, format_bytes
 
 NODE_PRIORITY = 10
 WORKER_PRIORITY = 20
@@ -113,7 +113,8 @@ class CpuDevice:
 
     ``cores``: the cores to use (None: all this process may run on). ``realtime``: "auto" uses
     SCHED_FIFO where allowed, "never" does not, "require" raises EnvironmentProblem without.
-    ``pin``: whether workers are bound to their partition's cores.
+    ``pin``: whether workers are bound to their partition's cores. ``memory``: bytes for tenants (0:
+    all that the machine has), ``kv`` those of them for pools of keys and values.
     """
 
     blocking = False
@@ -124,12 +125,14 @@ class CpuDevice:
         cores: tuple[int, ...] | None = None,
         realtime: str = "auto",
         pin: bool = True,
+        memory: int = 0,
         kv: int = 0,
     ) -> None:
         self._id = device_id
         self._wanted = cores
         self._realtime_mode = realtime
         self._pin = pin
+        self._memory = memory
         self._kv = kv
         self._realtime = False
         self._cores: tuple[int, ...] = ()
@@ -152,6 +155,11 @@ class CpuDevice:
             raise EnvironmentProblem(
                 f"device {self._id}: cores {sorted(missing)} are not in this process's affinity "
                 f"mask {sorted(allowed)}; name only those, or start Cotenant with a wider mask"
+            )
+        if self._memory > _physical():
+            raise EnvironmentProblem(
+                f"device {self._id}: memory {format_bytes(self._memory)} is more than this machine "
+                f"has, {format_bytes(_physical())}"
             )
         self._cores = tuple(sorted(wanted))
         self._limits = []
@@ -189,7 +197,7 @@ class CpuDevice:
             id=self._id,
             kind="cpu",
             units=self._cores,
-            memory=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+            memory=self._memory or _physical(),
             shapes=tuple(range(1, len(self._cores) + 1)),
             preempt=self._level,
             revoke_ns=20 * US,
@@ -389,6 +397,11 @@ class CpuDevice:
             return False
         os.sched_setscheduler(0, *before)
         return True
+
+
+def _physical() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _make_realtime(tid: int, priority: int) -> None:

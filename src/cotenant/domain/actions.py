@@ -71,9 +71,10 @@ class Unload(_Action, frozen=True):
 
 
 class Resize(_Action, frozen=True):
-    """A worker's pool of keys and values may have ``size`` bytes from now on."""
+    """A worker's pool of keys and values, or a job, may have ``size`` bytes from now on; of a job
+    -1: as many as its limit allows."""
 
-    worker: str
+    holder: str
     size: int
 
 

@@ -250,6 +250,7 @@ def _service(section: reading.Section) -> ServiceSpec:
         memory=section.take("memory", reading.size, 0),
         accuracy_floor=section.take("accuracy_floor", reading.share, 0.0),
         kv=_kv(section.section("kv")),
+        unloads=section.take("idle", reading.one_of(("keep", "unload")), "keep") == "unload",
         max_queue=section.take("max_queue", reading.integer(1, 1_000_000), 1024),
         strict=section.take("strict", reading.boolean, False),
         refuse_nan=section.take("refuse_nan", reading.boolean, False),
@@ -349,6 +350,7 @@ def _job(section: reading.Section) -> JobSpec:
         limit=section.take("limit", reading.positive_shares, 1.0),
         kinds=section.take("kinds", reading.names, ()),
         memory=section.take("memory", reading.size, 0),
+        memory_guaranteed=section.take("memory_guaranteed", reading.size, None),
         restart=RestartPolicy(
             section.take("restart", reading.one_of([p.value for p in RestartPolicy]), "on-failure")
         ),

@@ -11,11 +11,13 @@ import msgspec
 from cotenant.domain import reading
 from cotenant.domain.device import PreemptLevel
 from cotenant.domain.errors import ConfigError
+from cotenant.domain.units import format_bytes
 
 
 class CpuConfig(msgspec.Struct, frozen=True):
     """``cores`` None = all that this process may use; ``realtime`` auto, never or require; ``pin``
-    false leaves it to the kernel where workers run (to compare with); ``kv``: see ``DeviceSpec``.
+    false leaves it to the kernel where workers run (to compare with); ``memory``: bytes for
+    instances, jobs and pools (0: all that the machine has); ``kv``: see ``DeviceSpec``.
     """
 
     kind: ClassVar[str] = "cpu"
@@ -23,6 +25,7 @@ class CpuConfig(msgspec.Struct, frozen=True):
     cores: tuple[int, ...] | None = None
     realtime: str = "auto"
     pin: bool = True
+    memory: int = 0
     kv: int = 0
 
 
@@ -66,25 +69,41 @@ def _kind(value: object) -> str:
 
 
 def _cpu(section: reading.Section) -> CpuConfig:
+    memory, kv = _memory(section)
     return CpuConfig(
         id=section.take("id", reading.name, "cpu"),
         cores=section.take("cores", reading.cores, None),
         realtime=section.take("realtime", reading.one_of(("auto", "never", "require")), "auto"),
         pin=section.take("pin", reading.boolean, True),
-        kv=section.take("kv", reading.size, 0),
+        memory=memory,
+        kv=kv,
     )
 
 
 def _null(section: reading.Section) -> NullConfig:
     levels = {level.name.lower(): level for level in PreemptLevel}
+    memory, kv = _memory(section)
     return NullConfig(
         id=section.take("id", reading.name, "null"),
         units=section.take("units", reading.integer(1, 1024), 2),
-        memory=section.take("memory", reading.size, 0),
+        memory=memory,
         preempt=levels[section.take("preempt", reading.one_of(levels), "priority")],
         blocking=section.take("blocking", reading.boolean, False),
-        kv=section.take("kv", reading.size, 0),
+        kv=kv,
     )
+
+
+def _memory(section: reading.Section) -> tuple[int, int]:
+    """Bytes for everything on a device, and for pools of keys and values out of these: all, if it
+    is not said how many."""
+    memory = section.take("memory", reading.size, 0)
+    kv = section.take("kv", reading.size, memory)
+    if memory and kv > memory:
+        raise ConfigError(
+            f"{format_bytes(kv)} are more than the device's memory, {format_bytes(memory)}",
+            section.at("kv"),
+        )
+    return memory, kv
 
 
 _READERS: dict[str, Callable[[reading.Section], DeviceConfig]] = {

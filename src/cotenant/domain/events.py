@@ -20,7 +20,8 @@ class ServiceAdded(_Event, frozen=True):
     of its answers are to meet ``objective``. On each device that carries it ``instances`` of its
     ``keep`` newest versions are loaded; ``memory``: the bytes that one occupies, by kind of device
     ("": any other). ``pace``: see ``Slo``; ``kv``: bytes guaranteed to each instance for keys and
-    values. ``notes`` are for its owner: nothing depends on them."""
+    values. ``notes`` are for its owner: nothing depends on them. ``unloads``: its instances may be
+    unloaded while they idle, if others need the memory."""
 
     service: str
     objective: int
@@ -36,6 +37,7 @@ class ServiceAdded(_Event, frozen=True):
     memory: dict[str, int] = {}
     pace: int = 0
     kv: int = 0
+    unloads: bool = False
 
 
 class ServiceRemoved(_Event, frozen=True):
@@ -137,11 +139,12 @@ class WorkerUp(_Event, frozen=True):
 
 
 class Held(_Event, frozen=True):
-    """What a worker's pool of keys and values has, in bytes, and would have to have for what it has
-    to do; what of that it could give without putting work aside, what of that nobody reads, and
-    what its first request needs alone."""
+    """Of a worker: what its pool of keys and values has, in bytes, and would have to have for what
+    it has to do; what of that it could give without putting work aside, what of that nobody reads,
+    and what its first request needs alone. Of a job: what its processes have, and want; what of
+    that it can be made to give, and what it says that it does not use."""
 
-    worker: str
+    holder: str
     held: int
     wanted: int
     evictable: int
@@ -158,8 +161,9 @@ class WorkerDown(_Event, frozen=True):
 
 class JobQueued(_Event, frozen=True):
     """A job wants to run: on devices of one of ``kinds`` (none named: any that trains).
-    ``guaranteed`` and ``limit`` are shares of the compute of that kind; ``memory`` in bytes; when
-    it is to stop it may take ``grace`` ns."""
+    ``guaranteed`` and ``limit`` are shares of the compute of that kind. Of ``memory`` bytes, which
+    it may have, it is guaranteed ``kept`` if it can be made to give the rest (``gives``), else all.
+    When it is to stop it may take ``grace`` ns."""
 
     job: str
     weight: float = 1.0
@@ -168,6 +172,8 @@ class JobQueued(_Event, frozen=True):
     kinds: tuple[str, ...] = ()
     memory: int = 0
     grace: int = 5 * S
+    kept: int = 0
+    gives: bool = False
 
 
 class JobReady(_Event, frozen=True):
@@ -278,11 +284,20 @@ def service_added(
         memory={"": spec.memory} | {k: v.memory for k, v in spec.variants.items() if v.memory},
         pace=spec.slo.pace,
         kv=spec.kv.guaranteed,
+        unloads=spec.unloads,
     )
 
 
-def job_queued(spec: JobSpec) -> JobQueued:
-    """The event of a job that wants to run."""
+def job_queued(spec: JobSpec, gives: bool = False) -> JobQueued:
+    """The event of a job that wants to run; ``gives``: whether memory can be taken back from it."""
     return JobQueued(
-        spec.id, spec.weight, spec.guaranteed, spec.limit, spec.kinds, spec.memory, spec.grace
+        job=spec.id,
+        weight=spec.weight,
+        guaranteed=spec.guaranteed,
+        limit=spec.limit,
+        kinds=spec.kinds,
+        memory=spec.memory,
+        grace=spec.grace,
+        kept=spec.memory if spec.memory_guaranteed is None else spec.memory_guaranteed,
+        gives=gives,
     )

@@ -26,7 +26,7 @@ class ServiceFacts(msgspec.Struct, frozen=True):
     ``variants`` says what the model is on kinds of device; empty: it runs anywhere, or on any of
     ``kinds``. ``memory``: bytes that an instance occupies, by kind of device, as far as is known.
     ``unfit``: devices that could not load it, and why. ``offer``: the revision that waits to be
-    loaded, 0 if none does.
+    loaded, 0 if none does. ``unloads``: others may have their memory while they idle.
     """
 
     name: str
@@ -50,6 +50,7 @@ class ServiceFacts(msgspec.Struct, frozen=True):
     memory: dict[str, int] = {}
     unfit: dict[str, str] = {}
     offer: int = 0
+    unloads: bool = False
 
 
 RATE_WINDOW: Final = 60 * S

@@ -103,6 +103,9 @@ class ServiceSpec(msgspec.Struct, frozen=True):
     exec_timeout: int = 30 * S
     """A batch that executes longer than this is ended together with its worker."""
     kv: KvSpec = KvSpec()
+    unloads: bool = False
+    """If set, instances that idle are unloaded when others need the memory, and loaded again before
+    they are expected to be wanted, or when they are."""
     variants: dict[str, Variant] = {}
     """What the model is on kinds of device; empty: the same anywhere."""
 
@@ -121,7 +124,8 @@ class JobSpec(msgspec.Struct, frozen=True):
     ``env`` is all of its environment but for what the node adds, and is shown to nobody.
     ``weight`` divides what is left among jobs; ``guaranteed`` is a share (0..1) that is owed to it;
     ``limit`` caps what it may borrow; ``memory`` (bytes, 0 = none)
-    ends the job alone when its process tree occupies more.
+    ends the job alone when its process tree occupies more. Of that ``memory_guaranteed`` (None:
+    all) is its own; the rest it may be told to give back.
     """
 
     id: str
@@ -135,6 +139,7 @@ class JobSpec(msgspec.Struct, frozen=True):
     kinds: tuple[str, ...] = ()
     """Kinds of device that it can run on; empty: any that trains."""
     memory: int = 0
+    memory_guaranteed: int | None = None
     restart: RestartPolicy = RestartPolicy.ON_FAILURE
     max_restarts: int = 5
     grace: int = 5 * S

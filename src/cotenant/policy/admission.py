@@ -19,7 +19,7 @@ from typing import Final
 from cotenant.domain.request import Refusal, Request
 from cotenant.domain.units import MS
 from cotenant.domain.workload import PRIORITY_CLASSES
-from cotenant.policy import generation
+from cotenant.policy import generation, returning
 from cotenant.policy.estimate import size_class
 from cotenant.policy.lending import back_in, starved
 from cotenant.policy.queues import lane_key, queued_ns, work_ns
@@ -58,7 +58,7 @@ def refuse(
     parts = state.partitions
     mine = [parts[name] for name in service.partitions if service.at.get(parts[name].device)]
     if not mine:
-        return Refusal.UNAVAILABLE, 1000 * MS
+        return _until_loaded(state, service, request, now)
     if service.queued >= service.max_queue:
         return Refusal.QUEUE_FULL, max(RETRY_MIN, _queued_work(service, mine[0]))
     budget = request.deadline - now
@@ -80,6 +80,23 @@ def refuse(
     if not service.strict and partition.kind in compute:
         return _spend(state, partition, own, now, compute[partition.kind])
     return None
+
+
+def _until_loaded(
+    state: DispatcherState, service: ServiceState, request: Request, now: int
+) -> tuple[Refusal, int] | None:
+    """For a service without an instance: who can wait for one that is loaded again does."""
+    wait = returning.loaded_in(state, service, now)
+    if wait < 0 or not service.partitions:
+        return Refusal.UNAVAILABLE, 1000 * MS
+    if service.queued >= service.max_queue:
+        return Refusal.QUEUE_FULL, max(RETRY_MIN, wait)
+    partition = state.partitions[service.partitions[0]]
+    table = service.exec[partition.kind]
+    own = table.predict(partition.compute, request.rows, size_class(request.size))
+    if wait + own <= request.deadline - now:
+        return None
+    return Refusal.UNAVAILABLE, max(RETRY_MIN, wait)
 
 
 def aim(service: ServiceState, own: int) -> int:

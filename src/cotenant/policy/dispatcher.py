@@ -31,6 +31,7 @@ room        decides
 `tenancy`   which jobs run, on which devices; when one is stopped
 `holds`     which job has which partition; taking it back
 `pools`     how large which pool of keys and values is
+`budgets`   whether there is memory for an instance, a job; who gives it
 =========== ====================================================================
 
 Each uses those below it only; what one event means for several is said here.
@@ -46,6 +47,8 @@ from cotenant.domain import events as e
 from cotenant.domain.device import DeviceSpec
 from cotenant.policy.desk import Desk
 from cotenant.policy.holds import Holds
+from cotenant.policy.memory.books import Books
+from cotenant.policy.memory.budgets import Budgets
 from cotenant.policy.memory.pools import Pools
 from cotenant.policy.relayout import Relayout
 from cotenant.policy.residency import Residency
@@ -68,13 +71,15 @@ class Dispatcher:
         self.state = state if state is not None else DispatcherState()
         self._desk = Desk(devices, self.state)
         self.compute = self._desk.compute
+        self.books = books = Books(devices, self.state.accounts)
+        self._budgets = budgets = Budgets(self._desk, books)
         self._holds = holds = Holds(self._desk)
-        self._tenancy = tenancy = Tenancy(self._desk, holds)
+        self._tenancy = tenancy = Tenancy(self._desk, holds, budgets)
         self._turns = turns = Turns(self._desk, holds)
         self._roster = roster = Roster(self._desk, turns)
-        self._residency = residency = Residency(self._desk, roster)
+        self._residency = residency = Residency(self._desk, roster, budgets)
         self._relayout = Relayout(self._desk, holds, tenancy, turns, roster, residency)
-        self._pools = Pools(self._desk)
+        self._pools = Pools(self._desk, books)
         self._handlers: dict[type, Callable[[Any], None]] = {
             e.ServiceAdded: self._service_added,
             e.ServiceRemoved: self._service_removed,
@@ -84,7 +89,7 @@ class Dispatcher:
             e.LoadFailed: self._load_failed,
             e.WorkerDown: self._worker_down,
             e.Held: self._held,
-            e.Arrived: turns.arrived,
+            e.Arrived: self._arrived,
             e.Cancelled: turns.cancelled,
             e.BatchDone: self._batch_done,
             e.BatchFailed: self._batch_failed,
@@ -104,8 +109,10 @@ class Dispatcher:
         """Decide. ``now`` is in ns; a clock that went backwards is held still."""
         self._desk.begin(now, event)
         self._handlers[type(event)](event)
-        if self.state.accounts:
+        if self.books.pools:
             self._place(self._pools.look())
+        if self.books.touched:
+            self._memory()
         if self.state.leaving:
             self._residency.let_go()
         self._desk.arm()
@@ -126,6 +133,7 @@ class Dispatcher:
         was_up = worker is not None and worker.up
         self._roster.worker_up(event)
         if worker is not None and worker.up and not was_up:
+            self._budgets.up(worker)
             self._place([*self._pools.worker_up(worker), self.state.services[worker.service]])
         self._residency.settle(event.service)
         self._relayout.settle()
@@ -143,14 +151,36 @@ class Dispatcher:
             self._load_failed(e.LoadFailed(event.worker, event.reason))
             return
         grown = self._pools.worker_down(worker)
+        self._budgets.down(worker)
         self._roster.worker_down(worker)
         self._place(grown)
         self._residency.lost(worker)
         self._relayout.settle()
         self._tenancy.settle()
 
+    def _arrived(self, event: e.Arrived) -> None:
+        self._turns.arrived(event)
+        self._residency.wake(event.request.service)
+
     def _held(self, event: e.Held) -> None:
+        self._budgets.reported(event)
         self._place(self._pools.reported(event))
+
+    def _memory(self) -> None:
+        """What became of the ledgers is told those whom it concerns."""
+        for device in self.books.touched:
+            self._budgets.take_back(device)
+        self._tenancy.settle()
+        for device in list(self.books.touched):
+            for worker in self._budgets.ready(device):
+                self._residency.begin(worker)
+            for worker in self._budgets.to_give(device):
+                if not worker.retiring:
+                    self._residency.put_to_sleep(worker)
+            self._place(self._pools.changed(device))
+            self._budgets.again(device)
+        self._budgets.tell_jobs()
+        self.books.touched.clear()
 
     def _place(self, grown: list[ServiceState]) -> None:
         """Who waited for memory may have found it."""
@@ -228,6 +258,8 @@ class Dispatcher:
                     self._residency.settle(name)
                 case "memory":
                     self._pools.due(name)
+                case "budget":
+                    self._budgets.due(name)
         while (partition := self._desk.due()) is not None:
             self._turns.run(partition)
             self._turns.place_waiting(partition)

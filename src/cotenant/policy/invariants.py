@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cotenant.domain.device import PreemptLevel
 from cotenant.policy.dispatcher import Dispatcher
+from cotenant.policy.memory.account import Kind
 from cotenant.policy.queues import able_count, has_worker
 from cotenant.policy.state import DispatcherState, Hold, Phase
 
@@ -20,6 +21,28 @@ def check(dispatcher: Dispatcher) -> None:
     _jobs(state, dispatcher.compute)
     _work_conserving(state)
     _timers(state)
+    _memory(dispatcher)
+
+
+def _memory(dispatcher: Dispatcher) -> None:
+    state = dispatcher.state
+    assert not dispatcher.books.touched, "a ledger changed and nobody was told"
+    for device, ledger in dispatcher.books.devices.items():
+        ledger.check()
+        for name, holder in ledger.account.holders.items():
+            if holder.terms.kind == Kind.JOB:
+                assert name in state.tenants, f"{name} has memory of {device}, and is gone"
+            elif holder.terms.kind == Kind.INSTANCE:
+                worker = state.workers.get(name)
+                assert worker is not None, f"{name} has memory of {device}, and is gone"
+                booked = holder.has >= min(worker.memory, holder.terms.limit)
+                assert booked or worker.pending or worker.up, f"{name}: loaded without memory"
+    for ledger in dispatcher.books.pools.values():
+        ledger.check()
+    for service in state.services.values():
+        for device in service.asleep:
+            assert not service.at.get(device), f"{service.name}: asleep and serving on {device}"
+            assert service.unloads, f"{service.name}: asleep against its will"
 
 
 def _holders(state: DispatcherState, levels: dict[str, PreemptLevel]) -> None:

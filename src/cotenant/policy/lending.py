@@ -15,6 +15,7 @@ from typing import Final
 
 from cotenant.domain.plan import Plan
 from cotenant.domain.units import MS, S
+from cotenant.policy.returning import note_silence
 from cotenant.policy.state import DispatcherState, Hold, JobShare, PartitionState, ServiceState
 
 ADJUST_EVERY: Final = 100 * MS
@@ -124,7 +125,9 @@ def aim(state: DispatcherState) -> None:
 
 
 def note_arrival(service: ServiceState, now: int) -> None:
-    """Keep the mean gap between arrivals (gain 1/8)."""
+    """Keep the mean gap between arrivals (gain 1/8), and the length of silences."""
+    if service.unloads:
+        note_silence(service, now)
     if service.last_arrival:
         gap = min(now - service.last_arrival, 10 * S)
         service.gap += (gap - service.gap) // 8 if service.gap else gap

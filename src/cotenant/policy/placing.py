@@ -29,9 +29,10 @@ def why_not(service: ServiceFacts, device: DeviceSpec, memory_left: int) -> str:
     if device.id in service.unfit:
         return f"{device.id} could not load it: {service.unfit[device.id]}"
     need = _need(service, device)
-    if device.memory and need > memory_left:
+    left = device.memory if service.unloads else memory_left
+    if device.memory and need > left:
         many = f" ({service.instances} instances)" if service.instances > 1 else ""
-        free = format_bytes(max(0, memory_left))
+        free = format_bytes(max(0, left))
         return f"needs {format_bytes(need)}{many}, {device.id} has {free}"
     if not service.variants:
         return ""
@@ -52,6 +53,11 @@ def why_not(service: ServiceFacts, device: DeviceSpec, memory_left: int) -> str:
 def _need(service: ServiceFacts, device: DeviceSpec) -> int:
     """Bytes that all its instances need there."""
     return service.instances * memory_of(service, device)
+
+
+def _keeps(service: ServiceFacts, device: DeviceSpec) -> int:
+    """Bytes that others can never have: what may be unloaded while it idles leaves all."""
+    return 0 if service.unloads else _need(service, device)
 
 
 def place(
@@ -126,7 +132,7 @@ class _Placer:
                 self.reasons.append(f"{name}: {device.id} can carry {part:.0%} of it")
             self.parts[name][device.id] = self._left[name] * part
             self._left[name] *= 1.0 - part
-            memory -= _need(service, device)
+            memory -= _keeps(service, device)
             used += wanted * part
 
     def spread(self, before: Parts, improve: bool) -> bool:
@@ -166,7 +172,7 @@ class _Placer:
                 if rate is not None:
                     calm = msgspec.structs.replace(service, rate=rate, rate_trend=0.0)
                 demands[name] = {d.id: self._demand(calm, d) * self._left[name] for d in able}
-                needs[name] = {d.id: _need(service, d) for d in able}
+                needs[name] = {d.id: _keeps(service, d) for d in able}
         return assigning.Fleet(demands, needs, {d.id: d.memory for d in self._sharing})
 
     def _why_nowhere(self, name: str) -> str:

@@ -5,6 +5,9 @@ kept of every version that serves, and of the one that is offered; who dies is r
 later the sooner it died. A version that was offered serves once all its instances are up on every
 device that can load it, and takes the place of the oldest; where none can, it is declined. What a
 service leaves is unloaded when it is up where it goes.
+
+An instance is loaded once there is memory for it. One that idles may have to give that to others:
+then the service is asleep there, until a request comes or is expected to.
 """
 
 from __future__ import annotations
@@ -15,7 +18,9 @@ from cotenant.domain import actions as a
 from cotenant.domain import events as e
 from cotenant.domain.plan import Plan
 from cotenant.domain.units import MS, S
+from cotenant.policy import returning
 from cotenant.policy.desk import Desk
+from cotenant.policy.memory.budgets import Budgets
 from cotenant.policy.roster import Roster
 from cotenant.policy.state import ServiceState, WorkerState, unfit
 
@@ -28,9 +33,10 @@ HEALTHY_AFTER: Final = 60 * S
 class Residency:
     """See the module's text."""
 
-    def __init__(self, desk: Desk, roster: Roster) -> None:
+    def __init__(self, desk: Desk, roster: Roster, budgets: Budgets) -> None:
         self._desk = desk
         self._roster = roster
+        self._budgets = budgets
         self._state = desk.state
 
     # --- what happens -----------------------------------------------------------------------
@@ -41,6 +47,8 @@ class Residency:
         for service in self._state.services.values():
             there = plan.services.get(service.name, ())
             service.wanted = list(dict.fromkeys(device_of[p] for p in there))
+            for device in [d for d in service.asleep if d not in service.wanted]:
+                del service.asleep[device]
             if service.name in plan.unplaced and service.offer:
                 self._decline(service, plan.unplaced[service.name])
             self.settle(service.name)
@@ -54,6 +62,7 @@ class Residency:
             self._decline(service, "another was offered since")
         service.offer, service.offer_revision = event.version, event.revision
         service.failures = service.retry_at = 0
+        service.asleep.clear()
         self.settle(service.name)
 
     def gone(self, event: e.VersionGone) -> None:
@@ -79,6 +88,7 @@ class Residency:
         service.version = ""
         service.versions.clear()
         service.wanted.clear()
+        service.asleep.clear()
         for worker in self._of(service):
             self._retire(worker)
 
@@ -87,7 +97,7 @@ class Residency:
         worker = self._state.workers.get(event.worker)
         if worker is None or worker.up:
             return
-        self._state.workers.pop(worker.id)
+        self._forget(worker)
         self._state.leaving.pop(worker.id, None)
         service = self._state.services[worker.service]
         if worker.retiring:
@@ -101,6 +111,8 @@ class Residency:
                     self._retire(other)
         else:
             self._wait(service, lived=0)
+        if not service.workers:
+            self._roster.refuse_orphans(service)
         failed = service.unfit.get(worker.revision, {})
         if offered and all(device in failed for device in service.wanted):
             self._decline(service, event.reason)
@@ -129,6 +141,10 @@ class Residency:
         service = self._state.services.get(name)
         if service is None:
             return
+        if service.queued and not service.workers:
+            self._roster.refuse_late(service)
+        if service.asleep and self._is_due(service):
+            service.asleep.clear()
         for version, revision in list(service.versions.items()):
             self._keep_up(service, version, revision)
         if service.offer:
@@ -146,33 +162,59 @@ class Residency:
             if device in failed:
                 continue
             able = True
+            if device in service.asleep:
+                continue
             for _ in range(service.instances - len(there)):
                 complete = False
-                if service.retry_at <= self._state.now:
-                    self._load(service, version, revision, device)
+                if service.retry_at > self._state.now:
+                    break
+                why = self._load(service, version, revision, device)
+                if why and (version, revision) == (service.offer, service.offer_revision):
+                    self._decline(service, why)
+                    return False
             complete = complete and all(w.up for w in there)
         for worker in mine:
             if worker.device not in service.wanted and ((complete and able) or not worker.up):
                 self._retire(worker)
         return complete and able
 
-    def _load(self, service: ServiceState, version: str, revision: int, device: str) -> None:
+    def _load(self, service: ServiceState, version: str, revision: int, device: str) -> str:
+        """Load an instance, as soon as there is memory for it; why that is not to be expected."""
         state = self._state
         name = f"{service.name}#{state.next_worker}"
         state.next_worker += 1
-        kind = self._desk.specs[device].kind
-        memory = service.memory.get(kind, service.memory.get("", 0))
-        state.workers[name] = WorkerState(
+        memory = self._budgets.need(service.name, device)
+        worker = state.workers[name] = WorkerState(
             id=name,
             service=service.name,
             version=version,
             device=device,
             revision=revision,
             memory=memory,
-            since=state.now,
+            pending=True,
         )
-        load = a.Load(self._desk.cause, name, service.name, version, revision, device)
+        if self._budgets.load(worker):
+            self.begin(worker)
+            return ""
+        return self._budgets.hopeless(worker)
+
+    def begin(self, worker: WorkerState) -> None:
+        """There is memory for an instance: load it."""
+        worker.pending, worker.since = False, self._state.now
+        load = a.Load(
+            self._desk.cause,
+            worker.id,
+            worker.service,
+            worker.version,
+            worker.revision,
+            worker.device,
+        )
         self._desk.out.append(load)
+
+    def _forget(self, worker: WorkerState) -> None:
+        """An instance is not, and has nothing."""
+        del self._state.workers[worker.id]
+        self._budgets.down(worker)
 
     def _serve(self, service: ServiceState, version: str, revision: int) -> None:
         """A version that was offered takes over."""
@@ -216,8 +258,43 @@ class Residency:
 
     def _retire(self, worker: WorkerState) -> None:
         """An instance takes nothing new, and goes once it has nothing to do."""
+        if worker.pending:
+            self._forget(worker)
+            return
         self._roster.retire(worker)
         self._state.leaving[worker.id] = None
+
+    # --- memory that others need ------------------------------------------------------------
+
+    def put_to_sleep(self, worker: WorkerState) -> None:
+        """An idle instance gives its memory to others: its service is on that device again when it
+        is wanted."""
+        service, device = self._state.services[worker.service], worker.device
+        service.asleep[device] = None
+        for other in self._of(service):
+            if other.device == device:
+                self._retire(other)
+        back = returning.expected(service, self._state.now)
+        if back:
+            self._desk.watch(self._soon(service, back), "service", service.name)
+
+    def wake(self, name: str) -> None:
+        """Requests come for a service that may be asleep."""
+        service = self._state.services.get(name)
+        if service is not None and service.asleep:
+            service.asleep.clear()
+            self.settle(name)
+
+    def _is_due(self, service: ServiceState) -> bool:
+        back = returning.expected(service, self._state.now)
+        return bool(back) and self._soon(service, back) <= self._state.now
+
+    @staticmethod
+    def _soon(service: ServiceState, back: int) -> int:
+        """When (ns) to load what is expected to be wanted again at a time."""
+        return back - returning.LOAD_WITHIN * service.load_ns
+
+    # --- the end ----------------------------------------------------------------------------
 
     def let_go(self) -> None:
         """Unload the instances that are to go and have nothing to do any more."""

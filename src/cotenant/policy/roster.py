@@ -10,7 +10,14 @@ from cotenant.domain.units import S
 from cotenant.policy import queues
 from cotenant.policy.desk import Desk
 from cotenant.policy.estimate import Costs, Median, Quantile, size_class
-from cotenant.policy.state import ServiceState, WorkerState, enter_pool, leave_pool, served
+from cotenant.policy.state import (
+    ServiceState,
+    WorkerState,
+    coming,
+    enter_pool,
+    leave_pool,
+    served,
+)
 from cotenant.policy.tail import caution, missable, watched
 from cotenant.policy.turns import Turns
 
@@ -36,7 +43,9 @@ class Roster:
             old.missable, old.caution = missable(event.percentile), caution(event.percentile)
             old.tail.ppm = watched(event.percentile)
             old.instances, old.keep, old.memory = event.instances, event.keep, event.memory
-            old.pace, old.kv = event.pace, event.kv
+            old.pace, old.kv, old.unloads = event.pace, event.kv, event.unloads
+            if not old.unloads:
+                old.asleep.clear()
             return
         state.services[event.service] = ServiceState(
             name=event.service,
@@ -55,6 +64,7 @@ class Roster:
             memory=event.memory,
             pace=event.pace,
             kv=event.kv,
+            unloads=event.unloads,
         )
         self.link()
 
@@ -105,6 +115,7 @@ class Roster:
         if worker is None or worker.up or worker.retiring:
             return
         service = state.services[worker.service]
+        service.load_ns = state.now - worker.since
         worker.up, worker.since = True, state.now
         worker.memory = max(worker.memory, event.memory)
         worker.room = worker.most_room = event.room
@@ -113,6 +124,7 @@ class Roster:
         service.turns = event.turns
         kind = self._desk.specs[event.device].kind
         service.home = service.home or kind
+        service.occupies[kind] = max(event.memory, service.occupies.get(kind, 0))
         costs = service.exec.setdefault(kind, Costs())
         for units, rows, ns in event.profile:
             costs.profile(units, rows, ns, size_class(event.size))
@@ -138,7 +150,7 @@ class Roster:
             begun = running.batch.id == worker.batch
             self._turns.give_back(service, running.requests, begun)
         self._turns.give_back(service, residents, begun=True)
-        self._refuse_orphans(service)
+        self.refuse_orphans(service)
         self.forget_if_empty(service)
         if partition is not None:
             self._turns.go_on(service, partition)
@@ -151,7 +163,7 @@ class Roster:
         service = self._state.services[worker.service]
         if worker.up:
             leave_pool(service, worker)
-            self._refuse_orphans(service)
+            self.refuse_orphans(service)
 
     def _residents(self, worker: WorkerState) -> list[Request]:
         """Take the requests that a worker had between two turns out of the queue."""
@@ -160,9 +172,9 @@ class Roster:
         found = [queues.withdraw(state, request) for request in ids]
         return [request for request in found if request is not None]
 
-    def _refuse_orphans(self, service: ServiceState) -> None:
+    def refuse_orphans(self, service: ServiceState) -> None:
         """Refuse what waits for a version that no instance serves any more."""
-        versions = served(self._state, service)
+        versions = served(self._state, service) | coming(self._state, service)
         self._refuse_where(
             service,
             Refusal.UNAVAILABLE,
@@ -171,6 +183,11 @@ class Roster:
                 and request.id not in self._state.residents
             ),
         )
+
+    def refuse_late(self, service: ServiceState) -> None:
+        """Refuse what has waited in vain for an instance to be loaded again."""
+        now = self._state.now
+        self._refuse_where(service, Refusal.UNAVAILABLE, lambda r: r.deadline <= now)
 
     def _refuse_where(
         self, service: ServiceState, refusal: Refusal, condition: Callable[[Request], bool]

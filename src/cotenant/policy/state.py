@@ -114,7 +114,18 @@ class ServiceState:
     instances: int = 1
     keep: int = 1
     memory: dict[str, int] = field(default_factory=dict)
-    """Bytes that an instance occupies, by kind of device."""
+    """Bytes that an instance occupies, by kind of device, as declared."""
+    occupies: dict[str, int] = field(default_factory=dict)
+    """And as measured."""
+    unloads: bool = False
+    """Whether its instances may be unloaded while they idle."""
+    asleep: dict[str, None] = field(default_factory=dict)
+    """Devices where they are: others needed the memory."""
+    load_ns: int = 0
+    """How long an instance took to load, last."""
+    silence: int = 0
+    """Mean length (ns) of times without requests, and mean deviation; 0: there was none."""
+    silence_dev: int = 0
     version: str = ""
     """The version that requests go to which name none."""
     versions: dict[str, int] = field(default_factory=dict)
@@ -190,6 +201,8 @@ class WorkerState:
     cold: int = 0
     least: int = 0
     up: bool = False
+    pending: bool = False
+    """Whether it waits for memory and is not loaded yet."""
     since: int = 0
     """When it was ordered or, if that is later, when it came up (ns)."""
     batch: int = 0
@@ -296,6 +309,10 @@ class Tenant:
     limit: Share
     kinds: tuple[str, ...]
     memory: int
+    """Bytes that it may have at most; 0: not said."""
+    kept: int
+    """And is guaranteed, if it can be made to give the rest."""
+    gives: bool
     grace: int
     phase: Phase = Phase.QUEUED
     kind: str = ""
@@ -305,6 +322,8 @@ class Tenant:
     """The partition that it was started in, where its device binds it to one."""
     waits: str = ""
     """Why it is not started."""
+    most: int = -1
+    """Bytes that it was told to have at most; -1: as many as it may."""
     stop_by: int = 0
     """When (ns) it must be gone, else it is killed; 0: it is not being stopped, or was killed."""
 
@@ -402,13 +421,15 @@ class DispatcherState:
     """How many jobs may run at once; 0: any number."""
     draining: bool = False
     accounts: dict[str, Account] = field(default_factory=dict)
-    """Of the memory for pools, by device."""
+    """Of the memory of devices, and of that for pools (``memory.books``)."""
     settled: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
     """When (ns) its needs were weighed last, and for what."""
     first: dict[str, int] = field(default_factory=dict)
     """Pools that have what their first answer needs, and since when (ns)."""
     settling: dict[str, int] = field(default_factory=dict)
     """When (ns) they are to be weighed again."""
+    again: dict[str, int] = field(default_factory=dict)
+    """When (ns) who waits for a device's memory asks again."""
     reserves: dict[str, Reserve] = field(default_factory=dict)
     """By kind of device."""
 
@@ -418,6 +439,12 @@ def unfit(service: ServiceState) -> dict[str, str]:
     serves = service.versions.get(service.version, 0)
     revision = service.offer_revision if service.offer else serves
     return service.unfit.get(revision, {})
+
+
+def coming(state: DispatcherState, service: ServiceState) -> set[str]:
+    """Versions that requests may wait for: instances that were asleep are loaded again."""
+    workers = (w for w in state.workers.values() if w.service == service.name and service.unloads)
+    return {w.version for w in workers if not w.up and not w.retiring}
 
 
 def served(state: DispatcherState, service: ServiceState) -> set[str]:

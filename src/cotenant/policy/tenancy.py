@@ -17,6 +17,7 @@ from cotenant.domain.plan import Plan
 from cotenant.domain.units import S, format_bytes
 from cotenant.policy.desk import Desk
 from cotenant.policy.holds import Holds
+from cotenant.policy.memory.budgets import Budgets, guaranteed
 from cotenant.policy.state import PHASE_TRANSITIONS, PartitionState, Phase, Tenant
 
 KILL_AFTER: Final = 5 * S
@@ -26,8 +27,9 @@ KILL_AFTER: Final = 5 * S
 class Tenancy:
     """See the module's text."""
 
-    def __init__(self, desk: Desk, holds: Holds) -> None:
+    def __init__(self, desk: Desk, holds: Holds, budgets: Budgets) -> None:
         self._desk = desk
+        self._budgets = budgets
         self._holds = holds
         self._state = desk.state
 
@@ -52,6 +54,8 @@ class Tenancy:
                 limit=event.limit,
                 kinds=event.kinds,
                 memory=event.memory,
+                kept=event.kept,
+                gives=event.gives,
                 grace=event.grace,
             )
             self._choose_kind(tenants[event.job])
@@ -68,6 +72,7 @@ class Tenancy:
     def exited(self, event: e.JobExited) -> list[PartitionState]:
         """A job is gone; the partitions that are free by that."""
         self._state.tenants.pop(event.job, None)
+        self._budgets.exited(event.job)
         return self._holds.close(event.job)
 
     # --- starting ---------------------------------------------------------------------------
@@ -97,9 +102,13 @@ class Tenancy:
                 return
             place = partition.id
             devices = tuple(d for d in devices if d.id == partition.device)
+        names = tuple(d.id for d in devices)
+        if not self._budgets.start(tenant, names):
+            tenant.waits = "others are to give the memory that it is guaranteed"
+            return
         self._step(tenant, "Start")
         tenant.place, tenant.waits = place, ""
-        tenant.devices = tuple(d.id for d in devices)
+        tenant.devices = names
         self._desk.out.append(a.Start(self._desk.cause, tenant.id, tenant.devices, place))
 
     def _place_of(self, tenant: Tenant, kind: str) -> PartitionState | None:
@@ -119,32 +128,18 @@ class Tenancy:
             names = " or ".join(tenant.kinds)
             tenant.waits = f"no device of kind {names} trains here"
             return ""
-        roomy = [kind for kind in able if tenant.memory <= self._memory_left(kind)]
+        need = guaranteed(tenant)
+        roomy = [kind for kind in able if need <= self._budgets.left(kind, tenant.id)]
         most = self._desk.compute
         tenant.kind = max(roomy or able, key=lambda k: most[k] / (1 + self._others_on(k, tenant)))
         if not roomy:
-            left = max(self._memory_left(kind) for kind in able)
-            need, free = format_bytes(tenant.memory), format_bytes(max(0, left))
-            tenant.waits = f"it needs {need} of memory, {free} are free"
+            left = format_bytes(max(0, *(self._budgets.left(kind, tenant.id) for kind in able)))
+            tenant.waits = f"it needs {format_bytes(need)} of memory, others leave {left}"
             return ""
         return tenant.kind
 
     def _others_on(self, kind: str, tenant: Tenant) -> int:
         return sum(t.kind == kind and t is not tenant for t in self._state.tenants.values())
-
-    def _memory_left(self, kind: str) -> int:
-        """Bytes of the kind's devices that no tenant has or has asked for; a very large number
-        where memory is no constraint."""
-        state, left = self._state, 0
-        for device in self._desk.devices:
-            if device.kind != kind or not device.trains:
-                continue
-            if not device.memory:
-                return 1 << 62
-            workers = (w for w in state.workers.values() if w.device == device.id)
-            left += device.memory - sum(w.memory for w in workers)
-        there = (t for t in state.tenants.values() if t.kind == kind and t.phase != Phase.QUEUED)
-        return left - sum(t.memory for t in there)
 
     # --- stopping ---------------------------------------------------------------------------
 

@@ -90,6 +90,8 @@ class Turns:
             return
         queues.enqueue(state, service, request)
         state.unplaced[service.name] = None
+        if not service.workers:  # one is to be loaded again; it may come too late
+            desk.watch(request.deadline, "service", service.name)
 
     def cancelled(self, event: e.Cancelled) -> None:
         """The client went away: what is queued goes too; what has a turn, at the end of it."""

@@ -91,7 +91,7 @@ class Effects:
     def on_resize(self, action: a.Resize) -> None:
         """See Hands."""
         for instances in self.models.services.values():
-            instances.resize(action.worker, action.size)
+            instances.resize(action.holder, action.size)
 
     def on_emit(self, action: a.Emit) -> None:
         """See Hands."""

@@ -14,6 +14,7 @@ import msgspec
 
 from cotenant.domain.device import Launch
 from cotenant.domain.errors import InvalidRequest, TooLarge
+from cotenant.domain.units import format_bytes
 from cotenant.domain.workload import JobSpec
 
 MAX_SPEC_BYTES = 1 << 20
@@ -48,6 +49,11 @@ def checked(spec: JobSpec, taken: Container[str]) -> JobSpec:
         raise InvalidRequest("names of environment variables must not be empty or hold '='")
     if min(spec.memory, spec.grace, spec.log_limit, spec.max_restarts) < 0:
         raise InvalidRequest("memory, grace, log_limit and max_restarts must not be negative")
+    if spec.memory_guaranteed is not None and not 0 <= spec.memory_guaranteed <= spec.memory:
+        raise InvalidRequest(
+            f"the job is guaranteed {format_bytes(spec.memory_guaranteed)} of memory: that must be"
+            f" within its limit, memory, {format_bytes(spec.memory)}"
+        )
     id = spec.id
     while not id or (not spec.id and id in taken):
         id = secrets.token_hex(4)

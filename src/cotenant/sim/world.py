@@ -347,7 +347,7 @@ class World:
         self._at(max(action.at, self._now), _WAKE, self._wake_token)
 
     def _resize(self, action: a.Resize) -> None:
-        talker = self._talkers.get(action.worker)
+        talker = self._talkers.get(action.holder)
         for held in talker.resize(action.size) if talker is not None else ():
             self._acknowledge_now(held)
 

@@ -398,6 +398,7 @@ class Monitor:
             variants=spec.variants,
             kinds=spec.kinds,
             memory=_occupied(spec, state, kinds),
+            unloads=spec.unloads,
             offer=known.offer_revision if known.offer else 0,
             unfit={d: why for d, why in unfit(known).items() if not known.at.get(d)},
         )

@@ -76,7 +76,7 @@ class Terms:
     name: str
     kind: Kind
     guaranteed: int
-    """It always gets so much, in the end."""
+    """Of what it wants it always gets so much, in the end."""
     limit: int
     """And never more than this."""
     weight: float = 1.0
@@ -163,7 +163,12 @@ class Holder:
     @property
     def owed(self) -> int:
         """The part of what it waits for that is within its guarantee."""
-        return min(self.waiting, max(0, self.terms.guaranteed - self.keeps))
+        return min(self.waiting, max(0, self.sure - self.keeps))
+
+    @property
+    def sure(self) -> int:
+        """The part of its guarantee that it wants: what it is never asked for."""
+        return min(self.terms.guaranteed, self.wanted)
 
     @property
     def cost(self) -> float:

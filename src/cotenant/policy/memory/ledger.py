@@ -4,7 +4,8 @@ Laws (``check`` states them, ``docs/memory.md`` explains them):
 
 * Guarantees fit into the device together, so each is served in the end.
 * What is granted exists: it is free. Who waits waits for memory that is free or was asked for.
-* What a holder has within its guarantee it is never asked for. Nobody has more than its limit.
+* What a holder has and wants within its guarantee it is never asked for. Nobody has more than its
+  limit.
 * Above guarantees memory is borrowed: what is free, then what means less to its holder than it
   would to the borrower (``account.Rank``), the cheapest byte first.
 * A need within a guarantee comes before what is borrowed, and moves at once.
@@ -22,7 +23,6 @@ from typing import Final
 from cotenant.domain.units import format_bytes
 from cotenant.policy.memory.account import (
     GIVES,
-    LOAD_WITHIN,
     REST,
     STEP,
     UNLOAD_BEYOND,
@@ -67,6 +67,11 @@ class Ledger:
         return self.usable - sum(h.has for h in self._holders.values())
 
     @property
+    def unpromised(self) -> int:
+        """Bytes that are not guaranteed to anybody."""
+        return self.usable - sum(h.terms.guaranteed for h in self._holders.values())
+
+    @property
     def coming(self) -> int:
         """Bytes that were asked for and are not given yet."""
         return sum(h.asked for h in self._holders.values())
@@ -75,16 +80,15 @@ class Ledger:
         """What a holder may have now, less what it is to give: the size of a pool."""
         return self._of(name).keeps
 
-    def due(self, now: int) -> list[str]:
-        """The unloaded instances that should be loaded, to be there when they are wanted again."""
-        return [
-            name
-            for name, h in self._holders.items()
-            if h.terms.kind == Kind.INSTANCE
-            and not h.has
-            and h.returns_at
-            and h.returns_at - now <= LOAD_WITHIN * h.terms.load_ns
-        ]
+    def reach(self, kind: Kind, now: int) -> int:
+        """What holders of a kind could have together, if others gave what means less to them."""
+        found = self.usable
+        for other in self._holders.values():
+            if other.terms.kind != kind:
+                found -= other.keeps + other.waiting
+                for rank, size in self._layers(other, other.sure, now):
+                    found += size if rank < USES[kind] else 0
+        return max(0, found)
 
     # --- who comes and goes -----------------------------------------------------------------
 
@@ -105,7 +109,7 @@ class Ledger:
             )
         if not terms.cooperative and terms.kind == Kind.KV:
             return f"{name} is a pool, which has to be cooperative"
-        left = self.usable - sum(h.terms.guaranteed for h in self._holders.values())
+        left = self.unpromised
         if guaranteed > left:
             return (
                 f"{name} wants {format_bytes(guaranteed)} guaranteed: of"
@@ -118,14 +122,22 @@ class Ledger:
         """A holder's guarantee is another one from now on; who may take what. Raises ValueError if
         it does not fit beside the others'."""
         holder = self._of(name)
-        others = sum(h.terms.guaranteed for h in self._holders.values()) - holder.terms.guaranteed
-        most = min(holder.terms.limit, self.usable - others)
+        most = min(holder.terms.limit, self.unpromised + holder.terms.guaranteed)
         if not 0 <= size <= most:
             raise ValueError(f"{name} cannot be guaranteed {size} bytes: it must be 0 to {most}")
         holder.terms.guaranteed = size
-        holder.asked -= min(holder.asked, max(0, size - holder.keeps))
-        self._trim()
+        self._spare(holder)
         return self._grant()
+
+    def outgrew(self, name: str, size: int) -> None:
+        """A holder that gives all or nothing turned out to need so many bytes, more than its limit:
+        that is its limit now, and its guarantee if it had one, as far as others leave that."""
+        holder = self._of(name)
+        guaranteed = holder.terms.guaranteed
+        if guaranteed:
+            size = min(size, guaranteed + self.unpromised)
+            holder.terms.guaranteed = max(guaranteed, size)
+        holder.terms.limit = max(holder.terms.limit, size)
 
     def left(self, name: str) -> list[Grant]:
         """A holder is gone, and with it all that it had; who gets that."""
@@ -156,6 +168,7 @@ class Ledger:
             holder.promised = 0
         holder.evictable = min(report.evictable, held)
         holder.cold = min(report.cold, holder.evictable)
+        self._spare(holder)
         return self._grant()
 
     def took(self, name: str, size: int) -> None:
@@ -199,6 +212,7 @@ class Ledger:
         promised = holder.promised
         want = min(size, holder.terms.limit - holder.held)
         holder.wanted = max(holder.wanted, holder.held + want)
+        self._spare(holder)
         self._wait(holder, want - promised)
         self._grant()
         orders = self._cover(holder, now, {})
@@ -220,7 +234,7 @@ class Ledger:
         for name, share in shares.items():
             pool = self._holders[name]
             gap = max(0, share - pool.has)
-            owed = min(gap, max(0, pool.terms.guaranteed - pool.keeps))
+            owed = min(gap, max(0, pool.sure - pool.keeps))
             sure = max(self.free, owed + pool.waiting - pool.owed)
             if (gap - sure) * STEP < self.usable:
                 gap = min(gap, sure)
@@ -229,6 +243,11 @@ class Ledger:
             orders += self._cover(pool, now, shares)
         grants = [Grant(n, h.promised - before[n]) for n, h in self._holders.items()]
         return [*orders, *(g for g in grants if g.bytes)]
+
+    def _spare(self, holder: Holder) -> None:
+        """What a holder wants now within its guarantee it is not to give, whatever was ordered."""
+        holder.asked -= min(holder.asked, max(0, holder.sure - holder.keeps))
+        self._trim()
 
     def _wait(self, holder: Holder, size: int) -> None:
         if not holder.waiting:
@@ -291,7 +310,7 @@ class Ledger:
         for giver in self._holders.values():
             if giver is taker:
                 continue
-            least = giver.terms.guaranteed
+            least = giver.sure
             beyond = Rank.IN_USE + 1
             if shares is not None:
                 last = taker.gave_to.get(giver.terms.name)
@@ -346,17 +365,12 @@ class Ledger:
         pools may have beyond."""
         pools = {n: h for n, h in self._holders.items() if h.terms.kind == Kind.KV}
         least, needs = {}, {}
-        left = self.free + self.coming
-        for name, holder in self._holders.items():
-            if name not in pools:
-                left -= holder.waiting
-                for rank, size in self._layers(holder, holder.terms.guaranteed, now):
-                    left += size if rank < USES[Kind.KV] else 0
+        left = self.reach(Kind.KV, now)
         for name, pool in pools.items():
             terms = pool.terms
             least[name] = min(terms.guaranteed, max(pool.wanted, pool.keeps))
             needs[name] = min(pool.wanted, terms.limit) - least[name]
-            left += pool.keeps - least[name]
+            left -= least[name]
         weights = {name: pool.terms.weight for name, pool in pools.items()}
         more = divide(max(0, left), needs, weights)
         return {name: size + more[name] for name, size in least.items()}
@@ -416,7 +430,7 @@ class Ledger:
             assert min(numbers) >= 0, f"{name}: negative among {numbers}"
             assert h.cold <= h.evictable <= h.held, f"{name}: can give more than it holds"
             assert h.has + h.waiting <= terms.limit, f"{name}: above its limit"
-            assert not h.asked or h.keeps >= terms.guaranteed, f"{name}: asked below its guarantee"
+            assert not h.asked or h.keeps >= h.sure, f"{name}: asked within its guarantee"
             assert not h.asked or not h.waiting, f"{name}: waits while it is to give"
 
 

@@ -20,7 +20,8 @@ from cotenant.domain.request import Request
 from cotenant.domain.units import MS, S
 from cotenant.policy.desk import Desk
 from cotenant.policy.generation import on_worker, queued
-from cotenant.policy.memory.account import Account, Kind, Report, Terms
+from cotenant.policy.memory.account import Holder, Kind, Report, Terms
+from cotenant.policy.memory.books import KV, Books
 from cotenant.policy.memory.ledger import Ledger
 from cotenant.policy.state import ServiceState, WorkerState
 
@@ -37,21 +38,18 @@ of 720 KiB (docs/memory.md)."""
 class Pools:
     """See the module's text."""
 
-    def __init__(self, desk: Desk) -> None:
+    def __init__(self, desk: Desk, books: Books) -> None:
         self._desk = desk
         self._state = desk.state
-        self._ledgers: dict[str, Ledger] = {}
-        for device in desk.devices:
-            if device.kv:
-                account = desk.state.accounts.setdefault(device.id, Account(device.kv))
-                self._ledgers[device.id] = Ledger(account)
+        self._books = books
+        self._ledgers = books.pools
 
     def worker_up(self, worker: WorkerState) -> list[ServiceState]:
         """An instance with a pool is there; services that others may have room for now."""
         ledger = self._ledgers.get(worker.device)
         if ledger is None or not worker.pool:
             return []
-        terms = Terms(worker.id, Kind.KV, 0, worker.pool, unit=worker.block)
+        terms = Terms(worker.id + KV, Kind.KV, 0, worker.pool, unit=worker.block)
         terms.give_cost = terms.back_cost = COPY_NS
         refused = ledger.admit(terms)
         assert not refused, refused
@@ -61,25 +59,30 @@ class Pools:
     def worker_down(self, worker: WorkerState) -> list[ServiceState]:
         """An instance is gone, and what its pool had is the others'."""
         ledger = self._ledgers.get(worker.device)
-        if ledger is None or worker.id not in ledger.account.holders:
+        if ledger is None or worker.id + KV not in ledger.account.holders:
             return []
-        ledger.left(worker.id)
+        ledger.left(worker.id + KV)
         self._state.first.pop(worker.id, None)
-        return self._tell(ledger)
+        return self._tell(worker.device, ledger)
 
     def reported(self, event: e.Held) -> list[ServiceState]:
         """An instance says what its pool has and wants."""
-        worker = self._state.workers.get(event.worker)
+        worker = self._state.workers.get(event.holder)
         if worker is None:
             return []
         worker.held, worker.wanted = event.held, event.wanted
         worker.evictable, worker.cold, worker.least = event.evictable, event.cold, event.least
         worker.told, worker.stalled = True, False
         ledger = self._ledgers.get(worker.device)
-        if ledger is None or worker.id not in ledger.account.holders:
+        if ledger is None or worker.id + KV not in ledger.account.holders:
             return []
         self._enter(ledger, worker)
-        return [*self._tell(ledger), self._state.services[worker.service]]
+        return [*self._tell(worker.device, ledger), self._state.services[worker.service]]
+
+    def changed(self, device: str) -> list[ServiceState]:
+        """Others have given or taken memory that pools have a part in."""
+        ledger = self._ledgers.get(device)
+        return self._tell(device, ledger) if ledger is not None else []
 
     def look(self) -> list[ServiceState]:
         """Weigh the needs again where they have changed, unless that was just done."""
@@ -111,24 +114,24 @@ class Pools:
     def _needs(self, ledger: Ledger) -> tuple[int, ...]:
         """Of each pool what it wants, and how many wait for it."""
         found: list[int] = []
-        for name in ledger.account.holders:
-            worker = self._state.workers[name]
+        for worker, _ in self._pools(ledger):
             found += (worker.wanted, self._state.services[worker.service].queued)
         return tuple(found)
 
     def _settle(self, device: str, ledger: Ledger) -> list[ServiceState]:
-        for name in ledger.account.holders:
-            self._enter(ledger, self._state.workers[name])
+        pools = self._pools(ledger)
+        for worker, _ in pools:
+            self._enter(ledger, worker)
         wanted = self._guarantees(device, ledger)
-        for name, holder in ledger.account.holders.items():
-            if wanted[name] < holder.terms.guaranteed:
-                ledger.guarantee(name, wanted[name])
-        for name, holder in ledger.account.holders.items():
-            if wanted[name] > holder.terms.guaranteed:
-                ledger.guarantee(name, wanted[name])
+        for worker, holder in pools:
+            if wanted[worker.id] < holder.terms.guaranteed:
+                ledger.guarantee(holder.terms.name, wanted[worker.id])
+        for worker, holder in pools:
+            if wanted[worker.id] > holder.terms.guaranteed:
+                ledger.guarantee(holder.terms.name, wanted[worker.id])
         ledger.settle(self._state.now)
         self._state.settled[device] = (self._state.now, self._needs(ledger))
-        return self._tell(ledger)
+        return self._tell(device, ledger)
 
     def _guarantees(self, device: str, ledger: Ledger) -> dict[str, int]:
         """What each pool is guaranteed now: its own of what it wants, and what its first answer
@@ -136,8 +139,10 @@ class Pools:
         state, left = self._state, ledger.usable
         found: dict[str, int] = {}
         ranked: list[tuple[bool, int, str]] = []
-        for name, holder in ledger.account.holders.items():
-            worker = state.workers[name]
+        for other in ledger.account.holders.values():
+            left -= other.terms.guaranteed if other.terms.kind != Kind.KV else 0
+        for worker, holder in self._pools(ledger):
+            name = worker.id
             kv = state.services[worker.service].kv
             # Of two versions beside each other, while one replaces the other, the second borrows.
             found[name] = min(kv, holder.wanted, holder.terms.limit, left)
@@ -148,7 +153,8 @@ class Pools:
             else:
                 state.first.pop(name, None)
         for _, _, name in sorted(ranked):
-            need = min(self._first(state.workers[name]), ledger.account.holders[name].terms.limit)
+            worker = state.workers[name]
+            need = min(self._first(worker), worker.pool)
             more = max(0, need - found[name])
             if more > left:
                 state.first.pop(name, None)
@@ -181,7 +187,7 @@ class Pools:
 
     def _enter(self, ledger: Ledger, worker: WorkerState) -> None:
         wanted = worker.wanted + self._queued(worker)
-        ledger.holds(worker.id, Report(worker.held, wanted, worker.evictable, worker.cold))
+        ledger.holds(worker.id + KV, Report(worker.held, wanted, worker.evictable, worker.cold))
 
     def _queued(self, worker: WorkerState) -> int:
         """Bytes that a worker's part of those who wait for a first turn will need at most."""
@@ -193,28 +199,38 @@ class Pools:
     def _reach(self, ledger: Ledger) -> None:
         """How large each pool could be: beside what the others want or, where that is more, its
         even part. Admission goes by this, for a pool grows only for what was admitted."""
-        holders = ledger.account.holders
-        together = sum([holder.wanted for holder in holders.values()])
-        wanting = sum([holder.wanted > 0 for holder in holders.values()])
-        for name, holder in holders.items():
+        pools = self._pools(ledger)
+        together = sum([holder.wanted for _, holder in pools])
+        wanting = sum([holder.wanted > 0 for _, holder in pools])
+        all_pools = ledger.reach(Kind.KV, self._state.now)
+        for worker, holder in pools:
             others = wanting - (holder.wanted > 0)
-            beside = ledger.usable - (together - holder.wanted)
-            size = min(holder.terms.limit, max(beside, ledger.usable // (others + 1)))
-            worker = self._state.workers[name]
+            beside = all_pools - (together - holder.wanted)
+            size = min(holder.terms.limit, max(beside, all_pools // (others + 1)))
             worker.reach = worker.most_room * size // worker.pool
 
-    def _tell(self, ledger: Ledger) -> list[ServiceState]:
+    def _pools(self, ledger: Ledger) -> list[tuple[WorkerState, Holder]]:
+        """The pools among the holders, with their instances."""
+        workers = self._state.workers
+        return [
+            (workers[name.removesuffix(KV)], holder)
+            for name, holder in ledger.account.holders.items()
+            if holder.terms.kind == Kind.KV
+        ]
+
+    def _tell(self, device: str, ledger: Ledger) -> list[ServiceState]:
         """Order the sizes that are others now. The services whose pools grew."""
         grown: list[ServiceState] = []
         self._reach(ledger)
-        for name in ledger.account.holders:
-            worker = self._state.workers[name]
-            size = ledger.target(name) // worker.block * worker.block
+        if device in self._books.devices and ledger is self._books.devices[device]:
+            self._books.touched[device] = None
+        for worker, holder in self._pools(ledger):
+            size = holder.keeps // worker.block * worker.block
             if size == worker.pool_now:
                 continue
             if size > worker.pool_now:
                 grown.append(self._state.services[worker.service])
             worker.pool_now = size
             worker.room = max(1, worker.most_room * size // worker.pool)
-            self._desk.out.append(a.Resize(self._desk.cause, name, size))
+            self._desk.out.append(a.Resize(self._desk.cause, worker.id, size))
         return grown

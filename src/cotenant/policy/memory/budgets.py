@@ -1,0 +1,296 @@
+"""The dispatcher's room for what instances and jobs occupy of a device's memory.
+
+An instance is loaded, and a job started, once there is room for what it is guaranteed; others give
+it where it was lent to them. An instance that may be unloaded while it idles gives all that it has,
+a job what it has above its guarantee. What a job cannot be made to give is not lent to it: its
+whole limit is guaranteed then.
+
+A job is not asked before it takes memory: what it has is measured, and booked as far as there is
+some. What it has beyond that it is told to give.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from cotenant.domain import actions as a
+from cotenant.domain import events as e
+from cotenant.domain.device import DeviceSpec
+from cotenant.domain.units import S, format_bytes
+from cotenant.policy import returning
+from cotenant.policy.desk import Desk
+from cotenant.policy.memory.account import Kind, Report, Terms
+from cotenant.policy.memory.books import Books
+from cotenant.policy.memory.ledger import Ledger
+from cotenant.policy.state import Phase, Tenant, WorkerState
+
+AGAIN: Final = 1 * S
+"""Who waits for memory that nobody can spare asks again so often."""
+PAGE_NS: Final = 1.0
+"""What a job's byte costs that is written out or read again (ns): a disk of about 1 GB/s."""
+
+
+class Budgets:
+    """See the module's text."""
+
+    def __init__(self, desk: Desk, books: Books) -> None:
+        self._desk = desk
+        self._books = books
+        self._state = desk.state
+
+    # --- instances --------------------------------------------------------------------------
+
+    def load(self, worker: WorkerState) -> bool:
+        """Whether there is memory for an instance now; else it is asked for."""
+        ledger = self._books.devices.get(worker.device)
+        if ledger is None or not worker.memory:
+            return True
+        if worker.id not in ledger.account.holders and not self._admit(ledger, worker):
+            return False
+        self._ask(worker.device, ledger, worker.id, worker.memory)
+        return ledger.account.holders[worker.id].promised >= worker.memory
+
+    def hopeless(self, worker: WorkerState) -> str:
+        """Why an instance that waits for memory cannot expect it; "" if others are to give it."""
+        ledger = self._books.devices[worker.device]
+        holder = ledger.account.holders.get(worker.id)
+        if holder is not None and holder.promised + holder.waiting >= worker.memory:
+            return ""
+        left = ledger.unpromised
+        if self._state.services[worker.service].unloads:  # others may idle one day
+            left = ledger.usable
+            if worker.memory <= left:
+                return ""
+        need = format_bytes(worker.memory)
+        return f"it needs {need} of memory, others leave {format_bytes(left)}"
+
+    def up(self, worker: WorkerState) -> None:
+        """An instance is there, and what it occupies is known."""
+        ledger = self._books.devices.get(worker.device)
+        if ledger is None or not worker.memory:
+            return
+        if worker.id not in ledger.account.holders:
+            self._admit(ledger, worker, there=True)
+        holder = ledger.account.holders[worker.id]
+        if worker.memory > holder.terms.limit:
+            ledger.outgrew(worker.id, worker.memory)
+        if worker.memory > holder.has:
+            self._ask(worker.device, ledger, worker.id, worker.memory)
+        ledger.holds(worker.id, Report(worker.memory, worker.memory))
+        self._touch(worker.device)
+
+    def down(self, worker: WorkerState) -> None:
+        """An instance is gone, or is not loaded after all."""
+        ledger = self._books.devices.get(worker.device)
+        if ledger is not None and worker.id in ledger.account.holders:
+            ledger.left(worker.id)
+            self._touch(worker.device)
+
+    # --- jobs -------------------------------------------------------------------------------
+
+    def left(self, kind: str, job: str) -> int:
+        """Bytes that may be guaranteed to a job on devices of a kind; a very large number where
+        memory is no constraint."""
+        found = []
+        for device in self._training(kind):
+            ledger = self._books.devices.get(device.id)
+            if ledger is None:
+                return 1 << 62
+            found.append(ledger.usable - self._promised(device.id, ledger, job))
+        pins = any(d.pins_jobs for d in self._training(kind))
+        return max(0, max(found) if pins else len(found) * min(found))
+
+    def start(self, tenant: Tenant, devices: tuple[str, ...]) -> bool:
+        """Whether there is memory for a job on these devices now; else it is asked for."""
+        there = True
+        part = _part(guaranteed(tenant), devices)
+        self._leave(tenant.id, devices)
+        for device in devices:
+            ledger = self._books.devices.get(device)
+            if ledger is None or not tenant.memory:
+                continue
+            if tenant.id not in ledger.account.holders:
+                terms = Terms(tenant.id, Kind.JOB, part, _part(tenant.memory, devices))
+                terms.give_cost = terms.back_cost = PAGE_NS
+                if ledger.admit(terms):
+                    there = False
+                    continue
+            self._ask(device, ledger, tenant.id, part)
+            there = there and ledger.account.holders[tenant.id].promised >= part
+        return there
+
+    def reported(self, event: e.Held) -> None:
+        """What a job has was measured."""
+        tenant = self._state.tenants.get(event.holder)
+        if tenant is None or tenant.phase == Phase.QUEUED:
+            return
+        tenant.gives = tenant.gives or event.evictable > 0
+        parts = [_part(n, tenant.devices) for n in (event.held, event.evictable, event.cold)]
+        report = Report(parts[0], parts[0], parts[1], parts[2])
+        for device in tenant.devices:
+            ledger = self._books.devices.get(device)
+            if ledger is not None:
+                self._enter(device, ledger, tenant, report)
+
+    def exited(self, job: str) -> None:
+        """A job is gone, or wants to run no more."""
+        self._leave(job, ())
+
+    def _leave(self, job: str, but: tuple[str, ...]) -> None:
+        """A job has nothing on devices but these."""
+        for device, ledger in self._books.devices.items():
+            if device not in but and job in ledger.account.holders:
+                ledger.left(job)
+                self._touch(device)
+
+    # --- what follows -----------------------------------------------------------------------
+
+    def take_back(self, device: str) -> None:
+        """What jobs are to give and have not taken yet is given at once."""
+        ledger = self._books.devices[device]
+        for name, holder in ledger.account.holders.items():
+            if holder.terms.kind == Kind.JOB and holder.asked and holder.promised:
+                ledger.gave(name, min(holder.asked, holder.promised))
+
+    def ready(self, device: str) -> list[WorkerState]:
+        """Instances that waited for memory there and have it now. Others ask again."""
+        workers = self._state.workers.values()
+        return [w for w in workers if w.device == device and w.pending and self.load(w)]
+
+    def to_give(self, device: str) -> list[WorkerState]:
+        """Instances there that are to give what they have. Who has work is left at it: its turn
+        comes when it idles."""
+        holders = self._books.devices[device].account.holders
+        workers = self._state.workers
+        asked = [n for n, h in holders.items() if h.terms.kind == Kind.INSTANCE and h.asked]
+        return [workers[n] for n in asked if not workers[n].retiring and self._idles(workers[n])]
+
+    def _idles(self, worker: WorkerState) -> bool:
+        """Whether an instance may be unloaded now."""
+        service = self._state.services[worker.service]
+        return service.unloads and returning.idles(self._state, service, worker.since)
+
+    def tell_jobs(self) -> None:
+        """Order what jobs may have, where that has changed."""
+        for tenant in self._state.tenants.values():
+            asked = over = keeps = 0
+            for device in tenant.devices:
+                ledger = self._books.devices.get(device)
+                holder = ledger.account.holders.get(tenant.id) if ledger is not None else None
+                if holder is None:
+                    continue
+                asked, over = asked + holder.asked, over + holder.over
+                keeps += holder.keeps
+            most = keeps if tenant.gives and (asked or over) else -1
+            if most != tenant.most:
+                tenant.most = most
+                self._desk.out.append(a.Resize(self._desk.cause, tenant.id, most))
+
+    def again(self, device: str) -> None:
+        """Look at a device again before long, if somebody waits for its memory."""
+        state, holders = self._state, self._books.devices[device].account.holders
+        waiting = any(w.pending and w.device == device for w in state.workers.values())
+        waiting = waiting or any(h.waiting for h in holders.values())
+        if waiting and state.again.get(device, 0) <= state.now:
+            state.again[device] = state.now + AGAIN
+            self._desk.watch(state.again[device], "budget", device)
+
+    def due(self, device: str) -> None:
+        """The time has come that ``again`` set."""
+        self._touch(device)
+
+    # --- inside -----------------------------------------------------------------------------
+
+    def _ask(self, device: str, ledger: Ledger, name: str, size: int) -> None:
+        """Ask for what a holder needs beyond what it holds."""
+        self._refresh(ledger)
+        ledger.ask(name, size, self._state.now)
+        self.take_back(device)
+        self._touch(device)
+
+    def _touch(self, device: str) -> None:
+        self._books.touched[device] = None
+
+    def _training(self, kind: str) -> list[DeviceSpec]:
+        return [d for d in self._desk.devices if d.kind == kind and d.trains]
+
+    def _admit(self, ledger: Ledger, worker: WorkerState, there: bool = False) -> bool:
+        """Take an instance in: with what it needs as its guarantee, if others leave that, or to
+        borrow it if it may be unloaded. One that is ``there`` already has what they leave."""
+        service, need = self._state.services[worker.service], worker.memory
+        if not service.unloads and need > ledger.unpromised:
+            if not there:
+                return False
+            need = ledger.unpromised
+        guaranteed = 0 if service.unloads else need
+        terms = Terms(worker.id, Kind.INSTANCE, guaranteed, need, cooperative=False)
+        terms.load_ns = service.load_ns
+        terms.back_cost = service.load_ns / max(1, need)
+        refused = ledger.admit(terms)
+        assert not refused, refused
+        return True
+
+    def _promised(self, device: str, ledger: Ledger, job: str) -> int:
+        """Bytes that are guaranteed there to others than a job, also to those who do not want them
+        now."""
+        found, services = 0, self._state.services
+        instances = dict.fromkeys(services, 0)
+        for name, holder in ledger.account.holders.items():
+            if holder.terms.kind == Kind.INSTANCE:
+                instances[self._state.workers[name].service] += holder.terms.guaranteed
+            elif holder.terms.kind == Kind.JOB and name != job:
+                found += holder.terms.guaranteed
+        for service in services.values():
+            if device in service.wanted and not service.unloads:
+                need = service.instances * self.need(service.name, device)
+                instances[service.name] = max(need, instances[service.name])
+            if device in service.wanted and ledger is self._books.pools.get(device):
+                found += service.instances * service.kv
+        return found + sum(instances.values())
+
+    def need(self, service: str, device: str) -> int:
+        """Bytes that an instance needs on a device: as declared or, if that is more, as measured; 0
+        if neither is known."""
+        found, kind = self._state.services[service], self._desk.specs[device].kind
+        declared = found.memory.get(kind, found.memory.get("", 0))
+        return max(declared, found.occupies.get(kind, 0))
+
+    def _enter(self, device: str, ledger: Ledger, tenant: Tenant, report: Report) -> None:
+        holder = ledger.account.holders.get(tenant.id)
+        if holder is None:
+            if not tenant.gives:
+                return  # it has no limit: nobody could rely on what it leaves
+            ledger.admit(Terms(tenant.id, Kind.JOB, 0, ledger.usable, 1.0, PAGE_NS, PAGE_NS))
+            holder = ledger.account.holders[tenant.id]
+        part = _part(guaranteed(tenant), tenant.devices)
+        if part < holder.terms.guaranteed:
+            ledger.guarantee(tenant.id, part)
+        ledger.holds(tenant.id, report)
+        if holder.over:
+            self._ask(device, ledger, tenant.id, holder.promised + holder.over)
+            ledger.holds(tenant.id, report)
+        self._touch(device)
+
+    def _refresh(self, ledger: Ledger) -> None:
+        """Enter which instances idle, before others may be asked to give."""
+        state = self._state
+        for name, holder in ledger.account.holders.items():
+            if holder.terms.kind != Kind.INSTANCE or not state.workers[name].up:
+                continue
+            worker = state.workers[name]
+            idle = self._idles(worker)
+            wanted = 0 if idle else worker.memory
+            report = Report(worker.memory, wanted, worker.memory if idle else 0)
+            report.returns_at = returning.expected(state.services[worker.service], state.now)
+            ledger.holds(name, report)
+
+
+def guaranteed(tenant: Tenant) -> int:
+    """Bytes that a job is guaranteed: what it asked for or, if it cannot be made to give what is
+    above that, all up to its limit."""
+    return tenant.kept if tenant.gives else tenant.memory
+
+
+def _part(size: int, devices: tuple[str, ...]) -> int:
+    """What of a job's memory is on each of its devices: there is no telling, so as much on each."""
+    return -(-size // max(1, len(devices)))
