@@ -381,7 +381,10 @@ class Tight(Chaos):
     def __init__(self, seed: int, level: PreemptLevel, units: int) -> None:
         super().__init__(seed, level, units)
         kv = self.random.choice([0, 300, 1000])
-        self.devices = tuple(msgspec.structs.replace(d, memory=1000, kv=kv) for d in self.devices)
+        self.devices = tuple(
+            msgspec.structs.replace(d, memory=1000, kv=kv, evicts=self.random.random() < 0.5)
+            for d in self.devices
+        )
         self.d = Dispatcher(self.devices)
         self.most: dict[str, int] = {}
         self.pools: dict[str, int] = {}
@@ -405,8 +408,8 @@ class Tight(Chaos):
         self.jobs.add(job)
         memory = r.choice([0, 200, 600, 900])
         kept = r.choice([0, memory // 2, memory])
-        gives, kinds = r.random() < 0.6, r.choice([(), ("cpu",), ("gpu", "cpu")])
-        self.send(e.JobQueued(job, kinds=kinds, memory=memory, kept=kept, gives=gives, grace=S))
+        kinds = r.choice([(), ("cpu",), ("gpu", "cpu")])
+        self.send(e.JobQueued(job, kinds=kinds, memory=memory, kept=kept, grace=S))
 
     def finish(self) -> None:
         """Whoever waits for memory that never comes is told in time."""
@@ -421,9 +424,7 @@ class Tight(Chaos):
             tenant = self.d.state.tenants[job]
             most = tenant.most if tenant.most >= 0 else tenant.memory or 1000
             held = r.randrange(most + 1)
-            self.send(
-                e.Held(job, held, held, held if tenant.gives else 0, r.choice([0, held // 2]))
-            )
+            self.send(e.Held(job, held, held, r.choice([0, held, held]), r.choice([0, held // 2])))
         elif r.random() < 0.1:
             self.now += 2 * S  # silences are long against loads
         elif r.random() < 0.1 and self.pools:

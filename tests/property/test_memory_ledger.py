@@ -180,6 +180,16 @@ class Ledgers(RuleBasedStateMachine):
         self.hear(self.ledger.gave(name, size))
 
     @rule(data=DATA)
+    def yields(self, data: st.DataObject) -> None:
+        name, holder = self.one(data)
+        held, keeps, has = holder.held, holder.keeps, holder.has
+        moves = self.ledger.yields(name)
+        self.told[name] -= has - holder.has + sum(g.bytes for g in moves if g.holder == name)
+        assert (holder.held, holder.keeps) == (held, keeps)
+        assert not (holder.asked and holder.promised)
+        self.hear(moves)
+
+    @rule(data=DATA)
     def waive(self, data: st.DataObject) -> None:
         name, holder = self.one(data)
         lost, asked = holder.promised, holder.asked

@@ -17,9 +17,9 @@ LOAD = 100 * MS
 class Box(World):
     """A device of 1,000 bytes; services that need some, and jobs that report what they have."""
 
-    def __init__(self, memory: int = 1000, **device: Any) -> None:
+    def __init__(self, evicts: bool = True) -> None:
         super().__init__()
-        self.d = Dispatcher((cpu(2, memory=memory, **device),))
+        self.d = Dispatcher((cpu(2, memory=1000, evicts=evicts),))
         self.names: list[str] = []
 
     def serve(self, name: str, memory: int, unloads: bool = True, **more: Any) -> list[a.Action]:
@@ -67,7 +67,7 @@ def sizes(actions: list[a.Action]) -> list[tuple[str, int]]:
 
 def test_a_job_has_what_others_leave_and_gives_it_back_when_it_is_needed() -> None:
     box = Box()
-    box.job("j", memory=900, kept=200, gives=True)
+    box.job("j", memory=900, kept=200)
     assert not sizes(box.has("j", 900)), "nobody else wants it"
     load = box.serve("s", 500, unloads=False)
     assert not only(load, a.Load), "there is no memory for it yet"
@@ -77,9 +77,18 @@ def test_a_job_has_what_others_leave_and_gives_it_back_when_it_is_needed() -> No
     assert sizes(actions) == [("j", -1)], "it gave what it was to give"
 
 
+def test_what_a_job_has_not_taken_it_need_not_give() -> None:
+    box = Box(evicts=False)
+    box.job("j", memory=900, kept=100)
+    assert not sizes(box.has("j", 300))
+    assert only(box.serve("s", 600, unloads=False), a.Load)
+    assert box.booked("j") == 400
+    assert sizes(box.has("j", 500)) == [("j", 400)]
+
+
 def test_a_job_is_never_asked_for_what_it_is_guaranteed() -> None:
     box = Box()
-    box.job("j", memory=900, kept=600, gives=True)
+    box.job("j", memory=900, kept=600)
     box.has("j", 600)
     actions = box.serve("s", 500, unloads=False)
     assert not sizes(actions) and not only(actions, a.Load)
@@ -87,14 +96,14 @@ def test_a_job_is_never_asked_for_what_it_is_guaranteed() -> None:
 
 
 def test_what_a_job_cannot_be_made_to_give_is_not_lent_to_it() -> None:
-    box = Box()
+    box = Box(evicts=False)
     box.job("j", memory=900, kept=200)
     assert only(box.serve("s", 500, unloads=False), a.Decline)
     assert not only(box.send(e.JobQueued("k", memory=200)), a.Start)
 
 
 def test_a_job_that_turns_out_to_give_is_lent_what_is_above_its_guarantee() -> None:
-    box = Box()
+    box = Box(evicts=False)
     box.job("j", memory=900, kept=200)
     box.has("j", 300)
     assert only(box.send(e.JobQueued("k", memory=700)), a.Start)
@@ -103,14 +112,14 @@ def test_a_job_that_turns_out_to_give_is_lent_what_is_above_its_guarantee() -> N
 def test_a_job_that_takes_what_is_not_there_is_told_to_give_it() -> None:
     box = Box()
     box.serve("s", 800, unloads=False)
-    box.job("j", memory=900, kept=100, gives=True)
+    box.job("j", memory=900, kept=100)
     assert not sizes(box.has("j", 200))
     assert sizes(box.has("j", 450)) == [("j", 200)]
     assert sizes(box.has("j", 200)) == [("j", -1)]
 
 
 def test_a_job_without_a_limit_has_what_is_free_if_it_can_give_it() -> None:
-    box = Box()
+    box = Box(evicts=False)
     box.job("j")
     box.has("j", 700, evictable=0)
     assert only(box.serve("s", 500), a.Load), "nobody relies on what it leaves"
@@ -120,7 +129,7 @@ def test_a_job_without_a_limit_has_what_is_free_if_it_can_give_it() -> None:
 
 def test_a_job_that_waits_starts_when_others_have_given_what_it_is_guaranteed() -> None:
     box = Box()
-    box.job("j", memory=900, kept=100, gives=True)
+    box.job("j", memory=900, kept=100)
     box.has("j", 900)
     waits = box.send(e.JobQueued("k", memory=500))
     assert not only(waits, a.Start) and sizes(waits) == [("j", 500)]
@@ -129,7 +138,7 @@ def test_a_job_that_waits_starts_when_others_have_given_what_it_is_guaranteed() 
 
 def test_a_job_that_goes_while_it_waits_leaves_nothing() -> None:
     box = Box()
-    box.job("j", memory=900, kept=100, gives=True)
+    box.job("j", memory=900, kept=100)
     box.has("j", 900)
     box.send(e.JobQueued("k", memory=500))
     assert not sizes(box.send(e.JobExited("k"), after=S))
@@ -192,7 +201,7 @@ def test_a_service_is_loaded_before_it_is_expected_to_be_wanted() -> None:
     for _ in range(8):  # in silences of a minute
         box.used("often", after=60 * S)
     last = box.now
-    box.job("j", memory=900, kept=100, gives=True)
+    box.job("j", memory=900, kept=100)
     box.now += 10 * S
     taken = box.has("j", 500)
     assert only(taken, a.Unload), "it is not expected to be wanted soon"

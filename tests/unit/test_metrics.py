@@ -15,7 +15,9 @@ JOB = JobStatus("1", "train", "running", ("x",), 1.0, 0.0, 0.0, 0, progress=7.0,
 
 def samples(world: Watched) -> dict[tuple[str, tuple[str, ...]], float]:
     """Values by (name, values of the labels in the order of the labels' names)."""
-    text = metrics.exposition(world.monitor, world.d.state, [JOB], {"cpu": {"1": 4096}}).decode()
+    text = metrics.exposition(
+        world.monitor, world.d.state, [JOB], metrics.Memory({"cpu": {"1": 4096}}, {})
+    ).decode()
     return {
         (s.name, tuple(v for _, v in sorted(s.labels.items()))): s.value
         for family in text_string_to_metric_families(text)

@@ -128,6 +128,7 @@ def cmd_run(args: argparse.Namespace) -> int:
         limit=args.limit,
         kinds=tuple(args.on),
         memory=args.memory,
+        memory_guaranteed=args.memory_guaranteed,
         restart=RestartPolicy(args.restart),
         max_restarts=args.max_restarts,
         grace=args.grace,
@@ -390,6 +391,8 @@ def _add_run(run: argparse.ArgumentParser) -> None:
                      help="the most it may hold of it (1)")  # fmt: skip
     run.add_argument("--memory", type=options.size, default=0, metavar="SIZE",
                      help="of all its processes; over it, it is ended: 2GiB")  # fmt: skip
+    run.add_argument("--memory-guaranteed", type=options.size, default=None, metavar="SIZE",
+                     help="of that its own: the rest it may be told to give (all)")  # fmt: skip
     run.add_argument("--restart", choices=[p.value for p in RestartPolicy], default="on-failure")
     run.add_argument("--max-restarts", type=options.count, default=5, metavar="N")
     run.add_argument("--grace", type=options.duration, default="5s", metavar="TIME",

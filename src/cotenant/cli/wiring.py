@@ -58,9 +58,8 @@ def make_device(config: DeviceConfig) -> Device:
     """A device that the configuration names."""
     match config:
         case CpuConfig():
-            return CpuDevice(
-                config.id, config.cores, config.realtime, config.pin, config.memory, config.kv
-            )
+            memory = config.memory, config.kv
+            return CpuDevice(config.id, config.cores, config.realtime, config.pin, memory)
         case NullConfig():
             return NullDevice(
                 config.id, config.units, config.memory, config.preempt, config.blocking, config.kv

@@ -12,7 +12,8 @@ Who calls, and when (``cotenant.runtime.fleet``):
   ``revoke`` runs beside those, and beside other ``revoke`` calls.
 * Calls that name the same tenant come one after the other, except for ``revoke`` of different
   partitions.
-* ``refresh`` and ``facts`` run beside everything else, on a third thread, for every device.
+* ``refresh``, ``facts`` and ``evict`` run beside everything else, on a third thread, for every
+  device.
 """
 
 from __future__ import annotations
@@ -73,3 +74,7 @@ class Device(Protocol):
 
     def facts(self) -> dict[str, int]:
         """Resident memory on the device in bytes, by tenant that is attached: measured."""
+
+    def evict(self, job: str, size: int) -> None:
+        """Take up to ``size`` bytes of memory back from a job; what it needs of them again it gets.
+        Called only if ``spec.evicts``."""

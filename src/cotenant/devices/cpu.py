@@ -41,7 +41,9 @@ from typing import NamedTuple
 
 import msgspec
 
-from cotenant.devices import proctree
+from cotenant.devices import proctree, reclaim
+from cotenant.devices.footprint import Footprint
+from cotenant.devices.reclaim import Reclaim
 from cotenant.domain.device import (
     REST_EVERY,
     DeviceSpec,
@@ -80,6 +82,7 @@ class _Thread(NamedTuple):
 
 class _Job(msgspec.Struct):
     root: int
+    footprint: Footprint = msgspec.field(default_factory=Footprint)
     granted: dict[str, tuple[int, ...]] = {}
     pids: list[int] = []
     """Parents first."""
@@ -104,6 +107,7 @@ class _Job(msgspec.Struct):
 
 class _Worker(msgspec.Struct):
     pid: int
+    footprint: Footprint = msgspec.field(default_factory=Footprint)
     cores: tuple[int, ...] = ()
     threads: list[int] = []
 
@@ -114,7 +118,7 @@ class CpuDevice:
     ``cores``: the cores to use (None: all this process may run on). ``realtime``: "auto" uses
     SCHED_FIFO where allowed, "never" does not, "require" raises EnvironmentProblem without.
     ``pin``: whether workers are bound to their partition's cores. ``memory``: bytes for tenants (0:
-    all that the machine has), ``kv`` those of them for pools of keys and values.
+    all that the machine has), and those of them for pools of keys and values.
     """
 
     blocking = False
@@ -125,15 +129,14 @@ class CpuDevice:
         cores: tuple[int, ...] | None = None,
         realtime: str = "auto",
         pin: bool = True,
-        memory: int = 0,
-        kv: int = 0,
+        memory: tuple[int, int] = (0, 0),
     ) -> None:
         self._id = device_id
         self._wanted = cores
         self._realtime_mode = realtime
         self._pin = pin
-        self._memory = memory
-        self._kv = kv
+        self._memory, self._kv = memory
+        self._reclaim: Reclaim | None = None
         self._realtime = False
         self._cores: tuple[int, ...] = ()
         self._limits: list[str] = []
@@ -169,6 +172,9 @@ class CpuDevice:
                 f"device {self._id}: real-time priority is required but not allowed; grant "
                 "CAP_SYS_NICE (or an rtprio limit of at least 20), or set realtime: auto"
             )
+        self._reclaim, why = reclaim.find()
+        if self._reclaim is None:
+            self._limits.append(f"jobs give memory back only if they can be asked: {why}")
         if not self._pin:
             self._limits.append("workers are not pinned: partitions bind jobs only")
         if not self._realtime:
@@ -203,6 +209,7 @@ class CpuDevice:
             revoke_ns=20 * US,
             repartition_ns=1 * MS,
             limits=tuple(self._limits),
+            evicts=self._reclaim is not None,
             kv=self._kv,
         )
 
@@ -218,7 +225,8 @@ class CpuDevice:
 
     def launch(self, tenant: Tenant, partition: Partition | None) -> Launch:
         if tenant.kind is TenantKind.JOB:
-            return Launch(env={"GOMP_SPINCOUNT": SPIN_COUNT})
+            place = self._reclaim.place(tenant.id) if self._reclaim is not None else ""
+            return Launch(env={"GOMP_SPINCOUNT": SPIN_COUNT}, cgroup=place)
         timeout = tenant.exec_timeout
         if not self._realtime or not timeout:
             return Launch()
@@ -239,15 +247,21 @@ class CpuDevice:
         self._workers.pop(tenant, None)
         found = self._jobs.pop(tenant, None)
         if found is not None:
+            if self._reclaim is not None:
+                self._reclaim.forget(tenant)
             with self._lock:
                 found.granted = {"": self._cores}
                 self._apply(found)
 
     def facts(self) -> dict[str, int]:
-        """Pages that a job's processes share count in each of them."""
-        trees = {name: job.pids for name, job in list(self._jobs.items())}
-        trees |= {name: [worker.pid] for name, worker in list(self._workers.items())}
-        return {name: proctree.resident_bytes(pids) for name, pids in trees.items()}
+        """Of workers the resident set, of jobs what their processes occupy together."""
+        found = {n: w.footprint.look([w.pid]) for n, w in list(self._workers.items())}
+        return found | {n: j.footprint.look(j.pids) for n, j in list(self._jobs.items())}
+
+    def evict(self, job: str, size: int) -> None:
+        found = self._jobs.get(job)
+        if found is not None and self._reclaim is not None:
+            self._reclaim.take(job, found.pids, size)
 
     # --- jobs -------------------------------------------------------------------------------
 

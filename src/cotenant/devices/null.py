@@ -100,6 +100,9 @@ class NullDevice:
     def facts(self) -> dict[str, int]:
         return dict.fromkeys([*self._grants, *self._workers], 0)
 
+    def evict(self, job: str, size: int) -> None:
+        pass
+
     def _held(self, job: str) -> set[str]:
         if job not in self._grants:
             raise DeviceError(f"{job} was never attached to {self._spec.id}")

@@ -51,10 +51,12 @@ it sleeps for a moment between two batches."""
 
 class Launch(msgspec.Struct, frozen=True):
     """What a device wants of a tenant's process before it is executed: environment, and resource
-    limits (``RLIMIT_x``: soft, hard). A hard limit that is lower already stays."""
+    limits (``RLIMIT_x``: soft, hard). A hard limit that is lower already stays. ``cgroup``: the
+    directory of the control group that a job is to be in; "" if it is the same to the device."""
 
     env: dict[str, str] = {}
     limits: dict[int, tuple[int, int]] = {}
+    cgroup: str = ""
 
 
 class Partition(msgspec.Struct, frozen=True):
@@ -111,6 +113,8 @@ class DeviceSpec(msgspec.Struct, frozen=True):
     """What that costs a job."""
     operators: tuple[str, ...] = ()
     """What a model may be made of to run here; empty: anything."""
+    evicts: bool = False
+    """Whether it can take memory back from a running job."""
     kv: int = 0
     """Bytes that the pools of keys and values of language models may have here together, lent among
     them; 0: each may have its limit."""

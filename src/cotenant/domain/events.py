@@ -162,7 +162,7 @@ class WorkerDown(_Event, frozen=True):
 class JobQueued(_Event, frozen=True):
     """A job wants to run: on devices of one of ``kinds`` (none named: any that trains).
     ``guaranteed`` and ``limit`` are shares of the compute of that kind. Of ``memory`` bytes, which
-    it may have, it is guaranteed ``kept`` if it can be made to give the rest (``gives``), else all.
+    it may have, it is guaranteed ``kept`` (-1: all) if it can be made to give the rest, else all.
     When it is to stop it may take ``grace`` ns."""
 
     job: str
@@ -172,8 +172,7 @@ class JobQueued(_Event, frozen=True):
     kinds: tuple[str, ...] = ()
     memory: int = 0
     grace: int = 5 * S
-    kept: int = 0
-    gives: bool = False
+    kept: int = -1
 
 
 class JobReady(_Event, frozen=True):
@@ -288,8 +287,8 @@ def service_added(
     )
 
 
-def job_queued(spec: JobSpec, gives: bool = False) -> JobQueued:
-    """The event of a job that wants to run; ``gives``: whether memory can be taken back from it."""
+def job_queued(spec: JobSpec) -> JobQueued:
+    """The event of a job that wants to run."""
     return JobQueued(
         job=spec.id,
         weight=spec.weight,
@@ -299,5 +298,4 @@ def job_queued(spec: JobSpec, gives: bool = False) -> JobQueued:
         memory=spec.memory,
         grace=spec.grace,
         kept=spec.memory if spec.memory_guaranteed is None else spec.memory_guaranteed,
-        gives=gives,
     )

@@ -58,7 +58,8 @@ RATE_WINDOW: Final = 60 * S
 
 
 class JobFacts(msgspec.Struct, frozen=True):
-    """One job, on a ``kind`` of device, of whose compute the shares are; ``memory`` in bytes.
+    """One job, on a ``kind`` of device, of whose compute the shares are; ``memory``: bytes
+    that it cannot be made to give.
 
     ``rate`` is its progress per second over ``RATE_WINDOW``, in which it held so many units for the
     shares of the time that ``units`` tells; ``grants`` is how often per second it was given space,

@@ -72,7 +72,7 @@ class Dispatcher:
         self._desk = Desk(devices, self.state)
         self.compute = self._desk.compute
         self.books = books = Books(devices, self.state.accounts)
-        self._budgets = budgets = Budgets(self._desk, books)
+        self.budgets = budgets = Budgets(self._desk, books)
         self._holds = holds = Holds(self._desk)
         self._tenancy = tenancy = Tenancy(self._desk, holds, budgets)
         self._turns = turns = Turns(self._desk, holds)
@@ -133,7 +133,7 @@ class Dispatcher:
         was_up = worker is not None and worker.up
         self._roster.worker_up(event)
         if worker is not None and worker.up and not was_up:
-            self._budgets.up(worker)
+            self.budgets.up(worker)
             self._place([*self._pools.worker_up(worker), self.state.services[worker.service]])
         self._residency.settle(event.service)
         self._relayout.settle()
@@ -151,7 +151,7 @@ class Dispatcher:
             self._load_failed(e.LoadFailed(event.worker, event.reason))
             return
         grown = self._pools.worker_down(worker)
-        self._budgets.down(worker)
+        self.budgets.down(worker)
         self._roster.worker_down(worker)
         self._place(grown)
         self._residency.lost(worker)
@@ -163,23 +163,23 @@ class Dispatcher:
         self._residency.wake(event.request.service)
 
     def _held(self, event: e.Held) -> None:
-        self._budgets.reported(event)
+        self.budgets.reported(event)
         self._place(self._pools.reported(event))
 
     def _memory(self) -> None:
         """What became of the ledgers is told those whom it concerns."""
         for device in self.books.touched:
-            self._budgets.take_back(device)
+            self.budgets.take_back(device)
         self._tenancy.settle()
         for device in list(self.books.touched):
-            for worker in self._budgets.ready(device):
+            for worker in self.budgets.ready(device):
                 self._residency.begin(worker)
-            for worker in self._budgets.to_give(device):
+            for worker in self.budgets.to_give(device):
                 if not worker.retiring:
                     self._residency.put_to_sleep(worker)
             self._place(self._pools.changed(device))
-            self._budgets.again(device)
-        self._budgets.tell_jobs()
+            self.budgets.again(device)
+        self.budgets.tell_jobs()
         self.books.touched.clear()
 
     def _place(self, grown: list[ServiceState]) -> None:
@@ -259,7 +259,7 @@ class Dispatcher:
                 case "memory":
                     self._pools.due(name)
                 case "budget":
-                    self._budgets.due(name)
+                    self.budgets.due(name)
         while (partition := self._desk.due()) is not None:
             self._turns.run(partition)
             self._turns.place_waiting(partition)

@@ -30,14 +30,15 @@ def note_silence(service: ServiceState, now: int) -> None:
     service.silence_dev += (abs(error) - service.silence_dev) // GAIN
 
 
-def idles(state: DispatcherState, service: ServiceState, since: int) -> bool:
-    """Whether a service, and an instance that is there since ``since`` (ns), has had nothing to do
-    for long against what it takes to load it."""
+def idles(state: DispatcherState, service: ServiceState) -> bool:
+    """Whether a service has had nothing to do for long against what it takes to load it. One that
+    nobody has asked yet makes way at once: so all are loaded once, and seen to work."""
     if service.queued or any(r.batch.service == service.name for r in state.running.values()):
         return False
     if any(state.workers[r.worker].service == service.name for r in state.residents.values()):
         return False
-    return state.now - max(service.last_arrival, since) > UNLOAD_BEYOND * service.load_ns
+    last = service.last_arrival
+    return not last or state.now - last > UNLOAD_BEYOND * service.load_ns
 
 
 def loaded_in(state: DispatcherState, service: ServiceState, now: int) -> int:

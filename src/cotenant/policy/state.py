@@ -312,7 +312,6 @@ class Tenant:
     """Bytes that it may have at most; 0: not said."""
     kept: int
     """And is guaranteed, if it can be made to give the rest."""
-    gives: bool
     grace: int
     phase: Phase = Phase.QUEUED
     kind: str = ""
@@ -322,6 +321,8 @@ class Tenant:
     """The partition that it was started in, where its device binds it to one."""
     waits: str = ""
     """Why it is not started."""
+    gives: bool = False
+    """Whether it can be asked for memory, or was seen to be made to give it."""
     most: int = -1
     """Bytes that it was told to have at most; -1: as many as it may."""
     stop_by: int = 0

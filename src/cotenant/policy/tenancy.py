@@ -17,7 +17,7 @@ from cotenant.domain.plan import Plan
 from cotenant.domain.units import S, format_bytes
 from cotenant.policy.desk import Desk
 from cotenant.policy.holds import Holds
-from cotenant.policy.memory.budgets import Budgets, guaranteed
+from cotenant.policy.memory.budgets import Budgets
 from cotenant.policy.state import PHASE_TRANSITIONS, PartitionState, Phase, Tenant
 
 KILL_AFTER: Final = 5 * S
@@ -54,8 +54,7 @@ class Tenancy:
                 limit=event.limit,
                 kinds=event.kinds,
                 memory=event.memory,
-                kept=event.kept,
-                gives=event.gives,
+                kept=event.memory if event.kept < 0 else event.kept,
                 grace=event.grace,
             )
             self._choose_kind(tenants[event.job])
@@ -128,13 +127,14 @@ class Tenancy:
             names = " or ".join(tenant.kinds)
             tenant.waits = f"no device of kind {names} trains here"
             return ""
-        need = guaranteed(tenant)
-        roomy = [kind for kind in able if need <= self._budgets.left(kind, tenant.id)]
+        need = {kind: self._budgets.guaranteed(tenant, kind) for kind in able}
+        roomy = [k for k in able if need[k] <= self._budgets.left(k, tenant.id)]
         most = self._desk.compute
         tenant.kind = max(roomy or able, key=lambda k: most[k] / (1 + self._others_on(k, tenant)))
         if not roomy:
             left = format_bytes(max(0, *(self._budgets.left(kind, tenant.id) for kind in able)))
-            tenant.waits = f"it needs {format_bytes(need)} of memory, others leave {left}"
+            least = format_bytes(min(need.values()))
+            tenant.waits = f"it needs {least} of memory, others leave {left}"
             return ""
         return tenant.kind
 

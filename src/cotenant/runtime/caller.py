@@ -289,6 +289,17 @@ class Caller:
         if why:
             log.warning("device could not look at its tenants", extra={"why": why})
 
+    def evict(self, job: str, size: int) -> None:
+        """Have the device take memory back from a job, where the looks are made."""
+        self._looks.submit(partial(self._evict, job, size))
+
+    def _evict(self, job: str, size: int) -> None:
+        """On a thread."""
+        try:
+            self.device.evict(job, size)
+        except Exception as error:
+            log.warning("not evicted", extra={"job": job, "why": self._said("evict", error)})
+
     # --- threads ----------------------------------------------------------------------------
 
     def _post(self, callback: Callable[..., None], *args: Any) -> None:

@@ -90,6 +90,7 @@ class Effects:
 
     def on_resize(self, action: a.Resize) -> None:
         """See Hands."""
+        self.jobs.resize(action)
         for instances in self.models.services.values():
             instances.resize(action.holder, action.size)
 

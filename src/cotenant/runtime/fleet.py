@@ -74,6 +74,10 @@ class Fleet:
         """Resident memory there in bytes by tenant, as of the last look."""
         return self._callers[device].memory
 
+    def evict(self, device: str, job: str, size: int) -> None:
+        """See ``Device.evict``: off the loop, after the look that is under way."""
+        self._callers[device].evict(job, size)
+
     def levels(self, device: str) -> dict[str, PreemptLevel]:
         """The level at which each tenant that is attached there can be made to yield."""
         return self._callers[device].levels
@@ -201,12 +205,15 @@ def _not_detached(caller: Caller, tenant: str, why: str) -> None:
 
 
 def _merged(launches: Sequence[Launch]) -> Launch:
-    """All environments together (where two set a variable the later wins), the lower limits."""
+    """All environments together (where two set a variable, or a cgroup, the later wins), the
+    lower limits."""
     env: dict[str, str] = {}
     limits: dict[int, tuple[int, int]] = {}
+    cgroup = ""
     for launch in launches:
         env |= launch.env
+        cgroup = launch.cgroup or cgroup
         for number, (soft, hard) in launch.limits.items():
             first, second = limits.get(number, (soft, hard))
             limits[number] = (lower(soft, first), lower(hard, second))
-    return Launch(env, limits)
+    return Launch(env, limits, cgroup)

@@ -8,7 +8,7 @@ from typing import Any
 
 from cotenant.domain.port import JobStatus
 from cotenant.domain.workload import JobState
-from cotenant.runtime.jobreports import Progress
+from cotenant.runtime.jobreports import Address, Progress
 from cotenant.runtime.jobrun import JobRun
 from cotenant.runtime.jobstore import JobRecord
 
@@ -26,6 +26,8 @@ class LiveJob:
         """Whether it was stopped to start elsewhere."""
         self.settled = asyncio.Event()
         """Its command runs, or it is clear that it will not."""
+        self.givers: dict[Address, None] = {}
+        """Its programs that can be asked for memory."""
         self.force: asyncio.TimerHandle | None = None
 
     def stop(self, within_s: float) -> None:

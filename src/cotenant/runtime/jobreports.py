@@ -20,19 +20,23 @@ MAX_NAME = 64
 MAX_SOCKET_PATH_BYTES = 107
 """``sun_path`` has 108 bytes, its end included (unix(7))."""
 BATCH = 64
+Address = str | bytes
+"""Of a sender, as ``recvfrom`` tells it; empty if it has none."""
 PAUSE_S = 0.01
 """After a full batch the socket rests: a job that floods it costs some 2 % of a core and then
 only fills its own queue."""
 
 
 class Report(msgspec.Struct, frozen=True):
-    """One message of a job; see ``cotenant.report``. A metric of None was not finite."""
+    """One message of a job; see ``cotenant.report``. A metric of None was not finite. ``memory``:
+    whoever sent it can be asked for memory (``cotenant.on_memory``), and it says nothing else."""
 
     job: str
     run: str
     step: float | None = None
     unit: str = "steps"
     metrics: dict[str, float | None] = {}
+    memory: bool = False
 
 
 class Progress:
@@ -92,7 +96,7 @@ class ReportSocket:
     long names. Whether job and run exist is the receiver's to say: it returns False if not.
     """
 
-    def __init__(self, path: Path, receive: Callable[[Report], bool]) -> None:
+    def __init__(self, path: Path, receive: Callable[[Report, Address], bool]) -> None:
         self.path = path
         self.invalid = 0
         self._receive = receive
@@ -143,16 +147,26 @@ class ReportSocket:
         assert self._socket is not None
         for _ in range(BATCH):
             try:
-                data = self._socket.recv(MAX_MESSAGE_BYTES + 1)
+                data, sender = self._socket.recvfrom(MAX_MESSAGE_BYTES + 1)
             except OSError:
                 return
-            if not self._take(data):
+            if not self._take(data, sender or b""):
                 self.invalid += 1
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._socket.fileno())
         self._resume = loop.call_later(PAUSE_S, self._listen)
 
-    def _take(self, data: bytes) -> bool:
+    def send(self, message: bytes, address: Address) -> bool:
+        """Answer who sent a report; whether that is still there and takes it."""
+        if self._socket is None:
+            return False
+        try:
+            self._socket.sendto(message, address)
+        except OSError:
+            return False
+        return True
+
+    def _take(self, data: bytes, sender: Address) -> bool:
         if len(data) > MAX_MESSAGE_BYTES:
             return False
         try:
@@ -162,4 +176,4 @@ class ReportSocket:
         names = (report.unit, *report.metrics)
         if len(report.metrics) > MAX_METRICS or any(len(name) > MAX_NAME for name in names):
             return False
-        return self._receive(report)
+        return self._receive(report, sender)

@@ -32,6 +32,7 @@ from typing import TypeVar
 import msgspec
 
 from cotenant.devices import proctree
+from cotenant.domain.device import Launch
 from cotenant.domain.errors import EnvironmentProblem
 from cotenant.domain.units import S, format_bytes
 from cotenant.domain.workload import JobSpec
@@ -129,16 +130,14 @@ class JobRun:
         self._alive, self._pidfd, self._ready = -1, -1, -1
         self._signal_due: signal.Signals | None = None
 
-    async def start(
-        self, spec: JobSpec, env: Mapping[str, str], limits: Mapping[int, tuple[int, int]]
-    ) -> int:
-        """Start the shim and the command with its environment and resource limits; the command's
-        pid, 0 if that failed or has ended.
+    async def start(self, spec: JobSpec, env: Mapping[str, str], launch: Launch) -> int:
+        """Start the shim and the command with its environment, and the resource limits and control
+        group that its devices want; the command's pid, 0 if that failed or has ended.
 
         Raises ``OSError`` if there is no shim: no room on the disk, no more processes.
         """
         try:
-            await self._in_pool(lambda: self._spawn(spec, env, limits))
+            await self._in_pool(lambda: self._spawn(spec, env, launch))
         except BaseException:
             self._release()
             raise
@@ -215,9 +214,7 @@ class JobRun:
         """Let go of it but keep its directory for the next daemon."""
         self._release()
 
-    def _spawn(
-        self, spec: JobSpec, env: Mapping[str, str], limits: Mapping[int, tuple[int, int]]
-    ) -> None:
+    def _spawn(self, spec: JobSpec, env: Mapping[str, str], launch: Launch) -> None:
         for old in self._job_directory.glob("run-*"):
             if not is_locked(old / "lock"):
                 shutil.rmtree(old, ignore_errors=True)
@@ -229,7 +226,8 @@ class JobRun:
             "command": list(spec.command),
             "cwd": spec.cwd,
             "env": dict(env),
-            "limits": dict(limits),
+            "limits": dict(launch.limits),
+            "cgroup": launch.cgroup,
             "grace_s": spec.grace / S,
             "log": str(self._job_directory / "log"),
             "log_limit": spec.log_limit,

@@ -40,7 +40,7 @@ from cotenant.domain.units import S
 from cotenant.domain.workload import JOB_TRANSITIONS, JobSpec, JobState
 from cotenant.runtime.jobledger import JobLedger
 from cotenant.runtime.joblive import LiveJob, status_of
-from cotenant.runtime.jobreports import Report, ReportSocket
+from cotenant.runtime.jobreports import Address, Report, ReportSocket
 from cotenant.runtime.jobrun import RUN_MARKER, JobRun, Outcome, lock_directory
 from cotenant.runtime.jobspec import checked, environment
 from cotenant.runtime.jobstore import JobRecord, JobStore
@@ -52,6 +52,8 @@ log.addHandler(logging.NullHandler())
 FORCE_AFTER_S = 10.0
 """Added to a job's grace before a shim that does not answer is killed itself."""
 SAVE_PROGRESS_EVERY_S = 10.0
+MAX_GIVERS = 64
+"""Programs of a job that are asked for memory: the newest."""
 
 
 class JobOptions(msgspec.Struct, frozen=True):
@@ -78,6 +80,9 @@ class JobShell(Protocol):
     def on_job_ready(self, spec: JobSpec, pid: int) -> None:
         """The job's processes exist (or exist again for us: adopted, or released from a hold),
         below process ``pid``, and run unconfined."""
+
+    def on_job_listens(self, job: str) -> None:
+        """One of its programs can be asked for memory."""
 
     def on_job_exited(self, job: str) -> None:
         """They are gone, or the job is held and must lose its partitions, or wants to run no
@@ -342,7 +347,7 @@ class JobSupervisor:
                 env = environment(spec, launch)
                 env["COTENANT_JOB_ID"], env[RUN_MARKER] = id, live.run.run
                 env["COTENANT_REPORT_SOCKET"] = str(self._reports.path)
-                pid = await live.run.start(spec, env, launch.limits)
+                pid = await live.run.start(spec, env, launch)
             if pid:
                 self._on_running(id, live, pid)
             live.settled.set()
@@ -484,12 +489,34 @@ class JobSupervisor:
 
     # -- looking after what runs
 
-    def _on_report(self, report: Report) -> bool:
+    def _on_report(self, report: Report, sender: Address) -> bool:
         live = self._live.get(report.job)
         if live is None or live.run.run != report.run:
             return False
-        live.progress.note(time.monotonic(), report)
+        if not report.memory:
+            live.progress.note(time.monotonic(), report)
+        elif sender:
+            live.givers[sender] = None
+            while len(live.givers) > MAX_GIVERS:
+                del live.givers[next(iter(live.givers))]
+            self._shell.on_job_listens(report.job)
         return True
+
+    def ask_memory(self, id: str, most: int) -> bool:
+        """Ask a job's programs that it have at most so many bytes; whether any of them listens."""
+        live = self._live.get(id)
+        if live is None:
+            return False
+        message = msgspec.json.encode({"run": live.run.run, "most": most})
+        for address in list(live.givers):
+            if not self._reports.send(message, address):
+                del live.givers[address]
+        return bool(live.givers)
+
+    def can_be_asked(self, id: str) -> bool:
+        """Whether one of a job's programs said that it gives memory when it is asked."""
+        live = self._live.get(id)
+        return live is not None and bool(live.givers)
 
     async def _sample_forever(self) -> None:
         while True:

@@ -120,6 +120,10 @@ class Shim:
 
     def _prepare(self) -> None:
         _libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        if cgroup := self._spec["cgroup"]:
+            # Else its memory can be taken back less precisely: no reason not to start it.
+            with contextlib.suppress(OSError), open(f"{cgroup}/cgroup.procs", "wb") as file:
+                file.write(b"0")
         # The daemon may run at a real-time policy; neither shim nor job inherits that.
         with contextlib.suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))

@@ -13,6 +13,7 @@ from cotenant.domain import events as e
 from cotenant.domain.device import Launch, Tenant, TenantKind
 from cotenant.domain.workload import JobSpec
 from cotenant.runtime.fleet import Fleet
+from cotenant.runtime.jobgiving import JobGiving
 from cotenant.runtime.jobs import JobSupervisor
 
 log = logging.getLogger("cotenant.node")
@@ -27,10 +28,11 @@ class _Run(msgspec.Struct, eq=False):
 
 
 class JobTenants:
-    """See the module's text. ``supervisor`` is set once there is one; ``feed`` hands an event to
-    the dispatcher, ``plan_soon`` wakes the planner."""
+    """See the module's text. ``supervisor`` and ``giving`` are set once they are made; ``feed``
+    hands an event to the dispatcher, ``plan_soon`` wakes the planner."""
 
     supervisor: JobSupervisor
+    giving: JobGiving
 
     def __init__(
         self, fleet: Fleet, feed: Callable[[e.Event], None], plan_soon: Callable[[], None]
@@ -52,6 +54,17 @@ class JobTenants:
     def stop(self, action: a.Stop) -> None:
         """See Hands."""
         self.supervisor.stop(action.job, action.reason, action.kill, action.again)
+
+    def resize(self, action: a.Resize) -> None:
+        """See Hands."""
+        if action.holder in self._runs:
+            self.giving.order(action.holder, action.size)
+
+    def look(self) -> None:
+        """See what jobs have, once the devices have looked at them."""
+        for job, run in self._runs.items():
+            if run.attached:
+                self.giving.look(job, run.devices, self.supervisor.can_be_asked(job))
 
     # --- what the supervisor tells ----------------------------------------------------------
 
@@ -87,9 +100,14 @@ class JobTenants:
             log.error("job not attached, stopping it", extra={"job": job, "why": why})
             self.supervisor.stop(job, f"its device would not take it: {why}")
 
+    def on_job_listens(self, job: str) -> None:
+        """See JobShell."""
+        self.giving.listens(job)
+
     def on_job_exited(self, job: str) -> None:
         """See JobShell."""
         run = self._runs.pop(job)
+        self.giving.gone(job)
         self._feed(e.JobExited(job))
         if run.attached:
             self._fleet.detach(run.devices, job)

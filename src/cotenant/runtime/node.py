@@ -29,7 +29,7 @@ from cotenant.domain.port import (
     Refused,
     Withdraw,
 )
-from cotenant.domain.units import MS, S
+from cotenant.domain.units import MS, S, format_bytes
 from cotenant.domain.workload import JobSpec
 from cotenant.policy.dispatcher import Dispatcher
 from cotenant.policy.planner import Planner
@@ -38,6 +38,7 @@ from cotenant.policy.state import DispatcherState
 from cotenant.runtime.core import Clock, Core, steady
 from cotenant.runtime.effects import Effects
 from cotenant.runtime.fleet import Fleet
+from cotenant.runtime.jobgiving import JobGiving
 from cotenant.runtime.jobs import JobSupervisor
 from cotenant.runtime.jobspec import minimal
 from cotenant.runtime.jobstore import JobStore
@@ -172,6 +173,7 @@ class Node:
         self.jobs_supervisor = tenants.supervisor = JobSupervisor(
             JobStore(self._state_dir / "jobs.sqlite"), self._state_dir, tenants
         )
+        tenants.giving = JobGiving(self.fleet, self.core.feed, self.jobs_supervisor.ask_memory)
 
     def _make_journal(
         self, stack: contextlib.AsyncExitStack, dispatcher: Dispatcher
@@ -238,6 +240,7 @@ class Node:
 
     async def _refresh(self) -> None:
         self.fleet.look()
+        self.effects.jobs.look()
 
     def _plan_soon(self) -> None:
         if self._replan is None:
@@ -288,7 +291,9 @@ class Node:
         found = self.models.services.get(name)
         if found is None or name in self.models.leaving or self.requests.draining:
             return False
-        return found.live > 0 if not version else version in found.loaded
+        if version:
+            return version in found.loaded
+        return found.live > 0 or bool(self.core.dispatcher.state.services[name].asleep)
 
     def metadata(self, name: str, version: str = "") -> ModelMeta:
         """See NodePort."""
@@ -354,14 +359,16 @@ class Node:
         """A job with what the dispatcher knows of it."""
         state = self.core.dispatcher.state
         share, tenant = state.jobs.get(status.id), state.tenants.get(status.id)
-        waits = tenant.waits if tenant is not None else ""
+        waits = f"waits: {tenant.waits}" if tenant is not None and tenant.waits else ""
+        if tenant is not None and tenant.most >= 0:
+            waits = f"others need memory: it is to have {format_bytes(tenant.most)}"
         return msgspec.structs.replace(
             status,
             held_s=self.monitor.held_ns(status.id, self._clock()) / S,
             pauses=self.monitor.job(status.id).pauses,
             partitions=tuple(share.held) if share is not None else (),
             devices=tenant.devices if tenant is not None else (),
-            reason=status.reason or (f"waits: {waits}" if waits else ""),
+            reason=status.reason or waits,
         )
 
     def cancel_job(self, ref: str) -> str:
@@ -384,9 +391,12 @@ class Node:
 
     def metrics(self) -> bytes:
         """See NodePort."""
-        memory = {spec.id: self.fleet.memory(spec.id) for spec in self.specs}
-        state = self.core.dispatcher.state
-        return metrics.exposition(self.monitor, state, self._job_statuses(), memory)
+        dispatcher = self.core.dispatcher
+        memory = metrics.Memory(
+            {spec.id: self.fleet.memory(spec.id) for spec in self.specs},
+            {spec.id: dispatcher.budgets.lines(spec.id) for spec in self.specs},
+        )
+        return metrics.exposition(self.monitor, dispatcher.state, self._job_statuses(), memory)
 
     def status(self) -> dict[str, Any]:
         """See NodePort."""

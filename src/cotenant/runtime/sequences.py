@@ -119,6 +119,11 @@ class Sequences:
         if isinstance(self._engine, Pooled):
             self._engine.resize(size)
 
+    @property
+    def held(self) -> int:
+        """Bytes that the pool has."""
+        return self._engine.pool_use().held if isinstance(self._engine, Pooled) else 0
+
     def stalled(self, work: tuple[int, int]) -> bool:
         """Whether a turn with this work could do nothing, for want of memory."""
         return work == (0, 0) and isinstance(self._engine, Pooled)

@@ -62,6 +62,9 @@ def _device(node: Node, spec: DeviceSpec) -> dict[str, Any]:
             tenant: {"level": level.name, "memory": memory.get(tenant)}
             for tenant, level in levels.items()
         },
+        "holders": [
+            msgspec.to_builtins(line) for line in node.core.dispatcher.budgets.lines(spec.id)
+        ],
     }
 
 
@@ -110,6 +113,8 @@ def _service(node: Node, name: str, instances: Instances) -> dict[str, Any]:
     (pace,) = meter.recent_pace.quantiles(node.core.clock(), 0.99)
     current = instances.current
     state = "READY" if node.model_ready(name) else "LOADING" if instances.loading else "UNAVAILABLE"
+    if known is not None and known.asleep and not instances.live:
+        state = "ASLEEP"
     refused = sum(meter.refused.values()) - meter.refused["CANCELLED"]
     counted = meter.answered + refused
     return {

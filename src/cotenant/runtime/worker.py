@@ -96,7 +96,10 @@ class Worker:
             if isinstance(message, Open):
                 opened = self._open(message)
                 if isinstance(opened, Opened):
-                    opened = msgspec.structs.replace(opened, memory=_resident())
+                    memory = _resident()
+                    if self._sequences is not None:  # its pool is counted by itself
+                        memory = proctree.resident_bytes([os.getpid()]) - self._sequences.held
+                    opened = msgspec.structs.replace(opened, memory=memory)
                 self._send(opened)
             elif isinstance(message, Run) and self._sequences is not None:
                 self._lease(self._sequences, message)

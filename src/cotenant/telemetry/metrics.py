@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 from prometheus_client import CollectorRegistry, Metric, generate_latest
 from prometheus_client.core import (
@@ -13,6 +14,7 @@ from prometheus_client.core import (
 
 from cotenant.domain.port import JobStatus
 from cotenant.domain.units import S
+from cotenant.policy.memory.account import Line
 from cotenant.policy.state import DispatcherState
 from cotenant.telemetry.meters import Histogram
 from cotenant.telemetry.monitor import Monitor
@@ -28,16 +30,22 @@ class _Once:
         return self._families
 
 
+class Memory(NamedTuple):
+    """Of each device: what tenants were seen to occupy, and what its ledger says."""
+
+    resident: Mapping[str, Mapping[str, int]]
+    booked: Mapping[str, Sequence[Line]]
+
+
 def exposition(
     monitor: Monitor,
     state: DispatcherState,
     jobs: Sequence[JobStatus],
-    memory: Mapping[str, Mapping[str, int]],
+    memory: Memory,
 ) -> bytes:
-    """The text that ``/metrics`` answers with. Times in seconds; ``memory`` in bytes by device and
-    tenant."""
+    """The text that ``/metrics`` answers with. Times in seconds, memory in bytes."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Once([*_families(monitor, state, jobs), _memory(memory)]))
+    registry.register(_Once([*_families(monitor, state, jobs), *_memory(memory)]))
     return generate_latest(registry)
 
 
@@ -50,16 +58,25 @@ def _families(
     yield from _jobs(monitor, jobs)
 
 
-def _memory(memory: Mapping[str, Mapping[str, int]]) -> Metric:
+def _memory(memory: Memory) -> Iterator[Metric]:
     resident = GaugeMetricFamily(
         "cotenant_tenant_memory_bytes",
         "Resident memory of a model instance or a job on a device",
         labels=["device", "tenant"],
     )
-    for device, tenants in memory.items():
+    for device, tenants in memory.resident.items():
         for tenant, occupied in tenants.items():
             resident.add_metric([device, tenant], occupied)
-    return resident
+    booked = GaugeMetricFamily(
+        "cotenant_memory_bytes",
+        "What the ledger of a device's memory says of a holder",
+        labels=["device", "holder", "kind", "what"],
+    )
+    for device, lines in memory.booked.items():
+        for line in lines:
+            for what in ("held", "guaranteed", "limit", "wanted", "asked", "waiting", "over"):
+                booked.add_metric([device, line.name, line.kind, what], getattr(line, what))
+    yield from (resident, booked)
 
 
 def _services(monitor: Monitor, state: DispatcherState) -> Iterator[Metric]:

@@ -22,6 +22,7 @@ from cotenant.domain.snapshot import (
 from cotenant.domain.units import S
 from cotenant.domain.workload import ServiceSpec, share_on
 from cotenant.policy.forecast import Season
+from cotenant.policy.memory.budgets import gives
 from cotenant.policy.state import DispatcherState, Phase, unfit
 from cotenant.telemetry.meters import JobMeter, PartitionMeter, ServiceMeter
 
@@ -351,7 +352,9 @@ class Monitor:
                     rate=rates.get(job.id, 0.0),
                     held_ns=self.held_ns(job.id, now),
                     kind=job.kind,
-                    memory=max(job.memory, resident.get(job.id, 0)),
+                    memory=job.kept
+                    if gives(job, job.kind, devices)
+                    else max(job.memory, resident.get(job.id, 0)),
                     units=self.job(job.id).shares(),
                     grants=self.job(job.id).grant_rate(),
                 )

@@ -11,6 +11,7 @@ some. What it has beyond that it is told to give.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Final
 
 from cotenant.domain import actions as a
@@ -19,7 +20,7 @@ from cotenant.domain.device import DeviceSpec
 from cotenant.domain.units import S, format_bytes
 from cotenant.policy import returning
 from cotenant.policy.desk import Desk
-from cotenant.policy.memory.account import Kind, Report, Terms
+from cotenant.policy.memory.account import Kind, Line, Report, Terms
 from cotenant.policy.memory.books import Books
 from cotenant.policy.memory.ledger import Ledger
 from cotenant.policy.state import Phase, Tenant, WorkerState
@@ -100,10 +101,15 @@ class Budgets:
         pins = any(d.pins_jobs for d in self._training(kind))
         return max(0, max(found) if pins else len(found) * min(found))
 
+    def guaranteed(self, tenant: Tenant, kind: str) -> int:
+        """Bytes that a job is guaranteed on a kind of device: what it asked for or, if it cannot be
+        made to give what is above that, all up to its limit."""
+        return tenant.kept if gives(tenant, kind, self._desk.devices) else tenant.memory
+
     def start(self, tenant: Tenant, devices: tuple[str, ...]) -> bool:
         """Whether there is memory for a job on these devices now; else it is asked for."""
         there = True
-        part = _part(guaranteed(tenant), devices)
+        part = _part(self.guaranteed(tenant, tenant.kind), devices)
         self._leave(tenant.id, devices)
         for device in devices:
             ledger = self._books.devices.get(device)
@@ -143,6 +149,11 @@ class Budgets:
                 ledger.left(job)
                 self._touch(device)
 
+    def lines(self, device: str) -> list[Line]:
+        """Who has how much of a device's memory; [] where that is not known."""
+        ledger = self._books.devices.get(device)
+        return ledger.view() if ledger is not None else []
+
     # --- what follows -----------------------------------------------------------------------
 
     def take_back(self, device: str) -> None:
@@ -150,7 +161,7 @@ class Budgets:
         ledger = self._books.devices[device]
         for name, holder in ledger.account.holders.items():
             if holder.terms.kind == Kind.JOB and holder.asked and holder.promised:
-                ledger.gave(name, min(holder.asked, holder.promised))
+                ledger.yields(name)
 
     def ready(self, device: str) -> list[WorkerState]:
         """Instances that waited for memory there and have it now. Others ask again."""
@@ -168,7 +179,7 @@ class Budgets:
     def _idles(self, worker: WorkerState) -> bool:
         """Whether an instance may be unloaded now."""
         service = self._state.services[worker.service]
-        return service.unloads and returning.idles(self._state, service, worker.since)
+        return service.unloads and returning.idles(self._state, service)
 
     def tell_jobs(self) -> None:
         """Order what jobs may have, where that has changed."""
@@ -181,7 +192,8 @@ class Budgets:
                     continue
                 asked, over = asked + holder.asked, over + holder.over
                 keeps += holder.keeps
-            most = keeps if tenant.gives and (asked or over) else -1
+            asked = asked + over if gives(tenant, tenant.kind, self._desk.devices) else 0
+            most = keeps if asked else -1
             if most != tenant.most:
                 tenant.most = most
                 self._desk.out.append(a.Resize(self._desk.cause, tenant.id, most))
@@ -258,11 +270,11 @@ class Budgets:
     def _enter(self, device: str, ledger: Ledger, tenant: Tenant, report: Report) -> None:
         holder = ledger.account.holders.get(tenant.id)
         if holder is None:
-            if not tenant.gives:
+            if not gives(tenant, tenant.kind, self._desk.devices):
                 return  # it has no limit: nobody could rely on what it leaves
             ledger.admit(Terms(tenant.id, Kind.JOB, 0, ledger.usable, 1.0, PAGE_NS, PAGE_NS))
             holder = ledger.account.holders[tenant.id]
-        part = _part(guaranteed(tenant), tenant.devices)
+        part = _part(self.guaranteed(tenant, tenant.kind), tenant.devices)
         if part < holder.terms.guaranteed:
             ledger.guarantee(tenant.id, part)
         ledger.holds(tenant.id, report)
@@ -285,10 +297,9 @@ class Budgets:
             ledger.holds(name, report)
 
 
-def guaranteed(tenant: Tenant) -> int:
-    """Bytes that a job is guaranteed: what it asked for or, if it cannot be made to give what is
-    above that, all up to its limit."""
-    return tenant.kept if tenant.gives else tenant.memory
+def gives(tenant: Tenant, kind: str, devices: Iterable[DeviceSpec]) -> bool:
+    """Whether a job can be made to give memory on devices of a kind."""
+    return tenant.gives or all(d.evicts for d in devices if d.kind == kind and d.trains)
 
 
 def _part(size: int, devices: tuple[str, ...]) -> int:

@@ -193,6 +193,14 @@ class Ledger:
         holder.cold = max(0, holder.cold - held)
         return self._grant()
 
+    def yields(self, name: str) -> list[Grant]:
+        """A holder gives of what it is to give all that it was granted and has not taken."""
+        holder = self._of(name)
+        size = min(holder.asked, holder.promised)
+        holder.promised -= size
+        holder.asked -= size
+        return self._grant()
+
     def waive(self, name: str) -> list[Grant]:
         """A holder wants none of what it waits for, or was granted and has not taken."""
         holder = self._of(name)

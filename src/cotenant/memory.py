@@ -1,0 +1,106 @@
+"""``cotenant.on_memory(give)``: how a job gives memory back when others need it. Optional.
+
+Standard library only, like ``cotenant.report``: outside Cotenant nothing happens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import socket
+import threading
+import traceback
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+AGAIN_S = 10.0
+"""So often a job says again that it can be asked: Cotenant may have been restarted."""
+MAX_MESSAGE_BYTES = 1024
+
+
+class _Listener:
+    """Waits, in a thread of its own, to be asked."""
+
+    def __init__(self, path: str) -> None:
+        self.give: list[Callable[[int], None]] = []
+        self._path = path
+        self._run = os.environ.get("COTENANT_JOB_RUN", "")
+        job = os.environ.get("COTENANT_JOB_ID", "")
+        self._here = json.dumps({"job": job, "run": self._run, "memory": True}).encode()
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._socket.bind("")  # a name that the kernel makes up
+        threading.Thread(target=self._listen, name="cotenant-memory", daemon=True).start()
+
+    def _listen(self) -> None:
+        self._socket.settimeout(AGAIN_S)
+        self._say()
+        while True:
+            try:
+                data = self._socket.recv(MAX_MESSAGE_BYTES)
+            except TimeoutError:
+                self._say()
+                continue
+            except OSError:
+                return
+            try:
+                message = json.loads(data)
+                run, most = message["run"], int(message["most"])
+            except (ValueError, KeyError, TypeError):
+                continue
+            if run == self._run:
+                self._ask(most)
+
+    def _say(self) -> None:
+        try:
+            self._socket.sendto(self._here, self._path)
+        except OSError:
+            return  # Cotenant is restarting; it hears of this the next time
+
+    def _ask(self, most: int) -> None:
+        for give in list(self.give):
+            try:
+                give(most)
+            except Exception:  # it is the program's own, and no reason to end its thread
+                traceback.print_exc()
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:  # what was freed goes back to the system, not only to the allocator
+            trim(0)
+
+
+_listener: _Listener | None = None
+_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    """A forked child is not asked by itself: its parent's thread is not there."""
+    global _listener, _lock
+    _listener, _lock = None, threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def on_memory(give: Callable[[int], None]) -> bool:
+    """Have ``give(most)`` called when this job is to have at most ``most`` bytes in all, because
+    others need the rest: let caches go. What is freed is handed to the system afterwards.
+
+    It is called in a thread of its own, perhaps several times, and need not reach the goal: what
+    it does not give is taken by writing pages out, where the machine can do that. Never called for
+    what is within ``memory_guaranteed``. What it raises is printed. Returns whether it may be
+    called: False outside Cotenant.
+    """
+    global _listener  # noqa: PLW0603
+    path = os.environ.get("COTENANT_REPORT_SOCKET")
+    if not path:
+        return False
+    with _lock:
+        if _listener is None:
+            try:
+                _listener = _Listener(path)
+            except OSError:
+                return False
+        _listener.give.append(give)
+    return True

@@ -1,0 +1,98 @@
+"""Memory of jobs: what they have is told the dispatcher, and what they are to give is asked for,
+then taken.
+
+A job that imports ``cotenant.on_memory`` is asked first: it knows what it can do without. What is
+not there a while later the device takes, where it can.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from cotenant.domain import events as e
+from cotenant.runtime.fleet import Fleet
+
+ASKED_S: Final = 1.0
+"""So long a job that can be asked has to give before it is taken from, and so long the device has
+before it is told again."""
+TELL: Final = 64
+"""A job's memory is told again when it has changed by 1/TELL, and by ``LEAST`` bytes."""
+LEAST: Final = 2**20
+
+log = logging.getLogger("cotenant.node")
+
+
+class _Order:
+    """A job is to have at most so many bytes."""
+
+    def __init__(self, most: int, now: float) -> None:
+        self.most = most
+        self.take_at = now + ASKED_S
+        self.said = False
+        """Whether it was logged that it does not give."""
+
+
+class JobGiving:
+    """See the module's text. ``ask`` sends a job a message and says whether anybody there listens.
+    All on the loop."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        feed: Callable[[e.Event], None],
+        ask: Callable[[str, int], bool],
+    ) -> None:
+        self._fleet = fleet
+        self._feed = feed
+        self._ask = ask
+        self._evicts = {spec.id for spec in fleet.specs if spec.evicts}
+        self._orders: dict[str, _Order] = {}
+        self._told: dict[str, tuple[int, bool]] = {}
+
+    def order(self, job: str, most: int) -> None:
+        """The job is to have at most so many bytes; below 0: as many as it may."""
+        if most < 0:
+            self._orders.pop(job, None)
+            return
+        self._orders[job] = _Order(most, time.monotonic())
+        asked = self._ask(job, most)
+        log.info("job is to give memory", extra={"job": job, "most": most, "asked": asked})
+
+    def listens(self, job: str) -> None:
+        """A program of the job can be asked from now on."""
+        order = self._orders.get(job)
+        if order is not None:
+            self._ask(job, order.most)
+
+    def gone(self, job: str) -> None:
+        """The job's processes are gone, or are not to be looked at."""
+        self._orders.pop(job, None)
+        self._told.pop(job, None)
+
+    def look(self, job: str, devices: Sequence[str], can_be_asked: bool) -> None:
+        """Tell what a job has, as of the devices' last look, and see to what it is to give."""
+        if any(job not in self._fleet.memory(device) for device in devices):
+            return  # it was not looked at yet
+        held = sum(self._fleet.memory(device)[job] for device in devices)
+        gives = can_be_asked or self._evicts.issuperset(devices)
+        told, told_gives = self._told.get(job, (-LEAST, not gives))
+        order = self._orders.get(job)
+        done = order is not None and held <= order.most < told
+        if done or gives != told_gives or abs(held - told) > max(LEAST, told // TELL):
+            self._told[job] = held, gives
+            self._feed(e.Held(job, held, held, held if gives else 0, 0))
+        order = self._orders.get(job)
+        if order is not None and held > order.most and time.monotonic() >= order.take_at:
+            self._take(job, devices, held - order.most, order)
+
+    def _take(self, job: str, devices: Sequence[str], size: int, order: _Order) -> None:
+        order.take_at = time.monotonic() + ASKED_S
+        for device in devices:
+            if device in self._evicts:
+                self._fleet.evict(device, job, size // len(devices))
+        if not order.said and not self._evicts.issuperset(devices):
+            order.said = True
+            log.warning("job does not give what it was asked for", extra={"job": job})
