@@ -26,6 +26,7 @@ class _Listener:
 
     def __init__(self, path: str) -> None:
         self.give: list[Callable[[int], None]] = []
+        self._closed = False
         self._path = path
         self._run = os.environ.get("COTENANT_JOB_RUN", "")
         job = os.environ.get("COTENANT_JOB_ID", "")
@@ -33,6 +34,12 @@ class _Listener:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind("")  # a name that the kernel makes up
         threading.Thread(target=self._listen, name="cotenant-memory", daemon=True).start()
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._closed = True
+        self._socket.shutdown(socket.SHUT_RD)  # which wakes the thread
+        self._socket.close()
 
     def _listen(self) -> None:
         self._socket.settimeout(AGAIN_S)
@@ -44,6 +51,8 @@ class _Listener:
                 self._say()
                 continue
             except OSError:
+                return
+            if self._closed:
                 return
             try:
                 message = json.loads(data)

@@ -1,0 +1,94 @@
+"""Jobs that are to give memory: asked first, then taken from, and told about when it matters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from cotenant.domain import events as e
+from cotenant.runtime import jobgiving
+from cotenant.runtime.jobgiving import LEAST, JobGiving
+from tests.builders import cpu
+
+MIB = 2**20
+
+
+class Desk:
+    """A fleet of one device, a clock that is set by hand, and what was fed and asked."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, evicts: bool = True) -> None:
+        self.specs = (cpu(2, evicts=evicts),)
+        self.held: dict[str, int] = {}
+        self.fed: list[e.Held] = []
+        self.asked: list[tuple[str, int]] = []
+        self.taken: list[int] = []
+        self.now = 0.0
+        monkeypatch.setattr(jobgiving.time, "monotonic", lambda: self.now)
+        fleet: Any = self
+        self.giving = JobGiving(fleet, self.feed, self.ask)
+
+    def memory(self, _: str) -> dict[str, int]:
+        return self.held
+
+    def evict(self, device: str, job: str, size: int) -> None:
+        self.taken.append(size)
+
+    def feed(self, event: e.Event) -> None:
+        assert isinstance(event, e.Held)
+        self.fed.append(event)
+
+    def ask(self, job: str, most: int) -> bool:
+        self.asked.append((job, most))
+        return True
+
+    def look(self, held: int, asked: bool = False) -> list[e.Held]:
+        self.fed.clear()
+        self.held["j"] = held
+        self.giving.look("j", ("cpu",), asked)
+        return list(self.fed)
+
+
+def test_what_a_job_has_is_told_when_it_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(monkeypatch)
+    desk.giving.look("j", ("cpu",), False)
+    assert not desk.fed, "nobody has looked at it yet"
+    assert desk.look(100 * MIB) == [e.Held("j", 100 * MIB, 100 * MIB, 100 * MIB, 0)]
+    assert not desk.look(100 * MIB + LEAST // 2)
+    assert desk.look(130 * MIB)
+
+
+def test_what_it_can_be_made_to_give_depends_on_it_and_its_device(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk(monkeypatch, evicts=False)
+    assert desk.look(10 * MIB)[0].evictable == 0
+    assert desk.look(10 * MIB, asked=True)[0].evictable == 10 * MIB
+
+
+def test_it_is_asked_first_and_taken_from_a_while_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(monkeypatch)
+    desk.look(100 * MIB)
+    desk.giving.order("j", 60 * MIB)
+    assert desk.asked == [("j", 60 * MIB)]
+    desk.look(100 * MIB)
+    assert not desk.taken, "it has a while"
+    desk.now += 2 * jobgiving.ASKED_S
+    desk.look(80 * MIB)
+    assert desk.taken == [20 * MIB]
+    assert desk.look(60 * MIB), "that it is done is told, however little changed"
+    desk.giving.order("j", -1)
+    desk.now += 2 * jobgiving.ASKED_S
+    desk.look(100 * MIB)
+    assert desk.taken == [20 * MIB]
+
+
+def test_a_program_that_comes_late_hears_of_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(monkeypatch, evicts=False)
+    desk.giving.order("j", 60 * MIB)
+    desk.giving.listens("j")
+    desk.giving.listens("another")
+    assert desk.asked == [("j", 60 * MIB)] * 2
+    desk.giving.gone("j")
+    desk.giving.listens("j")
+    assert len(desk.asked) == 2
