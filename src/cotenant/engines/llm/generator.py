@@ -18,7 +18,8 @@ from cotenant.domain.errors import InvalidRequest, ModelError, TooLarge
 from cotenant.engines.llm.asking import Spec
 from cotenant.engines.llm.families.base import Floats
 from cotenant.engines.llm.grammar import Grammar, Grammars
-from cotenant.engines.llm.iteration import Iterations, Said, Work
+from cotenant.engines.llm.iteration import Iterations, Said
+from cotenant.engines.llm.plan import Work
 from cotenant.engines.llm.runner import Runner
 from cotenant.engines.llm.sampler import Choice, Sampling, choose
 from cotenant.engines.llm.sequence import End, Sequence
