@@ -59,6 +59,19 @@ def test_a_stream_says_what_the_whole_answer_is(box: Box) -> None:
     assert len(pieces) > 1
 
 
+def test_a_draft_model_changes_no_answer(box: Box, boxes: Boxes) -> None:
+    drafted = boxes()
+    for part in ("1", "small"):
+        path = drafted.models / "says" / part / "model.gguf"
+        path.parent.mkdir(parents=True)
+        write(path, text=True)
+    (drafted.models / "says" / "model.yaml").write_text("draft: small")
+    drafted.configure([{"name": "says"}]).start()
+    for drawn in ({"temperature": 0.0}, {"temperature": 1.0, "seed": 5}):
+        whole = ask(box, max_tokens=40, **drawn).json
+        assert ask(drafted, max_tokens=40, **drawn).json["tokens"] == whole["tokens"]
+
+
 def test_optional_inputs_may_be_left_out(box: Box) -> None:
     drawn = {"temperature": 1.0, "top_p": 0.9, "top_k": 40, "seed": 3}
     assert tokens(ask(box, **drawn).json) == tokens(ask(box, **drawn).json)

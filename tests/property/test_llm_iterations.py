@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotenant.engines.llm.blocks import BlockPool, Offload, Release, Restore
+from cotenant.engines.llm.drafting import Ask, Drafting
 from cotenant.engines.llm.iteration import Iteration, Iterations, Limits
+from cotenant.engines.llm.lookup import Acceptance
 from cotenant.engines.llm.sequence import End, Sequence
 from cotenant.policy.iterations import IterationCosts
 
@@ -29,6 +31,13 @@ def says(tokens: Tokens[int], stutter: bool) -> int:
     return hash((7, *tokens)) % WORDS
 
 
+def guesses(tokens: Tokens[int], stutter: bool, good: bool) -> int:
+    """What the draft model says next: the same, most of the time, or hardly ever."""
+    if good and hash((5, *tokens)) % 8:
+        return says(tokens, stutter)
+    return hash((6, *tokens)) % WORDS
+
+
 def alone(sequence: Sequence, stutter: bool) -> list[int]:
     """What a sequence says if nothing is beside it."""
     tokens = list(sequence.tokens[: sequence.prompt])
@@ -39,15 +48,58 @@ def alone(sequence: Sequence, stutter: bool) -> list[int]:
     return tokens[sequence.prompt :]
 
 
-class Machine:
-    """Carries iterations out with memory that holds marks, and sees that what is read is right."""
+class Marks:
+    """Memory of blocks that holds a mark for each token."""
 
-    def __init__(self, blocks: int, size: int, host: int, limits: Limits, stutter: bool) -> None:
-        self.pool = BlockPool(blocks, size, host)
-        self.core = Iterations(self.pool, limits, IterationCosts(fixed=10, token=2, pair=0.01))
+    def __init__(self, size: int) -> None:
         self.size = size
-        self.stutter = stutter
-        self.memory: dict[int, dict[int, int]] = {}
+        self.blocks: dict[int, dict[int, int]] = {}
+
+    def compute(self, blocks: Tokens[int], start: int, tokens: Tokens[int], salt: str) -> None:
+        """Read the marks before ``start``, see that they are right, and write those behind."""
+        for at in range(start):
+            there = self.blocks[blocks[at // self.size]]
+            assert there[at % self.size] == mark(tokens[: at + 1], salt), "another's memory"
+        for at in range(start, len(tokens)):
+            block = self.blocks.setdefault(blocks[at // self.size], {})
+            block[at % self.size] = mark(tokens[: at + 1], salt)
+
+
+class Erratic(Acceptance):
+    """Drafts however much, or not at all, whatever it costs."""
+
+    drawn = 0
+
+    def worth(self, token_ns: float, rate: float, most: int, *costs: float) -> int:
+        self.drawn += 1
+        return hash((8, self.drawn, token_ns, rate)) % (most + 1)
+
+
+class Machine:
+    """Carries iterations out with memory that holds marks, and sees that what is read is right.
+    ``draft``: how good the draft model is; None: there is none."""
+
+    def __init__(
+        self,
+        blocks: int,
+        size: int,
+        host: int,
+        limits: Limits,
+        stutter: bool,
+        draft: bool | None = None,
+    ) -> None:
+        self.pool = BlockPool(blocks, size, host)
+        costs = IterationCosts(fixed=10, token=2, pair=0.01)
+        self.drafting: Drafting | None = None
+        if draft is not None:
+            cheap = IterationCosts(fixed=1, token=0.2, pair=0.001)
+            self.drafting = Drafting(BlockPool(blocks, size), 30, cheap)
+            self.drafting.acceptance = Erratic()
+        self.core = Iterations(self.pool, limits, costs, self.drafting)
+        if draft is not None:
+            self.core.acceptance = Erratic()
+        self.stutter, self.draft = stutter, draft
+        self.memory, self.small = Marks(size), Marks(size)
         self.host: dict[int, dict[int, int]] = {}
         self.expected: dict[int, list[int]] = {}
         self.said: dict[int, list[int]] = {}
@@ -74,23 +126,19 @@ class Machine:
         for move in iteration.moves:
             match move:
                 case Offload(block, slot):
-                    self.host[slot] = dict(self.memory[block])
+                    self.host[slot] = dict(self.memory.blocks[block])
                 case Restore(slot, block):
-                    self.memory[block] = dict(self.host[slot])
+                    self.memory.blocks[block] = dict(self.host[slot])
                 case Release(block):
-                    self.memory.pop(block, None)
+                    self.memory.blocks.pop(block, None)
+        iteration = iteration.drafted({ask.key: self.propose(ask) for ask in iteration.asks})
+        assert sum(len(work.tokens) for work in iteration.works) == iteration.load.tokens
         chosen = {}
         for work in iteration.works:
             sequence = self.core.find(work.key)
             assert sequence is not None
             tokens = [*sequence.tokens[: work.start], *work.tokens]
-            salt = self.salts[work.key]
-            for at in range(work.start):
-                there = self.memory[work.blocks[at // self.size]]
-                assert there[at % self.size] == mark(tokens[: at + 1], salt), "another's memory"
-            for at in range(work.start, len(tokens)):
-                block = work.blocks[at // self.size]
-                self.memory.setdefault(block, {})[at % self.size] = mark(tokens[: at + 1], salt)
+            self.memory.compute(work.blocks, work.start, tokens, self.salts[work.key])
             first = len(tokens) - work.sampled
             chosen[work.key] = [
                 says(tokens[: at + 1], self.stutter) for at in range(first, len(tokens))
@@ -104,6 +152,28 @@ class Machine:
         self.core.took(iteration, iteration.expected or 1, 5, 5)
         self.core.check()
         return iteration
+
+    def propose(self, ask: Ask) -> list[int]:
+        """What the draft model does, with memory of its own."""
+        sequence = self.core.find(ask.key)
+        assert sequence is not None
+        tokens = [*sequence.tokens[: ask.start], *ask.tokens]
+        assert tokens == sequence.tokens[: len(tokens)]
+        start, said = ask.start, len(tokens)
+        for count in range(max(1, ask.wanted)):
+            self.small.compute(ask.blocks, start, tokens, self.salts[ask.key])
+            start = len(tokens)
+            if count < ask.wanted:
+                tokens.append(guesses(tokens, self.stutter, bool(self.draft)))
+        return tokens[said:]
+
+    def resize(self, blocks: int) -> None:
+        self.pool.resize(blocks)
+        if self.drafting is not None:
+            self.drafting.resize(blocks)
+            for move in self.drafting.pool.moves():
+                assert isinstance(move, Release)
+                self.small.blocks.pop(move.block, None)
 
     def finish(self) -> None:
         for _ in range(10_000):
@@ -142,12 +212,19 @@ STEPS = st.lists(
     st.integers(0, 16),
     st.builds(Limits, st.integers(1, 6), st.integers(1, 40), st.integers(0, 4)),
     st.booleans(),
+    st.sampled_from([None, True, False]),
     STEPS,
 )
 def test_each_says_what_it_says_alone(
-    blocks: int, size: int, host: int, limits: Limits, stutter: bool, steps: list[object]
+    blocks: int,
+    size: int,
+    host: int,
+    limits: Limits,
+    stutter: bool,
+    draft: bool | None,
+    steps: list[object],
 ) -> None:
-    machine = Machine(blocks, size, host, limits, stutter)
+    machine = Machine(blocks, size, host, limits, stutter, draft)
     cancelled: set[int] = set()
     for step in steps:
         match step:
@@ -164,9 +241,9 @@ def test_each_says_what_it_says_alone(
                 machine.step(cancel=key)
                 cancelled.add(key)
             case ("resize", target):
-                machine.pool.resize(min(target, blocks))
+                machine.resize(min(target, blocks))
                 machine.pool.check()
-    machine.pool.resize(blocks)
+    machine.resize(blocks)
     machine.finish()
     for key, expected in machine.expected.items():
         if key in cancelled:
@@ -175,3 +252,4 @@ def test_each_says_what_it_says_alone(
             assert machine.said[key] == expected
             assert key in machine.ends
     assert machine.pool.available == blocks
+    assert machine.drafting is None or machine.drafting.pool.available == blocks

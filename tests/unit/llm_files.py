@@ -34,10 +34,10 @@ def add_text(writer: gguf.GGUFWriter, template: str = "") -> None:
 
 
 def weights(
-    vocab: int, likely: Mapping[int, float] | None = None
+    vocab: int, likely: Mapping[int, float] | None = None, seed: int = 5
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Random ones; ``likely``: by how much the logits of some tokens are higher, about."""
-    rng = np.random.default_rng(5)
+    rng = np.random.default_rng(seed)
     kv = HIDDEN // HEADS * KV_HEADS
     shapes: dict[str, tuple[int, ...]] = {
         "token_embd.weight": (vocab, HIDDEN),
@@ -75,10 +75,11 @@ def write(
     text: bool = False,
     template: str = "",
     likely: Mapping[int, float] | None = None,
+    seed: int = 5,
     **more: int,
 ) -> Path:
     """A model of random weights; ``text``: with a tokenizer of bytes; ``template``: for chats;
-    ``likely``: see ``weights``."""
+    ``likely`` and ``seed``: see ``weights``."""
     writer = gguf.GGUFWriter(path, architecture)
     keys = {
         "block_count": LAYERS,
@@ -93,7 +94,7 @@ def write(
     writer.add_float32(f"{architecture}.attention.layer_norm_rms_epsilon", 1e-5)
     if text:
         add_text(writer, template)
-    for name, tensor in weights(len(TOKENS) if text else 64, likely).items():
+    for name, tensor in weights(len(TOKENS) if text else 64, likely, seed).items():
         if tensor.ndim == 1:
             writer.add_tensor(name, tensor)
         else:

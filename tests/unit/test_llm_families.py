@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cotenant.engines.llm.checkpoint import open_checkpoint
-from cotenant.engines.llm.iteration import Work
+from cotenant.engines.llm.plan import Work
 from cotenant.engines.llm.runner import Runner, Sizes
 from cotenant.engines.llm.weights import Build
 

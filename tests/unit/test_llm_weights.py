@@ -11,7 +11,7 @@ import pytest
 from cotenant.domain.errors import ModelError
 from cotenant.engines.llm.checkpoint import open_checkpoint
 from cotenant.engines.llm.gguf import KINDS, Stored, floats
-from cotenant.engines.llm.iteration import Work
+from cotenant.engines.llm.plan import Work
 from cotenant.engines.llm.runner import Runner, Sizes
 from cotenant.engines.llm.weights import Build, quantize, repack
 from tests.unit.llm_files import HEADS, HIDDEN, KV_HEADS, TYPES, write

@@ -107,7 +107,8 @@ class ModelSettings(msgspec.Struct, frozen=True):
     """``model.yaml`` of a model directory: all optional. ``shapes`` fills free axes of inputs
     for the warm-up, ``ranges`` says which integers an input may hold (both ends included);
     ``keep_versions`` newest versions stay loaded; ``exactness`` is the floor of a language model's
-    builds; ``engine`` is one of ``ENGINES``."""
+    builds; ``engine`` is one of ``ENGINES``; ``draft`` is where the draft model of a language model
+    lies, seen from the model's directory ("": there is none)."""
 
     slo: Slo | None = None
     batch: BatchSpec | None = None
@@ -118,6 +119,7 @@ class ModelSettings(msgspec.Struct, frozen=True):
     accuracy_floor: float = 0.0
     exactness: Exactness = Exactness()
     engine: str = "auto"
+    draft: str = ""
 
 
 def parse_config(text: str) -> NodeConfig:
@@ -186,6 +188,7 @@ def parse_model_settings(text: str) -> ModelSettings:
         accuracy_floor=root.take("accuracy_floor", reading.share, 0.0),
         exactness=_exactness(root.section("exactness")),
         engine=root.take("engine", reading.one_of(ENGINES), "auto"),
+        draft=root.take("draft", reading.text, ""),
     )
     root.done()
     return settings

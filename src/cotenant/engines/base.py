@@ -172,19 +172,25 @@ def open_engine(
 ) -> Engine | TurnEngine:
     """Load the model at ``path`` for each unit count in ``units``, a language model with at most
     ``kv`` bytes of keys and values; raises ModelError."""
+    language = path.suffix == ".gguf" or ".safetensors" in path.suffixes
+    if settings.draft and (settings.engine == "vllm" or not language):
+        raise ModelError(
+            f"{path.name}: draft is for language models in GGUF or safetensors with engine: auto; "
+            "leave it out"
+        )
     if settings.engine == "vllm":
         return _open_vllm(path, kv)
     if path.suffix == ".onnx":
         from cotenant.engines.onnx import OnnxEngine
 
         return OnnxEngine(path, units)
-    if path.suffix == ".gguf" or ".safetensors" in path.suffixes:
+    if language:
         try:
             from cotenant.engines.llm.engine import LlmEngine
         except ImportError as error:
             needs = "language models need the extra llm: pip install 'cotenant[llm]'"
             raise ModelError(f"{needs} ({error})") from error
-        return LlmEngine(path, units, kv, settings.exactness)
+        return LlmEngine(path, units, kv, settings.exactness, settings.draft)
     if path.name.endswith(".pieces.json"):
         from cotenant.engines.pieces import PiecesEngine
 

@@ -22,6 +22,8 @@ from cotenant.engines.llm.contract import (
     sampling_of,
     write_outputs,
 )
+from cotenant.engines.llm.drafter import Drafter, draft_build, open_draft
+from cotenant.engines.llm.drafting import Drafting
 from cotenant.engines.llm.gate import FLOOR
 from cotenant.engines.llm.generator import Generator, Piece, Question
 from cotenant.engines.llm.iteration import Iterations, Limits
@@ -31,30 +33,48 @@ from cotenant.engines.llm.verdicts import chosen_build
 from cotenant.policy.memory.account import PoolUse
 
 SIZE: Final = 16
-"""Tokens of a block."""
+"""Tokens of a block; with a draft model it is one of each."""
 CONTEXT: Final = 4096
 """The most tokens of a sequence, where the model has more."""
 
 
 class LlmEngine:
-    """A ``TurnEngine``; see the module's text. Raises ModelError."""
+    """A ``TurnEngine``; see the module's text. ``kv``: bytes for keys and values, those of a draft
+    model among them. ``draft``: where that lies, seen from the model's directory ("": there is
+    none). Raises ModelError."""
 
-    def __init__(self, path: Path, units: Sequence[int], kv: int, floor: Exactness = FLOOR) -> None:
+    def __init__(
+        self,
+        path: Path,
+        units: Sequence[int],
+        kv: int,
+        floor: Exactness = FLOOR,
+        draft: str = "",
+    ) -> None:
         checkpoint = open_checkpoint(path)
         text = text_of(checkpoint, path)
-        decoder, limits = checkpoint.decoder, Limits()
-        context = min(decoder.context, CONTEXT)
-        self._block = decoder.block_bytes(SIZE)
-        blocks = min(limits.sequences * -(-context // SIZE), kv // self._block)
+        small = open_draft(path.parent.parent, draft, text) if draft else None
+        limits = Limits()
+        self._context = context = min(checkpoint.decoder.context, CONTEXT)
+        decoders = [each.decoder for each in (checkpoint, small) if each is not None]
+        self._block = sum(decoder.block_bytes(SIZE) for decoder in decoders)
+        self._blocks = blocks = min(limits.sequences * -(-context // SIZE), kv // self._block)
         if blocks < 1:
             raise ModelError(
                 f"a block of {SIZE} tokens is {self._block} bytes; for keys and values there are"
                 f" {kv} (kv.limit)"
             )
         build = chosen_build(checkpoint, text, units, floor)
-        runner = Runner(checkpoint, build, Sizes(blocks, SIZE, 0, context), units)
-        self._context, self._blocks = context, blocks
-        self._generator = Generator(text, runner, Iterations(BlockPool(blocks, SIZE), limits))
+        sizes = Sizes(blocks, SIZE, 0, context)
+        runner = Runner(checkpoint, build, sizes, units)
+        drafting, drafter = None, None
+        if small is not None:
+            sizes = sizes._replace(context=min(small.decoder.context, context))
+            drafting = Drafting(BlockPool(blocks, SIZE), sizes.context)
+            reader = Runner(small, draft_build(small), sizes, units)
+            drafter = Drafter(reader, drafting, text.vocabulary)
+        core = Iterations(BlockPool(blocks, SIZE), limits, drafting=drafting)
+        self._generator = Generator(text, runner, core, drafter)
         self._said: dict[int, _Said] = {}
 
     @property

@@ -33,7 +33,7 @@ from cotenant.domain.config import Exactness
 from cotenant.domain.errors import ModelError
 from cotenant.engines.llm.checkpoint import Checkpoint
 from cotenant.engines.llm.families.base import Floats
-from cotenant.engines.llm.iteration import Work
+from cotenant.engines.llm.plan import Work
 from cotenant.engines.llm.runner import Runner, Sizes
 from cotenant.engines.llm.text import Text
 from cotenant.engines.llm.weights import Build

@@ -14,11 +14,13 @@ from typing import NamedTuple
 import msgspec
 import numpy as np
 
-from cotenant.domain.errors import InvalidRequest, ModelError, TooLarge
+from cotenant.domain.errors import InvalidRequest, TooLarge
 from cotenant.engines.llm.asking import Spec
+from cotenant.engines.llm.drafter import Drafter
 from cotenant.engines.llm.families.base import Floats
 from cotenant.engines.llm.grammar import Grammar, Grammars
-from cotenant.engines.llm.iteration import Iterations, Said, Work
+from cotenant.engines.llm.iteration import Iterations, Said
+from cotenant.engines.llm.plan import Work
 from cotenant.engines.llm.runner import Runner
 from cotenant.engines.llm.sampler import Choice, Sampling, choose
 from cotenant.engines.llm.sequence import End, Sequence
@@ -66,16 +68,15 @@ class Piece(NamedTuple):
 
 
 class Generator:
-    """See the module's text. Raises ModelError where text and model do not fit together."""
+    """See the module's text. ``drafter``: where the core has a draft model."""
 
-    def __init__(self, text: Text, runner: Runner, core: Iterations) -> None:
-        if text.vocabulary > runner.decoder.vocab:
-            raise ModelError(
-                f"the tokenizer has {text.vocabulary} tokens, the model {runner.decoder.vocab}"
-            )
+    def __init__(
+        self, text: Text, runner: Runner, core: Iterations, drafter: Drafter | None = None
+    ) -> None:
         self.text = text
         self.runner = runner
         self.core = core
+        self.drafter = drafter
         self.work = Load()
         """What the last iteration had to do."""
         self._grammars: Grammars | None = None
@@ -131,6 +132,8 @@ class Generator:
         iteration = self.core.next(within)
         self.work = iteration.load
         offload_ns, restore_ns = self.runner.move(iteration.moves)
+        if self.drafter is not None and iteration.asks:
+            iteration = iteration.drafted(self.drafter.propose(units, iteration.asks))
         began = time.monotonic_ns()
         computed = self.runner.compute(units, iteration.works)
         self.core.took(iteration, time.monotonic_ns() - began, offload_ns, restore_ns)
@@ -171,6 +174,8 @@ class Generator:
         pool = self.core.pool
         pool.resize(min(blocks, pool.most))
         self.runner.move(pool.moves())
+        if self.drafter is not None:
+            self.drafter.resize(pool.target)
 
     def forget(self, keys: Iterable[int]) -> None:
         """Nobody waits for these any more. Unknown ones are passed over."""

@@ -13,6 +13,8 @@ Its laws:
    is. Its blocks wait on the host, or are computed again, whichever takes less time.
 5. A sequence that is alone gets all there is. What could not run even then is refused when it
    comes.
+6. Who generates may have a draft: of what was said before, else of a draft model. It takes what
+   those who still have to go on do not need, and is verified in the same iteration.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ import msgspec
 
 from cotenant.domain.errors import TooLarge
 from cotenant.engines.llm.blocks import BlockPool, Move, Offload, Restore
+from cotenant.engines.llm.drafting import Ask, Drafting, Terms
 from cotenant.engines.llm.lookup import PROBE, Acceptance
+from cotenant.engines.llm.plan import Plan, Work
 from cotenant.engines.llm.sequence import End, Sequence
 from cotenant.policy.iterations import IterationCosts as Costs
 from cotenant.policy.iterations import Load, load
@@ -45,30 +49,19 @@ class Limits(msgspec.Struct, frozen=True):
             raise ValueError(f"{self}: sequences and tokens are 1 or more, drafts not negative")
 
 
-class Work(NamedTuple):
-    """Compute ``tokens`` at the positions from ``start`` on. ``blocks``: those of the sequence, in
-    order. For each of the last ``sampled`` tokens the model says what comes next; the tokens
-    behind the first of these are drafts."""
-
-    key: int
-    start: int
-    tokens: tuple[int, ...]
-    blocks: tuple[int, ...]
-    sampled: int
-
-    @property
-    def drafts(self) -> tuple[int, ...]:
-        """What is to be verified."""
-        return self.tokens[len(self.tokens) - self.sampled + 1 :] if self.sampled else ()
-
-
 class Iteration(NamedTuple):
-    """``moves`` first, one after the other; then all ``works`` together. ``expected``: ns."""
+    """``moves`` first, one after the other; then all ``works`` together. ``expected``: ns. If there
+    are ``asks`` they are carried out before the works, which go on with what was ``drafted``."""
 
     moves: tuple[Move, ...]
     works: tuple[Work, ...]
     load: Load
     expected: int
+    asks: tuple[Ask, ...] = ()
+
+    def drafted(self, drafts: Mapping[int, Tokens[int]]) -> Iteration:
+        """The same with what the draft model proposed, by key: as many as were asked for."""
+        return self._replace(works=tuple(w.verifying(drafts.get(w.key, ())) for w in self.works))
 
 
 class Said(NamedTuple):
@@ -80,13 +73,21 @@ class Said(NamedTuple):
 
 
 class Iterations:
-    """See the module's text."""
+    """See the module's text. ``drafting``: where there is a draft model."""
 
-    def __init__(self, pool: BlockPool, limits: Limits, costs: Costs | None = None) -> None:
+    def __init__(
+        self,
+        pool: BlockPool,
+        limits: Limits,
+        costs: Costs | None = None,
+        drafting: Drafting | None = None,
+    ) -> None:
         self.pool = pool
         self.limits = limits
         self.costs = costs or Costs()
         self.acceptance = Acceptance()
+        """Of drafts of what was said before."""
+        self.drafting = drafting
         self.put_aside = 0
         """How often a sequence had to make room."""
         self._sequences: dict[int, Sequence] = {}
@@ -155,6 +156,7 @@ class Iterations:
         if sequence.table is not None:
             self._running.remove(sequence)
             self.pool.close(sequence.table)
+            self._forget_drafts(key)
         else:
             self._waiting.remove(sequence)
             self.pool.drop(sequence.claim)
@@ -165,7 +167,7 @@ class Iterations:
     def next(self, within: int | None = None) -> Iteration:
         """What to compute now, in about ``within`` ns (None: however long it takes)."""
         self._make_room()
-        plan = _Plan(self.limits.tokens, within, self.costs)
+        plan = Plan(self.limits.tokens, within, self.costs, self.drafting)
         self._running.sort(key=_urgency)
         generate = [s for s in self._running if s.generates]
         rate = self._rate(generate)
@@ -176,7 +178,8 @@ class Iterations:
             if sequence.table is not None:
                 self._read(sequence, plan)
         self._let_in(plan)
-        return Iteration(self.pool.moves(), tuple(plan.works), plan.load, plan.expected)
+        works, asks = tuple(plan.works), tuple(plan.asks)
+        return Iteration(self.pool.moves(), works, plan.load, plan.expected, asks)
 
     def _make_room(self) -> None:
         """Put sequences aside until the pool is as small as it should be."""
@@ -192,7 +195,7 @@ class Iterations:
         self._passed = (self._passed + 1) % PROBE
         return not self._passed
 
-    def _let_in(self, plan: _Plan) -> None:
+    def _let_in(self, plan: Plan) -> None:
         """Take up who waits, in order. Who fits only into a larger pool than there is now is passed
         over; for who fits into this one all others wait."""
         if self.pool.excess:
@@ -215,29 +218,53 @@ class Iterations:
         took = self.costs.predict(plain)
         return len(generate) / took if took else 0.0
 
-    def _draft(self, sequence: Sequence, plan: _Plan, rate: float, others: int) -> tuple[int, ...]:
-        """What is worth verifying, of time, tokens and blocks that the ``others`` do not need."""
+    def _draft(
+        self, sequence: Sequence, plan: Plan, rate: float, others: int
+    ) -> tuple[tuple[int, ...], Ask | None]:
+        """What is worth verifying, or asking the draft model for, of time, tokens and blocks that
+        the ``others`` do not need."""
         at, table, pool = len(sequence.tokens), sequence.table, self.pool
         assert table is not None
-        most = min(self.limits.drafts, plan.left - others - 1)
+        most = min(self.limits.drafts, plan.left - others - 1, sequence.ahead)
         most = min(most, plan.room(at - 1, most + 1, 1) - 1)
         spare = max(0, pool.available - others - 1) + len(table)
-        draft = sequence.draft(min(most, spare * pool.size - at))
-        if not draft:
-            return ()
+        most = min(most, spare * pool.size - at)
         token = self.costs.token + self.costs.pair * sequence.computed
         step = 0.0 if plan.works or others else self.costs.step
-        return draft[: self.acceptance.worth(token, rate, len(draft), step)]
+        draft = sequence.draft(most)
+        if draft:
+            draft = draft[: self.acceptance.worth(token, rate, len(draft), step)]
+        if draft or self.drafting is None:
+            return draft, None
+        rest = plan.rest(at - 1, 1, others)
+        prompts = self._waiting or not all(s.generates for s in self._running)
+        chunk = pool.size if prompts else self.limits.tokens
+        together = len(plan.asks) + 1 + others
+        terms = Terms(most, token, step, rate, together, chunk, rest)
+        return (), self._fitting(self.drafting.ask(sequence, terms), plan, at, others)
 
-    def _go_on(self, sequence: Sequence, plan: _Plan, rate: float, others: int) -> None:
+    @staticmethod
+    def _fitting(ask: Ask | None, plan: Plan, at: int, others: int) -> Ask | None:
+        """What of it there is time for: fewer drafts, or nothing."""
+        if ask is None:
+            return None
+        for count in range(ask.wanted, min(ask.wanted, 1) - 1, -1):
+            fewer = ask._replace(wanted=count)
+            rest = plan.rest(at - 1, 1 + count, others, fewer)
+            if rest is None or rest >= 0:
+                return fewer
+        return None
+
+    def _go_on(self, sequence: Sequence, plan: Plan, rate: float, others: int) -> None:
         """The next token, and with it a draft if it pays. ``others`` are still to go on."""
         at, table = len(sequence.tokens), sequence.table
         assert table is not None
         if plan.room(at - 1, 1, 1) < 1:
             return
-        draft = self._draft(sequence, plan, rate, others)
-        if draft and not self.pool.extend(table, at + len(draft)):
-            draft = ()
+        draft, ask = self._draft(sequence, plan, rate, others)
+        more = len(draft) + (ask.wanted if ask else 0)
+        if more and not self.pool.extend(table, at + more):
+            draft, ask = (), None
         while not self.pool.extend(table, at):
             last = self._last(plan)
             if last is None or last is sequence:
@@ -245,9 +272,9 @@ class Iterations:
                 return
             self._put_aside(last)
         tokens = (sequence.tokens[-1], *draft)
-        plan.add(Work(sequence.key, at - 1, tokens, table.blocks, len(tokens)))
+        plan.add(Work(sequence.key, at - 1, tokens, table.blocks, len(tokens)), ask)
 
-    def _last(self, plan: _Plan) -> Sequence | None:
+    def _last(self, plan: Plan) -> Sequence | None:
         """Who is due last of those that are not part of the iteration."""
         working = {work.key for work in plan.works}
         others = [s for s in self._running if s.key not in working]
@@ -262,7 +289,12 @@ class Iterations:
         sequence.table, sequence.computed = None, 0
         self._running.remove(sequence)
         insort(self._waiting, sequence, key=_urgency)
+        self._forget_drafts(sequence.key)
         self.put_aside += 1
+
+    def _forget_drafts(self, key: int) -> None:
+        if self.drafting is not None:
+            self.drafting.drop(key)
 
     def _begin(self, sequence: Sequence) -> bool:
         """Take a sequence up that waits; False if there is no room for it."""
@@ -282,7 +314,7 @@ class Iterations:
         self._running.append(sequence)
         return True
 
-    def _read(self, sequence: Sequence, plan: _Plan) -> bool:
+    def _read(self, sequence: Sequence, plan: Plan) -> bool:
         """A chunk of what is not computed; False if there is no time for it."""
         start, end, table = sequence.computed, len(sequence.tokens), sequence.table
         assert table is not None
@@ -301,23 +333,25 @@ class Iterations:
         grammars); missing where nothing was sampled. Drafts that it would have said itself are
         kept, and the first token that it says instead."""
         said = []
+        asks = {ask.key: ask for ask in iteration.asks}
         for work in iteration.works:
             sequence = self._sequences.get(work.key)
             if sequence is None or sequence.table is None:
                 continue
-            drafts = work.drafts
+            drafts, ask, right = work.drafts, asks.get(work.key), 0
             sequence.computed = work.start + len(work.tokens) - len(drafts)
             if work.sampled:
                 picked = chosen[work.key]
-                right = 0
                 while right < len(drafts) and picked[right] == drafts[right]:
                     right += 1
-                if drafts:
+                if drafts and ask is None:
                     self.acceptance.note(len(drafts), right)
                 tokens = sequence.say(tuple(picked[: right + 1]))
                 sequence.computed += min(right, len(tokens))
                 said.append(Said(work.key, tokens, sequence.end))
             self.pool.publish(sequence.table, sequence.tokens, sequence.computed)
+            if ask is not None and self.drafting is not None:
+                self.drafting.settle(sequence, ask, right)
             if sequence.end is not None:
                 self.end(work.key, sequence.end)
         return said
@@ -335,6 +369,8 @@ class Iterations:
     def check(self) -> None:
         """Raise AssertionError naming the law that is broken."""
         self.pool.check(s.claim for s in self._waiting)
+        if self.drafting is not None:
+            self.drafting.check(self._running)
         both = [*self._running, *self._waiting]
         assert sorted(s.key for s in both) == sorted(self._sequences), "each runs or waits"
         assert self._waiting == sorted(self._waiting, key=_urgency), "who waits is in order"
@@ -352,36 +388,3 @@ class Iterations:
 
 def _urgency(sequence: Sequence) -> tuple[int, int]:
     return sequence.due, sequence.key
-
-
-class _Plan:
-    """An iteration in the making."""
-
-    def __init__(self, tokens: int, within: int | None, costs: Costs) -> None:
-        self.left = tokens
-        self.works: list[Work] = []
-        self.load = Load()
-        self._within = within
-        self._costs = costs
-
-    @property
-    def expected(self) -> int:
-        """How long (ns) it will take."""
-        return self._costs.predict(self.load)
-
-    def room(self, start: int, wanted: int, least: int) -> int:
-        """How many of the ``wanted`` tokens behind ``start`` others there is room for; with no work
-        yet, at least some."""
-        count = min(wanted, self.left)
-        if self._within is not None:
-            spare = self._within - (self.expected or self._costs.fixed)
-            if self.load.tokens <= 1 < self.load.tokens + wanted:
-                spare -= self._costs.step_of(self.load.tokens + wanted)
-            fits = self._costs.within(spare, start)
-            count = min(count, fits if self.works else max(fits, least))
-        return count
-
-    def add(self, work: Work) -> None:
-        self.works.append(work)
-        self.left -= len(work.tokens)
-        self.load += load(work.start, len(work.tokens))

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cotenant.domain.errors import ModelError
 from cotenant.engines.llm.chat import Chat
 from cotenant.engines.llm.checkpoint import Checkpoint, GgufCheckpoint
 from cotenant.engines.llm.gguf import Gguf
@@ -15,10 +16,16 @@ from cotenant.engines.llm.text import Text
 
 
 def text_of(checkpoint: Checkpoint, path: Path) -> Text:
-    """The tokenizer of an open checkpoint. Raises ModelError."""
+    """The tokenizer of an open checkpoint. Raises ModelError, also where it has more tokens than
+    the model."""
     if isinstance(checkpoint, GgufCheckpoint):
-        return Text.from_gguf(checkpoint.file.keys)
-    return Text.from_folder(path.parent)
+        text = Text.from_gguf(checkpoint.file.keys)
+    else:
+        text = Text.from_folder(path.parent)
+    known = checkpoint.decoder.vocab
+    if text.vocabulary > known:
+        raise ModelError(f"the tokenizer has {text.vocabulary} tokens, the model {known}")
+    return text
 
 
 class LlmLanguage:

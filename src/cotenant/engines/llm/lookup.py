@@ -53,17 +53,20 @@ class Acceptance:
 
     def __init__(self) -> None:
         self.chance = PRIOR
-        self._passed = 0
+        self._passed = 0.0
 
     def note(self, drafted: int, accepted: int) -> None:
         """So many of a draft were right: all before the first that was not."""
         for index in range(min(drafted, accepted + 1)):
             self.chance += (float(index < accepted) - self.chance) * GAIN
 
-    def worth(self, token_ns: float, rate: float, most: int, step_ns: float = 0.0) -> int:
+    def worth(
+        self, token_ns: float, rate: float, most: int, step_ns: float = 0.0, pace: float = 1.0
+    ) -> int:
         """How many tokens of a draft to verify, if one costs ``token_ns`` more, the first
         ``step_ns`` besides, and the iteration makes ``rate`` tokens a ns without. The n-th counts
-        only if all before it are right."""
+        only if all before it are right. ``pace``: what the answer "none" counts towards the next
+        trial; less where a trial is dear."""
         if token_ns <= 0 or rate <= 0:
             return most
         count, chance, gain = 0, self.chance, -step_ns * rate
@@ -72,10 +75,10 @@ class Acceptance:
             gain += chance - token_ns * rate
             chance *= self.chance
         if count and gain > 0:
-            self._passed = 0
+            self._passed = 0.0
             return count
-        self._passed += 1
+        self._passed += pace
         if self._passed >= PROBE:
-            self._passed = 0
+            self._passed = 0.0
             return min(1, most)
         return 0

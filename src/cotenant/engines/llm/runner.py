@@ -22,7 +22,7 @@ from cotenant.engines.llm.checkpoint import Checkpoint
 from cotenant.engines.llm.decoder import Decoder
 from cotenant.engines.llm.families.base import Floats
 from cotenant.engines.llm.graph import Weights, build_graph
-from cotenant.engines.llm.iteration import Work
+from cotenant.engines.llm.plan import Work
 from cotenant.engines.llm.weights import Build
 from cotenant.engines.onnx import first_line, session_options
 

@@ -69,10 +69,14 @@ class Sequence:
         """Whether all but the newest token are computed, so that the next one can be said."""
         return self.computed == len(self.tokens) - 1
 
+    @property
+    def ahead(self) -> int:
+        """Tokens that it may say behind the next one: no more are drafted."""
+        return self.most - self.said - 1
+
     def draft(self, most: int) -> tuple[int, ...]:
-        """Up to ``most`` tokens that may come next; never more than it may say, but for one that
-        is not drafted."""
-        most = min(most, self.most - self.said - 1)
+        """Up to ``most`` tokens that may come next by what was said before; ``ahead`` at most."""
+        most = min(most, self.ahead)
         if most < 1:
             return ()
         if self._lookup is None:

@@ -158,6 +158,15 @@ class Text:
         """A token's own bytes; none if there is no such token."""
         return self._pieces[token] if 0 <= token < self.vocabulary else b""
 
+    def differs(self, other: Text) -> str:
+        """What makes the tokens of another tokenizer other tokens than these; "" if nothing."""
+        if self.vocabulary != other.vocabulary:
+            return f"it has {other.vocabulary} tokens, not {self.vocabulary}"
+        for token, (own, theirs) in enumerate(zip(self._pieces, other._pieces, strict=True)):
+            if own != theirs:
+                return f"token {token} is {theirs[:32]!r} there, not {own[:32]!r}"
+        return ""
+
     def _without_special(self) -> Tokenizer:
         with self._lock:
             if self._plain is None:
