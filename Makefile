@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 COMPILED := $(addprefix cotenant/,$(addsuffix .py, \
 	$(addprefix policy/,dispatcher generation iterations desk tail roster turns holds relayout residency tenancy admission lending queues state estimate pressure \
 		planner wishes demand judging leftover trials layouts placing sharing queueing forecast utility \
-		memory/account memory/fairness memory/ledger memory/pools) \
+		memory/account memory/fairness memory/ledger memory/books memory/budgets memory/pools returning) \
 	sim/world sim/physics sim/outcome sim/reactive telemetry/meters telemetry/monitor))
 
 .PHONY: help demo test lint attack bench bench-peers bench-simulator compile compiled-modules \
