@@ -87,9 +87,11 @@ jobs:
     assert job.command == ("python", "-m", "my train")
     assert job.env == {"A": "1"}
     assert job.restart is RestartPolicy.ALWAYS
+    assert (job.memory, job.memory_guaranteed) == (2**30, 2**20)
+    assert service.unloads
     assert config.devices == (
         CpuConfig("c", (1, 3), "never", pin=False),
-        NullConfig("n", 4, 2**30, PreemptLevel.GATE, blocking=True),
+        NullConfig("n", 4, 2**30, PreemptLevel.GATE, blocking=True, kv=2**30),
     )
     assert service.guaranteed == {"cpu": 0.25, "null": 0.5}
     assert (job.guaranteed, job.kinds) == ({"cpu": 0.5}, ("cpu", "null"))
@@ -123,6 +125,7 @@ jobs:
             "devices",
             "share core 1",
         ),
+        ("devices: [{kind: cpu, memory: 1GiB, kv: 2GiB}]", "devices[0].kv", "more than"),
         ("services: {}", "services", "expected a list"),
         ("node: []", "node", "expected a mapping"),
         ("services: [7]", "services[0]", "expected a mapping"),

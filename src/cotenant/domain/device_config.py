@@ -69,28 +69,26 @@ def _kind(value: object) -> str:
 
 
 def _cpu(section: reading.Section) -> CpuConfig:
-    memory, kv = _memory(section)
-    return CpuConfig(
+    cpu = CpuConfig(
         id=section.take("id", reading.name, "cpu"),
         cores=section.take("cores", reading.cores, None),
         realtime=section.take("realtime", reading.one_of(("auto", "never", "require")), "auto"),
         pin=section.take("pin", reading.boolean, True),
-        memory=memory,
-        kv=kv,
     )
+    memory, kv = _memory(section)
+    return msgspec.structs.replace(cpu, memory=memory, kv=kv)
 
 
 def _null(section: reading.Section) -> NullConfig:
     levels = {level.name.lower(): level for level in PreemptLevel}
-    memory, kv = _memory(section)
-    return NullConfig(
+    null = NullConfig(
         id=section.take("id", reading.name, "null"),
         units=section.take("units", reading.integer(1, 1024), 2),
-        memory=memory,
         preempt=levels[section.take("preempt", reading.one_of(levels), "priority")],
         blocking=section.take("blocking", reading.boolean, False),
-        kv=kv,
     )
+    memory, kv = _memory(section)
+    return msgspec.structs.replace(null, memory=memory, kv=kv)
 
 
 def _memory(section: reading.Section) -> tuple[int, int]:
