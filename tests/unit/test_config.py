@@ -68,6 +68,7 @@ services:
     instances: 2
     threads: 1
     exec_timeout: 3s
+    idle: unload
 jobs:
   - name: train
     command: python -m "my train"
@@ -76,6 +77,7 @@ jobs:
     guaranteed: {cpu: 0.5}
     kinds: [cpu, "null"]
     memory: 1GiB
+    memory_guaranteed: 1MiB
     restart: always
     grace: 1s
 """
