@@ -68,6 +68,21 @@ def test_requests_join_and_leave_the_turns_of_others(rig: Rig) -> None:
     assert rig.said == {1: ["a", "b", "c"], 2: ["uv", "wx", "yz"]}
 
 
+def test_an_engine_is_told_when_an_answer_is_wanted(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: dict[int, tuple[int, int]] = {}
+
+    def begin(_: object, key: int, inputs: object, due: int = 0, pace: int = 0) -> None:
+        begun[key] = due, pace
+        raise ModelError("enough was said")
+
+    monkeypatch.setattr(PiecesEngine, "begin", begin)
+    items = (Item(1, (), 0, 0, 1, due=70, pace=8), Item(1, (), 0, 0, 2, due=50))
+    rig.sequences.turn(Run(1, (0,), 1, 0, items), items)
+    assert begun == {1: (70, 8), 2: (50, 0)}
+
+
 def test_what_is_forgotten_begins_anew_if_it_comes_again(rig: Rig) -> None:
     rig.run(1)
     rig.sequences.forget((1, 77))

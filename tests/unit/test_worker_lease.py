@@ -48,7 +48,7 @@ class Counting:
         text = TensorMeta("text", "BYTES", (1,))
         self.meta = EngineMeta("counting", (text,), (text,), False, turns=True, room=9, pool=100)
 
-    def begin(self, key: int, inputs: dict[str, Array]) -> None:
+    def begin(self, key: int, inputs: dict[str, Array], due: int = 0, pace: int = 0) -> None:
         self.left[key] = self.turns
 
     def turn(self, units: int, keys: Sequence[int], budget: int) -> Turns:

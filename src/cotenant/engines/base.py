@@ -112,8 +112,10 @@ class TurnEngine(Protocol):
     def meta(self) -> EngineMeta:
         """As an ``Engine``'s, with ``turns``."""
 
-    def begin(self, key: int, inputs: dict[str, Array]) -> None:
-        """Take a request up. ``inputs`` are views that are valid until this returns.
+    def begin(self, key: int, inputs: dict[str, Array], due: int = 0, pace: int = 0) -> None:
+        """Take a request up. ``inputs`` are views that are valid until this returns. Its first
+        piece is wanted at ``due``, each further one ``pace`` later (ns): an engine that cannot do
+        all at once does first what is wanted first.
 
         Raises ModelError if the model refuses the input; then nothing is kept.
         """

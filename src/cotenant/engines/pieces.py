@@ -43,7 +43,7 @@ class PiecesEngine:
         outputs = (text, TensorMeta("index", "INT64", (1,)))
         return EngineMeta("cotenant_pieces", (text,), outputs, batchable=False, turns=True)
 
-    def begin(self, key: int, inputs: dict[str, Array]) -> None:
+    def begin(self, key: int, inputs: dict[str, Array], due: int = 0, pace: int = 0) -> None:  # noqa: ARG002
         self._texts[key], self._said[key] = str(inputs["text"][0]), 0
 
     def turn(self, units: int, keys: Sequence[int], budget: int) -> Turns:  # noqa: ARG002

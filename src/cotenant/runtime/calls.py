@@ -62,8 +62,6 @@ class Pending:
         self.version = version
         self.meta = meta
         self.arena, self.block, self.item = placed
-        if meta.turns:
-            self.item = msgspec.structs.replace(self.item, id=number)
         self.worker = ""
         """Where it stays between its turns."""
         self.unread = 0

@@ -52,13 +52,16 @@ LEFT_OUT: Final = Place((), -1, 0)
 
 class Item(msgspec.Struct, frozen=True, array_like=True):
     """One request of a batch: inputs in the model's order, and where its outputs may go. ``id``
-    is what a ``TurnEngine`` knows it by; other engines need none (0)."""
+    is what a ``TurnEngine`` knows it by, ``due`` and ``pace`` (ns) when its first piece and each
+    further one is wanted; other engines need none (0)."""
 
     rows: int
     inputs: tuple[Place, ...]
     out_offset: int
     out_bytes: int
     id: int = 0
+    due: int = 0
+    pace: int = 0
 
 
 class Run(_Message, frozen=True):

@@ -11,6 +11,8 @@ import asyncio
 from collections.abc import Callable
 from functools import partial
 
+import msgspec
+
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
 from cotenant.domain.errors import InvalidRequest
@@ -101,7 +103,12 @@ class Requests:
             return self._turn_away(name, Refusal.MEMORY, RETRY_MEMORY, str(error))
         number, now = self._next, self._clock()
         self._next += 1
+        deadline = now + (call.timeout_ns or spec.slo.latency)
         pending = Pending(number, call, version, meta, placed, done)
+        if meta.turns:
+            pending.item = msgspec.structs.replace(
+                pending.item, id=number, due=deadline, pace=spec.slo.pace
+            )
         self._pending[number] = pending
         self._open[name] = self._open.get(name, 0) + 1
         shape = calls.signature(meta, call)
@@ -110,7 +117,7 @@ class Requests:
             id=number,
             service=name,
             arrived=now,
-            deadline=now + (call.timeout_ns or spec.slo.latency),
+            deadline=deadline,
             priority=call.priority,
             rows=rows,
             version=call.version,

@@ -88,7 +88,8 @@ class Sequences:
         for item in items:
             if item.id not in self._begun:
                 try:
-                    self._engine.begin(item.id, self._read(self._engine.meta, (item,)))
+                    inputs = self._read(self._engine.meta, (item,))
+                    self._engine.begin(item.id, inputs, item.due, item.pace)
                 except FAILURES as error:
                     refused[item.id] = str(error) or type(error).__name__
                 else:

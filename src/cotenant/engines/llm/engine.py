@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
+import msgspec
+
 from cotenant.domain.config import Exactness
 from cotenant.domain.errors import InvalidRequest, ModelError, TooLarge
 from cotenant.engines.base import Array, EngineMeta, Turn, Turns
@@ -81,10 +83,11 @@ class LlmEngine:
     def meta(self) -> EngineMeta:
         return language_meta("cotenant_llm", self._context, self._blocks, SIZE, self._block)
 
-    def begin(self, key: int, inputs: dict[str, Array]) -> None:
+    def begin(self, key: int, inputs: dict[str, Array], due: int = 0, pace: int = 0) -> None:
         try:
             options = read_options(inputs)
-            self._generator.begin(key, self._question(inputs, options))
+            question = self._question(inputs, options)
+            self._generator.begin(key, msgspec.structs.replace(question, due=due, pace=pace))
         except (InvalidRequest, TooLarge) as error:
             raise ModelError(str(error)) from error
         self._said[key] = _Said(detailed="options" in inputs)

@@ -189,7 +189,8 @@ class VllmEngine:
             "vllm", self._context, balloon.most, tokens, balloon.block_bytes
         )
 
-    def begin(self, key: int, inputs: dict[str, Array]) -> None:
+    def begin(self, key: int, inputs: dict[str, Array], due: int = 0, pace: int = 0) -> None:  # noqa: ARG002
+        """vLLM takes requests in the order in which they came."""
         try:
             options = contract.read_options(inputs)
             prompt = contract.read_prompt(inputs, self._encode)
