@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from itertools import pairwise
-from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,13 +55,6 @@ jobs: [{jobs}]
 
 def run(found: Scenario, tuning: Tuning | None = None, seed: int = 0) -> Outcome:
     return World(found, Planner(tuning), (seed, 0)).run()
-
-
-@pytest.fixture(scope="module")
-def cores() -> Iterator[Executor]:
-    """For long runs that do not depend on each other."""
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        yield pool
 
 
 def test_a_seed_fixes_a_run() -> None:
