@@ -56,8 +56,8 @@ def box(module_boxes: Boxes) -> Box:
         path.parent.mkdir(parents=True)
         write(path, text=True, template=TEMPLATE, context_length=CONTEXT)
     box.model("scale", "double")
-    language = {"objective": {"ttft": "60s", "tpot": "10s"}, "kv": {"limit": ROOM * BLOCK}}
-    services = [{"name": name} | language for name in ("says", "other")]
+    objective = {"ttft": "60s", "tpot": "10s"}
+    services = [{"name": name, "objective": objective} for name in ("says", "other")]
     node = {"limits": {"unread": "256KiB"}}
     devices = [{"kind": "cpu", "kv": ROOM * BLOCK}]
     return box.configure([*services, {"name": "double"}], node=node, devices=devices).start()
