@@ -39,8 +39,6 @@ function(port, seconds), which blocks, attacks one connection (and another when 
 stops by itself."""
 
 RATE = 20.0
-_BEFORE_S = 5.0
-_AFTER_S = 2.0
 _ATTACKER_NICE = 19
 _MB = 1_000_000
 MEMORY_MB = 50
@@ -133,13 +131,18 @@ def attack(module: str, name: str, port: int, seconds: float, connections: int) 
 
 
 class Campaign:
-    """A node, its client, and the attacks on it one by one."""
+    """A node, its client, and the attacks on it one by one. The client is watched for so many
+    seconds ``before`` all of them and ``after`` each, which is 1 or more: what counts is due half
+    a second before it is counted."""
 
-    def __init__(self, node: Node, behaving: Behaving) -> None:
+    def __init__(
+        self, node: Node, behaving: Behaving, before: float = 5.0, after: float = 2.0
+    ) -> None:
         self._node = node
         self._behaving = behaving
+        self._after = after
         begin = time.monotonic()
-        time.sleep(_BEFORE_S)
+        time.sleep(before)
         _, self._idle_p99, _ = behaving.between(begin + 1, time.monotonic() - 0.5)
 
     def run(self, module: str, port: str, name: str, connections: int, seconds: float) -> Result:
@@ -152,7 +155,7 @@ class Campaign:
         number = node.grpc if port == "grpc" else node.http
         result.got = attack(module, name, number, seconds, connections)
         end = time.monotonic()
-        time.sleep(_AFTER_S)
+        time.sleep(self._after)
         result.memory_peak = peak.stop() / _MB
         after = time.monotonic()
         waited = after

@@ -38,7 +38,7 @@ def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
 @pytest.fixture(scope="module")
 def campaign(node: Node) -> Iterator[Campaign]:
     behaving = Behaving(node)
-    yield Campaign(node, behaving)
+    yield Campaign(node, behaving, before=0.0, after=1.0)
     behaving.stop()
 
 

@@ -18,6 +18,7 @@ from cotenant.domain.request import Refusal
 from cotenant.engines.llm.asking import Expression, JsonObject, JsonSchema, Lark, OneOf
 from cotenant.serving.rest_openai import MOST_AT_ONCE, MOST_WAITING
 from cotenant.serving.tensors import Limits
+from tests.contract import replies
 from tests.contract.fake_language import (
     CONTEXT,
     End,
@@ -56,27 +57,7 @@ def served(shared: Any) -> Iterator[Any]:
     assert eventually(lambda: shared.intake.budget.held == 0), "a body's memory was not given back"
 
 
-class Reply:
-    """An answer; ``chunks`` are what a stream's events say."""
-
-    def __init__(self, served: Any, path: str, body: Any = None, **headers: str) -> None:
-        self.connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
-        data = json.dumps(body) if isinstance(body, dict) else body
-        self.connection.request("POST" if data else "GET", path, data, headers)
-        self.answer = self.connection.getresponse()
-        self.status = self.answer.status
-
-    def whole(self) -> None:
-        """Wait for all of it."""
-        assert self.answer.read()
-        self.connection.close()
-
-    @property
-    def json(self) -> Any:
-        found = json.loads(self.answer.read())
-        self.connection.close()
-        return found
-
+class Reply(replies.Reply):
     @property
     def error(self) -> dict[str, Any]:
         """The error; nothing else is there."""
@@ -84,20 +65,6 @@ class Reply:
         assert list(found) == ["error"]
         assert list(found["error"]) == ["message", "type", "param", "code"]
         return dict(found["error"])
-
-    def chunk(self) -> Any:
-        """The next chunk, "[DONE]" or None at the end."""
-        line = self.answer.readline()
-        if not line:
-            self.connection.close()
-            return None
-        assert line.startswith(b"data: ")
-        assert self.answer.readline() == b"\n"
-        return "[DONE]" if line == b"data: [DONE]\n" else json.loads(line[6:])
-
-    @property
-    def chunks(self) -> list[Any]:
-        return list(iter(self.chunk, None))
 
 
 def chat(served: Any, **given: Any) -> Reply:
@@ -178,7 +145,7 @@ def test_echo_goes_before(served: Any) -> None:
     served.node.script = ["x", "y"]
     found = complete(served, prompt=["ab", "c"], echo=True).json
     assert [choice["text"] for choice in found["choices"]] == ["abxy", "cxy"]
-    chunks = complete(served, prompt=[97, 98], echo=True, stream=True).chunks
+    chunks = complete(served, prompt=[97, 98], echo=True, stream=True).events
     assert "".join(c["choices"][0]["text"] for c in chunks[:-1]) == "abxy"
 
 
@@ -283,7 +250,7 @@ def test_a_stream_of_a_chat(served: Any) -> None:
     served.node.script = ["good ", "morning", End("", "length")]
     reply = chat(served, stream=True)
     assert reply.answer.getheader("content-type") == "text/event-stream; charset=utf-8"
-    chunks = reply.chunks
+    chunks = reply.events
     assert chunks[-1] == "[DONE]"
     assert deltas(chunks) == [
         {"role": "assistant", "content": ""},
@@ -301,11 +268,11 @@ def test_a_stream_of_a_chat(served: Any) -> None:
 def test_a_chunk_is_sent_before_the_next_is_there(served: Any) -> None:
     served.node.script = ["a", "", "b"]
     reply = chat(served, stream=True)
-    assert reply.chunk()["choices"][0]["delta"]["role"] == "assistant"
-    assert reply.chunk()["choices"][0]["delta"] == {"content": "a"}
+    assert reply.event()["choices"][0]["delta"]["role"] == "assistant"
+    assert reply.event()["choices"][0]["delta"] == {"content": "a"}
     assert served.node.waiting.acquire(timeout=20)
     served.call(served.node.gate.set)
-    assert reply.chunks[-1] == "[DONE]"
+    assert reply.events[-1] == "[DONE]"
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
@@ -313,7 +280,7 @@ def test_usage_of_a_stream(served: Any, path: str) -> None:
     served.node.script = ["ab", "c"]
     asked = CHAT if "chat" in path else TEXT
     options = {"stream": True, "stream_options": {"include_usage": True}}
-    chunks = Reply(served, path, asked | options).chunks
+    chunks = Reply(served, path, asked | options).events
     *others, last, done = chunks
     assert (last["choices"], done) == ([], "[DONE]")
     assert last["usage"]["completion_tokens"] == 4
@@ -327,7 +294,7 @@ def test_logprobs_of_a_chat(served: Any) -> None:
     top = [{"token": "a", "logprob": -97.0, "bytes": [97]}]
     assert first == {"token": "a", "logprob": -0.5, "bytes": [97], "top_logprobs": top}
     assert second["bytes"] == [10]
-    chunks = chat(served, logprobs=True, stream=True).chunks
+    chunks = chat(served, logprobs=True, stream=True).events
     told = [c["choices"][0]["logprobs"] for c in chunks[:-1]]
     assert [len(t["content"]) if t else 0 for t in told] == [0, 1, 1, 0]
     assert options_of(served.node.calls[-1]).logprobs == 0
@@ -353,11 +320,11 @@ def test_streams_of_n_say_whose_chunk_it_is(served: Any) -> None:
     reply = complete(served, n=2, stream=True)
     texts = {0: "", 1: ""}
     for _ in range(3):
-        choice = reply.chunk()["choices"][0]
+        choice = reply.event()["choices"][0]
         texts[choice["index"]] += choice["text"]
     assert texts == {0: "a", 1: "cd"}
     served.call(served.node.gate.set)
-    *rest, done = reply.chunks
+    *rest, done = reply.events
     assert [c["choices"][0]["text"] for c in rest] == ["b"]
     assert done == "[DONE]"
     assert served.node.waiting.acquire(timeout=20)
@@ -399,7 +366,7 @@ def test_calls_are_told_from_text(served: Any) -> None:
 def test_calls_in_a_stream(served: Any) -> None:
     served.node.words.template = HERMES
     served.node.script = ["Hm.", *call_text(city="Bern"), "\n", call_text("time")]
-    chunks = chat(served, tools=[tool(), tool("time")], stream=True).chunks
+    chunks = chat(served, tools=[tool(), tool("time")], stream=True).events
     said = deltas(chunks)
     assert "".join(d.get("content") or "" for d in said) == "Hm."
     calls = [d["tool_calls"][0] for d in said if "tool_calls" in d]
@@ -710,7 +677,7 @@ def test_what_the_node_raises(served: Any, exc: Exception, status: int) -> None:
 def test_an_error_in_the_middle_ends_the_stream(served: Any, path: str) -> None:
     served.node.script = ["a", UNREAD]
     asked = CHAT if path == C else TEXT
-    *before, error = Reply(served, path, asked | {"stream": True}).chunks
+    *before, error = Reply(served, path, asked | {"stream": True}).events
     assert "".join(json.dumps(c) for c in before).count('"a"') == 1
     assert error["error"]["type"] == "rate_limit_error"
 
@@ -724,7 +691,7 @@ def test_an_answer_too_long_to_be_given_at_once_can_be_streamed() -> None:
     with serving(Limits(json_bytes=2000), make=SpeakingNode) as served:
         served.node.script = ["x" * 3000]
         assert chat(served).status == 413
-        assert chat(served, stream=True).chunks[-1] == "[DONE]"
+        assert chat(served, stream=True).events[-1] == "[DONE]"
 
 
 # --- clients that misbehave -------------------------------------------------------------------

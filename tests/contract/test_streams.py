@@ -19,6 +19,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from cotenant.domain.port import Refused
 from cotenant.domain.request import Refusal
 from tests.contract.fake_node import eventually
+from tests.contract.replies import Reply
 
 ASKED = {"text": "hello", "n": [1, 2, 3]}
 UNREAD = Refused(Refusal.UNREAD, 0, "too much waits")
@@ -28,34 +29,9 @@ LARGE = "x" * 2**20
 # --- REST -----------------------------------------------------------------------------------
 
 
-class Reply:
-    """An answer of the generate extension; ``events`` come one by one."""
-
-    def __init__(self, served: Any, verb: str, body: Any, model: str = "talk") -> None:
-        self.connection = http.client.HTTPConnection("127.0.0.1", served.port, timeout=20)
-        data = json.dumps(body) if isinstance(body, dict) else body
-        self.connection.request("POST", f"/v2/models/{model}/{verb}", data)
-        self.answer = self.connection.getresponse()
-        self.status = self.answer.status
-        self.kind = self.answer.getheader("content-type")
-
-    def json(self) -> Any:
-        found = json.loads(self.answer.read())
-        self.connection.close()
-        return found
-
-    def event(self) -> Any:
-        """The next event; None at the end."""
-        line = self.answer.readline()
-        if not line:
-            self.connection.close()
-            return None
-        assert line.startswith(b"data: ")
-        assert self.answer.readline() == b"\n"
-        return json.loads(line[6:])
-
-    def events(self) -> list[Any]:
-        return list(iter(self.event, None))
+def ask(served: Any, verb: str, body: Any, model: str = "talk") -> Reply:
+    """An answer of the generate extension."""
+    return Reply(served, f"/v2/models/{model}/{verb}", body)
 
 
 def piece(text: str, n: int) -> dict[str, Any]:
@@ -64,51 +40,51 @@ def piece(text: str, n: int) -> dict[str, Any]:
 
 def test_pieces_are_events_in_order(served: Any) -> None:
     served.node.script = ["a", "b", "c"]
-    reply = Reply(served, "generate_stream", ASKED)
+    reply = ask(served, "generate_stream", ASKED)
     assert (reply.status, reply.kind) == (200, "text/event-stream; charset=utf-8")
-    assert reply.events() == [piece("a", 0), piece("b", 1), piece("c", 2)]
+    assert reply.events == [piece("a", 0), piece("b", 1), piece("c", 2)]
 
 
 def test_a_piece_is_sent_before_the_next_is_there(served: Any) -> None:
     served.node.script = ["a", "", "b"]
-    reply = Reply(served, "generate_stream", ASKED)
+    reply = ask(served, "generate_stream", ASKED)
     assert reply.event() == piece("a", 0)
     assert served.node.waiting.acquire(timeout=20)
     served.call(served.node.gate.set)
-    assert reply.events() == [piece("b", 2)]
+    assert reply.events == [piece("b", 2)]
 
 
 def test_an_end_without_outputs_is_no_event(served: Any) -> None:
     served.node.script = ["a", None]
-    assert Reply(served, "generate_stream", ASKED).events() == [piece("a", 0)]
+    assert ask(served, "generate_stream", ASKED).events == [piece("a", 0)]
     served.node.script = [None]
-    assert Reply(served, "generate_stream", ASKED).events() == []
+    assert ask(served, "generate_stream", ASKED).events == []
 
 
 def test_a_model_that_answers_at_once_gives_one_event(served: Any) -> None:
-    reply = Reply(served, "generate_stream", {"x": [0, 1, 2, 3], "id": "7"}, "double")
-    (only,) = reply.events()
+    reply = ask(served, "generate_stream", {"x": [0, 1, 2, 3], "id": "7"}, "double")
+    (only,) = reply.events
     assert (only["id"], only["y"]) == ("7", [0, 2, 4, 6])
-    assert Reply(served, "generate", {"x": [0, 1, 2, 3]}, "double").json()["y"] == [0, 2, 4, 6]
+    assert ask(served, "generate", {"x": [0, 1, 2, 3]}, "double").json["y"] == [0, 2, 4, 6]
 
 
 def test_the_whole_answer_joins_texts_and_lists_numbers(served: Any) -> None:
     served.node.script = ["Good ", "mor", "ning", None]
-    reply = Reply(served, "generate", ASKED | {"id": "7"})
+    reply = ask(served, "generate", ASKED | {"id": "7"})
     assert (reply.status, reply.kind) == (200, "application/json")
-    assert reply.json() == piece("Good morning", 0) | {"n": [0, 1, 2], "id": "7"}
+    assert reply.json == piece("Good morning", 0) | {"n": [0, 1, 2], "id": "7"}
 
 
 def test_no_answer_at_all_is_an_error_of_the_whole(served: Any) -> None:
     served.node.script = [None]
-    reply = Reply(served, "generate", ASKED)
-    assert (reply.status, list(reply.json())) == (400, ["error"])
+    reply = ask(served, "generate", ASKED)
+    assert (reply.status, list(reply.json)) == (400, ["error"])
 
 
 def test_inputs_are_elements_or_lists_beside_or_in_parameters(served: Any) -> None:
     served.node.script = ["a"]
     parameters = {"n": 5, "temperature": 0.1, "stream": False, "priority": 1}
-    Reply(served, "generate", {"text": "hé,llo", "parameters": parameters}).json()
+    ask(served, "generate", {"text": "hé,llo", "parameters": parameters}).whole()
     call = served.node.calls[-1]
     text, n = call.inputs
     assert (text.shape, bytes(text.data)) == ((1,), struct.pack("<I", 7) + "hé,llo".encode())
@@ -117,9 +93,9 @@ def test_inputs_are_elements_or_lists_beside_or_in_parameters(served: Any) -> No
 
 
 def test_a_free_axis_is_as_long_as_the_elements_make_it(served: Any) -> None:
-    Reply(served, "generate", {"x": list(range(8))}, "double").json()
+    ask(served, "generate", {"x": list(range(8))}, "double").whole()
     assert served.node.calls[-1].inputs[0].shape == (2, 4)
-    Reply(served, "generate", {"x": [[0, 1, 2, 3], [4, 5, 6, 7]]}, "double").json()
+    ask(served, "generate", {"x": [[0, 1, 2, 3], [4, 5, 6, 7]]}, "double").whole()
     assert served.node.calls[-1].inputs[0].shape == (2, 4)
 
 
@@ -144,35 +120,35 @@ def test_what_cannot_be_asked_is_refused_before_it_begins(
     served: Any, body: Any, status: int, verb: str
 ) -> None:
     before = len(served.node.calls)
-    reply = Reply(served, verb, body)
+    reply = ask(served, verb, body)
     assert (reply.status, reply.kind) == (status, "application/json")
-    assert list(reply.json()) == ["error"]
+    assert list(reply.json) == ["error"]
     assert len(served.node.calls) == before
 
 
 @pytest.mark.parametrize("verb", ["generate", "generate_stream"])
 def test_a_refusal_before_the_first_piece_is_answered_as_everywhere(served: Any, verb: str) -> None:
     served.node.refuse = Refused(Refusal.OVERLOADED, 1, "")
-    reply = Reply(served, verb, ASKED)
+    reply = ask(served, verb, ASKED)
     assert reply.status == 429
     assert reply.answer.getheader("retry-after") == "1"
-    reply.json()
+    reply.whole()
     served.node.refuse = None
-    assert Reply(served, verb, ASKED, "nothing").status == 404
+    assert ask(served, verb, ASKED, "nothing").status == 404
     served.node.script = [Refused(Refusal.EXPIRED, 0, "")]
-    assert Reply(served, verb, ASKED).status == 504
+    assert ask(served, verb, ASKED).status == 504
 
 
 def test_an_error_in_the_middle_is_an_event(served: Any) -> None:
     served.node.script = ["a", UNREAD]
-    first, error = Reply(served, "generate_stream", ASKED).events()
+    first, error = ask(served, "generate_stream", ASKED).events
     assert first == piece("a", 0)
     assert error == {"error": UNREAD.message}
 
 
 def test_an_error_in_the_middle_fails_the_whole(served: Any) -> None:
     served.node.script = ["a", Refused(Refusal.WORKER_LOST, 0, "")]
-    assert Reply(served, "generate", ASKED).status == 503
+    assert ask(served, "generate", ASKED).status == 503
 
 
 def test_the_connection_goes_on_after_a_stream(served: Any) -> None:

@@ -21,7 +21,7 @@ COMMAND = ("-m", "cotenant", "bench", "colocate", "--load", "0.1", "--seconds", 
 def test_every_arm_is_reported_for_services_of_several_lengths(directory: Path) -> None:
     out = directory / "out.json"
     arms = ("alone", "train", "cotenant")
-    options = ("--rounds", "1", "--json", str(out), "--service", "2ms,30ms")
+    options = ("--rounds", "1", "--json", str(out), "--service", "1ms,10ms")
     bench = Marked(directory, *COMMAND, ",".join(arms), *options)
     try:
         assert bench.process.wait(PATIENCE_S) == 0, bench.said
@@ -76,7 +76,7 @@ def test_a_language_model_that_is_not_there_is_said_so(directory: Path) -> None:
     assert "Traceback" not in bench.said
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
 def test_however_it_ends_nothing_is_left_behind(directory: Path, sent: signal.Signals) -> None:
     bench = Marked(directory, *COMMAND, "alone,train,cotenant", "--rounds", "60")
     try:
@@ -94,6 +94,22 @@ def test_however_it_ends_nothing_is_left_behind(directory: Path, sent: signal.Si
     else:
         assert code == 130
         assert left_behind(bench) == []
+
+
+def test_who_is_told_to_stop_before_the_first_round_leaves_nothing_behind(directory: Path) -> None:
+    """While it measures how long a request takes, with a node and a load generator."""
+    bench = Marked(directory, *COMMAND, "alone,train")
+    try:
+        end = time.monotonic() + PATIENCE_S
+        while not any("loadgen" in each for each in bench.left_behind()):
+            assert time.monotonic() < end, bench.said
+            time.sleep(0.05)
+        bench.process.terminate()
+        assert bench.process.wait(60) == 130
+    finally:
+        bench.end()
+    assert "Traceback" not in bench.said
+    assert left_behind(bench) == []
 
 
 def left_behind(bench: Marked) -> list[str]:

@@ -74,7 +74,7 @@ def test_sigterm_answers_what_was_accepted_and_leaves_nothing(boxes: Boxes) -> N
     box.submit("sh", "-c", "while :; do sleep 0.1; done")
     box.until(lambda: box.job("job").state == "running")
     answers: list[Answer] = []
-    slow = np.array([1_000_000])
+    slow = np.array([400_000])
     threads = [
         threading.Thread(target=lambda: answers.append(box.infer("count", n=slow)))
         for _ in range(3)

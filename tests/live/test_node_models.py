@@ -7,9 +7,10 @@ import shutil
 import signal
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pytest
 
 if TYPE_CHECKING:
     from tests.live.conftest import Answer, Box, Boxes
@@ -36,6 +37,30 @@ def reason(box: Box, name: str, which: str) -> str:
     return box.index().get((name, which), {}).get("reason", "")
 
 
+@pytest.fixture(scope="module")
+def box(module_boxes: Boxes) -> Box:
+    """With services whose models come later, one for each test."""
+    names = ("replaced", "kept", "dropped", "broken", "other", "gone", "late", "unchecked", "worse")
+    services: list[dict[str, Any]] = [{"name": name} | FLOORS.get(name, {}) for name in names]
+    return module_boxes().configure(services).start(ready=False)
+
+
+FLOORS = {"unchecked": {"accuracy_floor": 0.5}, "worse": {"accuracy_floor": 0.9}}
+
+
+def keep_two(box: Box, name: str) -> None:
+    """A first version, of a model that keeps two."""
+    directory = box.models / name
+    directory.mkdir()
+    (directory / "model.yaml").write_text("keep_versions: 2\n")
+    box.model("scale", name)
+    box.until(lambda: box.infer(name, x=X).status == 200)
+
+
+def states(box: Box, name: str) -> set[str]:
+    return {entry["state"] for (each, _), entry in box.index().items() if each == name}
+
+
 def test_a_new_version_is_swapped_in_under_load_without_one_failed_request(boxes: Boxes) -> None:
     box = boxes()
     box.model("scale", "double")
@@ -50,39 +75,34 @@ def test_a_new_version_is_swapped_in_under_load_without_one_failed_request(boxes
     assert box.infer("double", version="1", x=X).status == 404
 
 
-def test_a_replaced_file_of_the_same_version_is_swapped_in(boxes: Boxes) -> None:
-    box = boxes()
-    box.model("scale", "double")
-    box.configure([{"name": "double"}]).start()
-    with box.under_load("double", rate=100, x=X) as load:
-        box.model("scale", "double", factor=5.0)
-        box.until(lambda: box.infer("double", x=X).values == [5, 5, 5, 5])
+def test_a_replaced_file_of_the_same_version_is_swapped_in(box: Box) -> None:
+    box.model("scale", "replaced")
+    box.until(lambda: box.infer("replaced", x=X).status == 200)
+    with box.under_load("replaced", rate=100, x=X) as load:
+        box.model("scale", "replaced", factor=5.0)
+        box.until(lambda: box.infer("replaced", x=X).values == [5, 5, 5, 5])
     assert load.count(200) == len(load.answers)
 
 
-def test_versions_that_are_kept_are_served_by_name(boxes: Boxes) -> None:
-    box = boxes()
-    box.model("scale", "double")
-    (box.models / "double" / "model.yaml").write_text("keep_versions: 2\n")
-    box.configure([{"name": "double"}]).start()
-    box.model("scale", "double", version=2, factor=3.0)
-    box.until(lambda: version(box.infer("double", x=X)) == "2")
-    assert box.infer("double", version="1", x=X).values == [2, 2, 2, 2]
-    assert box.infer("double", version="2", x=X).values == [3, 3, 3, 3]
+def test_versions_that_are_kept_are_served_by_name(box: Box) -> None:
+    keep_two(box, "kept")
+    box.model("scale", "kept", version=2, factor=3.0)
+    box.until(lambda: version(box.infer("kept", x=X)) == "2")
+    assert box.infer("kept", version="1", x=X).values == [2, 2, 2, 2]
+    assert box.infer("kept", version="2", x=X).values == [3, 3, 3, 3]
 
 
-def test_a_broken_new_version_is_refused_and_the_old_one_serves(boxes: Boxes) -> None:
-    box = boxes()
-    box.model("scale", "double")
-    box.configure([{"name": "double"}]).start()
-    with box.under_load("double", rate=50, x=X) as load:
-        (box.models / "double" / "2").mkdir()
-        (box.models / "double" / "2" / "model.onnx").write_bytes(b"no model at all")
-        box.until(lambda: "cannot be loaded" in reason(box, "double", "2"))
+def test_a_broken_new_version_is_refused_and_the_old_one_serves(box: Box) -> None:
+    box.model("scale", "broken")
+    box.until(lambda: box.infer("broken", x=X).status == 200)
+    with box.under_load("broken", rate=50, x=X) as load:
+        (box.models / "broken" / "2").mkdir()
+        (box.models / "broken" / "2" / "model.onnx").write_bytes(b"no model at all")
+        box.until(lambda: "cannot be loaded" in reason(box, "broken", "2"))
     assert load.count(200) == len(load.answers)
-    assert version(box.infer("double", x=X)) == "1"
-    box.model("scale", "double", version=2)
-    box.until(lambda: version(box.infer("double", x=X)) == "2")
+    assert version(box.infer("broken", x=X)) == "1"
+    box.model("scale", "broken", version=2)
+    box.until(lambda: version(box.infer("broken", x=X)) == "2")
 
 
 def test_a_truncated_file_is_refused_until_it_is_whole(boxes: Boxes) -> None:
@@ -118,33 +138,35 @@ def test_a_file_replaced_while_it_is_loaded_is_refused_then_loaded_anew(
     assert "was replaced while it was being loaded" in box.log()
 
 
-def test_a_version_below_its_accuracy_floor_is_refused(boxes: Boxes) -> None:
-    box = boxes()
-    write_check(box.model("scale", "double"), [0, 1, 2, 3])
-    box.configure([{"name": "double", "accuracy_floor": 0.9}]).start()
-    directory = box.models / "double" / "2"
+def test_a_version_below_its_accuracy_floor_is_refused(box: Box) -> None:
+    first = box.models / "worse" / "1"
+    first.mkdir(parents=True)
+    write_check(first / "model.onnx", [0, 1, 2, 3])
+    box.model("scale", "worse")
+    box.until(lambda: box.infer("worse", x=X).status == 200)
+    directory = box.models / "worse" / "2"
     directory.mkdir()
     write_check(directory / "model.onnx", [0, 1, 3, 2])
-    box.model("scale", "double", version=2)
-    box.until(lambda: "below the floor" in reason(box, "double", "2"))
-    assert "0.5000" in reason(box, "double", "2")
-    assert version(box.infer("double", x=X)) == "1"
+    box.model("scale", "worse", version=2)
+    box.until(lambda: "below the floor" in reason(box, "worse", "2"))
+    assert "0.5000" in reason(box, "worse", "2")
+    assert version(box.infer("worse", x=X)) == "1"
 
 
-def test_check_data_that_cannot_be_read_refuse_the_version(boxes: Boxes) -> None:
-    box = boxes()
-    box.model("scale", "double").with_name("check.npz").write_bytes(b"no zip")
-    box.configure([{"name": "double", "accuracy_floor": 0.5}]).start(ready=False)
-    box.until(lambda: "check.npz cannot be read" in reason(box, "double", "1"))
+def test_check_data_that_cannot_be_read_refuse_the_version(box: Box) -> None:
+    first = box.models / "unchecked" / "1"
+    first.mkdir(parents=True)
+    (first / "check.npz").write_bytes(b"no zip")
+    box.model("scale", "unchecked")
+    box.until(lambda: "check.npz cannot be read" in reason(box, "unchecked", "1"))
 
 
-def test_a_version_with_other_inputs_is_refused(boxes: Boxes) -> None:
-    box = boxes()
-    box.model("scale", "double")
-    box.configure([{"name": "double"}]).start()
-    box.model("count", "double", version=2)
-    box.until(lambda: "has other inputs" in reason(box, "double", "2"))
-    assert box.infer("double", x=X).status == 200
+def test_a_version_with_other_inputs_is_refused(box: Box) -> None:
+    box.model("scale", "other")
+    box.until(lambda: box.infer("other", x=X).status == 200)
+    box.model("count", "other", version=2)
+    box.until(lambda: "has other inputs" in reason(box, "other", "2"))
+    assert box.infer("other", x=X).status == 200
 
 
 def test_models_are_loaded_and_unloaded_on_request(boxes: Boxes) -> None:
@@ -192,13 +214,11 @@ def test_a_model_is_unloaded_under_load_and_every_request_is_answered(boxes: Box
     assert statuses <= {200, 404, 503}
 
 
-def test_a_declared_model_may_come_after_the_node(boxes: Boxes) -> None:
-    box = boxes()
-    box.configure([{"name": "double"}]).start(ready=False)
-    assert box.infer("double", x=X).status == 404
-    assert "no model named" in box.index()["double", ""]["reason"]
-    box.model("scale", "double")
-    box.until(lambda: box.infer("double", x=X).status == 200)
+def test_a_declared_model_may_come_after_the_node(box: Box) -> None:
+    assert box.infer("late", x=X).status == 404
+    assert "no model named" in box.index()["late", ""]["reason"]
+    box.model("scale", "late")
+    box.until(lambda: box.infer("late", x=X).status == 200)
 
 
 def test_loads_at_the_same_time_are_done_in_turn(boxes: Boxes) -> None:
@@ -275,28 +295,24 @@ def test_the_newest_version_that_is_there_takes_over_from_one_that_is_gone(boxes
     assert box.infer("double", version="2", x=X).status == 404
 
 
-def test_a_kept_version_that_is_gone_is_served_no_longer(boxes: Boxes) -> None:
-    box = boxes()
-    box.model("scale", "double")
-    (box.models / "double" / "model.yaml").write_text("keep_versions: 2\n")
-    box.configure([{"name": "double"}]).start()
-    box.model("scale", "double", version=2, factor=3.0)
-    box.until(lambda: version(box.infer("double", x=X)) == "2")
-    shutil.rmtree(box.models / "double" / "1")
-    box.until(lambda: box.infer("double", version="1", x=X).status == 404)
-    assert box.infer("double", x=X).values == [3, 3, 3, 3]
+def test_a_kept_version_that_is_gone_is_served_no_longer(box: Box) -> None:
+    keep_two(box, "dropped")
+    box.model("scale", "dropped", version=2, factor=3.0)
+    box.until(lambda: version(box.infer("dropped", x=X)) == "2")
+    shutil.rmtree(box.models / "dropped" / "1")
+    box.until(lambda: box.infer("dropped", version="1", x=X).status == 404)
+    assert box.infer("dropped", x=X).values == [3, 3, 3, 3]
 
 
-def test_a_declared_model_that_is_gone_is_waited_for(boxes: Boxes) -> None:
-    box = boxes()
-    box.model("scale", "double")
-    box.configure([{"name": "double"}]).start()
-    shutil.rmtree(box.models / "double")
-    box.until(lambda: box.infer("double", x=X).status == 404)
-    box.until(lambda: {e["state"] for e in box.index().values()} == {"UNAVAILABLE"})
-    box.model("scale", "double", factor=5.0)
-    box.until(lambda: box.infer("double", x=X).status == 200)
-    assert box.infer("double", x=X).values == [5, 5, 5, 5]
+def test_a_declared_model_that_is_gone_is_waited_for(box: Box) -> None:
+    box.model("scale", "gone")
+    box.until(lambda: box.infer("gone", x=X).status == 200)
+    shutil.rmtree(box.models / "gone")
+    box.until(lambda: box.infer("gone", x=X).status == 404)
+    box.until(lambda: states(box, "gone") == {"UNAVAILABLE"})
+    box.model("scale", "gone", factor=5.0)
+    box.until(lambda: box.infer("gone", x=X).status == 200)
+    assert box.infer("gone", x=X).values == [5, 5, 5, 5]
 
 
 def test_another_version_serves_where_the_newest_was_refused(boxes: Boxes) -> None:

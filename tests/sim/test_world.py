@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Executor
 from itertools import pairwise
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 import pytest
@@ -57,8 +59,9 @@ def run(found: Scenario, tuning: Tuning | None = None, seed: int = 0) -> Outcome
 
 def test_a_seed_fixes_a_run() -> None:
     found = scenario(jobs="{name: j, cost: {rate: 5}}", rate=80)
-    assert msgspec.json.encode(run(found)) == msgspec.json.encode(run(found))
-    assert run(found).figures() != run(found, seed=1).figures()
+    first, again, other = run(found), run(found), run(found, seed=1)
+    assert msgspec.json.encode(first) == msgspec.json.encode(again)
+    assert first.figures() != other.figures()
 
 
 @pytest.mark.parametrize("rate", [5, 80, 600])
@@ -72,9 +75,8 @@ def test_every_request_is_answered_refused_or_open(rate: float) -> None:
 def test_utilization_is_rate_times_execution_time() -> None:
     """Batches of one: served time is arrivals x (execution + start), whatever the policy."""
     found = scenario(units=1, rate=30, more="batch: {max: 1}", seconds=300)
-    tally = run(found, Tuning(split=(1, 1))).services["a"]
     outcome = run(found, Tuning(split=(1, 1)))
-    expected = tally.answered / 300 * (10.1 / 1000)
+    expected = outcome.services["a"].answered / 300 * (10.1 / 1000)
     assert outcome.figures()["utilization"] == pytest.approx(expected, rel=0.02)
 
 
@@ -168,74 +170,25 @@ def test_costs_bend_and_a_measured_profile_goes_first() -> None:
     assert JobCost(rate=4).speed(0) == 0
 
 
-@pytest.mark.parametrize(("resume", "fewest", "most"), [("0ms", 8, 8), ("20ms", 1, 2)])
-def test_what_borrowing_costs_jobs_is_tried_and_what_costs_too_much_they_get_for_themselves(
-    resume: str, fewest: int, most: int
-) -> None:
-    job = f"{{name: j, cost: {{rate: 5, parallel: 0.9, resume: {resume}}}}}"
-    found = scenario(units=8, rate=60, jobs=job, seconds=600, more="instances: 8")
-    planner = Planner()
-    outcome = World(found, planner, (0, 0)).run()
-    layout = planner.state.devices["cpu"].layout
+class Learned(NamedTuple):
+    """Of a run: how much a job has for itself in the end, whether idle space is lent to it, and
+    whether it would be to another one."""
+
+    outcome: Outcome
+    own: int
+    lent: bool
+    lent_to_another: bool
+
+
+def learn(found: Scenario, tuning: Tuning | None = None) -> Learned:
+    planner, snapshots = Planner(tuning), _Snapshots()
+    outcome = World(found, planner, (0, 0), observer=snapshots).run()
+    layout, last = planner.state.devices["cpu"].layout, snapshots.last
     assert layout is not None
-    assert fewest <= layout.compute <= most
-    reasons = [why for _, each in outcome.reasons for why in each]
-    assert sum("is not known; it is tried" in why for why in reasons) == 1
-    assert outcome.figures()["attainment"] > 0.99
-
-
-@pytest.mark.parametrize(("resume", "lent"), [("0ms", True), ("20ms", False)])
-def test_idle_space_is_lent_only_where_jobs_gain_by_it(resume: str, lent: bool) -> None:
-    job = f"{{name: j, cost: {{rate: 10, parallel: 0.9, resume: {resume}}}}}"
-    found = scenario(
-        rate=60, first="4ms", latency="50ms", jobs=job, seconds=400, more="instances: 3"
-    )
-    outcome, unlearned, kept = (
-        run(found, tuning) for tuning in (None, Tuning(learn=False), Tuning(lend=False))
-    )
-    ended = any("idle space is not lent:" in why for _, each in outcome.reasons for why in each)
-    assert ended != lent
-    rate, before, never = (o.figures()["job_rate"] for o in (outcome, unlearned, kept))
-    assert rate > (1.1 * never if lent else 1.1 * before)
-
-
-@pytest.mark.parametrize("rate", [60, 150, 300])
-def test_what_cannot_be_held_is_served_about_as_well_as_by_the_best_fixed_split(rate: int) -> None:
-    example = Path(__file__).parents[2] / "examples" / "scenarios" / "too-much.yaml"
-    text = example.read_text().replace("rate: 150", f"rate: {rate}")
-    found = parse_scenario(text, Path())
-    splits = [Tuning(split=split, lend=False) for split in ((1, 1), (2, 1), (2, 2))]
-    best = max(run(found, tuning).figures()["attainment"] for tuning in splits)
-    assert run(found).figures()["attainment"] > 0.96 * best
-
-
-def test_a_gang_is_lent_idle_space_though_its_pauses_may_look_dear() -> None:
-    """It makes little on the core that is left to it, which is not known while it has more."""
-    job = "{name: j, cost: {rate: 37, parallel: 1, saturates: 2, gang: 1.3, resume: 5ms}}"
-    rates = ", ".join(["0s: 30", *(f"{8 * i}s: {95 + 95 * (i % 2)}" for i in range(3, 30))])
-    steps = f"{{kind: steps, rates: {{{rates}}}}}"
-    found = scenario(units=2, first="2700us", latency="40ms", jobs=job, seconds=240, arrivals=steps)
-    lent = run(found, Tuning(learn=False)).figures()["job_rate"]
-    kept = run(found, Tuning(lend=False)).figures()["job_rate"]
-    assert lent > 1.3 * kept
-    for seed in range(3):
-        outcome = run(found, seed=seed)
-        assert outcome.figures()["job_rate"] > 0.92 * lent
-
-
-def test_a_new_job_is_lent_idle_space_until_more_is_known() -> None:
-    job = "{name: j, cost: {rate: 10, parallel: 0.9, resume: 20ms}}"
-    found = scenario(
-        rate=60, first="4ms", latency="50ms", jobs=job, seconds=400, more="instances: 3"
-    )
-    planner = Planner()
-    snapshots = _Snapshots()
-    World(found, planner, (0, 0), observer=snapshots).run()
-    assert not snapshots.last.plan.lendable
-    other = msgspec.structs.replace(snapshots.last.jobs[0], id="other")
-    plan = planner.plan(msgspec.structs.replace(snapshots.last, jobs=(other,)))
-    assert plan is not None
-    assert plan.lendable
+    other = msgspec.structs.replace(last.jobs[0], id="other")
+    plan = planner.plan(msgspec.structs.replace(last, jobs=(other,)))
+    lent_to_another = plan is not None and bool(plan.lendable)
+    return Learned(outcome, layout.compute, bool(last.plan.lendable), lent_to_another)
 
 
 class _Snapshots:
@@ -248,6 +201,89 @@ class _Snapshots:
 
     def planned(self, now: int, snapshot: Snapshot, plan: Plan | None) -> None:
         self.last = snapshot
+
+
+def test_what_borrowing_costs_jobs_is_tried_and_what_costs_too_much_they_get_for_themselves(
+    cores: Executor,
+) -> None:
+    def borrowing(resume: str) -> Scenario:
+        job = f"{{name: j, cost: {{rate: 5, parallel: 0.9, resume: {resume}}}}}"
+        return scenario(units=8, rate=60, jobs=job, seconds=600, more="instances: 8")
+
+    cheap, dear = cores.map(learn, map(borrowing, ("0ms", "20ms")))
+    assert cheap.own == 8
+    assert 1 <= dear.own <= 2
+    for outcome in (cheap.outcome, dear.outcome):
+        reasons = [why for _, each in outcome.reasons for why in each]
+        assert sum("is not known; it is tried" in why for why in reasons) == 1
+        assert outcome.figures()["attainment"] > 0.99
+
+
+@pytest.fixture(scope="module")
+def idle(cores: Executor) -> dict[tuple[str, str], Learned]:
+    """By what a pause costs the job, and by policy."""
+
+    def leaving(resume: str) -> Scenario:
+        job = f"{{name: j, cost: {{rate: 10, parallel: 0.9, resume: {resume}}}}}"
+        return scenario(
+            rate=60, first="4ms", latency="50ms", jobs=job, seconds=400, more="instances: 3"
+        )
+
+    kinds = {
+        ("0ms", "usual"): Tuning(),
+        ("0ms", "kept"): Tuning(lend=False),
+        ("20ms", "usual"): Tuning(),
+        ("20ms", "unlearned"): Tuning(learn=False),
+    }
+    runs = cores.map(learn, [leaving(resume) for resume, _ in kinds], kinds.values())
+    return dict(zip(kinds, runs, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("resume", "lent", "otherwise"), [("0ms", True, "kept"), ("20ms", False, "unlearned")]
+)
+def test_idle_space_is_lent_only_where_jobs_gain_by_it(
+    idle: dict[tuple[str, str], Learned], resume: str, lent: bool, otherwise: str
+) -> None:
+    outcome = idle[resume, "usual"].outcome
+    ended = any("idle space is not lent:" in why for _, each in outcome.reasons for why in each)
+    assert ended != lent
+    other = idle[resume, otherwise].outcome
+    assert outcome.figures()["job_rate"] > 1.1 * other.figures()["job_rate"]
+
+
+def test_a_new_job_is_lent_idle_space_until_more_is_known(
+    idle: dict[tuple[str, str], Learned],
+) -> None:
+    learned = idle["20ms", "usual"]
+    assert not learned.lent
+    assert learned.lent_to_another
+
+
+@pytest.mark.parametrize("rate", [60, 150, 300])
+def test_what_cannot_be_held_is_served_about_as_well_as_by_the_best_fixed_split(
+    cores: Executor, rate: int
+) -> None:
+    example = Path(__file__).parents[2] / "examples" / "scenarios" / "too-much.yaml"
+    text = example.read_text().replace("rate: 150", f"rate: {rate}")
+    found = parse_scenario(text, Path())
+    splits = [Tuning(split=split, lend=False) for split in ((1, 1), (2, 1), (2, 2))]
+    outcomes = cores.map(run, [found] * 4, [Tuning(), *splits])
+    usual, *fixed = [outcome.figures()["attainment"] for outcome in outcomes]
+    assert usual > 0.96 * max(fixed)
+
+
+def test_a_gang_is_lent_idle_space_though_its_pauses_may_look_dear(cores: Executor) -> None:
+    """It makes little on the core that is left to it, which is not known while it has more."""
+    job = "{name: j, cost: {rate: 37, parallel: 1, saturates: 2, gang: 1.3, resume: 5ms}}"
+    rates = ", ".join(["0s: 30", *(f"{8 * i}s: {95 + 95 * (i % 2)}" for i in range(3, 30))])
+    steps = f"{{kind: steps, rates: {{{rates}}}}}"
+    found = scenario(units=2, first="2700us", latency="40ms", jobs=job, seconds=240, arrivals=steps)
+    tunings = [Tuning(learn=False), Tuning(lend=False), Tuning(), Tuning(), Tuning()]
+    outcomes = cores.map(run, [found] * 5, tunings, (0, 0, 0, 1, 2))
+    lent, kept, *usual = [outcome.figures()["job_rate"] for outcome in outcomes]
+    assert lent > 1.3 * kept
+    assert min(usual) > 0.92 * lent
 
 
 @pytest.mark.parametrize("resume", ["200ms", "10s"])
@@ -273,7 +309,9 @@ services:
     assert outcome.services["a"].attained == 3
 
 
-def test_bursts_that_one_instance_cannot_carry_do_not_make_the_layout_swing() -> None:
+def test_bursts_that_one_instance_cannot_carry_do_not_make_the_layout_swing(
+    cores: Executor,
+) -> None:
     """Overloaded, it gets the one partition that is largest, not two of which it uses one."""
     bursts = """{kind: bursts, rate: 20, burst_rate: 300, mean_quiet: 20s, mean_burst: 5s}"""
     found = parse_scenario(
@@ -291,7 +329,6 @@ jobs: [{{name: j, cost: {{rate: 5}}}}]
 """,
         Path(),
     )
-    outcome = run(found)
-    fixed = run(found, Tuning(split=(2, 2)))
+    outcome, fixed = cores.map(run, [found] * 2, [Tuning(), Tuning(split=(2, 2))])
     assert outcome.repartitions <= 4
     assert outcome.figures()["attainment"] > fixed.figures()["attainment"] - 0.02

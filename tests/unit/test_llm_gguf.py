@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +128,43 @@ def test_a_damaged_file_is_refused_or_read_but_nothing_else(
     for each in found.tensors.values():
         with contextlib.suppress(ModelError):
             assert floats(each).shape == each.shape
+
+
+CUT = """
+import mmap, sys
+from pathlib import Path
+from cotenant.domain.errors import ModelError
+from cotenant.engines.llm import gguf
+
+path, content = Path(sys.argv[1]), Path(sys.argv[1]).read_bytes()
+read = gguf.Gguf._string
+for at in range(64):
+    path.write_bytes(content)
+    left = [at]
+
+    def cut(self):
+        left[0] -= 1
+        if left[0] < 0:
+            path.write_bytes(b"")
+        return read(self)
+
+    gguf.Gguf._string = cut
+    try:
+        gguf.Gguf(path)
+    except ModelError:
+        continue
+    assert left[0] >= 0, "it was cut off, and nothing was said"
+"""
+
+
+def test_a_file_that_is_cut_off_while_it_is_read_ends_nobody(tmp_path: Path) -> None:
+    """As a file is that is copied over. A process of its own, for it might not survive."""
+    names = [key("general.architecture", "llama")]
+    names += [key(f"a.{n}", "x" * 4096) for n in range(12)]
+    path = tmp_path / "model.gguf"
+    path.write_bytes(file(names, [tensor("w", (3, 4), 0, 0)], WEIGHTS.tobytes()))
+    done = subprocess.run([sys.executable, "-c", CUT, str(path)], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("kind", [k for k in KINDS.values() if k.name not in ("Q2_K", "Q3_K")])

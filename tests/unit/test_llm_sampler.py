@@ -93,6 +93,13 @@ def test_only_what_is_allowed_is_said() -> None:
         choose(np.full(5, -np.inf, np.float32), sampling(), 0, {}, allowed=allowed)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_that_computes_no_numbers_says_nothing(temperature: float) -> None:
+    nothing = np.full(5, np.nan, np.float32)
+    with pytest.raises(ValueError, match="allowed"):
+        choose(nothing, sampling(temperature=temperature, logprobs=2), 0, {})
+
+
 def test_logprobs_are_the_models_own() -> None:
     told = sampling(temperature=0.5, logprobs=2, bias={3: 100.0})
     token, logprob, top = choose(LOGITS, told, 0, {})

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotenant.domain.errors import ModelError, TooLarge
+from cotenant.engines.llm.checkpoint import open_checkpoint
 from cotenant.engines.llm.gguf import Gguf
 from cotenant.engines.llm.text import CUTS, Text
 
@@ -188,6 +189,16 @@ def test_ends_and_templates_are_found_beside(tmp_path: Path) -> None:
 def test_what_is_wrong_with_files_is_said(files: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ModelError):
         Text.from_folder(folder(tmp_path, BYTES, **files))
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", '{"a": "\xff"}', '{"a":' * 100_000])
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_what_is_no_json_is_said(name: str, content: str, tmp_path: Path) -> None:
+    (folder(tmp_path, BYTES) / name).write_bytes(content.encode("latin-1"))
+    with pytest.raises(ModelError, match=name):
+        if name == "config.json":
+            open_checkpoint(tmp_path / "model.safetensors")
+        Text.from_folder(tmp_path)
 
 
 def real() -> Path:

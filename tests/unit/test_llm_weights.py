@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cotenant.domain.errors import ModelError
 from cotenant.engines.llm.checkpoint import open_checkpoint
 from cotenant.engines.llm.gguf import KINDS, Stored, floats
+from cotenant.engines.llm.language import LlmLanguage
 from cotenant.engines.llm.plan import Work
 from cotenant.engines.llm.runner import Runner, Sizes
 from cotenant.engines.llm.weights import Build, quantize, repack
@@ -103,3 +107,37 @@ def test_a_file_that_does_not_hold_what_it_says_is_refused(
     path = write(tmp_path / "model.gguf", TYPES.F32, architecture, **changed)
     with pytest.raises(ModelError, match=named):
         open_checkpoint(path)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("model") / "model.gguf"
+    return write(path, text=True, template="{{ messages[0].content }}")
+
+
+DESCRIBED = 5000
+"""Bytes in which a model that was ``written`` says what it is, before its weights."""
+DAMAGE = st.tuples(st.integers(0, DESCRIBED) | st.integers(0, 300), st.integers(0, 255))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(DAMAGE, min_size=1, max_size=3))
+def test_a_damaged_model_is_refused_or_opened_but_nothing_else(
+    written: Path, damage: list[tuple[int, int]]
+) -> None:
+    """All that is made of a file before anybody asks: what it looks like, its text, its chats."""
+    with written.open("r+b") as file:
+        whole = file.read(DESCRIBED + 1)
+        changed = bytearray(whole)
+        for at, value in damage:
+            changed[at] = value
+        file.seek(0)
+        file.write(changed)
+        file.flush()
+        try:
+            for opened in (open_checkpoint, LlmLanguage):
+                with contextlib.suppress(ModelError):
+                    opened(written)
+        finally:
+            file.seek(0)
+            file.write(whole)

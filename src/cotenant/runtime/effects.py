@@ -58,6 +58,10 @@ class Effects:
         """See Shell."""
         return next(spec.shapes for spec in self._fleet.specs if spec.id == device)
 
+    def kv_of(self, device: str) -> int:
+        """See Shell."""
+        return next(spec.kv for spec in self._fleet.specs if spec.id == device)
+
     async def unload(self, name: str) -> None:
         """See Shell."""
         self.models.find(name)

@@ -72,6 +72,9 @@ class Shell(Protocol):
     def units_of(self, device: str) -> tuple[int, ...]:
         """The unit counts that partitions of a device may have."""
 
+    def kv_of(self, device: str) -> int:
+        """Bytes that the pools of language models may have on a device together; 0: no bound."""
+
     def on_result(self, message: Done | Failed) -> None:
         """A batch came back."""
 
@@ -368,7 +371,7 @@ class Instances:
         instance = _Instance(order, process, tenant)
         process.start(launch)
         self._live[order.worker] = instance
-        units = self._shell.units_of(order.device)
+        units, limit = self._shell.units_of(order.device), spec.kv.limit
         process.send(
             Open(
                 path=str(offer.files.path),
@@ -377,7 +380,7 @@ class Instances:
                 check=str(offer.files.check) if offer.files.check is not None else "",
                 settings=offer.settings,
                 joining=joining,
-                kv=spec.kv.limit,
+                kv=min(limit, self._shell.kv_of(order.device) or limit),
             )
         )
         return instance

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from typing import Any, Final, NamedTuple, TypeVar
@@ -54,7 +54,7 @@ from cotenant.serving.openai_ask import (
 from cotenant.serving.openai_calls import Plan
 from cotenant.serving.openai_prompts import Model
 from cotenant.serving.openai_say import Answer as Said
-from cotenant.serving.openai_say import error_body, piece_of
+from cotenant.serving.openai_say import Piece, error_body, piece_of
 from cotenant.serving.refusals import HTTP_STATUS, as_refused, error_status, refusal_headers
 from cotenant.serving.rest_generate import Events
 
@@ -223,12 +223,11 @@ class OpenAI:
                 finally:
                     self._budget.release(held)
                 del body
-                if isinstance(made, bytes):
-                    answer = 200, made, (JSON_TYPE,)
-                elif made.stream:
-                    answer = await self._stream(made, events)
+                if isinstance(made, Plan) and made.stream:
+                    await self._stream(made, events)
                 else:
-                    answer = await self._whole(made)
+                    whole = made if isinstance(made, bytes) else await self._whole(made)
+                    answer = 200, whole, (JSON_TYPE,)
         except Hangup:
             raise
         except asyncio.CancelledError:
@@ -261,35 +260,33 @@ class OpenAI:
         finally:
             self._waiting -= 1
 
-    async def _whole(self, plan: Plan) -> Answer:
-        async with aclosing(together(self._node, plan.calls, MOST_AT_ONCE)) as outcomes:
-            async for index, outcome in outcomes:
-                if isinstance(outcome, Refused):
-                    return refusal(outcome)
-                try:
-                    piece = piece_of(outcome)
-                finally:
-                    outcome.release()
-                plan.answer.add(index, piece, not outcome.more)
-        return 200, plan.answer.whole(), (JSON_TYPE,)
+    async def _whole(self, plan: Plan) -> bytes:
+        async with aclosing(self._pieces(plan)) as pieces:
+            async for index, piece, over in pieces:
+                plan.answer.add(index, piece, over)
+        return plan.answer.whole()
 
-    async def _stream(self, plan: Plan, events: Events) -> Answer | None:
-        """What it ended with, if that was an error."""
+    async def _stream(self, plan: Plan, events: Events) -> None:
         said = plan.answer
         assert isinstance(said, Said)
-        async with aclosing(together(self._node, plan.calls, MOST_AT_ONCE)) as outcomes:
-            async for index, outcome in outcomes:
-                if isinstance(outcome, Refused):
-                    return refusal(outcome)
-                try:
-                    piece = piece_of(outcome)
-                finally:
-                    outcome.release()
-                for chunk in said.chunks(index, piece, not outcome.more):
+        async with aclosing(self._pieces(plan)) as pieces:
+            async for index, piece, over in pieces:
+                for chunk in said.chunks(index, piece, over):
                     await events.say(chunk)
         for chunk in (*said.last(), b"[DONE]"):
             await events.say(chunk)
-        return None
+
+    async def _pieces(self, plan: Plan) -> AsyncGenerator[tuple[int, Piece, bool]]:
+        """Which of the calls says what, and whether that is its last. Raises _Refusal."""
+        async with aclosing(together(self._node, plan.calls, MOST_AT_ONCE)) as outcomes:
+            async for index, outcome in outcomes:
+                if isinstance(outcome, Refused):
+                    raise _Refusal(outcome)
+                try:
+                    piece = piece_of(outcome)
+                finally:
+                    outcome.release()
+                yield index, piece, not outcome.more
 
 
 # --- what goes wrong --------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 import ml_dtypes
-import msgspec
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
@@ -21,10 +20,8 @@ from cotenant.engines.llm.decoder import Decoder
 from cotenant.engines.llm.families import FAMILIES
 from cotenant.engines.llm.families.base import Family, Floats, Rows, family, gguf_tensor
 from cotenant.engines.llm.gguf import Gguf, Stored, floats
-from cotenant.engines.llm.keys import Keys
+from cotenant.engines.llm.keys import Keys, read_json
 
-MOST_JSON: Final = 64 << 20
-"""Bytes of a JSON file."""
 INDEX: Final = ".safetensors.index.json"
 
 
@@ -89,7 +86,7 @@ class SafetensorsCheckpoint:
     """Of ``model.safetensors``, or of the files that ``model.safetensors.index.json`` lists."""
 
     def __init__(self, path: Path) -> None:
-        keys = Keys(_table(path.parent / "config.json"))
+        keys = Keys(read_json(path.parent / "config.json"))
         model_type = keys.text("model_type")
         self._family: Family = family(FAMILIES, model_type, gguf=False)
         self.decoder = self._family.from_config(keys, model_type)
@@ -142,22 +139,13 @@ class _Shapes(Mapping[str, tuple[int, ...]]):
 def _files(path: Path) -> list[Path]:
     if not path.name.endswith(INDEX):
         return [path]
-    weights = Keys(_table(path)).table("weight_map")
+    weights = Keys(read_json(path)).table("weight_map")
     names = sorted({str(name) for name in weights.values.values()}) if weights else []
     strange = [name for name in names if Path(name).name != name]
     if strange or not names:
         what = f"{strange[0]!r} is no name of a file beside it" if strange else "it lists none"
         raise ModelError(f"weight_map of {path.name}: {what}")
     return [path.parent / name for name in names]
-
-
-def _table(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MOST_JSON:
-            raise ModelError(f"{path.name} is larger than {MOST_JSON} bytes")
-        return msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
-    except (OSError, msgspec.DecodeError) as error:
-        raise ModelError(f"{path.name} cannot be read: {error}") from error
 
 
 def _compare(

@@ -2,11 +2,15 @@
 
 Nothing in a file is believed: every length is held against what is left of it, every tensor against
 its end. What is wrong is a ModelError that says where. Versions 2 and 3, little-endian.
+
+Weights are mapped, all else is read: to touch a mapped page that was cut off the file meanwhile is
+the end of the process, and a front end needs no weights.
 """
 
 from __future__ import annotations
 
 import mmap
+import os
 import struct
 from collections.abc import Callable, Mapping
 from math import prod
@@ -73,15 +77,15 @@ class Gguf:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                self._data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            raise ModelError(f"{path.name} cannot be read: {error}") from error
         self._at = 0
         self.keys: dict[str, Any] = {}
         self.tensors: dict[str, Stored] = {}
-        self._read()
+        try:
+            with path.open("rb") as self._file:
+                self._size = os.fstat(self._file.fileno()).st_size
+                self._read()
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{path.name} cannot be read: {error}") from error
 
     def _read(self) -> None:
         if self._take(4) != MAGIC:
@@ -100,16 +104,17 @@ class Gguf:
         if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
             raise self._wrong(f"general.alignment {alignment!r} is no power of 2")
         begin = -(-self._at // alignment) * alignment
+        weights = mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)
         for name, shape, kind, offset in infos:
             if name in self.tensors:
                 raise self._wrong(f"tensor {name!r} is there twice")
             size = prod(shape) // kind.numbers * kind.size
-            if offset % alignment or begin + offset + size > len(self._data):
+            if offset % alignment or begin + offset + size > self._size:
                 raise self._wrong(
                     f"tensor {name!r}: {size} bytes at {begin + offset} are not in the file, "
-                    f"which has {len(self._data)}, or not aligned to {alignment}"
+                    f"which has {self._size}, or not aligned to {alignment}"
                 )
-            data = np.frombuffer(self._data, np.uint8, size, begin + offset)
+            data = np.frombuffer(weights, np.uint8, size, begin + offset)
             self.tensors[name] = Stored(name, shape, kind, data)
 
     def _info(self) -> tuple[str, tuple[int, ...], Kind, int]:
@@ -141,7 +146,7 @@ class Gguf:
             raise self._wrong(f"a value of type {kind}{' in an array' * nested}")
         of, count = self._scalar("<I"), self._scalar("<Q")
         least = struct.calcsize(_SCALARS[of]) if of in _SCALARS else 8
-        if count * least > len(self._data) - self._at:
+        if count * least > self._size - self._at:
             raise self._wrong(f"an array of {count} values is longer than the file")
         if of in _SCALARS:
             code = _SCALARS[of]
@@ -166,10 +171,13 @@ class Gguf:
         return int(count)
 
     def _take(self, size: int) -> bytes:
-        if size > len(self._data) - self._at:
+        if size > self._size - self._at:
             raise self._wrong("it ends in the middle")
         self._at += size
-        return self._data[self._at - size : self._at]
+        found = self._file.read(size)
+        if len(found) < size:
+            raise self._wrong("it was cut off while it was read")
+        return found
 
     def _wrong(self, what: str) -> ModelError:
         return ModelError(f"{self.path.name} is damaged or no GGUF file: at {self._at}: {what}")

@@ -5,10 +5,28 @@ GGUF keys and the JSON of a ``config.json`` are the same here: names and values.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Final
 
 from cotenant.domain.errors import ModelError
+
+MOST_JSON: Final = 1 << 28
+"""Bytes of a JSON file."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of one JSON object. Raises ModelError, also where there is no file."""
+    try:
+        if path.stat().st_size > MOST_JSON:
+            raise ModelError(f"{path.name} has more than {MOST_JSON} bytes")
+        found = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path.name} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{path.name} is a {type(found).__name__}; it must be an object")
+    return found
 
 
 class Keys:

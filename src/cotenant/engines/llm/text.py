@@ -19,11 +19,10 @@ from typing import Any, Final, NamedTuple, TypeVar
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from cotenant.domain.errors import ModelError, TooLarge
+from cotenant.engines.llm.keys import read_json
 
 MOST_TOKENS: Final = 1 << 20
 """In a vocabulary."""
-MOST_FILE: Final = 1 << 28
-"""Bytes of a tokenizer.json."""
 SHRINK: Final = 4
 """Characters that Unicode's normal form C makes one of, at most."""
 UNKNOWN, CONTROL, DEFINED = 2, 3, 4
@@ -334,23 +333,11 @@ def _piece(token: str, bytewise: bool, literal: bool) -> bytes:
 
 def _read(path: Path) -> dict[str, Any]:
     """A file of JSON; empty if there is none."""
-    try:
-        if path.stat().st_size > MOST_FILE:
-            raise ModelError(f"{path.name} has more than {MOST_FILE} bytes")
-        found = json.loads(path.read_text("utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path.name} cannot be read: {error}") from error
-    if not isinstance(found, dict):
-        raise ModelError(f"{path.name} is a {type(found).__name__}; it must be an object")
-    return found
+    return read_json(path) if path.exists() else {}
 
 
 def _from_folder(folder: Path) -> Text:
-    described = _read(folder / "tokenizer.json")
-    if not described:
-        raise ModelError("tokenizer.json is missing; it must be beside the weights")
+    described = read_json(folder / "tokenizer.json")
     config = _read(folder / "special_tokens_map.json") | _read(folder / "tokenizer_config.json")
     generation = _read(folder / "generation_config.json")
     try:
