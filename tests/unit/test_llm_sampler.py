@@ -95,9 +95,11 @@ def test_only_what_is_allowed_is_said() -> None:
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_model_that_computes_no_numbers_says_nothing(temperature: float) -> None:
-    nothing = np.full(5, np.nan, np.float32)
-    with pytest.raises(ValueError, match="allowed"):
-        choose(nothing, sampling(temperature=temperature, logprobs=2), 0, {})
+    one = LOGITS.copy()
+    one[3] = np.nan
+    for logits in (np.full(5, np.nan, np.float32), one):
+        with pytest.raises(ValueError, match="NaN"):
+            choose(logits, sampling(temperature=temperature, logprobs=2), 0, {})
 
 
 def test_logprobs_are_the_models_own() -> None:

@@ -86,11 +86,15 @@ def choose(
 ) -> Choice:
     """The token at ``position``. ``said``: how often each was said so far; ``allowed``: which may
     be said at all (a grammar); ``prompt``: the tokens of the prompt, each once, sorted. All
-    are below the size of the vocabulary. Raises ValueError if none may be said."""
+    are below the size of the vocabulary. Raises ValueError if none may be said, or a logit is NaN.
+    """
     scores = _adjusted(logits, how, said, prompt)
     if allowed is not None:
         scores[~allowed] = -np.inf
-    if not (scores > -np.inf).any():
+    best = scores.max()
+    if np.isnan(best):
+        raise ValueError("the model says NaN: its weights are damaged")
+    if best == -np.inf:
         raise ValueError("no token is allowed here")
     token = int(scores.argmax()) if not how.temperature else _draw(scores, how, position)
     if how.logprobs is None:
