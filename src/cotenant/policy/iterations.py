@@ -53,6 +53,11 @@ class IterationCosts:
     sums: list[float] = field(default_factory=lambda: [0.0] * 14)
     """Of products of the inputs (ten, upper triangle by rows), then of inputs and times (four)."""
 
+    @property
+    def weight(self) -> float:
+        """How many samples count, each as far as it is not forgotten."""
+        return self.sums[0]
+
     def predict(self, work: Load) -> int:
         """How long (ns) an iteration takes."""
         if not work.tokens:
