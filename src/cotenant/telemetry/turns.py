@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from cotenant.domain.snapshot import TurnCost, TurnFacts
 from cotenant.policy.state import DispatcherState, ServiceState
 from cotenant.telemetry.meters import ServiceMeter
-
-FEWEST: Final = 8
-"""Of fewer turns what was fitted to them says nothing."""
 
 
 def turns_of(
@@ -21,7 +16,7 @@ def turns_of(
     costs: dict[str, dict[int, TurnCost]] = {}
     for where, seen in service.turn_costs.items():
         kind, _, units = where.rpartition(":")
-        if seen.weight >= FEWEST:
+        if seen.told:
             cost = TurnCost(seen.fixed, seen.token, seen.pair, seen.step)
             costs.setdefault(kind, {})[int(units)] = cost
     return TurnFacts(
