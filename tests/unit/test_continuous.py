@@ -13,6 +13,7 @@ from cotenant.domain.plan import EMPTY_PLAN
 from cotenant.domain.snapshot import ServiceFacts, TurnCost, TurnFacts
 from cotenant.domain.units import MS, S
 from cotenant.policy.continuous import Turning, turning
+from cotenant.policy.iterations import IterationCosts, Load
 from cotenant.policy.judging import judge, load
 from cotenant.policy.layouts import unit_layout
 from cotenant.policy.views import Verdict, View
@@ -167,3 +168,23 @@ def test_it_gets_no_core_more_than_its_load_asks_for() -> None:
     assert not judge(view, layout, 10.0).misses
     fewer = unit_layout(world.devices[0], layout.compute - 1, layout.compute - 1)
     assert judge(view, fewer, 10.0).misses
+
+
+# --- beside others, and what was seen -----------------------------------------------------------
+
+
+@given(RATES, st.floats(1.0, 200.0))
+def test_turns_that_are_cut_for_others_carry_no_more(rate: float, within: float) -> None:
+    whole, cut = on(), turning("cpu", model(), 1, within * MS)
+    assert cut is not None
+    assert cut.together <= whole.together
+    assert whole.demand <= cut.demand * (1 + 1e-9)
+    assert whole.overload(rate, 0.0) <= cut.overload(rate, 0.0) + 1e-9
+
+
+def test_turns_that_all_had_as_many_tokens_do_not_tell_what_one_costs() -> None:
+    alike, varied = IterationCosts(), IterationCosts()
+    for count in range(40):
+        alike.observe(Load(1, 100), 20 * MS)
+        varied.observe(Load(1 + count % 4, 100), (20 + count % 4) * MS)
+    assert varied.told and not alike.told

@@ -58,8 +58,8 @@ class Turning:
     """When the first token is due,"""
     pace: float
     """and how much later each further one."""
-    bounded: bool
-    """Whether turns are cut to that pace."""
+    budget: float
+    """What turns are cut to, by that pace or for other services; infinite if they are not."""
     percentile: float
     together: int
     answer: float
@@ -116,8 +116,8 @@ class Turning:
     def _slower(self, count: int) -> float:
         """How many times as long a prompt is read beside so many answers as it is alone."""
         beside = self.turn(count) if count else 0.0
-        if self.bounded:
-            return self.pace / max(self.pace / LEAST_SHARE, self.pace - beside)
+        if not math.isinf(self.budget):
+            return self.budget / max(self.budget / LEAST_SHARE, self.budget - beside)
         return 1.0 + beside / self.chunk if self.chunk else 1.0
 
     def _under_way(self, rate: float, others: float) -> _UnderWay | None:
@@ -171,8 +171,12 @@ class Turning:
         return 1.0 - low
 
 
-def turning(kind: str, service: ServiceFacts, size: int) -> Turning | None:
-    """A service on ``size`` units of a kind of device; None if nothing is known of its turns."""
+def turning(
+    kind: str, service: ServiceFacts, size: int, within: float = math.inf
+) -> Turning | None:
+    """A service on ``size`` units of a kind of device; None if nothing is known of its turns.
+    ``within``: to how many ns turns are cut for other services there, be it that few answers have
+    part in one."""
     facts = service.turns
     costs = None if facts is None else _costs(facts, kind, size)
     if facts is None or costs is None:
@@ -181,16 +185,20 @@ def turning(kind: str, service: ServiceFacts, size: int) -> Turning | None:
     context = facts.prompt + answer / 2
     squares = facts.prompt**2 + facts.prompt_dev**2
     long = round(facts.prompt + deviations(service.percentile) * facts.prompt_dev)
+    fixed, each = costs.fixed + costs.step_of(2), costs.token + costs.pair * context
+    together = facts.together
+    if together > 1 and fixed + together * each > within:
+        together = max(1, int((within - fixed) / each)) if within > fixed else 1
     return Turning(
         objective=float(service.objective),
         pace=float(facts.pace or service.objective),
-        bounded=facts.pace > 0,
+        budget=min(within, facts.pace or math.inf),
         percentile=service.percentile,
-        together=facts.together,
+        together=together,
         answer=answer,
         fixed=costs.fixed,
         step=costs.step_of(2),
-        each=costs.token + costs.pair * context,
+        each=each,
         read=costs.token * facts.prompt + costs.pair * squares / 2,
         long=costs.again(0, long),
         chunk=costs.again(0, min(long, CHUNK)),

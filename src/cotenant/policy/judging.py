@@ -102,7 +102,13 @@ def _judge_turns(
     overload = 1.0 - RHO_MAX / busiest if busiest > RHO_MAX else 0.0
     worst, worst_stress = Expected(0.0, 0.0, 0.0), 0.0
     for index, rate in asked:
-        turns = turning(kind, service, mine[index].compute)
+        beside = [
+            s.objective
+            for s in view.services
+            if s is not service and index in verdict.services[s.name]
+        ]
+        within = min(beside, default=math.inf) / AHEAD
+        turns = turning(kind, service, mine[index].compute, within)
         if turns is None or not rate:
             continue
         others = max(0.0, verdict.rho[index] - share)
