@@ -14,7 +14,9 @@ from cotenant.domain.request import Batch, Lease, Request
 from cotenant.domain.snapshot import Snapshot
 from cotenant.domain.units import MS, S
 from cotenant.policy.invariants import check
+from cotenant.policy.iterations import IterationCosts, Load
 from cotenant.policy.planner import Planner
+from cotenant.policy.planstate import Tuning
 from cotenant.sim.generates import Fixed, Generates, TurnCost
 from cotenant.sim.outcome import Outcome, TokenTally
 from cotenant.sim.physics import Talk
@@ -252,6 +254,71 @@ def test_a_fixed_split_gives_each_its_equal_part() -> None:
     world = World(scenario(split="fixed"), Planner(None), (0, 0))
     world.run()
     assert {worker.pool for worker in world._talkers.values()} == {40 * 2**20}
+
+
+# --- space ------------------------------------------------------------------------------------
+
+ONE = """
+name: s
+duration: 20s
+device: {kind: sm, units: 8, contention: 0, kv: 1GiB}
+services:
+  - name: one
+    objective: {ttft: 1s, tpot: 100ms, percentile: 95}
+    batch: {max: 16}
+    kv: {limit: 1GiB}
+    generates:
+      prompt: {kind: fixed, tokens: 100}
+      answer: {kind: fixed, tokens: 30}
+      most: 30
+      turn: {fixed: 40ms, token: 300us, pair: 20ns}
+      block: 1MiB
+    arrivals: {kind: poisson, rate: 24}
+jobs: [{name: j, cost: {rate: 5}}]
+"""
+
+
+class Planned:
+    """One run of ``ONE``; keeps what the planner saw, and the units of services in each plan."""
+
+    def __init__(self, planner: Planner) -> None:
+        self.snapshots: list[Snapshot] = []
+        self.units: list[int] = []
+        self.outcome = World(parse_scenario(ONE, Path()), planner, (0, 0), observer=self).run()
+        self.tally = self.outcome.services["one"]
+
+    def decided(self, now: int, event: e.Event, actions: list[a.Action]) -> None:
+        pass
+
+    def planned(self, now: int, snapshot: Snapshot, plan: Plan | None) -> None:
+        self.snapshots.append(snapshot)
+        if plan is not None:
+            mine = plan.services.get("one", ())
+            self.units.append(sum(p.compute for p in plan.partitions if p.id in mine))
+
+
+def test_it_gets_the_space_that_its_turns_ask_for() -> None:
+    found = Planned(Planner(None))
+    for fewer in (1, 2):
+        split = Planned(Planner(Tuning(split=(fewer, fewer))))
+        assert split.tally.attainment < 0.95, "so many would not do"
+        assert found.units[-1] > fewer
+        assert found.tally.attainment > split.tally.attainment
+
+
+def test_the_planner_sees_what_turns_take() -> None:
+    found = Planned(Planner(Tuning(split=(2, 2))))
+    turns = found.snapshots[-1].services[0].turns
+    assert turns is not None
+    assert (turns.prompt, turns.prompt_dev, turns.answer) == (100, 0, 30)
+    assert turns.pace == 100 * MS and turns.together <= 16
+    assert set(turns.costs["sm"]) == {2} < set(turns.warm["sm"])
+    cost = turns.costs["sm"][2]
+    real = parse_scenario(ONE, Path()).services[0].generates
+    assert real is not None
+    seen = IterationCosts(cost.fixed, cost.token, cost.pair, cost.step)
+    for work in (Load(8, 8 * 115), Load(108, 8 * 115 + 5050)):
+        assert seen.predict(work) == pytest.approx(real.turn.mean(2, work), rel=0.2)
 
 
 def test_figures_of_tokens_are_there_only_for_language_models() -> None:

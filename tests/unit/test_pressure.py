@@ -19,11 +19,11 @@ class Counting:
     def facts(self, **changes: float) -> ServiceFacts:
         return service(answered=self.answered, refused=0, pressed=self.pressed, **changes)
 
-    def second(self, requests: int, pressed: int) -> float:
+    def second(self, requests: int, pressed: int, foreseen: bool = False) -> float:
         self.now += S
         self.answered += requests
         self.pressed += pressed
-        return note_pressure(self.pressure, self.facts(), self.now, 2 * S, 60 * S)
+        return note_pressure(self.pressure, self.facts(), self.now, 2 * S, 60 * S, foreseen)
 
 
 def test_what_happened_before_it_was_watched_does_not_count() -> None:
@@ -44,6 +44,12 @@ def test_more_than_that_weighs_on_the_load_again_and_again_up_to_a_bound() -> No
     assert boosts[2] > 1.0
     assert boosts == sorted(boosts) or max(boosts) <= MOST
     assert MOST * 0.9 < max(boosts) <= MOST
+
+
+def test_misses_that_were_foreseen_are_noted_and_weigh_nothing() -> None:
+    world = Counting()
+    assert max(world.second(100, 20, foreseen=True) for _ in range(60)) == 1.0
+    assert world.pressure.foreseen_at and not world.pressure.raised_at
 
 
 def test_a_handful_of_misses_says_nothing() -> None:

@@ -15,6 +15,35 @@ SEASON_AHEAD: Final = 30 * S
 """How far ahead the season of a rate is looked up (ns)."""
 
 
+class TurnCost(msgspec.Struct, frozen=True):
+    """What a turn takes (ns): ``fixed``, each new ``token``, each ``pair`` of one and a token that
+    it looks at, and a ``step`` if there is more than one new token."""
+
+    fixed: float
+    token: float = 0.0
+    pair: float = 0.0
+    step: float = 0.0
+
+
+class TurnFacts(msgspec.Struct, frozen=True):
+    """Of a service whose answers take a turn for each token.
+
+    ``pace``: after how long (ns) each further token is due; 0: as the first. ``prompt`` and
+    ``answer``: tokens that they have on average, 0 if none was seen; ``prompt_dev``: the standard
+    deviation of the former. ``together``: sequences that
+    an instance can have at one time. ``costs``: what turns were seen to take, by kind of device and
+    units. ``warm``: what a warm-up took there (ns), also of units on which it has not served.
+    """
+
+    pace: int = 0
+    prompt: float = 0.0
+    prompt_dev: float = 0.0
+    answer: float = 0.0
+    together: int = 1
+    costs: dict[str, dict[int, TurnCost]] = {}
+    warm: dict[str, dict[int, int]] = {}
+
+
 class ServiceFacts(msgspec.Struct, frozen=True):
     """One service over the last observation window. Times in ns, rates in rows per second.
 
@@ -26,7 +55,8 @@ class ServiceFacts(msgspec.Struct, frozen=True):
     ``variants`` says what the model is on kinds of device; empty: it runs anywhere, or on any of
     ``kinds``. ``memory``: bytes that an instance occupies, by kind of device, as far as is known.
     ``unfit``: devices that could not load it, and why. ``offer``: the revision that waits to be
-    loaded, 0 if none does. ``unloads``: others may have their memory while they idle.
+    loaded, 0 if none does. ``unloads``: others may have their memory while they idle. ``turns``: of
+    a service whose answers take many turns; ``objective`` is then that of the first token.
     """
 
     name: str
@@ -51,6 +81,7 @@ class ServiceFacts(msgspec.Struct, frozen=True):
     unfit: dict[str, str] = {}
     offer: int = 0
     unloads: bool = False
+    turns: TurnFacts | None = None
 
 
 RATE_WINDOW: Final = 60 * S

@@ -13,10 +13,10 @@ import msgspec
 from cotenant.domain.snapshot import ServiceFacts, Snapshot
 from cotenant.domain.units import S
 from cotenant.policy.planstate import PlannerState, Tuning
-from cotenant.policy.pressure import Pressure, note_pressure
+from cotenant.policy.pressure import WINDOW, Pressure, note_pressure
 from cotenant.policy.sharing import divide
 from cotenant.policy.utility import Curve
-from cotenant.policy.views import Layout, View
+from cotenant.policy.views import Layout, Verdict, View
 
 LEARN_EVERY: Final = 10 * S
 RISES_OVER, FALLS_OVER = 10 * S, 30 * S
@@ -57,9 +57,21 @@ class Demand:
         found = []
         for service in facts:
             pressure = state.pressure.setdefault(service.name, Pressure())
-            boost = note_pressure(pressure, service, snapshot.now, tuning.grow_after, tuning.memory)
+            foreseen = service.name in state.foreseen
+            boost = note_pressure(
+                pressure, service, snapshot.now, tuning.grow_after, tuning.memory, foreseen
+            )
             found.append(scaled(service, boost))
+        state.foreseen.clear()
         return tuple(found)
+
+    def foresee(self, view: View, verdict: Verdict) -> None:
+        """Remember who is predicted to miss its objective as things are. More space is on its way
+        to them; what they miss until then is no reason for still more. Only where answers take
+        turns, which need several steps from the least there is: elsewhere boosts raised meanwhile
+        are what was weighed."""
+        turning = {s.name for s in view.services if s.turns is not None}
+        self._state.foreseen |= {n: why for n, why in verdict.misses.items() if n in turning}
 
     def _note_usual(self, snapshot: Snapshot) -> None:
         state = self._state
@@ -93,7 +105,8 @@ class Demand:
     def pressing(self, view: View) -> tuple[View, int]:
         """The view as growth is judged by, and how long a wish to grow must hold. Services that
         missed their objective of late count at their recent peak rate, for their bursts are over
-        before the rate of the moment says so; and what was measured need not hold again."""
+        before the rate of the moment says so; and what was measured need not hold again. No more
+        need what was predicted and measured."""
         state, tuning = self._state, self._tuning
         late = {
             name
@@ -101,7 +114,10 @@ class Demand:
             if pressure.raised_at and view.now - pressure.raised_at <= tuning.memory
         }
         if not any(s.name in late for s in view.services):
-            return view, tuning.grow_after
+            recent = [n for n, p in state.pressure.items() if p.foreseen_at]
+            recent = [n for n in recent if view.now - state.pressure[n].foreseen_at <= WINDOW]
+            measured = any(s.name in recent for s in view.services)
+            return view, 0 if measured else tuning.grow_after
         peak = {s.name: s for s in self.at_peak(view).services}
         services = tuple(peak[s.name] if s.name in late else s for s in view.services)
         return msgspec.structs.replace(view, services=services), 0

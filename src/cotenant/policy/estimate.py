@@ -179,6 +179,15 @@ class Costs:
         table = self.tables.get(size)
         return table.least if table is not None else 0
 
+    def warm(self) -> dict[int, int]:
+        """What one row, of the least size that was warmed up with, took then (ns), by units."""
+        for size in sorted(self.tables):
+            tables = self.tables[size].warm
+            found = {units: rows[1] for units, rows in tables.items() if 1 in rows}
+            if found:
+                return found
+        return {}
+
     def expected(self) -> dict[int, dict[int, int]]:
         """Mean times (ns) by units and rows of the sizes that came of late, in the proportion in
         which they came, for plans."""

@@ -14,6 +14,8 @@ from typing import Final
 
 KEEP: Final = 0.98
 """What a sample still counts after the next one."""
+FEWEST: Final = 8
+"""Samples of which something can be told."""
 GAIN: Final = 1 / 8
 SCALE: Final = (1.0, 1e-2, 1e-5, 1.0)
 """Brings the four to like size, or the sums would lose what is small."""
@@ -52,6 +54,15 @@ class IterationCosts:
     """Of a block, back."""
     sums: list[float] = field(default_factory=lambda: [0.0] * 14)
     """Of products of the inputs (ten, upper triangle by rows), then of inputs and times (four)."""
+
+    @property
+    def told(self) -> bool:
+        """Whether it can be told apart what a token costs and what is fixed: of few samples, or
+        where all had as many tokens, that is arbitrary."""
+        weight, tokens, squares = self.sums[0], self.sums[1], self.sums[4]
+        if weight < FEWEST:
+            return False
+        return squares / weight - (tokens / weight) ** 2 >= SCALE[1] ** 2
 
     def predict(self, work: Load) -> int:
         """How long (ns) an iteration takes."""

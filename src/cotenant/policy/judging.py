@@ -14,13 +14,13 @@ from cotenant.domain.device import DeviceSpec, Partition
 from cotenant.domain.snapshot import ServiceFacts
 from cotenant.domain.units import format_bytes
 from cotenant.domain.workload import share_on
-from cotenant.policy.queueing import batch_delay, lost, wait_quantile
+from cotenant.policy.continuous import Expected, turning
+from cotenant.policy.generation import AHEAD
+from cotenant.policy.queueing import HEADROOM, batch_delay, lost, wait_quantile
 from cotenant.policy.views import Layout, Verdict, View
 
 RHO_MAX: Final = 0.85
 """Highest planned utilization of a service partition."""
-HEADROOM: Final = 0.9
-"""Share of the objective that the predicted percentile may use."""
 BATCHING: Final = 0.5
 """Utilization by single requests from which on they find company in the queue."""
 NO_PLACE: Final = 10.0
@@ -49,11 +49,12 @@ def judge(view: View, layout: Layout, horizon_s: float) -> Verdict:
         for index in chosen:
             guests[index] += 1
             rho[index] += share
-            slowest[index] = max(slowest[index], own[sizes[index]])
+            if service.turns is None:
+                slowest[index] = max(slowest[index], own[sizes[index]])
         crowd.put_back()
         placed[name], shares[name] = chosen, share
     _fill(view, mine, placed, shares, rho, horizon_s)
-    verdict = Verdict(layout, placed, rho, [0.0] * len(mine), {})
+    verdict = Verdict(layout, placed, rho, list(rho), [0.0] * len(mine), {})
     queues: list[list[tuple[float, float]]] = []
     for service in view.services:
         where = placed[service.name]
@@ -68,10 +69,13 @@ def judge(view: View, layout: Layout, horizon_s: float) -> Verdict:
         rates = _spread(view, service, there, horizon_s)
         for index, rate in zip(where, rates, strict=True):
             verdict.asked[index] += rate
+        if service.turns is not None:
+            _judge_turns(view, service, verdict, list(zip(where, rates, strict=True)), shares)
+            continue
         busiest, other = max(rho[i] for i in where), max(slowest[i] for i in where)
         longest = max(times[service.name][size] for size in there)
         wait = wait_quantile(max(longest, other), busiest, service.percentile, len(where))
-        expected = longest + wait
+        expected = longest + wait + _turn_ahead(view, service, placed, sizes)
         if all(guests[i] == 1 for i in where):
             expected = min(expected, _batched(view, service, there, rates))
         if expected > HEADROOM * service.objective or busiest > RHO_MAX:
@@ -82,6 +86,57 @@ def judge(view: View, layout: Layout, horizon_s: float) -> Verdict:
                 service, longest, max(longest, other), crowded, len(where)
             )
     return verdict
+
+
+def _judge_turns(
+    view: View,
+    service: ServiceFacts,
+    verdict: Verdict,
+    asked: list[tuple[int, float]],
+    shares: dict[str, float],
+) -> None:
+    """Of a service whose answers take turns: what it leaves idle, and whether it would miss its
+    objective. ``asked``: its partitions, and requests per second that come to each."""
+    kind, share, mine = view.device.kind, shares[service.name], verdict.layout.mine
+    busiest = max(verdict.rho[index] for index, _ in asked)
+    overload = 1.0 - RHO_MAX / busiest if busiest > RHO_MAX else 0.0
+    worst, worst_stress = Expected(0.0, 0.0, 0.0), 0.0
+    for index, rate in asked:
+        beside = [
+            s.objective
+            for s in view.services
+            if s is not service and index in verdict.services[s.name]
+        ]
+        within = min(beside, default=math.inf) / AHEAD
+        turns = turning(kind, service, mine[index].compute, within)
+        if turns is None or not rate:
+            continue
+        others = max(0.0, verdict.rho[index] - share)
+        expected = turns.expect(rate, others)
+        verdict.busy[index] += max(0.0, expected.busy - share)
+        stress = turns.stress(expected)
+        if stress > worst_stress:
+            worst, worst_stress = expected, stress
+        if stress > HEADROOM:
+            overload = max(overload, turns.overload(rate, others))
+    if worst_stress > HEADROOM or busiest > RHO_MAX:
+        verdict.misses[service.name] = _why_turns(service, worst, busiest)
+        verdict.overload += overload
+
+
+def _turn_ahead(
+    view: View, service: ServiceFacts, placed: dict[str, tuple[int, ...]], sizes: list[int]
+) -> float:
+    """Ns that the turn of another service may take which is under way when a request comes."""
+    longest = 0.0
+    for other in view.services:
+        if other.turns is None:
+            continue
+        for index in set(placed[other.name]).intersection(placed[service.name]):
+            turns = turning(view.device.kind, other, sizes[index])
+            if turns is not None:
+                longest = max(longest, turns.longest(service.objective / AHEAD))
+    return longest
 
 
 def _queues(
@@ -287,8 +342,12 @@ def utilization(view: View, layout: Layout, horizon_s: float) -> float:
 def load(kind: str, service: ServiceFacts, size: int, horizon_s: float) -> float:
     """Partitions of ``size`` units that the service would keep busy: rate x time per row, of single
     requests up to half of one, of full batches beyond. Never less for a higher rate or a smaller
-    size: else a layout that is too small at one rate would seem to do at a higher one."""
+    size: else a layout that is too small at one rate would seem to do at a higher one. Of answers
+    in turns what they ask for where as many as can be share each turn."""
     rate = _rate(service, horizon_s)
+    if service.turns is not None:
+        turns = turning(kind, service, size)
+        return rate * turns.demand / 1e9 if turns is not None else 0.0
     single = rate * exec_ns(kind, service, size, 1) / 1e9
     if single < BATCHING:
         return single
@@ -297,7 +356,11 @@ def load(kind: str, service: ServiceFacts, size: int, horizon_s: float) -> float
 
 
 def exec_ns(kind: str, service: ServiceFacts, size: int, rows: int) -> int:
-    """Measured time of ``rows`` rows on ``size`` units, else the nearest guess; 0 if none."""
+    """Measured time of ``rows`` rows on ``size`` units, else the nearest guess; 0 if none. Of
+    answers in turns that until the first token of one alone."""
+    turns = turning(kind, service, size) if service.turns is not None else None
+    if turns is not None:
+        return round(turns.alone.first)
     known = service.exec_ns.get(kind)
     if not known:
         return 0
@@ -308,8 +371,21 @@ def exec_ns(kind: str, service: ServiceFacts, size: int, rows: int) -> int:
 
 
 def _why(service: ServiceFacts, expected: float, busiest: float) -> str:
-    shown = "over saturation" if math.isinf(expected) else f"{expected / 1e6:.1f} ms"
     return (
-        f"predicted p{service.percentile:g} {shown} against {service.objective / 1e6:g} ms "
-        f"at utilization {busiest:.2f}"
+        f"predicted p{service.percentile:g} {_shown(expected)} against "
+        f"{service.objective / 1e6:g} ms at utilization {busiest:.2f}"
     )
+
+
+def _why_turns(service: ServiceFacts, expected: Expected, busiest: float) -> str:
+    assert service.turns is not None
+    due = (service.turns.pace or service.objective) / 1e6
+    return (
+        f"predicted p{service.percentile:g} of the first token {_shown(expected.first)} against "
+        f"{service.objective / 1e6:g} ms, of further ones {_shown(expected.further)} against "
+        f"{due:g} ms at utilization {busiest:.2f}"
+    )
+
+
+def _shown(expected: float) -> str:
+    return "over saturation" if math.isinf(expected) else f"{expected / 1e6:.1f} ms"

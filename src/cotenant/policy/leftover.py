@@ -29,7 +29,7 @@ def share_out(
     layout = verdict.layout
     slots = {p.id: (p.compute, 1.0, 0.0) for p in layout.free}
     if lend:
-        for partition, used, asked in zip(layout.mine, verdict.rho, verdict.asked, strict=True):
+        for partition, used, asked in zip(layout.mine, verdict.busy, verdict.asked, strict=True):
             slots[partition.id] = partition.compute, max(0.0, 1.0 - used), asked
     if not slots:
         return 0.0, {}
@@ -86,7 +86,7 @@ def pauses_of(verdict: Verdict, held: float) -> float:
     lost = sum(
         asked * max(0.0, 1.0 - used) * partition.compute
         for partition, used, asked in zip(
-            verdict.layout.mine, verdict.rho, verdict.asked, strict=True
+            verdict.layout.mine, verdict.busy, verdict.asked, strict=True
         )
     )
     return lost / held if held else 0.0
@@ -95,7 +95,7 @@ def pauses_of(verdict: Verdict, held: float) -> float:
 def _idle_units(verdict: Verdict) -> list[float]:
     """Chance that 0, 1, 2 … units of services are idle, each partition being so by itself."""
     chances = [1.0]
-    for partition, used in zip(verdict.layout.mine, verdict.rho, strict=True):
+    for partition, used in zip(verdict.layout.mine, verdict.busy, strict=True):
         idle = max(0.0, 1.0 - used)
         found = [0.0] * (len(chances) + partition.compute)
         for units, chance in enumerate(chances):

@@ -17,8 +17,8 @@ from cotenant.domain.snapshot import ServiceFacts
 from cotenant.domain.units import format_bytes
 from cotenant.policy import assigning
 from cotenant.policy.assigning import LEAST_PART
-from cotenant.policy.judging import HEADROOM, RHO_MAX, exec_ns, load, memory_of
-from cotenant.policy.queueing import highest_load
+from cotenant.policy.judging import RHO_MAX, exec_ns, load, memory_of
+from cotenant.policy.queueing import HEADROOM, highest_load
 from cotenant.policy.views import Parts, Placing
 
 

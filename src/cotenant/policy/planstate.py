@@ -92,6 +92,8 @@ class PlannerState(msgspec.Struct):
     usual: dict[str, float] = {}
     """Rate of each service without its bursts, per second."""
     pressure: dict[str, Pressure] = {}
+    foreseen: dict[str, str] = {}
+    """Services whose answers take turns that were predicted to miss their objectives, and why."""
     curves: dict[str, Curve] = {}
     """What was learned of each job's speed."""
     learned_at: int = 0

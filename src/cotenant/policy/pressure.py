@@ -6,6 +6,8 @@ that no model knows of. So while a service misses its objective more often than 
 allows, its load is taken ``STEP`` times as high, again and again; as that helps, the correction
 fades: additive-increase systems probe for capacity in the same way (Chiu and Jain, 1989), with
 the roles of increase and decrease exchanged, because here too little space is what hurts.
+
+Misses that were predicted, while space for them is on its way, contradict no prediction.
 """
 
 from __future__ import annotations
@@ -36,13 +38,21 @@ class Pressure(msgspec.Struct):
     pressed: float = 0.0
     boost: float = 1.0
     raised_at: int = 0
+    foreseen_at: int = 0
+    """When misses were last measured that had been predicted (ns)."""
 
 
 def note_pressure(
-    pressure: Pressure, service: ServiceFacts, now: int, patience: int, memory: int
+    pressure: Pressure,
+    service: ServiceFacts,
+    now: int,
+    patience: int,
+    memory: int,
+    foreseen: bool = False,
 ) -> float:
     """Learn from the counts up to ``now`` and return the boost, which is raised at most once in
-    ``patience`` and fades with time constant ``memory`` (ns)."""
+    ``patience`` and fades with time constant ``memory`` (ns). Misses that were ``foreseen``
+    contradict nothing: they are noted and do not raise it."""
     total = service.answered + service.refused
     if pressure.at:
         passed = max(0, now - pressure.at)
@@ -56,7 +66,12 @@ def note_pressure(
         )
     pressure.at, pressure.counted, pressure.counted_pressed = now, total, service.pressed
     allowed = pressure.offered * (1.0 - service.percentile / 100.0)
-    if pressure.pressed > max(EVIDENCE, allowed) and now - pressure.raised_at >= patience:
+    if pressure.pressed <= max(EVIDENCE, allowed):
+        return pressure.boost
+    if foreseen:
+        pressure.foreseen_at = now
+        pressure.offered = pressure.pressed = 0.0
+    elif now - pressure.raised_at >= patience:
         pressure.boost = min(MOST, pressure.boost * STEP)
         pressure.raised_at = now
         pressure.offered = pressure.pressed = 0.0

@@ -35,6 +35,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Final
 
+HEADROOM: Final = 0.9
+"""Share of the objective that the predicted percentile may use."""
 ARRIVAL_CV2: Final = 1.5
 """Squared coefficient of variation of arrivals: a little burstier than Poisson."""
 SERVICE_CV2: Final = 0.1
@@ -115,6 +117,11 @@ def batch_delay(
     if growth >= 1.0:
         return math.inf
     rows = max(1.0, rate * fixed / 1e9 / (1.0 - growth))
-    deviations = max(0.0, _NORMAL.inv_cdf(min(percentile, 99.99) / 100.0))
-    high = rows + deviations * math.sqrt(ARRIVAL_CV2 * rows / (1.0 - growth**2))
+    high = rows + deviations(percentile) * math.sqrt(ARRIVAL_CV2 * rows / (1.0 - growth**2))
     return 2.0 * (fixed + per_row * high) if high <= largest else math.inf
+
+
+def deviations(percentile: float) -> float:
+    """By how many standard deviations a normal's quantile at ``percentile`` (0..100) lies above its
+    mean; 0 if it lies below."""
+    return max(0.0, _NORMAL.inv_cdf(min(percentile, 99.99) / 100.0))

@@ -44,12 +44,15 @@ class View(msgspec.Struct, frozen=True):
 class Verdict(msgspec.Struct):
     """A layout judged: the partitions of each service, the utilization of each partition and the
     rows per second that come to it, and for each service that would miss its objective why.
-    ``overload`` says how badly, to compare infeasible layouts: the parts of their load (each 0..1)
-    that those services could not answer in time."""
+    ``busy`` is the share of time in which a partition executes: where answers take turns more than
+    its utilization, for a turn is as long, or nearly, with few of them as with many. ``overload``
+    says how badly objectives are missed, to compare infeasible layouts: the parts of their load
+    (each 0..1) that those services could not answer in time."""
 
     layout: Layout
     services: dict[str, tuple[int, ...]]
     rho: list[float]
+    busy: list[float]
     asked: list[float]
     misses: dict[str, str]
     overload: float = 0.0

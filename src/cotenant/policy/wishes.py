@@ -117,6 +117,7 @@ class Wishes:
         horizon_s = tuning.horizon / S
         pressing, patience = self._demand.pressing(view)
         here = judge(pressing, current, horizon_s)
+        self._demand.foresee(view, here)
         if here.misses or current.compute < least:
             best = self._step_up(pressing, current, here.overload)
             if best is None:
@@ -221,6 +222,7 @@ class Wishes:
         horizon_s = tuning.horizon / S
         pressing, _ = self._demand.pressing(view)
         here = judge(pressing, current, horizon_s)
+        self._demand.foresee(view, here)
         options = [x for x in mig_layouts(view.device, current) if x.compute >= least]
         if not options:
             return Wish(current)
@@ -363,7 +365,7 @@ def _judge_all(view: View, layouts: list[Layout], horizon_s: float) -> list[Verd
 
 def _unlent(verdict: Verdict) -> Verdict:
     """As if services left nothing."""
-    return msgspec.structs.replace(verdict, rho=[1.0] * len(verdict.rho))
+    return msgspec.structs.replace(verdict, busy=[1.0] * len(verdict.busy))
 
 
 def _least(view: View) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections import Counter, deque
 from typing import Final
@@ -18,6 +19,8 @@ REVOKE_BUCKETS_S = (10e-6, 20e-6, 50e-6, 100e-6, 200e-6, 500e-6, 1e-3, 2e-3, 5e-
 RECENT: Final = 2000
 """Latencies kept for quantiles, and for no longer than ``RECENT_NS``."""
 RECENT_NS: Final = 30 * S
+
+STEADY: Final = 256
 
 
 class Histogram:
@@ -55,6 +58,28 @@ class Recent:
         return [ordered[min(len(ordered) - 1, int(q * len(ordered)))] for q in shares]
 
 
+class Mean:
+    """Mean and standard deviation of the newest samples: of all while they are few, then each
+    counts ``1 / STEADY`` (West, Communications of the ACM 1979)."""
+
+    def __init__(self) -> None:
+        self.value = 0.0
+        self._variance = 0.0
+        self._count = 0
+
+    def add(self, sample: float) -> None:
+        """Count one sample."""
+        self._count = min(STEADY, self._count + 1)
+        error, gain = sample - self.value, 1 / self._count
+        self.value += error * gain
+        self._variance = (1 - gain) * (self._variance + gain * error * error)
+
+    @property
+    def deviation(self) -> float:
+        """The standard one."""
+        return math.sqrt(self._variance)
+
+
 class ServiceMeter:
     """Counters of one service since the node started."""
 
@@ -74,6 +99,9 @@ class ServiceMeter:
         self.recent_pace = Recent()
         self.tokens = 0
         self.prompt_tokens = 0
+        self.prompt = Mean()
+        """Tokens of a request, and of an answer that is over."""
+        self.answer = Mean()
         self.batches = 0
         self.batched_rows = 0
         self.rows: Counter[int] = Counter()

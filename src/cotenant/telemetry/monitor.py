@@ -25,6 +25,7 @@ from cotenant.policy.forecast import Season
 from cotenant.policy.memory.budgets import gives
 from cotenant.policy.state import DispatcherState, Phase, unfit
 from cotenant.telemetry.meters import JobMeter, PartitionMeter, ServiceMeter
+from cotenant.telemetry.turns import turns_of
 
 _WANT_OF_CAPACITY = (Refusal.OVERLOADED, Refusal.QUEUE_FULL)
 DAY: Final = 24 * 3600 * S
@@ -111,7 +112,9 @@ class Monitor:
     def _arrived(self, _: int, event: e.Arrived) -> None:
         request = event.request
         self._open[request.id] = request
-        self.service(request.service).arrive(request.rows)
+        meter = self.service(request.service)
+        meter.arrive(request.rows)
+        meter.prompt.add(request.prompt)
 
     def _service_added(self, _: int, event: e.ServiceAdded) -> None:
         self._paces[event.service] = event.pace
@@ -225,6 +228,7 @@ class Monitor:
             meter.recent.add(now, latency)
         else:
             meter.misses += talk.late or talk.fell_behind(now, self._paces.get(request.service, 0))
+            meter.answer.add(talk.said)
             if talk.said > 1:
                 meter.pace.add((now - talk.first) // (talk.said - 1))
                 meter.recent_pace.add(now, (now - talk.first) // (talk.said - 1))
@@ -404,6 +408,7 @@ class Monitor:
             unloads=spec.unloads,
             offer=known.offer_revision if known.offer else 0,
             unfit={d: why for d, why in unfit(known).items() if not known.at.get(d)},
+            turns=turns_of(state, known, meter),
         )
 
 
