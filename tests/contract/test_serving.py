@@ -416,6 +416,7 @@ AUTH = "Authorization: Bearer s3cret\r\n"
 def test_a_token_guards_every_route_but_health(narrow: Any) -> None:
     assert ask(narrow, "GET", "/v2/health/live")[0] == 200
     assert ask(narrow, "GET", "/v2/health/ready")[0] == 200
+    assert ask(narrow, "GET", "/health")[0] == 200
     for path in ("/v2", "/metrics", "/v2/models/double", "/v2/health/other"):
         assert ask(narrow, "GET", path)[0] == 401
     assert ask(narrow, "POST", ROUTE, GOOD)[0] == 401

@@ -63,7 +63,7 @@ around it; a request whose JSON is longer than so the model's inputs call for is
 
 _PREFIX = "/v2/models/"
 _SUFFIX = "/infer"
-_OPEN_PATHS = frozenset({"/v2/health/live", "/v2/health/ready"})
+_OPEN_PATHS = frozenset({"/health", "/v2/health/live", "/v2/health/ready"})
 _BINARY_TYPE = (b"content-type", b"application/octet-stream")
 
 # A hang-up is looked for only once a request has waited this long. Starting a task for each

@@ -67,6 +67,7 @@ def build_admin(node: NodePort, intake: Intake, bodies: BodyReader) -> Starlette
     shared = "/v2/systemsharedmemory"
     post = ["POST"]
     routes = [
+        Route("/health", admin.ready),  # as programs know it that speak OpenAI's API
         Route("/v2/health/live", admin.live),
         Route("/v2/health/ready", admin.ready),
         Route("/v2", admin.server),
