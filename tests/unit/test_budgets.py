@@ -141,7 +141,7 @@ def test_a_job_that_goes_while_it_waits_leaves_nothing() -> None:
     box.job("j", memory=900, kept=100)
     box.has("j", 900)
     box.send(e.JobQueued("k", memory=500))
-    assert not sizes(box.send(e.JobExited("k"), after=S))
+    assert sizes(box.send(e.JobExited("k"), after=S)) == [("j", -1)], "nobody needs it any more"
     assert set(box.d.books.devices["cpu"].account.holders) == {"j"}
 
 
@@ -245,3 +245,109 @@ def test_an_instance_that_is_larger_than_was_said_takes_what_others_leave() -> N
     assert box.booked(load.worker) == 700
     assert not only(box.send(e.JobQueued("j", memory=400)), a.Start)
     assert only(box.send(e.JobQueued("k", memory=300)), a.Start)
+
+
+# --- what was found in review ---------------------------------------------------------------
+
+
+def test_what_is_offered_serves_only_once_it_was_loaded() -> None:
+    box = Box()
+    box.serve("s", 600)
+    box.used("s")
+    box.now += 100 * S
+    offered = box.send(e.VersionOffered("s", "2", 1))
+    assert only(offered, a.Unload), "the one before makes room"
+    offered += box.planned({"s": (0, 1)}, version=9)
+    assert not only(offered, a.Serve)
+    load = one(box.unloaded(offered), a.Load)
+    assert load.version == "2"
+    assert one(box.loaded([load]), a.Serve).version == "2"
+
+
+def test_an_instance_is_not_unloaded_before_it_was_up() -> None:
+    box = Box()
+    box.service("a", memory={"": 600}, unloads=True)
+    box.send(e.VersionOffered("a", "1"))
+    load = one(box.planned({"a": (0, 1)}), a.Load)
+    box.names.append("a")
+    assert not only(box.serve("k", 600, unloads=False), a.Unload)
+    assert one(box.loaded([load]), a.Serve).service == "a"
+
+
+def test_versions_that_do_not_fit_together_take_turns_too() -> None:
+    box = Box()
+    box.serve("s", 600, keep=2)
+    box.used("s")
+    box.now += 100 * S
+    box.loaded(box.unloaded(box.send(e.VersionOffered("s", "2", 1))))
+    waits = box.arrive("s", slo=5 * S, version="1")
+    loads = box.unloaded(waits)
+    if not only(waits, a.Reject):
+        assert only(box.loaded(loads), a.Dispatch)
+    box.send(e.Woke(), after=10 * S)
+    assert not box.d.state.queued, "nobody waits for ever"
+
+
+def test_a_job_grows_into_its_guarantee_whoever_has_borrowed_that() -> None:
+    box = Box()
+    box.job("j", memory=900, kept=500)
+    box.has("j", 100)
+    box.serve("s", 600)
+    box.arrive("s")
+    assert not sizes(box.has("j", 500)), "it is its own"
+    assert sizes(box.has("j", 700)) == [("j", 500)]
+
+
+def test_what_a_job_leaves_of_its_guarantee_is_lent() -> None:
+    box = Box()
+    box.job("j", memory=500)
+    box.has("j", 100)
+    assert only(box.serve("s", 800), a.Load)
+
+
+def test_who_cannot_have_all_takes_nothing_from_others() -> None:
+    box = Box()
+    box.serve("c", 600)
+    box.arrive("c")
+    assert not only(box.serve("a", 600), a.Load)
+    assert only(box.serve("d", 300), a.Load), "that is free"
+
+
+def test_what_never_fits_beside_what_stays_is_declined() -> None:
+    box = Box()
+    box.serve("k", 600, unloads=False)
+    assert only(box.serve("u", 600), a.Decline)
+
+
+def test_what_was_declined_keeps_nothing_from_jobs() -> None:
+    box = Box()
+    box.job("j", memory=600)
+    assert only(box.serve("s", 500, unloads=False), a.Decline)
+    assert only(box.send(e.JobQueued("k", memory=300)), a.Start)
+
+
+def test_who_waits_for_memory_that_nobody_is_to_give_is_told_at_once() -> None:
+    box, actions = asleep()
+    box.loaded(box.unloaded(actions))
+    box.arrive("new")
+    assert one(box.arrive("old", slo=5 * S), a.Reject).refusal == Refusal.UNAVAILABLE
+
+
+def test_a_job_that_does_not_give_keeps_nobody_waiting_for_ever() -> None:
+    box = Box()
+    box.job("j", memory=900, kept=100)
+    box.has("j", 900)
+    assert not only(box.serve("s", 500, unloads=False), a.Decline)
+    declined = [x for _ in range(40) for x in only(box.send(e.Woke(), after=S), a.Decline)]
+    assert len(declined) == 1
+
+
+def test_whether_it_may_be_unloaded_can_change() -> None:
+    box = Box()
+    box.serve("s", 600)
+    box.used("s")
+    box.service("s", memory={"": 600}, unloads=False)
+    box.now += 100 * S
+    assert only(box.serve("k", 600, unloads=False), a.Decline)
+    box.service("s", memory={"": 600}, unloads=True)
+    assert only(box.send(e.VersionOffered("k", "1", 1)), a.Unload)

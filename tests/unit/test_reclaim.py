@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
 
-from cotenant.devices.reclaim import Cgroups, Pageout, find
+from cotenant.devices.reclaim import LEAF, Cgroups, Pageout, find
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,7 +36,8 @@ def test_a_delegated_cgroup_is_the_way(machine: tuple[Path, Path]) -> None:
     proc, groups = machine
     way, why = find(proc, groups)
     assert isinstance(way, Cgroups) and not why
-    assert (groups / "mine/node/cgroup.procs").read_text() == "17"
+    own = groups / "mine" / LEAF
+    assert (own / "cgroup.procs").read_text() == str(os.getpid())
     assert (groups / "mine/cgroup.subtree_control").read_text() == "+memory"
     place = way.place("j")
     way.take("j", [], 4096)
@@ -45,6 +47,14 @@ def test_a_delegated_cgroup_is_the_way(machine: tuple[Path, Path]) -> None:
     way.forget("j")
     way.forget("never there")
     assert not told.parent.exists()
+
+
+def test_who_comes_after_another_node_finds_the_same_cgroup(machine: tuple[Path, Path]) -> None:
+    proc, groups = machine
+    (proc / "self" / "cgroup").write_text(f"0::/mine/{LEAF}\n")
+    way, _ = find(proc, groups)
+    assert way is not None
+    assert way.place("j") == str(groups / "mine" / "job-j")
 
 
 def test_without_one_it_takes_a_capability(machine: tuple[Path, Path]) -> None:
@@ -63,7 +73,7 @@ def test_without_swap_there_is_none(machine: tuple[Path, Path]) -> None:
     (proc / "swaps").write_text(SWAPS.splitlines()[0] + "\n")
     way, why = find(proc, groups)
     assert way is None and "swap" in why
-    assert not (groups / "mine/node").exists(), "and nothing was changed"
+    assert not (groups / "mine" / LEAF).exists(), "and nothing was changed"
 
 
 def test_a_process_whose_pages_are_named_loses_nothing() -> None:

@@ -8,17 +8,19 @@ from typing import Final
 
 from cotenant.devices import proctree
 
-SHARE_OF_CORE: Final = 0.01
+SHARE_OF_CORE: Final = 0.02
 """That exact looks may take: milliseconds for each GiB."""
 
 
 class Footprint:
-    """Resident sets of several processes count what they share in each of them. What that makes is
-    measured now and then, and taken off."""
+    """Resident sets of several processes count what they share in each of them, so what they occupy
+    together is measured exactly: now and then, and when processes come or go. In between what the
+    resident sets have changed by since is added."""
 
     def __init__(self) -> None:
-        self._shared = 0
-        self._due = 0.0
+        self._pids: frozenset[int] = frozenset()
+        self._exact = self._resident = 0
+        self._due = self._allowed = 0.0
 
     def look(self, pids: Sequence[int]) -> int:
         """Bytes that these processes occupy."""
@@ -26,8 +28,12 @@ class Footprint:
         if len(pids) < 2:
             return resident
         began = time.monotonic()
-        if began >= self._due:
-            self._shared = resident - proctree.proportional_bytes(pids)
-            ended = time.monotonic()
-            self._due = ended + (ended - began) / SHARE_OF_CORE
-        return max(0, resident - self._shared)
+        same = self._pids == frozenset(pids)
+        if began >= (self._due if same else self._allowed):
+            self._exact, self._resident = proctree.proportional_bytes(pids), resident
+            self._pids = frozenset(pids)
+            took = time.monotonic() - began
+            self._allowed = began + took / SHARE_OF_CORE
+            self._due = max(self._allowed, began + 1.0)
+            return self._exact
+        return max(0, self._exact + resident - self._resident) if same else self._exact

@@ -21,6 +21,7 @@ MADV_PAGEOUT: Final = 21
 IOVECS: Final = 1024
 """As many pieces as one call takes (IOV_MAX)."""
 CAP_SYS_NICE: Final = 23
+LEAF: Final = "cotenant-node"
 CGROUPS: Final = Path("/sys/fs/cgroup")
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -59,7 +60,8 @@ def _own(proc: Path, cgroups: Path) -> Path:
     for line in (proc / "self/cgroup").read_text().splitlines():
         number, _, path = line.split(":", 2)
         if number == "0":
-            return cgroups / path.lstrip("/")
+            found = cgroups / path.lstrip("/")
+            return found.parent if found.name == LEAF else found  # an earlier node moved there
     raise FileNotFoundError("no cgroup of version 2")
 
 
@@ -73,10 +75,10 @@ class Cgroups:
         self._base = base
         if "memory" not in (base / "cgroup.controllers").read_text().split():
             raise FileNotFoundError(f"{base} does not control memory")
-        own = base / "node"
+        own = base / LEAF
         own.mkdir(exist_ok=True)
-        for pid in (base / "cgroup.procs").read_text().split():
-            (own / "cgroup.procs").write_text(pid)
+        (own / "cgroup.procs").write_text(str(os.getpid()))
+        # Refused while others are in it: then it is not ours.
         (base / "cgroup.subtree_control").write_text("+memory")
 
     def place(self, job: str) -> str:
@@ -103,34 +105,49 @@ class Pageout:
 
     def __init__(self, proc: Path = Path("/proc")) -> None:
         self._proc = proc
+        self._cursors: dict[str, dict[tuple[int, int], int]] = {}
+        """Of each job: how far its mappings were named, by process and start."""
 
     def place(self, _: str) -> str:
         """See Reclaim."""
         return ""
 
-    def take(self, _: str, pids: Iterable[int], size: int) -> None:
+    def take(self, job: str, pids: Iterable[int], size: int) -> None:
         """See Reclaim."""
+        refused: OSError | None = None
+        cursors = self._cursors.setdefault(job, {})
         for pid in pids:
             if size <= 0:
                 return
-            with contextlib.suppress(ProcessLookupError, FileNotFoundError):
-                size -= self._page_out(pid, size)
+            try:
+                size -= self._page_out(pid, size, cursors)
+            except (ProcessLookupError, FileNotFoundError):
+                continue  # it has ended
+            except OSError as error:  # it locks its memory, say; others may not
+                refused = error
+        if refused is not None:
+            raise refused
 
-    def forget(self, _: str) -> None:
+    def forget(self, job: str) -> None:
         """See Reclaim."""
+        self._cursors.pop(job, None)
 
-    def _page_out(self, pid: int, size: int) -> int:
-        """Bytes of one process that the kernel was told of."""
-        ranges, told = [], 0
-        for start, length in sorted(self._mappings(pid), key=lambda m: -m[1])[:IOVECS]:
-            if told < size:
-                ranges.append((start, min(length, size - told)))
-                told += ranges[-1][1]
-        if not ranges:
-            return 0
-        vector = (ctypes.c_size_t * (2 * len(ranges)))(*(n for pair in ranges for n in pair))
-        fd = os.pidfd_open(pid)
+    def _page_out(self, pid: int, size: int, cursors: dict[tuple[int, int], int]) -> int:
+        """Bytes of one process that the kernel was told of: those behind the ones before."""
+        fd = os.pidfd_open(pid)  # first: what is read then is of this process
         try:
+            ranges, told = [], 0
+            for start, length in sorted(self._mappings(pid), key=lambda m: -m[1])[:IOVECS]:
+                done = cursors.get((pid, start), 0)
+                done = done if done < length else 0
+                count = min(length - done, size - told)
+                if count > 0:
+                    ranges.append((start + done, count))
+                    cursors[pid, start] = done + count
+                    told += count
+            if not ranges:
+                return 0
+            vector = (ctypes.c_size_t * (2 * len(ranges)))(*(n for pair in ranges for n in pair))
             if _libc.syscall(PROCESS_MADVISE, fd, vector, len(ranges), MADV_PAGEOUT, 0) < 0:
                 number = ctypes.get_errno()
                 raise OSError(number, os.strerror(number))

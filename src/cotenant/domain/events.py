@@ -173,6 +173,7 @@ class JobQueued(_Event, frozen=True):
     memory: int = 0
     grace: int = 5 * S
     kept: int = -1
+    gives: bool = False
 
 
 class JobReady(_Event, frozen=True):
@@ -287,8 +288,9 @@ def service_added(
     )
 
 
-def job_queued(spec: JobSpec) -> JobQueued:
-    """The event of a job that wants to run."""
+def job_queued(spec: JobSpec, gives: bool = False) -> JobQueued:
+    """The event of a job that wants to run; ``gives``: it runs already, and can be asked for
+    memory."""
     return JobQueued(
         job=spec.id,
         weight=spec.weight,
@@ -298,4 +300,5 @@ def job_queued(spec: JobSpec) -> JobQueued:
         memory=spec.memory,
         grace=spec.grace,
         kept=spec.memory if spec.memory_guaranteed is None else spec.memory_guaranteed,
+        gives=gives,
     )

@@ -122,6 +122,7 @@ class Dispatcher:
 
     def _service_added(self, event: e.ServiceAdded) -> None:
         self._roster.service_added(event)
+        self.budgets.changed(self.state.services[event.service])
         self._residency.settle(event.service)
 
     def _service_removed(self, event: e.ServiceRemoved) -> None:
@@ -159,8 +160,8 @@ class Dispatcher:
         self._tenancy.settle()
 
     def _arrived(self, event: e.Arrived) -> None:
+        self._residency.wake(event.request)
         self._turns.arrived(event)
-        self._residency.wake(event.request.service)
 
     def _held(self, event: e.Held) -> None:
         self.budgets.reported(event)
@@ -174,6 +175,7 @@ class Dispatcher:
         for device in list(self.books.touched):
             for worker in self.budgets.ready(device):
                 self._residency.begin(worker)
+            self._residency.give_up(device)
             for worker in self.budgets.to_give(device):
                 if not worker.retiring:
                     self._residency.put_to_sleep(worker)

@@ -40,9 +40,13 @@ def _memory(dispatcher: Dispatcher) -> None:
     for ledger in dispatcher.books.pools.values():
         ledger.check()
     for service in state.services.values():
-        for device in service.asleep:
-            assert not service.at.get(device), f"{service.name}: asleep and serving on {device}"
-            assert service.unloads, f"{service.name}: asleep against its will"
+        assert service.unloads or not service.asleep, f"{service.name}: asleep against its will"
+        known = {*service.versions.values(), service.offer_revision}
+        assert known >= set(service.asleep), f"{service.name}: a version that is gone is asleep"
+    for worker in state.workers.values():
+        asleep = state.services[worker.service].asleep.get(worker.revision, {})
+        there = worker.device in asleep and not worker.retiring
+        assert not there, f"{worker.id}: there, and asleep"
 
 
 def _holders(state: DispatcherState, levels: dict[str, PreemptLevel]) -> None:

@@ -17,6 +17,7 @@ from typing import Final
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
 from cotenant.domain.plan import Plan
+from cotenant.domain.request import Request
 from cotenant.domain.units import MS, S
 from cotenant.policy import returning
 from cotenant.policy.desk import Desk
@@ -26,6 +27,8 @@ from cotenant.policy.state import ServiceState, WorkerState, unfit
 
 RETRY_FIRST, RETRY_MOST = 200 * MS, 30 * S
 """Wait (ns) before an instance that failed is loaded again: doubled each time, up to a most."""
+GIVEN_WITHIN: Final = 30 * S
+"""So long (ns) what was offered waits for memory that others were asked for."""
 HEALTHY_AFTER: Final = 60 * S
 """An instance that was up for so long (ns) did not die of what it is."""
 
@@ -47,8 +50,9 @@ class Residency:
         for service in self._state.services.values():
             there = plan.services.get(service.name, ())
             service.wanted = list(dict.fromkeys(device_of[p] for p in there))
-            for device in [d for d in service.asleep if d not in service.wanted]:
-                del service.asleep[device]
+            for devices in service.asleep.values():
+                for device in [d for d in devices if d not in service.wanted]:
+                    del devices[device]
             if service.name in plan.unplaced and service.offer:
                 self._decline(service, plan.unplaced[service.name])
             self.settle(service.name)
@@ -62,7 +66,6 @@ class Residency:
             self._decline(service, "another was offered since")
         service.offer, service.offer_revision = event.version, event.revision
         service.failures = service.retry_at = 0
-        service.asleep.clear()
         self.settle(service.name)
 
     def gone(self, event: e.VersionGone) -> None:
@@ -141,7 +144,7 @@ class Residency:
         service = self._state.services.get(name)
         if service is None:
             return
-        if service.queued and not service.workers:
+        if service.queued and service.unloads:
             self._roster.refuse_late(service)
         if service.asleep and self._is_due(service):
             service.asleep.clear()
@@ -156,20 +159,21 @@ class Residency:
         """See to the instances of a version; whether all that are wanted are up."""
         mine = self._of(service, version, revision)
         complete, able = True, False
+        offered = (service.offer, service.offer_revision)
         failed = service.unfit.get(revision, {})
         for device in service.wanted:
             there = [w for w in mine if w.device == device]
             if device in failed:
                 continue
             able = True
-            if device in service.asleep:
+            if device in service.asleep.get(revision, {}):
                 continue
             for _ in range(service.instances - len(there)):
                 complete = False
                 if service.retry_at > self._state.now:
                     break
                 why = self._load(service, version, revision, device)
-                if why and (version, revision) == (service.offer, service.offer_revision):
+                if why and (version, revision) == offered:
                     self._decline(service, why)
                     return False
             complete = complete and all(w.up for w in there)
@@ -192,11 +196,21 @@ class Residency:
             revision=revision,
             memory=memory,
             pending=True,
+            since=state.now,
         )
         if self._budgets.load(worker):
             self.begin(worker)
             return ""
         return self._budgets.hopeless(worker)
+
+    def give_up(self, device: str) -> None:
+        """Decline what was offered and waits for memory that others were to give long ago."""
+        for worker in list(self._state.workers.values()):
+            service = self._state.services[worker.service]
+            offered = (worker.version, worker.revision) == (service.offer, service.offer_revision)
+            long = self._state.now - worker.since > GIVEN_WITHIN
+            if worker.pending and worker.coming and worker.device == device and offered and long:
+                self._decline(service, "others do not give the memory that they were asked for")
 
     def begin(self, worker: WorkerState) -> None:
         """There is memory for an instance: load it."""
@@ -243,6 +257,7 @@ class Residency:
         self._drop(service, version, service.versions.pop(version))
 
     def _drop(self, service: ServiceState, version: str, revision: int) -> None:
+        service.asleep.pop(revision, None)
         for worker in self._of(service, version, revision):
             self._retire(worker)
 
@@ -270,20 +285,22 @@ class Residency:
         """An idle instance gives its memory to others: its service is on that device again when it
         is wanted."""
         service, device = self._state.services[worker.service], worker.device
-        service.asleep[device] = None
-        for other in self._of(service):
+        service.asleep.setdefault(worker.revision, {})[device] = None
+        for other in self._of(service, worker.version, worker.revision):
             if other.device == device:
                 self._retire(other)
         back = returning.expected(service, self._state.now)
         if back:
             self._desk.watch(self._soon(service, back), "service", service.name)
 
-    def wake(self, name: str) -> None:
-        """Requests come for a service that may be asleep."""
-        service = self._state.services.get(name)
-        if service is not None and service.asleep:
-            service.asleep.clear()
-            self.settle(name)
+    def wake(self, request: Request) -> None:
+        """Somebody asks for a version that may be asleep."""
+        service = self._state.services.get(request.service)
+        if service is None or not service.asleep:
+            return
+        revision = service.versions.get(request.version or service.version, 0)
+        if service.asleep.pop(revision, None):
+            self.settle(service.name)
 
     def _is_due(self, service: ServiceState) -> bool:
         back = returning.expected(service, self._state.now)

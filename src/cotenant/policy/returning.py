@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from cotenant.policy.memory.account import UNLOAD_BEYOND
-from cotenant.policy.state import DispatcherState, ServiceState
+from cotenant.policy.state import DispatcherState, ServiceState, WorkerState
 
 GAIN: Final = 4
 """A new silence counts 1/GAIN."""
@@ -30,13 +30,21 @@ def note_silence(service: ServiceState, now: int) -> None:
     service.silence_dev += (abs(error) - service.silence_dev) // GAIN
 
 
-def idles(state: DispatcherState, service: ServiceState) -> bool:
-    """Whether a service has had nothing to do for long against what it takes to load it. One that
-    nobody has asked yet makes way at once: so all are loaded once, and seen to work."""
-    if service.queued or any(r.batch.service == service.name for r in state.running.values()):
+def idles(state: DispatcherState, worker: WorkerState) -> bool:
+    """Whether an instance that may be unloaded has had nothing to do for long against what it takes
+    to load it. One that nobody has asked yet makes way at once, so that all are loaded once and
+    seen to work; and so does one of another version than what its service waits for."""
+    service = state.services[worker.service]
+    if not service.unloads or worker.batch:
         return False
-    if any(state.workers[r.worker].service == service.name for r in state.residents.values()):
+    if any(resident.worker == worker.id for resident in state.residents.values()):
         return False
+    for lane in service.lanes.values():
+        if lane.live and (lane.version or service.version) == worker.version:
+            return False
+    for other in state.workers.values():
+        if other.service == service.name and other.pending and other.device == worker.device:
+            return other.version != worker.version or other.revision != worker.revision
     last = service.last_arrival
     return not last or state.now - last > UNLOAD_BEYOND * service.load_ns
 
@@ -45,8 +53,10 @@ def loaded_in(state: DispatcherState, service: ServiceState, now: int) -> int:
     """In how many ns a service that was asleep has an instance again; below 0: nobody knows."""
     if not service.unloads or not service.load_ns:
         return -1
-    soonest = service.load_ns if service.asleep else -1
+    soonest = service.load_ns if any(service.asleep.values()) else -1
     for worker in state.workers.values():
+        if worker.pending and not worker.coming:
+            continue
         if worker.service == service.name and not worker.up and not worker.retiring:
             begun = now if worker.pending else worker.since
             left = max(0, begun + service.load_ns - now)

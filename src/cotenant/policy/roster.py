@@ -186,8 +186,12 @@ class Roster:
 
     def refuse_late(self, service: ServiceState) -> None:
         """Refuse what has waited in vain for an instance to be loaded again."""
-        now = self._state.now
-        self._refuse_where(service, Refusal.UNAVAILABLE, lambda r: r.deadline <= now)
+        now, there = self._state.now, served(self._state, service)
+        self._refuse_where(
+            service,
+            Refusal.UNAVAILABLE,
+            lambda r: r.deadline <= now and (r.version or service.version) not in there,
+        )
 
     def _refuse_where(
         self, service: ServiceState, refusal: Refusal, condition: Callable[[Request], bool]

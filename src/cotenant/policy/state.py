@@ -119,8 +119,8 @@ class ServiceState:
     """And as measured."""
     unloads: bool = False
     """Whether its instances may be unloaded while they idle."""
-    asleep: dict[str, None] = field(default_factory=dict)
-    """Devices where they are: others needed the memory."""
+    asleep: dict[int, dict[str, None]] = field(default_factory=dict)
+    """Devices where they are, by revision: others needed the memory."""
     load_ns: int = 0
     """How long an instance took to load, last."""
     silence: int = 0
@@ -202,7 +202,8 @@ class WorkerState:
     least: int = 0
     up: bool = False
     pending: bool = False
-    """Whether it waits for memory and is not loaded yet."""
+    """Whether it waits for memory and is not loaded yet, and (``coming``) others are to give it."""
+    coming: bool = False
     since: int = 0
     """When it was ordered or, if that is later, when it came up (ns)."""
     batch: int = 0
@@ -429,6 +430,8 @@ class DispatcherState:
     """Pools that have what their first answer needs, and since when (ns)."""
     settling: dict[str, int] = field(default_factory=dict)
     """When (ns) they are to be weighed again."""
+    moved: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """What was free and coming of a memory that pools share with others, when they were told."""
     again: dict[str, int] = field(default_factory=dict)
     """When (ns) who waits for a device's memory asks again."""
     reserves: dict[str, Reserve] = field(default_factory=dict)

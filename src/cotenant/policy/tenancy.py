@@ -55,6 +55,7 @@ class Tenancy:
                 kinds=event.kinds,
                 memory=event.memory,
                 kept=event.memory if event.kept < 0 else event.kept,
+                gives=event.gives,
                 grace=event.grace,
             )
             self._choose_kind(tenants[event.job])
@@ -91,6 +92,7 @@ class Tenancy:
     def _start(self, tenant: Tenant) -> None:
         kind = self._choose_kind(tenant)
         if not kind:
+            self._budgets.exited(tenant.id)  # what it was given while it waited
             return
         devices = tuple(d for d in self._desk.devices if d.kind == kind and d.trains)
         place = ""

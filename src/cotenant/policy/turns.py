@@ -90,7 +90,7 @@ class Turns:
             return
         queues.enqueue(state, service, request)
         state.unplaced[service.name] = None
-        if not service.workers:  # one is to be loaded again; it may come too late
+        if service.unloads:  # it may wait for an instance that is loaded again, and too late
             desk.watch(request.deadline, "service", service.name)
 
     def cancelled(self, event: e.Cancelled) -> None:

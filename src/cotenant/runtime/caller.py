@@ -117,6 +117,7 @@ class Caller:
         self._lock = threading.Lock()
         """Whether a call has begun or is dropped is decided under it."""
         self._looking = False
+        self._evicting: set[str] = set()
         self._looks = Lane("cotenant-look")
         self._calls = None if self._quick else Lane("cotenant-device")
         self._drains = None if self._quick else Lane("cotenant-drain", DRAINS)
@@ -290,8 +291,11 @@ class Caller:
             log.warning("device could not look at its tenants", extra={"why": why})
 
     def evict(self, job: str, size: int) -> None:
-        """Have the device take memory back from a job, where the looks are made."""
-        self._looks.submit(partial(self._evict, job, size))
+        """Have the device take memory back from a job, where the looks are made; not while it does
+        so already."""
+        if job not in self._evicting:
+            self._evicting.add(job)
+            self._looks.submit(partial(self._evict, job, size))
 
     def _evict(self, job: str, size: int) -> None:
         """On a thread."""
@@ -299,6 +303,7 @@ class Caller:
             self.device.evict(job, size)
         except Exception as error:
             log.warning("not evicted", extra={"job": job, "why": self._said("evict", error)})
+        self._post(self._evicting.discard, job)
 
     # --- threads ----------------------------------------------------------------------------
 

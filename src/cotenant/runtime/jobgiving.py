@@ -57,7 +57,8 @@ class JobGiving:
         if most < 0:
             self._orders.pop(job, None)
             return
-        self._orders[job] = _Order(most, time.monotonic())
+        order = self._orders.setdefault(job, _Order(most, time.monotonic()))
+        order.most = most
         asked = self._ask(job, most)
         log.info("job is to give memory", extra={"job": job, "most": most, "asked": asked})
 

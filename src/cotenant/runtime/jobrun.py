@@ -7,6 +7,7 @@ Directory of a run (``jobs/<job>/run-<run>``, gone once its end is recorded):
     started.json  pids and start times of shim and command
     exit.tmp      room for the next one; there since before the command was
     exit.json     how the run ended
+    gives         there once a program of the job could be asked for memory
     shim.err      what the shim itself complained about; empty unless Cotenant has a bug
 """
 
@@ -204,6 +205,17 @@ class JobRun:
         """Continue them, children first: their parents then find them running."""
         if self.shim_pid:
             proctree.send(reversed(proctree.descendants(self.shim_pid)), signal.SIGCONT)
+
+    def note_giver(self) -> None:
+        """Remember that a program of the job can be asked for memory."""
+        if not self.noted_giver:
+            with contextlib.suppress(OSError):  # it is said again, and matters after a restart only
+                (self._directory / "gives").touch(mode=0o600)
+
+    @property
+    def noted_giver(self) -> bool:
+        """Whether that was noted, perhaps by an earlier daemon."""
+        return (self._directory / "gives").exists()
 
     async def discard(self) -> None:
         """Let go of it and remove its directory: its end has been recorded."""

@@ -496,11 +496,20 @@ class JobSupervisor:
         if not report.memory:
             live.progress.note(time.monotonic(), report)
         elif sender:
+            new = live.givers.pop(sender, False) is False
             live.givers[sender] = None
             while len(live.givers) > MAX_GIVERS:
                 del live.givers[next(iter(live.givers))]
-            self._shell.on_job_listens(report.job)
+            live.run.note_giver()
+            if new:
+                self._shell.on_job_listens(report.job)
         return True
+
+    def gave(self, id: str) -> bool:
+        """Whether a program of the job's run could be asked for memory, perhaps by an earlier
+        daemon: one that is held, or was taken over, cannot say so itself."""
+        live = self._live.get(id)
+        return live is not None and live.run.noted_giver
 
     def ask_memory(self, id: str, most: int) -> bool:
         """Ask a job's programs that it have at most so many bytes; whether any of them listens."""

@@ -71,7 +71,7 @@ class JobTenants:
     def on_job_queued(self, spec: JobSpec) -> None:
         """See JobShell."""
         self._runs[spec.id] = _Run(spec)
-        self._feed(e.job_queued(spec))
+        self._feed(e.job_queued(spec, self.supervisor.gave(spec.id)))
         self._plan_soon()
 
     async def launch_job(self, spec: JobSpec) -> Launch:

@@ -293,7 +293,7 @@ class Node:
             return False
         if version:
             return version in found.loaded
-        return found.live > 0 or bool(self.core.dispatcher.state.services[name].asleep)
+        return found.live > 0 or (found.spec.unloads and bool(found.loaded))
 
     def metadata(self, name: str, version: str = "") -> ModelMeta:
         """See NodePort."""

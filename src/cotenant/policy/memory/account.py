@@ -20,8 +20,6 @@ TELL: Final = 64
 """A pool tells of a change of what it could give that is 1/TELL of it."""
 UNLOAD_BEYOND: Final = 4
 """An idle instance is unloaded if it is wanted again no sooner than so many times its load time."""
-LOAD_WITHIN: Final = 2
-"""It is due to be loaded again when it is wanted within so many times its load time."""
 
 
 class Kind(enum.IntEnum):

@@ -21,9 +21,9 @@ from cotenant.domain.units import S, format_bytes
 from cotenant.policy import returning
 from cotenant.policy.desk import Desk
 from cotenant.policy.memory.account import Kind, Line, Report, Terms
-from cotenant.policy.memory.books import Books
+from cotenant.policy.memory.books import KV, Books
 from cotenant.policy.memory.ledger import Ledger
-from cotenant.policy.state import Phase, Tenant, WorkerState
+from cotenant.policy.state import Phase, ServiceState, Tenant, WorkerState
 
 AGAIN: Final = 1 * S
 """Who waits for memory that nobody can spare asks again so often."""
@@ -49,19 +49,22 @@ class Budgets:
         if worker.id not in ledger.account.holders and not self._admit(ledger, worker):
             return False
         self._ask(worker.device, ledger, worker.id, worker.memory)
-        return ledger.account.holders[worker.id].promised >= worker.memory
+        holder = ledger.account.holders[worker.id]
+        worker.coming = holder.promised + holder.waiting >= worker.memory
+        if not worker.coming and not holder.terms.guaranteed:
+            ledger.waive(worker.id)  # a part is of no use to it, and perhaps to others
+        return holder.promised >= worker.memory
 
     def hopeless(self, worker: WorkerState) -> str:
         """Why an instance that waits for memory cannot expect it; "" if others are to give it."""
         ledger = self._books.devices[worker.device]
-        holder = ledger.account.holders.get(worker.id)
-        if holder is not None and holder.promised + holder.waiting >= worker.memory:
-            return ""
         left = ledger.unpromised
         if self._state.services[worker.service].unloads:  # others may idle one day
-            left = ledger.usable
-            if worker.memory <= left:
-                return ""
+            holders = ledger.account.holders.values()
+            kept = [h.terms.guaranteed for h in holders if h.terms.kind == Kind.INSTANCE]
+            left = ledger.usable - sum(kept)
+        if worker.coming or worker.memory <= left:
+            return ""
         need = format_bytes(worker.memory)
         return f"it needs {need} of memory, others leave {format_bytes(left)}"
 
@@ -73,12 +76,27 @@ class Budgets:
         if worker.id not in ledger.account.holders:
             self._admit(ledger, worker, there=True)
         holder = ledger.account.holders[worker.id]
+        holder.terms.load_ns = self._state.services[worker.service].load_ns
+        holder.terms.back_cost = holder.terms.load_ns / worker.memory
         if worker.memory > holder.terms.limit:
             ledger.outgrew(worker.id, worker.memory)
         if worker.memory > holder.has:
             self._ask(worker.device, ledger, worker.id, worker.memory)
         ledger.holds(worker.id, Report(worker.memory, worker.memory))
         self._touch(worker.device)
+
+    def changed(self, service: ServiceState) -> None:
+        """A service's instances may be unloaded from now on, or may not any more."""
+        for worker in self._state.workers.values():
+            ledger = self._books.devices.get(worker.device)
+            if worker.service != service.name or ledger is None:
+                continue
+            holder = ledger.account.holders.get(worker.id)
+            if holder is not None:
+                size = 0 if service.unloads else holder.terms.limit
+                if size <= ledger.unpromised + holder.terms.guaranteed:
+                    ledger.guarantee(worker.id, size)
+                    self._touch(worker.device)
 
     def down(self, worker: WorkerState) -> None:
         """An instance is gone, or is not loaded after all."""
@@ -130,7 +148,7 @@ class Budgets:
         tenant = self._state.tenants.get(event.holder)
         if tenant is None or tenant.phase == Phase.QUEUED:
             return
-        tenant.gives = tenant.gives or event.evictable > 0
+        tenant.gives = event.evictable > 0
         parts = [_part(n, tenant.devices) for n in (event.held, event.evictable, event.cold)]
         report = Report(parts[0], parts[0], parts[1], parts[2])
         for device in tenant.devices:
@@ -157,10 +175,12 @@ class Budgets:
     # --- what follows -----------------------------------------------------------------------
 
     def take_back(self, device: str) -> None:
-        """What jobs are to give and have not taken yet is given at once."""
+        """What jobs, and instances that wait, are to give and have not taken is given at once."""
         ledger = self._books.devices[device]
         for name, holder in ledger.account.holders.items():
-            if holder.terms.kind == Kind.JOB and holder.asked and holder.promised:
+            if not holder.asked or not holder.promised or holder.terms.kind == Kind.KV:
+                continue
+            if holder.terms.kind == Kind.JOB or self._state.workers[name].pending:
                 ledger.yields(name)
 
     def ready(self, device: str) -> list[WorkerState]:
@@ -174,26 +194,26 @@ class Budgets:
         holders = self._books.devices[device].account.holders
         workers = self._state.workers
         asked = [n for n, h in holders.items() if h.terms.kind == Kind.INSTANCE and h.asked]
-        return [workers[n] for n in asked if not workers[n].retiring and self._idles(workers[n])]
+        return [workers[n] for n in asked if self._idles(workers[n])]
 
     def _idles(self, worker: WorkerState) -> bool:
         """Whether an instance may be unloaded now."""
-        service = self._state.services[worker.service]
-        return service.unloads and returning.idles(self._state, service)
+        there = worker.up and not worker.retiring
+        return there and returning.idles(self._state, worker)
 
     def tell_jobs(self) -> None:
-        """Order what jobs may have, where that has changed."""
+        """Order what jobs may have, where that has changed: at least what they are guaranteed, also
+        where others do not give it at once."""
         for tenant in self._state.tenants.values():
-            asked = over = keeps = 0
+            held = most = 0
             for device in tenant.devices:
                 ledger = self._books.devices.get(device)
                 holder = ledger.account.holders.get(tenant.id) if ledger is not None else None
-                if holder is None:
-                    continue
-                asked, over = asked + holder.asked, over + holder.over
-                keeps += holder.keeps
-            asked = asked + over if gives(tenant, tenant.kind, self._desk.devices) else 0
-            most = keeps if asked else -1
+                if holder is not None:
+                    held += holder.held + holder.over
+                    most += max(holder.keeps, holder.sure)
+            if held <= most or not gives(tenant, tenant.kind, self._desk.devices):
+                most = -1
             if most != tenant.most:
                 tenant.most = most
                 self._desk.out.append(a.Resize(self._desk.cause, tenant.id, most))
@@ -230,17 +250,27 @@ class Budgets:
         """Take an instance in: with what it needs as its guarantee, if others leave that, or to
         borrow it if it may be unloaded. One that is ``there`` already has what they leave."""
         service, need = self._state.services[worker.service], worker.memory
+        if not service.unloads:
+            self._end_terms(ledger, need)
         if not service.unloads and need > ledger.unpromised:
             if not there:
                 return False
             need = ledger.unpromised
         guaranteed = 0 if service.unloads else need
         terms = Terms(worker.id, Kind.INSTANCE, guaranteed, need, cooperative=False)
-        terms.load_ns = service.load_ns
-        terms.back_cost = service.load_ns / max(1, need)
         refused = ledger.admit(terms)
         assert not refused, refused
         return True
+
+    def _end_terms(self, ledger: Ledger, need: int) -> None:
+        """Pools that have what their first answer needs for a while (``pools.TERM``) make way for
+        who needs its guarantee for good."""
+        for name, holder in ledger.account.holders.items():
+            if holder.terms.kind == Kind.KV and need > ledger.unpromised:
+                worker = self._state.workers[name.removesuffix(KV)]
+                own = self._state.services[worker.service].kv
+                ledger.guarantee(name, min(own, holder.terms.guaranteed))
+                self._state.first.pop(worker.id, None)
 
     def _promised(self, device: str, ledger: Ledger, job: str) -> int:
         """Bytes that are guaranteed there to others than a job, also to those who do not want them
@@ -253,6 +283,8 @@ class Budgets:
             elif holder.terms.kind == Kind.JOB and name != job:
                 found += holder.terms.guaranteed
         for service in services.values():
+            if not service.offer and not service.versions:
+                continue  # it was declined: nothing of it is loaded
             if device in service.wanted and not service.unloads:
                 need = service.instances * self.need(service.name, device)
                 instances[service.name] = max(need, instances[service.name])
@@ -275,8 +307,8 @@ class Budgets:
             ledger.admit(Terms(tenant.id, Kind.JOB, 0, ledger.usable, 1.0, PAGE_NS, PAGE_NS))
             holder = ledger.account.holders[tenant.id]
         part = _part(self.guaranteed(tenant, tenant.kind), tenant.devices)
-        if part < holder.terms.guaranteed:
-            ledger.guarantee(tenant.id, part)
+        if part <= ledger.unpromised + holder.terms.guaranteed:
+            ledger.guarantee(tenant.id, min(part, holder.terms.limit))
         ledger.holds(tenant.id, report)
         if holder.over:
             self._ask(device, ledger, tenant.id, holder.promised + holder.over)

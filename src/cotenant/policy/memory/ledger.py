@@ -144,7 +144,9 @@ class Ledger:
         del self._holders[self._of(name).terms.name]
         for other in self._holders.values():
             other.gave_to.pop(name, None)
-        return self._grant()
+        grants = self._grant()
+        self._recall()
+        return grants
 
     # --- what holders say -------------------------------------------------------------------
 
@@ -207,7 +209,9 @@ class Ledger:
         holder.waiting = 0
         holder.asked -= min(holder.asked, holder.promised)
         holder.promised = 0
-        return self._grant()
+        grants = self._grant()
+        self._recall()
+        return grants
 
     # --- who wants more ---------------------------------------------------------------------
 
@@ -256,6 +260,15 @@ class Ledger:
         """What a holder wants now within its guarantee it is not to give, whatever was ordered."""
         holder.asked -= min(holder.asked, max(0, holder.sure - holder.keeps))
         self._trim()
+
+    def _recall(self) -> None:
+        """Orders end whose memory nobody waits for any more."""
+        needless = self.coming - sum(h.waiting for h in self._holders.values())
+        for holder in self._holders.values():
+            size = min(holder.asked, max(0, needless))
+            if size and (holder.terms.cooperative or size == holder.asked):
+                holder.asked -= size
+                needless -= size
 
     def _wait(self, holder: Holder, size: int) -> None:
         if not holder.waiting:
@@ -351,9 +364,14 @@ class Ledger:
         cold_rank, rank = GIVES[giver.terms.kind]
         if not giver.terms.cooperative:
             return [(rank if self._may_end(giver, now) else Rank.IN_USE, spare)]
+        untaken = 0
+        if giver.terms.kind == Kind.JOB:  # it takes what it needs unasked
+            untaken = min(spare, max(0, giver.promised - giver.asked))
+            spare -= untaken
         cold = min(spare, max(0, giver.cold - giver.asked))
         evictable = min(spare, max(0, giver.evictable - giver.asked))
         layers = [
+            (Rank.RESULTS, untaken),
             (cold_rank, cold),
             (rank, evictable - cold),
             (Rank.IN_USE, spare - evictable),

@@ -222,7 +222,9 @@ class Pools:
         """Order the sizes that are others now. The services whose pools grew."""
         grown: list[ServiceState] = []
         self._reach(ledger)
-        if device in self._books.devices and ledger is self._books.devices[device]:
+        moved = ledger.free, ledger.coming
+        if ledger is self._books.devices.get(device) and self._state.moved.get(device) != moved:
+            self._state.moved[device] = moved
             self._books.touched[device] = None
         for worker, holder in self._pools(ledger):
             size = holder.keeps // worker.block * worker.block
