@@ -173,8 +173,9 @@ class Dispatcher:
             self.budgets.take_back(device)
         self._tenancy.settle()
         for device in list(self.books.touched):
-            for worker in self.budgets.ready(device):
-                self._residency.begin(worker)
+            for worker in self.budgets.waiting(device):
+                if self.budgets.load(worker):  # begun at once: else the next takes it back
+                    self._residency.begin(worker)
             self._residency.give_up(device)
             for worker in self.budgets.to_give(device):
                 if not worker.retiring:

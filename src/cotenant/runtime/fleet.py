@@ -135,7 +135,9 @@ class Fleet:
     def detach(self, devices: Sequence[str], tenant: str) -> None:
         """Have these devices forget a tenant, once all that was ordered for it is over."""
         for device in devices:
-            caller = self._callers[device]
+            caller = self._callers.get(device)
+            if caller is None:
+                continue  # it was closed, and has forgotten everybody
             reply = (tenant, partial(_detached, caller), partial(_not_detached, caller))
             caller.call("detach", (tenant,), (tenant, ""), reply)
 

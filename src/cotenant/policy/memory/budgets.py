@@ -183,10 +183,9 @@ class Budgets:
             if holder.terms.kind == Kind.JOB or self._state.workers[name].pending:
                 ledger.yields(name)
 
-    def ready(self, device: str) -> list[WorkerState]:
-        """Instances that waited for memory there and have it now. Others ask again."""
-        workers = self._state.workers.values()
-        return [w for w in workers if w.device == device and w.pending and self.load(w)]
+    def waiting(self, device: str) -> list[WorkerState]:
+        """Instances that wait for memory there."""
+        return [w for w in self._state.workers.values() if w.device == device and w.pending]
 
     def to_give(self, device: str) -> list[WorkerState]:
         """Instances there that are to give what they have. Who has work is left at it: its turn
