@@ -1,6 +1,6 @@
 """NVML, the driver's own account of its GPUs: a session, handles that are kept, typed answers.
 
-It reads and never changes anything. Every refusal becomes an ``NvmlError``, a ``DeviceError`` that
+Its methods read and never change anything. Every refusal becomes an ``NvmlError``, a ``DeviceError`` that
 names the call and the GPU. ``pynvml`` is imported in ``open``: nothing else of Cotenant needs it.
 """
 
@@ -135,10 +135,11 @@ class NvmlGpu:
 
     def __init__(self, nvml: Nvml, handle: Any, where: str, index: int) -> None:
         self.index = index
-        self._nvml, self._handle, self._where = nvml, handle, where
+        self.nvml, self.where, self._handle = nvml, where, handle
 
-    def _ask(self, name: str, *arguments: Any) -> Any:
-        return self._nvml.call(name, self._handle, *arguments, where=self._where)
+    def ask(self, name: str, *arguments: Any) -> Any:
+        """A function of pynvml that takes the GPU's handle first."""
+        return self.nvml.call(name, self._handle, *arguments, where=self.where)
 
     def _unless(self, code: Code, ask: Callable[[], Any]) -> Any:
         """The answer, or None if it is refused for this reason."""
@@ -150,45 +151,45 @@ class NvmlGpu:
             return None
 
     def name(self) -> str:
-        return str(self._ask("nvmlDeviceGetName"))
+        return str(self.ask("nvmlDeviceGetName"))
 
     def uuid(self) -> str:
-        return str(self._ask("nvmlDeviceGetUUID"))
+        return str(self.ask("nvmlDeviceGetUUID"))
 
     def pci(self) -> str:
         """Such as ``00000000:17:00.0``."""
-        return str(self._ask("nvmlDeviceGetPciInfo").busId)
+        return str(self.ask("nvmlDeviceGetPciInfo").busId)
 
     def memory(self) -> tuple[int, int, int | None]:
         """All, used, and reserved by the driver: None if that is counted as used (before 510)."""
-        version = self._nvml.lib.nvmlMemory_v2
+        version = self.nvml.lib.nvmlMemory_v2
         found = self._unless(
-            Code.FUNCTION_NOT_FOUND, lambda: self._ask("nvmlDeviceGetMemoryInfo", version)
+            Code.FUNCTION_NOT_FOUND, lambda: self.ask("nvmlDeviceGetMemoryInfo", version)
         )
         if found is None:
-            found = self._ask("nvmlDeviceGetMemoryInfo")
+            found = self.ask("nvmlDeviceGetMemoryInfo")
             return int(found.total), int(found.used), None
         return int(found.total), int(found.used), int(found.reserved)
 
     def capability(self) -> tuple[int, int]:
-        major, minor = self._ask("nvmlDeviceGetCudaComputeCapability")
+        major, minor = self.ask("nvmlDeviceGetCudaComputeCapability")
         return int(major), int(minor)
 
     def cores(self) -> int:
         """CUDA cores: NVML does not say the multiprocessors of a whole GPU."""
-        return int(self._ask("nvmlDeviceGetNumGpuCores"))
+        return int(self.ask("nvmlDeviceGetNumGpuCores"))
 
     def links(self) -> Links | None:
         """Its NVLinks; None without any."""
         up = 0
-        for link in range(self._nvml.lib.NVML_NVLINK_MAX_LINKS):
+        for link in range(self.nvml.lib.NVML_NVLINK_MAX_LINKS):
             try:
-                up += bool(self._ask("nvmlDeviceGetNvLinkState", link))
+                up += bool(self.ask("nvmlDeviceGetNvLinkState", link))
             except NvmlError as error:
                 if error.code not in (Code.INVALID_ARGUMENT, Code.NOT_SUPPORTED):
                     raise
                 return Links(link, up) if link else None
-        return Links(self._nvml.lib.NVML_NVLINK_MAX_LINKS, up)
+        return Links(self.nvml.lib.NVML_NVLINK_MAX_LINKS, up)
 
     def processes(self) -> tuple[Process, ...]:
         """Those that compute on it."""
@@ -199,14 +200,14 @@ class NvmlGpu:
                 _id(found.gpuInstanceId),
                 _id(found.computeInstanceId),
             )
-            for found in self._ask("nvmlDeviceGetComputeRunningProcesses")
+            for found in self.ask("nvmlDeviceGetComputeRunningProcesses")
         )
 
     # --- MIG --------------------------------------------------------------------------------
 
     def mig(self) -> Mig | None:
         """How it is divided; None for a GPU without MIG."""
-        modes = self._unless(Code.NOT_SUPPORTED, lambda: self._ask("nvmlDeviceGetMigMode"))
+        modes = self._unless(Code.NOT_SUPPORTED, lambda: self.ask("nvmlDeviceGetMigMode"))
         if modes is None:
             return None
         on, pending = bool(modes[0]), bool(modes[1])
@@ -218,19 +219,19 @@ class NvmlGpu:
     def mig_devices(self) -> tuple[MigDevice, ...]:
         """Its compute instances, by number."""
         found = []
-        for index in range(self._ask("nvmlDeviceGetMaxMigDeviceCount")):
-            ask = partial(self._ask, "nvmlDeviceGetMigDeviceHandleByIndex", index)
+        for index in range(self.ask("nvmlDeviceGetMaxMigDeviceCount")):
+            ask = partial(self.ask, "nvmlDeviceGetMigDeviceHandleByIndex", index)
             handle = self._unless(Code.NOT_FOUND, ask)
             if handle is not None:
-                found.append(self._mig_device(NvmlGpu(self._nvml, handle, self._where, index)))
+                found.append(self._mig_device(NvmlGpu(self.nvml, handle, self.where, index)))
         return tuple(sorted(found, key=lambda d: (d.gpu_instance, d.compute_instance)))
 
     def _mig_device(self, device: NvmlGpu) -> MigDevice:
-        attributes = device._ask("nvmlDeviceGetAttributes")
+        attributes = device.ask("nvmlDeviceGetAttributes")
         return MigDevice(
             device.uuid(),
-            int(device._ask("nvmlDeviceGetGpuInstanceId")),
-            int(device._ask("nvmlDeviceGetComputeInstanceId")),
+            int(device.ask("nvmlDeviceGetGpuInstanceId")),
+            int(device.ask("nvmlDeviceGetComputeInstanceId")),
             int(attributes.multiprocessorCount),
             int(attributes.memorySizeMB) * MIB,
         )
@@ -238,9 +239,9 @@ class NvmlGpu:
     def profiles(self) -> tuple[Any, ...]:
         """NVML's description of each kind of GPU instance that this GPU can have."""
         found = []
-        for index in range(self._nvml.lib.NVML_GPU_INSTANCE_PROFILE_COUNT):
+        for index in range(self.nvml.lib.NVML_GPU_INSTANCE_PROFILE_COUNT):
             try:
-                found.append(self._ask("nvmlDeviceGetGpuInstanceProfileInfo", index))
+                found.append(self.ask("nvmlDeviceGetGpuInstanceProfileInfo", index))
             except NvmlError as error:
                 if error.code not in (Code.NOT_SUPPORTED, Code.INVALID_ARGUMENT):
                     raise
@@ -251,18 +252,19 @@ class NvmlGpu:
         found = [
             self._instance(handle, profile)
             for profile in self.profiles()
-            for handle in self._handles(profile)
+            for handle in self.handles(profile)
         ]
         return tuple(sorted(found, key=lambda i: i.start))
 
-    def _handles(self, profile: Any) -> list[Any]:
-        handles = (self._nvml.lib.c_nvmlGpuInstance_t * profile.instanceCount)()
+    def handles(self, profile: Any) -> list[Any]:
+        """Handles of its GPU instances of a profile; takes the same right."""
+        handles = (self.nvml.lib.c_nvmlGpuInstance_t * profile.instanceCount)()
         count = ctypes.c_uint(0)
-        self._ask("nvmlDeviceGetGpuInstances", profile.id, handles, ctypes.byref(count))
+        self.ask("nvmlDeviceGetGpuInstances", profile.id, handles, ctypes.byref(count))
         return list(handles[: count.value])
 
     def _instance(self, handle: Any, profile: Any) -> GpuInstance:
-        info = self._nvml.call("nvmlGpuInstanceGetInfo", handle, where=self._where)
+        info = self.nvml.call("nvmlGpuInstanceGetInfo", handle, where=self.where)
         return GpuInstance(
             int(info.id),
             str(profile.name).removeprefix(MIG_NAME),
