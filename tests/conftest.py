@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import signal
+from pathlib import Path
+
+import pytest
+
+from tests import nvml_standin
 
 
 def pytest_configure() -> None:
@@ -11,3 +17,13 @@ def pytest_configure() -> None:
     that."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a library that stands in for NVIDIA's, for ``nvml_standin.environment``."""
+    if importlib.util.find_spec("pynvml") is None:
+        pytest.skip("nvidia-ml-py is not installed")
+    if nvml_standin.compiler() is None:
+        pytest.skip("this machine has no C compiler")
+    return nvml_standin.build(tmp_path_factory.mktemp("nvml"))

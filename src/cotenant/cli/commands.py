@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import functools
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ import msgspec
 
 from cotenant import __version__
 from cotenant.cli import options
+from cotenant.cli.devices import KINDS, cmd_devices
 from cotenant.cli.joblog import JobLog
+from cotenant.cli.output import Command, as_json, command, console, note, show
 from cotenant.cli.submitting import directory, has_input, inherited
 from cotenant.domain.errors import CotenantError, EnvironmentProblem, JournalError, NotFound
 from cotenant.domain.port import JobStatus
@@ -29,8 +30,6 @@ from cotenant.sim.replay import replay
 from cotenant.telemetry.explain import explain
 from cotenant.telemetry.records import Entry, Gap, Header, PlanRecord, read, segments
 
-PIPE_COLUMNS = 2000
-"""Width of what is written into a pipe: nothing is to be cut or wrapped there."""
 FOLLOW_S = 0.2
 ASK_S = 1.0
 """Seconds between questions after a followed job's state."""
@@ -39,67 +38,47 @@ DETAILED_BYTES = 8 * 2**20
 of older segments it reads the plans."""
 
 _ENDED = {state.value for state in JOB_ENDED}
-Command = Callable[[argparse.Namespace], int]
-
-
-def _command(func: Command) -> Command:
-    """Let a reader that went away (``| head``) end a command quietly."""
-
-    @functools.wraps(func)
-    def run(args: argparse.Namespace) -> int:
-        try:
-            code = func(args)
-            sys.stdout.flush()
-            return code
-        except BrokenPipeError:
-            with contextlib.suppress(OSError, ValueError):
-                # Python flushes stdout at exit once more, and must not fail then.
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-
-    return run
-
 
 # --- what a node says of itself ---------------------------------------------------------------
 
 
-@_command
+@command
 def cmd_status(args: argparse.Namespace) -> int:
     """``cotenant status``: the node in short."""
     from cotenant.cli.views import status_view
 
     status = _client(args).status()
-    return _json(status) if args.json else _print(status_view(status))
+    return as_json(status) if args.json else show(status_view(status))
 
 
-@_command
+@command
 def cmd_jobs(args: argparse.Namespace) -> int:
     """``cotenant jobs``: all jobs, oldest first."""
     from cotenant.cli.views import jobs_view
 
     jobs = [msgspec.to_builtins(job) for job in _client(args).jobs()]
-    return _json(jobs) if args.json else _print(jobs_view(jobs))
+    return as_json(jobs) if args.json else show(jobs_view(jobs))
 
 
-@_command
+@command
 def cmd_top(args: argparse.Namespace) -> int:
     """``cotenant top``: a live view until Ctrl-C."""
     from rich.live import Live
 
     from cotenant.cli.views import top_view
 
-    client, console = _client(args), _console()
+    client, screen = _client(args), console()
     status, problem = client.status(), ""
     if args.once:
-        return _print(top_view(status))
+        return show(top_view(status))
     with contextlib.suppress(KeyboardInterrupt):
-        if not console.is_terminal:
+        if not screen.is_terminal:
             while True:
-                console.print(top_view(status))
+                screen.print(top_view(status))
                 sys.stdout.flush()
                 time.sleep(args.interval)
                 status = client.status()
-        with Live(console=console, screen=True, auto_refresh=False) as live:
+        with Live(console=screen, screen=True, auto_refresh=False) as live:
             while True:
                 live.update(top_view(status, problem), refresh=True)
                 time.sleep(args.interval)
@@ -113,7 +92,7 @@ def cmd_top(args: argparse.Namespace) -> int:
 # --- jobs -------------------------------------------------------------------------------------
 
 
-@_command
+@command
 def cmd_run(args: argparse.Namespace) -> int:
     """``cotenant run``: submit a job; with ``--follow`` show its log until it has ended."""
     env, left_out = inherited()
@@ -136,31 +115,31 @@ def cmd_run(args: argparse.Namespace) -> int:
     client = _client(args)
     job = client.submit(spec)
     if left_out:
-        _note(f"not passed on to the job, being no UTF-8 text: {', '.join(left_out)}")
+        note(f"not passed on to the job, being no UTF-8 text: {', '.join(left_out)}")
     if has_input():
-        _note(
+        note(
             "stdin is not passed on: a job's input is empty; let it read a file, as in "
             "cotenant run -- sh -c 'COMMAND < FILE'"
         )
     if not args.follow:
         print(job)
         return 0
-    _note(f"job {job}")
+    note(f"job {job}")
     try:
         ended = _follow(client, job, None)
     except KeyboardInterrupt:
-        _note(f"job {job} goes on; stop it with: cotenant cancel {job}")
+        note(f"job {job} goes on; stop it with: cotenant cancel {job}")
         return 0
     if ended.state != JobState.SUCCEEDED.value:
         raise CotenantError(
             f"job {job} {ended.state}" + (f": {ended.reason}" if ended.reason else "")
         )
     if ended.reason:
-        _note(f"job {job} {ended.state}: {ended.reason}")
+        note(f"job {job} {ended.state}: {ended.reason}")
     return 0
 
 
-@_command
+@command
 def cmd_logs(args: argparse.Namespace) -> int:
     """``cotenant logs``: a job's output; with ``-f`` until the job has ended."""
     client = _client(args)
@@ -174,21 +153,21 @@ def cmd_logs(args: argparse.Namespace) -> int:
     return 0
 
 
-@_command
+@command
 def cmd_cancel(args: argparse.Namespace) -> int:
     """``cotenant cancel``: end a job for good."""
     print(f"cancelled {_client(args).cancel(args.job)}")
     return 0
 
 
-@_command
+@command
 def cmd_hold(args: argparse.Namespace) -> int:
     """``cotenant hold``: keep a job from running."""
     print(f"held {_client(args).hold(args.job)}")
     return 0
 
 
-@_command
+@command
 def cmd_release(args: argparse.Namespace) -> int:
     """``cotenant release``: let a held job run again."""
     print(f"released {_client(args).release(args.job)}")
@@ -235,26 +214,26 @@ def _find(client: ControlClient, ref: str) -> JobStatus:
 # --- journals ---------------------------------------------------------------------------------
 
 
-@_command
+@command
 def cmd_explain(args: argparse.Namespace) -> int:
     """``cotenant explain``: why the node did what it did, from its journal."""
     from cotenant.cli.views import explain_view
 
     directory = args.journal or _journal_directory(args)
     told = explain(_recent(directory), time.time(), args.last)
-    return _json(msgspec.to_builtins(told)) if args.json else _print(explain_view(told))
+    return as_json(msgspec.to_builtins(told)) if args.json else show(explain_view(told))
 
 
-@_command
+@command
 def cmd_replay(args: argparse.Namespace) -> int:
     """``cotenant replay``: decide a journal's events again; 1 if anything comes out differently."""
     from cotenant.cli.views import replay_view
 
     report = replay(read(args.journal))
     if args.json:
-        _json({"identical": report.identical, **msgspec.to_builtins(report)})
+        as_json({"identical": report.identical, **msgspec.to_builtins(report)})
     else:
-        _print(replay_view(report, __version__))
+        show(replay_view(report, __version__))
     return 0 if report.identical else 1
 
 
@@ -293,38 +272,8 @@ def _size_of(path: Path) -> int:
         return 0
 
 
-# --- output -----------------------------------------------------------------------------------
-
-
 def _client(args: argparse.Namespace) -> ControlClient:
     return ControlClient(Path(args.state_dir) / "control.sock")
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    class PlainConsole(Console):
-        """Leaves a reader that went away to ``_command``; rich would exit with 1."""
-
-        def on_broken_pipe(self) -> None:
-            raise BrokenPipeError
-
-    width = None if sys.stdout.isatty() or "COLUMNS" in os.environ else PIPE_COLUMNS
-    return PlainConsole(width=width, markup=False, highlight=False, emoji=False)
-
-
-def _note(text: str) -> None:
-    print(f"cotenant: {text}", file=sys.stderr)
-
-
-def _print(view: Any) -> int:
-    _console().print(view)
-    return 0
-
-
-def _json(value: Any) -> int:
-    print(msgspec.json.format(msgspec.json.encode(value), indent=2).decode())
-    return 0
 
 
 # --- arguments --------------------------------------------------------------------------------
@@ -354,6 +303,12 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     )
     top.add_argument("--once", action="store_true", help="print one picture and stop")
     add("jobs", cmd_jobs, "list jobs", node, machine)
+    box = add("devices", cmd_devices, "show what devices this machine has", machine)
+    box.add_argument("--kind", choices=KINDS, help="only devices of this kind (all)")
+    box.epilog = (
+        "Exits with 0 if a device of the kind can be used; 3: there is none, 4: the GPU driver "
+        "is missing or fails, 5: it cannot be reached from here, 6: a Python package is missing."
+    )
     _add_run(add("run", cmd_run, "submit a training or other batch job", node))
     logs = add("logs", cmd_logs, "print a job's output", node)
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the job ends")

@@ -159,14 +159,14 @@ class CpuDevice:
                 f"device {self._id}: cores {sorted(missing)} are not in this process's affinity "
                 f"mask {sorted(allowed)}; name only those, or start Cotenant with a wider mask"
             )
-        if self._memory > _physical():
+        if self._memory > physical_memory():
             raise EnvironmentProblem(
                 f"device {self._id}: memory {format_bytes(self._memory)} is more than this machine "
-                f"has, {format_bytes(_physical())}"
+                f"has, {format_bytes(physical_memory())}"
             )
         self._cores = tuple(sorted(wanted))
         self._limits = []
-        self._realtime = self._realtime_mode != "never" and self._try_realtime()
+        self._realtime = self._realtime_mode != "never" and try_realtime()
         if self._realtime_mode == "require" and not self._realtime:
             raise EnvironmentProblem(
                 f"device {self._id}: real-time priority is required but not allowed; grant "
@@ -203,7 +203,7 @@ class CpuDevice:
             id=self._id,
             kind="cpu",
             units=self._cores,
-            memory=self._memory or _physical(),
+            memory=self._memory or physical_memory(),
             shapes=tuple(range(1, len(self._cores) + 1)),
             preempt=self._level,
             revoke_ns=20 * US,
@@ -402,18 +402,19 @@ class CpuDevice:
             self._look_at_worker(worker)
         self.protect_self()
 
-    @staticmethod
-    def _try_realtime() -> bool:
-        before = os.sched_getscheduler(0), os.sched_getparam(0)
-        try:
-            _make_realtime(0, WORKER_PRIORITY)
-        except OSError:
-            return False
-        os.sched_setscheduler(0, *before)
-        return True
+
+def try_realtime() -> bool:
+    """Whether real-time priority is allowed: this thread has it for a moment."""
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        _make_realtime(0, WORKER_PRIORITY)
+    except OSError:
+        return False
+    os.sched_setscheduler(0, *before)
+    return True
 
 
-def _physical() -> int:
+def physical_memory() -> int:
     """Bytes of memory that this machine has."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

@@ -23,6 +23,8 @@ IOVECS: Final = 1024
 CAP_SYS_NICE: Final = 23
 LEAF: Final = "cotenant-node"
 CGROUPS: Final = Path("/sys/fs/cgroup")
+NO_SWAP: Final = "this machine has no swap"
+NO_RIGHT: Final = "no cgroup is delegated to this process, and it lacks CAP_SYS_NICE"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -45,15 +47,36 @@ class Reclaim(Protocol):
 
 def find(proc: Path = Path("/proc"), cgroups: Path = CGROUPS) -> tuple[Reclaim | None, str]:
     """The way that this machine has, or None and why it has none."""
-    if len((proc / "swaps").read_text().splitlines()) < 2:
-        return None, "this machine has no swap"
+    if not _has_swap(proc):
+        return None, NO_SWAP
     with contextlib.suppress(OSError):
         return Cgroups(_own(proc, cgroups)), ""
+    return (Pageout(proc), "") if _may_name_pages(proc) else (None, NO_RIGHT)
+
+
+def way(proc: Path = Path("/proc"), cgroups: Path = CGROUPS) -> tuple[str, str]:
+    """The name of the way that ``find`` would take, or "" and why there is none. Changes nothing,
+    so it does not try whether the kernel lets a delegated cgroup be divided."""
+    if not _has_swap(proc):
+        return "", NO_SWAP
+    with contextlib.suppress(OSError):
+        base = _own(proc, cgroups)
+        controllers = (base / "cgroup.controllers").read_text().split()
+        if "memory" in controllers and os.access(base / "cgroup.subtree_control", os.W_OK):
+            return Cgroups.name, ""
+    return (Pageout.name, "") if _may_name_pages(proc) else ("", NO_RIGHT)
+
+
+def _has_swap(proc: Path) -> bool:
+    with contextlib.suppress(FileNotFoundError):  # a kernel without swap, some sandboxes
+        return len((proc / "swaps").read_text().splitlines()) >= 2
+    return False
+
+
+def _may_name_pages(proc: Path) -> bool:
     status = (proc / "self/status").read_text()
     capabilities = next(x for x in status.splitlines() if x.startswith("CapEff:"))
-    if not int(capabilities.split()[1], 16) >> CAP_SYS_NICE & 1:
-        return None, "no cgroup is delegated to this process, and it lacks CAP_SYS_NICE"
-    return Pageout(proc), ""
+    return bool(int(capabilities.split()[1], 16) >> CAP_SYS_NICE & 1)
 
 
 def _own(proc: Path, cgroups: Path) -> Path:
