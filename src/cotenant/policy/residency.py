@@ -144,8 +144,6 @@ class Residency:
         service = self._state.services.get(name)
         if service is None:
             return
-        if service.queued and service.unloads:
-            self._roster.refuse_late(service)
         if service.asleep and self._is_due(service):
             service.asleep.clear()
         for version, revision in list(service.versions.items()):
@@ -154,6 +152,8 @@ class Residency:
             version, revision = service.offer, service.offer_revision
             if self._keep_up(service, version, revision):
                 self._serve(service, version, revision)
+        if service.queued and service.unloads:
+            self._roster.refuse_orphans(service)
 
     def _keep_up(self, service: ServiceState, version: str, revision: int) -> bool:
         """See to the instances of a version; whether all that are wanted are up."""

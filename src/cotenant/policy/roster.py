@@ -173,25 +173,18 @@ class Roster:
         return [request for request in found if request is not None]
 
     def refuse_orphans(self, service: ServiceState) -> None:
-        """Refuse what waits for a version that no instance serves any more."""
-        versions = served(self._state, service) | coming(self._state, service)
-        self._refuse_where(
-            service,
-            Refusal.UNAVAILABLE,
-            lambda request: (
-                (request.version or service.version) not in versions
-                and request.id not in self._state.residents
-            ),
-        )
+        """Refuse what waits for a version that no instance serves any more, unless one is being
+        loaded and may yet be in time."""
+        there = served(self._state, service)
+        awaited, now = coming(self._state, service), self._state.now
 
-    def refuse_late(self, service: ServiceState) -> None:
-        """Refuse what has waited in vain for an instance to be loaded again."""
-        now, there = self._state.now, served(self._state, service)
-        self._refuse_where(
-            service,
-            Refusal.UNAVAILABLE,
-            lambda r: r.deadline <= now and (r.version or service.version) not in there,
-        )
+        def in_vain(request: Request) -> bool:
+            version = request.version or service.version
+            if version in there or request.id in self._state.residents:
+                return False
+            return version not in awaited or request.deadline <= now
+
+        self._refuse_where(service, Refusal.UNAVAILABLE, in_vain)
 
     def _refuse_where(
         self, service: ServiceState, refusal: Refusal, condition: Callable[[Request], bool]
