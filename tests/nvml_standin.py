@@ -64,7 +64,8 @@ class Gpu(msgspec.Struct):
 
 class Fault(msgspec.Struct):
     """What a call does instead (``code``), or how long it takes: from the ``skip``-th time on, so
-    many ``times``, and on one GPU or on all."""
+    many ``times``, and on one GPU or on all. ``late``: it fails when it is done (calls that change
+    something)."""
 
     call: str
     code: int = 0
@@ -72,6 +73,7 @@ class Fault(msgspec.Struct):
     skip: int = 0
     times: int = ANY
     gpu: int = ANY
+    late: int = 0
 
 
 class Box(msgspec.Struct):
@@ -129,6 +131,28 @@ def environment(library: Path, machine: Path) -> Mapping[str, str]:
         "LD_LIBRARY_PATH": str(library),
         "COTENANT_NVML_STANDIN": str(machine),
     }
+
+
+def instances(machine: Path) -> list[tuple[int, int, int, tuple[int, ...]]]:
+    """The GPU instances that a machine's file has: id, profile, start, and the compute slices of
+    their compute instances."""
+    found: list[tuple[int, int, int, tuple[int, ...]]] = []
+    for line in machine.read_text().splitlines():
+        word, *fields = line.split("\t")
+        values = dict(field.split("=", 1) for field in fields)
+        if word == "gi":
+            found.append((int(values["id"]), int(values["profile"]), int(values["start"]), ()))
+        elif word == "ci":
+            *head, inner = found[-1]
+            found[-1] = (*head, (*inner, int(values["size"])))
+    return found
+
+
+def add(machine: Path, *faults: Fault) -> None:
+    """Let these be the faults of a machine."""
+    kept = [x for x in machine.read_text().splitlines() if not x.startswith("fail\t")]
+    lines = [_line("fail", **msgspec.structs.asdict(fault)) for fault in faults]
+    machine.write_text("\n".join([*kept, *lines]) + "\n")
 
 
 def uuid_of(index: int) -> str:

@@ -73,12 +73,13 @@ class Table(msgspec.Struct, frozen=True):
                 starts = ", ".join(map(str, profile.starts))
                 return f"{profile.name} cannot start at {placement.start}, only at {starts}"
             for memory_slice in range(placement.start, placement.start + profile.size):
-                other = taken.setdefault(memory_slice, placement)
-                if other is not placement:
+                other = taken.get(memory_slice)
+                if other is not None:
                     return (
                         f"{profile.name} at {placement.start} overlaps {other.profile} "
                         f"at {other.start}"
                     )
+                taken[memory_slice] = placement
             count[profile.name] = count.get(profile.name, 0) + 1
             if count[profile.name] > profile.max_instances:
                 return f"at most {profile.max_instances} of {profile.name}"

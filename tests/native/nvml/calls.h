@@ -1,13 +1,14 @@
 /* What every call does first. */
 
-/* The failure that is to happen to this call, after the delay that it is to take. */
-static int injected(const char *call, u32 gpu) {
+/* The failure that is to happen to this call, after the delay that it is to take: before it has
+ * done anything, or (late) when it is done. */
+static int injected(const char *call, u32 gpu, u32 late) {
     int code = SUCCESS;
     u32 ms = 0;
     int used = 0;
     for (u32 i = 0; i < box.rules_count; i++) {
         Rule *rule = &box.rules[i];
-        if (strcmp(rule->call, call) || !rule->times) continue;
+        if (strcmp(rule->call, call) || !rule->times || rule->late != late) continue;
         if (rule->gpu != NONE && rule->gpu != gpu) continue;
         if (rule->skip) {
             rule->skip--, used = 1;
@@ -45,9 +46,10 @@ static int release(int code) {
     pthread_mutex_lock(&lock);                                                                     \
     if (!box.started) RETURN(UNINITIALIZED);                                                       \
     do {                                                                                           \
-        int failed = injected(__func__, gpu_of(handle));                                           \
+        int failed = injected(__func__, gpu_of(handle), 0);                                           \
         if (failed) RETURN(failed);                                                                \
     } while (0)
+#define RETURN_LATE(gpu) RETURN(injected(__func__, (gpu)->index, 1))
 #define WANT(condition, code)                                                                      \
     do {                                                                                           \
         if (!(condition)) RETURN(code);                                                            \

@@ -89,6 +89,7 @@ static void read_line(char *line) {
         rule->ms = (u32)count(line, "ms", 0);
         rule->skip = (u32)count(line, "skip", 0);
         rule->times = (u32)count(line, "times", NONE);
+        rule->late = (u32)count(line, "late", 0);
         rule->gpu = (u32)count(line, "gpu", NONE);
     } else if (IS("gpu")) {
         read_gpu(line, &box.gpus[box.gpus_count++]);
@@ -160,8 +161,8 @@ static void save(void) {
     if (gpu) save_instances(file, gpu);
     for (u32 i = 0; i < box.rules_count; i++) {
         Rule *rule = &box.rules[i];
-        fprintf(file, "fail\tcall=%s\tcode=%u\tskip=%u\ttimes=%u\tgpu=%u\tms=%u\n", rule->call,
-                rule->code, rule->skip, rule->times, rule->gpu, rule->ms);
+        fprintf(file, "fail\tcall=%s\tcode=%u\tskip=%u\ttimes=%u\tgpu=%u\tms=%u\tlate=%u\n",
+                rule->call, rule->code, rule->skip, rule->times, rule->gpu, rule->ms, rule->late);
     }
     fclose(old);
     fclose(file);

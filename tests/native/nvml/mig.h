@@ -228,7 +228,9 @@ int nvmlDeviceCreateGpuInstanceWithPlacement(void *handle, u32 id, const Placeme
     PRIVILEGED();
     WANT(out && placement, INVALID_ARGUMENT);
     MIG_ON(gpu);
-    RETURN(create(gpu, id, placement, out));
+    int code = create(gpu, id, placement, out);
+    WANT(!code, code);
+    RETURN_LATE(gpu);
 }
 
 int nvmlDeviceCreateGpuInstance(void *handle, u32 id, void **out) {
@@ -258,7 +260,7 @@ int nvmlGpuInstanceDestroy(void *handle) {
     WANT(!busy(gpu, instance->id, NONE), IN_USE);
     instance->alive = 0;
     save();
-    RETURN(SUCCESS);
+    RETURN_LATE(instance->gpu);
 }
 
 /* --- compute instances ------------------------------------------------------------------------ */
@@ -338,7 +340,7 @@ int nvmlGpuInstanceCreateComputeInstance(void *handle, u32 index, void **out) {
     made->size = slices;
     *out = made;
     save();
-    RETURN(SUCCESS);
+    RETURN_LATE(instance->gpu);
 }
 
 int nvmlGpuInstanceGetComputeInstances(void *handle, u32 index, void **out, u32 *number) {
@@ -376,5 +378,5 @@ int nvmlComputeInstanceDestroy(void *handle) {
     WANT(!busy(instance->gpu, instance->parent->id, instance->id), IN_USE);
     instance->alive = 0;
     save();
-    RETURN(SUCCESS);
+    RETURN_LATE(instance->gpu);
 }

@@ -30,7 +30,7 @@ int nvmlInitWithFlags(u32 flags) {
     pthread_mutex_lock(&lock);
     if (!box.started) {
         int code = load();
-        if (!code) code = injected("nvmlInitWithFlags", NONE);
+        if (!code) code = injected("nvmlInitWithFlags", NONE, 0);
         if (code) RETURN(code);
     }
     box.started++;

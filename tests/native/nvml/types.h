@@ -82,7 +82,7 @@ typedef struct Gpu {
     u32 profiles_count, processes_count;
     Instance instances[INSTANCES], devices[INSTANCES]; /* devices: MIG devices, by the instance */
 } Gpu;
-typedef struct { char call[TEXT]; u32 code, skip, times, gpu, ms; } Rule; /* gpu, times: or NONE */
+typedef struct { char call[TEXT]; u32 code, skip, times, gpu, ms, late; } Rule; /* gpu, times: or NONE */
 
 static struct {
     int started;

@@ -1,7 +1,8 @@
 """NVML, the driver's own account of its GPUs: a session, handles that are kept, typed answers.
 
-Its methods read and never change anything. Every refusal becomes an ``NvmlError``, a ``DeviceError`` that
-names the call and the GPU. ``pynvml`` is imported in ``open``: nothing else of Cotenant needs it.
+Its methods read and never change anything. Every refusal becomes an ``NvmlError``, a
+``DeviceError`` that names the call and the GPU. ``pynvml`` is imported in ``open``: without GPUs
+nobody needs it.
 """
 
 from __future__ import annotations
