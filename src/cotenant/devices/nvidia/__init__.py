@@ -1,0 +1,1 @@
+"""NVIDIA GPUs: so far the launch gate (docs/gate.md)."""
