@@ -37,7 +37,7 @@
 #define US 1000ll
 #define MS 1000000ll
 
-enum { READY = 0, NOT_READY = 600 };
+enum { READY = 0, NOT_READY = 600, ALREADY_REGISTERED = 712 };
 enum { RING = 1024, FUNCTIONS_KNOWN = 4096, SAMPLES = 16, PORTABLE_MAPPED = 3 };
 enum { NO_KEY = 0, ENDING = 1 };
 
@@ -76,6 +76,7 @@ static uint64_t device_at;     /* of the slots, to the device */
 static _Atomic int registered;
 static pthread_mutex_t attaching = PTHREAD_MUTEX_INITIALIZER;
 static pthread_mutex_t naming = PTHREAD_MUTEX_INITIALIZER;
+static pthread_mutex_t collecting = PTHREAD_MUTEX_INITIALIZER;
 static _Thread_local int inside;
 
 static int64_t now_ns(void)
@@ -182,6 +183,7 @@ static void in_child(void)
     registered = host_marks = inside = 0;
     pthread_mutex_init(&attaching, NULL);
     pthread_mutex_init(&naming, NULL);
+    pthread_mutex_init(&collecting, NULL);
 }
 
 void gate_attach(void)
@@ -260,9 +262,10 @@ static void register_slots(void)
 {
     pthread_mutex_lock(&naming);
     if (!registered) {
+        int result = REAL(cuMemHostRegister_v2, void *, size_t, unsigned)(
+            slots, SEAT_BYTES - SLOTS_AT, PORTABLE_MAPPED);
         host_marks = !driver_has(AT_cuStreamWriteValue32_v2) ||
-                     REAL(cuMemHostRegister_v2, void *, size_t, unsigned)(
-                         slots, SEAT_BYTES - SLOTS_AT, PORTABLE_MAPPED) ||
+                     (result && result != ALREADY_REGISTERED) ||
                      REAL(cuMemHostGetDevicePointer_v2, uint64_t *, void *, unsigned)(&device_at,
                                                                                       slots, 0);
         if (host_marks)
@@ -459,6 +462,8 @@ static void sample_end(struct sample *s, void *stream, int result)
 /* Read the samples that are through. */
 static void collect(void)
 {
+    if (pthread_mutex_trylock(&collecting))
+        return;
     for (int i = 0; i < SAMPLES && !captures; i++) {
         struct sample *s = &samples[i];
         int expected = 2;
@@ -482,6 +487,7 @@ static void collect(void)
         atomic_fetch_sub(&pending, 1);
         sample_drop(s);
     }
+    pthread_mutex_unlock(&collecting);
 }
 
 static int64_t estimate(struct function *f)
@@ -672,8 +678,8 @@ int gate_end(struct call *call, int result)
         count(call);
     else
         atomic_fetch_sub(&seat->in_flight_ns, call->estimate_ns);
-    if (pending)
-        collect();
+    if (pending && atomic_load_explicit(&seat->launches, RELAXED) % 16 == 0)
+        collect(); /* whoever waits for room collects at once */
     if (!tending)
         start_tending();
     atomic_fetch_add(&seat->left, 1);
@@ -697,6 +703,8 @@ int capture_begin(void *stream)
     if (inside || capturing(stream))
         return 0;
     captures_changed(1);
+    pthread_mutex_lock(&collecting);
+    pthread_mutex_unlock(&collecting);
     for (int i = 0; seat && i < SLOTS; i++) { /* let those who are at it finish */
         pthread_mutex_lock(&streams[i].lock);
         pthread_mutex_unlock(&streams[i].lock);

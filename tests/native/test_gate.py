@@ -208,11 +208,44 @@ def test_a_dead_node_opens_the_gate(bench: Bench) -> None:
     assert bench.stats()["executed"] == 20
 
 
-def test_a_context_that_broke_counts_as_drained(bench: Bench, tmp_path: Path) -> None:
+def test_a_context_that_broke_is_drained(bench: Bench, gpu_python: None, tmp_path: Path) -> None:
+    """What was on its streams will never be reached; the node must not wait for it."""
     faults = tmp_path / "faults"
-    faults.write_text("run 5 700\n")
+    faults.write_text("run 3 700\n")
+    code = (HERE / "bindings_job.py").read_text().replace("LAUNCHES = 200", "LAUNCHES = 8")
+    code = code.replace("ok(driver.cuStreamSynchronize", "input()\nok(driver.cuStreamSynchronize")
+    code = code.replace("count_300", "count_50000")
+    job = bench.python(code, STANDIN_FAULT=str(faults))
+    bench.until(lambda: bench.stats()["executed"] == 3)
+    close_and_drain(bench)
+    assert bench.page.seats()[0].flags & layout.FAULTED
+    assert job.poll() is None
+
+
+@pytest.mark.parametrize("fault, code", [("run 5 700", "700"), ("lost", "999")])
+def test_the_job_sees_the_devices_errors(
+    bench: Bench, tmp_path: Path, fault: str, code: str
+) -> None:
+    faults = tmp_path / "faults"
+    faults.write_text("")
     job = bench.job("error", 1, 1000, STANDIN_FAULT=str(faults))
-    assert bench.finish(job) == "700"
+    bench.until(lambda: bench.stats()["executed"] > 3)
+    faults.write_text(fault.replace("5", str(bench.stats()["executed"] + 20)) + "\n")
+    assert bench.finish(job) == code
+
+
+def test_out_of_memory_is_the_jobs_to_see(bench: Bench, tmp_path: Path) -> None:
+    faults = tmp_path / "faults"
+    faults.write_text("alloc 1 2\n")
+    job = bench.job("run", 1, 1, 1, STANDIN_FAULT=str(faults))
+    assert job.wait(30) != 0
+    assert bench.stats()["launched"] == 0
+
+
+def test_if_nothing_moves_one_call_is_let_through(bench: Bench) -> None:
+    """A kernel may wait for what comes after it."""
+    bench.job("run", 1, 6, 600_000)
+    bench.until(lambda: bench.page.seats() and bench.page.seats()[0].overruns)
 
 
 def test_a_refused_launch_is_the_jobs_to_see(bench: Bench, tmp_path: Path) -> None:
@@ -325,7 +358,7 @@ def test_page_layout_is_the_same_in_both_languages(built: object, tmp_path: Path
         layout.SLOTS_AT,
         layout.PAGE_MAGIC,
         layout.SEAT_MAGIC,
-        112,
+        layout.SEAT.size - 24,
     ]
 
 
