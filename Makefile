@@ -11,7 +11,7 @@ COMPILED := $(addprefix cotenant/,$(addsuffix .py, \
 	sim/world sim/physics sim/outcome sim/reactive telemetry/meters telemetry/monitor))
 
 .PHONY: help demo test lint attack bench bench-peers bench-simulator compile compiled-modules \
-	uncompile clean
+	uncompile native clean
 
 help:
 	@echo "make demo         the story in about two minutes: serve, drift, retrain, swap; draws a picture"
@@ -22,6 +22,7 @@ help:
 	@echo "make bench-peers  Cotenant, Triton, MLServer, LitServe side by side (about 35 minutes)"
 	@echo "make bench-simulator  its speed and how well it predicts a live run (3 minutes)"
 	@echo "make compile      compile policy and simulator in place (needs gcc; a minute); make uncompile undoes it"
+	@echo "make native       the CUDA launch gate's shim, in place (needs a C compiler, nothing of CUDA)"
 	@echo "make clean        remove what the other targets made"
 
 $(VENV)/test.stamp: pyproject.toml
@@ -73,7 +74,11 @@ uncompile:
 	find src -name '*.so' -delete
 	rm -rf src/build
 
+native:
+	$(PYTHON) native/build.py src/cotenant/devices/nvidia/shim
+
 clean: uncompile
+	rm -rf src/cotenant/devices/nvidia/shim
 	rm -rf $(VENV) demo-out bench-out build dist src/*.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find src tests benchmarks examples docs -name __pycache__ -prune -exec rm -rf {} +

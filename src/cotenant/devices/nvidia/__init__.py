@@ -1,1 +1,1 @@
-"""NVIDIA GPUs: what is there, read through NVML."""
+"""NVIDIA GPUs: what is there, MIG instances, and the launch gate. No node uses them yet."""

@@ -1,0 +1,258 @@
+"""The node's side of the launch gate: one control page for each job (docs/gate.md).
+
+The laws:
+
+* The node writes the head and nothing else. What it reads of seats was written by the job, and
+  is checked: a seat that makes no sense is one that is not attached.
+* The node never touches the file's memory. It reads and writes with system calls, because a job
+  that truncates the file would otherwise end the node. Its mapping serves to name the futex.
+* ``close_gate`` returns at once; the gate is *drained* when nobody is inside a call and all that
+  was put on the streams was reached, of every process that is attached.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import platform
+import struct
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cotenant.domain.errors import DeviceError
+from cotenant.domain.units import MS, S
+
+PAGE_MAGIC = int.from_bytes(b"COTTGATE", "little")
+SEAT_MAGIC = int.from_bytes(b"COTTSEAT", "little")
+VERSION = 1
+VARIABLE = "COTENANT_GATE"
+DRIVER_VARIABLE = "COTENANT_GATE_DRIVER"
+SEATS = 64
+SLOTS = 256
+HEAD_BYTES = 4096
+SEAT_BYTES = 8192
+SLOTS_AT = 4096
+PAGE_BYTES = HEAD_BYTES + SEATS * SEAT_BYTES
+
+HEAD = struct.Struct("<QIIIIQQQQ")
+SEAT = struct.Struct("<QIIQQQQQQQQQQqIIII")
+SLOT = struct.Struct("<IIII")
+GATE_AT = 16
+BEAT_AT = 24
+
+HOST_MARKS, ORPHANED, FAULTED = 1, 2, 4
+"""Flags of a seat."""
+_FUTEX_WAKE = 1
+_FUTEX = {"x86_64": 202, "aarch64": 98}
+_LOOK_NS = MS // 2
+
+
+@dataclass(frozen=True)
+class Seat:
+    """What one process of the job says of itself. Times in ns; counters since it attached."""
+
+    pid: int
+    entered: int
+    left: int
+    launches: int
+    copies: int
+    blocks: int
+    blocked_ns: int
+    throttled_ns: int
+    overruns: int
+    uncounted: int
+    in_flight_ns: int
+    waiting: int
+    flags: int
+    capturing: int
+    outstanding: int
+    """Streams that have not reached all that was put on them."""
+
+    @property
+    def drained(self) -> bool:
+        """Nobody inside a call, nothing on a stream."""
+        return self.entered == self.left and not self.outstanding
+
+
+class ControlPage:
+    """A file for one job; ``env`` names it to the job's processes.
+
+    ``bound_ns``: how much work the job may have on the device at a time, as estimated.
+    ``patience_ns``: how long without ``beat`` until the job takes the node for dead.
+    ``large_bytes``: copies and memsets from this size on are gated. The file should lie in a
+    ``tmpfs``, which devices can write to. Not safe for several threads, but for ``beat``.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        bound_ns: int = 2 * MS,
+        patience_ns: int = 2 * S,
+        large_bytes: int = 1 << 20,
+    ) -> None:
+        self.path = path
+        self._settings = (patience_ns, bound_ns, large_bytes)
+        self._word = 0
+        self._fd = -1
+        self._map: mmap.mmap | None = None
+        self._address = 0
+
+    def open(self) -> None:
+        """Make the file, its gate open; raises DeviceError if that cannot be."""
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self._fd = os.open(self.path, flags, 0o600)
+            os.ftruncate(self._fd, PAGE_BYTES)
+            head = (PAGE_MAGIC, VERSION, SEATS, 0, 0, time.monotonic_ns(), *self._settings)
+            os.pwrite(self._fd, HEAD.pack(*head), 0)
+            self._map = mmap.mmap(self._fd, HEAD_BYTES)
+        except OSError as error:
+            self.close()
+            raise DeviceError(f"control page {self.path}: {error.strerror or error}") from error
+        pointer = ctypes.c_char.from_buffer(self._map)
+        self._address = ctypes.addressof(pointer)
+        del pointer
+
+    def close(self) -> None:
+        """Open the gate for whoever still runs, and remove the file."""
+        if self._fd < 0:
+            return
+        if self._map is not None:
+            self.open_gate()
+            self._map.close()
+            self._map = None
+        if not self.lost:
+            self.path.unlink(missing_ok=True)
+        os.close(self._fd)
+        self._fd = -1
+
+    def env(self, driver: Path | None = None) -> dict[str, str]:
+        """Variables for the job's processes, besides those that preload the shim. ``driver``: the
+        real libcuda.so.1, where it is known."""
+        found = {VARIABLE: str(self.path)}
+        return found if driver is None else {**found, DRIVER_VARIABLE: str(driver)}
+
+    # --- the gate ---------------------------------------------------------------------------
+
+    @property
+    def closed(self) -> bool:
+        """Whether the gate was closed last."""
+        return bool(self._word & 1)
+
+    def close_gate(self) -> None:
+        """From now on nobody of the job gets in. Beats, so that it is seen to be meant."""
+        self.beat()
+        if not self.closed:
+            self._turn()
+
+    def open_gate(self) -> None:
+        """Let in whoever waits."""
+        if self.closed:
+            self._turn()
+
+    def beat(self) -> None:
+        """The node lives; to be called several times within ``patience_ns``."""
+        os.pwrite(self._fd, struct.pack("<Q", time.monotonic_ns()), BEAT_AT)
+
+    def wait_drained(self, timeout_ns: int) -> bool:
+        """Whether the gate drained within this time; beats meanwhile. Blocks."""
+        end = time.monotonic_ns() + timeout_ns
+        while not self.drained():
+            if time.monotonic_ns() >= end:
+                return False
+            self.beat()
+            time.sleep(_LOOK_NS / S)
+        return True
+
+    def drained(self) -> bool:
+        """Whether, the gate being closed, all processes are out of it.
+
+        Seats are read twice: nobody was inside at the first reading and nobody came since, so no
+        stream got work between them that the second would miss.
+        """
+        first = {seat.pid: seat for seat in self.seats()}
+        second = self.seats()
+        return all(
+            seat.drained and seat.pid in first and first[seat.pid].entered == seat.entered
+            for seat in second
+        )
+
+    def _turn(self) -> None:
+        self._word = (self._word + 1) & 0xFFFFFFFF
+        os.pwrite(self._fd, struct.pack("<I", self._word), GATE_AT)
+        number = _FUTEX.get(platform.machine())
+        if number is None:
+            raise DeviceError(f"the launch gate does not know how to wake on {platform.machine()}")
+        libc = ctypes.CDLL(None, use_errno=True)
+        # Where the file was cut short this fails, and those who wait look again by themselves.
+        libc.syscall(
+            ctypes.c_long(number),
+            ctypes.c_void_p(self._address + GATE_AT),
+            ctypes.c_int(_FUTEX_WAKE),
+            ctypes.c_int(0x7FFFFFFF),
+            None,
+            None,
+            ctypes.c_int(0),
+        )
+
+    # --- the job ----------------------------------------------------------------------------
+
+    @property
+    def lost(self) -> bool:
+        """Whether the file is no longer at its path, or no longer what it was: processes that come
+        later do not attach."""
+        try:
+            ours, there = os.fstat(self._fd), self.path.stat()
+        except OSError:
+            return True
+        same = (ours.st_dev, ours.st_ino) == (there.st_dev, there.st_ino)
+        return not same or ours.st_size != PAGE_BYTES
+
+    def seats(self) -> list[Seat]:
+        """The processes that are attached and alive; what makes no sense is left out."""
+        found = (self._seat(index) for index in range(SEATS))
+        return [seat for seat in found if seat is not None]
+
+    def attached(self, pid: int) -> bool:
+        """Whether the process is behind the gate: it says so and has the file mapped. A program
+        that replaced itself by one without the shim has not."""
+        return any(seat.pid == pid for seat in self.seats()) and self._mapped_by(pid)
+
+    def _seat(self, index: int) -> Seat | None:
+        at = HEAD_BYTES + index * SEAT_BYTES
+        data = os.pread(self._fd, SEAT_BYTES, at)
+        if len(data) != SEAT_BYTES:
+            return None
+        magic, pid, attached, started, entered, left, *rest = SEAT.unpack_from(data)
+        *counters, slots = rest
+        if magic != SEAT_MAGIC or attached != 1 or not 0 < pid < 1 << 31 or slots > SLOTS:
+            return None
+        if left > entered or _started(pid) != started:
+            return None
+        outstanding = 0
+        for number in range(slots):
+            done, put, loose, _ = SLOT.unpack_from(data, SLOTS_AT + number * SLOT.size)
+            outstanding += done != put or loose > 0
+        values: list[int] = [pid, entered, left, *counters, outstanding]
+        return Seat(*values)
+
+    def _mapped_by(self, pid: int) -> bool:
+        ours = os.fstat(self._fd)
+        device = f"{os.major(ours.st_dev):02x}:{os.minor(ours.st_dev):02x}"
+        try:
+            lines = Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines()
+        except OSError:
+            return False
+        return any(line.split()[3:5] == [device, str(ours.st_ino)] for line in lines)
+
+
+def _started(pid: int) -> int:
+    """When the process started, in ticks since boot; -1 if there is none, or only its remains."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return -1
+    fields = text[text.rindex(")") + 2 :].split()
+    return -1 if fields[0] in "ZX" else int(fields[19])
