@@ -30,7 +30,9 @@ def stands_still(bench: Bench) -> bool:
     before = bench.stats()
     time.sleep(0.03)
     after = bench.stats()
-    return before == after and after["launched"] == after["executed"] and not after["running"]
+    if any(before[what] != after[what] for what in ("launched", "executed", "running")):
+        return False
+    return after["launched"] == after["executed"] and not after["running"]
 
 
 # --- nothing is lost, a closed gate is quiet --------------------------------------------------
@@ -171,6 +173,8 @@ def test_a_capturing_stream_is_left_alone(bench: Bench) -> None:
     job.stdin.flush()
     assert job.stdout.readline() == "captured\n"
     bench.until(lambda: bench.page.seats()[0].waiting == 1)
+    assert bench.page.seats()[0].blocks == 1
+    assert not bench.page.seats()[0].flags & layout.ORPHANED
     assert bench.page.wait_drained(20 * S)
     bench.page.open_gate()
     assert bench.finish(job) == "26"
