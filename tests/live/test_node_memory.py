@@ -153,3 +153,17 @@ def test_models_that_do_not_fit_together_take_turns_in_memory(boxes: Boxes) -> N
             assert answer.values == [2.0 + i] * 4
             assert sum(held(box).values()) <= 800 * MIB
     assert {box.service(name)["state"] for name in names} == {"ASLEEP", "READY"}
+
+
+def test_the_same_request_again_is_answered_without_the_model(boxes: Boxes) -> None:
+    box = boxes()
+    box.model("scale", "scale", factor=2.0)
+    box.configure([{"name": "scale", "cache": "32KiB"}], devices=[CPU]).start()
+    answers = [box.infer("scale", x=X * n) for n in (1, 2, 1, 1)]
+    assert [a.values[0] for a in answers] == [2.0, 4.0, 2.0, 2.0]
+    assert box.service("scale")["answered"] == 2
+    told = box.ask("GET", "/metrics").body.decode()
+    assert 'cotenant_result_hits_total{service="scale"} 2.0' in told
+    assert held(box)["results"] > 0
+    box.model("scale", "scale", version=2, factor=3.0)
+    box.until(lambda: box.infer("scale", x=X).values == [3.0] * 4)

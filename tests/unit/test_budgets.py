@@ -247,6 +247,23 @@ def test_an_instance_that_is_larger_than_was_said_takes_what_others_leave() -> N
     assert only(box.send(e.JobQueued("k", memory=300)), a.Start)
 
 
+# --- results that are kept ------------------------------------------------------------------
+
+
+def test_results_have_what_is_free_and_give_it_first() -> None:
+    box = Box()
+    box.serve("s", 600, unloads=False)
+    box.job("j", memory=400, kept=100)
+    box.has("j", 100)
+    assert sizes(box.has("s/results", 300)) == [("s/results", 300)], "that is all that is free"
+    assert sizes(box.has("j", 300)) == [("s/results", 100)]
+    assert box.booked("j") == 300
+    assert not sizes(box.has("s/results", 100)), "there is no more"
+    assert sizes(box.has("j", 100)) == [("s/results", -1)]
+    box.has("s/results", 0)
+    assert "s/results" not in box.d.books.devices["cpu"].account.holders
+
+
 # --- what was found in review ---------------------------------------------------------------
 
 

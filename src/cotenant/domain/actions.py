@@ -71,8 +71,8 @@ class Unload(_Action, frozen=True):
 
 
 class Resize(_Action, frozen=True):
-    """A worker's pool of keys and values, or a job, may have ``size`` bytes from now on; of a job
-    -1: as many as its limit allows."""
+    """A worker's pool of keys and values, a job or a cache of results may have ``size`` bytes from
+    now on; -1, not of a pool: as many as its limit allows."""
 
     holder: str
     size: int

@@ -253,6 +253,7 @@ def _service(section: reading.Section) -> ServiceSpec:
         memory=section.take("memory", reading.size, 0),
         accuracy_floor=section.take("accuracy_floor", reading.share, 0.0),
         kv=_kv(section.section("kv")),
+        cache=section.take("cache", reading.size, 0),
         unloads=section.take("idle", reading.one_of(("keep", "unload")), "keep") == "unload",
         max_queue=section.take("max_queue", reading.integer(1, 1_000_000), 1024),
         strict=section.take("strict", reading.boolean, False),

@@ -60,7 +60,7 @@ EFFECTS: dict[tuple[type, type], str] = {
 
 _SAYS: dict[type, str] = {
     a.Recall: "ends the lease of a batch, whose last turn answers the `Dispatch`",
-    a.Resize: "says how much memory a pool or a job may have; what they have is reported (`Held`)",
+    a.Resize: "says how much memory a pool, a job or a cache may have; they report it (`Held`)",
     a.Serve: "says which version is the current one",
     a.Decline: "says that a version is not served",
     a.Emit: "sends pieces of answers",

@@ -103,6 +103,9 @@ class ServiceSpec(msgspec.Struct, frozen=True):
     exec_timeout: int = 30 * S
     """A batch that executes longer than this is ended together with its worker."""
     kv: KvSpec = KvSpec()
+    cache: int = 0
+    """Bytes that results may take which the node keeps, to answer the same request at once; 0: none
+    are. For models that give the same answer to the same input, in one piece."""
     unloads: bool = False
     """If set, instances that idle are unloaded when others need the memory, and loaded again before
     they are expected to be wanted, or when they are."""

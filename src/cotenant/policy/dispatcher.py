@@ -181,6 +181,7 @@ class Dispatcher:
                 if not worker.retiring:
                     self._residency.put_to_sleep(worker)
             self._place(self._pools.changed(device))
+            self.budgets.tell_caches(device)
             self.budgets.again(device)
         self.budgets.tell_jobs()
         self.books.touched.clear()

@@ -432,6 +432,8 @@ class DispatcherState:
     """When (ns) they are to be weighed again."""
     moved: dict[str, tuple[int, int]] = field(default_factory=dict)
     """What was free and coming of a memory that pools share with others, when they were told."""
+    caches: dict[str, int] = field(default_factory=dict)
+    """Bytes that caches of results were told to have at most."""
     again: dict[str, int] = field(default_factory=dict)
     """When (ns) who waits for a device's memory asks again."""
     reserves: dict[str, Reserve] = field(default_factory=dict)

@@ -29,6 +29,7 @@ from cotenant.engines.base import NUMPY, EngineMeta
 from cotenant.engines.llm.asking import MOST_TOKENS
 from cotenant.runtime.arena import Arena
 from cotenant.runtime.messages import LEFT_OUT, LENGTH, Item, Outputs, Place
+from cotenant.runtime.results import Kept, Key
 
 ALIGN = 64
 Placed = tuple[Arena, int, Item]
@@ -45,8 +46,8 @@ class Pending:
     """A request that was accepted and not answered yet. ``done`` is called from the loop, when
     what is going on has been seen to: the next batch comes before the last one's answers."""
 
-    __slots__ = ("arena", "block", "done", "id", "item", "meta", "service", "unread", "version",
-                 "wanted", "worker")  # fmt: skip
+    __slots__ = ("arena", "block", "done", "id", "item", "key", "meta", "service", "unread",
+                 "version", "wanted", "worker")  # fmt: skip
 
     def __init__(
         self,
@@ -62,6 +63,8 @@ class Pending:
         self.version = version
         self.meta = meta
         self.arena, self.block, self.item = placed
+        self.key: Key | None = None
+        """By which its result is kept, if it is."""
         self.worker = ""
         """Where it stays between its turns."""
         self.unread = 0
@@ -79,6 +82,27 @@ class Pending:
         if self.block >= 0:
             self.arena.free(self.block)
             self.block = -1
+
+    def answer_kept(self, kept: tuple[Kept, ...]) -> None:
+        """Say what the same request was answered with before."""
+        self.free()
+        tensors = [TensorOut(t.name, t.datatype, t.shape, memoryview(t.data)) for t in kept]
+        self._say(InferResult(self.service, self.version, self._asked_for(tensors), _nothing))
+
+    def all_tensors(self, outputs: Outputs) -> list[TensorOut]:
+        """What came out, asked for or not."""
+        spilled = iter(outputs.spilled)
+        return [
+            TensorOut(
+                meta.name,
+                meta.datatype,
+                place.shape,
+                self.arena.memory[place.offset : place.offset + place.nbytes]
+                if place.offset >= 0
+                else memoryview(next(spilled)),
+            )
+            for meta, place in zip(self.meta.outputs, outputs.places, strict=True)
+        ]
 
     def answer(self, outputs: Outputs) -> None:
         """Say what came out; the result's ``release`` frees the memory."""
@@ -106,18 +130,12 @@ class Pending:
 
     def _tensors(self, outputs: Outputs) -> list[TensorOut]:
         """What was asked for of what came out."""
+        return self._asked_for(self.all_tensors(outputs))
+
+    def _asked_for(self, tensors: list[TensorOut]) -> list[TensorOut]:
         wanted = self.wanted
-        spilled = iter(outputs.spilled)
-        tensors = []
-        for meta, place in zip(self.meta.outputs, outputs.places, strict=True):
-            data = (
-                self.arena.memory[place.offset : place.offset + place.nbytes]
-                if place.offset >= 0
-                else memoryview(next(spilled))
-            )
-            if not wanted or meta.name in wanted:
-                tensors.append(TensorOut(meta.name, meta.datatype, place.shape, data))
-        if wanted and len(tensors) > 1:
+        if wanted:
+            tensors = [tensor for tensor in tensors if tensor.name in wanted]
             tensors.sort(key=lambda t: wanted.index(t.name))
         return tensors
 
@@ -131,6 +149,10 @@ class Pending:
 
     def _deliver(self, outcome: Outcome) -> None:
         self.done(outcome)
+
+
+def _nothing() -> None:
+    """There is nothing to release."""
 
 
 def _give_back(outcome: Outcome) -> None:

@@ -95,6 +95,7 @@ class Effects:
     def on_resize(self, action: a.Resize) -> None:
         """See Hands."""
         self.jobs.resize(action)
+        self.requests.results.resize(action.holder, action.size)
         for instances in self.models.services.values():
             instances.resize(action.holder, action.size)
 
@@ -125,6 +126,7 @@ class Effects:
 
     def on_serve(self, action: a.Serve) -> None:
         """See Hands."""
+        self.requests.results.forget(action.service)
         instances = self.models.services.get(action.service)
         if instances is not None:
             instances.serve(action)

@@ -395,6 +395,7 @@ class Node:
         memory = metrics.Memory(
             {spec.id: self.fleet.memory(spec.id) for spec in self.specs},
             {spec.id: dispatcher.budgets.lines(spec.id) for spec in self.specs},
+            self.requests.results.counts(),
         )
         return metrics.exposition(self.monitor, dispatcher.state, self._job_statuses(), memory)
 

@@ -27,6 +27,7 @@ from cotenant.runtime.arena import ArenaFull
 from cotenant.runtime.calls import OutputSizes, Pending
 from cotenant.runtime.messages import Done, Failed, Item, Outputs
 from cotenant.runtime.models import Models
+from cotenant.runtime.results import Results
 from cotenant.telemetry.monitor import Monitor
 
 RETRY_MEMORY = 50 * MS
@@ -62,6 +63,7 @@ class Requests:
         self._open: dict[str, int] = {}
         """How many are pending, by service."""
         self._drained: dict[str, asyncio.Event] = {}
+        self.results = Results(feed)
 
     def __len__(self) -> int:
         """How many were accepted and not answered yet."""
@@ -109,6 +111,8 @@ class Requests:
             pending.item = msgspec.structs.replace(
                 pending.item, id=number, due=deadline, pace=spec.slo.pace
             )
+        if spec.cache and not meta.turns and self._was_kept(pending, call, spec.cache):
+            return pending.withdraw
         self._pending[number] = pending
         self._open[name] = self._open.get(name, 0) + 1
         shape = calls.signature(meta, call)
@@ -131,6 +135,18 @@ class Requests:
             asyncio.get_running_loop().call_soon(self._hand_over)
         self._arrivals.append(request)
         return partial(self._withdraw, pending)
+
+    def _was_kept(self, pending: Pending, call: InferCall, limit: int) -> bool:
+        """Answer a request with what the same was answered with before, if that is kept."""
+        given = [f"{t.name} {t.datatype} {t.shape}".encode() for t in call.inputs]
+        places = [p for p in pending.item.inputs if p.offset >= 0]
+        memory = pending.arena.memory
+        given += [bytes(memory[p.offset : p.offset + p.nbytes]) for p in places]
+        pending.key = self.results.key(pending.service, limit, [pending.version.encode(), *given])
+        kept = self.results.find(pending.service, pending.key)
+        if kept is not None:
+            pending.answer_kept(kept)
+        return kept is not None
 
     def _turn_away(self, name: str, refusal: Refusal, retry_after: int, why: str) -> Refused:
         if name in self._models.services:  # no meters for names that clients make up
@@ -229,6 +245,9 @@ class Requests:
             sizes = self._sizes.get((pending.service, pending.version))
             if sizes is not None and not pending.meta.turns:
                 sizes.learn(pending.item.rows, outputs)
+            if pending.key is not None:
+                tensors = pending.all_tensors(outputs)
+                self.results.keep(pending.service, pending.key, tensors)
             pending.answer(outputs)
 
     def on_reject(self, action: a.Reject) -> None:
@@ -263,4 +282,5 @@ class Requests:
     def forget(self, name: str) -> None:
         """A service was unloaded, or was to be."""
         self._drained.pop(name, None)
+        self.results.forget(name)
         self._sizes = {key: sizes for key, sizes in self._sizes.items() if key[0] != name}

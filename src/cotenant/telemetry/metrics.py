@@ -35,6 +35,8 @@ class Memory(NamedTuple):
 
     resident: Mapping[str, Mapping[str, int]]
     booked: Mapping[str, Sequence[Line]]
+    kept: Mapping[str, tuple[int, int, int]] = {}
+    """Of services whose results are kept: lookups, hits, bytes."""
 
 
 def exposition(
@@ -76,7 +78,16 @@ def _memory(memory: Memory) -> Iterator[Metric]:
         for line in lines:
             for what in ("held", "guaranteed", "limit", "wanted", "asked", "waiting", "over"):
                 booked.add_metric([device, line.name, line.kind, what], getattr(line, what))
-    yield from (resident, booked)
+    lookups = CounterMetricFamily(
+        "cotenant_result_lookups", "Requests looked up among kept results", labels=["service"]
+    )
+    hits = CounterMetricFamily(
+        "cotenant_result_hits", "Requests answered with a kept result", labels=["service"]
+    )
+    for service, (asked, found, _) in memory.kept.items():
+        lookups.add_metric([service], asked)
+        hits.add_metric([service], found)
+    yield from (resident, booked, lookups, hits)
 
 
 def _services(monitor: Monitor, state: DispatcherState) -> Iterator[Metric]:

@@ -27,6 +27,8 @@ from cotenant.policy.state import Phase, ServiceState, Tenant, WorkerState
 
 AGAIN: Final = 1 * S
 """Who waits for memory that nobody can spare asks again so often."""
+RESULTS: Final = "/results"
+"""Behind the name of a service: the results of it that the node keeps, in the host's memory."""
 PAGE_NS: Final = 1.0
 """What a job's byte costs that is written out or read again (ns): a disk of about 1 GB/s."""
 
@@ -144,7 +146,10 @@ class Budgets:
         return there
 
     def reported(self, event: e.Held) -> None:
-        """What a job has was measured."""
+        """What a job has was measured, or a cache of results says what it has."""
+        if event.holder.endswith(RESULTS):
+            self._cache(event)
+            return
         tenant = self._state.tenants.get(event.holder)
         if tenant is None or tenant.phase == Phase.QUEUED:
             return
@@ -175,12 +180,16 @@ class Budgets:
     # --- what follows -----------------------------------------------------------------------
 
     def take_back(self, device: str) -> None:
-        """What jobs, and instances that wait, are to give and have not taken is given at once."""
+        """What jobs, and instances that wait, are to give and have not taken is given at once; and
+        what caches are to give."""
         ledger = self._books.devices[device]
         for name, holder in ledger.account.holders.items():
-            if not holder.asked or not holder.promised or holder.terms.kind == Kind.KV:
+            kind = holder.terms.kind
+            if holder.asked and kind == Kind.RESULTS:  # they go as soon as it is told
+                ledger.gave(name, holder.asked)
+            if not holder.asked or not holder.promised:
                 continue
-            if holder.terms.kind == Kind.JOB or self._state.workers[name].pending:
+            if kind == Kind.JOB or (kind == Kind.INSTANCE and self._state.workers[name].pending):
                 ledger.yields(name)
 
     def waiting(self, device: str) -> list[WorkerState]:
@@ -216,6 +225,16 @@ class Budgets:
             if most != tenant.most:
                 tenant.most = most
                 self._desk.out.append(a.Resize(self._desk.cause, tenant.id, most))
+
+    def tell_caches(self, device: str) -> None:
+        """Order what caches of results may have, where that has changed."""
+        state, ledger = self._state, self._books.devices[device]
+        for name, holder in ledger.account.holders.items():
+            if holder.terms.kind == Kind.RESULTS:
+                most = holder.keeps if holder.over or not ledger.free else -1
+                if most != state.caches.get(name, -1):
+                    state.caches[name] = most
+                    self._desk.out.append(a.Resize(self._desk.cause, name, most))
 
     def again(self, device: str) -> None:
         """Look at a device again before long, if somebody waits for its memory."""
@@ -297,6 +316,26 @@ class Budgets:
         found, kind = self._state.services[service], self._desk.specs[device].kind
         declared = found.memory.get(kind, found.memory.get("", 0))
         return max(declared, found.occupies.get(kind, 0))
+
+    def _cache(self, event: e.Held) -> None:
+        """A cache has what nobody else needs: it is booked as far as that is free."""
+        host = [d.id for d in self._desk.devices if d.kind == "cpu" and d.id in self._books.devices]
+        for device in host[:1]:
+            ledger, name = self._books.devices[device], event.holder
+            there = name in ledger.account.holders
+            if not event.held:
+                if there:
+                    ledger.left(name)
+                self._state.caches.pop(name, None)
+            else:
+                if not there:
+                    ledger.admit(Terms(name, Kind.RESULTS, 0, ledger.usable))
+                report = Report(event.held, event.held, event.held, event.held)
+                ledger.holds(name, report)
+                if ledger.account.holders[name].over:
+                    self._ask(device, ledger, name, ledger.account.holders[name].over)
+                    ledger.holds(name, report)
+            self._touch(device)
 
     def _enter(self, device: str, ledger: Ledger, tenant: Tenant, report: Report) -> None:
         holder = ledger.account.holders.get(tenant.id)
