@@ -175,6 +175,14 @@ def test_what_it_does_not_want_of_its_guarantee_is_lent_and_comes_back() -> None
     assert box.ask("owner", 500) == (0, 500, [("pool", -500)])
 
 
+def test_who_gives_all_or_nothing_is_asked_for_no_part_of_its_guarantee() -> None:
+    box = Box()
+    box.holder("job", Kind.JOB, 400, guaranteed=400, limit=400, cooperative=False, wanted=90)
+    box.holder("pool", Kind.KV, 600, guaranteed=600)
+    box.report("pool", wanted=1000)
+    assert box.settle() == []
+
+
 def test_what_needs_more_than_it_said_is_guaranteed_what_others_leave() -> None:
     box = Box()
     box.holder("instance", Kind.INSTANCE, held=300, guaranteed=300, limit=300, cooperative=False)

@@ -138,10 +138,12 @@ class Requests:
 
     def _was_kept(self, pending: Pending, call: InferCall, limit: int) -> bool:
         """Answer a request with what the same was answered with before, if that is kept."""
-        given = [f"{t.name} {t.datatype} {t.shape}".encode() for t in call.inputs]
+        given: list[bytes | memoryview] = [
+            f"{t.name} {t.datatype} {t.shape}".encode() for t in call.inputs
+        ]
         places = [p for p in pending.item.inputs if p.offset >= 0]
         memory = pending.arena.memory
-        given += [bytes(memory[p.offset : p.offset + p.nbytes]) for p in places]
+        given += [memory[p.offset : p.offset + p.nbytes] for p in places]
         pending.key = self.results.key(pending.service, limit, [pending.version.encode(), *given])
         kept = self.results.find(pending.service, pending.key)
         if kept is not None:

@@ -165,7 +165,10 @@ class Holder:
 
     @property
     def sure(self) -> int:
-        """The part of its guarantee that it wants: what it is never asked for."""
+        """The part of its guarantee that it wants: what it is never asked for. Who gives all or
+        nothing wants all or nothing."""
+        if not self.terms.cooperative:
+            return self.terms.guaranteed if self.wanted else 0
         return min(self.terms.guaranteed, self.wanted)
 
     @property
