@@ -368,3 +368,11 @@ def test_whether_it_may_be_unloaded_can_change() -> None:
     assert only(box.serve("k", 600, unloads=False), a.Decline)
     box.service("s", memory={"": 600}, unloads=True)
     assert only(box.send(e.VersionOffered("k", "1", 1)), a.Unload)
+
+
+def test_requests_to_a_service_that_is_there_are_not_watched() -> None:
+    box = Box()
+    box.serve("s", 600)
+    for _ in range(20):
+        box.used("s", after=S)
+    assert len(box.d.state.watches) < 20, "nobody has to look whether they wait in vain"

@@ -8,7 +8,7 @@ from cotenant.domain import actions as a
 from cotenant.domain import events as e
 from cotenant.domain.device import DeviceSpec
 from cotenant.domain.request import Refusal
-from cotenant.policy.state import DispatcherState, PartitionState
+from cotenant.policy.state import DispatcherState, PartitionState, ServiceState
 
 
 class Desk:
@@ -72,6 +72,12 @@ class Desk:
     def watch(self, at: int, what: str, name: str) -> None:
         """Look at this time (ns) what became of something."""
         heappush(self.state.watches, (at, what, name))
+
+    def watch_service(self, service: ServiceState, at: int) -> None:
+        """Look at this time (ns) whether somebody waits for a service in vain, if not before."""
+        if service.looked_at <= self.state.now or at < service.looked_at:
+            service.looked_at = at
+            self.watch(at, "service", service.name)
 
     def watched(self) -> list[tuple[str, str]]:
         """What is to be looked at now."""

@@ -174,17 +174,24 @@ class Roster:
 
     def refuse_orphans(self, service: ServiceState) -> None:
         """Refuse what waits for a version that no instance serves any more, unless one is being
-        loaded and may yet be in time."""
+        loaded and may yet be in time: that is looked at again when the first of it is due."""
         there = served(self._state, service)
         awaited, now = coming(self._state, service), self._state.now
+
+        due: list[int] = []
 
         def in_vain(request: Request) -> bool:
             version = request.version or service.version
             if version in there or request.id in self._state.residents:
                 return False
-            return version not in awaited or request.deadline <= now
+            if version not in awaited or request.deadline <= now:
+                return True
+            due.append(request.deadline)
+            return False
 
         self._refuse_where(service, Refusal.UNAVAILABLE, in_vain)
+        if due:
+            self._desk.watch_service(service, min(due))
 
     def _refuse_where(
         self, service: ServiceState, refusal: Refusal, condition: Callable[[Request], bool]

@@ -90,8 +90,9 @@ class Turns:
             return
         queues.enqueue(state, service, request)
         state.unplaced[service.name] = None
-        if service.unloads:  # it may wait for an instance that is loaded again, and too late
-            desk.watch(request.deadline, "service", service.name)
+        waits = service.unloads and (request.version or service.version)
+        if waits and waits not in served(state, service):  # it may be loaded too late
+            desk.watch_service(service, request.deadline)
 
     def cancelled(self, event: e.Cancelled) -> None:
         """The client went away: what is queued goes too; what has a turn, at the end of it."""
