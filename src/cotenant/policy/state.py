@@ -127,7 +127,7 @@ class ServiceState:
     """Mean length (ns) of times without requests, and mean deviation; 0: there was none."""
     silence_dev: int = 0
     looked_at: int = 0
-    """When (ns) it is looked at next whether somebody waits in vain; a time that is over: it is not."""
+    """When (ns) it is looked at next whether somebody waits in vain; not, if that is over."""
     version: str = ""
     """The version that requests go to which name none."""
     versions: dict[str, int] = field(default_factory=dict)
