@@ -31,7 +31,8 @@ class TurnFacts(msgspec.Struct, frozen=True):
     ``pace``: after how long (ns) each further token is due; 0: as the first. ``prompt`` and
     ``answer``: tokens that they have on average, 0 if none was seen; ``prompt_dev``: the standard
     deviation of the former. ``together``: sequences that an instance can have at one time.
-    ``costs``: what turns were seen to take, by kind of device and units. ``warm``: what a warm-up took there (ns), also of units on which it has not served.
+    ``costs``: what turns were seen to take, by kind of device and units. ``warm``: what a warm-up
+    took there (ns), also of units on which it has not served.
     """
 
     pace: int = 0
