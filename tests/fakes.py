@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cotenant.devices.null import NullDevice
-from cotenant.domain.device import Launch, Partition, PreemptLevel, Tenant
+from cotenant.domain.device import Launch, Partition, PreemptLevel, Tenant, TenantFacts
 from cotenant.domain.errors import DeviceError
 
 FAILURES: tuple[Callable[[], BaseException], ...] = (
@@ -107,7 +107,7 @@ class SlowDevice(NullDevice):
         self._turn("bind", worker, partition.id)
         super().bind(worker, partition)
 
-    def facts(self) -> dict[str, int]:
+    def facts(self) -> dict[str, TenantFacts]:
         self._turn("facts")
         return super().facts()
 

@@ -15,8 +15,9 @@ import msgspec
 from cotenant.devices.base import Device
 from cotenant.devices.cpu import CpuDevice
 from cotenant.devices.null import NullDevice
+from cotenant.devices.nvidia.device import CudaDevice
 from cotenant.domain.config import NodeConfig, parse_config
-from cotenant.domain.device_config import CpuConfig, DeviceConfig, NullConfig
+from cotenant.domain.device_config import CpuConfig, CudaConfig, DeviceConfig, NullConfig
 from cotenant.domain.errors import ConfigError, EnvironmentProblem
 from cotenant.runtime.node import Node
 from cotenant.serving.control import ControlServer
@@ -64,6 +65,8 @@ def make_device(config: DeviceConfig) -> Device:
             return NullDevice(
                 config.id, config.units, config.memory, config.preempt, config.blocking, config.kv
             )
+        case CudaConfig():
+            return CudaDevice(config)
 
 
 async def serve(config: NodeConfig) -> None:

@@ -20,7 +20,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from cotenant.domain.device import DeviceSpec, Launch, Partition, PreemptLevel, Tenant
+from cotenant.domain.device import (
+    DeviceSpec,
+    Launch,
+    Partition,
+    PreemptLevel,
+    Tenant,
+    TenantFacts,
+)
 
 
 class Device(Protocol):
@@ -72,8 +79,8 @@ class Device(Protocol):
         """Look again at what changed by itself (new threads and children); called from time
         to time, must tolerate anything vanishing."""
 
-    def facts(self) -> dict[str, int]:
-        """Resident memory on the device in bytes, by tenant that is attached: measured."""
+    def facts(self) -> dict[str, TenantFacts]:
+        """What is seen of each tenant that is attached: measured, after ``refresh``."""
 
     def evict(self, job: str, size: int) -> None:
         """Take up to ``size`` bytes of memory back from a job; what it needs of them again it gets.

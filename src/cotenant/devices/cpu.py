@@ -51,6 +51,7 @@ from cotenant.domain.device import (
     Partition,
     PreemptLevel,
     Tenant,
+    TenantFacts,
     TenantKind,
 )
 from cotenant.domain.errors import DeviceError, EnvironmentProblem
@@ -253,10 +254,11 @@ class CpuDevice:
                 found.granted = {"": self._cores}
                 self._apply(found)
 
-    def facts(self) -> dict[str, int]:
+    def facts(self) -> dict[str, TenantFacts]:
         """Of workers the resident set, of jobs what their processes occupy together."""
         found = {n: w.footprint.look([w.pid]) for n, w in list(self._workers.items())}
-        return found | {n: j.footprint.look(j.pids) for n, j in list(self._jobs.items())}
+        found |= {n: j.footprint.look(j.pids) for n, j in list(self._jobs.items())}
+        return {name: TenantFacts(memory) for name, memory in found.items()}
 
     def evict(self, job: str, size: int) -> None:
         found = self._jobs.get(job)

@@ -11,6 +11,7 @@ from cotenant.domain.device import (
     Partition,
     PreemptLevel,
     Tenant,
+    TenantFacts,
     TenantKind,
 )
 from cotenant.domain.errors import DeviceError
@@ -97,8 +98,8 @@ class NullDevice:
     def refresh(self) -> None:
         pass
 
-    def facts(self) -> dict[str, int]:
-        return dict.fromkeys([*self._grants, *self._workers], 0)
+    def facts(self) -> dict[str, TenantFacts]:
+        return dict.fromkeys([*self._grants, *self._workers], TenantFacts())
 
     def evict(self, job: str, size: int) -> None:
         pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping
 
 import msgspec
 
@@ -50,13 +51,35 @@ it sleeps for a moment between two batches."""
 
 
 class Launch(msgspec.Struct, frozen=True):
-    """What a device wants of a tenant's process before it is executed: environment, and resource
-    limits (``RLIMIT_x``: soft, hard). A hard limit that is lower already stays. ``cgroup``: the
-    directory of the control group that a job is to be in; "" if it is the same to the device."""
+    """What a device wants of a tenant's process before it is executed.
+
+    ``env``: variables, where a job's owner did not set them. ``fixed``: variables that are as the
+    device says, whoever set them. ``prepend``: what comes first in variables that are lists of
+    paths (joined by ":"), before what the owner has there. ``limits`` (``RLIMIT_x``: soft, hard);
+    a hard limit that is lower already stays. ``cgroup``: the directory of the control group that a
+    job is to be in; "" if it is the same to the device."""
 
     env: dict[str, str] = {}
     limits: dict[int, tuple[int, int]] = {}
     cgroup: str = ""
+    fixed: dict[str, str] = {}
+    prepend: dict[str, str] = {}
+
+    def applied(self, owned: Mapping[str, str]) -> dict[str, str]:
+        """The whole environment of a process whose owner wants these variables."""
+        found = {**self.env, **owned, **self.fixed}
+        for name, first in self.prepend.items():
+            then = found.get(name, "")
+            found[name] = f"{first}:{then}" if then else first
+        return found
+
+
+class TenantFacts(msgspec.Struct, frozen=True):
+    """What was seen of a tenant: resident ``memory`` on the device in bytes; the ``level`` at which
+    it can be made to yield, None if that is what it was when it was attached."""
+
+    memory: int = 0
+    level: PreemptLevel | None = None
 
 
 class Partition(msgspec.Struct, frozen=True):

@@ -11,7 +11,7 @@ import msgspec
 from cotenant.domain import reading
 from cotenant.domain.device import PreemptLevel
 from cotenant.domain.errors import ConfigError
-from cotenant.domain.units import format_bytes
+from cotenant.domain.units import MS, format_bytes
 
 
 class CpuConfig(msgspec.Struct, frozen=True):
@@ -42,7 +42,23 @@ class NullConfig(msgspec.Struct, frozen=True):
     kv: int = 0
 
 
-DeviceConfig = CpuConfig | NullConfig
+class CudaConfig(msgspec.Struct, frozen=True):
+    """An NVIDIA GPU: ``gpu`` is its number or UUID, as ``cotenant devices`` shows them. ``memory``
+    and ``kv`` as of a CPU (0: all that the driver leaves). ``preempt``: how jobs are taken off,
+    ``GATE`` or ``NONE`` (not at all). ``bound``: ns of a job's work that may be on the GPU at one
+    time, for which a request may have to wait.
+    """
+
+    kind: ClassVar[str] = "cuda"
+    id: str = "cuda"
+    gpu: str = "0"
+    memory: int = 0
+    kv: int = 0
+    preempt: PreemptLevel = PreemptLevel.GATE
+    bound: int = 2 * MS
+
+
+DeviceConfig = CpuConfig | NullConfig | CudaConfig
 
 
 def read_devices(sections: Sequence[reading.Section]) -> tuple[DeviceConfig, ...]:
@@ -91,6 +107,26 @@ def _null(section: reading.Section) -> NullConfig:
     return msgspec.structs.replace(null, memory=memory, kv=kv)
 
 
+def _cuda(section: reading.Section) -> CudaConfig:
+    levels = {"auto": PreemptLevel.GATE, "gate": PreemptLevel.GATE, "none": PreemptLevel.NONE}
+    cuda = CudaConfig(
+        id=section.take("id", reading.name, "cuda"),
+        gpu=section.take("gpu", _gpu, "0"),
+        preempt=levels[section.take("preempt", reading.one_of(levels), "auto")],
+        bound=section.take("bound", reading.duration, 2 * MS),
+    )
+    memory, kv = _memory(section)
+    return msgspec.structs.replace(cuda, memory=memory, kv=kv)
+
+
+def _gpu(value: object) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return str(value)
+    if isinstance(value, str) and (value.isdigit() or value.startswith("GPU-")):
+        return value
+    raise ValueError("is a GPU's number or UUID (GPU-…), as cotenant devices shows them")
+
+
 def _memory(section: reading.Section) -> tuple[int, int]:
     """Bytes for everything on a device, and for pools of keys and values out of these: all, if it
     is not said how many."""
@@ -107,6 +143,7 @@ def _memory(section: reading.Section) -> tuple[int, int]:
 _READERS: dict[str, Callable[[reading.Section], DeviceConfig]] = {
     CpuConfig.kind: _cpu,
     NullConfig.kind: _null,
+    CudaConfig.kind: _cuda,
 }
 
 

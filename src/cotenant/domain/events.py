@@ -164,7 +164,8 @@ class JobQueued(_Event, frozen=True):
     """A job wants to run: on devices of one of ``kinds`` (none named: any that trains).
     ``guaranteed`` and ``limit`` are shares of the compute of that kind. Of ``memory`` bytes, which
     it may have, it is guaranteed ``kept`` (-1: all) if it can be made to give the rest, else all.
-    When it is to stop it may take ``grace`` ns."""
+    When it is to stop it may take ``grace`` ns. One that is ``apart`` was seen not to yield where
+    it was to: it shares no space with services."""
 
     job: str
     weight: float = 1.0
@@ -175,6 +176,7 @@ class JobQueued(_Event, frozen=True):
     grace: int = 5 * S
     kept: int = -1
     gives: bool = False
+    apart: bool = False
 
 
 class JobReady(_Event, frozen=True):
@@ -183,6 +185,15 @@ class JobReady(_Event, frozen=True):
 
     job: str
     levels: dict[str, PreemptLevel] = {}
+
+
+class JobLevel(_Event, frozen=True):
+    """A running job can be made to yield on a device at another level than before, as was seen. At
+    ``NONE`` it is kept apart from services from now on."""
+
+    job: str
+    device: str
+    level: PreemptLevel
 
 
 class JobExited(_Event, frozen=True):
@@ -253,6 +264,7 @@ Event = (
     | WorkerDown
     | JobQueued
     | JobReady
+    | JobLevel
     | JobExited
     | Granted
     | Revoked
@@ -289,9 +301,9 @@ def service_added(
     )
 
 
-def job_queued(spec: JobSpec, gives: bool = False) -> JobQueued:
+def job_queued(spec: JobSpec, gives: bool = False, apart: bool = False) -> JobQueued:
     """The event of a job that wants to run; ``gives``: it runs already, and can be asked for
-    memory."""
+    memory; ``apart``: it was seen not to yield."""
     return JobQueued(
         job=spec.id,
         weight=spec.weight,
@@ -302,4 +314,5 @@ def job_queued(spec: JobSpec, gives: bool = False) -> JobQueued:
         grace=spec.grace,
         kept=spec.memory if spec.memory_guaranteed is None else spec.memory_guaranteed,
         gives=gives,
+        apart=apart,
     )

@@ -125,7 +125,9 @@ def cause_of(event: e.Event) -> str:
             | e.VersionGone(service=service)
         ):
             return f"{type(event).__name__}:{service}"
-        case e.JobQueued(job=job) | e.JobReady(job=job) | e.JobExited(job=job):
+        case (
+            e.JobQueued(job=job) | e.JobReady(job=job) | e.JobLevel(job=job) | e.JobExited(job=job)
+        ):
             return f"{type(event).__name__}:{job}"
         case e.WorkerUp(worker=worker) | e.WorkerDown(worker=worker) | e.LoadFailed(worker=worker):
             return f"{type(event).__name__}:{worker}"

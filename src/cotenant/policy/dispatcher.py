@@ -95,6 +95,7 @@ class Dispatcher:
             e.BatchFailed: self._batch_failed,
             e.JobQueued: tenancy.queued,
             e.JobReady: self._job_ready,
+            e.JobLevel: tenancy.level,
             e.JobExited: self._job_exited,
             e.Granted: holds.granted,
             e.Revoked: self._revoked,
@@ -248,6 +249,7 @@ class Dispatcher:
     def _planned(self, event: e.Planned) -> None:
         self._residency.planned(event.plan)
         self._relayout.planned(event)
+        self._tenancy.part()
 
     def _woke(self, _: e.Woke) -> None:
         self.state.armed = 0

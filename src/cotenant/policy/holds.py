@@ -212,6 +212,7 @@ class Holds:
             limit=max(1, int(share_on(tenant.limit, tenant.kind) * compute + 1e-9)),
             place=tenant.place,
             levels=levels,
+            apart=tenant.apart,
             vtime=min(others, default=0),
             since=state.now,
             target=lending.target(state.plan, tenant.id),

@@ -25,9 +25,10 @@ def share_out(
     what the service leaves, less what each request that finds it idle costs; where that is not
     known it is taken to be much, because to find out it would have to move. Heavier jobs choose
     first; several may share one. A job stays where it is (``present``) if it would not gain more
-    than ``stay`` times."""
+    than ``stay`` times. One that is apart gets a partition without services, or none."""
     layout = verdict.layout
-    slots = {p.id: (p.compute, 1.0, 0.0) for p in layout.free}
+    own = {p.id: (p.compute, 1.0, 0.0) for p in layout.free}
+    slots = dict(own)
     if lend:
         for partition, used, asked in zip(layout.mine, verdict.busy, verdict.asked, strict=True):
             slots[partition.id] = partition.compute, max(0.0, 1.0 - used), asked
@@ -44,8 +45,10 @@ def share_out(
             * max(0.0, 1.0 - lost * asked)
             * job.weight
             / (weights[name] + job.weight)
-            for name, (compute, left, asked) in slots.items()
+            for name, (compute, left, asked) in (own if job.apart else slots).items()
         }
+        if not values:
+            continue
         best = max(values, key=lambda name: (values[name], name))
         there = present.get(job.id, "")
         if there in values and (values[there] * stay >= values[best] or math.isinf(stay)):

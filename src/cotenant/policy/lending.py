@@ -93,6 +93,8 @@ def choose_job(
     for job in candidates:
         if job.kind != partition.kind or job.stopping or job.place not in ("", partition.id):
             continue
+        if job.apart and partition.services:
+            continue
         if job.blocked_until > now or job.units + size > job.limit:
             continue
         owed = debt(state, job, now, total_units) if in_debt(state, job, now, total_units) else 0

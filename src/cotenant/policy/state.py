@@ -326,6 +326,8 @@ class Tenant:
     """Why it is not started."""
     gives: bool = False
     """Whether it can be asked for memory, or was seen to be made to give it."""
+    apart: bool = False
+    """Whether it was seen not to yield: then it shares no space with services."""
     most: int = -1
     """Bytes that it was told to have at most; -1: as many as it may."""
     stop_by: int = 0
@@ -348,6 +350,8 @@ class JobShare:
     """The one partition that it can run in; any if empty."""
     levels: dict[str, PreemptLevel] = field(default_factory=dict)
     """How it can be made to yield, by device, where that is not what the device says."""
+    apart: bool = False
+    """See ``Tenant``."""
     stopping: bool = False
     vtime: int = 0
     held: list[str] = field(default_factory=list)

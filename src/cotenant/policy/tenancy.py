@@ -4,7 +4,8 @@ A job that wants to run is started once there is room: fewer jobs than the limit
 fits beside what else is on its devices, and, where a device binds processes to a partition, the
 plan in force has given it one. Where several kinds of device would do it goes to the kind with
 most compute to a job. A job is stopped to start elsewhere when a plan takes its partition away,
-and for good when it does not yield; who does not obey is killed.
+and for good when it does not yield; who does not obey is killed. One that was seen to compute where
+its device cannot hold it back is kept apart: it runs only where no service does.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Final
 
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
+from cotenant.domain.device import PreemptLevel
 from cotenant.domain.plan import Plan
 from cotenant.domain.units import S, format_bytes
 from cotenant.policy.desk import Desk
@@ -22,6 +24,7 @@ from cotenant.policy.state import PHASE_TRANSITIONS, PartitionState, Phase, Tena
 
 KILL_AFTER: Final = 5 * S
 """Beyond its grace a job that is stopped has so long (ns), for its processes to be collected."""
+SHARED: Final = "services are where it would compute"
 
 
 class Tenancy:
@@ -56,6 +59,7 @@ class Tenancy:
                 memory=event.memory,
                 kept=event.memory if event.kept < 0 else event.kept,
                 gives=event.gives,
+                apart=event.apart,
                 grace=event.grace,
             )
             self._choose_kind(tenants[event.job])
@@ -68,6 +72,29 @@ class Tenancy:
             return False
         self._holds.open(tenant, event.levels)
         return True
+
+    def level(self, event: e.JobLevel) -> None:
+        """How a job that runs can be made to yield was seen to be another than thought."""
+        tenant, share = self._state.tenants.get(event.job), self._state.jobs.get(event.job)
+        if tenant is None or share is None or event.device not in tenant.devices:
+            return
+        share.levels[event.device] = event.level
+        if event.level is PreemptLevel.NONE:
+            tenant.apart = share.apart = True
+            self.part()
+
+    def part(self) -> None:
+        """Stop those who are to be apart from services and are not; they start again elsewhere."""
+        for tenant in self._state.tenants.values():
+            running = tenant.apart and tenant.phase not in (Phase.QUEUED, Phase.STOPPING)
+            if running and self._serves(tenant.devices, tenant.place):
+                self.stop(tenant.id, f"it cannot be held back, and {SHARED}", again=True)
+
+    def _serves(self, devices: tuple[str, ...], place: str) -> bool:
+        """Whether services are where a job would be: in its partition, or anywhere on devices that
+        do not bind it to one."""
+        parts = self._state.partitions.values()
+        return any(p.services and (p.id == place if place else p.device in devices) for p in parts)
 
     def exited(self, event: e.JobExited) -> list[PartitionState]:
         """A job is gone; the partitions that are free by that."""
@@ -104,6 +131,9 @@ class Tenancy:
             place = partition.id
             devices = tuple(d for d in devices if d.id == partition.device)
         names = tuple(d.id for d in devices)
+        if tenant.apart and self._serves(names, place):
+            tenant.waits = f"it could not be held back, and {SHARED}"
+            return
         if not self._budgets.start(tenant, names):
             tenant.waits = "others are to give the memory that it is guaranteed"
             return

@@ -26,7 +26,7 @@ from functools import partial
 from typing import Any, Final
 
 from cotenant.devices.base import Device
-from cotenant.domain.device import DeviceSpec, Partition, PreemptLevel
+from cotenant.domain.device import DeviceSpec, Partition, PreemptLevel, TenantFacts
 from cotenant.domain.errors import CotenantError, DeviceError
 from cotenant.runtime.lanes import Lane
 
@@ -99,16 +99,19 @@ class Caller:
         device: Device,
         timeouts_s: Mapping[str, float] = TIMEOUT_S,
         astray: Callable[[str, str, str], None] = lambda *_: None,
+        changed: Callable[[str, str, PreemptLevel], None] = lambda *_: None,
     ) -> None:
         """``astray``: called with a tenant, a partition and why, where what succeeded too late
-        could not be taken back."""
+        could not be taken back. ``changed``: with a tenant, the device and the tenant's level,
+        where a look found another than before."""
         self.device = device
         self._astray = astray
+        self._changed = changed
         self.spec: DeviceSpec | None = None
         self.levels: dict[str, PreemptLevel] = {}
         """Of the tenants that are attached."""
-        self.memory: dict[str, int] = {}
-        """What they occupy in bytes, as of the last look."""
+        self.facts: dict[str, TenantFacts] = {}
+        """What was seen of them at the last look."""
         self.layout: tuple[Partition, ...] = ()
         self._timeouts_s = timeouts_s
         self._quick = not device.blocking
@@ -277,18 +280,23 @@ class Caller:
 
     def _look(self) -> None:
         """On a thread."""
-        memory, why = self.memory, ""
+        facts, why = self.facts, ""
         try:
             self.device.refresh()
-            memory = self.device.facts()
+            facts = self.device.facts()
         except Exception as error:
             why = self._said("refresh", error)
-        self._post(self._looked, memory, why)
+        self._post(self._looked, facts, why)
 
-    def _looked(self, memory: dict[str, int], why: str) -> None:
-        self._looking, self.memory = False, memory
+    def _looked(self, facts: dict[str, TenantFacts], why: str) -> None:
+        self._looking, self.facts = False, facts
         if why:
             log.warning("device could not look at its tenants", extra={"why": why})
+        for tenant, seen in facts.items():
+            level = seen.level
+            if level is not None and self.levels.get(tenant, level) is not level:
+                self.levels[tenant] = level
+                self._changed(tenant, self.name, level)
 
     def evict(self, job: str, size: int) -> None:
         """Have the device take memory back from a job, where the looks are made; not while it does

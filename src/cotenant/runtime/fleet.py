@@ -36,6 +36,9 @@ class Fleet:
         self.astray: Callable[[str, str, str], None] = lambda *_: None
         """Called with a job, a partition and why, where the job came to be on the partition after
         the grant had failed, and could not be taken off it."""
+        self.changed: Callable[[str, str, PreemptLevel], None] = lambda *_: None
+        """Called with a tenant, a device and the level at which the tenant can be made to yield
+        there from now on, where a look found another than before."""
         self.specs: tuple[DeviceSpec, ...] = ()
         """The devices, in the order given; once they are open."""
 
@@ -44,7 +47,7 @@ class Fleet:
     async def open(self) -> None:
         """Open the devices in order. Raises EnvironmentProblem; then none is left open."""
         for device in self._devices:
-            caller = Caller(device, self._timeouts_s, self._stray)
+            caller = Caller(device, self._timeouts_s, self._stray, self._change)
             try:
                 spec = await caller.open()
             except DeviceError as error:
@@ -56,6 +59,10 @@ class Fleet:
     def _stray(self, tenant: str, partition: str, why: str) -> None:
         """To whoever listens by then."""
         self.astray(tenant, partition, why)
+
+    def _change(self, tenant: str, device: str, level: PreemptLevel) -> None:
+        """Likewise."""
+        self.changed(tenant, device, level)
 
     async def close(self) -> None:
         """Wait for the calls under way, for a bounded time, and close the devices."""
@@ -72,7 +79,7 @@ class Fleet:
 
     def memory(self, device: str) -> dict[str, int]:
         """Resident memory there in bytes by tenant, as of the last look."""
-        return self._callers[device].memory
+        return {name: facts.memory for name, facts in self._callers[device].facts.items()}
 
     def evict(self, device: str, job: str, size: int) -> None:
         """See ``Device.evict``: off the loop, after the look that is under way."""
@@ -210,12 +217,16 @@ def _merged(launches: Sequence[Launch]) -> Launch:
     """All environments together (where two set a variable, or a cgroup, the later wins), the
     lower limits."""
     env: dict[str, str] = {}
+    fixed: dict[str, str] = {}
+    prepend: dict[str, str] = {}
     limits: dict[int, tuple[int, int]] = {}
     cgroup = ""
     for launch in launches:
         env |= launch.env
+        fixed |= launch.fixed
+        prepend |= launch.prepend
         cgroup = launch.cgroup or cgroup
         for number, (soft, hard) in launch.limits.items():
             first, second = limits.get(number, (soft, hard))
             limits[number] = (lower(soft, first), lower(hard, second))
-    return Launch(env, limits, cgroup)
+    return Launch(env, limits, cgroup, fixed, prepend)

@@ -522,6 +522,11 @@ class JobSupervisor:
                 del live.givers[address]
         return bool(live.givers)
 
+    def is_over(self, id: str) -> bool:
+        """Whether a job has ended for good, or is not known."""
+        record = self._ledger.records.get(id)
+        return record is None or record.ended
+
     def can_be_asked(self, id: str) -> bool:
         """Whether one of a job's programs said that it gives memory when it is asked."""
         live = self._live.get(id)

@@ -62,13 +62,13 @@ def checked(spec: JobSpec, taken: Container[str]) -> JobSpec:
 
 
 def environment(spec: JobSpec, launch: Launch) -> dict[str, str]:
-    """All that the command gets: the job's own variables, and where it does not set them those
-    that its devices want (``launch``) and ours."""
+    """All that the command gets: the job's own variables, what its devices want (``launch``), and
+    where neither says anything ours."""
     ours = {
         # Into a pipe Python writes blocks of some KiB: a log would show nothing for hours.
         "PYTHONUNBUFFERED": "1",
     }
-    return {**ours, **launch.env, **spec.env, "PWD": spec.cwd}
+    return {**ours, **launch.applied({**spec.env, "PWD": spec.cwd})}
 
 
 def minimal(environ: Mapping[str, str]) -> dict[str, str]:

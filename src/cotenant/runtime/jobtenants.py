@@ -10,7 +10,7 @@ import msgspec
 
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
-from cotenant.domain.device import Launch, Tenant, TenantKind
+from cotenant.domain.device import Launch, PreemptLevel, Tenant, TenantKind
 from cotenant.domain.workload import JobSpec
 from cotenant.runtime.fleet import Fleet
 from cotenant.runtime.jobgiving import JobGiving
@@ -41,6 +41,9 @@ class JobTenants:
         self._feed = feed
         self._plan_soon = plan_soon
         self._runs: dict[str, _Run] = {}
+        self._apart: set[str] = set()
+        """Jobs that were seen not to yield, until they have ended for good."""
+        fleet.changed = self._level_changed
 
     # --- what the dispatcher orders ---------------------------------------------------------
 
@@ -71,7 +74,8 @@ class JobTenants:
     def on_job_queued(self, spec: JobSpec) -> None:
         """See JobShell."""
         self._runs[spec.id] = _Run(spec)
-        self._feed(e.job_queued(spec, self.supervisor.gave(spec.id)))
+        self._apart = {job for job in self._apart if not self.supervisor.is_over(job)}
+        self._feed(e.job_queued(spec, self.supervisor.gave(spec.id), spec.id in self._apart))
         self._plan_soon()
 
     async def launch_job(self, spec: JobSpec) -> Launch:
@@ -92,6 +96,18 @@ class JobTenants:
             return  # it ended meanwhile
         levels = {device: self._fleet.levels(device)[job] for device in run.devices}
         self._feed(e.JobReady(job, levels))
+        self._plan_soon()
+
+    def _level_changed(self, job: str, device: str, level: PreemptLevel) -> None:
+        if job not in self._runs:
+            return
+        log.warning(
+            "job yields otherwise than before",
+            extra={"job": job, "device": device, "level": level.name},
+        )
+        if level is PreemptLevel.NONE:
+            self._apart.add(job)
+        self._feed(e.JobLevel(job, device, level))
         self._plan_soon()
 
     def _job_refused(self, run: _Run, why: str) -> None:

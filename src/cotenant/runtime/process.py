@@ -78,7 +78,7 @@ class WorkerProcess:
                     stdin=subprocess.DEVNULL,
                     stdout=output,
                     stderr=output,
-                    env={**os.environ, **launch.env},
+                    env=launch.applied({**os.environ, **launch.env}),
                 )
             # Now, while it is only an interpreter that starts: what would set them between fork
             # and exec may hang, since other threads of the node hold locks.

@@ -361,6 +361,7 @@ class Monitor:
                     else max(job.memory, resident.get(job.id, 0)),
                     units=self.job(job.id).shares(),
                     grants=self.job(job.id).grant_rate(),
+                    apart=job.apart,
                 )
                 for job in list(state.tenants.values())[: state.most_jobs or None]
                 if job.kind and job.phase != Phase.STOPPING

@@ -1,0 +1,248 @@
+"""An NVIDIA GPU as a device.
+
+How it shares the GPU, and why so:
+
+* Models and jobs are processes of their own, to which the GPU is shown by its UUID.
+* A job is taken off by its launch gate (docs/gate.md), which its processes bring along as a
+  preloaded library. What is in flight is bounded and drains; the node sees that without the job's
+  help. A job that computes past its gate is of level ``NONE``, and kept apart from services.
+* The level is what was seen here: ``open`` tries the gate on this GPU with a process of its own
+  (``selftest``). Where that fails, or the shim was not built, the device serves and trains, but
+  nothing can be taken back: level ``NONE``.
+* A GPU that is not divided is one unit. Kernels of different processes are mixed by the driver as
+  it likes, so that there is no space to promise to one of them.
+* The host side of jobs runs at a lower weight, so that it does not delay models.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from dataclasses import dataclass, field
+
+from cotenant.devices import proctree
+from cotenant.devices.nvidia import selftest
+from cotenant.devices.nvidia.gates import Gates
+from cotenant.devices.nvidia.nvml import Nvml, NvmlError, NvmlGpu
+from cotenant.domain.device import (
+    DeviceSpec,
+    Launch,
+    Partition,
+    PreemptLevel,
+    Tenant,
+    TenantFacts,
+    TenantKind,
+)
+from cotenant.domain.device_config import CudaConfig
+from cotenant.domain.errors import DeviceError, EnvironmentProblem
+from cotenant.domain.units import MS, format_bytes
+
+log = logging.getLogger("cotenant.devices")
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+JOB_NICE = 10
+
+
+@dataclass
+class _Tenant:
+    pid: int
+    is_job: bool
+    pids: list[int] = field(default_factory=list)
+    granted: set[str] = field(default_factory=set)
+
+
+class CudaDevice:
+    """The GPU that ``config.gpu`` names, by number or UUID."""
+
+    blocking = True
+
+    def __init__(self, config: CudaConfig) -> None:
+        self._config = config
+        self._nvml = Nvml()
+        self._gpu: NvmlGpu | None = None
+        self._gates: Gates | None = None
+        self._uuid = ""
+        self._memory = 0
+        self._limits: list[str] = []
+        self._tenants: dict[str, _Tenant] = {}
+        self._used: dict[int, int] = {}
+        """Bytes of the GPU by process, as of the last look."""
+        self._lost = ""
+        """Why the driver does not answer; "" while it does."""
+
+    # --- life -------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Raises EnvironmentProblem where the GPU is not there, or is divided."""
+        self._nvml.open()
+        try:
+            self._find()
+            self._open_gates()
+        except BaseException:
+            self._nvml.close()
+            raise
+
+    def _find(self) -> None:
+        gpu = self._gpu = _find(self._nvml, self._config)
+        self._uuid = gpu.uuid()
+        total, _, reserved = gpu.memory()
+        usable = total - (reserved or 0)
+        if self._config.memory > usable:
+            raise EnvironmentProblem(
+                f"device {self._config.id}: memory {format_bytes(self._config.memory)} is more "
+                f"than the GPU has, {format_bytes(usable)}"
+            )
+        self._memory = self._config.memory or usable
+        mig = gpu.mig()
+        if mig is not None and mig.on:
+            raise EnvironmentProblem(
+                f"device {self._config.id}: {gpu.name()} is divided (MIG is on), and programs see "
+                f"its instances alone; as root, nvidia-smi -i {gpu.index} -mig 0 makes it whole"
+            )
+
+    def _open_gates(self) -> None:
+        """Gates, if they were seen to work here."""
+        self._limits, self._gates = [], None
+        if self._config.preempt is PreemptLevel.NONE:
+            self._limits.append("jobs are not taken off: switched off (preempt: none)")
+            return
+        try:
+            gates = Gates(selftest.ready(), self._config.bound)
+            gates.open()
+            try:
+                selftest.run(gates, self._uuid)
+            except BaseException:
+                gates.close()
+                raise
+        except DeviceError as error:
+            self._limits.append(f"jobs are not taken off: {error}")
+            return
+        self._gates = gates
+
+    def close(self) -> None:
+        """Jobs that still run do so freely."""
+        if self._gates is not None:
+            self._gates.close()
+            self._gates = None
+        self._tenants.clear()
+        self._used.clear()
+        self._nvml.close()
+
+    @property
+    def spec(self) -> DeviceSpec:
+        lost = (f"the driver does not answer: {self._lost}",) if self._lost else ()
+        return DeviceSpec(
+            id=self._config.id,
+            kind=CudaConfig.kind,
+            units=(0,),
+            memory=self._memory,
+            shapes=(1,),
+            preempt=PreemptLevel.GATE if self._gates is not None else PreemptLevel.NONE,
+            revoke_ns=self._config.bound if self._gates is not None else 0,
+            repartition_ns=1 * MS,
+            limits=(*self._limits, *lost),
+            kv=self._config.kv,
+        )
+
+    def repartition(self, partitions: tuple[Partition, ...]) -> None:
+        if any(partition.units != (0,) for partition in partitions) or len(partitions) > 1:
+            raise DeviceError(f"{self._config.id}: a GPU that is not divided is one partition")
+
+    # --- tenants ----------------------------------------------------------------------------
+
+    def launch(self, tenant: Tenant, partition: Partition | None) -> Launch:
+        """The GPU by its UUID; for a job its page, with the gate closed."""
+        shown = {VISIBLE: self._uuid}
+        if tenant.kind is TenantKind.WORKER or self._gates is None:
+            return Launch(fixed=shown)
+        found = self._gates.launch(tenant.id)
+        return Launch(fixed={**shown, **found.fixed}, prepend=found.prepend)
+
+    def attach(self, tenant: Tenant, pid: int) -> PreemptLevel:
+        is_job = tenant.kind is TenantKind.JOB
+        if is_job and self._gates is not None:
+            self._gates.page(tenant.id)  # it was launched here
+        self._tenants[tenant.id] = _Tenant(pid, is_job, [] if is_job else [pid])
+        return self.spec.preempt
+
+    def detach(self, tenant: str) -> None:
+        found = self._tenants.pop(tenant, None)
+        if found is not None and found.is_job and self._gates is not None:
+            self._gates.forget(tenant)
+
+    def grant(self, job: str, partition: Partition) -> None:
+        found = self._job(job)
+        if self._gates is not None:
+            self._gates.grant(job)
+        found.granted.add(partition.id)
+
+    def revoke(self, job: str, partition: Partition) -> int:
+        found = self._job(job)
+        if partition.id not in found.granted:
+            return 0
+        if self._gates is None:
+            raise DeviceError(f"{job}: nothing can take a job off this GPU: {self._limits[0]}")
+        took = self._gates.revoke(job)
+        found.granted.discard(partition.id)
+        return took
+
+    def bind(self, worker: str, partition: Partition) -> None:
+        if worker not in self._tenants:
+            raise DeviceError(f"{worker}: not attached to {self._config.id}")
+
+    def _job(self, job: str) -> _Tenant:
+        found = self._tenants.get(job)
+        if found is None or not found.is_job:
+            raise DeviceError(f"{job}: not attached to {self._config.id}")
+        return found
+
+    # --- looking ----------------------------------------------------------------------------
+
+    def refresh(self) -> None:
+        """Raises NvmlError where the driver does not answer; what was seen before stands."""
+        assert self._gpu is not None
+        try:
+            shown = self._gpu.processes()
+        except NvmlError as error:
+            self._lost = str(error)
+            raise
+        self._lost = ""
+        self._used = {process.pid: process.memory or 0 for process in shown}
+        jobs = {name: t for name, t in list(self._tenants.items()) if t.is_job}
+        table = proctree.scan() if jobs else {}
+        for tenant in jobs.values():
+            tenant.pids = proctree.descendants(tenant.pid, table)
+            for tid in proctree.threads(tenant.pids):
+                with contextlib.suppress(OSError):
+                    if os.getpriority(os.PRIO_PROCESS, tid) < JOB_NICE:
+                        os.setpriority(os.PRIO_PROCESS, tid, JOB_NICE)
+        if self._gates is not None:
+            self._gates.look({name: self._used.keys() & set(t.pids) for name, t in jobs.items()})
+
+    def facts(self) -> dict[str, TenantFacts]:
+        """Memory as the driver says it, 0 where it does not."""
+        found = {}
+        for name, tenant in list(self._tenants.items()):
+            memory = sum(self._used.get(pid, 0) for pid in tenant.pids)
+            level = self.spec.preempt
+            if tenant.is_job and self._gates is not None and self._gates.beyond(name):
+                level = PreemptLevel.NONE
+            found[name] = TenantFacts(memory, level)
+        return found
+
+    def evict(self, job: str, size: int) -> None:
+        pass
+
+
+def _find(nvml: Nvml, config: CudaConfig) -> NvmlGpu:
+    """Raises EnvironmentProblem, which says what there is."""
+    gpus = [nvml.gpu(index) for index in range(nvml.count())]
+    names = {gpu.index: gpu.uuid() for gpu in gpus}
+    for gpu in gpus:
+        if config.gpu in (str(gpu.index), names[gpu.index]):
+            return gpu
+    known = ", ".join(f"{index} ({uuid})" for index, uuid in names.items()) or "none"
+    raise EnvironmentProblem(
+        f"device {config.id}: there is no GPU {config.gpu}; the driver shows: {known}"
+    )

@@ -1,0 +1,160 @@
+"""The gates of the jobs on a GPU: a control page for each job, from its launch until it is gone.
+
+The laws:
+
+* A job's gate is closed from the start, so that it computes nothing before it is granted space.
+* A job is *behind* its gate while every process of it that the driver shows on the GPU is attached
+  to its page. Who is shown and not attached at two looks in a row is not: between a process's first
+  call and its seat lies a moment.
+* A thread of its own says to all jobs that the node lives, whatever the node's other threads wait
+  for. When it stops, gates open by themselves (docs/gate.md).
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Final
+
+from cotenant.devices.nvidia.page import ControlPage
+from cotenant.devices.nvidia.shim import SHIM
+from cotenant.domain.device import Launch
+from cotenant.domain.errors import DeviceError
+from cotenant.domain.units import MS, S
+
+PATIENCE: Final = 2 * S
+BEATS: Final = 8
+"""Of the node within that time."""
+DRAIN_WITHIN: Final = 8 * S
+"""How long a revocation waits for what is in flight; below what a call to a device may take."""
+_PREFIX: Final = "cotenant-gates-"
+_SHARED: Final = Path("/dev/shm")
+
+
+class Gates:
+    """Pages by job. ``grant`` and ``revoke`` of one job do not overlap; all else may.
+
+    ``folder``: where to make the directory of the pages, a ``tmpfs``. ``bound_ns``: see
+    ``ControlPage``. ``driver``: the real library.
+    """
+
+    def __init__(self, driver: Path, bound_ns: int = 2 * MS, folder: Path = _SHARED) -> None:
+        self._driver = driver
+        self._bound_ns = bound_ns
+        self._base = folder
+        self._folder: Path | None = None
+        self._pages: dict[str, ControlPage] = {}
+        self._outside: dict[str, frozenset[int]] = {}
+        """Processes that were shown and not attached at the last look."""
+        self._beyond: dict[str, frozenset[int]] = {}
+        """Those at the last two."""
+        self._lock = threading.Lock()
+        self._ends = threading.Event()
+        self._beater: threading.Thread | None = None
+
+    def open(self) -> None:
+        """Make the directory, and remove what nodes left that were killed. Raises DeviceError."""
+        for left in self._base.glob(f"{_PREFIX}*"):
+            pid = left.name.removeprefix(_PREFIX).split("-")[0]
+            if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+                shutil.rmtree(left, ignore_errors=True)
+        self._folder = self._base / f"{_PREFIX}{os.getpid()}-{os.urandom(4).hex()}"
+        try:
+            self._folder.mkdir(mode=0o700)
+        except OSError as error:
+            raise DeviceError(f"no place for control pages: {self._folder}: {error}") from error
+        self._ends.clear()
+        self._beater = threading.Thread(target=self._beat, name="cotenant-beat", daemon=True)
+        self._beater.start()
+
+    def close(self) -> None:
+        """Open all gates, and remove the pages."""
+        self._ends.set()
+        if self._beater is not None:
+            self._beater.join()
+            self._beater = None
+        for job in list(self._pages):
+            self.forget(job)
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def _beat(self) -> None:
+        while not self._ends.wait(PATIENCE / BEATS / S):
+            with self._lock:
+                for page in self._pages.values():
+                    page.beat()
+
+    # --- jobs -------------------------------------------------------------------------------
+
+    def launch(self, job: str) -> Launch:
+        """Make the job's page anew, closed; what its processes need. Raises DeviceError."""
+        assert self._folder is not None
+        self.forget(job)
+        page = ControlPage(self._folder / os.urandom(8).hex(), self._bound_ns, PATIENCE)
+        page.open()
+        page.close_gate()
+        with self._lock:
+            self._pages[job] = page
+        return Launch(
+            fixed=page.env(self._driver),
+            prepend={"LD_PRELOAD": str(SHIM), "LD_LIBRARY_PATH": str(SHIM.parent)},
+        )
+
+    def forget(self, job: str) -> None:
+        """Its gate opens for good. No effect on one without a page."""
+        with self._lock:
+            page = self._pages.pop(job, None)
+        self._outside.pop(job, None)
+        self._beyond.pop(job, None)
+        if page is not None:
+            page.close()
+
+    def grant(self, job: str) -> None:
+        """Open the gate. Raises DeviceError for a job that has none."""
+        self.page(job).open_gate()
+
+    def revoke(self, job: str) -> int:
+        """Close the gate and wait until nothing of the job is on the GPU; the ns that took. Raises
+        DeviceError where it does not drain: it stays closed."""
+        page = self.page(job)
+        began = time.monotonic_ns()
+        page.close_gate()
+        if not page.wait_drained(DRAIN_WITHIN):
+            raise DeviceError(f"{job}: {self._undrained(page)}")
+        return time.monotonic_ns() - began
+
+    def page(self, job: str) -> ControlPage:
+        """Raises DeviceError for a job that has none."""
+        found = self._pages.get(job)
+        if found is None:
+            raise DeviceError(f"{job}: it has no control page")
+        return found
+
+    def _undrained(self, page: ControlPage) -> str:
+        late = [seat for seat in page.seats() if not seat.drained]
+        pids = ", ".join(str(seat.pid) for seat in late) or "none that is attached"
+        return (
+            f"its gate was closed {DRAIN_WITHIN / S:g} s ago and work is still on the GPU "
+            f"(processes: {pids}): a long kernel, a hung driver, or a stopped process"
+        )
+
+    # --- who is behind the gate -------------------------------------------------------------
+
+    def look(self, shown: Mapping[str, Collection[int]]) -> None:
+        """Take note of the processes of each job that the driver shows on the GPU."""
+        for job, pids in shown.items():
+            page = self._pages.get(job)
+            if page is None:
+                continue
+            outside = frozenset(pid for pid in pids if not page.attached(pid))
+            self._beyond[job] = outside & self._outside.get(job, frozenset())
+            self._outside[job] = outside
+
+    def beyond(self, job: str) -> frozenset[int]:
+        """Processes of a job that compute where the gate cannot hold them."""
+        return self._beyond.get(job, frozenset())
