@@ -18,6 +18,7 @@ from cotenant.devices.base import Device
 from cotenant.domain import events as e
 from cotenant.domain import shares
 from cotenant.domain.config import NodeConfig
+from cotenant.domain.device import DeviceSpec
 from cotenant.domain.errors import CotenantError, EnvironmentProblem, InvalidRequest
 from cotenant.domain.port import (
     IndexEntry,
@@ -99,6 +100,11 @@ class Node:
             self._stack = stack.pop_all()
         return self
 
+    @property
+    def specs(self) -> tuple[DeviceSpec, ...]:
+        """What its devices say of themselves now."""
+        return self.fleet.specs
+
     async def start(self) -> None:
         """Load the declared models, then submit the declared jobs and watch over both.
 
@@ -140,12 +146,12 @@ class Node:
 
     def _make_parts(self, stack: contextlib.AsyncExitStack) -> None:
         config, policy = self.config, self.config.policy
-        self.specs = self.fleet.specs
         for spec in self.specs:
             if policy.split is not None and policy.split[0] > len(spec.units):
                 raise EnvironmentProblem(
                     f"policy.split.cores is {policy.split[0]}, {spec.id} has {len(spec.units)}"
                 )
+        _check_alike(self.specs)
         self.monitor = Monitor()
         self.planner = Planner(Tuning(**msgspec.structs.asdict(policy)))
         dispatcher = Dispatcher(self.specs, DispatcherState(most_jobs=config.limits.jobs))
@@ -402,3 +408,17 @@ class Node:
     def status(self) -> dict[str, Any]:
         """See NodePort."""
         return node_status(self)
+
+
+def _check_alike(specs: Sequence[DeviceSpec]) -> None:
+    """Raise EnvironmentProblem for devices of one kind that are not of one sort: the kind says how
+    fast a model executes on so many units."""
+    for spec in specs:
+        other = next(s for s in specs if s.kind == spec.kind)
+        if other.pins_jobs != spec.pins_jobs:
+            divided, whole = (spec, other) if spec.pins_jobs else (other, spec)
+            raise EnvironmentProblem(
+                f"{divided.id} is divided (MIG is on) and {whole.id} is not; give a node devices "
+                f"of one sort: switch MIG off on the one (nvidia-smi -mig 0) or on on the other "
+                "(-mig 1), or run a node for each"
+            )

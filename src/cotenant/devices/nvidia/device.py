@@ -10,7 +10,9 @@ How it shares the GPU, and why so:
   (``selftest``). Where that fails, or the shim was not built, the device serves and trains, but
   nothing can be taken back: level ``NONE``.
 * A GPU that is not divided is one unit. Kernels of different processes are mixed by the driver as
-  it likes, so that there is no space to promise to one of them.
+  it likes, so that there is no space to promise to one of them. With MIG on, its memory slices are
+  the units and its instances the partitions (``migspace``), each process sees one of them, and the
+  gate works within it. It is tried on the first instance that there is.
 * The host side of jobs runs at a lower weight, so that it does not delay models.
 """
 
@@ -20,14 +22,18 @@ import contextlib
 import logging
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from cotenant.devices import proctree
 from cotenant.devices.nvidia import selftest
 from cotenant.devices.nvidia.gates import Gates
+from cotenant.devices.nvidia.migspace import MigSpace
 from cotenant.devices.nvidia.nvml import Nvml, NvmlError, NvmlGpu
+from cotenant.devices.nvidia.space import Space, WholeGpu
 from cotenant.domain.device import (
     DeviceSpec,
     Launch,
+    LayoutStep,
     Partition,
     PreemptLevel,
     Tenant,
@@ -36,7 +42,7 @@ from cotenant.domain.device import (
 )
 from cotenant.domain.device_config import CudaConfig
 from cotenant.domain.errors import DeviceError, EnvironmentProblem
-from cotenant.domain.units import MS, format_bytes
+from cotenant.domain.units import format_bytes
 
 log = logging.getLogger("cotenant.devices")
 
@@ -53,16 +59,19 @@ class _Tenant:
 
 
 class CudaDevice:
-    """The GPU that ``config.gpu`` names, by number or UUID."""
+    """The GPU that ``config.gpu`` names, by number or UUID. ``state``: the node's directory, for
+    what is to be known of the GPU by the next node."""
 
     blocking = True
 
-    def __init__(self, config: CudaConfig) -> None:
+    def __init__(self, config: CudaConfig, state: Path) -> None:
         self._config = config
+        self._state = state
         self._nvml = Nvml()
-        self._gpu: NvmlGpu | None = None
+        self._space: Space | None = None
         self._gates: Gates | None = None
-        self._uuid = ""
+        self._tried = False
+        """Whether the gate was seen to work."""
         self._memory = 0
         self._limits: list[str] = []
         self._tenants: dict[str, _Tenant] = {}
@@ -74,18 +83,18 @@ class CudaDevice:
     # --- life -------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Raises EnvironmentProblem where the GPU is not there, or is divided."""
+        """Raises EnvironmentProblem where the GPU is not there, or may not be used as it is."""
         self._nvml.open()
         try:
             self._find()
             self._open_gates()
         except BaseException:
+            self._space = None
             self._nvml.close()
             raise
 
     def _find(self) -> None:
-        gpu = self._gpu = _find(self._nvml, self._config)
-        self._uuid = gpu.uuid()
+        gpu = _find(self._nvml, self._config)
         total, _, reserved = gpu.memory()
         usable = total - (reserved or 0)
         if self._config.memory > usable:
@@ -96,13 +105,14 @@ class CudaDevice:
         self._memory = self._config.memory or usable
         mig = gpu.mig()
         if mig is not None and mig.on:
-            raise EnvironmentProblem(
-                f"device {self._config.id}: {gpu.name()} is divided (MIG is on), and programs see "
-                f"its instances alone; as root, nvidia-smi -i {gpu.index} -mig 0 makes it whole"
-            )
+            record = self._state / f"mig-{gpu.uuid()}.json"
+            self._space = MigSpace(gpu, self._config.id, record)
+        else:
+            self._space = WholeGpu(gpu, self._config.id)
+        self._space.open()
 
     def _open_gates(self) -> None:
-        """Gates, if they were seen to work here."""
+        """Gates, unless they were seen not to work here."""
         self._limits, self._gates = [], None
         if self._config.preempt is PreemptLevel.NONE:
             self._limits.append("jobs are not taken off: switched off (preempt: none)")
@@ -110,50 +120,81 @@ class CudaDevice:
         try:
             gates = Gates(selftest.ready(), self._config.bound)
             gates.open()
-            try:
-                selftest.run(gates, self._uuid)
-            except BaseException:
-                gates.close()
-                raise
         except DeviceError as error:
             self._limits.append(f"jobs are not taken off: {error}")
             return
         self._gates = gates
+        self._try()
+
+    def _try(self) -> None:
+        """Try the gate, once there is something to try it on."""
+        gates, shown = self._gates, self._room.trial()
+        if gates is None or self._tried or not shown:
+            return
+        try:
+            selftest.run(gates, shown)
+        except BaseException as error:
+            gates.close()
+            self._gates = None
+            if not isinstance(error, DeviceError):
+                raise
+            self._limits.append(f"jobs are not taken off: {error}")
+        else:
+            self._tried = True
 
     def close(self) -> None:
         """Jobs that still run do so freely."""
         if self._gates is not None:
             self._gates.close()
             self._gates = None
+        if self._space is not None:
+            self._space.close()
+            self._space = None
         self._tenants.clear()
         self._used.clear()
         self._nvml.close()
 
     @property
+    def _room(self) -> Space:
+        assert self._space is not None
+        return self._space
+
+    @property
     def spec(self) -> DeviceSpec:
-        lost = (f"the driver does not answer: {self._lost}",) if self._lost else ()
-        return DeviceSpec(
-            id=self._config.id,
-            kind=CudaConfig.kind,
-            units=(0,),
-            memory=self._memory,
-            shapes=(1,),
-            preempt=PreemptLevel.GATE if self._gates is not None else PreemptLevel.NONE,
-            revoke_ns=self._config.bound if self._gates is not None else 0,
-            repartition_ns=1 * MS,
-            limits=(*self._limits, *lost),
-            kv=self._config.kv,
+        gated = self._gates is not None
+        limits = list(self._limits)
+        if gated and not self._tried:
+            limits.append("jobs: how they yield is tried on the first MIG instance, not yet seen")
+        if self._lost:
+            limits.append(f"the driver does not answer: {self._lost}")
+        return self._room.fit(
+            DeviceSpec(
+                id=self._config.id,
+                kind=CudaConfig.kind,
+                units=(),
+                memory=self._memory,
+                shapes=(),
+                preempt=PreemptLevel.GATE if gated else PreemptLevel.NONE,
+                revoke_ns=self._config.bound if gated else 0,
+                repartition_ns=0,
+                limits=tuple(limits),
+                kv=self._config.kv,
+            )
         )
 
     def repartition(self, partitions: tuple[Partition, ...]) -> None:
-        if any(partition.units != (0,) for partition in partitions) or len(partitions) > 1:
-            raise DeviceError(f"{self._config.id}: a GPU that is not divided is one partition")
+        """And try the gate, on the first instance that there is."""
+        self._room.repartition(partitions)
+        self._try()
+
+    def preview(self, partitions: tuple[Partition, ...]) -> tuple[LayoutStep, ...]:
+        return self._room.preview(partitions)
 
     # --- tenants ----------------------------------------------------------------------------
 
     def launch(self, tenant: Tenant, partition: Partition | None) -> Launch:
-        """The GPU by its UUID; for a job its page, with the gate closed."""
-        shown = {VISIBLE: self._uuid}
+        """The GPU, or its instance, by its UUID; for a job its page, with the gate closed."""
+        shown = {VISIBLE: self._room.shown(tenant.id, partition)}
         if tenant.kind is TenantKind.WORKER or self._gates is None:
             return Launch(fixed=shown)
         found = self._gates.launch(tenant.id)
@@ -168,11 +209,13 @@ class CudaDevice:
 
     def detach(self, tenant: str) -> None:
         found = self._tenants.pop(tenant, None)
+        self._room.forget(tenant)
         if found is not None and found.is_job and self._gates is not None:
             self._gates.forget(tenant)
 
     def grant(self, job: str, partition: Partition) -> None:
         found = self._job(job)
+        self._room.check(job, partition)
         if self._gates is not None:
             self._gates.grant(job)
         found.granted.add(partition.id)
@@ -190,6 +233,7 @@ class CudaDevice:
     def bind(self, worker: str, partition: Partition) -> None:
         if worker not in self._tenants:
             raise DeviceError(f"{worker}: not attached to {self._config.id}")
+        self._room.check(worker, partition)
 
     def _job(self, job: str) -> _Tenant:
         found = self._tenants.get(job)
@@ -201,9 +245,8 @@ class CudaDevice:
 
     def refresh(self) -> None:
         """Raises NvmlError where the driver does not answer; what was seen before stands."""
-        assert self._gpu is not None
         try:
-            shown = self._gpu.processes()
+            shown = self._room.processes()
         except NvmlError as error:
             self._lost = str(error)
             raise
