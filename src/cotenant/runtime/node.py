@@ -30,6 +30,7 @@ from cotenant.domain.port import (
     Refused,
     Withdraw,
 )
+from cotenant.domain.snapshot import Snapshot
 from cotenant.domain.units import MS, S, format_bytes
 from cotenant.domain.workload import JobSpec
 from cotenant.policy.dispatcher import Dispatcher
@@ -45,6 +46,7 @@ from cotenant.runtime.jobspec import minimal
 from cotenant.runtime.jobstore import JobStore
 from cotenant.runtime.jobtenants import JobTenants
 from cotenant.runtime.models import Models
+from cotenant.runtime.preview import plan_view
 from cotenant.runtime.repository import Repository
 from cotenant.runtime.requests import Requests
 from cotenant.runtime.status import node_status
@@ -254,27 +256,29 @@ class Node:
 
     def _plan(self) -> None:
         self._replan = None
-        state = self.core.dispatcher.state
         if self.requests.draining:
             return
-        now = self._clock()
-        statuses = {s.id: s for s in self._job_statuses()}
-        self.monitor.forget_jobs(statuses)
-        snapshot = self.monitor.snapshot(
-            now,
-            self.specs,
-            state,
-            {name: instances.spec for name, instances in self.models.services.items()},
-            {job: status.rate for job, status in statuses.items()},
-            {t: n for spec in self.specs for t, n in self.fleet.memory(spec.id).items()},
-        )
+        snapshot = self.snapshot()
         plan = self.planner.plan(snapshot)
         if self.journal is not None:
-            self.journal.append_plan(now, snapshot, plan)
+            self.journal.append_plan(snapshot.now, snapshot, plan)
         if plan is not None:
             self.planned_at = time.monotonic()
             log.info("plan", extra={"version": plan.version, "reasons": list(plan.reasons)})
             self.core.feed(e.Planned(plan))
+
+    def snapshot(self) -> Snapshot:
+        """What the planner may know now."""
+        statuses = {s.id: s for s in self._job_statuses()}
+        self.monitor.forget_jobs(statuses)
+        return self.monitor.snapshot(
+            self._clock(),
+            self.specs,
+            self.core.dispatcher.state,
+            {name: instances.spec for name, instances in self.models.services.items()},
+            {job: status.rate for job, status in statuses.items()},
+            {t: n for spec in self.specs for t, n in self.fleet.memory(spec.id).items()},
+        )
 
     # --- inference --------------------------------------------------------------------------
 
@@ -408,6 +412,10 @@ class Node:
     def status(self) -> dict[str, Any]:
         """See NodePort."""
         return node_status(self)
+
+    def plan(self, dry_run: bool) -> dict[str, Any]:
+        """See NodePort."""
+        return plan_view(self, dry_run)
 
 
 def _check_alike(specs: Sequence[DeviceSpec]) -> None:
