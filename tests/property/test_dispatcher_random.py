@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
-from cotenant.domain.device import PreemptLevel
+from cotenant.domain.device import Partition, PreemptLevel
 from cotenant.domain.plan import Plan
 from cotenant.domain.protocol import ANSWERS
 from cotenant.domain.request import Request
@@ -167,13 +167,8 @@ class Chaos:
                     self.send(msgspec.structs.replace(up, turns=turns, room=room))
                 elif answer == "failed":
                     self.send(e.LoadFailed(worker, "no room", r.random() < 0.3))
-            case a.Unload(worker=worker) if worker in self.workers:
-                del self.workers[worker]
-                self.send(e.WorkerDown(worker))
             case a.Unload(worker=worker):
-                loads = [x for x in self.open if isinstance(x, a.Load) and x.worker == worker]
-                self.open = [x for x in self.open if x not in loads]
-                self.send(e.LoadFailed(worker, "ended"))
+                self.end(worker)
             case a.Start(job=job):
                 if r.random() < 0.1:
                     self.exit_job(job)
@@ -306,9 +301,11 @@ class Chaos:
         everywhere = dict.fromkeys(SERVICES, tuple(range(self.units)))
         chosen = self.on_devices(plan(everywhere, version=self.plan_version))
         self.send(e.Planned(chosen))
-        while self.d.state.changes:
-            device, change = next(iter(self.d.state.changes.items()))
-            self.send(e.Repartitioned(device, change.plan.version))
+        for _ in range(1000):
+            if not self.d.state.changes:
+                break
+            self.make_layout()
+        assert not self.d.state.changes, "a layout that is never made"
         for name in SERVICES:
             self.next += 1
             self.send(e.VersionOffered(name, "1", self.next))
@@ -319,6 +316,26 @@ class Chaos:
         while self.d.state.running:
             batch = next(iter(self.d.state.running))
             self.send(e.BatchDone(batch, MS))
+
+    def make_layout(self) -> None:
+        """Whoever is to go goes, and what was ordered of a device is done."""
+        for action in [x for x in self.open if isinstance(x, a.Unload)]:
+            self.open.remove(action)
+            self.end(action.worker)
+        for batch in list(self.d.state.running):
+            self.send(e.BatchDone(batch, MS))
+        for device, change in list(self.d.state.changes.items()):
+            self.send(e.Repartitioned(device, change.plan.version))
+
+    def end(self, worker: str) -> None:
+        """An instance is unloaded, up or not."""
+        if worker in self.workers:
+            del self.workers[worker]
+            self.send(e.WorkerDown(worker))
+            return
+        loads = [x for x in self.open if isinstance(x, a.Load) and x.worker == worker]
+        self.open = [x for x in self.open if x not in loads]
+        self.send(e.LoadFailed(worker, "ended"))
 
     def run(self, steps: int) -> None:
         self.noise(steps)
@@ -372,6 +389,44 @@ class Rush(Chaos):
                 service, priority = r.choice(SERVICES), r.randrange(3)
                 request = Request(self.next, service, self.now, self.now + S, priority)
                 self.send(e.Arrived(request))
+
+
+class Bound(Chaos):
+    """A device that binds instances and jobs to its partitions, and is cut otherwise by each plan;
+    beside it one that does not."""
+
+    def __init__(self, seed: int, level: PreemptLevel, units: int) -> None:
+        super().__init__(seed, level, 5)
+        self.devices = tuple(
+            msgspec.structs.replace(d, pins_workers=d.pins_jobs, preempt=level)
+            if d.id == "gpu"
+            else d
+            for d in self.devices
+        )
+        self.d = Dispatcher(self.devices)
+
+    def random_plan(self) -> Plan:
+        chosen, r = super().random_plan(), self.random
+        if r.random() < 0.5:
+            return chosen
+        gone = [p for p in chosen.partitions if p.device == "gpu"]
+        whole = Partition("p2-3", "gpu", (2, 3))
+        left = {p.id for p in chosen.partitions if p not in gone}
+
+        def moved(owners: dict[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]:
+            found = {}
+            for name, there in owners.items():
+                kept = tuple(p for p in there if p in left)
+                found[name] = kept if kept == there else (*kept, whole.id)
+            return found
+
+        return msgspec.structs.replace(
+            chosen,
+            partitions=(*(p for p in chosen.partitions if p.id in left), whole),
+            services=moved(chosen.services),
+            jobs=moved(chosen.jobs),
+            lendable=tuple(p for p in (*chosen.lendable, whole.id) if p in left or p == whole.id),
+        )
 
 
 class Tight(Chaos):
@@ -465,6 +520,38 @@ def test_the_laws_hold_where_workers_have_batches_at_hand(world) -> None:
 
 @given(worlds)
 @settings(max_examples=80, deadline=None)
+def test_the_laws_hold_where_instances_are_bound_to_partitions(world) -> None:
+    bound = Bound(*world)
+    bound.run(250)
+    assert set(bound.answered) == bound.submitted
+
+
+def test_instances_that_are_bound_run_in_their_partition_alone_and_go_before_it() -> None:
+    seen: Counter[str] = Counter()
+    for seed in range(20):
+        bound = Bound(seed, PreemptLevel.PRIORITY, 5)
+        place: dict[str, str] = {}
+        bound.run(250)
+        for _, event, actions in bound.history:
+            if isinstance(event, e.WorkerDown | e.LoadFailed):
+                place.pop(event.worker, None)
+            for action in actions:
+                match action:
+                    case a.Load(worker=worker, device=device, partition=partition):
+                        assert (device == "gpu") == bool(partition)
+                        place[worker] = partition
+                    case a.Dispatch(worker=worker, partition=partition) if place[worker]:
+                        assert partition == place[worker]
+                        seen["dispatched"] += 1
+                    case a.Repartition(device="gpu", partitions=partitions):
+                        there = {p.id for p in partitions}
+                        assert {where for where in place.values() if where} <= there
+                        seen["cut"] += 1
+    assert seen["dispatched"] and seen["cut"], seen
+
+
+@given(worlds)
+@settings(max_examples=80, deadline=None)
 def test_the_laws_hold_where_memory_is_short(world) -> None:
     tight = Tight(*world)
     tight.run(200)
@@ -502,22 +589,28 @@ def test_a_rush_hands_batches_ahead() -> None:
     assert sum(order.after > 0 for order in orders) > len(orders) / 10 > 5
 
 
-@given(worlds)
+@given(st.sampled_from([Chaos, Bound]), worlds)
 @settings(max_examples=20, deadline=None)
-def test_the_same_events_give_the_same_actions(world) -> None:
-    first, second = Chaos(*world), Chaos(*world)
+def test_the_same_events_give_the_same_actions(kind: type[Chaos], world) -> None:
+    first, second = kind(*world), kind(*world)
     first.run(150)
     second.run(150)
     assert first.history == second.history
 
 
-@given(worlds, st.sampled_from(SERVICES), st.sampled_from("ab"), st.sampled_from(LAGS))
+@given(
+    st.sampled_from([Chaos, Bound]),
+    worlds,
+    st.sampled_from(SERVICES),
+    st.sampled_from("ab"),
+    st.sampled_from(LAGS),
+)
 @settings(max_examples=60, deadline=None)
 def test_no_history_closes_an_idle_service_for_longer_than_a_second(
-    world, service: str, shape: str, lag: int
+    kind: type[Chaos], world, service: str, shape: str, lag: int
 ) -> None:
     """Stalls of the node (events that come seconds late) and slow executions included."""
-    chaos = Chaos(*world)
+    chaos = kind(*world)
     chaos.longest = 4 * S
     chaos.noise(200)
     chaos.settle()
@@ -531,10 +624,10 @@ def test_no_history_closes_an_idle_service_for_longer_than_a_second(
     assert 10**6 not in chaos.answered, "refused by an idle box"
 
 
-@given(worlds, st.integers(1, 200))
+@given(st.sampled_from([Chaos, Bound]), worlds, st.integers(1, 200))
 @settings(max_examples=30, deadline=None)
-def test_a_checkpoint_in_the_middle_changes_nothing(world, cut: int) -> None:
-    chaos = Chaos(*world)
+def test_a_checkpoint_in_the_middle_changes_nothing(kind: type[Chaos], world, cut: int) -> None:
+    chaos = kind(*world)
     chaos.run(150)
     d = Dispatcher(chaos.devices)
     for index, (now, event, actions) in enumerate(chaos.history):

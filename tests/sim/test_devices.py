@@ -62,6 +62,23 @@ def test_a_gpu_in_mig_mode_only_ever_has_legal_layouts(rate: float) -> None:
     assert outcome.figures()["attainment"] > (0.95 if rate < 600 else 0.1)
 
 
+def test_models_that_are_bound_to_instances_serve_and_change_place_with_them() -> None:
+    found = mig(150)
+    gpu = found.devices[0]
+    bound = msgspec.structs.replace(
+        found,
+        devices=(
+            msgspec.structs.replace(gpu, spec=msgspec.structs.replace(gpu.spec, pins_workers=True)),
+        ),
+    )
+    checked = Checked()
+    first = World(bound, Planner(), (0, 0), observer=checked).run()
+    tally = first.services["a"]
+    assert tally.offered == tally.answered + sum(tally.refused.values()) + first.open
+    assert tally.answered > tally.offered / 2
+    assert World(bound, Planner(), (0, 0)).run().figures() == first.figures()
+
+
 def test_instances_are_made_and_ended_in_their_time_and_moves_are_paid_for() -> None:
     slow = mig(200)
     outcome = run(slow)

@@ -58,7 +58,7 @@ class Device(Protocol):
 
     def launch(self, tenant: Tenant, partition: Partition | None) -> Launch:
         """What a process of the tenant needs before it is executed. A partition is given only
-        where the device binds processes to one (``spec.pins_jobs``)."""
+        where the device binds processes to one (``spec.pins_jobs``, ``spec.pins_workers``)."""
 
     def attach(self, tenant: Tenant, pid: int) -> PreemptLevel:
         """Take control of a tenant's processes and say how well: the level may differ by tenant.

@@ -133,6 +133,8 @@ class DeviceSpec(msgspec.Struct, frozen=True):
     pins_jobs: bool = False
     """Whether a running job is bound to its partition: it can be paused there, but to move it
     is to start it again."""
+    pins_workers: bool = False
+    """Whether a model instance is bound to the partition that it was loaded in."""
     move_ns: int = 0
     """What that costs a job."""
     operators: tuple[str, ...] = ()

@@ -56,7 +56,7 @@ def refuse(
     if state.draining:
         return Refusal.SHUTTING_DOWN, 0
     parts = state.partitions
-    mine = [parts[name] for name in service.partitions if service.at.get(parts[name].device)]
+    mine = [parts[name] for name in service.partitions if service.at.get(parts[name].site)]
     if not mine:
         return _until_loaded(state, service, request, now)
     if service.queued >= service.max_queue:
@@ -230,7 +230,7 @@ def _best_turn(
             free_in = max(0, busy_for(state, partition, now))
         free_in += _others_ahead(state, service, partition, request)
         for worker in workers:
-            if worker.device != partition.device or worker.retiring:
+            if worker.site != partition.site or worker.retiring:
                 continue
             others = ahead[worker.version]
             wait, own = generation.wait_and_own(state, service, partition, worker, others, request)
@@ -261,24 +261,24 @@ def _lanes(service: ServiceState, mine: list[PartitionState]) -> dict[str, float
 def _free_in(
     state: DispatcherState, service: ServiceState, partition: PartitionState, now: int
 ) -> int:
-    """Ns until a partition is free, and an instance of the service on its device."""
+    """Ns until a partition is free, and an instance of the service that can run there."""
     wait = back_in(partition, now)
     if partition.batch:
         wait = max(0, busy_for(state, partition, now))
         if state.running[partition.batch].batch.service == service.name:
             return wait  # its instance is idle then
-    return max(wait, _worker_wait(state, service, partition.device, now))
+    return max(wait, _worker_wait(state, service, partition.site, now))
 
 
-def _worker_wait(state: DispatcherState, service: ServiceState, device: str, now: int) -> int:
-    """Ns until some instance of the service on a device is idle."""
-    for names in service.idle.get(device, {}).values():
+def _worker_wait(state: DispatcherState, service: ServiceState, site: str, now: int) -> int:
+    """Ns until some instance of the service at a site is idle."""
+    for names in service.idle.get(site, {}).values():
         if names:
             return 0
     soonest = -1
     for running in state.running.values():
         partition = state.partitions[running.partition]
-        if partition.device == device and running.batch.service == service.name:
+        if partition.site == site and running.batch.service == service.name:
             wait = max(0, busy_for(state, partition, now))
             if wait < soonest or soonest < 0:
                 soonest = wait

@@ -45,7 +45,7 @@ def _memory(dispatcher: Dispatcher) -> None:
         assert known >= set(service.asleep), f"{service.name}: a version that is gone is asleep"
     for worker in state.workers.values():
         asleep = state.services[worker.service].asleep.get(worker.revision, {})
-        there = worker.device in asleep and not worker.retiring
+        there = worker.site in asleep and not worker.retiring
         assert not there, f"{worker.id}: there, and asleep"
 
 
@@ -73,7 +73,7 @@ def _holders(state: DispatcherState, levels: dict[str, PreemptLevel]) -> None:
         partition, worker = state.partitions[running.partition], state.workers[running.worker]
         assert running.batch.id in (partition.batch, partition.at_hand)
         assert worker.batch == partition.batch
-        assert worker.device == partition.device
+        assert worker.site == partition.site, f"{worker.id}: runs where it is not bound"
 
 
 def _workers(state: DispatcherState) -> None:
@@ -85,9 +85,9 @@ def _workers(state: DispatcherState) -> None:
             assert not state.workers[name].retiring, f"{name}: idle and retiring"
         mine = [w for w in state.workers.values() if w.service == service.name and w.up]
         assert service.workers == sum(not w.retiring for w in mine), f"{service.name}: count"
-        for device, count in service.at.items():
-            there = sum(w.device == device and not w.retiring for w in mine)
-            assert there == count, f"{service.name}: count on {device}"
+        for site, count in service.at.items():
+            there = sum(w.site == site and not w.retiring for w in mine)
+            assert there == count, f"{service.name}: count at {site}"
         busy = sum(1 for w in mine if w.batch and not w.retiring)
         assert busy + len(idle) == service.workers, f"{service.name}: a worker is lost"
 
@@ -106,6 +106,7 @@ def _residency(state: DispatcherState) -> None:
     for worker in state.workers.values():
         assert worker.service in state.services, f"{worker.id}: of a service that is gone"
         assert worker.up or not worker.batch, f"{worker.id}: executes and is not up"
+        assert not worker.place or worker.place in state.partitions, f"{worker.id}: bound nowhere"
     for name in state.leaving:
         worker = state.workers[name]
         busy = worker.batch or any(r.worker == name for r in state.residents.values())
@@ -187,12 +188,12 @@ def _work_conserving(state: DispatcherState) -> None:
             mine = [state.partitions[q] for q in service.partitions]
             if service.max_queue_delay and any(q.wake for q in mine):
                 continue
-            beside = [q for q in mine if q.device == p.device]
+            beside = [q for q in mine if q.site == p.site]
             closing = sum(not q.batch and q.hold == Hold.CLOSING for q in beside)
-            if p.hold != Hold.NONE and closing >= able_count(state, service, p.device):
+            if p.hold != Hold.NONE and closing >= able_count(state, service, p.site):
                 continue
             for lane in service.lanes.values():
-                able = has_worker(state, service, lane, p.device)
+                able = has_worker(state, service, lane, p.site)
                 assert not (lane.live and able), f"{p.id} idles while {name} waits"
 
 

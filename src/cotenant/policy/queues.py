@@ -102,17 +102,17 @@ def head(state: DispatcherState, lane: Lane) -> int:
     return _FAR
 
 
-def idle_count(service: ServiceState, device: str) -> int:
-    """Instances on a device that have nothing to do."""
-    return sum(map(len, service.idle.get(device, {}).values()))
+def idle_count(service: ServiceState, site: str) -> int:
+    """Instances at a site that have nothing to do."""
+    return sum(map(len, service.idle.get(site, {}).values()))
 
 
-def has_worker(state: DispatcherState, service: ServiceState, lane: Lane, device: str) -> bool:
-    """Whether an instance on a device that may run a lane has nothing to do."""
+def has_worker(state: DispatcherState, service: ServiceState, lane: Lane, site: str) -> bool:
+    """Whether an instance at a site that may run a lane has nothing to do."""
     if lane.worker:  # also one that is to take nothing new
         worker = state.workers[lane.worker]
-        return worker.device == device and not worker.batch and not worker.stalled
-    idle = service.idle.get(device, {}).get(lane.version or service.version)
+        return worker.site == site and not worker.batch and not worker.stalled
+    idle = service.idle.get(site, {}).get(lane.version or service.version)
     if not idle or not service.turns:
         return bool(idle)
     workers = [state.workers[name] for name in idle if not state.workers[name].stalled]
@@ -129,13 +129,13 @@ def has_room(
     return fits(state, service, worker, beside, state.queued[lane.heap[0][2]])
 
 
-def able_count(state: DispatcherState, service: ServiceState, device: str) -> int:
-    """Instances on a device that could begin something that the service has queued."""
-    found = idle_count(service, device)
+def able_count(state: DispatcherState, service: ServiceState, site: str) -> int:
+    """Instances at a site that could begin something that the service has queued."""
+    found = idle_count(service, site)
     if state.residents:
         for lane in service.lanes.values():
             if lane.worker and state.workers[lane.worker].retiring:
-                found += has_worker(state, service, lane, device)
+                found += has_worker(state, service, lane, site)
     return found
 
 
@@ -167,13 +167,13 @@ def choose_lane(
     """The most urgent lane that has an idle worker for a partition: (key of its head, lane key);
     ("" if none)."""
     best, chosen = _FAR, ""
-    if not (service.idle.get(partition.device) or state.residents):
+    if not (service.idle.get(partition.site) or state.residents):
         return best, chosen
     for name, lane in service.lanes.items():
-        if has_worker(state, service, lane, partition.device):
+        if has_worker(state, service, lane, partition.site):
             key = put_off(state, service, lane, partition, state.now)
             # Who is first now may be another one, who finds no room.
-            able = not service.turns or has_worker(state, service, lane, partition.device)
+            able = not service.turns or has_worker(state, service, lane, partition.site)
             if able and key < best:
                 best, chosen = key, name
     return best, chosen

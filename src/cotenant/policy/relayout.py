@@ -75,6 +75,7 @@ class Relayout:
             if partition.retiring:
                 self._turns.end_lease(partition)
                 self._holds.revoke(partition)
+        self._residency.vacate(device)
 
     def settle(self) -> None:
         """Where every partition that changes is idle, order (or make) the new layout."""
@@ -90,6 +91,8 @@ class Relayout:
         there = self._on(device)
         retiring = [p for p in there if p.retiring]
         if any(p.batch or p.hold != Hold.NONE or self._tenancy.bound(p) for p in retiring):
+            return
+        if any(self._residency.bound(p) for p in retiring):
             return
         known = {p.id for p in there if not p.retiring}
         layout = _layout(change.plan, device)
@@ -116,6 +119,8 @@ class Relayout:
         for partition in self._on(device):
             partition.retiring = False
             self._turns.run(partition)
+        if change.successor is None:
+            self._residency.kept(device)
         self._follow(device, change)
 
     def _follow(self, device: str, change: Change) -> None:
@@ -142,10 +147,12 @@ class Relayout:
                     units=spec.units,
                     compute=spec.compute,
                     slice_ns=plan.slice_min,
+                    binds=self._desk.specs[spec.device].pins_workers,
                 )
             kept.slice_ns = min(kept.slice_ns, plan.slice_max)
             state.partitions[spec.id] = kept
         self._roster.link()
+        self._residency.adopted(device)
         self._tenancy.settle()
         for partition in state.partitions.values():
             if partition.device != device:

@@ -6,6 +6,11 @@ later the sooner it died. A version that was offered serves once all its instanc
 device that can load it, and takes the place of the oldest; where none can, it is declined. What a
 service leaves is unloaded when it is up where it goes.
 
+Where a device binds instances to a partition, all that is said here of devices is so of the
+service's partitions on it, its *sites*, with one instance at each: a partition executes one batch
+at a time. An instance is loaded once its partition is there; where the partition goes, so does the
+instance, when it has finished what it has begun.
+
 An instance is loaded once there is memory for it. One that idles may have to give that to others:
 then the service is asleep there, until a request comes or is expected to.
 """
@@ -23,7 +28,7 @@ from cotenant.policy import returning
 from cotenant.policy.desk import Desk
 from cotenant.policy.memory.budgets import Budgets
 from cotenant.policy.roster import Roster
-from cotenant.policy.state import ServiceState, WorkerState, unfit
+from cotenant.policy.state import PartitionState, ServiceState, WorkerState, unfit
 
 RETRY_FIRST, RETRY_MOST = 200 * MS, 30 * S
 """Wait (ns) before an instance that failed is loaded again: doubled each time, up to a most."""
@@ -50,12 +55,28 @@ class Residency:
         for service in self._state.services.values():
             there = plan.services.get(service.name, ())
             service.wanted = list(dict.fromkeys(device_of[p] for p in there))
-            for devices in service.asleep.values():
-                for device in [d for d in devices if d not in service.wanted]:
-                    del devices[device]
+            service.places = {
+                device: [p for p in there if device_of[p] == device]
+                for device in service.wanted
+                if self._desk.specs[device].pins_workers
+            }
+            sites = {place or device for device, place in self._sites(service)}
+            for asleep in service.asleep.values():
+                for site in [s for s in asleep if s not in sites]:
+                    del asleep[site]
             if service.name in plan.unplaced and service.offer:
                 self._decline(service, plan.unplaced[service.name])
             self.settle(service.name)
+
+    @staticmethod
+    def _sites(service: ServiceState) -> list[tuple[str, str]]:
+        """Where a service is to be: devices and, on those that bind instances, partitions."""
+        return [(d, p) for d in service.wanted for p in service.places.get(d, ("",))]
+
+    def _is_there(self, place: str) -> bool:
+        """Whether an instance can be loaded in a partition, or needs none."""
+        partition = self._state.partitions.get(place)
+        return not place or (partition is not None and not partition.retiring)
 
     def offered(self, event: e.VersionOffered) -> None:
         """A version is to be brought up."""
@@ -91,6 +112,7 @@ class Residency:
         service.version = ""
         service.versions.clear()
         service.wanted.clear()
+        service.places.clear()
         service.asleep.clear()
         for worker in self._of(service):
             self._retire(worker)
@@ -108,16 +130,16 @@ class Residency:
             return
         offered = (worker.version, worker.revision) == (service.offer, service.offer_revision)
         if offered or event.final:
-            service.unfit.setdefault(worker.revision, {})[worker.device] = event.reason
+            service.unfit.setdefault(worker.revision, {})[worker.site] = event.reason
             for other in self._of(service, worker.version, worker.revision):
-                if other.device == worker.device and (offered or not other.up):
+                if other.site == worker.site and (offered or not other.up):
                     self._retire(other)
         else:
             self._wait(service, lived=0)
         if not service.workers:
             self._roster.refuse_orphans(service)
         failed = service.unfit.get(worker.revision, {})
-        if offered and all(device in failed for device in service.wanted):
+        if offered and all((place or device) in failed for device, place in self._sites(service)):
             self._decline(service, event.reason)
         self.settle(service.name)
 
@@ -161,30 +183,38 @@ class Residency:
         complete, able = True, False
         offered = (service.offer, service.offer_revision)
         failed = service.unfit.get(revision, {})
-        for device in service.wanted:
-            there = [w for w in mine if w.device == device]
-            if device in failed:
+        sites = self._sites(service)
+        for device, place in sites:
+            site = place or device
+            there = [w for w in mine if w.site == site]
+            if site in failed:
                 continue
             able = True
-            if device in service.asleep.get(revision, {}):
+            if site in service.asleep.get(revision, {}):
                 continue
-            for _ in range(service.instances - len(there)):
+            if not self._is_there(place):
+                complete = False
+                continue
+            for _ in range((1 if place else service.instances) - len(there)):
                 complete = False
                 if service.retry_at > self._state.now:
                     break
-                why = self._load(service, version, revision, device)
+                why = self._load(service, version, revision, (device, place))
                 if why and (version, revision) == offered:
                     self._decline(service, why)
                     return False
             complete = complete and all(w.up for w in there)
+        known = {place or device for device, place in sites}
         for worker in mine:
-            if worker.device not in service.wanted and ((complete and able) or not worker.up):
+            if worker.site not in known and ((complete and able) or not worker.up):
                 self._retire(worker)
         return complete and able
 
-    def _load(self, service: ServiceState, version: str, revision: int, device: str) -> str:
+    def _load(
+        self, service: ServiceState, version: str, revision: int, where: tuple[str, str]
+    ) -> str:
         """Load an instance, as soon as there is memory for it; why that is not to be expected."""
-        state = self._state
+        state, (device, place) = self._state, where
         name = f"{service.name}#{state.next_worker}"
         state.next_worker += 1
         memory = self._budgets.need(service.name, device)
@@ -195,6 +225,7 @@ class Residency:
             device=device,
             revision=revision,
             memory=memory,
+            place=place,
             pending=True,
             since=state.now,
         )
@@ -222,6 +253,7 @@ class Residency:
             worker.version,
             worker.revision,
             worker.device,
+            worker.place,
         )
         self._desk.out.append(load)
 
@@ -282,12 +314,12 @@ class Residency:
     # --- memory that others need ------------------------------------------------------------
 
     def put_to_sleep(self, worker: WorkerState) -> None:
-        """An idle instance gives its memory to others: its service is on that device again when it
-        is wanted."""
-        service, device = self._state.services[worker.service], worker.device
-        service.asleep.setdefault(worker.revision, {})[device] = None
+        """An idle instance gives its memory to others: its service is there again when it is
+        wanted."""
+        service, site = self._state.services[worker.service], worker.site
+        service.asleep.setdefault(worker.revision, {})[site] = None
         for other in self._of(service, worker.version, worker.revision):
-            if other.device == device:
+            if other.site == site:
                 self._retire(other)
         back = returning.expected(service, self._state.now)
         if back:
@@ -328,9 +360,59 @@ class Residency:
         of = {p.id: p.device for p in (*plan.partitions, *self._state.plan.partitions)}
         for service in self._state.services.values():
             now = {of[p] for p in self._state.plan.services.get(service.name, ())}
-            then = {of[p] for p in plan.services.get(service.name, ())}
-            if device not in now - then or not service.at.get(device):
+            goes = [(of[p], p) for p in plan.services.get(service.name, ())]
+            if device not in now - {d for d, _ in goes} or not self._is_on(service, device):
                 continue
-            if any(not service.at.get(d) and d not in unfit(service) for d in then):
+            if any(self._is_awaited(service, d, goes) for d, _ in goes):
                 return True
         return False
+
+    def _is_on(self, service: ServiceState, device: str) -> bool:
+        """Whether an instance serves on a device."""
+        workers = self._state.workers.values()
+        mine = (w for w in workers if w.service == service.name and w.device == device)
+        return any(w.up and not w.retiring for w in mine)
+
+    def _is_awaited(self, service: ServiceState, device: str, goes: list[tuple[str, str]]) -> bool:
+        """Whether a service will be up on a device and is not yet. Partitions that are yet to be
+        made are not waited for: they may wait for this one's device."""
+        failed = unfit(service)
+        sites = [device]
+        if self._desk.specs[device].pins_workers:
+            sites = [p for d, p in goes if d == device and self._is_there(p)]
+        return not self._is_on(service, device) and any(s not in failed for s in sites)
+
+    # --- partitions that bind ---------------------------------------------------------------
+
+    def vacate(self, device: str) -> None:
+        """Instances that are bound to partitions of a device which go take nothing new."""
+        parts = self._state.partitions
+        for worker in list(self._state.workers.values()):
+            here = worker.place and worker.device == device and not worker.retiring
+            if here and parts[worker.place].retiring:
+                self._retire(worker)
+
+    def bound(self, partition: PartitionState) -> bool:
+        """Whether some instance is bound to a partition, up or not."""
+        return any(w.place == partition.id for w in self._state.workers.values())
+
+    def adopted(self, device: str) -> None:
+        """Partitions of a device are there, to which instances are bound."""
+        if self._desk.specs[device].pins_workers:
+            for name in list(self._state.services):
+                self.settle(name)
+
+    def kept(self, device: str) -> None:
+        """Its old partitions stay: they are what services are to be on."""
+        if not self._desk.specs[device].pins_workers:
+            return
+        plan = self._state.plan
+        here = {p.id for p in plan.partitions if p.device == device}
+        for service in list(self._state.services.values()):
+            mine = [p for p in plan.services.get(service.name, ()) if p in here]
+            others = [d for d in service.wanted if d != device]
+            service.wanted = [*others, device] if mine else others
+            service.places.pop(device, None)
+            if mine:
+                service.places[device] = mine
+            self.settle(service.name)

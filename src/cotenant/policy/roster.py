@@ -91,9 +91,13 @@ class Roster:
     def link(self) -> None:
         """Connect services and jobs with the partitions that the plan in force gives them."""
         state, plan = self._state, self._state.plan
+        leaving = self._bound()
         for partition in state.partitions.values():
             partition.services = [
                 s for s, ps in plan.services.items() if partition.id in ps and s in state.services
+            ]
+            partition.services += [
+                s for s in leaving.get(partition.id, {}) if s not in partition.services
             ]
             partition.owners = [j for j, ps in plan.jobs.items() if partition.id in ps]
             partition.lendable = partition.id in plan.lendable
@@ -101,10 +105,25 @@ class Roster:
         for service in state.services.values():
             mine = plan.services.get(service.name, ())
             service.partitions = [p for p in mine if p in state.partitions]
+            service.partitions += [
+                p for p, names in leaving.items() if service.name in names and p not in mine
+            ]
             kinds = [state.partitions[p].kind for p in service.partitions]
             service.home = kinds[0] if kinds else service.home
             for kind in kinds:
                 service.exec.setdefault(kind, Costs())
+
+    def _bound(self) -> dict[str, dict[str, None]]:
+        """Services by the partition that instances of theirs are bound to: until these are to go,
+        and have finished what they have begun, they serve there, whoever has it by the plan."""
+        state = self._state
+        found: dict[str, dict[str, None]] = {}
+        for worker in state.workers.values():
+            residents = (resident.worker for resident in state.residents.values())
+            stays = not worker.retiring or worker.batch or worker.id in residents
+            if worker.place in state.partitions and worker.up and stays:
+                found.setdefault(worker.place, {})[worker.service] = None
+        return found
 
     # --- workers ----------------------------------------------------------------------------
 
@@ -130,7 +149,9 @@ class Roster:
             costs.profile(units, rows, ns, size_class(event.size))
         enter_pool(service, worker)
         service.workers += 1
-        service.at[event.device] = service.at.get(event.device, 0) + 1
+        service.at[worker.site] = service.at.get(worker.site, 0) + 1
+        if worker.place:
+            self.link()
 
     def worker_down(self, worker: WorkerState) -> None:
         """An instance is gone. What it executed is tried once more elsewhere."""
@@ -152,6 +173,8 @@ class Roster:
         self._turns.give_back(service, residents, begun=True)
         self.refuse_orphans(service)
         self.forget_if_empty(service)
+        if worker.place:
+            self._unbind(worker)
         if partition is not None:
             self._turns.go_on(service, partition)
         elif residents:
@@ -164,6 +187,15 @@ class Roster:
         if worker.up:
             leave_pool(service, worker)
             self.refuse_orphans(service)
+            if worker.place:
+                self._unbind(worker)
+
+    def _unbind(self, worker: WorkerState) -> None:
+        """An instance leaves its partition to who has it by the plan."""
+        self.link()
+        partition = self._state.partitions.get(worker.place)
+        if partition is not None:
+            self._turns.run(partition)
 
     def _residents(self, worker: WorkerState) -> list[Request]:
         """Take the requests that a worker had between two turns out of the queue."""

@@ -120,7 +120,7 @@ class ServiceState:
     unloads: bool = False
     """Whether its instances may be unloaded while they idle."""
     asleep: dict[int, dict[str, None]] = field(default_factory=dict)
-    """Devices where they are, by revision: others needed the memory."""
+    """Sites where they are, by revision: others needed the memory."""
     load_ns: int = 0
     """How long an instance took to load, last."""
     silence: int = 0
@@ -137,8 +137,10 @@ class ServiceState:
     offer_revision: int = 0
     wanted: list[str] = field(default_factory=list)
     """The devices that are to carry it."""
+    places: dict[str, list[str]] = field(default_factory=dict)
+    """And the partitions of those that bind instances to one."""
     unfit: dict[int, dict[str, str]] = field(default_factory=dict)
-    """Devices that could not load a revision, and why."""
+    """Sites that could not load a revision, and why."""
     failures: int = 0
     """How often in a row an instance failed."""
     retry_at: int = 0
@@ -149,10 +151,10 @@ class ServiceState:
     """What is queued, by priority class."""
     partitions: list[str] = field(default_factory=list)
     idle: dict[str, dict[str, list[str]]] = field(default_factory=dict)
-    """Idle workers by device and version."""
+    """Idle workers by site and version."""
     workers: int = 0
     at: dict[str, int] = field(default_factory=dict)
-    """Those workers by device."""
+    """Those workers by site."""
     last_arrival: int = 0
     gap: int = 0
     """Mean time between arrivals (ns, exponentially weighted)."""
@@ -176,7 +178,8 @@ class ServiceState:
 
 @dataclass
 class WorkerState:
-    """One model instance; ``partition`` is where it last ran."""
+    """One model instance; ``partition`` is where it last ran, ``place`` the only one where it can
+    ("": anywhere on its device)."""
 
     id: str
     service: str
@@ -210,24 +213,30 @@ class WorkerState:
     """When it was ordered or, if that is later, when it came up (ns)."""
     batch: int = 0
     partition: str = ""
+    place: str = ""
     retiring: bool = False
     stalled: bool = False
     """Whether its pool is too small for anything that it has; until it tells of a change."""
     told: bool = False
     """Whether it has told of one since its last turn."""
 
+    @property
+    def site(self) -> str:
+        """Where it can run: one partition, or any of a device."""
+        return self.place or self.device
+
 
 def enter_pool(service: ServiceState, worker: WorkerState) -> None:
     """A worker may be given a batch from now on."""
-    versions = service.idle.setdefault(worker.device, {})
+    versions = service.idle.setdefault(worker.site, {})
     versions.setdefault(worker.version, []).append(worker.id)
 
 
 def leave_pool(service: ServiceState, worker: WorkerState) -> None:
     """A worker is to be given no more batches."""
     service.workers -= 1
-    service.at[worker.device] -= 1
-    versions = service.idle.get(worker.device, {})
+    service.at[worker.site] -= 1
+    versions = service.idle.get(worker.site, {})
     idle = versions.get(worker.version, [])
     if worker.id in idle:
         idle.remove(worker.id)
@@ -300,6 +309,13 @@ class PartitionState:
     watched: bool = False
     """Whether that time is looked at."""
     revoke_cost: int = 0
+    binds: bool = False
+    """Whether model instances are bound to it, or to any other of its device."""
+
+    @property
+    def site(self) -> str:
+        """Where an instance must be that is to run here."""
+        return self.id if self.binds else self.device
 
 
 @dataclass
@@ -447,7 +463,7 @@ class DispatcherState:
 
 
 def unfit(service: ServiceState) -> dict[str, str]:
-    """Devices that could not load what is offered or, if nothing is, what serves."""
+    """Sites that could not load what is offered or, if nothing is, what serves."""
     serves = service.versions.get(service.version, 0)
     revision = service.offer_revision if service.offer else serves
     return service.unfit.get(revision, {})

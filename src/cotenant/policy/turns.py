@@ -67,7 +67,7 @@ class Turns:
         """Whether what is queued is one free partition's share of a full batch: then it begins, and
         what follows is for the others. Else the first would take all. Lent partitions do not count,
         or they would be taken back for what the free ones can do together."""
-        idle = sum(queues.idle_count(service, device) for device in service.idle)
+        idle = sum(queues.idle_count(service, site) for site in service.idle)
         if not idle:
             return False
         partitions = (self._state.partitions[p] for p in service.partitions)
@@ -120,14 +120,14 @@ class Turns:
 
     def place(self, service: ServiceState) -> None:
         """Use more of a service's partitions for what it has queued: free ones first, then take
-        back as many lent ones of each device as it has idle workers for there. One whose job is
+        back as many lent ones of each site as it has idle workers for there. One whose job is
         being stopped is not waited for."""
         lent: list[PartitionState] = []
         busy: list[PartitionState] = []
         closing: dict[str, int] = {}
         for name in service.partitions:
             partition = self._state.partitions[name]
-            if partition.retiring:
+            if partition.retiring and not partition.binds:
                 continue
             if partition.batch:
                 busy.append(partition)
@@ -139,14 +139,14 @@ class Turns:
             if service.queued == 0:
                 return
             if not partition.batch and partition.hold != Hold.STOPPING:
-                closing[partition.device] = closing.get(partition.device, 0) + 1
+                closing[partition.site] = closing.get(partition.site, 0) + 1
         for partition in lent:
             if service.queued == 0:
                 return
-            device = partition.device
-            if closing.get(device, 0) < queues.able_count(self._state, service, device):
+            site = partition.site
+            if closing.get(site, 0) < queues.able_count(self._state, service, site):
                 self.run(partition)
-                closing[device] = closing.get(device, 0) + (partition.batch == 0)
+                closing[site] = closing.get(site, 0) + (partition.batch == 0)
         if self._plenty(service):
             for name in service.partitions:
                 self._hand_ahead(self._state.partitions[name])
@@ -165,7 +165,7 @@ class Turns:
                 queues.has_room(state, service, worker, lane) for _, lane in lanes
             )
         else:
-            wanted = queues.able_count(state, service, partition.device) > 0
+            wanted = queues.able_count(state, service, partition.site) > 0
         if wanted:
             self.end_lease(partition)
 
@@ -182,13 +182,16 @@ class Turns:
             self.place(self._state.services[name])
 
     def run(self, partition: PartitionState) -> None:
-        """Start the next batch on a partition that has none, or else see to lending it."""
+        """Start the next batch on a partition that has none, or else see to lending it. One that
+        goes has no batch any more; but where instances are bound to it, they finish what they have
+        begun."""
         state = self._state
-        if partition.batch or partition.retiring:
+        if partition.batch or (partition.retiring and not partition.binds):
             return
         name, lane_key = self._next_lane(partition)
         if not name:
-            self._holds.lend(partition)
+            if not partition.retiring:
+                self._holds.lend(partition)
             return
         service = state.services[name]
         preempting = partition.hold != Hold.NONE
@@ -234,9 +237,9 @@ class Turns:
         if lane.worker:
             worker = workers[lane.worker]
             if not worker.retiring:
-                service.idle[worker.device][worker.version].remove(worker.id)
+                service.idle[worker.site][worker.version].remove(worker.id)
             return worker
-        idle = service.idle[partition.device][lane.version or service.version]
+        idle = service.idle[partition.site][lane.version or service.version]
         for i, name in enumerate(idle):
             worker = workers[name]
             if worker.stalled or not self._may_join(service, worker, lane):

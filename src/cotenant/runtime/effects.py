@@ -42,9 +42,10 @@ class Effects:
         if isinstance(event, e.ServiceAdded | e.ServiceRemoved | e.WorkerUp | e.LoadFailed):
             self._plan_soon()
 
-    async def launch_worker(self, device: str, tenant: Tenant) -> Launch:
+    async def launch_worker(self, device: str, place: str, tenant: Tenant) -> Launch:
         """See Shell."""
-        return await self._fleet.launch((device,), tenant)
+        partition = self._fleet.partition(place) if place else None
+        return await self._fleet.launch((device,), tenant, partition)
 
     async def attach_worker(self, device: str, tenant: Tenant, pid: int) -> None:
         """See Shell."""
@@ -54,8 +55,11 @@ class Effects:
         """See Shell."""
         self._fleet.detach((device,), worker)
 
-    def units_of(self, device: str) -> tuple[int, ...]:
+    def units_of(self, device: str, place: str) -> tuple[int, ...]:
         """See Shell."""
+        partition = self._fleet.partition(place) if place else None
+        if partition is not None:
+            return (partition.compute,)
         return next(spec.shapes for spec in self._fleet.specs if spec.id == device)
 
     def kv_of(self, device: str) -> int:

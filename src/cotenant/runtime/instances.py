@@ -60,8 +60,9 @@ class Shell(Protocol):
     def feed(self, event: e.Event) -> None:
         """Hand an event to the dispatcher."""
 
-    async def launch_worker(self, device: str, tenant: Tenant) -> Launch:
-        """What the device wants of a process before there is one. Raises DeviceError."""
+    async def launch_worker(self, device: str, place: str, tenant: Tenant) -> Launch:
+        """What the device wants of a process before there is one; ``place``: the partition that it
+        is to be bound to, if to any. Raises DeviceError."""
 
     async def attach_worker(self, device: str, tenant: Tenant, pid: int) -> None:
         """Put a new process under the device's control. Raises DeviceError."""
@@ -69,8 +70,8 @@ class Shell(Protocol):
     def detach_worker(self, device: str, worker: str) -> None:
         """Tell the device that a process is gone, attached or not."""
 
-    def units_of(self, device: str) -> tuple[int, ...]:
-        """The unit counts that partitions of a device may have."""
+    def units_of(self, device: str, place: str) -> tuple[int, ...]:
+        """The unit counts of partitions where an instance may run."""
 
     def kv_of(self, device: str) -> int:
         """Bytes that the pools of language models may have on a device together; 0: no bound."""
@@ -356,7 +357,7 @@ class Instances:
         tenant = Tenant(
             order.worker, TenantKind.WORKER, threads=spec.threads, exec_timeout=spec.exec_timeout
         )
-        launch = await self._shell.launch_worker(order.device, tenant)
+        launch = await self._shell.launch_worker(order.device, order.partition, tenant)
         joining = spec.batch.joining
         loaded = self.loaded.get(order.version)
         if loaded is not None and loaded.files == offer.files:  # found out already
@@ -371,7 +372,7 @@ class Instances:
         instance = _Instance(order, process, tenant)
         process.start(launch)
         self._live[order.worker] = instance
-        units, limit = self._shell.units_of(order.device), spec.kv.limit
+        units, limit = self._shell.units_of(order.device, order.partition), spec.kv.limit
         process.send(
             Open(
                 path=str(offer.files.path),

@@ -317,6 +317,7 @@ def _device(section: reading.Section) -> SimDevice:
             slices=gpu.compute_slices,
             mig=gpu.gpu,
             pins_jobs=True,
+            pins_workers=section.take("binds_models", reading.boolean, False),
             memory=max(p.memory_mib or 0 for p in gpu.profiles) * MIB,
         )
     elif kind == "npu":

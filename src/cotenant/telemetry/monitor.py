@@ -23,7 +23,7 @@ from cotenant.domain.units import S
 from cotenant.domain.workload import ServiceSpec, share_on
 from cotenant.policy.forecast import Season
 from cotenant.policy.memory.budgets import gives
-from cotenant.policy.state import DispatcherState, Phase, unfit
+from cotenant.policy.state import DispatcherState, Phase, ServiceState, unfit
 from cotenant.telemetry.meters import JobMeter, PartitionMeter, ServiceMeter
 from cotenant.telemetry.turns import turns_of
 
@@ -408,9 +408,19 @@ class Monitor:
             memory=_occupied(spec, state, kinds),
             unloads=spec.unloads,
             offer=known.offer_revision if known.offer else 0,
-            unfit={d: why for d, why in unfit(known).items() if not known.at.get(d)},
+            unfit=_unfit(known),
             turns=turns_of(state, known, meter),
         )
+
+
+def _unfit(known: ServiceState) -> dict[str, str]:
+    """Devices that could not load a service: of those that bind instances, no partition could."""
+    failed = {site: why for site, why in unfit(known).items() if not known.at.get(site)}
+    for device, places in known.places.items():
+        reasons = [failed.pop(place) for place in places if place in failed]
+        if reasons and len(reasons) == len(places):
+            failed[device] = reasons[0]
+    return failed
 
 
 def _occupied(

@@ -130,6 +130,7 @@ class MigSpace:
             shapes=tuple(sorted({p.compute for p in table.profiles if p.starts})),
             memory=spec.memory * len(units) // table.memory_slices,
             pins_jobs=True,
+            pins_workers=True,
             move_ns=MOVE_NS,
             repartition_ns=sum(self._takes(act)[0] for act in Act),
             limits=(*spec.limits, *beside),

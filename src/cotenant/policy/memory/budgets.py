@@ -304,7 +304,9 @@ class Budgets:
             if not service.offer and not service.versions:
                 continue  # it was declined: nothing of it is loaded
             if device in service.wanted and not service.unloads:
-                need = service.instances * self.need(service.name, device)
+                places = service.places.get(device)
+                count = service.instances if places is None else len(places)
+                need = count * self.need(service.name, device)
                 instances[service.name] = max(need, instances[service.name])
             if device in service.wanted and ledger is self._books.pools.get(device):
                 found += service.instances * service.kv

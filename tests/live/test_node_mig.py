@@ -1,0 +1,66 @@
+"""A node on a GPU in MIG mode: the stand-in for NVML; what computes does so on the processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.live.conftest import Boxes
+from tests.nvml_standin import Box as Machine
+from tests.nvml_standin import Fault, a100, add, environment, instances
+
+WAITS = ("sh", "-c", "echo $CUDA_VISIBLE_DEVICES; while :; do sleep 0.05; done")
+CUDA = {"kind": "cuda", "preempt": "none"}
+NO_ROOM = 23
+
+
+@pytest.fixture
+def machine(nvml_library: Path, tmp_path: Path) -> Path:
+    """The file of a machine with a GPU in MIG mode."""
+    return Machine((a100(mig=True),)).write(tmp_path / "box")
+
+
+def test_a_job_on_a_gpu_in_mig_mode_sees_its_instance(
+    boxes: Boxes, nvml_library: Path, machine: Path
+) -> None:
+    box = boxes(dict(environment(nvml_library, machine)))
+    box.configure([], devices=[CUDA]).start()
+    box.submit(*WAITS)
+    box.until(lambda: box.job("job").partitions)
+    box.until(lambda: Path(box.control.log_path("job")).read_text().startswith("MIG-"))
+    assert len(instances(machine)) == 1
+    (device,) = box.status()["devices"]
+    assert len(device["units"]) > 1
+    box.stop()
+    assert instances(machine) == []
+
+
+def test_models_are_loaded_in_their_instances_and_answer_there(
+    boxes: Boxes, nvml_library: Path, machine: Path
+) -> None:
+    box = boxes(dict(environment(nvml_library, machine)))
+    box.model("scale", "scale")
+    box.configure([{"name": "scale"}], devices=[CUDA]).start()
+    for _ in range(20):
+        answer = box.infer("scale", x=np.ones((1, 4), np.float32))
+        assert answer.json["outputs"][0]["data"] == [2.0] * 4
+    plan = box.control.plan()["plan"]
+    serving = [p for p in plan["partitions"] if "scale" in p["services"]]
+    (service,) = box.status()["services"]
+    assert service["workers"] == len(serving) >= 1
+    assert len(instances(machine)) == len(plan["partitions"])
+
+
+def test_a_dry_run_shows_the_steps_of_a_change_of_instances(
+    boxes: Boxes, nvml_library: Path, machine: Path
+) -> None:
+    add(machine, Fault("nvmlDeviceCreateGpuInstanceWithPlacement", NO_ROOM))
+    box = boxes(dict(environment(nvml_library, machine)))
+    box.configure([], devices=[CUDA]).start()
+    box.submit(*WAITS)
+    (device,) = box.until(lambda: [d for d in box.control.plan(True)["devices"] if d["steps"]])
+    assert device["comes"] and device["seconds"] > 0
+    assert not any(step["measured"] for step in device["steps"])
+    assert instances(machine) == []
