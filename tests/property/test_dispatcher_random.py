@@ -495,6 +495,10 @@ class Tight(Chaos):
         self.send(e.Held(name, held, r.choice([0, held, worker.pool]), held // 2, held // 4, 20))
 
 
+class TightBound(Tight, Bound):
+    """Both at once."""
+
+
 worlds = st.tuples(
     st.integers(0, 2**32),
     st.sampled_from([PreemptLevel.GATE, PreemptLevel.PAUSE, PreemptLevel.PRIORITY]),
@@ -550,10 +554,10 @@ def test_instances_that_are_bound_run_in_their_partition_alone_and_go_before_it(
     assert seen["dispatched"] and seen["cut"], seen
 
 
-@given(worlds)
+@given(st.sampled_from([Tight, TightBound]), worlds)
 @settings(max_examples=80, deadline=None)
-def test_the_laws_hold_where_memory_is_short(world) -> None:
-    tight = Tight(*world)
+def test_the_laws_hold_where_memory_is_short(kind: type[Tight], world) -> None:
+    tight = kind(*world)
     tight.run(200)
     assert set(tight.answered) == tight.submitted
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
+import msgspec
 import pytest
 
 from cotenant.devices.base import Device
@@ -426,6 +427,36 @@ def test_every_call_is_answered_once_and_a_job_holds_what_it_was_told(
             await fleet.attached(["slow"], tenant, 1)
         slow._failing = failing
         await story(fleet, answers)
+        await fleet.close()
+
+    asyncio.run(main())
+
+
+class Shrinking(NullDevice):
+    """A device that is another one with each change of layout, done or refused."""
+
+    refuses = False
+
+    def repartition(self, partitions: tuple[Partition, ...]) -> None:
+        self._spec = msgspec.structs.replace(self._spec, repartition_ns=len(partitions))
+        if self.refuses:
+            raise DeviceError("no")
+
+
+def test_what_a_device_says_of_itself_is_asked_again_after_a_change_of_layout() -> None:
+    device = Shrinking("slow", 2)
+
+    async def main() -> None:
+        fleet, answers = Fleet([device, NullDevice("other")]), Answers()
+        await fleet.open()
+        fleet.repartition("slow", (P0, P1), "first", answers.done, answers.failed)
+        assert [spec.repartition_ns for spec in fleet.specs] == [2, 0]
+        assert fleet.partition("p1") == P1 and fleet.partition("p9") is None
+        device.refuses = True
+        fleet.repartition("slow", (P0,), "second", answers.done, answers.failed)
+        assert answers.how == {"first": "done", "second": "failed"}
+        assert [spec.repartition_ns for spec in fleet.specs] == [1, 0]
+        assert fleet.partition("p1") == P1, "it has what it had"
         await fleet.close()
 
     asyncio.run(main())

@@ -9,7 +9,6 @@ one compute instance, which is what processes see.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -43,16 +42,10 @@ MOVE_NS: Final = 10 * S
 class MigSpace:
     """``record``: the file that says which instances are ours."""
 
-    def __init__(
-        self,
-        gpu: NvmlGpu,
-        device: str,
-        record: Path,
-        opened: Callable[[Path], MigRecord] = MigRecord,
-    ) -> None:
+    def __init__(self, gpu: NvmlGpu, device: str, record: Path) -> None:
         self._gpu = gpu
         self._device = device
-        self._record = opened(record)
+        self._record = MigRecord(record)
         self._control = MigController(gpu, self._record)
         self._uuid = ""
         self._table: Table | None = None
