@@ -21,8 +21,12 @@ DEVICES = [{"kind": "cpu"}, GPU]
 RUNS = ("sh", "-c", 'exec "$COTENANT_JOB" forever 1 1 200')
 
 
+def device(box: Box) -> dict[str, Any]:
+    return next(dict(d) for d in box.status()["devices"] if d["id"] == "cuda")
+
+
 def tenants(box: Box) -> dict[str, Any]:
-    return dict(next(d for d in box.status()["devices"] if d["id"] == "cuda")["tenants"])
+    return dict(device(box)["tenants"])
 
 
 def partition(box: Box) -> dict[str, Any]:
@@ -30,8 +34,10 @@ def partition(box: Box) -> dict[str, Any]:
 
 
 def asked(box: Box) -> int:
-    """A request that takes three turns; its status."""
-    return box.post("/v2/models/pieces/generate", b'{"text_input": "abc"}').status
+    """A request that takes three turns; its status. Its answer is whole if there is one."""
+    answer = box.post("/v2/models/pieces/generate_stream", b'{"text": "abcdef"}')
+    assert answer.status != 200 or answer.body.count(b"data: ") == 3
+    return answer.status
 
 
 @pytest.fixture
@@ -45,14 +51,14 @@ def box(boxes: Boxes, gpu: GpuMachine) -> Box:
 
 
 def submit(box: Box, gpu: GpuMachine, *command: str, **fields: Any) -> str:
-    return box.submit(*command, kinds=("cuda",), env={**os.environ, **gpu.env()}, **fields)
+    env = {**os.environ, **gpu.env(), "COTENANT_TEST_BOX": box.mark}
+    return box.submit(*command, kinds=("cuda",), env=env, **fields)
 
 
-def program(box: Box, job: str) -> int:
+def program(box: Box) -> int:
     """The process of the job's command."""
-    found = [p for p in box.processes() if _argument(p) == "forever"]
-    assert found, job
-    return found[0]
+    found = box.until(lambda: [p for p in box.processes() if _argument(p) == "forever"])
+    return int(found[0])
 
 
 def _argument(pid: int) -> str:
@@ -72,7 +78,7 @@ def test_a_job_has_the_gpu_between_requests(box: Box, gpu: GpuMachine) -> None:
         assert asked(box) == 200
         box.until(lambda: box.job("job").partitions)
     assert partition(box)["switches"] > switches
-    gpu.show(program(box, job), memory=5 << 30)
+    gpu.show(program(box), memory=5 << 30)
     box.until(lambda: tenants(box)[job]["memory"] == 5 << 30)
     box.control.cancel(job)
     box.until(lambda: job not in tenants(box))
@@ -84,8 +90,7 @@ def test_a_job_that_is_past_its_gate_does_not_stay_beside_services(
 ) -> None:
     box.start()
     job = submit(box, gpu, "sh", "-c", 'env -u COTENANT_GATE "$COTENANT_JOB" forever 1 1 200')
-    box.until(lambda: [p for p in box.processes() if _argument(p) == "forever"])
-    gpu.show(program(box, job))
+    gpu.show(program(box))
     box.until(lambda: job not in tenants(box))
     assert box.job(job).state == "queued"
     assert "held back" in box.job(job).reason or box.job(job).reason
@@ -100,9 +105,8 @@ def test_a_job_whose_kernels_do_not_end_is_ended_and_requests_go_on(
     box.start()
     job = submit(box, gpu, "sh", "-c", 'exec "$COTENANT_JOB" forever 1 1 60000000')
     box.until(lambda: box.job("job").partitions)
-    box.until(lambda: [p for p in box.processes() if _argument(p) == "forever"])
-    box.until(lambda: tenants(box)[job])
-    box.post("/v2/models/pieces/generate", b'{"text_input": "abc"}')
+    program(box)
+    asked(box)
     box.until(lambda: job not in tenants(box) or not box.job(job).partitions)
     box.until(lambda: asked(box) == 200)
 
@@ -116,10 +120,12 @@ def test_a_gpu_that_is_lost_is_said_and_the_rest_of_the_box_goes_on(
     job = submit(box, gpu, *RUNS)
     box.until(lambda: box.job("job").partitions)
     gpu.show(faults=(Fault("nvmlDeviceGetComputeRunningProcesses_v3", 15),))
-    box.until(lambda: next(d for d in box.status()["devices"] if d["id"] == "cuda")["limits"])
+    box.until(lambda: device(box)["trouble"])
     assert box.infer("scale", x=np.ones((1, 4), np.float32)).status == 200
     assert asked(box) == 200
     assert box.job(job).state == "running"
+    gpu.show()
+    box.until(lambda: not device(box)["trouble"])
 
 
 def test_a_node_that_is_killed_leaves_the_next_one_nothing_to_stumble_over(

@@ -35,6 +35,7 @@ names = {
     "CudaConfig": CudaConfig,
     "CudaDevice": CudaDevice,
     "JOB": JOB,
+    "NODE": os.environ["STANDIN_STATS"],
     "PART": PART,
     "Tenant": Tenant,
     "TenantKind": TenantKind,

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from cotenant.devices import proctree
 from cotenant.devices.nvidia import selftest
 from cotenant.devices.nvidia.gates import Gates
-from cotenant.devices.nvidia.nvml import Nvml, NvmlError, NvmlGpu
+from cotenant.devices.nvidia.nvml import Nvml, NvmlGpu
 from cotenant.domain.device import (
     DeviceSpec,
     Launch,
@@ -49,16 +49,18 @@ class _Tenant:
     pid: int
     is_job: bool
     pids: list[int] = field(default_factory=list)
+    level: PreemptLevel = PreemptLevel.NONE
     granted: set[str] = field(default_factory=set)
 
 
 class CudaDevice:
-    """The GPU that ``config.gpu`` names, by number or UUID."""
+    """The GPU that ``config.gpu`` names, by number or UUID, of the ``node`` of that name."""
 
     blocking = True
 
-    def __init__(self, config: CudaConfig) -> None:
+    def __init__(self, config: CudaConfig, node: str) -> None:
         self._config = config
+        self._node = node
         self._nvml = Nvml()
         self._gpu: NvmlGpu | None = None
         self._gates: Gates | None = None
@@ -68,8 +70,6 @@ class CudaDevice:
         self._tenants: dict[str, _Tenant] = {}
         self._used: dict[int, int] = {}
         """Bytes of the GPU by process, as of the last look."""
-        self._lost = ""
-        """Why the driver does not answer; "" while it does."""
 
     # --- life -------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ class CudaDevice:
             self._limits.append("jobs are not taken off: switched off (preempt: none)")
             return
         try:
-            gates = Gates(selftest.ready(), self._config.bound)
+            gates = Gates(f"{self._node}:{self._config.id}", selftest.ready(), self._config.bound)
             gates.open()
             try:
                 selftest.run(gates, self._uuid)
@@ -131,7 +131,6 @@ class CudaDevice:
 
     @property
     def spec(self) -> DeviceSpec:
-        lost = (f"the driver does not answer: {self._lost}",) if self._lost else ()
         return DeviceSpec(
             id=self._config.id,
             kind=CudaConfig.kind,
@@ -141,7 +140,7 @@ class CudaDevice:
             preempt=PreemptLevel.GATE if self._gates is not None else PreemptLevel.NONE,
             revoke_ns=self._config.bound if self._gates is not None else 0,
             repartition_ns=1 * MS,
-            limits=(*self._limits, *lost),
+            limits=tuple(self._limits),
             kv=self._config.kv,
         )
 
@@ -160,11 +159,14 @@ class CudaDevice:
         return Launch(fixed={**shown, **found.fixed}, prepend=found.prepend)
 
     def attach(self, tenant: Tenant, pid: int) -> PreemptLevel:
+        """A job without a page, since a node before this one had none, is of level ``NONE``."""
         is_job = tenant.kind is TenantKind.JOB
-        if is_job and self._gates is not None:
-            self._gates.page(tenant.id)  # it was launched here
-        self._tenants[tenant.id] = _Tenant(pid, is_job, [] if is_job else [pid])
-        return self.spec.preempt
+        found = _Tenant(pid, is_job, [] if is_job else [pid], self.spec.preempt)
+        if is_job:
+            gated = self._gates is not None and self._gates.take_over(tenant.id)
+            found.level = PreemptLevel.GATE if gated else PreemptLevel.NONE
+        self._tenants[tenant.id] = found
+        return found.level
 
     def detach(self, tenant: str) -> None:
         found = self._tenants.pop(tenant, None)
@@ -173,7 +175,7 @@ class CudaDevice:
 
     def grant(self, job: str, partition: Partition) -> None:
         found = self._job(job)
-        if self._gates is not None:
+        if self._gates is not None and found.level > PreemptLevel.NONE:
             self._gates.grant(job)
         found.granted.add(partition.id)
 
@@ -181,8 +183,8 @@ class CudaDevice:
         found = self._job(job)
         if partition.id not in found.granted:
             return 0
-        if self._gates is None:
-            raise DeviceError(f"{job}: nothing can take a job off this GPU: {self._limits[0]}")
+        if self._gates is None or found.level is PreemptLevel.NONE:
+            raise DeviceError(f"{job}: it has no gate, and nothing else takes it off this GPU")
         took = self._gates.revoke(job)
         found.granted.discard(partition.id)
         return took
@@ -202,12 +204,7 @@ class CudaDevice:
     def refresh(self) -> None:
         """Raises NvmlError where the driver does not answer; what was seen before stands."""
         assert self._gpu is not None
-        try:
-            shown = self._gpu.processes()
-        except NvmlError as error:
-            self._lost = str(error)
-            raise
-        self._lost = ""
+        shown = self._gpu.processes()
         self._used = {process.pid: process.memory or 0 for process in shown}
         jobs = {name: t for name, t in list(self._tenants.items()) if t.is_job}
         table = proctree.scan() if jobs else {}
@@ -225,10 +222,8 @@ class CudaDevice:
         found = {}
         for name, tenant in list(self._tenants.items()):
             memory = sum(self._used.get(pid, 0) for pid in tenant.pids)
-            level = self.spec.preempt
-            if tenant.is_job and self._gates is not None and self._gates.beyond(name):
-                level = PreemptLevel.NONE
-            found[name] = TenantFacts(memory, level)
+            past = self._gates is not None and self._gates.beyond(name)
+            found[name] = TenantFacts(memory, PreemptLevel.NONE if past else tenant.level)
         return found
 
     def evict(self, job: str, size: int) -> None:

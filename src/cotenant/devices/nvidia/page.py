@@ -111,19 +111,41 @@ class ControlPage:
         except OSError as error:
             self.close()
             raise DeviceError(f"control page {self.path}: {error.strerror or error}") from error
+        self._locate()
+
+    def adopt(self) -> None:
+        """Take over the file of a node that is gone, with its processes and their settings. Raises
+        DeviceError if there is none, or it is not of this version."""
+        try:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            head = HEAD.unpack(os.pread(self._fd, HEAD.size, 0).ljust(HEAD.size, b"\0"))
+            if head[:3] != (PAGE_MAGIC, VERSION, SEATS) or self.lost:
+                raise DeviceError(f"control page {self.path} is not what it was")
+            self._map = mmap.mmap(self._fd, HEAD_BYTES)
+        except (OSError, DeviceError) as error:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+            raise DeviceError(f"control page {self.path}: {error}") from error
+        self._word = head[3]
+        self._locate()
+
+    def _locate(self) -> None:
+        assert self._map is not None
         pointer = ctypes.c_char.from_buffer(self._map)
         self._address = ctypes.addressof(pointer)
         del pointer
 
-    def close(self) -> None:
-        """Open the gate for whoever still runs, and remove the file."""
+    def close(self, keep: bool = False) -> None:
+        """Open the gate for whoever still runs, and remove the file, unless it is to be kept for a
+        node that takes it over."""
         if self._fd < 0:
             return
         if self._map is not None:
             self.open_gate()
             self._map.close()
             self._map = None
-        if not self.lost:
+        if not keep and not self.lost:
             self.path.unlink(missing_ok=True)
         os.close(self._fd)
         self._fd = -1
