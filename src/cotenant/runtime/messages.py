@@ -27,7 +27,8 @@ class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 class Open(_Message, frozen=True):
     """Load, check and profile a model. ``units`` are the counts of threads to be ready for;
     ``check`` is the path of a ``check.npz``, or ""; ``joining`` is what is known of whether rows
-    may be joined; ``kv``: at most so many bytes for keys and values."""
+    may be joined; ``kv``: at most so many bytes for keys and values; ``partitions``: the units of
+    those on which services may run now."""
 
     path: str
     units: tuple[int, ...]
@@ -36,6 +37,7 @@ class Open(_Message, frozen=True):
     settings: ModelSettings = ModelSettings()
     joining: Joining = Joining.CHECKED
     kv: int = 2**30
+    partitions: tuple[tuple[int, ...], ...] = ()
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True):
