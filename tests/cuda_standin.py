@@ -149,13 +149,14 @@ class Model:
 
 @dataclass
 class Runtime:
-    """``available``: its providers. ``loads``: whether the library of CUDA can be loaded.
-    ``sessions`` are those that were made."""
+    """``available``: its providers. ``loads``: whether the library of CUDA can be loaded. ``wait``
+    waits for a stream, in whose order an execution is. ``sessions`` are those that were made."""
 
     model: Model
     available: tuple[str, ...] = ("TensorrtExecutionProvider", "CUDAExecutionProvider",
                                   "CPUExecutionProvider")  # fmt: skip
     loads: bool = True
+    wait: Callable[[int], Any] = lambda _: None
     sessions: list[Session] = field(default_factory=list)
 
     SessionOptions = onnxruntime.SessionOptions
@@ -185,7 +186,7 @@ class Session:
     """One session, which counts what it does."""
 
     def __init__(self, runtime: Runtime, providers: dict[str, dict[str, str]]) -> None:
-        self._model, self._loads = runtime.model, runtime.loads
+        self._model, self._loads, self._wait = runtime.model, runtime.loads, runtime.wait
         self.providers = providers
         self.options = providers["CUDAExecutionProvider"]
         self.stream = int(self.options["user_compute_stream"])
@@ -226,6 +227,7 @@ class Session:
         return self._model.function(inputs)
 
     def run_with_iobinding(self, binding: Binding, options: Any = None) -> None:
+        self._wait(self.stream)
         graph = options.get_run_config_entry("gpu_graph_id") if options else "-1"
         assert graph != "0", "that one is the runtime's own"
         if graph == "-1":

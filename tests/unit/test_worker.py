@@ -75,6 +75,7 @@ class Located:
         self.meta = EngineMeta("located", (tensor,), (tensor,), False)
         self.axes = {"x": ("",)}
         self.log: list[Any] = []
+        self.notes = ("slowly",)
 
     def run(self, units: int, inputs: dict[str, Array]) -> list[Array]:
         self.log.append(units)
@@ -103,7 +104,8 @@ def test_an_engine_learns_where_it_is_before_it_executes(
     ours, theirs = socket.socketpair()
     worker = Worker(theirs, memoryview(bytearray(256)))
     order = Open("m.onnx", units=(1, 2), max_batch=1, partitions=((0, 1), (2, 3)))
-    assert isinstance(worker._open(order), Opened)
+    answer = worker._open(order)
+    assert isinstance(answer, Opened) and answer.notes == ("slowly",)
     assert targets == [Target(processor or "cpu", ((0, 1), (2, 3)))]
     assert set(engine.log) == {1, 2, "settled"} and engine.log[-1] == "settled"
     engine.log.clear()

@@ -90,6 +90,10 @@ class Engine(Protocol):
 class Placeable(Protocol):
     """An engine to which not only the number of its units matters, but which they are."""
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """What its owner should know of how it executes here."""
+
     def place(self, units: Sequence[int]) -> None:
         """Execute on these units of the device from now on: on as many of them as ``run`` says,
         the first ones. Before the first call any will do."""

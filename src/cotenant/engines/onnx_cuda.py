@@ -65,9 +65,10 @@ class OnnxCudaEngine:
         self._sessions: OrderedDict[tuple[int, ...], Session] = OrderedDict()
         self._settled = False
         self._graphs = not tensorrt
-        self.notes: list[str] = []
-        """What its owner should know."""
+        self._notes: list[str] = []
         runtime.set_default_logger_severity(4)
+        if preload := getattr(runtime, "preload_dlls", None):
+            preload()  # of CUDA and cuDNN, where they came as Python packages
         self._gpu = gpu or Gpu(target.processor.removeprefix(CUDA))
         self._gpu.open()
         self._subsets = Subsets(self._gpu)
@@ -96,6 +97,10 @@ class OnnxCudaEngine:
     @property
     def axes(self) -> dict[str, tuple[str, ...]]:
         return self._axes
+
+    @property
+    def notes(self) -> Sequence[str]:
+        return self._notes
 
     @property
     def lanes(self) -> tuple[Lane, ...]:
@@ -225,8 +230,8 @@ class OnnxCudaEngine:
         self._subsets.release(subset)
 
     def _note(self, text: str) -> None:
-        if text and text not in self.notes:
-            self.notes.append(text)
+        if text and text not in self._notes:
+            self._notes.append(text)
             print(f"{self._path.name}: {text}", file=sys.stderr, flush=True)
 
 

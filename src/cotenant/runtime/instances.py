@@ -249,7 +249,7 @@ class Instances:
             log.warning("version serves, but", extra={**said, "note": note})
 
     def _notes(self, offer: Offer, opened: Opened) -> tuple[str, ...]:
-        notes = []
+        notes = list(opened.notes)
         if opened.unjoined and self.spec.batch.joining is not Joining.NONE:
             notes.append(UNJOINED.format(opened.unjoined))
         times = [ns for _, rows, ns in opened.profile if rows == 1]

@@ -99,7 +99,8 @@ class Forget(_Message, frozen=True):
 class Opened(_Message, frozen=True):
     """The model is warm. ``profile``: (units, rows, ns) for rows of ``size`` (see ``size_of``);
     ``accuracy`` on the check data; ``memory`` in bytes, as much as the process ever had resident;
-    ``unjoined`` says why rows are not joined, "" if they are."""
+    ``unjoined`` says why rows are not joined, "" if they are; ``notes``: what its owner should know
+    of how it executes."""
 
     meta: EngineMeta
     profile: tuple[tuple[int, int, int], ...]
@@ -107,6 +108,7 @@ class Opened(_Message, frozen=True):
     accuracy: Accuracy | None = None
     unjoined: str = ""
     memory: int = 0
+    notes: tuple[str, ...] = ()
 
 
 class OpenFailed(_Message, frozen=True):

@@ -168,8 +168,10 @@ class Worker:
             if data is not None:
                 step = 1 if self._unjoined else order.max_batch
                 accuracy = measure(engine, order.units[0], data, step)
+            notes: tuple[str, ...] = ()
             if self._placeable is not None:
                 self._placeable.settle()
+                notes = tuple(self._placeable.notes)
         except ModelError as error:
             return OpenFailed(str(error))
         except Exception as error:  # whatever a model or its check data bring about
@@ -178,7 +180,8 @@ class Worker:
         gc.collect()
         gc.freeze()  # a pass over all that the engine's imports brought would delay a batch
         meta = msgspec.structs.replace(engine.meta, batchable=not self._unjoined)
-        return Opened(meta, profile, samples.size(meta), accuracy, self._unjoined)
+        size = samples.size(meta)
+        return Opened(meta, profile, size, accuracy, self._unjoined, notes=notes)
 
     def _profile(
         self, engine: Engine, order: Open, samples: Samples

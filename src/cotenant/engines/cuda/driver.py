@@ -78,9 +78,13 @@ class Gpu:
                 raise ModelError(f"there is no GPU {self._which}: this process sees {count}")
             return int(self._which)
         wanted = _digits(self._which)
+        # Bindings of CUDA 12 have both, and the first does not know MIG.
+        ask = (
+            "cuDeviceGetUuid_v2" if hasattr(self._cuda, "cuDeviceGetUuid_v2") else "cuDeviceGetUuid"
+        )
         for ordinal in range(count):
             device = self.call("cuDeviceGet", ordinal)
-            if bytes(self.call("cuDeviceGetUuid", device).bytes).hex() == wanted:
+            if bytes(self.call(ask, device).bytes).hex() == wanted:
                 return ordinal
         raise ModelError(
             f"no GPU that this process sees is {self._which}; see CUDA_VISIBLE_DEVICES"
