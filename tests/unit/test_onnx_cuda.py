@@ -199,6 +199,29 @@ def test_graphs_are_bounded_and_none_is_captured_while_it_serves() -> None:
     assert (len(session.graphs), session.replayed) == (1, 1)
 
 
+def test_partitions_that_the_trial_did_not_come_by_are_as_ready_when_it_serves() -> None:
+    runtime = Runtime(doubled())
+    made = engine(runtime, partitions=((0, 1), (2, 3)))
+    assert all(right(made, count) for count in (1, 1, 2, 2))
+    assert [len(session.graphs) for session in runtime.sessions] == [2, 0]
+    made.settle()
+    assert [len(session.graphs) for session in runtime.sessions] == [2, 2]
+    made.place((2, 3))
+    assert right(made, 2) and runtime.sessions[1].replayed
+
+
+def test_a_refused_request_costs_no_graphs() -> None:
+    model = doubled()
+    runtime = Runtime(model)
+    made = engine(runtime)
+    assert right(made, 1) and right(made, 1)
+    model.fails = "not these numbers"
+    with pytest.raises(ModelError):
+        made.run(2, rows(1))
+    model.fails = ""
+    assert right(made, 1) and len(runtime.sessions) == 1 and not made.notes
+
+
 @pytest.mark.parametrize("fault", ["refuses_graphs", "breaks"])
 def test_a_model_that_cannot_be_captured_runs_without(fault: str) -> None:
     model = doubled()

@@ -7,7 +7,7 @@
    execution, copies out, one wait.
 3. Where the shapes of inputs say those of outputs, every address is fixed and an execution can be
    captured: a CUDA graph for each of the first ``GRAPHS`` signatures that were seen twice before
-   ``settle``. Other signatures run without.
+   ``settle``, which has every partition see what the trial has executed. Others run without.
 4. A model that cannot be captured (control flow, operators left on the CPU) runs without graphs.
    ``notes`` says so, and says which operators are not on the GPU.
 
@@ -30,7 +30,7 @@ from cotenant.domain.device import CUDA
 from cotenant.domain.errors import DeviceError, ModelError
 from cotenant.engines.base import Array, EngineMeta, Target
 from cotenant.engines.cuda.driver import Gpu
-from cotenant.engines.cuda.session import NotCaptured, Session
+from cotenant.engines.cuda.session import GRAPHS, NotCaptured, Session, Signature, signature_of
 from cotenant.engines.cuda.subsets import Lane, Subsets
 from cotenant.engines.onnx import axes_of, first_line
 
@@ -64,6 +64,8 @@ class OnnxCudaEngine:
         self._partitions = target.partitions
         self._sessions: OrderedDict[tuple[int, ...], Session] = OrderedDict()
         self._settled = False
+        self._tried: dict[Signature, Inputs] = {}
+        """What the trial executes, to warm by it what the trial does not come by."""
         self._graphs = not tensorrt
         self._notes: list[str] = []
         runtime.set_default_logger_severity(4)
@@ -116,9 +118,19 @@ class OnnxCudaEngine:
         self._placed = tuple(units)
 
     def settle(self) -> None:
+        """Make every partition ready: the trial has come by one of each size."""
+        if not self._subsets.refusal:
+            for partition in self._partitions[:SESSIONS]:
+                self._placed = partition
+                for inputs in (*self._tried.values(), *self._tried.values()):
+                    self.run(len(partition), inputs)
+        self._placed = ()
+        self._tried.clear()
         self._settled = True
 
     def run(self, units: int, inputs: Inputs) -> list[Array]:
+        if not self._settled and len(self._tried) < GRAPHS:
+            self._tried.setdefault(signature_of(inputs), inputs)
         subset = self._subset(units)
         session = self._session(subset)
         try:

@@ -27,8 +27,13 @@ Inputs = dict[str, Array]
 Signature = tuple[tuple[str, str, tuple[int, ...]], ...]
 
 
+def signature_of(inputs: Inputs) -> Signature:
+    """What a graph is captured for: names, types, shapes."""
+    return tuple((name, a.dtype.str, a.shape) for name, a in sorted(inputs.items()))
+
+
 class NotCaptured(Exception):
-    """The runtime refused to capture or to replay an execution."""
+    """The runtime refused to capture an execution."""
 
 
 class _Bound(NamedTuple):
@@ -69,10 +74,10 @@ class Session:
         if self._plain:  # strings live in host memory alone
             outputs: list[Array] = self.session.run(self._names, inputs, self._options(NO_GRAPH))
             return outputs
-        signature = tuple((n, a.dtype.str, a.shape) for n, a in sorted(inputs.items()))
+        signature = signature_of(inputs)
         if signature in self._captured:
             number, bound = self._captured[signature]
-            return self._replay(number, bound, inputs)
+            return self._execute(bound, inputs, number)
         if capture and self._new_options and self._may_capture(signature, inputs):
             return self._capture(signature, inputs)
         return self._once(inputs)
@@ -100,11 +105,8 @@ class Session:
         )
         number = str(len(self._captured) + 1)  # 0 is ONNX Runtime's own
         self._captured[signature] = (number, bound)
-        return self._replay(number, bound, inputs)
-
-    def _replay(self, number: str, bound: _Bound, inputs: Inputs) -> list[Array]:
-        """The first time this is two executions and a capture, within the runtime."""
         try:
+            # Within the runtime these are executions without a graph, a capture, and a replay.
             return self._execute(bound, inputs, number)
         except Exception as error:
             raise NotCaptured(first_line(error)) from error
