@@ -298,3 +298,59 @@ def doubled() -> Model:
         [("y", "tensor(float)", ["rows", 3])],
         lambda inputs: [2 * inputs["x"]],
     )
+
+
+class OnCpu:
+    """The real ONNX Runtime, of which this hides that it executes on the CPU: the calls of a
+    session and its bindings are its own, what is bound to ``cuda`` lies in host memory."""
+
+    SessionOptions = onnxruntime.SessionOptions
+    RunOptions = onnxruntime.RunOptions
+    set_default_logger_severity = staticmethod(onnxruntime.set_default_logger_severity)
+
+    def get_available_providers(self) -> list[str]:
+        """As the module."""
+        return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+    def InferenceSession(
+        self, path: str, options: Any, providers: list[tuple[str, dict[str, str]]],
+        enable_fallback: int
+    ) -> Any:  # fmt: skip
+        """As the module's class."""
+        made = onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"], enable_fallback=enable_fallback
+        )
+        return _CpuSession(made, [name for name, _ in providers])
+
+
+class _CpuSession:
+    def __init__(self, session: Any, providers: list[str]) -> None:
+        self._session, self._providers = session, providers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    def get_providers(self) -> list[str]:
+        return self._providers
+
+    def io_binding(self) -> Any:
+        return _CpuBinding(self._session.io_binding())
+
+    def run_with_iobinding(self, binding: _CpuBinding, options: Any = None) -> None:
+        self._session.run_with_iobinding(binding.real, options)
+
+
+class _CpuBinding:
+    def __init__(self, real: Any) -> None:
+        self.real = real
+
+    def bind_input(self, name: str, device: str, *rest: Any) -> None:
+        assert device == "cuda"
+        self.real.bind_input(name, "cpu", *rest)
+
+    def bind_output(self, name: str, device: str, *rest: Any) -> None:
+        assert device == "cuda"
+        self.real.bind_output(name, "cpu", *rest)
+
+    def get_outputs(self) -> Any:
+        return self.real.get_outputs()

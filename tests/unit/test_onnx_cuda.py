@@ -14,7 +14,7 @@ from cotenant.engines.base import Array, Placeable, Target, open_engine
 from cotenant.engines.cuda.driver import Gpu
 from cotenant.engines.cuda.session import GRAPHS
 from cotenant.engines.onnx_cuda import SESSIONS, OnnxCudaEngine
-from tests.cuda_standin import HostGpu, Model, Runtime, doubled
+from tests.cuda_standin import HostGpu, Model, OnCpu, Runtime, doubled
 
 PATH = Path("model.onnx")
 
@@ -293,3 +293,57 @@ def test_without_the_bindings_it_is_said_what_to_install(monkeypatch: pytest.Mon
     monkeypatch.setitem(__import__("sys").modules, "cuda.bindings", None)
     with pytest.raises(ModelError, match="cotenant\\[cuda\\]"):
         Gpu("0").open()
+
+
+# --- the real ONNX Runtime, on host memory ----------------------------------------------------
+
+
+def saved(path: Path, nodes: list[Any], outputs: list[Any], kind: int = 1) -> Path:
+    """A model of one input, x, with three columns."""
+    make = pytest.importorskip("onnx.helper")
+    ins = [make.make_tensor_value_info("x", kind, ["rows", 3])]
+    graph = make.make_graph([make.make_node(*node) for node in nodes], "g", ins, outputs)
+    opset = [make.make_opsetid("", 17)]
+    path.write_bytes(make.make_model(graph, opset_imports=opset, ir_version=8).SerializeToString())
+    return path
+
+
+@pytest.mark.parametrize("rows_of_output", ["rows", "others"])
+def test_the_real_runtime_takes_what_is_bound_and_gives_the_same_answers(
+    tmp_path: Path, rows_of_output: str
+) -> None:
+    """With shapes that inputs tell, and with those that they do not."""
+    make = pytest.importorskip("onnx.helper")
+    outputs = [
+        make.make_tensor_value_info("y", 1, [rows_of_output, 3]),
+        make.make_tensor_value_info("positive", 9, [rows_of_output, 3]),
+    ]
+    nodes = [("Add", ["x", "x"], ["y"]), ("Greater", ["x", "y"], ["positive"])]
+    path = saved(tmp_path / "model.onnx", nodes, outputs)
+    gpu = HostGpu()
+    made = OnnxCudaEngine(path, (2,), Target("cuda:0"), gpu=gpu, runtime=OnCpu())
+    for count in (1, 4, 4, 4, 0, 2, 9, 1):
+        x = -rows(count)["x"]
+        y, positive = made.run(2, {"x": x})
+        assert np.array_equal(y, 2 * x) and np.array_equal(positive, x > 2 * x)
+        assert (y.dtype, positive.dtype) == (np.float32, np.bool_)
+    if made.assignment:
+        assert set(made.assignment["CPUExecutionProvider"]) == {"Add", "Greater"}
+    with pytest.raises(ModelError):
+        made.run(2, {"x": np.zeros((2, 4), np.float32)})
+    assert made.run(2, rows(1))[0].shape == (1, 3)
+    made.close()
+    assert not gpu.left
+
+
+@pytest.mark.parametrize("kind", [2, 3, 5, 6, 7, 9, 10, 11, 12, 13])
+def test_tensors_of_every_numeric_type_pass(tmp_path: Path, kind: int) -> None:
+    make = pytest.importorskip("onnx.helper")
+    outputs = [make.make_tensor_value_info("y", kind, ["rows", 3])]
+    path = saved(tmp_path / "model.onnx", [("Identity", ["x"], ["y"])], outputs, kind)
+    made = OnnxCudaEngine(path, (2,), Target("cuda:0"), gpu=HostGpu(), runtime=OnCpu())
+    dtype = make.tensor_dtype_to_np_dtype(kind)
+    x = (np.arange(6) % 2).reshape(2, 3).astype(dtype)
+    for _ in range(3):
+        (y,) = made.run(2, {"x": x})
+        assert np.array_equal(x, y) and y.dtype == dtype
