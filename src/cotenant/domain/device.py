@@ -49,6 +49,13 @@ REST_EVERY = "COTENANT_REST_EVERY_NS"
 """Environment variable of a model instance, for ``Launch``: without a break longer than so many ns
 it sleeps for a moment between two batches."""
 
+PROCESSOR = "COTENANT_PROCESSOR"
+"""Environment variable of a model instance, for ``Launch``: what it executes on. ``cpu`` (also if
+it is not set), or ``cuda:`` and a GPU: its UUID, or its ordinal among those that the process sees.
+The units of partitions are then the GPU's, as ``cotenant.engines.cuda.subsets`` numbers them."""
+CPU = "cpu"
+CUDA = "cuda:"
+
 
 class Launch(msgspec.Struct, frozen=True):
     """What a device wants of a tenant's process before it is executed.

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
 
-from cotenant.devices.nvidia import host
+from cotenant.devices.nvidia import host, mps
 from cotenant.devices.nvidia.facts import Found, Gpu
 from cotenant.devices.nvidia.features import Surroundings, features
 from cotenant.devices.nvidia.nvml import Code, Nvml, NvmlError, NvmlGpu
 from cotenant.domain.errors import EnvironmentProblem
 
 T = TypeVar("T")
-MPS_CONTROL: Final = "nvidia-cuda-mps-control"
-MPS_PIPES: Final = "/tmp/nvidia-mps"
 CORES: Final = {
     (7, 0): 64,
     (7, 2): 64,
@@ -98,12 +94,7 @@ def read_gpu(gpu: NvmlGpu) -> Gpu:
 
 def surroundings() -> Surroundings:
     """Rights of this process, and MPS."""
-    pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or MPS_PIPES)
-    return Surroundings(
-        root=os.geteuid() == 0,
-        mps=shutil.which(MPS_CONTROL) or "",
-        mps_runs=(pipes / "control").exists(),
-    )
+    return Surroundings(root=os.geteuid() == 0, mps=mps.look())
 
 
 def _or_none(what: str, ask: Callable[[], T], unread: dict[str, str]) -> T | None:
