@@ -155,7 +155,7 @@ def test_a_gpu_can_be_named_by_its_uuid(drive: Callable[..., Driven]) -> None:
     driven.do(f"d = CudaDevice(CudaConfig(gpu={uuid!r}), NODE); d.open()")
     driven.job("sleep 100")
     line = "answer = d.launch(Tenant('w', TenantKind.WORKER), None).fixed"
-    assert driven.do(line) == {"CUDA_VISIBLE_DEVICES": uuid}
+    assert driven.do(line)["CUDA_VISIBLE_DEVICES"] == uuid
 
 
 # --- one job --------------------------------------------------------------------------------

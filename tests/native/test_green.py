@@ -203,7 +203,7 @@ from cotenant.engines.onnx_cuda import OnnxCudaEngine
 from tests.cuda_standin import Runtime, doubled
 from cuda.bindings import driver
 runtime = Runtime(doubled(), wait=driver.cuStreamSynchronize)
-engine = OnnxCudaEngine(Path("m"), (2, 16), Target("cuda:0", ((4, 5),)), runtime=runtime)
+engine = OnnxCudaEngine(Path("m"), (2, 16), Target("cuda-subsets:0", ((4, 5),)), runtime=runtime)
 right = []
 for place in ((4, 5), (6, 7), (4, 5)):
     engine.place(place)

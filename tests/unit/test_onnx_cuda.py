@@ -26,7 +26,7 @@ def engine(
     partitions: tuple[tuple[int, ...], ...] = (),
     tensorrt: bool = False,
 ) -> OnnxCudaEngine:
-    target = Target("cuda:0", partitions)
+    target = Target("cuda-subsets:0", partitions)
     gpu = gpu or HostGpu()
     return OnnxCudaEngine(PATH, units, target, tensorrt=tensorrt, gpu=gpu, runtime=runtime)
 
@@ -321,7 +321,7 @@ def test_the_real_runtime_takes_what_is_bound_and_gives_the_same_answers(
     nodes = [("Add", ["x", "x"], ["y"]), ("Greater", ["x", "y"], ["positive"])]
     path = saved(tmp_path / "model.onnx", nodes, outputs)
     gpu = HostGpu()
-    made = OnnxCudaEngine(path, (2,), Target("cuda:0"), gpu=gpu, runtime=OnCpu())
+    made = OnnxCudaEngine(path, (2,), Target("cuda-subsets:0"), gpu=gpu, runtime=OnCpu())
     for count in (1, 4, 4, 4, 0, 2, 9, 1):
         x = -rows(count)["x"]
         y, positive = made.run(2, {"x": x})
@@ -341,7 +341,7 @@ def test_tensors_of_every_numeric_type_pass(tmp_path: Path, kind: int) -> None:
     make = pytest.importorskip("onnx.helper")
     outputs = [make.make_tensor_value_info("y", kind, ["rows", 3])]
     path = saved(tmp_path / "model.onnx", [("Identity", ["x"], ["y"])], outputs, kind)
-    made = OnnxCudaEngine(path, (2,), Target("cuda:0"), gpu=HostGpu(), runtime=OnCpu())
+    made = OnnxCudaEngine(path, (2,), Target("cuda-subsets:0"), gpu=HostGpu(), runtime=OnCpu())
     dtype = make.tensor_dtype_to_np_dtype(kind)
     x = (np.arange(6) % 2).reshape(2, 3).astype(dtype)
     for _ in range(3):

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cotenant.domain.config import ModelSettings
-from cotenant.domain.device import CPU, CUDA
+from cotenant.domain.device import CPU, CUDA, CUDA_SUBSETS
 from cotenant.domain.errors import ModelError
 from cotenant.domain.port import Language, TensorMeta
 from cotenant.policy.memory.account import PoolUse
@@ -215,6 +215,10 @@ def open_engine(
         )
     if settings.engine == "vllm":
         return _open_vllm(path, kv)
+    if path.name.endswith(".pieces.json"):
+        from cotenant.engines.pieces import PiecesEngine
+
+        return PiecesEngine(path)
     if target.processor != CPU:
         return _open_cuda(path, units, settings, target)
     if settings.engine == "tensorrt":
@@ -230,15 +234,11 @@ def open_engine(
             needs = "language models need the extra llm: pip install 'cotenant[llm]'"
             raise ModelError(f"{needs} ({error})") from error
         return LlmEngine(path, units, kv, settings.exactness, settings.draft)
-    if path.name.endswith(".pieces.json"):
-        from cotenant.engines.pieces import PiecesEngine
-
-        return PiecesEngine(path)
     raise ModelError(f"{path.name}: no engine for this kind of file; known: {SUFFIXES}")
 
 
 def _open_cuda(path: Path, units: Sequence[int], settings: ModelSettings, target: Target) -> Engine:
-    if not target.processor.startswith(CUDA):
+    if not target.processor.startswith((CUDA, CUDA_SUBSETS)):
         raise ModelError(f"no engine for the processor {target.processor!r}; known: {CPU}, {CUDA}…")
     if path.suffix != ".onnx":
         raise ModelError(

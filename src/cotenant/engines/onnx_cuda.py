@@ -26,7 +26,7 @@ from typing import Any, Final
 
 import onnxruntime
 
-from cotenant.domain.device import CUDA
+from cotenant.domain.device import CUDA_SUBSETS
 from cotenant.domain.errors import DeviceError, ModelError
 from cotenant.engines.base import Array, EngineMeta, Target
 from cotenant.engines.cuda.driver import Gpu
@@ -71,11 +71,12 @@ class OnnxCudaEngine:
         runtime.set_default_logger_severity(4)
         if preload := getattr(runtime, "preload_dlls", None):
             preload()  # of CUDA and cuDNN, where they came as Python packages
-        self._gpu = gpu or Gpu(target.processor.removeprefix(CUDA))
+        divided = target.processor.startswith(CUDA_SUBSETS)
+        self._gpu = gpu or Gpu(target.processor.partition(":")[2])
         self._gpu.open()
         self._subsets = Subsets(self._gpu)
         try:
-            self._subsets.open()
+            self._subsets.open(divided)
             self._note(self._subsets.refusal)
             self._open_first(units)
         except BaseException:
@@ -84,7 +85,7 @@ class OnnxCudaEngine:
 
     def _open_first(self, counts: Sequence[int]) -> None:
         """Sessions of the partitions that there are, and of a subset for each count."""
-        partitions = () if self._subsets.refusal else self._partitions
+        partitions = self._partitions if self._subsets.units else ()
         wanted = [*map(_in_order, partitions), *map(self._subset, counts)]
         for subset in list(dict.fromkeys(wanted))[:SESSIONS]:
             self._session(subset)
@@ -119,7 +120,7 @@ class OnnxCudaEngine:
 
     def settle(self) -> None:
         """Make every partition ready: the trial has come by one of each size."""
-        if not self._subsets.refusal:
+        if self._subsets.units:
             for partition in self._partitions[:SESSIONS]:
                 self._placed = partition
                 for inputs in (*self._tried.values(), *self._tried.values()):
@@ -156,7 +157,7 @@ class OnnxCudaEngine:
     def _subset(self, count: int) -> tuple[int, ...]:
         """The units of an execution on so many: the first of where it was placed; before that a
         partition of that size, if there is one."""
-        if self._subsets.refusal:
+        if not self._subsets.units:
             return ()
         if self._placed:
             return _in_order(self._placed[:count])

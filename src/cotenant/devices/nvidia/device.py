@@ -26,6 +26,8 @@ from cotenant.devices.nvidia import selftest
 from cotenant.devices.nvidia.gates import Gates
 from cotenant.devices.nvidia.nvml import Nvml, NvmlGpu
 from cotenant.domain.device import (
+    CUDA,
+    PROCESSOR,
     DeviceSpec,
     Launch,
     Partition,
@@ -153,7 +155,9 @@ class CudaDevice:
     def launch(self, tenant: Tenant, partition: Partition | None) -> Launch:
         """The GPU by its UUID; for a job its page, with the gate closed."""
         shown = {VISIBLE: self._uuid}
-        if tenant.kind is TenantKind.WORKER or self._gates is None:
+        if tenant.kind is TenantKind.WORKER:
+            return Launch(fixed={**shown, PROCESSOR: f"{CUDA}{self._uuid}"})
+        if self._gates is None:
             return Launch(fixed=shown)
         found = self._gates.launch(tenant.id)
         return Launch(fixed={**shown, **found.fixed}, prepend=found.prepend)

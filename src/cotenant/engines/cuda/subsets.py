@@ -52,11 +52,14 @@ class Subsets:
         """The numbers of all units; none where there are no subsets."""
         return tuple(range(len(self._groups)))
 
-    def open(self) -> None:
-        """Split the GPU, and try one unit; what stands against that is ``refusal``."""
+    def open(self, divided: bool = True) -> None:
+        """Split the GPU, and try one unit; what stands against that is ``refusal``. If it is not
+        to be ``divided`` it has no units, and all of it is the only subset."""
         self._priority = self._gpu.highest()
         count = self._gpu.cuda.CUdevice_attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
         self.sms = int(self._gpu.call("cuDeviceGetAttribute", count, self._gpu.device))
+        if not divided:
+            return
         try:
             resource = self._gpu.call("cuDeviceGetDevResource", self._gpu.device, self._kind)
             self.sms = int(resource.sm.smCount)
@@ -88,7 +91,7 @@ class Subsets:
             self._drop(made)
 
     def _key(self, units: Sequence[int]) -> frozenset[int]:
-        if self.refusal:
+        if not self._groups:
             return frozenset()
         key = frozenset(units)
         if not key or not key <= set(self.units):
