@@ -12,7 +12,7 @@ import pytest
 from cotenant.cli import devices
 from cotenant.cli.devices import Exit, devices_view, document, exit_code
 from cotenant.devices import processor, reclaim
-from cotenant.devices.features import GATE, MIG, MPS, RECLAIM, SUBSETS, Feature, Standing
+from cotenant.devices.features import GATE, MIG, MPS, RECLAIM, SUBSETS, Feature, Missing, Standing
 from cotenant.devices.nvidia import host, mps
 from cotenant.devices.nvidia.facts import (
     Cause,
@@ -58,8 +58,16 @@ def gpu(**changes: Any) -> Gpu:
     return msgspec.structs.replace(made, **changes)
 
 
-def judged(found: Gpu, driver: Driver = DRIVER, around: Surroundings = OPEN) -> dict[str, Feature]:
-    return {feature.name: feature for feature in features(found, driver, around)}
+NO_GATE = Missing("it was not built", "build it")
+
+
+def judged(
+    found: Gpu,
+    driver: Driver = DRIVER,
+    around: Surroundings = OPEN,
+    gate: Missing | None = NO_GATE,
+) -> dict[str, Feature]:
+    return {feature.name: feature for feature in features(found, driver, around, gate)}
 
 
 def wants(feature: Feature) -> int:
@@ -73,6 +81,15 @@ def test_what_was_not_tried_is_never_called_tested() -> None:
             of = judged(found, around=around)
             assert set(of) == {GATE, RECLAIM, MIG, SUBSETS, MPS}
             assert all(f.standing is not Standing.TESTED and f.level is None for f in of.values())
+
+
+def test_the_gate_is_of_the_level_at_which_it_was_tried() -> None:
+    gate = judged(gpu(), gate=None)[GATE]
+    assert (gate.standing, gate.level) == (Standing.TESTED, PreemptLevel.GATE)
+    gate = judged(gpu())[GATE]
+    assert (gate.standing, gate.level, gate.missing) == (Standing.ABSENT, None, (NO_GATE,))
+    gate = judged(gpu(mig=Mig(True, True)), gate=None)[GATE]
+    assert gate.standing is Standing.UNTESTED and gate.level is None
 
 
 def test_mig_is_absent_only_where_the_gpu_has_none() -> None:
@@ -267,7 +284,7 @@ TROUBLE = Trouble(Cause.DRIVER, "it broke", "mend it")
 
 def test_every_fact_is_shown() -> None:
     found = gpu(mig=DIVIDED, processes=(Process(77, None),), unread={"links": "no answer"})
-    found = msgspec.structs.replace(found, features=features(found, DRIVER, OPEN))
+    found = msgspec.structs.replace(found, features=features(found, DRIVER, OPEN, NO_GATE))
     text = show(devices_view(CPU, Found(DRIVER, (found,), None, ("GPU 1: gone",))))
     for part in ("2 of 4 cores", "8GiB", "H100", "80GiB", "132 SMs", "9.0", "18 of 18", "GPU-1",
                  "3g.20gb", "MIG-1", "77", "no answer", "GPU 1: gone", "570.86.15", "12.8",

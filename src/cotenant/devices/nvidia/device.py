@@ -22,9 +22,9 @@ import os
 from dataclasses import dataclass, field
 
 from cotenant.devices import proctree
-from cotenant.devices.nvidia import selftest
 from cotenant.devices.nvidia.gates import Gates
 from cotenant.devices.nvidia.nvml import Nvml, NvmlGpu
+from cotenant.devices.nvidia.selftest import NoGate, gates_on
 from cotenant.domain.device import (
     CUDA,
     PROCESSOR,
@@ -109,18 +109,11 @@ class CudaDevice:
         if self._config.preempt is PreemptLevel.NONE:
             self._limits.append("jobs are not taken off: switched off (preempt: none)")
             return
+        node = f"{self._node}:{self._config.id}"
         try:
-            gates = Gates(f"{self._node}:{self._config.id}", selftest.ready(), self._config.bound)
-            gates.open()
-            try:
-                selftest.run(gates, self._uuid)
-            except BaseException:
-                gates.close()
-                raise
-        except DeviceError as error:
+            self._gates = gates_on(self._uuid, node, self._config.bound)
+        except NoGate as error:
             self._limits.append(f"jobs are not taken off: {error}")
-            return
-        self._gates = gates
 
     def close(self) -> None:
         """Jobs that still run do so freely."""

@@ -1,7 +1,7 @@
 """What a GPU can do for Cotenant, judged from what was read of it. Pure.
 
-Nothing here was tried. So a feature is ``UNTESTED`` at best, and ``ABSENT`` where something that it
-cannot do without is missing.
+Only the launch gate was tried. Any other feature is ``UNTESTED`` at best, and ``ABSENT`` where
+something that it cannot do without is missing.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from cotenant.devices.features import (
 )
 from cotenant.devices.nvidia.facts import Driver, Gpu
 from cotenant.devices.nvidia.mps import CONTROL, Mps
+from cotenant.domain.device import PreemptLevel
 
 GREEN_CONTEXTS_CUDA: Final = (12, 4)
 """The first CUDA with green contexts (drivers from 550 on)."""
@@ -32,6 +33,7 @@ MPS_PARTITIONS_CAPABILITY: Final = (8, 0)
 MPS_CAPABILITY: Final = (7, 0)
 """From Volta on each client of MPS has an address space of its own."""
 NOT_YET: Final = Missing("this version of Cotenant does not use it", "")
+DIVIDED: Final = Missing("the GPU is divided: a node tries it on an instance", "")
 
 
 class Surroundings(msgspec.Struct, frozen=True):
@@ -41,15 +43,28 @@ class Surroundings(msgspec.Struct, frozen=True):
     mps: Mps = Mps()
 
 
-def features(gpu: Gpu, driver: Driver, around: Surroundings) -> tuple[Feature, ...]:
-    """Every feature, in the order in which they are shown."""
+def features(
+    gpu: Gpu, driver: Driver, around: Surroundings, gate: Missing | None
+) -> tuple[Feature, ...]:
+    """Every feature, in the order in which they are shown. ``gate``: what stood against the launch
+    gate when it was tried; None: it works."""
+    held = _gate(gpu, gate)
+    memory = Standing.UNTESTED if gate is None else held.standing
     return (
-        Feature(GATE, Standing.UNTESTED, missing=(NOT_YET,)),
-        Feature(RECLAIM, Standing.UNTESTED, missing=(NOT_YET,)),
+        held,
+        Feature(RECLAIM, memory, missing=held.missing),
         _mig(gpu, around),
         _subsets(gpu, driver, around.mps),
         _mps(gpu, around.mps),
     )
+
+
+def _gate(gpu: Gpu, gate: Missing | None) -> Feature:
+    if gpu.mig is not None and gpu.mig.on:
+        return Feature(GATE, Standing.UNTESTED, missing=(DIVIDED,))
+    if gate is not None:
+        return Feature(GATE, Standing.ABSENT, missing=(gate,))
+    return Feature(GATE, Standing.TESTED, PreemptLevel.GATE)
 
 
 def _mig(gpu: Gpu, around: Surroundings) -> Feature:

@@ -20,6 +20,7 @@ from cotenant.devices.nvidia.gates import Gates
 from cotenant.devices.nvidia.page import ControlPage
 from cotenant.devices.nvidia.shim import driver, shim
 from cotenant.domain.errors import DeviceError
+from cotenant.domain.units import MS
 
 JOB: Final = "self-test"
 WITHIN_S: Final = 30.0
@@ -29,16 +30,37 @@ HELD_S: Final = 0.05
 _LOOK_S: Final = 0.001
 
 
-def ready() -> Path:
-    """The driver; raises DeviceError where the gate cannot even be tried."""
+class NoGate(DeviceError):
+    """``what`` stands against a gate here, and ``how`` to change that, "" if that is not known."""
+
+    def __init__(self, what: str, how: str = "") -> None:
+        super().__init__(f"{what}; {how}" if how else what)
+        self.what, self.how = what, how
+
+
+def gates_on(gpu: str, node: str, bound_ns: int = 2 * MS) -> Gates:
+    """Gates, open, that were seen to work on a GPU (a UUID); see ``Gates``. Raises NoGate."""
+    gates = Gates(node, _ready(), bound_ns)
+    try:
+        gates.open()
+        run(gates, gpu)
+    except BaseException as error:
+        gates.close()
+        if isinstance(error, DeviceError) and not isinstance(error, NoGate):
+            raise NoGate(str(error)) from error
+        raise
+    return gates
+
+
+def _ready() -> Path:
+    """The driver; raises NoGate where the gate cannot even be tried."""
     if shim() is None:
-        raise DeviceError(
-            "the launch gate was not built; install Cotenant where there is a C compiler, or in a "
-            "source tree: make native"
-        )
+        how = "install Cotenant where there is a C compiler, or in a source tree: make native"
+        raise NoGate("the launch gate was not built", how)
     found = driver()
     if found is None:
-        raise DeviceError("the driver's libcuda.so.1 was not found; add its folder to the loader's")
+        how = "add its folder to those of the loader (ldconfig)"
+        raise NoGate("the driver's libcuda.so.1 was not found", how)
     return found
 
 

@@ -1,4 +1,8 @@
-"""What there is of NVIDIA GPUs, and what keeps it from being used. Changes nothing."""
+"""What there is of NVIDIA GPUs, and what keeps it from being used.
+
+Changes nothing. A process of our own fills some memory of each GPU, to see whether the launch gate
+holds it back.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,12 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from cotenant.devices.features import Missing
 from cotenant.devices.nvidia import host, mps
 from cotenant.devices.nvidia.facts import Found, Gpu
 from cotenant.devices.nvidia.features import Surroundings, features
 from cotenant.devices.nvidia.nvml import Code, Nvml, NvmlError, NvmlGpu
+from cotenant.devices.nvidia.selftest import NoGate, gates_on
 from cotenant.domain.errors import EnvironmentProblem
 
 T = TypeVar("T")
@@ -61,7 +67,8 @@ def _read(nvml: Nvml, machine: host.Host | None) -> Found:
         except NvmlError as error:
             errors.append(error)
             continue
-        gpus.append(msgspec.structs.replace(gpu, features=features(gpu, driver, around)))
+        found = features(gpu, driver, around, _against_gate(gpu))
+        gpus.append(msgspec.structs.replace(gpu, features=found))
     trouble = host.too_old(driver)
     if not gpus and trouble is None:
         trouble = host.all_failed(errors) if errors else host.no_gpus(machine or host.look())
@@ -90,6 +97,17 @@ def read_gpu(gpu: NvmlGpu) -> Gpu:
         processes=_or_none("processes", gpu.processes, unread),
         unread=unread,
     )
+
+
+def _against_gate(gpu: Gpu) -> Missing | None:
+    """What stood against the launch gate when it was tried on a GPU that is not divided."""
+    if gpu.mig is not None and gpu.mig.on:
+        return None
+    try:
+        gates_on(gpu.uuid, f"survey {os.getpid()}").close()
+    except NoGate as error:
+        return Missing(error.what, error.how)
+    return None
 
 
 def surroundings() -> Surroundings:
