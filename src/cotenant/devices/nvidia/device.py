@@ -25,6 +25,7 @@ from cotenant.devices import proctree
 from cotenant.devices.nvidia.gates import Gates
 from cotenant.devices.nvidia.nvml import Nvml, NvmlGpu
 from cotenant.devices.nvidia.selftest import NoGate, gates_on
+from cotenant.domain.costs import drain
 from cotenant.domain.device import (
     CUDA,
     PROCESSOR,
@@ -133,7 +134,7 @@ class CudaDevice:
             memory=self._memory,
             shapes=(1,),
             preempt=PreemptLevel.GATE if self._gates is not None else PreemptLevel.NONE,
-            revoke_ns=self._config.bound if self._gates is not None else 0,
+            revoke_ns=drain(self._config.bound).most if self._gates is not None else 0,
             repartition_ns=1 * MS,
             limits=tuple(self._limits),
             kv=self._config.kv,
