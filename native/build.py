@@ -39,7 +39,8 @@ def build(out: Path) -> None:
         made = [str(Path(folder, name)) for name in ("gated.c", "names.c", "trampolines.S")]
         flags = ["-O2", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"]
         include = [f"-I{HERE}", f"-I{folder}", "-Wl,-soname,libcuda.so.1", "-Wl,-z,defs"]
-        sources = [str(HERE / "driver.c"), str(HERE / "gate.c"), *made]
+        names = ("driver.c", "gate.c", "memory.c", "move.c", "allocate.c")
+        sources = [*(str(HERE / name) for name in names), *made]
         # Built beside and moved: a process that has the old one mapped keeps it.
         library = out / "libcuda.so.1.new"
         command = [*compiler(), *flags, *WARNINGS, *include, "-o", str(library), *sources, "-ldl"]

@@ -1,0 +1,94 @@
+/* What memory.c and allocate.c share: the table of allocations, and the quota. */
+#ifndef COTENANT_MEMORY_H
+#define COTENANT_MEMORY_H
+
+#include <pthread.h>
+
+#include "shim.h"
+
+#pragma GCC visibility push(hidden)
+
+enum {
+    SUCCESS = 0,
+    INVALID_VALUE = 1,
+    OUT_OF_MEMORY = 2,
+    DEINITIALIZED = 4,
+    IS_BUSY = 906, /* a stream is under capture */
+    IS_OPEN = 800, /* the gate is not closed */
+};
+enum { DEVICES = 64 };
+extern _Atomic int passing; /* callers in memory_enter .. memory_leave */
+
+void memory_set_state(uint32_t state);
+int memory_change_state(uint32_t from, uint32_t to);
+int gate_is_open(void);
+
+/* An allocation that has a row. Only its evictable ones use the second half. */
+struct block {
+    uint64_t at, bytes, born;
+    uint32_t reason, state; /* enum reason, enum row_state */
+    uint64_t asked;         /* what the job asked for; `bytes` is rounded up */
+    uint64_t handle;        /* of its physical memory; none while evicted */
+    uint64_t host;          /* where in the pool it is, while evicted */
+    void *context;
+    int device;
+    int tried; /* could not be moved in this round */
+    int dying; /* freed under a capture: to be freed after it */
+};
+
+/* What a name given by the driver stands for. */
+enum kind { AN_ADDRESS, AN_ARRAY, AN_IMPORT, A_HANDLE, A_PHYSICAL, A_MAPPING };
+struct known {
+    struct known *next;
+    enum kind kind;
+    uint64_t key, bytes;
+    uint64_t bytes_mapped; /* of mappings, whose bytes count with what is below */
+    uint32_t reason;
+    int row;                /* -1: none */
+    void *context;          /* that was current when it was made */
+    struct physical *under; /* of handles and mappings */
+};
+
+/* Physical memory that the job made or imported itself: it goes with its last handle and mapping. */
+struct physical {
+    struct known *counted; /* none: imported, and of unknown size */
+    int handles, mappings;
+};
+
+extern struct block blocks[ROWS];
+extern pthread_mutex_t table; /* recursive; before any call that changes what is below */
+
+/* Room within the quota for an allocation that is about to be made; 0: there is none, and a line
+ * on stderr says so. Then either `memory_keep` or `memory_unclaim`. */
+int memory_claim(uint64_t bytes);
+void memory_unclaim(uint64_t bytes);
+struct known *memory_keep(enum kind kind, uint64_t key, uint64_t bytes, uint32_t reason);
+/* Without a claim. */
+struct known *memory_note(enum kind kind, uint64_t key, uint64_t bytes, uint32_t reason);
+/* A row's block changed: let the node see it. */
+void memory_show(int row);
+struct known *memory_find(enum kind kind, uint64_t key);
+void memory_forget(struct known *known);
+/* The reason changes. */
+void memory_fix(struct known *known, uint32_t reason);
+
+int memory_row(int fixed);
+struct known *memory_keep_block(int row, uint64_t asked, uint64_t handle, void *context, int device,
+                                uint64_t at, uint64_t bytes);
+/* The evictable allocation that an address lies in. */
+struct block *memory_block(uint64_t address);
+/* Take one out of the table, and give back what it has on device and host. */
+int memory_discard(struct known *known);
+
+/* Back with physical memory what is reserved; gives the handle. */
+int memory_populate(uint64_t at, uint64_t bytes, int device, uint64_t *handle);
+/* Memory of `device` is made accessible to `peer`, now and later. */
+void memory_share(int device, int peer);
+int64_t memory_held(void);
+/* This is the primary context of the device. */
+void memory_primary(int device, void *context);
+void move_context_ended(void *context);
+void move_in_child(void);
+
+#pragma GCC visibility pop
+#endif
