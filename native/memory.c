@@ -91,7 +91,10 @@ void memory_in_child(void)
 
 static void tell_state(uint32_t state)
 {
-    atomic_store(&seat->memory_state, state);
+    uint32_t told;
+    do
+        atomic_store(&seat->memory_state, told = atomic_load(&memory_state));
+    while (told != memory_state);
     if (state == MEMORY_HERE)
         syscall(SYS_futex, &memory_state, FUTEX_WAKE_PRIVATE, INT_MAX, NULL, NULL, 0);
 }
@@ -106,7 +109,7 @@ int memory_change_state(uint32_t from, uint32_t to)
 {
     if (!atomic_compare_exchange_strong(&memory_state, &from, to))
         return 0;
-    tell_state(to); /* what the node sees may be overtaken; the next move tells again */
+    tell_state(to);
     return 1;
 }
 

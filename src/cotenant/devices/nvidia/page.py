@@ -324,7 +324,9 @@ class ControlPage:
         Processes with the most to give come first. What was ordered to be away stays away.
         """
         if not self.closed:
-            raise DeviceError(f"control page {self.path}: evict behind an open gate; close it first")
+            raise DeviceError(
+                f"control page {self.path}: evict behind an open gate; close it first"
+            )
         left = -(-wanted_bytes // _UNIT)
         orders = {}
         for seat in sorted(self.seats(), key=lambda seat: -seat.memory.evictable):
