@@ -429,7 +429,8 @@ static struct function *function_of(uint64_t key)
 
 static struct sample *sample_begin(struct function *f, void *stream)
 {
-    uint32_t calls = atomic_fetch_add_explicit(&f->calls, 1, RELAXED);
+    uint32_t calls = atomic_load_explicit(&f->calls, RELAXED); /* may miss some: it only spaces samples */
+    atomic_store_explicit(&f->calls, calls + 1, RELAXED);
     if ((atomic_load_explicit(&f->samples, RELAXED) >= 3 && calls & 63) || captures ||
         atomic_exchange(&f->sampling, 1))
         return NULL;
@@ -695,7 +696,8 @@ static void count(struct call *call)
     reap(i);
     s->issued_ns += call->estimate_ns;
     s->loose_ns += call->estimate_ns;
-    atomic_fetch_add(&slots[i].loose, 1);
+    uint32_t loose = atomic_load_explicit(&slots[i].loose, RELAXED); /* written under the lock only */
+    atomic_store_explicit(&slots[i].loose, loose + 1, memory_order_release);
     if (!captures && (s->loose_ns >= (int64_t)head->bound_ns / 8 || s->stream == STREAM_PER_THREAD))
         mark(i);
     pthread_mutex_unlock(&s->lock);

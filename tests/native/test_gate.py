@@ -349,8 +349,8 @@ def test_page_layout_is_the_same_in_both_languages(built: object, tmp_path: Path
         " sizeof(struct seat), sizeof(struct slot), offsetof(struct head, gate),"
         " offsetof(struct head, beat_ns), PAGE_BYTES, SLOTS_AT, PAGE_MAGIC, SEAT_MAGIC,"
         " offsetof(struct seat, in_flight_ns));"
-        ' printf("%zu %zu %zu %zu %d %d %d", sizeof(struct row), offsetof(struct head, quota_bytes),'
-        " offsetof(struct head, command), offsetof(struct seat, held), ROWS_AT, ROWS,"
+        ' printf("%zu %zu %zu %zu %d %d %d", sizeof(struct row),'
+        " offsetof(struct head, quota_bytes), offsetof(struct head, command), offsetof(struct seat, held), ROWS_AT, ROWS,"
         " IS_REGISTERED); }\n"
     )
     compile_c(source, tmp_path / "layout", [])

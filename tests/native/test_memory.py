@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -45,7 +44,7 @@ class Job:
 
     def hear(self) -> str:
         assert self.process.stdout is not None
-        self.bench.until(lambda: self.answered(), 60)
+        self.bench.until(self.answered, 60)
         return self.process.stdout.readline().strip()
 
     def do(self, *words: object) -> str:
@@ -265,7 +264,9 @@ def test_the_untouched_goes_first_then_the_largest(bench: Bench, start: Start) -
 
 def test_the_table_says_what_cannot_go_and_why(bench: Bench, start: Start) -> None:
     job = start()
-    for name, kind in zip("abcdef", ["alloc", "managed", "async", "own", "array", "pitch"]):
+    for name, kind in zip(
+        "abcdef", ["alloc", "managed", "async", "own", "array", "pitch"], strict=True
+    ):
         job.did(kind, name, 4 * MB)
     job.did("alloc", "s", 1000)
     job.did("alloc", "r", 6 * MB)

@@ -20,7 +20,7 @@ import os
 import platform
 import struct
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from cotenant.domain.errors import DeviceError
@@ -168,6 +168,9 @@ class Seat:
         return self.entered == self.left and not self.outstanding
 
 
+_COUNTERS = [field.name for field in fields(Seat) if field.name not in ("memory", "index")]
+
+
 class ControlPage:
     """A file for one job; ``env`` names it to the job's processes.
 
@@ -203,8 +206,8 @@ class ControlPage:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._fd = os.open(self.path, flags, 0o600)
             os.ftruncate(self._fd, PAGE_BYTES)
-            head = (PAGE_MAGIC, VERSION, SEATS, 0, 0, time.monotonic_ns(), *self._settings)
-            head += (0, self._pool_bytes, *([0] * SEATS))
+            first = (PAGE_MAGIC, VERSION, SEATS, 0, 0, time.monotonic_ns(), *self._settings)
+            head = (*first, 0, self._pool_bytes, *([0] * SEATS))
             os.pwrite(self._fd, HEAD.pack(*head), 0)
             self._map = mmap.mmap(self._fd, HEAD_BYTES)
         except OSError as error:
@@ -430,7 +433,7 @@ class ControlPage:
             done, put, loose, _ = SLOT.unpack_from(data, SLOTS_AT + number * SLOT.size)
             outstanding += done != put or loose > 0
         values: list[int] = [pid, entered, left, *counters, outstanding]
-        return Seat(*values, memory, index)
+        return Seat(**dict(zip(_COUNTERS, values, strict=True)), memory=memory, index=index)
 
     def _mapped_by(self, pid: int) -> bool:
         ours = os.fstat(self._fd)
@@ -448,7 +451,7 @@ def _memory(values: list[int]) -> Memory | None:
     sizes = numbers[:8]
     if state > RETURNING or rows > ROWS or not all(-_MOST_BYTES < n < _MOST_BYTES for n in sizes):
         return None
-    return Memory(*numbers, state, error)
+    return Memory(*numbers, state=state, error=error)  # type: ignore[misc]
 
 
 def _started(pid: int) -> int:
