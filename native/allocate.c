@@ -192,7 +192,8 @@ EXPORT int cuMemAlloc_v2(uint64_t *at, size_t bytes)
     return done(entered, result);
 }
 
-/* Forget what the driver is about to free; what it refuses to free is noted again. */
+/* Forget what the driver is about to free; what it refuses to free is noted again. Until it is free
+ * it is counted as such, so that nobody is given the room too early. */
 static struct known forget(enum kind kind, uint64_t key)
 {
     struct known was = {0};
@@ -200,6 +201,8 @@ static struct known forget(enum kind kind, uint64_t key)
     struct known *k = memory_find(kind, key);
     if (k) {
         was = *k;
+        if (was.reason != IS_IMPORTED)
+            atomic_fetch_add(&seat->freeing, (int64_t)was.bytes);
         memory_forget(k);
     }
     pthread_mutex_unlock(&table);
@@ -210,6 +213,8 @@ static int forgotten(struct known was, int result)
 {
     if (result && was.key)
         memory_note(was.kind, was.key, was.bytes, was.reason);
+    if (was.key && was.reason != IS_IMPORTED)
+        atomic_fetch_sub(&seat->freeing, (int64_t)was.bytes);
     return result;
 }
 

@@ -159,21 +159,22 @@ static struct seat *seat_at(int number)
     return (struct seat *)((char *)head + HEAD_BYTES + (size_t)number * SEAT_BYTES);
 }
 
-/* What all living processes hold, and what they are asking for. Claims are read first: one that is
- * kept meanwhile is then seen twice rather than not at all. */
-static int64_t all_held(int64_t *claimed)
+/* What all living processes hold, and what is on its way. Memory goes from claimed to held to being
+ * freed; read in that order, what moves meanwhile is seen twice rather than not at all. */
+static int64_t all_held(int64_t *moving)
 {
     int64_t held = 0;
-    *claimed = 0;
+    *moving = 0;
     for (int i = 0; i < SEATS; i++) {
         struct seat *s = seat_at(i);
         uint32_t pid = atomic_load(&s->pid);
         if (!pid || pid > INT_MAX)
             continue;
-        int64_t theirs = atomic_load(&s->claimed), has = atomic_load(&s->held);
-        if ((theirs <= 0 && has <= 0) || (s != seat && kill((pid_t)pid, 0) && errno == ESRCH))
+        int64_t claimed = atomic_load(&s->claimed), has = atomic_load(&s->held);
+        int64_t freeing = atomic_load(&s->freeing);
+        if ((claimed <= 0 && has <= 0 && freeing <= 0) || (s != seat && kill((pid_t)pid, 0) && errno == ESRCH))
             continue;
-        *claimed += theirs > 0 ? theirs : 0;
+        *moving += (claimed > 0 ? claimed : 0) + (freeing > 0 ? freeing : 0);
         held += has > 0 ? has : 0;
     }
     return held;
@@ -181,8 +182,8 @@ static int64_t all_held(int64_t *claimed)
 
 int64_t memory_held(void)
 {
-    int64_t claimed;
-    return all_held(&claimed);
+    int64_t moving;
+    return all_held(&moving);
 }
 
 static void say_limit(uint64_t bytes, int64_t held, int64_t quota)
@@ -206,19 +207,19 @@ int memory_claim(uint64_t bytes)
 {
     if (bytes > INT64_MAX / 4) /* the driver's to refuse */
         return 1;
-    int64_t n = (int64_t)bytes, held = 0, claimed, quota = (int64_t)atomic_load(&head->quota_bytes);
+    int64_t n = (int64_t)bytes, held = 0, moving, quota = (int64_t)atomic_load(&head->quota_bytes);
     unsigned seed = (unsigned)syscall(SYS_gettid);
     for (int tries = 0; tries < CLAIM_TRIES; tries++) {
         atomic_fetch_add(&seat->claimed, n);
         if (quota <= 0)
             return 1;
-        held = all_held(&claimed);
-        if (held + claimed <= quota)
+        held = all_held(&moving);
+        if (held + moving <= quota)
             return 1;
         atomic_fetch_sub(&seat->claimed, n);
         if (held + n > quota)
             break;
-        rest((20 + rand_r(&seed) % 500) * US); /* another is at it: it may be refused */
+        rest((20 + rand_r(&seed) % 500) * US); /* others are at it: one may fail, or free some */
     }
     say_limit(bytes, held, quota);
     return 0;

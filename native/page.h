@@ -64,7 +64,8 @@ struct seat {
     _Atomic uint32_t slots;        /* slots beyond this many were never used */
     /* Memory of devices, in bytes. What is evicted is still held. */
     _Atomic int64_t held;      /* all that counts for the quota */
-    _Atomic int64_t claimed;   /* asked of the driver now */
+    _Atomic int64_t claimed;   /* asked of the driver now; not in `held` yet */
+    _Atomic int64_t freeing;   /* being freed by the driver; no longer in `held` */
     _Atomic int64_t evictable; /* of what is held: here, and can be evicted; */
     _Atomic int64_t evicted;   /* in host memory; */
     _Atomic int64_t small;     /* in allocations below EVICTABLE_FROM; */

@@ -350,7 +350,8 @@ def test_page_layout_is_the_same_in_both_languages(built: object, tmp_path: Path
         " offsetof(struct head, beat_ns), PAGE_BYTES, SLOTS_AT, PAGE_MAGIC, SEAT_MAGIC,"
         " offsetof(struct seat, in_flight_ns));"
         ' printf("%zu %zu %zu %zu %d %d %d", sizeof(struct row),'
-        " offsetof(struct head, quota_bytes), offsetof(struct head, command), offsetof(struct seat, held), ROWS_AT, ROWS,"
+        " offsetof(struct head, quota_bytes), offsetof(struct head, command),"
+        " offsetof(struct seat, held), ROWS_AT, ROWS,"
         " IS_REGISTERED); }\n"
     )
     compile_c(source, tmp_path / "layout", [])
@@ -365,11 +366,11 @@ def test_page_layout_is_the_same_in_both_languages(built: object, tmp_path: Path
         layout.SLOTS_AT,
         layout.PAGE_MAGIC,
         layout.SEAT_MAGIC,
-        layout.SEAT.size - 128,
+        layout.SEAT.size - 136,
         layout.ROW.size,
         layout.QUOTA_AT,
         layout.COMMAND_AT,
-        layout.SEAT.size - 104,
+        layout.SEAT.size - 112,
         layout.ROWS_AT,
         layout.ROWS,
         len(layout.REASONS) - 1,

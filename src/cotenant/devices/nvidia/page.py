@@ -42,7 +42,7 @@ ROWS_AT = 8192
 PAGE_BYTES = HEAD_BYTES + SEATS * SEAT_BYTES
 
 HEAD = struct.Struct(f"<QIIIIQQQQQQ{SEATS}Q")
-SEAT = struct.Struct("<QIIQQQQQQQQQQqIIIIqqqqqqqqQQQIIII")
+SEAT = struct.Struct("<QIIQQQQQQQQQQqIIIIqqqqqqqqqQQQIIII")
 SLOT = struct.Struct("<IIII")
 ROW = struct.Struct("<QQQII")
 GATE_AT = 16
@@ -80,7 +80,9 @@ class Memory:
 
     held: int
     claimed: int
-    """Being asked of the driver now."""
+    """Being asked of the driver now; not in ``held`` yet."""
+    freeing: int
+    """Being freed by the driver; no longer in ``held``."""
     evictable: int
     evicted: int
     small: int
@@ -448,7 +450,7 @@ class ControlPage:
 def _memory(values: list[int]) -> Memory | None:
     """None if it cannot be. Sums are not compared: they are read while they change."""
     *numbers, state, error, rows = values
-    sizes = numbers[:8]
+    sizes = numbers[:9]
     if state > RETURNING or rows > ROWS or not all(-_MOST_BYTES < n < _MOST_BYTES for n in sizes):
         return None
     return Memory(*numbers, state=state, error=error)  # type: ignore[misc]
