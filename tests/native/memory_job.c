@@ -9,7 +9,9 @@
  * reset            the primary one                  fork BYTES    a child allocates; its status
  * threads N TIMES BYTES     N threads that allocate and free; how many were refused, then the most
  *                  that all of them held
- * capture NAME     begin; frees NAME under it; end
+ * begin, end       a capture                       
+ * work NAME N      N kernels that count in NAME, small copies beside them; the count, and whether
+ *                  what the copies wrote was always read again
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -26,7 +28,7 @@ static void *cuda;
 #define CALL(name, ...) ((int (*)(__VA_ARGS__))dlsym(cuda, #name))
 enum { OWN = 1, ARRAY, ASYNC };
 static struct { uint64_t at, handle; size_t n; int kind; } named[128];
-static void *context, *function, *second;
+static void *context, *function, *counter, *second, *captured;
 static long times;
 static size_t most;
 static _Atomic long refused, holding, peak;
@@ -147,6 +149,25 @@ static int launch(long n)
     return r;
 }
 
+static void work(int name, long n)
+{
+    uint64_t at = named[name].at, zero = 0, count = 0, wrong = 0;
+    void *params[] = {&at};
+    int r = CALL(cuMemcpyHtoD_v2, uint64_t, void *, size_t)(at, &zero, 8);
+    for (long i = 0; i < n && !r; i++) {
+        long back = -1;
+        r = CALL(cuLaunchKernel, void *, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void *,
+                 void **, void **)(counter, 1, 1, 1, 1, 1, 1, 0, NULL, params, NULL);
+        if (i % 3)
+            continue;
+        r = r ? r : CALL(cuMemcpyHtoD_v2, uint64_t, void *, size_t)(at + 64, &i, 8);
+        r = r ? r : CALL(cuMemcpyDtoH_v2, void *, uint64_t, size_t)(&back, at + 64, 8);
+        wrong += back != i;
+    }
+    r = r ? r : CALL(cuMemcpyDtoH_v2, void *, uint64_t, size_t)(&count, at, 8);
+    printf("%d %lu %lu\n", r, (unsigned long)count, (unsigned long)wrong);
+}
+
 static int setup(void)
 {
     void *module;
@@ -154,7 +175,8 @@ static int setup(void)
     r = r ? r : CALL(cuDevicePrimaryCtxRetain, void **, int)(&context, 0);
     r = r ? r : CALL(cuCtxSetCurrent, void *)(context);
     r = r ? r : CALL(cuModuleLoadData, void **, void *)(&module, "x");
-    return r ? r : CALL(cuModuleGetFunction, void **, void *, const char *)(&function, module, "spin_100");
+    return r ? r : CALL(cuModuleGetFunction, void **, void *, const char *)(&function, module, "spin_100") ||
+           CALL(cuModuleGetFunction, void **, void *, const char *)(&counter, module, "count_20");
 }
 
 static void answer(const char *verb, const char *word, long a, long b)
@@ -182,12 +204,15 @@ static void answer(const char *verb, const char *word, long a, long b)
         CALL(cuCtxSetCurrent, void *)(context);
     } else if (!strcmp(verb, "reset"))
         r = CALL(cuDevicePrimaryCtxReset_v2, int)(0);
-    else if (!strcmp(verb, "capture")) {
-        void *stream, *graph;
-        r = CALL(cuStreamCreate, void **, unsigned)(&stream, 0);
-        r = r ? r : CALL(cuStreamBeginCapture_v2, void *, int)(stream, 0);
-        r = r ? r : give(name);
-        r = r ? r : CALL(cuStreamEndCapture, void *, void **)(stream, &graph);
+    else if (!strcmp(verb, "begin")) {
+        r = CALL(cuStreamCreate, void **, unsigned)(&captured, 0);
+        r = r ? r : CALL(cuStreamBeginCapture_v2, void *, int)(captured, 0);
+    } else if (!strcmp(verb, "end")) {
+        void *graph;
+        r = CALL(cuStreamEndCapture, void *, void **)(captured, &graph);
+    } else if (!strcmp(verb, "work")) {
+        work(name, a);
+        return;
     } else if (!strcmp(verb, "info")) {
         size_t left, all;
         CALL(cuMemGetInfo_v2, size_t *, size_t *)(&left, &all);

@@ -558,9 +558,59 @@ def test_memory_goes_with_its_context(bench: Bench, start: Start) -> None:
 def test_nothing_is_evicted_under_a_capture(bench: Bench, start: Start) -> None:
     job = start()
     job.did("alloc", "a", 4 * MB)
-    job.did("capture", "a")
+    job.did("begin")
+    bench.page.close_gate()
+    found = evict(bench, 4 * MB)
+    assert found.moved == 0 and found.errors
+    bench.page.open_gate()
+    job.did("end")
+    shut(bench)
+    assert evict(bench, 4 * MB).moved == 4 * MB
+
+
+def test_a_capture_begins_when_everything_is_back(bench: Bench, start: Start) -> None:
+    job = start()
+    job.did("alloc", "a", 4 * MB)
+    shut(bench)
+    evict(bench, 4 * MB)
+    job.say("begin")
+    bench.until(lambda: bench.page.seats()[0].waiting == 1)
+    bench.page.open_gate()
+    assert job.hear() == "0"
+    assert job.memory.evicted == 0
+
+
+def test_what_is_freed_under_a_capture_goes_after_it(bench: Bench, start: Start) -> None:
+    job = start()
+    job.did("alloc", "a", 4 * MB)
+    job.did("begin")
+    job.did("free", "a")
+    assert job.memory.held == 4 * MB
+    job.did("end")
     job.did("alloc", "b", 1000)
-    assert job.memory.held == 1000, "freed under the capture, gone after it"
+    assert job.memory.held == 1000
+
+
+def test_a_job_at_work_does_not_notice(bench: Bench, start: Start) -> None:
+    """Whoever touches memory that is away would crash the stand-in."""
+    jobs = [start() for _ in range(2)]
+    for job in jobs:
+        job.did("alloc", "a", 4 * MB)
+        job.did("alloc", "b", 2 * MB)
+        job.say("work", "a", 1500)
+    moved = rounds = 0
+    while not all(job.answered() for job in jobs) and rounds < 60:
+        bench.page.close_gate()
+        number = bench.page.evict(12 * MB)
+        if rounds % 3:
+            found = bench.page.wait_evicted(number, 20 * S)
+            assert found is not None and not found.errors
+            moved += found.moved
+        bench.page.open_gate()
+        time.sleep(0.002)
+        rounds += 1
+    assert [job.hear() for job in jobs] == ["0 1500 0"] * 2
+    assert moved > 0
 
 
 def test_several_processes_share_an_order(bench: Bench, start: Start) -> None:
