@@ -15,7 +15,7 @@
 #define PAGE_VERSION 2u
 #define PAGE_VARIABLE "COTENANT_GATE"
 #define DRIVER_VARIABLE "COTENANT_GATE_DRIVER"
-#define MEMORY_VARIABLE "COTENANT_GATE_MEMORY" /* "plain": nothing of it can be evicted */
+#define MEMORY_VARIABLE "COTENANT_GATE_MEMORY" /* "plain": none of it can be evicted */
 
 #define SEATS 64
 #define SLOTS 256

@@ -107,10 +107,11 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def on_memory(give: Callable[[int], None]) -> bool:
+def on_memory(give: Callable[[int], None] | None = None) -> bool:
     """Have ``give(most)`` called when this job is to have at most ``most`` bytes in all, because
     others need the rest: let caches go. What is freed is handed to the system afterwards: host
-    memory, and the caches of device memory that PyTorch and CuPy have, if the program uses them.
+    memory, and the caches of device memory that PyTorch and CuPy have, if the program uses them:
+    without ``give`` only these.
 
     It is called in a thread of its own, perhaps several times, and need not reach the goal: what
     it does not give is taken by writing pages out, where the machine can do that. Never called for
@@ -127,5 +128,6 @@ def on_memory(give: Callable[[int], None]) -> bool:
                 _listener = _Listener(path)
             except OSError:
                 return False
-        _listener.give.append(give)
+        if give is not None:
+            _listener.give.append(give)
     return True
