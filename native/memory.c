@@ -446,6 +446,11 @@ void memory_device_ended(int device)
         memory_context_ended(primary[device]);
 }
 
+void *memory_primary_of(int device)
+{
+    return device >= 0 && device < DEVICES ? primary[device] : NULL;
+}
+
 void memory_primary(int device, void *context)
 {
     if (device >= 0 && device < DEVICES)

@@ -87,6 +87,7 @@ void memory_share(int device, int peer);
 int64_t memory_held(void);
 /* This is the primary context of the device. */
 void memory_primary(int device, void *context);
+void *memory_primary_of(int device);
 void move_context_ended(void *context);
 void move_in_child(void);
 

@@ -71,9 +71,11 @@ static int pin(uint64_t end)
 /* --- one allocation ------------------------------------------------------------------------- */
 
 /* A stream of ours in the current context. */
-static int stream_in(void *context, void **stream)
+static int stream_here(void **stream)
 {
+    void *context = NULL;
     int i = 0;
+    REAL(cuCtxGetCurrent, void **)(&context);
     while (i < STREAMS && movers[i].context && movers[i].context != context)
         i++;
     if (i == STREAMS) { /* all taken: the first gives way, its stream is left to its context */
@@ -94,7 +96,7 @@ static int stream_in(void *context, void **stream)
 static int copy_block(struct block *b, int out)
 {
     void *stream = NULL;
-    int result = stream_in(b->context, &stream);
+    int result = stream_here(&stream);
     for (uint64_t done = 0; !result && done < b->bytes;) {
         uint64_t host = b->host + done, n = CHUNK - host % CHUNK;
         if (n > b->bytes - done)
@@ -134,7 +136,8 @@ static int move_back(struct block *b)
     int result = memory_populate(b->at, b->bytes, b->device, &b->handle);
     if (result)
         return result;
-    if ((result = pin(b->host + b->bytes)) || (result = copy_block(b, 0))) {
+    pin(b->host + b->bytes); /* for speed: it is there anyhow */
+    if ((result = copy_block(b, 0))) {
         REAL(cuMemUnmap, uint64_t, size_t)(b->at, b->bytes);
         REAL(cuMemRelease, uint64_t)(b->handle);
         b->handle = 0;
@@ -144,8 +147,16 @@ static int move_back(struct block *b)
     return SUCCESS;
 }
 
-/* Whether the context is beyond help. */
-static int broken(void) { return REAL(cuCtxSynchronize, void)() != SUCCESS; }
+/* What the context says when all its work is through: an error, if it is beyond help. */
+static int health(void) { return REAL(cuCtxSynchronize, void)(); }
+
+/* Into the context of an allocation. If that is gone, but the memory is not, the device's primary. */
+static int push(struct block *b)
+{
+    void *other = memory_primary_of(b->device);
+    return !REAL(cuCtxPushCurrent_v2, void *)(b->context) ||
+           (other && !REAL(cuCtxPushCurrent_v2, void *)(other));
+}
 
 /* Move one, in its context, and count it; gives bytes that moved. */
 static int64_t move(int i, int out, int *error)
@@ -153,9 +164,9 @@ static int64_t move(int i, int out, int *error)
     struct block *b = &blocks[i];
     int64_t moved = 0;
     void *was;
-    int pushed = !REAL(cuCtxPushCurrent_v2, void *)(b->context);
+    int pushed = push(b);
     int result = !pushed ? INVALID_VALUE : out ? move_out(b) : move_back(b);
-    if (!out && (!pushed || (result && result != OUT_OF_MEMORY && broken()))) {
+    if (!out && (!pushed || (result && result != OUT_OF_MEMORY && health()))) {
         b->state = ROW_HERE; /* nothing is below it any more: its users get the context's error */
         b->handle = 0;
         atomic_fetch_or(&seat->flags, SEAT_FAULTED);
@@ -196,10 +207,9 @@ static int synchronize(void)
             contexts[n++] = blocks[i].context;
     }
     for (int i = 0; i < n && !result; i++) {
-        result = REAL(cuCtxPushCurrent_v2, void *)(contexts[i]);
-        if (result)
-            continue;
-        result = broken() ? INVALID_VALUE : SUCCESS;
+        if (REAL(cuCtxPushCurrent_v2, void *)(contexts[i]))
+            continue; /* it is gone */
+        result = health();
         REAL(cuCtxPopCurrent_v2, void **)(&was);
     }
     return result;
@@ -224,7 +234,7 @@ static int choose(void)
 static void evict(int64_t wanted, uint32_t number)
 {
     int64_t from = now_ns(), moved = 0;
-    int error = synchronize();
+    int error = synchronize(), trouble = SUCCESS; /* with one of them: the others may go */
     if (captures)
         error = IS_BUSY;
     if (memory_state == MEMORY_AWAY) /* nobody was let in since: go on */
@@ -244,11 +254,11 @@ static void evict(int64_t wanted, uint32_t number)
         pthread_mutex_unlock(&table);
         if (i < 0)
             break;
-        if (failed && failed != OUT_OF_MEMORY) /* too large for the pool: a smaller one may go */
-            error = failed;
+        if (failed && failed != OUT_OF_MEMORY) /* the pool being full is no error */
+            trouble = failed;
     }
     memory_set_state(atomic_load(&seat->evicted) > 0 ? MEMORY_AWAY : MEMORY_HERE);
-    answer(number, moved, from, error);
+    answer(number, moved, from, error ? error : trouble);
 }
 
 /* Bring everything back; the error if that could not be. */

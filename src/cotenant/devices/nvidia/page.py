@@ -350,7 +350,8 @@ class ControlPage:
         return number
 
     def answer(self, number: int) -> Evicted | None:
-        """What came of the order, if all processes that got it have answered or are gone."""
+        """What came of the order, if all processes that got it have answered or are gone. Only of
+        the last order: an earlier one was superseded, and nothing is known of it."""
         seats = {(seat.index, seat.pid): seat.memory for seat in self.seats()}
         asked = [seats[key] for key in self._asked.get(number, ()) if key in seats]
         if any(memory.answered != number for memory in asked):
