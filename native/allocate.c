@@ -60,6 +60,73 @@ static int freed(int result)
     return result;
 }
 
+/* --- pools, and what they keep ------------------------------------------------------------------ */
+
+enum { POOLS = 64, RESERVED_NOW = 5, USED_NOW = 7 };
+
+/* A pool that was used. What it keeps beyond what is in use is memory of the job's all the same. */
+static struct pool {
+    void *pool;
+    int64_t kept;
+    int elsewhere; /* not on a device: none of it counts */
+} pools[POOLS];
+
+void pools_in_child(void) { memset(pools, 0, sizeof pools); }
+
+/* Under the lock. */
+static struct pool *pool_of(void *pool, int make)
+{
+    struct pool *unused = NULL;
+    for (int i = 0; i < POOLS; i++) {
+        if (pools[i].pool == pool)
+            return &pools[i];
+        if (!pools[i].pool && !unused)
+            unused = &pools[i];
+    }
+    if (make && unused)
+        unused->pool = pool;
+    return make ? unused : NULL;
+}
+
+/* Under the lock: see what each pool keeps now. */
+static void look_at_pools(void)
+{
+    for (int i = 0; i < POOLS; i++) {
+        uint64_t reserved = 0, used = 0;
+        struct pool *p = &pools[i];
+        if (!p->pool || p->elsewhere ||
+            REAL(cuMemPoolGetAttribute, void *, int, void *)(p->pool, RESERVED_NOW, &reserved) ||
+            REAL(cuMemPoolGetAttribute, void *, int, void *)(p->pool, USED_NOW, &used))
+            continue;
+        int64_t kept = reserved > used ? (int64_t)(reserved - used) : 0;
+        memory_add(kept - p->kept);
+        p->kept = kept;
+    }
+}
+
+/* Have pools give back what they keep; whether there was any. */
+static int trim_pools(void)
+{
+    int any = 0;
+    pthread_mutex_lock(&table);
+    look_at_pools();
+    for (int i = 0; i < POOLS; i++)
+        if (pools[i].pool && pools[i].kept) {
+            any = 1;
+            REAL(cuMemPoolTrimTo, void *, size_t)(pools[i].pool, 0);
+        }
+    if (any)
+        look_at_pools();
+    pthread_mutex_unlock(&table);
+    return any;
+}
+
+static int claim(uint64_t bytes)
+{
+    int could = atomic_load(&head->quota_bytes) && pools[0].pool;
+    return could ? memory_claim(bytes, 0) || (trim_pools(), memory_claim(bytes, 1)) : memory_claim(bytes, 1);
+}
+
 /* --- what can be evicted -------------------------------------------------------------------- */
 
 static int may_be_evictable(uint64_t bytes)
@@ -152,7 +219,7 @@ static int allocate(uint64_t *at, uint64_t asked)
     if (row < 0)
         return UNSUITED;
     result = OUT_OF_MEMORY;
-    if (memory_claim(bytes)) {
+    if (claim(bytes)) {
         result = REAL(cuMemAddressReserve, uint64_t *, size_t, size_t, uint64_t, unsigned long long)(
             &found, bytes, unit, 0, 0);
         if (result)
@@ -182,7 +249,7 @@ EXPORT int cuMemAlloc_v2(uint64_t *at, size_t bytes)
     if (at && may_be_evictable(bytes))
         result = allocate(at, bytes);
     if (result == UNSUITED) {
-        if (!memory_claim(bytes))
+        if (!claim(bytes))
             return done(entered, OUT_OF_MEMORY);
         if ((result = real(at, bytes)))
             memory_unclaim(bytes);
@@ -248,7 +315,7 @@ EXPORT int cuMemAllocPitch_v2(uint64_t *at, size_t *pitch, size_t width, size_t 
     int entered, result;
     if (!begin(&entered))
         return real(at, pitch, width, height, element);
-    if (!memory_claim(guess))
+    if (!claim(guess))
         return done(entered, OUT_OF_MEMORY);
     result = real(at, pitch, width, height, element);
     memory_unclaim(guess);
@@ -262,7 +329,7 @@ EXPORT int cuMemAllocManaged(uint64_t *at, size_t bytes, unsigned flags)
     int (*real)(uint64_t *, size_t, unsigned) = driver_of(AT_cuMemAllocManaged), entered, result;
     if (!begin(&entered))
         return real(at, bytes, flags);
-    if (!memory_claim(bytes))
+    if (!claim(bytes))
         return done(entered, OUT_OF_MEMORY);
     if ((result = real(at, bytes, flags)))
         memory_unclaim(bytes);
@@ -280,10 +347,18 @@ static int is_capturing(void *stream)
 /* Under a capture nothing is allocated: the graph does that when it runs. */
 static int pool_alloc(uint64_t *at, size_t bytes, void *pool, void *stream, int from_pool, int index)
 {
-    int entered, result;
+    int entered, result, device;
     void *real = driver_of(index);
     int ours = begin(&entered), counted = ours && !is_capturing(stream);
-    if (counted && !memory_claim(bytes))
+    if (counted) {
+        if (!from_pool && !REAL(cuCtxGetDevice, int *)(&device))
+            REAL(cuDeviceGetMemPool, void **, int)(&pool, device);
+        pthread_mutex_lock(&table);
+        struct pool *p = pool ? pool_of(pool, 1) : NULL;
+        counted = !p || !p->elsewhere;
+        pthread_mutex_unlock(&table);
+    }
+    if (counted && !claim(bytes))
         return done(entered, OUT_OF_MEMORY);
     if (from_pool)
         result = ((int (*)(uint64_t *, size_t, void *, void *))real)(at, bytes, pool, stream);
@@ -291,9 +366,57 @@ static int pool_alloc(uint64_t *at, size_t bytes, void *pool, void *stream, int 
         result = ((int (*)(uint64_t *, size_t, void *))real)(at, bytes, stream);
     if (counted && result)
         memory_unclaim(bytes);
-    else if (counted)
+    else if (counted) {
+        pthread_mutex_lock(&table);
+        look_at_pools();
         memory_keep(AN_ADDRESS, *at, bytes, IS_POOLED);
+        pthread_mutex_unlock(&table);
+    }
     return ours ? done(entered, result) : result;
+}
+
+EXPORT int cuMemPoolCreate(void **pool, const struct location *properties)
+{
+    int (*real)(void **, const void *) = driver_of(AT_cuMemPoolCreate), entered;
+    if (!begin(&entered))
+        return real(pool, properties);
+    int result = real(pool, properties);
+    if (!result && properties[1].type != ON_DEVICE) {
+        pthread_mutex_lock(&table);
+        struct pool *p = pool_of(*pool, 1);
+        if (p)
+            p->elsewhere = 1;
+        pthread_mutex_unlock(&table);
+    }
+    return done(entered, result);
+}
+
+EXPORT int cuMemPoolDestroy(void *pool)
+{
+    int (*real)(void *) = driver_of(AT_cuMemPoolDestroy);
+    if (!begin_free())
+        return real(pool);
+    pthread_mutex_lock(&table);
+    int result = real(pool);
+    struct pool *p = result ? NULL : pool_of(pool, 0);
+    if (p) {
+        memory_add(-p->kept);
+        memset(p, 0, sizeof *p);
+    }
+    pthread_mutex_unlock(&table);
+    return freed(result);
+}
+
+EXPORT int cuMemPoolTrimTo(void *pool, size_t least)
+{
+    int (*real)(void *, size_t) = driver_of(AT_cuMemPoolTrimTo);
+    if (!begin_free())
+        return real(pool, least);
+    pthread_mutex_lock(&table);
+    int result = real(pool, least);
+    look_at_pools();
+    pthread_mutex_unlock(&table);
+    return freed(result);
 }
 
 EXPORT int cuMemAllocAsync(uint64_t *at, size_t n, void *s) { return pool_alloc(at, n, NULL, s, 0, AT_cuMemAllocAsync); }
@@ -317,7 +440,11 @@ static int free_async(uint64_t at, void *stream, int index)
     if (is_capturing(stream))
         return freed(real(at, stream));
     struct known was = forget(AN_ADDRESS, at);
-    return freed(forgotten(was, real(at, stream)));
+    int result = forgotten(was, real(at, stream));
+    pthread_mutex_lock(&table);
+    look_at_pools();
+    pthread_mutex_unlock(&table);
+    return freed(result);
 }
 
 EXPORT int cuMemFreeAsync(uint64_t at, void *s) { return free_async(at, s, AT_cuMemFreeAsync); }
@@ -335,7 +462,7 @@ static uint64_t array_bytes(struct array_3d a)
     int entered, result; \
     if (!begin(&entered)) \
         return call; \
-    if (!memory_claim(bytes)) \
+    if (!claim(bytes)) \
         return done(entered, OUT_OF_MEMORY); \
     if ((result = call)) \
         memory_unclaim(bytes); \
@@ -452,7 +579,7 @@ EXPORT int cuMemCreate(uint64_t *handle, size_t bytes, const void *properties, u
     if (!begin(&entered))
         return real(handle, bytes, properties, flags);
     int counts = properties && ((const struct location *)properties)[1].type == ON_DEVICE;
-    if (counts && !memory_claim(bytes))
+    if (counts && !claim(bytes))
         return done(entered, OUT_OF_MEMORY);
     result = real(handle, bytes, properties, flags);
     if (counts && result)

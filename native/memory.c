@@ -84,6 +84,7 @@ void memory_in_child(void)
     rows = NULL;
     passing = fixed_rows = 0;
     move_in_child();
+    pools_in_child();
     set_up_table();
 }
 
@@ -203,7 +204,7 @@ static void say_limit(uint64_t bytes, int64_t held, int64_t quota)
         return;
 }
 
-int memory_claim(uint64_t bytes)
+int memory_claim(uint64_t bytes, int say)
 {
     if (bytes > INT64_MAX / 4) /* the driver's to refuse */
         return 1;
@@ -221,7 +222,8 @@ int memory_claim(uint64_t bytes)
             break;
         rest((20 + rand_r(&seed) % 500) * US); /* others are at it: one may fail, or free some */
     }
-    say_limit(bytes, held, quota);
+    if (say)
+        say_limit(bytes, held, quota);
     return 0;
 }
 
@@ -244,6 +246,13 @@ static void count_memory(uint32_t reason, int64_t bytes, int row)
                      bytes);
     if (row < 0 && reason != IS_SMALL)
         atomic_fetch_add(&seat->unlisted, bytes);
+}
+
+void memory_add(int64_t bytes)
+{
+    atomic_fetch_add(&seat->held, bytes);
+    atomic_fetch_add(&seat->fixed, bytes);
+    atomic_fetch_add(&seat->unlisted, bytes);
 }
 
 /* --- the table ------------------------------------------------------------------------------ */

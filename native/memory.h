@@ -58,9 +58,11 @@ struct physical {
 extern struct block blocks[ROWS];
 extern pthread_mutex_t table; /* recursive; before any call that changes what is below */
 
-/* Room within the quota for an allocation that is about to be made; 0: there is none, and a line
- * on stderr says so. Then either `memory_keep` or `memory_unclaim`. */
-int memory_claim(uint64_t bytes);
+/* Room within the quota for an allocation that is about to be made; 0: there is none, which is said
+ * on stderr if `say`. Then either `memory_keep` or `memory_unclaim`. */
+int memory_claim(uint64_t bytes, int say);
+/* So much more that cannot be evicted and is no allocation of its own. */
+void memory_add(int64_t bytes);
 void memory_unclaim(uint64_t bytes);
 struct known *memory_keep(enum kind kind, uint64_t key, uint64_t bytes, uint32_t reason);
 /* Without a claim. */
@@ -89,6 +91,7 @@ int64_t memory_held(void);
 void memory_primary(int device, void *context);
 void *memory_primary_of(int device);
 void move_context_ended(void *context);
+void pools_in_child(void);
 void move_in_child(void);
 
 #pragma GCC visibility pop

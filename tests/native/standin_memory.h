@@ -98,12 +98,54 @@ EXPORT int cuMemFree_v2(uint64_t at)
     int e = current ? cuCtxSynchronize() : OK;
     return e ? e : release(at);
 }
-EXPORT int cuMemAllocAsync(uint64_t *at, size_t n, void *s) { (void)s; return allocate(at, n); }
-EXPORT int cuMemAllocFromPoolAsync(uint64_t *at, size_t n, void *p, void *s) { (void)p, (void)s; return allocate(at, n); }
-EXPORT int cuMemFreeAsync(uint64_t at, void *s) { int e = enter(); return e ? e : (e = drain(stream_at(s, 0))) ? e : release(at); }
+/* One pool. With STANDIN_POOL_KEEPS what is freed stays reserved until it is used again or trimmed. */
+static _Atomic uint64_t kept, pool_used;
+EXPORT int cuMemAllocFromPoolAsync(uint64_t *at, size_t n, void *p, void *s)
+{
+    (void)p, (void)s;
+    uint64_t again = kept < n ? kept : n;
+    stats->memory -= again;
+    kept -= again;
+    int state = allocate(at, n);
+    if (state) {
+        stats->memory += again;
+        kept += again;
+    } else
+        pool_used += n;
+    return state;
+}
+EXPORT int cuMemAllocAsync(uint64_t *at, size_t n, void *s) { return cuMemAllocFromPoolAsync(at, n, NULL, s); }
+EXPORT int cuMemFreeAsync(uint64_t at, void *s)
+{
+    uint64_t before = stats->memory;
+    int e = enter();
+    if (e || (e = drain(stream_at(s, 0))) || (e = release(at)))
+        return e;
+    uint64_t n = before - stats->memory;
+    pool_used -= n;
+    if (getenv("STANDIN_POOL_KEEPS")) {
+        stats->memory += n;
+        kept += n;
+    }
+    return OK;
+}
+EXPORT int cuMemPoolTrimTo(void *p, size_t least)
+{
+    (void)p, (void)least;
+    stats->memory -= kept;
+    kept = 0;
+    return OK;
+}
+EXPORT int cuMemPoolGetAttribute(void *p, int attribute, void *value)
+{
+    (void)p;
+    *(uint64_t *)value = attribute == 5 ? kept + pool_used : pool_used;
+    return OK;
+}
 EXPORT int cuMemPoolCreate(void **p, const void *props) { (void)props; *p = &primary; return OK; }
 EXPORT int cuMemPoolDestroy(void *p) { (void)p; return OK; }
 EXPORT int cuDeviceGetDefaultMemPool(void **p, int d) { (void)d; *p = &primary; return OK; }
+EXPORT int cuDeviceGetMemPool(void **p, int d) { (void)d; *p = &primary; return OK; }
 EXPORT int cuMemGetInfo_v2(size_t *left, size_t *all) { *all = device_bytes(); *left = *all - stats->memory; return enter(); }
 
 struct array { size_t width, height; unsigned format, channels; };

@@ -379,6 +379,22 @@ def test_the_quota_refuses_inside_the_job_and_says_whose_limit_it_was(
     job.did("alloc", "b", 8 * MB)
 
 
+def test_what_a_pool_keeps_counts_and_is_given_back_before_a_refusal(
+    bench: Bench, start: Start
+) -> None:
+    bench.page.set_quota(20 * MB)
+    job = start(STANDIN_POOL_KEEPS="1")
+    job.did("async", "a", 12 * MB)
+    job.did("free", "a")
+    assert job.memory.held == bench.stats()["memory"] == 12 * MB
+    job.did("async", "a", 16 * MB)
+    assert job.memory.held == 16 * MB
+    job.did("free", "a")
+    job.did("alloc", "b", 8 * MB)
+    assert job.memory.held == bench.stats()["memory"] == 8 * MB
+    assert job.memory.refusals == 0
+
+
 def test_a_full_card_is_not_the_jobs_limit(
     bench: Bench, memory_program: Path, start: Start
 ) -> None:
