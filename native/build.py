@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+SOURCES = ("driver.c", "gate.c", "memory.c", "move.c", "allocate.c", "pools.c", "kinds.c")
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-cast-function-type"]
 
 
@@ -40,8 +41,7 @@ def build(out: Path) -> None:
         flags = ["-O2", "-std=gnu11", "-fPIC", "-shared", "-pthread", "-fvisibility=hidden"]
         flags += ["-ftls-model=initial-exec"]  # a few bytes: there is room, however it is loaded
         include = [f"-I{HERE}", f"-I{folder}", "-Wl,-soname,libcuda.so.1", "-Wl,-z,defs"]
-        names = ("driver.c", "gate.c", "memory.c", "move.c", "allocate.c")
-        sources = [*(str(HERE / name) for name in names), *made]
+        sources = [*(str(HERE / name) for name in SOURCES), *made]
         # Built beside and moved: a process that has the old one mapped keeps it.
         library = out / "libcuda.so.1.new"
         command = [*compiler(), *flags, *WARNINGS, *include, "-o", str(library), *sources, "-ldl"]

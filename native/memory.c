@@ -308,7 +308,7 @@ static struct known *add(enum kind kind, uint64_t key, uint64_t bytes, uint32_t 
     struct known *k = calloc(1, sizeof *k), **at = bucket(kind, key);
     if (!k)
         abort(); /* it would be freed without being known, and counted for ever */
-    *k = (struct known){.next = *at, .kind = kind, .key = key, .bytes = bytes, .reason = reason, .row = row};
+    *k = (struct known){*at, kind, key, bytes, 0, reason, row, NULL, NULL};
     REAL(cuCtxGetCurrent, void **)(&k->context);
     *at = k;
     if (row >= 0) {
@@ -476,7 +476,8 @@ void memory_context_ended(void *context)
     for (int i = 0; i < BUCKETS; i++)
         for (struct known *k = known[i], *next; k; k = next) {
             next = k->next;
-            if (k->context == context && k->reason != IS_POOLED && (k->kind == AN_ADDRESS || k->kind == AN_ARRAY))
+            if (k->context == context && k->reason != IS_POOLED &&
+                (k->kind == AN_ADDRESS || k->kind == AN_ARRAY))
                 memory_forget(k);
         }
     move_context_ended(context);
@@ -503,7 +504,8 @@ int memory_populate(uint64_t at, uint64_t bytes, int device, uint64_t *handle)
                       unsigned long long)(handle, bytes, &wanted, 0);
     if (result)
         return result;
-    result = REAL(cuMemMap, uint64_t, size_t, size_t, uint64_t, unsigned long long)(at, bytes, 0, *handle, 0);
+    result = REAL(cuMemMap, uint64_t, size_t, size_t, uint64_t, unsigned long long)(at, bytes, 0,
+                                                                                    *handle, 0);
     if (!result && (result = give_access(at, bytes, device)))
         REAL(cuMemUnmap, uint64_t, size_t)(at, bytes);
     if (result)

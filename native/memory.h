@@ -1,4 +1,4 @@
-/* What memory.c and allocate.c share: the table of allocations, and the quota. */
+/* What the files about memory share: the table of allocations, the quota, how calls begin and end. */
 #ifndef COTENANT_MEMORY_H
 #define COTENANT_MEMORY_H
 
@@ -93,6 +93,51 @@ void *memory_primary_of(int device);
 void move_context_ended(void *context);
 void pools_in_child(void);
 void move_in_child(void);
+
+/* --- allocate.c, pools.c, kinds.c --- */
+
+struct location { /* CUmemLocation */
+    int type, id;
+};
+enum { ON_DEVICE = 1 };
+
+extern _Atomic int memory_plain; /* from now on nothing is made evictable */
+int memory_is_ours(uint64_t at);
+/* Give back one of ours as the driver's cuMemFree would: when all work is through. */
+int memory_free_ours(uint64_t at);
+/* Forget what the driver is about to free; what it refuses to free is noted again. Until it is free
+ * it is counted as such, so that nobody is given the room too early. */
+struct known memory_freeing(enum kind kind, uint64_t key);
+int memory_was_freed(struct known was, int result);
+/* As `memory_claim`, but pools give back what they keep before anything is refused. */
+int pools_claim(uint64_t bytes);
+
+/* Begin a call that waits for what is evicted. 0: it is none of ours, the driver's function is to be
+ * called; else it ends with memory_done. */
+static inline int memory_begin(int *entered)
+{
+    gate_attach();
+    return seat && (*entered = memory_enter());
+}
+
+static inline int memory_done(int entered, int result)
+{
+    memory_leave(entered);
+    return result;
+}
+
+/* The same for a call that frees: it does not wait. */
+static inline int memory_begin_free(void)
+{
+    gate_attach();
+    return seat && !inside && (inside = 1);
+}
+
+static inline int memory_freed(int result)
+{
+    inside = 0;
+    return result;
+}
 
 #pragma GCC visibility pop
 #endif

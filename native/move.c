@@ -102,11 +102,11 @@ static int copy_block(struct block *b, int out)
         if (n > b->bytes - done)
             n = b->bytes - done;
         if (out)
-            result = REAL(cuMemcpyDtoHAsync_v2, void *, uint64_t, size_t, void *)(pool + host, b->at + done,
-                                                                                  n, stream);
+            result = REAL(cuMemcpyDtoHAsync_v2, void *, uint64_t, size_t, void *)(
+                pool + host, b->at + done, n, stream);
         else
-            result = REAL(cuMemcpyHtoDAsync_v2, uint64_t, const void *, size_t, void *)(b->at + done,
-                                                                                        pool + host, n, stream);
+            result = REAL(cuMemcpyHtoDAsync_v2, uint64_t, const void *, size_t, void *)(
+                b->at + done, pool + host, n, stream);
         done += n;
     }
     int waited = stream ? REAL(cuStreamSynchronize, void *)(stream) : SUCCESS;
