@@ -6,6 +6,7 @@
  * sum NAME         a checksum of every byte         ask NAME      offset of its base, its size
  * ipc|retain|dmabuf NAME                            info          MiB free, MiB in all
  * context          a new one, current from now on   destroy       that one
+ * peer             may use the memory of that one; access NAME: whether the primary's device may
  * reset            the primary one                  fork BYTES    a child allocates; its status
  * threads N TIMES BYTES     N threads that allocate and free; how many were refused, then the most
  *                  that all of them held
@@ -198,8 +199,16 @@ static void answer(const char *verb, const char *word, long a, long b)
     else if (!strcmp(verb, "dmabuf"))
         r = CALL(cuMemGetHandleForAddressRange, void *, uint64_t, size_t, int, unsigned long long)(handle, named[name].at, 4096, 1, 0);
     else if (!strcmp(verb, "context"))
-        r = CALL(cuCtxCreate_v2, void **, unsigned, int)(&second, 0, 0);
-    else if (!strcmp(verb, "destroy")) {
+        r = CALL(cuCtxCreate_v2, void **, unsigned, int)(&second, 0, atoi(word));
+    else if (!strcmp(verb, "peer")) {
+        CALL(cuCtxSetCurrent, void *)(context);
+        r = CALL(cuCtxEnablePeerAccess, void *, unsigned)(second, 0);
+    } else if (!strcmp(verb, "access")) {
+        int here[2] = {1, 0};
+        unsigned long long flags = 0;
+        r = CALL(cuMemGetAccess, unsigned long long *, void *, uint64_t)(&flags, here, named[name].at);
+        r = r ? -r : (int)flags;
+    } else if (!strcmp(verb, "destroy")) {
         r = CALL(cuCtxDestroy_v2, void *)(second);
         CALL(cuCtxSetCurrent, void *)(context);
     } else if (!strcmp(verb, "reset"))

@@ -39,7 +39,7 @@ struct graph { struct op *ops; int n; };
 struct event { _Atomic uint64_t put, done; int64_t at; };
 struct stream { pthread_t thread; pthread_mutex_t lock; pthread_cond_t change; struct op ring[OPS];
                 uint64_t head, tail; int ending; struct graph *capture; };
-struct context { struct stream *legacy; _Atomic int error; };
+struct context { struct stream *legacy; _Atomic int error; int device; };
 
 static struct context contexts[8], primary;
 static int made;
@@ -267,7 +267,7 @@ static void free_of_context(struct context *c);
 EXPORT int cuDevicePrimaryCtxReset_v2(int d) { (void)d; active = 0; free_of_context(&primary); return OK; }
 EXPORT int cuDevicePrimaryCtxRelease_v2(int d) { (void)d; return OK; }
 EXPORT int cuDevicePrimaryCtxGetState(int d, unsigned *f, int *a) { (void)d; *f = 0; *a = active; return OK; }
-EXPORT int cuCtxCreate_v2(void **c, unsigned f, int d) { (void)f, (void)d; *c = current = &contexts[made++ % 8]; return OK; }
+EXPORT int cuCtxCreate_v2(void **c, unsigned f, int d) { (void)f; *c = current = &contexts[made++ % 8]; current->device = d; return OK; }
 EXPORT int cuCtxDestroy_v2(void *c) { free_of_context(c); if (current == c) current = NULL; return OK; }
 EXPORT int cuCtxSetCurrent(void *c) { current = c; return OK; }
 EXPORT int cuCtxGetCurrent(void **c) { *c = current; return OK; }
@@ -275,7 +275,8 @@ static _Thread_local struct context *below[16];
 static _Thread_local int depth;
 EXPORT int cuCtxPushCurrent_v2(void *c) { below[depth++ % 16] = current; current = c; return OK; }
 EXPORT int cuCtxPopCurrent_v2(void **c) { if (c) *c = current; current = below[--depth % 16]; return OK; }
-EXPORT int cuCtxGetDevice(int *d) { *d = 0; return current ? OK : NO_CONTEXT; }
+EXPORT int cuCtxGetDevice(int *d) { *d = current ? current->device : 0; return current ? OK : NO_CONTEXT; }
+EXPORT int cuCtxEnablePeerAccess(void *c, unsigned f) { (void)c, (void)f; return OK; }
 EXPORT int cuCtxSynchronize(void)
 {
     int e = enter();

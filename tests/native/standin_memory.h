@@ -25,7 +25,7 @@ static int take(uint64_t n)
 enum { BLOCKS = 8192, VMM = 1, GRAIN = 2 << 20 };
 static struct block { void *at; size_t n; struct context *context; int kind; } blocks[BLOCKS];
 static struct physical { char *base; size_t n; int handles, maps; } physical[BLOCKS];
-static struct mapping { char *at; size_t n; int of; } mappings[BLOCKS];
+static struct mapping { char *at; size_t n; int of; unsigned access; } mappings[BLOCKS];
 static _Atomic uint64_t creations;
 
 static int allocate(uint64_t *at, size_t n)
@@ -231,14 +231,24 @@ EXPORT int cuMemMap(uint64_t at, size_t n, size_t offset, uint64_t handle, unsig
     int i = 0;
     while (mappings[i].n)
         i++;
-    mappings[i] = (struct mapping){(char *)at, n, (int)handle - 1};
+    mappings[i] = (struct mapping){(char *)at, n, (int)handle - 1, 0};
     pthread_mutex_unlock(&guard);
     return OK;
 }
 
-EXPORT int cuMemSetAccess(uint64_t at, size_t n, const void *who, size_t count)
+static struct mapping *mapping_at(uint64_t at)
 {
-    (void)who, (void)count;
+    for (int i = 0; i < BLOCKS; i++)
+        if (mappings[i].n && at - (uint64_t)mappings[i].at < mappings[i].n)
+            return &mappings[i];
+    return NULL;
+}
+
+EXPORT int cuMemSetAccess(uint64_t at, size_t n, const int *who, size_t count)
+{
+    struct mapping *m = mapping_at(at);
+    for (size_t i = 0; m && i < count; i++)
+        m->access |= 1u << who[3 * i + 1];
     return mprotect((void *)at, n, PROT_READ | PROT_WRITE) ? INVALID : OK;
 }
 
@@ -260,12 +270,11 @@ EXPORT int cuMemUnmap(uint64_t at, size_t n)
     return state;
 }
 
-static struct mapping *mapping_at(uint64_t at)
+EXPORT int cuMemGetAccess(unsigned long long *flags, const int *where, uint64_t at)
 {
-    for (int i = 0; i < BLOCKS; i++)
-        if (mappings[i].n && at - (uint64_t)mappings[i].at < mappings[i].n)
-            return &mappings[i];
-    return NULL;
+    struct mapping *m = mapping_at(at);
+    *flags = m && m->access >> where[1] & 1 ? 3 : 0;
+    return m ? OK : INVALID;
 }
 
 EXPORT int cuMemRetainAllocationHandle(uint64_t *handle, void *at)

@@ -334,6 +334,19 @@ def test_answers_about_addresses_are_those_of_plain_memory(start: Start) -> None
     assert job.do("ask", "a") == f"0 0 {size} {size} 1"
 
 
+def test_a_peer_keeps_its_access(bench: Bench, start: Start) -> None:
+    job = start()
+    job.did("context", 1)
+    job.did("alloc", "a", 4 * MB)
+    assert job.do("access", "a") == "0"
+    job.did("peer")
+    assert job.do("access", "a") == "3"
+    shut(bench)
+    assert evict(bench, MB).moved == 4 * MB
+    bench.page.open_gate()
+    assert job.do("access", "a") == "3"
+
+
 def test_a_full_pool_keeps_the_rest_on_the_device(
     bench: Bench, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
