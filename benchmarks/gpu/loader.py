@@ -1,0 +1,89 @@
+"""Which libcuda a library of this machine gets where the shim is preloaded, and whether what it
+launches passes the gate."""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from typing import Any
+
+from cotenant.devices.nvidia.page import ControlPage, Seat
+
+from processes import Died, Job, open_page
+from record import MS, Record, Setting
+
+ASKS = "does each library here go through the shim, and is every launch seen?"
+MODULES = {
+    "plain": "",
+    "bindings": "cuda.bindings",
+    "torch": "torch",
+    "triton": "triton",
+    "cupy": "cupy",
+    "jax": "jax",
+}
+COUNT = 200
+
+
+def run(setting: Setting, record: Record) -> None:
+    """All libraries, in processes of their own."""
+    for library, module in MODULES.items():
+        if module and not _is_here(module):
+            record.without(library, "not installed")
+            continue
+        with record.part(library):
+            record.need(2)
+            page = open_page(setting, library, 2 * MS)
+            try:
+                with Job(setting, page.path, program=("loader_job.py", library)) as job:
+                    record.figure(library, _watch(job, page, setting, record))
+            finally:
+                page.close()
+
+
+def _is_here(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
+def _watch(job: Job, page: ControlPage, setting: Setting, record: Record) -> dict[str, Any]:
+    opened = job.answer(max(2.0, record.left_s))
+    shim = [path for path in opened["mapped"] if path.startswith(setting.shim)]
+    found: dict[str, Any] = {
+        "version": opened["version"],
+        "mapped": opened["mapped"],
+        "shim_mapped": bool(shim),
+        "attached": page.attached(job.pid),
+    }
+    if not found["attached"]:
+        return found
+    before = _seat(page, job.pid).launches
+    made = job.ask("launch", 30, count=COUNT)["kernels"]
+    counted = _seat(page, job.pid).launches - before
+    found |= {"launched": made, "counted": counted, "all_seen": counted >= made}
+    return found | {"held": _held(job, page)}
+
+
+def _held(job: Job, page: ControlPage) -> bool:
+    """Whether a closed gate holds its launches: none is made, and a caller waits."""
+    page.close_gate()
+    page.wait_drained(2_000 * MS)
+    before = _seat(page, job.pid).launches
+    job.tell("launch", count=1)
+    waits, end = False, time.monotonic() + 1
+    while not waits and time.monotonic() < end:
+        page.beat()
+        time.sleep(0.005)
+        waits = _seat(page, job.pid).waiting > 0
+    held = waits and _seat(page, job.pid).launches == before
+    page.open_gate()
+    job.answer(30)
+    return held
+
+
+def _seat(page: ControlPage, pid: int) -> Seat:
+    for seat in page.seats():
+        if seat.pid == pid:
+            return seat
+    raise Died(f"process {pid} left its seat")
