@@ -39,22 +39,24 @@ TAIL = 2_000
 
 @dataclass(frozen=True)
 class Section:
-    """``weight``: its part of the time that is left, beside the others' to come."""
+    """``weight``: its part of the time that is left, beside the others' to come. ``least_s``: it
+    gets so much if there is that much left; what it does not use is the others'."""
 
     name: str
     weight: float
     asks: str
+    least_s: float = 0.0
 
 
 SECTIONS = (
-    Section("facts", 15, "what is this machine?"),
-    Section("loader", 75, "does each library go through the shim, and is every launch seen?"),
-    Section("gate", 95, "what does an open gate cost, and how long does a closed one drain?"),
-    Section("vmm", 25, "what does mapping memory cost, and how fast are copies?"),
-    Section("green", 30, "does a green context have what it says, beside a neighbour too?"),
-    Section("evict", 60, "how fast do 20 GB leave and come back, and are they what they were?"),
-    Section("colocate", 200, "what do a service and a training job lose beside each other?"),
-    Section("channel", 5, "are there controls of a process's own channels?"),
+    Section("facts", 15, "what is this machine?", 5),
+    Section("loader", 75, "does each library go through the shim, and is every launch seen?", 4),
+    Section("gate", 95, "what does an open gate cost, and how long does a closed one drain?", 8),
+    Section("vmm", 25, "what does mapping memory cost, and how fast are copies?", 2),
+    Section("green", 30, "does a green context have what it says, beside a neighbour too?", 3),
+    Section("evict", 60, "how fast do 20 GB leave and come back, and are they what they were?", 3),
+    Section("colocate", 200, "what do a service and a training job lose beside each other?", 8),
+    Section("channel", 5, "are there controls of a process's own channels?", 1),
 )
 
 
@@ -75,7 +77,7 @@ class Check:
         for number, section in enumerate(self._sections):
             weights = sum(each.weight for each in self._sections[number:])
             left = self._end - time.monotonic()
-            limit = left * section.weight / weights
+            limit = min(left, max(section.least_s, left * section.weight / weights))
             begun = time.monotonic()
             found = self._one(section, limit)
             found["took_s"] = time.monotonic() - begun
@@ -99,10 +101,10 @@ class Check:
         new.rename(path)
 
     @property
-    def standin(self) -> bool:
-        """Whether what was measured is no GPU."""
-        facts = self.found.get("facts", {}).get("figures", {})
-        return bool(facts.get("standin", False))
+    def standin(self) -> bool | None:
+        """Whether what was measured is no GPU; None if that is not known."""
+        found: bool | None = self.found.get("facts", {}).get("figures", {}).get("standin")
+        return found
 
     def _one(self, section: Section, limit: float) -> dict[str, Any]:
         if limit <= 0:
@@ -154,7 +156,7 @@ def _run(folder: Path, limit: float) -> int | None:
 
 def _environment() -> dict[str, str]:
     """Without a gate of the caller's, and with our own packages."""
-    found = {k: v for k, v in os.environ.items() if not k.startswith("COTENANT_")}
+    found = {k: v for k, v in os.environ.items() if not k.startswith("COTENANT_GATE")}
     paths = (str(ROOT / "src"), str(HERE), found.get("PYTHONPATH"))
     found["PYTHONPATH"] = ":".join(filter(None, paths))
     return found

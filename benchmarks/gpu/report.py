@@ -128,8 +128,9 @@ def plot(document: dict[str, Any], path: Path) -> str:
     device = facts.get("device", {}).get("name", "no device")
     driver = facts.get("nvml", {}).get("driver", "")
     figure.suptitle(f"gpu-check: {device}, driver {driver}, {document['date']}{_moved(sections)}")
-    if document["standin"]:
-        figure.text(0.5, 0.5, "STAND-IN: no GPU", fontsize=60, color="red", alpha=0.25)
+    if document["standin"] is not False:
+        what = "STAND-IN: no GPU" if document["standin"] else "device not known"
+        figure.text(0.5, 0.5, what, fontsize=60, color="red", alpha=0.25)
         figure.texts[-1].set(ha="center", va="center", rotation=25)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
