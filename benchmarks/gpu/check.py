@@ -50,7 +50,7 @@ class Section:
 
 SECTIONS = (
     Section("facts", 15, "what is this machine?", 5),
-    Section("loader", 75, "does each library go through the shim, and is every launch seen?", 4),
+    Section("loader", 100, "does each library go through the shim, and is every launch seen?", 4),
     Section("gate", 95, "what does an open gate cost, and how long does a closed one drain?", 8),
     Section("vmm", 25, "what does mapping memory cost, and how fast are copies?", 2),
     Section("green", 30, "does a green context have what it says, beside a neighbour too?", 3),

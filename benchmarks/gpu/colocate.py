@@ -19,16 +19,18 @@ from record import US, Record, Setting, summary
 
 ASKS = "what does a service lose beside training, and training beside a service?"
 LOAD = 0.5
-BOUND_US = 150
-WINDOW_S, SETTLE_S = 3.0, 0.3
+BOUNDS_US = {"gated": 200, "loose": 1000}
+"""Processes behind a gate, and how much work each may have in flight."""
+WINDOW_S, SETTLE_S = 2.5, 0.3
 LEAST_WINDOW_S = 0.3
+ROLES = ("service", "training")
 
 
 @dataclass(frozen=True)
 class Arm:
     """Who runs where. ``server``: the process that serves, on a stream of kind ``stream``;
-    ``trainer``: the one that trains. The gate closes while requests are unanswered, and unless
-    ``wait`` is off a request runs once it is drained."""
+    ``trainer``: the one that trains. With ``gate`` the trainer's is closed while requests are
+    unanswered, and unless ``wait`` is off a request runs once it is drained."""
 
     server: str = ""
     trainer: str = ""
@@ -41,17 +43,24 @@ ARMS = {
     "alone": Arm(server="node"),
     "train": Arm(trainer="other"),
     "train_gated": Arm(trainer="gated"),
+    "train_loose": Arm(trainer="loose"),
     "slicing": Arm(server="node", trainer="other"),
     "priority": Arm(server="both", trainer="both", stream="priority"),
     "green": Arm(server="both", trainer="both", stream="green"),
     "gate": Arm(server="node", trainer="gated", gate=True),
+    "gate_loose": Arm(server="node", trainer="loose", gate=True),
     "gate_at_once": Arm(server="node", trainer="gated", gate=True, wait=False),
     "gate_green": Arm(server="node", trainer="gated", stream="green", gate=True),
 }
-"""alone and train: one of both. train_gated: behind a gate that stays open. slicing: two processes,
-nothing else. priority, green: one process, streams with priorities, or halves of the
-multiprocessors. gate: closed for each request. gate_at_once: the request does not wait for the
-drain. gate_green: the service has half of the multiprocessors besides."""
+"""
+alone, train       one of both
+train_gated, _loose  behind a gate that stays open, by its bound
+slicing            two processes, nothing else
+priority, green    one process: streams with priorities; halves of the multiprocessors
+gate, gate_loose   the gate is closed for requests
+gate_at_once       as gate, but a request does not wait for the drain
+gate_green         as gate, and the service has half of the multiprocessors
+"""
 
 
 @dataclass
@@ -69,18 +78,16 @@ def run(setting: Setting, record: Record) -> None:
     device = open_device()
     torch = not device.standin and _torch()
     record.figure("tenants", "PyTorch" if torch else "chains of kernels")
-    page = Path(setting.folder, "colocate-page")
     jobs: dict[str, Job] = {}
     try:
         for name in ("node", "other", "both"):
             jobs[name] = Job(setting)
         bench = Bench(jobs, torch)
-        _prepare(bench, setting, record, page)
+        _prepare(bench, setting, record)
         _rounds(bench, setting, record)
     finally:
         for job in jobs.values():
             job.close()
-        page.unlink(missing_ok=True)
 
 
 def _torch() -> bool:
@@ -94,38 +101,36 @@ def _torch() -> bool:
 # --- who takes part ---------------------------------------------------------------------------
 
 
-def _prepare(bench: Bench, setting: Setting, record: Record, path: Path) -> None:
+def _prepare(bench: Bench, setting: Setting, record: Record) -> None:
     jobs, torch = bench.jobs, bench.torch
     for job in jobs.values():
         job.answer()
-    jobs["node"].ask("page", path=str(path), bound_ns=BOUND_US * US)
-    jobs["gated"] = Job(setting, path)
-    jobs["gated"].answer()
-    asked = {
-        "service.node.plain": ("node", "service", "plain"),
-        "training.other.plain": ("other", "training", "plain"),
-        "training.gated.plain": ("gated", "training", "plain"),
-        "service.node.green": ("node", "service", "green"),
-        "service.both.priority": ("both", "service", "priority"),
-        "training.both.priority": ("both", "training", "priority"),
-        "service.both.green": ("both", "service", "green"),
-        "training.both.green": ("both", "training", "green"),
-    }
+    for name, bound in BOUNDS_US.items():
+        path = Path(setting.folder, f"colocate-{name}")
+        jobs["node"].ask("page", name=name, path=str(path), bound_ns=bound * US)
+        jobs[name] = Job(setting, path)
+    for name in BOUNDS_US:
+        jobs[name].answer()
+    asked = [("node", "service", "plain"), ("node", "service", "green")]
+    asked += [(name, "training", "plain") for name in ("other", *BOUNDS_US)]
+    asked += [("both", role, kind) for kind in ("priority", "green") for role in ROLES]
+    for process, role, kind in asked:  # all processes at once: most of it is loading libraries
+        jobs[process].tell(role, kind=kind, torch=torch)
     able = set()
-    for name, (process, role, kind) in asked.items():
+    for process, role, kind in asked:
+        name = f"{role}.{process}.{kind}"
         with record.part(name):
-            record.need(1)
-            found = jobs[process].ask(role, max(5.0, record.left_s), kind=kind, torch=torch)
+            found = jobs[process].answer(max(5.0, record.left_s))
             record.figure(f"made.{name}.processors", found["processors"])
             able.add(name)
-            if "ms" in found:
-                record.sampled(f"made.{name}.ms", found["ms"])
     if "service.node.plain" in able:
         again = jobs["node"].ask("service", 30, kind="plain", torch=torch, times=60)
         bench.service_ms = statistics.median(again["ms"])
+        record.sampled("request_ms", again["ms"])
         record.figure("service_ms", bench.service_ms)
-    if "training.gated.plain" in able:
-        jobs["node"].ask("watch", pid=jobs["gated"].pid)
+    for name in BOUNDS_US:
+        if f"training.{name}.plain" in able:
+            jobs["node"].ask("watch", name=name, pid=jobs[name].pid)
     for arm, how in ARMS.items():
         needed = [f"service.{how.server}.{how.stream}"] if how.server else []
         kind = how.stream if how.trainer == "both" else "plain"
@@ -187,7 +192,8 @@ def _take(bench: Bench, arm: Arm, times: list[float], window: float) -> dict[str
         before = trainer.ask("steps")
     try:
         if arm.server:
-            how = {"kind": arm.stream, "gate": arm.gate, "wait": arm.wait, "most_s": 2 * window}
+            gate = arm.trainer if arm.gate else ""
+            how = {"kind": arm.stream, "gate": gate, "wait": arm.wait, "most_s": 2 * window}
             served = bench.jobs[arm.server].ask("serve", 3 * window + 30, times=times, **how)
             for name in ("latencies_ms", "drains_us"):
                 served[name] = [round(value, 4) for value in served[name]]

@@ -22,6 +22,8 @@ MODULES = {
     "jax": "jax",
 }
 COUNT = 200
+START_S = 40.0
+"""Within which a library must have launched its first kernels."""
 
 
 def run(setting: Setting, record: Record) -> None:
@@ -48,7 +50,7 @@ def _is_here(module: str) -> bool:
 
 
 def _watch(job: Job, page: ControlPage, setting: Setting, record: Record) -> dict[str, Any]:
-    opened = job.answer(max(2.0, record.left_s))
+    opened = job.answer(min(START_S, max(2.0, record.left_s)))
     shim = [path for path in opened["mapped"] if path.startswith(setting.shim)]
     found: dict[str, Any] = {
         "version": opened["version"],

@@ -71,7 +71,8 @@ class NetService:
         self._stream = Stream(handle)
         side = size(32, 224)
         self._net = net(size(4, 64), (1, 1) if not CUDA else (3, 4, 6, 3)).eval()
-        self._host = torch.randn(1, 3, side, side, dtype=TYPE)
+        image = torch.randn(1, 3, side, side, dtype=TYPE)
+        self._host = image.to(memory_format=torch.channels_last)
         self._answer = torch.empty(1, 1000, dtype=TYPE)
         if CUDA:
             self._host, self._answer = self._host.pin_memory(), self._answer.pin_memory()

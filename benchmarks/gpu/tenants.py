@@ -67,8 +67,8 @@ class Tenants:
         self._device, self._kernels, self._loop = device, kernels, loop
         self._services: dict[str, Service] = {}
         self._trainings: dict[str, Training] = {}
-        self._page: ControlPage | None = None
-        self._look: Look | None = None
+        self._pages: dict[str, ControlPage] = {}
+        self._looks: dict[str, Look] = {}
         self._subsets: dict[str, Subset] = {}
         self._steps = 0
         self._ends = threading.Event()
@@ -124,29 +124,28 @@ class Tenants:
 
     # --- the gate -----------------------------------------------------------------------------
 
-    def page(self, path: str, bound_ns: int) -> dict[str, Any]:
+    def page(self, name: str, path: str, bound_ns: int) -> dict[str, Any]:
         """Make a control page: this process is the node."""
-        self._page = ControlPage(Path(path), bound_ns=bound_ns)
-        self._page.open()
+        self._pages[name] = ControlPage(Path(path), bound_ns=bound_ns)
+        self._pages[name].open()
         return {}
 
-    def watch(self, pid: int) -> dict[str, Any]:
-        """Whose drain is waited for."""
-        assert self._page is not None
-        self._look = Look(self._page, pid)
+    def watch(self, name: str, pid: int) -> dict[str, Any]:
+        """Whose drain is waited for where this page is closed."""
+        self._looks[name] = Look(self._pages[name], pid)
         return {}
 
     # --- serving ------------------------------------------------------------------------------
 
     def serve(
-        self, times: list[float], kind: str, gate: bool, wait: bool, most_s: float
+        self, times: list[float], kind: str, gate: str, wait: bool, most_s: float
     ) -> dict[str, Any]:
         """Answer requests that come at these times (s), one after the other, for so long at most.
 
-        ``gate``: closed while any is unanswered. ``wait``: a closed gate is drained before the
-        first of them runs.
+        ``gate``: whose is closed while any is unanswered; empty: nobody's. ``wait``: a closed gate
+        is drained before the first of them runs.
         """
-        service, page = self._services[kind], self._page if gate else None
+        service, page = self._services[kind], self._pages.get(gate)
         latencies: list[float] = []
         drains: list[float] = []
         busy, begun = 0, time.monotonic_ns()
@@ -162,8 +161,8 @@ class Tenants:
                 if page and not page.closed:
                     closing = time.monotonic_ns()
                     page.close_gate()
-                    if wait and self._look:
-                        self._look.wait(2)
+                    if wait:
+                        self._looks[gate].wait(2)
                         drains.append((time.monotonic_ns() - closing) / US)
                 starts = time.monotonic_ns()
                 service.run()
