@@ -1,7 +1,8 @@
 """Memory of a job that can leave the device and come back to the same addresses.
 
 ``Held`` does it in the job itself, by the driver's functions for virtual memory: a reservation
-stays, what is mapped to it is released and later made anew.
+stays, what is mapped to it is released and later made anew. ``Plain`` is memory as any job takes
+it; if it moves, somebody else moves it.
 """
 
 from __future__ import annotations
@@ -149,3 +150,34 @@ class Held:
             self._kernels.checksum(piece.memory.at, piece.memory.size, self._stream)
             for piece in self._pieces
         ]
+
+
+class Plain:
+    """What a job holds that does nothing to have it moved."""
+
+    def __init__(self, kernels: Kernels, stream: Any) -> None:
+        self._kernels = kernels
+        self._stream = stream
+        self._pieces: list[tuple[int, int]] = []
+
+    def take(self, size: int, piece: int, seed: int, seconds: float) -> dict[str, Any]:
+        """As much of ``size`` as can be had within the time."""
+        end, why = time.monotonic() + seconds, ""
+        while len(self._pieces) * piece < size and not why:
+            try:
+                at = int(cu("cuMemAlloc", piece))
+            except DriverError as error:
+                if not self._pieces:
+                    raise
+                why = str(error)
+                break
+            self._pieces.append((at, piece))
+            self._kernels.fill(at, piece, seed + len(self._pieces), self._stream)
+            if time.monotonic() > end:
+                why = "no time for more"
+        held = len(self._pieces) * piece
+        return {"bytes": held, "pieces": len(self._pieces), "why": why}
+
+    def sums(self) -> list[int]:
+        """Of each piece, in order."""
+        return [self._kernels.checksum(at, size, self._stream) for at, size in self._pieces]

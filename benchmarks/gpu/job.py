@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from driver import Device, cu, open_device
-from evicting import Held
+from evicting import Held, Plain
 from kernels import Kernel, Kernels
 from loop import Drive, Loop, Talk
 from tenants import Tenants
@@ -34,6 +34,7 @@ class Worker:
         self._made: dict[tuple[str, float], Kernel] = {}
         self._drive: Drive | None = None
         self._held: Held | None = None
+        self._plain: Plain | None = None
         self.tenants = Tenants(self.device, self.kernels, self.loop)
 
     def _kernel(self, kind: str, us: float) -> Kernel:
@@ -66,6 +67,11 @@ class Worker:
         self._held = Held(self.kernels, self.stream)
         return self._held.take(size, piece, seed, seconds)
 
+    def hold_plain(self, size: int, piece: int, seed: int, seconds: float) -> dict[str, Any]:
+        """The same, as any job does."""
+        self._plain = Plain(self.kernels, self.stream)
+        return self._plain.take(size, piece, seed, seconds)
+
     def evict(self) -> dict[str, Any]:
         """Give all of it back, its contents kept on the host."""
         assert self._held is not None
@@ -78,8 +84,9 @@ class Worker:
 
     def sums(self) -> dict[str, Any]:
         """Checksums of what is held."""
-        assert self._held is not None
-        return {"sums": self._held.sums()}
+        held = self._held or self._plain
+        assert held is not None
+        return {"sums": held.sums()}
 
 
 def main() -> None:

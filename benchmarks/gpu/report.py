@@ -139,13 +139,17 @@ def plot(document: dict[str, Any], path: Path) -> str:
 
 
 def _moved(sections: dict[str, Any]) -> str:
-    found = sections.get("evict", {}).get("figures", {})
-    if "same" not in found:
-        return ""
-    size = found["held"]["bytes"] / 1e9
-    rates = " and ".join(f"{found[way]['gb_s']['median']:.3g}" for way in ("out", "in"))
-    same = "unchanged" if found["same"] else "CHANGED"
-    return f"\n{size:.3g} GB out and in at {rates} GB/s by {found['who']}: {same}"
+    said = ""
+    for who in ("own", "shim"):
+        found = sections.get("evict", {}).get("figures", {}).get(who, {})
+        if "same" not in found:
+            continue
+        size = found["held"]["bytes"] / 1e9
+        rates = " and ".join(f"{found[way]['gb_s']['median']:.3g}" for way in ("out", "in"))
+        by = "the job itself" if who == "own" else "the shim"
+        same = "unchanged" if found["same"] else "CHANGED"
+        said += f"\n{size:.3g} GB out and in at {rates} GB/s by {by}: {same}"
+    return said
 
 
 def _wrapped(text: str) -> str:

@@ -94,9 +94,11 @@ def test_what_is_launched_is_seen_and_a_closed_gate_holds_it(run: Run) -> None:
         assert found["held"]
 
 
-def test_memory_comes_back_as_it_was(run: Run) -> None:
-    run.figures("evict", "out")
-    assert run.section("evict")["figures"]["same"] is True
+@pytest.mark.parametrize("who", ["own", "shim"])
+def test_memory_comes_back_as_it_was(run: Run, who: str) -> None:
+    found = run.figures("evict", who)
+    assert found["same"] is True
+    assert found["held"]["bytes"] > 0
 
 
 def test_raw_samples_are_behind_the_figures(run: Run) -> None:
