@@ -223,7 +223,7 @@ def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Build, run, report; 0 if the check itself went well, whatever sections found."""
+    """Build, run, report; 0 if there is a device, whatever sections found."""
     args = parse(words)
     begun = time.monotonic()
     for path in filter(None, (args.json, args.plot)):
@@ -247,6 +247,9 @@ def main(words: Sequence[str] | None = None) -> int:
         print(f"{args.json}: figures and raw samples")
         if args.plot:
             print(report.plot(json.loads(args.json.read_text()), args.plot))
+        if check.standin is None:
+            print("no device was reached: see facts", file=sys.stderr)
+            return 1
         return 0
     finally:
         shutil.rmtree(made, ignore_errors=True)

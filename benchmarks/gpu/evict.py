@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cotenant.devices.nvidia.page import ControlPage
+
 from driver import free_bytes, open_device
 from processes import Died, Job, open_page
-from record import MS, S, Record, Setting
-
-from cotenant.devices.nvidia.page import ControlPage
+from record import MS, Record, S, Setting
 
 ASKS = "how fast do 20 GB leave and come back, and are they what they were?"
 WANTED_BYTES = 20 * 10**9

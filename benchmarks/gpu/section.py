@@ -6,6 +6,7 @@ import importlib
 import sys
 from pathlib import Path
 
+from driver import DriverError
 from record import Record, Setting
 
 
@@ -14,7 +15,10 @@ def main() -> None:
     setting = Setting.read(Path(sys.argv[1]))
     record = Record(Path(setting.out), setting.seconds)
     record.write()
-    importlib.import_module(setting.name).run(setting, record)
+    try:
+        importlib.import_module(setting.name).run(setting, record)
+    except DriverError as error:  # outside of any part: nothing can be done
+        record.without(setting.name, str(error))
 
 
 if __name__ == "__main__":

@@ -229,6 +229,18 @@ def test_without_a_compiler_it_says_so(tmp_path: Path) -> None:
     assert "no-such-compiler" in ended.stderr
 
 
+def test_without_a_driver_every_section_says_why(tmp_path: Path) -> None:
+    pytest.importorskip("cuda.bindings.driver", exc_type=ImportError)
+    if any(Path("/dev").glob("nvidia*")):
+        pytest.skip("there is a driver")
+    out = tmp_path / "found.json"
+    ended = command("--json", out, "--seconds", 30, "--only", "vmm", "green", "evict", "channel")
+    assert ended.returncode == 1
+    sections = json.loads(out.read_text())["sections"]
+    assert all(found["reason"] for found in sections.values())
+    assert {found["state"] for found in sections.values()} <= {"partial", "not possible"}
+
+
 def test_each_kernel_that_is_asked_for_is_in_the_source() -> None:
     source = (GPU / "kernels.py").read_text()
     code = f"import sys; sys.path[:0] = [{str(GPU)!r}]; import kernels; print(kernels.SOURCE)"
