@@ -21,7 +21,8 @@ CLOSINGS = 100
 """Of each way of looking, kernel and bound."""
 LOOKS = ("seat", "page", "event")
 """How a drain is seen: by one seat, without a pause; as ``ControlPage.wait_drained`` does; by the
-seat, while a watcher in the job says by an event when its stream was empty."""
+seat, while a watcher in the job says by an event when its stream was empty (``by_event``; ``lag``:
+how much later it was seen)."""
 
 ROUNDS = 30
 BURST = 200
@@ -146,7 +147,7 @@ class Closing:
 def _closings(setting: Setting, record: Record, closing: Closing, name: str) -> None:
     chance = random.Random(setting.seed)
     talk = Talk(Path(setting.folder, name), make=True)
-    found: dict[str, list[float]] = {**{way: [] for way in LOOKS}, "by_event": []}
+    found: dict[str, list[float]] = {way: [] for way in (*LOOKS, "by_event", "lag")}
     look = closing.begin(talk)
     try:
         for turn in range(CLOSINGS * len(LOOKS)):
@@ -158,6 +159,7 @@ def _closings(setting: Setting, record: Record, closing: Closing, name: str) -> 
             found[way].append(seen)
             if by_event is not None:
                 found["by_event"].append(by_event)
+                found["lag"].append(seen - by_event)
         seat = next(seat for seat in closing.page.seats() if seat.pid == closing.job.pid)
         record.figure(f"{name}.flags", seat.flags)
         record.figure(f"{name}.overruns", seat.overruns)
