@@ -56,6 +56,7 @@ class Job:
     ) -> None:
         self._setting = setting
         self._rest = b""
+        self._lost = ""
         errors = Path(setting.folder, f"stderr-{time.monotonic_ns()}")
         self._errors: IO[bytes] = errors.open("w+b")
         name, *words = program
@@ -71,6 +72,8 @@ class Job:
     def tell(self, what: str, **more: Any) -> None:
         """Ask, and fetch the answer later."""
         assert self._process.stdin is not None
+        if self._lost:
+            raise Died(self._lost)
         try:
             self._process.stdin.write(json.dumps({"do": what, **more}).encode() + b"\n")
             self._process.stdin.flush()
@@ -78,13 +81,16 @@ class Job:
             raise Died(self._last_words()) from error
 
     def answer(self, seconds: float = 60) -> dict[str, Any]:
-        """To what was asked; raises Died."""
+        """To what was asked; raises Died, and from then on always where it took too long."""
         assert self._process.stdout is not None
+        if self._lost:
+            raise Died(self._lost)
         end = time.monotonic() + seconds
         descriptor = self._process.stdout.fileno()
         while b"\n" not in self._rest:
             if not select.select([descriptor], [], [], max(0.0, end - time.monotonic()))[0]:
-                raise Died(f"no answer within {seconds:.0f} s: {self._last_words()}")
+                self._lost = f"no answer within {seconds:.0f} s: {self._last_words()}"
+                raise Died(self._lost)
             more = os.read(descriptor, 1 << 16)
             if not more:
                 raise Died(self._last_words())

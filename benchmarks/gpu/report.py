@@ -27,9 +27,13 @@ def number(figure: Any, unit: str = "") -> str:
     if isinstance(figure, dict) and "n" in figure:
         if not figure["n"]:
             return "-"
-        middle = f"{figure['median']:.4g} [{figure['p25']:.4g}-{figure['p75']:.4g}]"
-        return f"{middle}{unit}, p99 {figure['p99']:.4g}"
-    return f"{figure:.4g}{unit}" if isinstance(figure, float) else f"{figure}{unit}"
+        median, low, high, p99 = (_short(figure[key]) for key in ("median", "p25", "p75", "p99"))
+        return f"{median} [{low}-{high}]{unit}, p99 {p99}"
+    return f"{_short(figure)}{unit}"
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
 def _plain(figures: dict[str, Any], above: str = "") -> Iterator[str]:

@@ -76,7 +76,7 @@ def test_every_section_has_figures_or_says_why_not(run: Run) -> None:
     assert tuple(run.document["sections"]) == names
     for name in names:
         found = run.section(name)
-        assert found["state"] not in ("failed", "skipped"), found["stderr"]
+        assert found["state"] != "failed", found["stderr"]
         assert found["figures"] or found["reason"]
 
 
@@ -105,14 +105,15 @@ def test_raw_samples_are_behind_the_figures(run: Run) -> None:
     costs, samples = run.figures("gate", "cost"), run.section("gate")["samples"]
     for arm, summary in costs["launch_ns"].items():
         assert len(samples[f"cost.launch_ns.{arm}"]) == summary["n"] > 0
-    alone = run.figures("colocate", "arms")["alone"]
-    rounds = run.section("colocate")["samples"]["rounds"]
-    assert alone["p99_ms"]["n"] == sum("alone" in each for each in rounds) > 0
+    arms, rounds = run.figures("colocate", "arms"), run.section("colocate")["samples"]["rounds"]
+    for arm, summary in arms.items():
+        taken = [each[arm] for each in rounds if each.get(arm, {}).get("latencies_ms")]
+        assert summary.get("p99_ms", {"n": 0})["n"] == len(taken)
 
 
 def test_no_section_is_given_more_than_is_left(run: Run) -> None:
     limits = [found["limit_s"] for found in run.document["sections"].values()]
-    assert all(0 < limit < SECONDS for limit in limits)
+    assert all(limit < SECONDS for limit in limits)
 
 
 # --- what goes wrong --------------------------------------------------------------------------
