@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from record import Record, Setting
 
-ASKS = "does the driver accept controls of the process's own channel group?"
-
 
 def run(setting: Setting, record: Record) -> None:
     """The shim has none."""

@@ -17,7 +17,6 @@ from driver import open_device
 from processes import Job
 from record import US, Record, Setting, summary
 
-ASKS = "what does a service lose beside training, and training beside a service?"
 LOAD = 0.5
 BOUNDS_US = {"gated": 200, "loose": 1000}
 """Processes behind a gate, and how much work each may have in flight."""

@@ -17,7 +17,6 @@ from driver import free_bytes, open_device
 from processes import Died, Job, open_page
 from record import MS, Record, S, Setting
 
-ASKS = "how fast do 20 GB leave and come back, and are they what they were?"
 WANTED_BYTES = 20 * 10**9
 PIECE_BYTES = 64 << 20
 TIMES = 3

@@ -13,7 +13,6 @@ from driver import cu, free_bytes, open_device
 from kernels import Kernels
 from record import Record, Setting
 
-ASKS = "what is this machine?"
 PACKAGES = (
     *("cuda-bindings", "nvidia-ml-py", "torch", "triton", "cupy-cuda13x", "cupy-cuda12x"),
     *("jax", "jaxlib", "numpy", "matplotlib"),

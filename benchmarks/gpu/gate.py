@@ -12,8 +12,6 @@ from loop import Talk
 from processes import Died, Job, Look, open_page
 from record import MS, US, Record, Setting
 
-ASKS = "what does an open gate cost, and how long does a closed one take to drain?"
-
 BOUNDS_US = (150, 500, 2000)
 """Settings of the page: how much work may be in flight."""
 KERNELS_US = (10, 100, 1000, 20_000)

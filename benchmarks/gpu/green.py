@@ -12,7 +12,6 @@ from processes import Job
 from record import Record, Setting
 from subsets import Subset, split
 
-ASKS = "does a green context have what it says, and does that hold beside a neighbour?"
 SHARES = (0.06, 0.25, 0.5, 0.75)
 KERNEL_US = 500
 TIMES = 30

@@ -3,6 +3,7 @@ launches passes the gate."""
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import time
 from typing import Any
@@ -12,7 +13,6 @@ from cotenant.devices.nvidia.page import ControlPage, Seat
 from processes import Died, Job, open_page
 from record import MS, Record, Setting
 
-ASKS = "does each library here go through the shim, and is every launch seen?"
 MODULES = {
     "plain": "",
     "bindings": "cuda.bindings",
@@ -29,8 +29,8 @@ START_S = 40.0
 def run(setting: Setting, record: Record) -> None:
     """All libraries, in processes of their own."""
     for library, module in MODULES.items():
-        if module and not _is_here(module):
-            record.without(library, "not installed")
+        if reason := _missing(module):
+            record.without(library, reason)
             continue
         with record.part(library):
             record.need(2)
@@ -42,11 +42,16 @@ def run(setting: Setting, record: Record) -> None:
                 page.close()
 
 
-def _is_here(module: str) -> bool:
+def _missing(module: str) -> str:
+    """Why it need not be tried; empty if it may work."""
     try:
-        return importlib.util.find_spec(module) is not None
+        if module and importlib.util.find_spec(module) is None:
+            return "not installed"
+        if module == "torch" and importlib.metadata.version("torch").endswith("+cpu"):
+            return "a build without CUDA"
     except ImportError:
-        return False
+        return "not installed"
+    return ""
 
 
 def _watch(job: Job, page: ControlPage, setting: Setting, record: Record) -> dict[str, Any]:

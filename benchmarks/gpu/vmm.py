@@ -10,7 +10,6 @@ from evicting import Mapped
 from kernels import Kernels, copy_rate
 from record import US, Record, Setting
 
-ASKS = "what does mapping cost at 2, 64 and 512 MB, and how fast are pinned copies?"
 SIZES_MB = (2, 64, 512)
 TIMES = 20
 COPIED_MB = (2, 64, 512)
