@@ -151,7 +151,9 @@ def _rounds(bench: Bench, setting: Setting, record: Record) -> None:
     rounds: list[dict[str, Any]] = []
     window = _window(bench, record)
     record.figure("window_s", window)
-    while not rounds or record.left_s > 1.3 * len(bench.arms) * (window + SETTLE_S):
+    took = 0.0
+    while not rounds or record.left_s > 1.1 * took:
+        begun = time.monotonic()
         chance = random.Random(setting.seed + len(rounds))
         times = _arrivals(bench, chance, window)
         found: dict[str, Any] = {}
@@ -162,13 +164,14 @@ def _rounds(bench: Bench, setting: Setting, record: Record) -> None:
         rounds.append(found)
         record.samples["rounds"] = rounds
         _figures(record, rounds, list(bench.arms))
+        took = time.monotonic() - begun
         if not found:
             break
 
 
 def _window(bench: Bench, record: Record) -> float:
     """Seconds of an arm, so that three rounds fit."""
-    each = record.left_s / (3 * max(1, len(bench.arms))) - SETTLE_S
+    each = record.left_s / (3.5 * max(1, len(bench.arms))) - SETTLE_S
     return max(LEAST_WINDOW_S, min(WINDOW_S, each))
 
 
