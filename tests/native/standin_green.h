@@ -56,7 +56,7 @@ EXPORT int cuDeviceGetDevResource(int d, struct resource *r, int type)
     return OK;
 }
 
-static void take(struct resource *from, struct resource *to, unsigned count)
+static void green_take(struct resource *from, struct resource *to, unsigned count)
 {
     for (int i = 0; i < SMS_MOST && count; i++)
         if ((from->has[i / 8] >> i % 8) & 1) {
@@ -86,7 +86,7 @@ EXPORT int cuDevSmResourceSplitByCount(struct resource *out, unsigned *groups, c
     for (unsigned i = 0; i < *groups; i++) {
         memset(&out[i], 0, sizeof out[i]);
         out[i].split = left.split;
-        take(&left, &out[i], count);
+        green_take(&left, &out[i], count);
         settle(&out[i]);
     }
     settle(&left);
