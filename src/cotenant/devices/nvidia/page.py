@@ -24,7 +24,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from cotenant.domain.errors import DeviceError
-from cotenant.domain.units import MS, S
+from cotenant.domain.units import MS, US, S
 
 PAGE_MAGIC = int.from_bytes(b"COTTGATE", "little")
 SEAT_MAGIC = int.from_bytes(b"COTTSEAT", "little")
@@ -72,6 +72,8 @@ _MOST_BYTES = 1 << 50
 _FUTEX_WAKE = 1
 _FUTEX = {"x86_64": 202, "aarch64": 98}
 _LOOK_NS = MS // 2
+_FIRST_LOOK_NS = 20 * US
+"""The second look at a drain comes so soon, each further one after twice the time."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,8 @@ class ControlPage:
                 self._fd = -1
             raise DeviceError(f"control page {self.path}: {error}") from error
         self._word = head[3]
+        # Numbers of orders go on, so that no answer to an old one passes for that to a new one.
+        self._order = max(command >> 32 for command in head[-SEATS:])
         self._locate()
 
     def _locate(self) -> None:
@@ -287,11 +291,13 @@ class ControlPage:
     def wait_drained(self, timeout_ns: int) -> bool:
         """Whether the gate drained within this time; beats meanwhile. Blocks."""
         end = time.monotonic_ns() + timeout_ns
+        rest = _FIRST_LOOK_NS
         while not self.drained():
             if time.monotonic_ns() >= end:
                 return False
             self.beat()
-            time.sleep(_LOOK_NS / S)
+            time.sleep(rest / S)
+            rest = min(2 * rest, _LOOK_NS)
         return True
 
     def drained(self) -> bool:
