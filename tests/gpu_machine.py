@@ -47,6 +47,7 @@ class GpuMachine(msgspec.Struct):
             "LD_LIBRARY_PATH": f"{nvml}:{cuda}",
             "COTENANT_NVML_STANDIN": str(self.machine),
             "COTENANT_JOB": str(self.job),
+            "COTENANT_MEMORY_JOB": str(self.job.with_name("memory_job")),
         }
 
 
@@ -75,6 +76,7 @@ def compile_driver(folder: Path) -> None:
 def make(folder: Path, nvml: Path) -> GpuMachine:
     """Build all of it into ``folder``."""
     compile_driver(folder / "cuda")
-    compile_c(HERE / "job.c", folder / "job", [])
+    for name in ("job", "memory_job"):
+        compile_c(HERE / f"{name}.c", folder / name, [])
     builder().build(SHIM.parent)
     return GpuMachine((nvml, folder / "cuda"), folder / "job", folder / "machine")

@@ -19,12 +19,15 @@ PART = Partition("cuda:0", "cuda", (0,))
 JOB = os.environ["COTENANT_JOB"]
 
 
-def start(device: CudaDevice, name: str, command: str, **owned: str) -> "subprocess.Popen[bytes]":
+def start(
+    device: CudaDevice, name: str, command: str, memory: int = 0, **owned: str
+) -> "subprocess.Popen[bytes]":
     """A job: a root, of which the command is a child."""
-    launch = device.launch(Tenant(name, TenantKind.JOB), None)
+    launch = device.launch(Tenant(name, TenantKind.JOB, memory=memory), None)
     root = subprocess.Popen(
-        ["sh", "-c", f"{{ {command}; }} & echo $!; wait"],
+        ["sh", "-c", f"exec 3<&0; {{ {command}; }} <&3 & echo $!; wait"],
         env=launch.applied({**os.environ, **owned}),
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
     device.attach(Tenant(name, TenantKind.JOB), root.pid)

@@ -320,6 +320,55 @@ def test_children_of_a_job_are_its_own(drive: Callable[..., Driven], gpu: GpuMac
     assert driven.do("answer = d.facts()['j'].memory") == len(pids) << 20
 
 
+# --- memory ---------------------------------------------------------------------------------
+
+
+def asks(driven: Driven, words: str) -> str:
+    """A command to ``memory_job`` and its answer, which may have to wait."""
+    line = f"r_j.stdin.write({(words + chr(10)).encode()!r}); r_j.stdin.flush()"
+    return str(driven.do(f"{line}; answer = r_j.stdout.readline().decode().strip()"))
+
+
+@pytest.fixture
+def keeper(drive: Callable[..., Driven]) -> Driven:
+    """A job that has 64 MiB, of 100 that it may have."""
+    driven = drive()
+    driven.do("gates.AWAY = 300_000_000")
+    line = "r_j = start(d, 'j', '$COTENANT_MEMORY_JOB', memory=100 << 20); d.grant('j', PART)"
+    driven.do(f"{line}; answer = [r_j.stdout.readline(), r_j.stdout.readline()]")
+    assert asks(driven, f"alloc a {64 << 20}") == "0"
+    assert asks(driven, "fill a 7") == "0"
+    return driven
+
+
+def test_a_job_has_no_more_memory_than_it_may(keeper: Driven) -> None:
+    assert asks(keeper, f"alloc b {64 << 20}") != "0"
+    assert asks(keeper, f"alloc b {16 << 20}") == "0"
+    assert keeper.do("d.refresh(); answer = d.facts()['j'].memory") >= 80 << 20
+
+
+@pytest.mark.parametrize("granted", [True, False])
+def test_what_is_taken_from_a_job_is_back_when_it_goes_on(keeper: Driven, granted: bool) -> None:
+    before = asks(keeper, "sum a")
+    held = int(keeper.do("d.refresh(); answer = d.facts()['j'].memory"))
+    if not granted:
+        keeper.do("d.revoke('j', PART)")
+    keeper.do("d.evict('j', 32 << 20)")
+    left = int(keeper.do("answer = d.facts()['j'].memory"))
+    assert left <= held - (32 << 20)
+    if not granted:
+        keeper.do("d.grant('j', PART)")
+    until(lambda: keeper.do("d.refresh(); answer = d.facts()['j'].memory") == held)
+    assert asks(keeper, "sum a") == before
+
+
+def test_a_request_does_not_wait_for_memory_that_goes(keeper: Driven) -> None:
+    keeper.do("d.evict('j', 1 << 20)")
+    assert keeper.do("answer = d.revoke('j', PART)") > 0
+    keeper.do("import time; time.sleep(0.4); d.refresh()")
+    assert keeper.do("answer = d._gates.page('j').closed"), "nobody has granted it anything since"
+
+
 # --- a driver in trouble --------------------------------------------------------------------
 
 

@@ -137,6 +137,7 @@ class CudaDevice:
             revoke_ns=drain(self._config.bound).most if self._gates is not None else 0,
             repartition_ns=1 * MS,
             limits=tuple(self._limits),
+            evicts=self._gates is not None,
             kv=self._config.kv,
         )
 
@@ -153,7 +154,7 @@ class CudaDevice:
             return Launch(fixed={**shown, PROCESSOR: f"{CUDA}{self._uuid}"})
         if self._gates is None:
             return Launch(fixed=shown)
-        found = self._gates.launch(tenant.id)
+        found = self._gates.launch(tenant.id, tenant.memory)
         return Launch(fixed={**shown, **found.fixed}, prepend=found.prepend)
 
     def attach(self, tenant: Tenant, pid: int) -> PreemptLevel:
@@ -216,16 +217,20 @@ class CudaDevice:
             self._gates.look({name: self._used.keys() & set(t.pids) for name, t in jobs.items()})
 
     def facts(self) -> dict[str, TenantFacts]:
-        """Memory as the driver says it, 0 where it does not."""
+        """Memory as the driver says it, of a job as it says itself where that is more."""
         found = {}
         for name, tenant in list(self._tenants.items()):
             memory = sum(self._used.get(pid, 0) for pid in tenant.pids)
+            if tenant.is_job and self._gates is not None:
+                memory = max(memory, self._gates.memory(name))
             past = self._gates is not None and self._gates.beyond(name)
             found[name] = TenantFacts(memory, PreemptLevel.NONE if past else tenant.level)
         return found
 
     def evict(self, job: str, size: int) -> None:
-        pass
+        if self._gates is not None and self._job(job).level > PreemptLevel.NONE:
+            moved = self._gates.evict(job, size)
+            log.info("memory taken from a job", extra={"job": job, "bytes": moved, "asked": size})
 
 
 def _find(nvml: Nvml, config: CudaConfig) -> NvmlGpu:

@@ -8,6 +8,9 @@ The laws:
   call and its seat lies a moment.
 * Pages lie under a name that the next node of the same state directory finds: of a job that
   outlived its node it takes over the page, closed.
+* A job that is to give memory computes nothing while its memory goes, nor for ``AWAY`` after: who
+  waits for the memory has that long to take it. Then its gate opens if it is granted space, and it
+  goes on once all of it is back.
 * A thread of its own says to all jobs that the node lives, whatever the node's other threads wait
   for. When it stops, gates open by themselves (docs/gate.md).
 """
@@ -37,6 +40,10 @@ BEATS: Final = 8
 DRAIN_WITHIN: Final = 8 * S
 """How long a revocation waits for what is in flight; below what a call to a device may take."""
 log = logging.getLogger("cotenant.devices")
+EVICT_WITHIN: Final = 20 * S
+"""How long memory may take to go."""
+AWAY: Final = 5 * S
+"""How long it stays away at least."""
 _PREFIX: Final = "cotenant-gates-"
 _SHARED: Final = Path("/dev/shm")
 
@@ -59,7 +66,11 @@ class Gates:
         """Processes that were shown and not attached at the last look."""
         self._beyond: dict[str, frozenset[int]] = {}
         """Those at the last two."""
+        self._granted: set[str] = set()
+        self._away_until: dict[str, float] = {}
+        """Until when (ns) a gate stays closed, whatever is granted."""
         self._lock = threading.Lock()
+        """Gates turn, and pages come and go, under it."""
         self._ends = threading.Event()
         self._beater: threading.Thread | None = None
 
@@ -98,13 +109,15 @@ class Gates:
 
     # --- jobs -------------------------------------------------------------------------------
 
-    def launch(self, job: str) -> Launch:
-        """Make the job's page anew, closed; what its processes need. Raises DeviceError."""
+    def launch(self, job: str, quota: int = 0) -> Launch:
+        """Make the job's page anew, closed; what its processes need. ``quota``: bytes of device
+        memory that it may have, 0 for any number. Raises DeviceError."""
         self.forget(job)
         page = self._make(job)
         page.path.unlink(missing_ok=True)
         page.open()
         page.close_gate()
+        page.set_quota(quota)
         with self._lock:
             self._pages[job] = page
         return Launch(
@@ -137,24 +150,60 @@ class Gates:
     def _drop(self, job: str, keep: bool) -> None:
         with self._lock:
             page = self._pages.pop(job, None)
+            self._granted.discard(job)
+            self._away_until.pop(job, None)
         self._outside.pop(job, None)
         self._beyond.pop(job, None)
         if page is not None:
             page.close(keep and bool(proctree.marked(VARIABLE, str(page.path))))
 
     def grant(self, job: str) -> None:
-        """Open the gate. Raises DeviceError for a job that has none."""
-        self.page(job).open_gate()
+        """Open the gate, once the job's memory may come back. Raises DeviceError for a job that has
+        none."""
+        page = self.page(job)
+        with self._lock:
+            self._granted.add(job)
+            self._settle(job, page)
+
+    def _settle(self, job: str, page: ControlPage) -> None:
+        """Under the lock: open the gate if it is to be."""
+        if time.monotonic_ns() >= self._away_until.get(job, 0):
+            self._away_until.pop(job, None)
+            page.open_gate()
 
     def revoke(self, job: str) -> int:
         """Close the gate and wait until nothing of the job is on the GPU; the ns that took. Raises
         DeviceError where it does not drain: it stays closed."""
         page = self.page(job)
         began = time.monotonic_ns()
-        page.close_gate()
+        with self._lock:
+            self._granted.discard(job)
+            page.close_gate()
         if not page.wait_drained(DRAIN_WITHIN):
             raise DeviceError(f"{job}: {self._undrained(page)}")
         return time.monotonic_ns() - began
+
+    def evict(self, job: str, size: int) -> int:
+        """Take up to so many bytes off the GPU; how many went. Raises DeviceError where the job's
+        work does not end, or its memory does not go, in time."""
+        page = self.page(job)
+        with self._lock:
+            self._away_until[job] = time.monotonic_ns() + DRAIN_WITHIN + EVICT_WITHIN
+            page.close_gate()
+        moved = None
+        try:
+            if not page.wait_drained(DRAIN_WITHIN):
+                raise DeviceError(f"{job}: no memory was taken: {self._undrained(page)}")
+            with self._lock:
+                number = page.evict(size)
+            moved = page.wait_evicted(number, EVICT_WITHIN)
+            if moved is None or moved.errors:
+                why = "it takes too long" if moved is None else f"the driver said {moved.errors}"
+                raise DeviceError(f"{job}: not all of its memory was taken: {why}")
+            return moved.moved
+        finally:
+            with self._lock:
+                self._away_until[job] = time.monotonic_ns() + (AWAY if moved else 0)
 
     def page(self, job: str) -> ControlPage:
         """Raises DeviceError for a job that has none."""
@@ -174,7 +223,11 @@ class Gates:
     # --- who is behind the gate -------------------------------------------------------------
 
     def look(self, shown: Mapping[str, Collection[int]]) -> None:
-        """Take note of the processes of each job that the driver shows on the GPU."""
+        """Take note of the processes of each job that the driver shows on the GPU; open the gates
+        of those whose memory was away long enough."""
+        with self._lock:
+            for job in self._granted:
+                self._settle(job, self._pages[job])
         for job, pids in shown.items():
             page = self._pages.get(job)
             if page is None:
@@ -182,6 +235,11 @@ class Gates:
             outside = frozenset(pid for pid in pids if not page.attached(pid))
             self._beyond[job] = outside & self._outside.get(job, frozenset())
             self._outside[job] = outside
+
+    def memory(self, job: str) -> int:
+        """Bytes on the GPU, as the processes of a job say themselves."""
+        page = self._pages.get(job)
+        return sum(seat.memory.resident for seat in page.seats()) if page is not None else 0
 
     def beyond(self, job: str) -> frozenset[int]:
         """Processes of a job that compute where the gate cannot hold them."""
