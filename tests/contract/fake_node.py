@@ -57,6 +57,9 @@ class FakeNode:
         self.submitted: list[JobSpec] = []
         self.script: list[str | Refused | None] = []
 
+    def plan(self, dry_run: bool) -> dict[str, Any]:
+        return {"dry_run": dry_run}
+
     def is_ready(self) -> bool:
         return "double" in self.loaded
 

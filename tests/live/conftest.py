@@ -557,7 +557,7 @@ class Box:
         place of those that the configuration names."""
         config = wiring.read_config(self.directory / "cotenant.yaml")
         if not devices:
-            devices = [_gentle(device) for device in config.devices]
+            devices = [_gentle(device, Path(config.state_dir)) for device in config.devices]
         limits = Limits(body_bytes=config.limits.body)
         async with Node(config, devices, clock) as node:
             app = build_app(node, Intake(limits), None)
@@ -570,11 +570,11 @@ class Box:
                 await http.stop(5.0)
 
 
-def _gentle(config: DeviceConfig) -> Device:
+def _gentle(config: DeviceConfig, state: Path) -> Device:
     """A device that leaves this process its ordinary priority."""
     if isinstance(config, CpuConfig):
         config = msgspec.structs.replace(config, realtime="never")
-    return wiring.make_device(config)
+    return wiring.make_device(config, state)
 
 
 Boxes = Callable[..., Box]

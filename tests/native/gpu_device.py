@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import traceback
+from pathlib import Path
 
 from cotenant.devices.nvidia import gates, selftest, shim
 from cotenant.devices.nvidia.device import CudaDevice
@@ -38,7 +39,7 @@ names = {
     "CudaConfig": CudaConfig,
     "CudaDevice": CudaDevice,
     "JOB": JOB,
-    "NODE": os.environ["STANDIN_STATS"],
+    "NODE": Path(os.environ["STANDIN_STATS"]).parent,
     "PART": PART,
     "Tenant": Tenant,
     "TenantKind": TenantKind,

@@ -136,9 +136,8 @@ def test_without_a_gate_that_works_the_level_is_none_and_that_is_said(
         ("gpu='7'", nvml_standin.Box(gpus=(nvml_standin.h100(),))),
         ("gpu='0'", nvml_standin.Box()),
         ("memory=1 << 50", nvml_standin.Box(gpus=(nvml_standin.h100(),))),
-        ("gpu='0'", nvml_standin.Box(gpus=(nvml_standin.h100(mig=True),))),
     ],
-    ids=["another GPU", "no GPU", "too much memory", "divided"],
+    ids=["another GPU", "no GPU", "too much memory"],
 )
 def test_a_gpu_that_is_not_as_it_is_to_be_is_refused(
     drive: Callable[..., Driven], gpu: GpuMachine, config: str, box: nvml_standin.Box

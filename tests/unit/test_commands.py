@@ -38,6 +38,7 @@ from cotenant.policy.dispatcher import Dispatcher
 from cotenant.policy.state import DispatcherState
 from cotenant.serving.control import ControlServer
 from tests.replay.histories import record
+from tests.unit.test_plan_view import plan_document
 from tests.unit.test_views import status
 
 PROGRAM = """
@@ -62,6 +63,9 @@ class StubNode:
     def status(self) -> dict[str, Any]:
         journal = {"directory": str(self.directory / "journal"), "dropped": 0, "error": None}
         return status(journal=journal)
+
+    def plan(self, dry_run: bool) -> dict[str, Any]:
+        return plan_document(dry_run)
 
     def jobs(self) -> list[JobStatus]:
         job = JobStatus("a1b2c3d4", "train", self.state, ("x",), 1.0, 0.0, 1.0, 0)
@@ -134,7 +138,7 @@ def child(*argv: str, **kwargs: Any) -> subprocess.Popen[bytes]:
 def test_status_jobs_and_top_show_the_node(
     node: StubNode, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for argv in (["status"], ["jobs"], ["top", "--once"]):
+    for argv in (["status"], ["jobs"], ["top", "--once"], ["plan"], ["plan", "--dry-run"]):
         assert cotenant(*argv) == 0
         shown = capsys.readouterr().out
         assert "train" in shown and "\x1b" not in shown, "no colours in a pipe"
@@ -143,12 +147,14 @@ def test_status_jobs_and_top_show_the_node(
 def test_json_is_what_the_node_said(node: StubNode, capsys: pytest.CaptureFixture[str]) -> None:
     assert cotenant("status", "--json") == 0
     assert json.loads(capsys.readouterr().out) == node.status()
+    assert cotenant("plan", "--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out) == node.plan(dry_run=True)
     assert cotenant("jobs", "--json") == 0
     assert json.loads(capsys.readouterr().out)[0]["name"] == "train"
 
 
 def test_without_a_node_there_is_one_clear_error(tmp_path: Path) -> None:
-    for name in ("status", "jobs", "top"):
+    for name in ("status", "jobs", "top", "plan"):
         with pytest.raises(EnvironmentProblem, match="no node is running"):
             cotenant(name, "--state-dir", str(tmp_path / "none"))
 
@@ -292,7 +298,7 @@ def test_help_of_every_command_can_be_printed(capsys: pytest.CaptureFixture[str]
     parser = argparse.ArgumentParser()
     subparsers = parser.add_subparsers()
     commands.add_commands(subparsers)
-    assert len(subparsers.choices) == 11
+    assert len(subparsers.choices) == 12
     for name in subparsers.choices:
         with pytest.raises(SystemExit) as exit:
             cotenant(name, "--help")

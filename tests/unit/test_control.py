@@ -58,6 +58,8 @@ def test_every_operation_reaches_the_node(tmp_path: Path) -> None:
     def use(path: Path) -> None:
         client = ControlClient(path)
         assert client.status() == {"node": "fake"}
+        assert client.plan(dry_run=True) == {"dry_run": True}
+        assert client.plan() == {"dry_run": False}
         assert client.submit(spec) == "j1"
         (job,) = client.jobs()
         assert (job.name, job.command, job.created) == ("train", ("python", "t.py"), 12.5)

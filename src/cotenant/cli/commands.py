@@ -52,6 +52,15 @@ def cmd_status(args: argparse.Namespace) -> int:
 
 
 @command
+def cmd_plan(args: argparse.Namespace) -> int:
+    """``cotenant plan``: the plan in force; with ``--dry-run`` also the one that would be made."""
+    from cotenant.cli.plan import plan_view
+
+    found = _client(args).plan(args.dry_run)
+    return as_json(found) if args.json else show(plan_view(found))
+
+
+@command
 def cmd_jobs(args: argparse.Namespace) -> int:
     """``cotenant jobs``: all jobs, oldest first."""
     from cotenant.cli.views import jobs_view
@@ -302,6 +311,12 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         "--interval", type=options.positive, default=1.0, metavar="S", help="seconds (1)"
     )
     top.add_argument("--once", action="store_true", help="print one picture and stop")
+    plan = add("plan", cmd_plan, "show who has which partition, and why", node, machine)
+    plan.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="also what would be planned now, and what that would take; changes nothing",
+    )
     add("jobs", cmd_jobs, "list jobs", node, machine)
     box = add("devices", cmd_devices, "show what devices this machine has", machine)
     box.add_argument("--kind", choices=KINDS, help="only devices of this kind (all)")

@@ -66,11 +66,12 @@ def seconds(value: float | None) -> str:
     return f"{hours}h{minutes:02d}m" if hours < 48 else f"{hours // 24}d{hours % 24:02d}h"
 
 
-def _table(*columns: str, right: Iterable[str] = ()) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+def new_table(*columns: str, right: Iterable[str] = ()) -> Table:
+    """An empty table without lines; columns named in ``right`` are aligned so."""
+    made = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     for name in columns:
-        table.add_column(name, justify="right" if name in right else "left", overflow="ellipsis")
-    return table
+        made.add_column(name, justify="right" if name in right else "left", overflow="ellipsis")
+    return made
 
 
 def _state(value: Any) -> Text:
@@ -152,8 +153,10 @@ def _devices(status: dict[str, Any]) -> list[RenderableType]:
 def _partitions(status: dict[str, Any]) -> RenderableType:
     names = _job_names(status)
     colours = _colours(status)
-    table = _table("PARTITION", "DEVICE", "RUNS NOW", "BUSY", "BY", "SLICE", "BACK p99", "SWITCHES",
-                   right=("SLICE", "BACK p99", "SWITCHES"))  # fmt: skip
+    table = new_table(
+        "PARTITION", "DEVICE", "RUNS NOW", "BUSY", "BY", "SLICE", "BACK p99", "SWITCHES",
+        right=("SLICE", "BACK p99", "SWITCHES"),
+    )  # fmt: skip
     for partition in status.get("partitions") or ():
         busy = {k: v or 0.0 for k, v in (partition.get("busy") or {}).items()}
         slice_ms, back = partition.get("slice_ms"), partition.get("revoke_p99_us")
@@ -222,7 +225,7 @@ def _services(status: dict[str, Any]) -> RenderableType:
     services = status.get("services") or []
     if not services:
         return plain("no services", "dim")
-    table = _table(
+    table = new_table(
         "SERVICE", "STATE", "RATE/s", "QUEUE", "BATCH", "p50 ms", "p95", "p99", "OBJECTIVE",
         "MET", "REFUSED",
         right=("RATE/s", "QUEUE", "BATCH", "p50 ms", "p95", "p99", "OBJECTIVE", "MET"),
@@ -292,7 +295,7 @@ def jobs_view(jobs: list[dict[str, Any]]) -> RenderableType:
     if not jobs:
         return plain("no jobs", "dim")
     counts = ("PROGRESS", "RATE/s", "GRANTED", "PAUSES", "RESTARTS")
-    table = _table("JOB", "NAME", "STATE", "ON", *counts, "NOTE", right=counts)
+    table = new_table("JOB", "NAME", "STATE", "ON", *counts, "NOTE", right=counts)
     for job in jobs:
         progress = job.get("progress")
         shown = f"{number(progress, 0)} {job.get('progress_unit') or ''}" if progress else DASH

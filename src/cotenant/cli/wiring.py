@@ -55,8 +55,8 @@ def read_config(path: Path) -> NodeConfig:
     )
 
 
-def make_device(config: DeviceConfig, node: str = "") -> Device:
-    """A device that the configuration of the ``node`` of that name (its state directory) has."""
+def make_device(config: DeviceConfig, state: Path) -> Device:
+    """A device that the configuration names; ``state``: the node's directory."""
     match config:
         case CpuConfig():
             memory = config.memory, config.kv
@@ -66,7 +66,7 @@ def make_device(config: DeviceConfig, node: str = "") -> Device:
                 config.id, config.units, config.memory, config.preempt, config.blocking, config.kv
             )
         case CudaConfig():
-            return CudaDevice(config, node)
+            return CudaDevice(config, state)
 
 
 async def serve(config: NodeConfig) -> None:
@@ -79,7 +79,7 @@ async def serve(config: NodeConfig) -> None:
     token = _token(config)
     intake = Intake(Limits(body_bytes=config.limits.body, tensors=config.limits.tensors))
     async with AsyncExitStack() as stack:
-        devices = [make_device(device, config.state_dir) for device in config.devices]
+        devices = [make_device(device, Path(config.state_dir)) for device in config.devices]
         node = await stack.enter_async_context(Node(config, devices))
         control = ControlServer(node, Path(config.state_dir) / "control.sock", stop.set)
         await control.start()

@@ -14,6 +14,7 @@ Who calls, and when (``cotenant.runtime.fleet``):
   partitions.
 * ``refresh``, ``facts`` and ``evict`` run beside everything else, on a third thread, for every
   device.
+* ``spec`` and ``preview`` are asked on the node's loop, whatever else runs: from memory.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Protocol
 from cotenant.domain.device import (
     DeviceSpec,
     Launch,
+    LayoutStep,
     Partition,
     PreemptLevel,
     Tenant,
@@ -38,7 +40,8 @@ class Device(Protocol):
 
     @property
     def spec(self) -> DeviceSpec:
-        """What it can do on this machine; valid after ``open``."""
+        """What it can do on this machine; valid after ``open``, and perhaps another after a change
+        of layout."""
 
     def open(self) -> None:
         """Find out what is there and what is allowed; raises EnvironmentProblem."""
@@ -48,6 +51,10 @@ class Device(Protocol):
 
     def repartition(self, partitions: tuple[Partition, ...]) -> None:
         """Make these the partitions of the device; every one that changes is idle."""
+
+    def preview(self, partitions: tuple[Partition, ...]) -> tuple[LayoutStep, ...]:
+        """What ``repartition`` would do, from what was last seen, step by step; nothing where a
+        layout is only what the node believes. Raises DeviceError for one that it would refuse."""
 
     def launch(self, tenant: Tenant, partition: Partition | None) -> Launch:
         """What a process of the tenant needs before it is executed. A partition is given only

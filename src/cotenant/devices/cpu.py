@@ -48,6 +48,7 @@ from cotenant.domain.device import (
     REST_EVERY,
     DeviceSpec,
     Launch,
+    LayoutStep,
     Partition,
     PreemptLevel,
     Tenant,
@@ -223,6 +224,9 @@ class CpuDevice:
             taken |= units
 
     # --- tenants ----------------------------------------------------------------------------
+
+    def preview(self, partitions: tuple[Partition, ...]) -> tuple[LayoutStep, ...]:
+        return ()
 
     def launch(self, tenant: Tenant, partition: Partition | None) -> Launch:
         if tenant.kind is TenantKind.JOB:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from cotenant.domain.device import (
     DeviceSpec,
     Launch,
+    LayoutStep,
     Partition,
     PreemptLevel,
     Tenant,
@@ -69,6 +70,9 @@ class NullDevice:
             if not set(partition.units) <= set(self._spec.units) - seen:
                 raise DeviceError(f"{partition.id}: its units are taken or do not exist")
             seen |= set(partition.units)
+
+    def preview(self, partitions: tuple[Partition, ...]) -> tuple[LayoutStep, ...]:
+        return ()
 
     def launch(self, tenant: Tenant, partition: Partition | None) -> Launch:
         return Launch()

@@ -132,8 +132,9 @@ class DeviceSpec(msgspec.Struct, frozen=True):
     limits: tuple[str, ...] = ()
     """What this device does without on this machine, in words (shown by ``cotenant status``)."""
     mig: str = ""
-    """The GPU model whose MIG tables (``cotenant.domain.mig``) say which partitions it can form:
-    ``units`` are its memory slices and ``shapes`` says nothing. Empty: any units together."""
+    """Which MIG table (``cotenant.domain.mig.table``) says what partitions it can form: ``units``
+    are its memory slices, and ``shapes`` only how much compute a partition may have. Empty: any
+    units together."""
     slices: int = 0
     """Compute units, where they are counted otherwise than ``units``."""
     trains: bool = True
@@ -155,3 +156,12 @@ class DeviceSpec(msgspec.Struct, frozen=True):
     def compute(self) -> int:
         """Number of compute units."""
         return self.slices or len(self.units)
+
+
+class LayoutStep(msgspec.Struct, frozen=True):
+    """A step of a change of layout, in words, and the ns that it is expected to take: as such steps
+    took on this machine (``measured``), or as it is assumed."""
+
+    what: str
+    ns: int
+    measured: bool

@@ -4,12 +4,16 @@ A GPU instance occupies ``size`` consecutive memory slices from one of its profi
 A set of instances is legal when no two overlap, no profile has more than ``max_instances``, and
 their compute slices fit the device. The tables are data (``data/mig_profiles.json``), each with
 the evidence it rests on; ``None`` in them means not known, to be read from the device.
+
+A device says which table it has by a word (``word``): the model's name, or the table itself where
+none of those carried is the same, as on a GPU of which others have a part.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from functools import cache
+from functools import cache, lru_cache
 from importlib import resources
 
 import msgspec
@@ -18,7 +22,8 @@ from cotenant.domain.errors import ConfigError
 
 
 class Profile(msgspec.Struct, frozen=True):
-    """One kind of GPU instance. ``size`` and ``starts`` are memory slices, ``memory_mib`` MiB."""
+    """One kind of GPU instance. ``size`` and ``starts`` are memory slices, ``memory_mib`` MiB.
+    ``media_extensions``: it is a variant of another profile, which is as large."""
 
     name: str
     id: int
@@ -88,6 +93,28 @@ class Table(msgspec.Struct, frozen=True):
             return f"{compute} compute slices asked for, {self.compute_slices} there are"
         return None
 
+    def units(self, placement: Placement) -> tuple[int, ...]:
+        """The memory slices of an instance."""
+        return tuple(range(placement.start, placement.start + self.profile(placement.profile).size))
+
+    def without(self, others: Iterable[Placement]) -> Table:
+        """What instances that are there already leave."""
+        there = tuple(others)
+        taken = {unit for placement in there for unit in self.units(placement)}
+        count = Counter(placement.profile for placement in there)
+        profiles = tuple(
+            msgspec.structs.replace(
+                p,
+                starts=tuple(s for s in p.starts if taken.isdisjoint(range(s, s + p.size))),
+                max_instances=p.max_instances - count[p.name],
+            )
+            for p in self.profiles
+        )
+        used = sum(self.profile(placement.profile).compute for placement in there)
+        return msgspec.structs.replace(
+            self, compute_slices=self.compute_slices - used, profiles=profiles
+        )
+
     def layouts(self, media: bool = False) -> Iterator[Placements]:
         """Every legal layout, partial and empty ones included, by ascending start.
 
@@ -136,8 +163,30 @@ def tables() -> dict[str, Table]:
     }
 
 
-def table(gpu: str) -> Table:
-    """The table of a GPU model; raises ConfigError, with the models there are, for another."""
-    if gpu not in tables():
-        raise ConfigError(f"no MIG table for {gpu!r}; there are {', '.join(sorted(tables()))}")
-    return tables()[gpu]
+def table(word: str) -> Table:
+    """The table that a device means by a word; raises ConfigError, with the models there are, for
+    one that it cannot mean."""
+    if word.startswith("{"):
+        return _read(word)
+    if word not in tables():
+        raise ConfigError(f"no MIG table for {word!r}; there are {', '.join(sorted(tables()))}")
+    return tables()[word]
+
+
+@lru_cache(maxsize=64)
+def _read(word: str) -> Table:
+    return msgspec.json.decode(word, type=Table)
+
+
+def word(found: Table) -> str:
+    """What ``table`` makes this table of, or one that differs in nothing but its evidence."""
+    shapes = _shapes(found)
+    for gpu, known in tables().items():
+        if _shapes(known) == shapes:
+            return gpu
+    return msgspec.json.encode(found).decode()
+
+
+def _shapes(found: Table) -> tuple[int, int, list[Profile]]:
+    profiles = sorted(found.profiles, key=lambda p: (p.id, p.name))
+    return found.memory_slices, found.compute_slices, profiles

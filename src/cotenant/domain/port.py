@@ -245,6 +245,10 @@ class NodePort(Protocol):
     def status(self) -> dict[str, Any]:
         """Everything ``cotenant status`` and ``cotenant top`` show, as JSON-ready values."""
 
+    def plan(self, dry_run: bool) -> dict[str, Any]:
+        """The plan in force and, for a ``dry_run``, the one that would be made now with what it
+        would take; changes nothing. JSON-ready."""
+
     def submit_job(self, spec: JobSpec) -> str:
         """Queue a job durably; returns its id."""
 

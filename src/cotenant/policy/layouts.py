@@ -36,8 +36,7 @@ def make_partition(device: DeviceSpec, units: tuple[int, ...]) -> Partition:
 def without_services(device: DeviceSpec) -> Layout:
     """All of it for jobs."""
     if device.mig:
-        whole = max(table(device.mig).profiles, key=lambda p: p.compute).name
-        return _mig_layout(device, (), (Placement(0, whole),))
+        return _mig_layout(device, (), _largest(device.mig))
     if not device.trains:
         return Layout((_whole(device),))
     return unit_layout(device, 0, 1)
@@ -167,6 +166,17 @@ def _combinations(gpu: str) -> dict[Profiles, dict[Profiles, list[tuple[Placemen
                 here, there = (tuple(sorted(p.profile for p in ps)) for ps in (mine, rest))
                 found.setdefault(here, {}).setdefault(there, []).append((mine, rest))
     return found
+
+
+@cache
+def _largest(gpu: str) -> Placements:
+    """The fewest instances to which none can be added, and of such those with most compute."""
+    known = table(gpu)
+
+    def rank(layout: Placements) -> tuple[int, int]:
+        return len(layout), -sum(known.profile(p.profile).compute for p in layout)
+
+    return min(_full(known), key=rank)
 
 
 def _full(gpu: Table) -> list[Placements]:

@@ -20,6 +20,7 @@ Laws (docs/design.md says why):
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 import msgspec
@@ -77,6 +78,10 @@ class Planner:
         state.members = members
         state.version += 1
         return self._make(views, reasons)
+
+    def preview(self, snapshot: Snapshot) -> Plan | None:
+        """What ``plan`` would return. Nothing is remembered of it."""
+        return copy.deepcopy(self).plan(snapshot)
 
     def _forget_refused(self, snapshot: Snapshot) -> None:
         """Begin anew where a device has not the layout that it was to have."""

@@ -218,7 +218,7 @@ class Wishes:
         """As ``_wish``, where jobs are bound to instances: among the layouts one step away that
         hold all objectives, with something to spare, the one that is worth most to the jobs.
         Instances take time to make and jobs to start again, so every wish must hold."""
-        tuning, moving = self.tuning, view.device.move_ns
+        tuning, moving = self.tuning, view.device.move_ns + view.device.repartition_ns
         horizon_s = tuning.horizon / S
         pressing, _ = self._demand.pressing(view)
         here = judge(pressing, current, horizon_s)

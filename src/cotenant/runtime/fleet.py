@@ -13,7 +13,14 @@ from functools import partial
 from typing import TypeVar
 
 from cotenant.devices.base import Device
-from cotenant.domain.device import DeviceSpec, Launch, Partition, PreemptLevel, Tenant
+from cotenant.domain.device import (
+    DeviceSpec,
+    Launch,
+    LayoutStep,
+    Partition,
+    PreemptLevel,
+    Tenant,
+)
 from cotenant.domain.errors import DeviceError, EnvironmentProblem
 from cotenant.runtime.caller import TIMEOUT_S, Caller, fulfil, refuse
 from cotenant.runtime.rlimits import lower
@@ -40,7 +47,7 @@ class Fleet:
         """Called with a tenant, a device and the level at which the tenant can be made to yield
         there from now on, where a look found another than before."""
         self.specs: tuple[DeviceSpec, ...] = ()
-        """The devices, in the order given; once they are open."""
+        """The devices, in the order given; once they are open, and as they are now."""
 
     # --- life -------------------------------------------------------------------------------
 
@@ -203,9 +210,28 @@ class Fleet:
 
         def changed(tag: T, _: None) -> None:
             caller.layout = partitions
+            self._look_at(caller)
             done(tag, None)
 
-        caller.call("repartition", (partitions,), ("", ""), (tag, changed, failed))
+        def refused(tag: T, why: str) -> None:
+            self._look_at(caller)
+            failed(tag, why)
+
+        caller.call("repartition", (partitions,), ("", ""), (tag, changed, refused))
+
+    def _look_at(self, caller: Caller) -> None:
+        """What a device says of itself may be something else now."""
+        spec = caller.spec = caller.device.spec
+        self.specs = tuple(spec if known.id == spec.id else known for known in self.specs)
+
+    def preview(self, device: str, partitions: tuple[Partition, ...]) -> tuple[LayoutStep, ...]:
+        """See ``Device.preview``; raises DeviceError."""
+        return self._callers[device].device.preview(partitions)
+
+    def partition(self, name: str) -> Partition | None:
+        """The partition of this id, of those that devices were given last."""
+        layouts = (caller.layout for caller in self._callers.values())
+        return next((p for layout in layouts for p in layout if p.id == name), None)
 
 
 def _detached(caller: Caller, tenant: str, _: None) -> None:

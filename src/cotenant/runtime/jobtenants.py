@@ -20,10 +20,12 @@ log = logging.getLogger("cotenant.node")
 
 
 class _Run(msgspec.Struct, eq=False):
-    """A job that wants to run, or does; ``attached``: its ``devices`` have its processes."""
+    """A job that wants to run, or does, on ``devices``; ``place``: in this partition, where these
+    bind processes to one; ``attached``: they have its processes."""
 
     spec: JobSpec
     devices: tuple[str, ...] = ()
+    place: str = ""
     attached: bool = False
 
 
@@ -51,7 +53,7 @@ class JobTenants:
         """See Hands."""
         run = self._runs.get(action.job)
         if run is not None:  # else its JobExited is on its way
-            run.devices = action.devices
+            run.devices, run.place = action.devices, action.partition
             self.supervisor.start(action.job)
 
     def stop(self, action: a.Stop) -> None:
@@ -80,7 +82,9 @@ class JobTenants:
 
     async def launch_job(self, spec: JobSpec) -> Launch:
         """See JobShell."""
-        return await self._fleet.launch(self._runs[spec.id].devices, _tenant(spec))
+        run = self._runs[spec.id]
+        partition = self._fleet.partition(run.place) if run.place else None
+        return await self._fleet.launch(run.devices, _tenant(spec), partition)
 
     def on_job_ready(self, spec: JobSpec, pid: int) -> None:
         """See JobShell."""

@@ -18,6 +18,7 @@ from cotenant.devices.base import Device
 from cotenant.domain import events as e
 from cotenant.domain import shares
 from cotenant.domain.config import NodeConfig
+from cotenant.domain.device import DeviceSpec
 from cotenant.domain.errors import CotenantError, EnvironmentProblem, InvalidRequest
 from cotenant.domain.port import (
     IndexEntry,
@@ -29,6 +30,7 @@ from cotenant.domain.port import (
     Refused,
     Withdraw,
 )
+from cotenant.domain.snapshot import Snapshot
 from cotenant.domain.units import MS, S, format_bytes
 from cotenant.domain.workload import JobSpec
 from cotenant.policy.dispatcher import Dispatcher
@@ -44,6 +46,7 @@ from cotenant.runtime.jobspec import minimal
 from cotenant.runtime.jobstore import JobStore
 from cotenant.runtime.jobtenants import JobTenants
 from cotenant.runtime.models import Models
+from cotenant.runtime.preview import plan_view
 from cotenant.runtime.repository import Repository
 from cotenant.runtime.requests import Requests
 from cotenant.runtime.status import node_status
@@ -99,6 +102,11 @@ class Node:
             self._stack = stack.pop_all()
         return self
 
+    @property
+    def specs(self) -> tuple[DeviceSpec, ...]:
+        """What its devices say of themselves now."""
+        return self.fleet.specs
+
     async def start(self) -> None:
         """Load the declared models, then submit the declared jobs and watch over both.
 
@@ -140,12 +148,12 @@ class Node:
 
     def _make_parts(self, stack: contextlib.AsyncExitStack) -> None:
         config, policy = self.config, self.config.policy
-        self.specs = self.fleet.specs
         for spec in self.specs:
             if policy.split is not None and policy.split[0] > len(spec.units):
                 raise EnvironmentProblem(
                     f"policy.split.cores is {policy.split[0]}, {spec.id} has {len(spec.units)}"
                 )
+        _check_alike(self.specs)
         self.monitor = Monitor()
         self.planner = Planner(Tuning(**msgspec.structs.asdict(policy)))
         dispatcher = Dispatcher(self.specs, DispatcherState(most_jobs=config.limits.jobs))
@@ -248,27 +256,29 @@ class Node:
 
     def _plan(self) -> None:
         self._replan = None
-        state = self.core.dispatcher.state
         if self.requests.draining:
             return
-        now = self._clock()
-        statuses = {s.id: s for s in self._job_statuses()}
-        self.monitor.forget_jobs(statuses)
-        snapshot = self.monitor.snapshot(
-            now,
-            self.specs,
-            state,
-            {name: instances.spec for name, instances in self.models.services.items()},
-            {job: status.rate for job, status in statuses.items()},
-            {t: n for spec in self.specs for t, n in self.fleet.memory(spec.id).items()},
-        )
+        snapshot = self.snapshot()
         plan = self.planner.plan(snapshot)
         if self.journal is not None:
-            self.journal.append_plan(now, snapshot, plan)
+            self.journal.append_plan(snapshot.now, snapshot, plan)
         if plan is not None:
             self.planned_at = time.monotonic()
             log.info("plan", extra={"version": plan.version, "reasons": list(plan.reasons)})
             self.core.feed(e.Planned(plan))
+
+    def snapshot(self) -> Snapshot:
+        """What the planner may know now."""
+        statuses = {s.id: s for s in self._job_statuses()}
+        self.monitor.forget_jobs(statuses)
+        return self.monitor.snapshot(
+            self._clock(),
+            self.specs,
+            self.core.dispatcher.state,
+            {name: instances.spec for name, instances in self.models.services.items()},
+            {job: status.rate for job, status in statuses.items()},
+            {t: n for spec in self.specs for t, n in self.fleet.memory(spec.id).items()},
+        )
 
     # --- inference --------------------------------------------------------------------------
 
@@ -402,3 +412,21 @@ class Node:
     def status(self) -> dict[str, Any]:
         """See NodePort."""
         return node_status(self)
+
+    def plan(self, dry_run: bool) -> dict[str, Any]:
+        """See NodePort."""
+        return plan_view(self, dry_run)
+
+
+def _check_alike(specs: Sequence[DeviceSpec]) -> None:
+    """Raise EnvironmentProblem for devices of one kind that are not of one sort: the kind says how
+    fast a model executes on so many units."""
+    for spec in specs:
+        other = next(s for s in specs if s.kind == spec.kind)
+        if other.pins_jobs != spec.pins_jobs:
+            divided, whole = (spec, other) if spec.pins_jobs else (other, spec)
+            raise EnvironmentProblem(
+                f"{divided.id} is divided (MIG is on) and {whole.id} is not; give a node devices "
+                f"of one sort: switch MIG off on the one (nvidia-smi -mig 0) or on on the other "
+                "(-mig 1), or run a node for each"
+            )

@@ -9,6 +9,7 @@ carry any number of them, in turn.
 
     op         fields                 result
     status                            what NodePort.status returns
+    plan       dry_run (bool)         what NodePort.plan returns
     jobs                              list of JobStatus
     submit     those of JobSpec       the new job's id; ``env`` is all of its environment
     cancel     ref                    the job's id
@@ -59,6 +60,7 @@ class ControlServer:
         self._connections: set[asyncio.Task[None]] = set()
         self._ops: dict[str, Callable[[dict[str, Any]], Any]] = {
             "status": lambda _: node.status(),
+            "plan": lambda fields: node.plan(fields.get("dry_run") is True),
             "jobs": lambda _: node.jobs(),
             "submit": lambda fields: node.submit_job(_job_spec(fields)),
             "cancel": lambda fields: node.cancel_job(_ref(fields)),
@@ -165,6 +167,10 @@ class ControlClient:
     def status(self) -> dict[str, Any]:
         """What the node says of itself; see NodePort.status."""
         return msgspec.convert(self._call("status"), dict[str, Any])
+
+    def plan(self, dry_run: bool = False) -> dict[str, Any]:
+        """The plan in force, and what would be planned now; see NodePort.plan."""
+        return msgspec.convert(self._call("plan", dry_run=dry_run), dict[str, Any])
 
     def jobs(self) -> list[JobStatus]:
         """All jobs, oldest first."""

@@ -10,7 +10,9 @@ How it shares the GPU, and why so:
   (``selftest``). Where that fails, or the shim was not built, the device serves and trains, but
   nothing can be taken back: level ``NONE``.
 * A GPU that is not divided is one unit. Kernels of different processes are mixed by the driver as
-  it likes, so that there is no space to promise to one of them.
+  it likes, so that there is no space to promise to one of them. With MIG on, its memory slices are
+  the units and its instances the partitions (``migspace``), each process sees one of them, and the
+  gate works within it. It is tried on the first instance that there is.
 * The host side of jobs runs at a lower weight, so that it does not delay models.
 """
 
@@ -20,17 +22,21 @@ import contextlib
 import logging
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from cotenant.devices import proctree
 from cotenant.devices.nvidia.gates import Gates
+from cotenant.devices.nvidia.migspace import MigSpace
 from cotenant.devices.nvidia.nvml import Nvml, NvmlGpu
-from cotenant.devices.nvidia.selftest import NoGate, gates_on
+from cotenant.devices.nvidia.selftest import NoGate, gates_for, run
+from cotenant.devices.nvidia.space import Space, WholeGpu
 from cotenant.domain.costs import drain
 from cotenant.domain.device import (
     CUDA,
     PROCESSOR,
     DeviceSpec,
     Launch,
+    LayoutStep,
     Partition,
     PreemptLevel,
     Tenant,
@@ -39,7 +45,7 @@ from cotenant.domain.device import (
 )
 from cotenant.domain.device_config import CudaConfig
 from cotenant.domain.errors import DeviceError, EnvironmentProblem
-from cotenant.domain.units import MS, format_bytes
+from cotenant.domain.units import format_bytes
 
 log = logging.getLogger("cotenant.devices")
 
@@ -57,17 +63,19 @@ class _Tenant:
 
 
 class CudaDevice:
-    """The GPU that ``config.gpu`` names, by number or UUID, of the ``node`` of that name."""
+    """The GPU that ``config.gpu`` names, by number or UUID. ``state``: the node's directory, for
+    what is to be known of the GPU by the next node."""
 
     blocking = True
 
-    def __init__(self, config: CudaConfig, node: str) -> None:
+    def __init__(self, config: CudaConfig, state: Path) -> None:
         self._config = config
-        self._node = node
+        self._state = state
         self._nvml = Nvml()
-        self._gpu: NvmlGpu | None = None
+        self._space: Space | None = None
         self._gates: Gates | None = None
-        self._uuid = ""
+        self._tried = False
+        """Whether the gate was seen to work."""
         self._memory = 0
         self._limits: list[str] = []
         self._tenants: dict[str, _Tenant] = {}
@@ -77,18 +85,18 @@ class CudaDevice:
     # --- life -------------------------------------------------------------------------------
 
     def open(self) -> None:
-        """Raises EnvironmentProblem where the GPU is not there, or is divided."""
+        """Raises EnvironmentProblem where the GPU is not there, or may not be used as it is."""
         self._nvml.open()
         try:
             self._find()
             self._open_gates()
         except BaseException:
+            self._space = None
             self._nvml.close()
             raise
 
     def _find(self) -> None:
-        gpu = self._gpu = _find(self._nvml, self._config)
-        self._uuid = gpu.uuid()
+        gpu = _find(self._nvml, self._config)
         total, _, reserved = gpu.memory()
         usable = total - (reserved or 0)
         if self._config.memory > usable:
@@ -99,59 +107,97 @@ class CudaDevice:
         self._memory = self._config.memory or usable
         mig = gpu.mig()
         if mig is not None and mig.on:
-            raise EnvironmentProblem(
-                f"device {self._config.id}: {gpu.name()} is divided (MIG is on), and programs see "
-                f"its instances alone; as root, nvidia-smi -i {gpu.index} -mig 0 makes it whole"
-            )
+            record = self._state / f"mig-{gpu.uuid()}.json"
+            self._space = MigSpace(gpu, self._config.id, record)
+        else:
+            self._space = WholeGpu(gpu, self._config.id)
+        self._space.open()
 
     def _open_gates(self) -> None:
-        """Gates, if they were seen to work here."""
+        """Gates, unless they were seen not to work here."""
         self._limits, self._gates = [], None
         if self._config.preempt is PreemptLevel.NONE:
             self._limits.append("jobs are not taken off: switched off (preempt: none)")
             return
-        node = f"{self._node}:{self._config.id}"
+        node = f"{self._state.absolute()}:{self._config.id}"
         try:
-            self._gates = gates_on(self._uuid, node, self._config.bound)
+            self._gates = gates_for(node, self._config.bound)
         except NoGate as error:
             self._limits.append(f"jobs are not taken off: {error}")
+            return
+        self._try()
+
+    def _try(self) -> None:
+        """Try the gate, once there is something to try it on."""
+        gates, shown = self._gates, self._room.trial()
+        if gates is None or self._tried or not shown:
+            return
+        try:
+            run(gates, shown)
+        except BaseException as error:
+            gates.close()
+            self._gates = None
+            if not isinstance(error, DeviceError):
+                raise
+            self._limits.append(f"jobs are not taken off: {error}")
+        else:
+            self._tried = True
 
     def close(self) -> None:
         """Jobs that still run do so freely."""
         if self._gates is not None:
             self._gates.close()
             self._gates = None
+        if self._space is not None:
+            self._space.close()
+            self._space = None
         self._tenants.clear()
         self._used.clear()
         self._nvml.close()
 
     @property
+    def _room(self) -> Space:
+        assert self._space is not None
+        return self._space
+
+    @property
     def spec(self) -> DeviceSpec:
-        return DeviceSpec(
-            id=self._config.id,
-            kind=CudaConfig.kind,
-            units=(0,),
-            memory=self._memory,
-            shapes=(1,),
-            preempt=PreemptLevel.GATE if self._gates is not None else PreemptLevel.NONE,
-            revoke_ns=drain(self._config.bound).most if self._gates is not None else 0,
-            repartition_ns=1 * MS,
-            limits=tuple(self._limits),
-            evicts=self._gates is not None,
-            kv=self._config.kv,
+        gated = self._gates is not None
+        limits = list(self._limits)
+        if gated and not self._tried:
+            limits.append("jobs: how they yield is tried on the first MIG instance, not yet seen")
+        return self._room.fit(
+            DeviceSpec(
+                id=self._config.id,
+                kind=CudaConfig.kind,
+                units=(),
+                memory=self._memory,
+                shapes=(),
+                preempt=PreemptLevel.GATE if gated else PreemptLevel.NONE,
+                revoke_ns=drain(self._config.bound).most if gated else 0,
+                repartition_ns=0,
+                limits=tuple(limits),
+                evicts=gated,
+                kv=self._config.kv,
+            )
         )
 
     def repartition(self, partitions: tuple[Partition, ...]) -> None:
-        if any(partition.units != (0,) for partition in partitions) or len(partitions) > 1:
-            raise DeviceError(f"{self._config.id}: a GPU that is not divided is one partition")
+        """And try the gate, on the first instance that there is."""
+        self._room.repartition(partitions)
+        self._try()
+
+    def preview(self, partitions: tuple[Partition, ...]) -> tuple[LayoutStep, ...]:
+        return self._room.preview(partitions)
 
     # --- tenants ----------------------------------------------------------------------------
 
     def launch(self, tenant: Tenant, partition: Partition | None) -> Launch:
-        """The GPU by its UUID; for a job its page, with the gate closed."""
-        shown = {VISIBLE: self._uuid}
+        """The GPU, or its instance, by its UUID; for a job its page, with the gate closed."""
+        gpu = self._room.shown(tenant.id, partition)
+        shown = {VISIBLE: gpu}
         if tenant.kind is TenantKind.WORKER:
-            return Launch(fixed={**shown, PROCESSOR: f"{CUDA}{self._uuid}"})
+            return Launch(fixed={**shown, PROCESSOR: f"{CUDA}{gpu}"})
         if self._gates is None:
             return Launch(fixed=shown)
         found = self._gates.launch(tenant.id, tenant.memory)
@@ -169,11 +215,13 @@ class CudaDevice:
 
     def detach(self, tenant: str) -> None:
         found = self._tenants.pop(tenant, None)
+        self._room.forget(tenant)
         if found is not None and found.is_job and self._gates is not None:
             self._gates.forget(tenant)
 
     def grant(self, job: str, partition: Partition) -> None:
         found = self._job(job)
+        self._room.check(job, partition)
         if self._gates is not None and found.level > PreemptLevel.NONE:
             self._gates.grant(job)
         found.granted.add(partition.id)
@@ -191,6 +239,7 @@ class CudaDevice:
     def bind(self, worker: str, partition: Partition) -> None:
         if worker not in self._tenants:
             raise DeviceError(f"{worker}: not attached to {self._config.id}")
+        self._room.check(worker, partition)
 
     def _job(self, job: str) -> _Tenant:
         found = self._tenants.get(job)
@@ -202,8 +251,7 @@ class CudaDevice:
 
     def refresh(self) -> None:
         """Raises NvmlError where the driver does not answer; what was seen before stands."""
-        assert self._gpu is not None
-        shown = self._gpu.processes()
+        shown = self._room.processes()
         self._used = {process.pid: process.memory or 0 for process in shown}
         jobs = {name: t for name, t in list(self._tenants.items()) if t.is_job}
         table = proctree.scan() if jobs else {}

@@ -79,7 +79,7 @@ class MigController:
             starts=tuple(sorted(start for start, _ in places)),
             sms=int(described.multiprocessorCount),
             memory_mib=int(described.memorySizeMB),
-            media_extensions="+me" in name,
+            media_extensions="+" in name or "-" in name,
         )
 
     def _places(self, profile: int) -> list[tuple[int, int]]:

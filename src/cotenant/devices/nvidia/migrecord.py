@@ -5,12 +5,15 @@ dies between two calls finds all of its own again. Instances do not outlive a re
 machine, and their numbers are given again: so the file is of one boot.
 
 It cannot tell an instance of ours that somebody removed and made again at the same place.
+
+Beside that it keeps how long steps took here, whatever the boot.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Final
 
 import msgspec
 
@@ -18,6 +21,8 @@ from cotenant.domain.errors import EnvironmentProblem
 from cotenant.domain.mig import Placement
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+SMOOTHING: Final = 4
+"""The last time that a step took counts for one part in so many."""
 
 
 class Entry(msgspec.Struct, frozen=True):
@@ -30,6 +35,7 @@ class Entry(msgspec.Struct, frozen=True):
 class _File(msgspec.Struct):
     boot: str
     gpus: dict[str, list[Entry]] = {}
+    took: dict[str, dict[str, int]] = {}
 
 
 class MigRecord:
@@ -40,6 +46,7 @@ class MigRecord:
         self._path = path
         self._boot = BOOT_ID.read_text().strip() if boot is None else boot
         self._gpus: dict[str, list[Entry]] = {}
+        self._took: dict[str, dict[str, int]] = {}
 
     def open(self) -> None:
         """Read what an earlier node left."""
@@ -53,6 +60,7 @@ class MigRecord:
                 "made. Without it they are left as they are: remove them by nvidia-smi, and the "
                 "file"
             ) from None
+        self._took = found.took
         if found.boot == self._boot:
             self._gpus = found.gpus
 
@@ -71,10 +79,29 @@ class MigRecord:
 
     def _write(self, gpu: str, entries: list[Entry]) -> None:
         gpus = {**self._gpus, gpu: sorted(entries, key=lambda e: e.placement)}
+        self._put(gpus)
+        self._gpus = gpus
+
+    def _put(self, gpus: dict[str, list[Entry]]) -> None:
         fresh = self._path.with_suffix(".new")
         with fresh.open("wb") as file:
-            file.write(msgspec.json.encode(_File(self._boot, gpus)))
+            file.write(msgspec.json.encode(_File(self._boot, gpus, self._took)))
             file.flush()
             os.fsync(file.fileno())
         fresh.replace(self._path)
-        self._gpus = gpus
+
+    # --- how long steps took ----------------------------------------------------------------
+
+    def took(self, gpu: str) -> dict[str, int]:
+        """What steps took on a GPU lately, ns by name."""
+        return self._took.get(gpu, {})
+
+    def learn(self, gpu: str, step: str, ns: int) -> None:
+        """A step took so long; kept for good by ``save``, or whatever is written next."""
+        known = self.took(gpu)
+        before = known.get(step, ns)
+        self._took = {**self._took, gpu: {**known, step: before + (ns - before) // SMOOTHING}}
+
+    def save(self) -> None:
+        """Write it all down."""
+        self._put(self._gpus)

@@ -219,13 +219,18 @@ class NvmlGpu:
 
     def mig_devices(self) -> tuple[MigDevice, ...]:
         """Its compute instances, by number."""
+        found = [self._mig_device(instance) for instance in self.mig_handles()]
+        return tuple(sorted(found, key=lambda d: (d.gpu_instance, d.compute_instance)))
+
+    def mig_handles(self) -> tuple[NvmlGpu, ...]:
+        """Each of them as a GPU of its own: its UUID, memory and processes."""
         found = []
         for index in range(self.ask("nvmlDeviceGetMaxMigDeviceCount")):
             ask = partial(self.ask, "nvmlDeviceGetMigDeviceHandleByIndex", index)
             handle = self._unless(Code.NOT_FOUND, ask)
             if handle is not None:
-                found.append(self._mig_device(NvmlGpu(self.nvml, handle, self.where, index)))
-        return tuple(sorted(found, key=lambda d: (d.gpu_instance, d.compute_instance)))
+                found.append(NvmlGpu(self.nvml, handle, self.where, index))
+        return tuple(found)
 
     def _mig_device(self, device: NvmlGpu) -> MigDevice:
         attributes = device.ask("nvmlDeviceGetAttributes")

@@ -38,17 +38,13 @@ class NoGate(DeviceError):
         self.what, self.how = what, how
 
 
-def gates_on(gpu: str, node: str, bound_ns: int = 2 * MS) -> Gates:
-    """Gates, open, that were seen to work on a GPU (a UUID); see ``Gates``. Raises NoGate."""
+def gates_for(node: str, bound_ns: int = 2 * MS) -> Gates:
+    """Gates, open, which are still to be tried (``run``); see ``Gates``. Raises NoGate."""
     gates = Gates(node, _ready(), bound_ns)
     try:
         gates.open()
-        run(gates, gpu)
-    except BaseException as error:
-        gates.close()
-        if isinstance(error, DeviceError) and not isinstance(error, NoGate):
-            raise NoGate(str(error)) from error
-        raise
+    except DeviceError as error:
+        raise NoGate(str(error)) from error
     return gates
 
 
@@ -65,7 +61,7 @@ def _ready() -> Path:
 
 
 def run(gates: Gates, gpu: str) -> None:
-    """Raises DeviceError with what did not happen. ``gates`` are open; ``gpu``: a UUID."""
+    """Raises NoGate with what did not happen. ``gates`` are open; ``gpu``: a UUID."""
     launch = gates.launch(JOB)
     env = launch.applied({**os.environ, "CUDA_VISIBLE_DEVICES": gpu})
     try:
@@ -95,18 +91,18 @@ class _Trial:
     def run(self) -> None:
         self._hear(b"ready\n", "the process did not get as far as a stream")
         if not self._page.attached(self._process.pid):
-            raise DeviceError("tried here: a process does not come by the gate to the driver")
+            raise NoGate("tried here: a process does not come by the gate to the driver")
         for _ in range(2):
             self._say()
             self._until(lambda: any(s.waiting for s in self._page.seats()), "it is not held back")
             time.sleep(HELD_S)
             if any(seat.entered != seat.left for seat in self._page.seats()):
-                raise DeviceError("tried here: the closed gate let a call through")
+                raise NoGate("tried here: the closed gate let a call through")
             self._gates.grant(JOB)
             self._hear(b"done\n", "it does not go on when the gate opens")
             self._gates.revoke(JOB)
         if not any(seat.copies >= 2 for seat in self._page.seats()):
-            raise DeviceError("tried here: calls are not counted")
+            raise NoGate("tried here: calls are not counted")
 
     def _say(self) -> None:
         assert self._process.stdin is not None
@@ -114,7 +110,7 @@ class _Trial:
             self._process.stdin.write(b"\n")
             self._process.stdin.flush()
         except OSError as error:
-            raise DeviceError(f"tried here: the process is gone ({error})") from error
+            raise NoGate(f"tried here: the process is gone ({error})") from error
 
     def _until(self, true: Callable[[], bool], otherwise: str) -> None:
         while not true():
@@ -130,9 +126,9 @@ class _Trial:
             if not selector.select(max(0.0, left)) or self._process.stdout.readline() != line:
                 raise self._failed(otherwise)
 
-    def _failed(self, what: str) -> DeviceError:
+    def _failed(self, what: str) -> NoGate:
         """With what the process said, if it ended."""
         said = ""
         if self._process.poll() is not None and self._process.stderr is not None:
             said = self._process.stderr.read().decode(errors="replace").strip()[-300:]
-        return DeviceError(f"tried here: {what}{f' ({said})' if said else ''}")
+        return NoGate(f"tried here: {what}{f' ({said})' if said else ''}")

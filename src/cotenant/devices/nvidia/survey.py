@@ -17,7 +17,7 @@ from cotenant.devices.nvidia import host, mps
 from cotenant.devices.nvidia.facts import Found, Gpu
 from cotenant.devices.nvidia.features import Surroundings, features
 from cotenant.devices.nvidia.nvml import Code, Nvml, NvmlError, NvmlGpu
-from cotenant.devices.nvidia.selftest import NoGate, gates_on
+from cotenant.devices.nvidia.selftest import NoGate, gates_for, run
 from cotenant.domain.errors import EnvironmentProblem
 
 T = TypeVar("T")
@@ -104,7 +104,11 @@ def _against_gate(gpu: Gpu) -> Missing | None:
     if gpu.mig is not None and gpu.mig.on:
         return None
     try:
-        gates_on(gpu.uuid, f"survey {os.getpid()}").close()
+        gates = gates_for(f"survey {os.getpid()}")
+        try:
+            run(gates, gpu.uuid)
+        finally:
+            gates.close()
     except NoGate as error:
         return Missing(error.what, error.how)
     return None
