@@ -10,8 +10,8 @@ COMPILED := $(addprefix cotenant/,$(addsuffix .py, \
 		memory/account memory/fairness memory/ledger memory/books memory/budgets memory/pools returning) \
 	sim/world sim/physics sim/outcome sim/reactive telemetry/meters telemetry/monitor))
 
-.PHONY: help demo test lint attack bench bench-peers bench-simulator compile compiled-modules \
-	uncompile native clean
+.PHONY: help demo test lint attack bench bench-peers bench-simulator gpu-check compile \
+	compiled-modules uncompile native clean
 
 help:
 	@echo "make demo         the story in about two minutes: serve, drift, retrain, swap; draws a picture"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench        policy costs (1 minute), then cotenant bench colocate (about 15 minutes)"
 	@echo "make bench-peers  Cotenant, Triton, MLServer, LitServe side by side (about 35 minutes)"
 	@echo "make bench-simulator  its speed and how well it predicts a live run (3 minutes)"
+	@echo "make gpu-check    on a machine with an NVIDIA GPU: what only a GPU can tell (under 9 minutes; needs a C compiler and cuda-bindings, downloads nothing)"
 	@echo "make compile      compile policy and simulator in place (needs gcc; a minute); make uncompile undoes it"
 	@echo "make native       the CUDA launch gate's shim, in place (needs a C compiler, nothing of CUDA)"
 	@echo "make clean        remove what the other targets made"
@@ -62,6 +63,10 @@ bench-simulator: $(VENV)/test.stamp
 	mkdir -p bench-out
 	$(BIN)/python benchmarks/simulator.py --json bench-out/simulator.json
 	$(BIN)/python benchmarks/fidelity.py --json bench-out/fidelity.json
+
+# With the Python that is there: such a machine may have no way to install anything.
+gpu-check:
+	$(PYTHON) benchmarks/gpu/check.py --json bench-out/gpu-check.json --plot bench-out/gpu-check.png
 
 compiled-modules:
 	@echo $(COMPILED)

@@ -32,11 +32,6 @@
 
 #include "shim.h"
 
-#define REAL(name, ...) ((int (*)(__VA_ARGS__))driver_of(AT_##name))
-#define RELAXED memory_order_relaxed
-#define US 1000ll
-#define MS 1000000ll
-
 enum { READY = 0, NOT_READY = 600, ALREADY_REGISTERED = 712 };
 enum { RING = 1024, FUNCTIONS_KNOWN = 4096, SAMPLES = 16, PORTABLE_MAPPED = 3 };
 enum { NO_KEY = 0, ENDING = 1 };
@@ -64,29 +59,31 @@ struct sample {
 };
 
 static struct head open_head = {.bound_ns = INT64_MAX, .large_bytes = SIZE_MAX};
-static struct head *head = &open_head;
-static struct seat *seat;
+struct head *head = &open_head;
+struct seat *seat;
+int seat_number;
 static struct slot *slots;
 static struct stream streams[SLOTS];
 static struct function functions[FUNCTIONS_KNOWN];
 static struct sample samples[SAMPLES];
-static _Atomic int attached, pending, captures, tending, leaving;
+_Atomic int attached, captures;
+static _Atomic int pending, tending, leaving;
 static _Atomic int host_marks; /* the stream cannot write: host functions do */
 static uint64_t device_at;     /* of the slots, to the device */
 static _Atomic int registered;
 static pthread_mutex_t attaching = PTHREAD_MUTEX_INITIALIZER;
 static pthread_mutex_t naming = PTHREAD_MUTEX_INITIALIZER;
 static pthread_mutex_t collecting = PTHREAD_MUTEX_INITIALIZER;
-static _Thread_local int inside;
+_Thread_local int inside;
 
-static int64_t now_ns(void)
+int64_t now_ns(void)
 {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return t.tv_sec * 1000000000ll + t.tv_nsec;
 }
 
-static void rest(int64_t ns)
+void rest(int64_t ns)
 {
     struct timespec t = {0, ns};
     nanosleep(&t, NULL);
@@ -98,7 +95,7 @@ static void wait_gate(uint32_t word, int64_t ns)
     syscall(SYS_futex, &head->gate, FUTEX_WAIT, word, ns ? &t : NULL, NULL, 0);
 }
 
-static int orphaned(void)
+int orphaned(void)
 {
     int64_t beat = (int64_t)atomic_load_explicit(&head->beat_ns, RELAXED);
     return now_ns() - beat > (int64_t)head->patience_ns;
@@ -165,8 +162,10 @@ static void map_page(void)
     mine->magic = SEAT_MAGIC;
     mine->started = started();
     slots = (struct slot *)((char *)mine + SLOTS_AT);
+    seat_number = (int)(((char *)mine - page - HEAD_BYTES) / SEAT_BYTES);
     head = found;
     seat = mine;
+    memory_attached();
     atomic_store(&mine->attached, 1);
 }
 
@@ -181,16 +180,15 @@ static void in_child(void)
         functions[i].sampling = 0;
     attached = pending = captures = tending = 0;
     registered = host_marks = inside = 0;
+    memory_in_child();
     pthread_mutex_init(&attaching, NULL);
     pthread_mutex_init(&naming, NULL);
     pthread_mutex_init(&collecting, NULL);
 }
 
-void gate_attach(void)
+void gate_attach_slow(void)
 {
     static int watched;
-    if (atomic_load_explicit(&attached, memory_order_acquire))
-        return;
     pthread_mutex_lock(&attaching);
     if (!attached) {
         if (!watched++)
@@ -263,7 +261,7 @@ static void register_slots(void)
     pthread_mutex_lock(&naming);
     if (!registered) {
         int result = REAL(cuMemHostRegister_v2, void *, size_t, unsigned)(
-            slots, SEAT_BYTES - SLOTS_AT, PORTABLE_MAPPED);
+            slots, ROWS_AT - SLOTS_AT, PORTABLE_MAPPED);
         host_marks = !driver_has(AT_cuStreamWriteValue32_v2) ||
                      (result && result != ALREADY_REGISTERED) ||
                      REAL(cuMemHostGetDevicePointer_v2, uint64_t *, void *, unsigned)(&device_at,
@@ -397,6 +395,20 @@ static int settle(int ask)
     return outstanding;
 }
 
+int gate_contexts(void **found, int most)
+{
+    int n = 0;
+    for (int i = 0; i < SLOTS && n < most; i++) {
+        void *its = streams[i].key > ENDING ? streams[i].context : NULL;
+        int known = !its;
+        for (int k = 0; k < n; k++)
+            known |= found[k] == its;
+        if (!known)
+            found[n++] = its;
+    }
+    return n;
+}
+
 /* --- measured times ------------------------------------------------------------------------- */
 
 static struct function *function_of(uint64_t key)
@@ -417,7 +429,8 @@ static struct function *function_of(uint64_t key)
 
 static struct sample *sample_begin(struct function *f, void *stream)
 {
-    uint32_t calls = atomic_fetch_add_explicit(&f->calls, 1, RELAXED);
+    uint32_t calls = atomic_load_explicit(&f->calls, RELAXED); /* may miss some: it only spaces samples */
+    atomic_store_explicit(&f->calls, calls + 1, RELAXED);
     if ((atomic_load_explicit(&f->samples, RELAXED) >= 3 && calls & 63) || captures ||
         atomic_exchange(&f->sampling, 1))
         return NULL;
@@ -500,22 +513,27 @@ static int64_t estimate(struct function *f)
 
 /* --- the gate ------------------------------------------------------------------------------- */
 
-/* Puts the last marks when the gate closes, and asks streams that owe some. */
+/* Puts the last marks when the gate closes, asks streams that owe some, and moves memory. What is
+ * away must come back even while the process ends: its last calls wait for it. */
 static void *tend(void *unused)
 {
     (void)unused;
     inside = 1;
-    for (unsigned round = 0; !leaving;) {
+    for (unsigned round = 0; !leaving || memory_state;) {
         uint32_t word = atomic_load(&head->gate);
         if (!(word & 1)) {
             round = 0;
-            wait_gate(word, 0);
+            wait_gate(word, memory_tend(0, 0));
             continue;
         }
         atomic_fetch_add(&seat->entered, 1);
         int outstanding = leaving ? 0 : settle(++round % 16 == 0);
         atomic_fetch_add(&seat->left, 1);
-        if (!outstanding && seat->entered == seat->left)
+        int quiet = !outstanding && seat->entered == seat->left;
+        int64_t soon = memory_tend(!orphaned(), quiet);
+        if (soon)
+            wait_gate(word, soon);
+        else if (quiet)
             wait_gate(word, 50 * MS);
         else
             rest(200 * US);
@@ -530,7 +548,7 @@ static void leave(void)
         atomic_store(&seat->attached, 0);
 }
 
-static void start_tending(void)
+void gate_start_tending(void)
 {
     static int registered_exit;
     pthread_t thread;
@@ -599,10 +617,21 @@ static int wait_room(int64_t ns)
     return moved;
 }
 
-int gate_large(size_t bytes)
+enum { GATED = 0, PASS = 1, PASS_ENTERED = 2 };
+
+/* Small copies pass a closed gate, but not while memory is away: then they wait as large ones do. */
+int gate_passes(size_t bytes)
 {
     gate_attach();
-    return bytes >= head->large_bytes;
+    if (bytes >= head->large_bytes)
+        return GATED;
+    return memory_enter() ? PASS_ENTERED : PASS;
+}
+
+int gate_passed(int pass, int result)
+{
+    memory_leave(pass == PASS_ENTERED);
+    return result;
 }
 
 /* Returns when the call may be made. */
@@ -629,6 +658,11 @@ void gate_begin(struct call *call, void *stream, uint64_t key, int copy)
                 continue;
             }
             atomic_fetch_or(&seat->flags, SEAT_ORPHANED);
+        }
+        if (__builtin_expect(memory_state, 0)) {
+            atomic_fetch_add(&seat->left, 1);
+            memory_wait();
+            continue;
         }
         if (__builtin_expect(force || reserve(call->estimate_ns), 1)) {
             if (force)
@@ -662,7 +696,8 @@ static void count(struct call *call)
     reap(i);
     s->issued_ns += call->estimate_ns;
     s->loose_ns += call->estimate_ns;
-    atomic_fetch_add(&slots[i].loose, 1);
+    uint32_t loose = atomic_load_explicit(&slots[i].loose, RELAXED); /* written under the lock only */
+    atomic_store_explicit(&slots[i].loose, loose + 1, memory_order_release);
     if (!captures && (s->loose_ns >= (int64_t)head->bound_ns / 8 || s->stream == STREAM_PER_THREAD))
         mark(i);
     pthread_mutex_unlock(&s->lock);
@@ -681,7 +716,7 @@ int gate_end(struct call *call, int result)
     if (pending && atomic_load_explicit(&seat->launches, RELAXED) % 16 == 0)
         collect(); /* whoever waits for room collects at once */
     if (!tending)
-        start_tending();
+        gate_start_tending();
     atomic_fetch_add(&seat->left, 1);
     inside = 0;
     return result;
@@ -702,7 +737,9 @@ int capture_begin(void *stream)
     gate_attach();
     if (inside || capturing(stream))
         return 0;
+    int entered = memory_enter(); /* nothing is evicted under a capture */
     captures_changed(1);
+    memory_leave(entered);
     pthread_mutex_lock(&collecting);
     pthread_mutex_unlock(&collecting);
     for (int i = 0; seat && i < SLOTS; i++) { /* let those who are at it finish */
@@ -778,8 +815,10 @@ static void forget_all(void *context_or_none)
 
 int context_ended(void *ended, int result)
 {
-    if (seat && !inside && !result && ended)
+    if (seat && !inside && !result && ended) {
         forget_all(ended);
+        memory_context_ended(ended);
+    }
     return result;
 }
 
@@ -788,7 +827,9 @@ int device_ended(int device, int result)
     unsigned flags;
     int active = 1;
     if (seat && !inside && !result &&
-        !REAL(cuDevicePrimaryCtxGetState, int, unsigned *, int *)(device, &flags, &active) && !active)
+        !REAL(cuDevicePrimaryCtxGetState, int, unsigned *, int *)(device, &flags, &active) && !active) {
         forget_all(NULL);
+        memory_device_ended(device);
+    }
     return result;
 }

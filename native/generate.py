@@ -93,8 +93,8 @@ def function(index: int, form: Form, about: Gated) -> str:
         else:
             begin = f"gate_begin(&call, {stream}, copy_key({index}, size), 1)"
             head += (
-                f"    size_t size = {about.size};\n    if (!gate_large(size))\n"
-                f"        return {call};\n"
+                f"    size_t size = {about.size};\n    int pass = gate_passes(size);\n"
+                f"    if (pass)\n        return gate_passed(pass, {call});\n"
             )
         return head + (
             f"    struct call call;\n    {begin};\n    return gate_end(&call, {call});\n}}\n"
@@ -106,7 +106,16 @@ def function(index: int, form: Form, about: Gated) -> str:
         )
     if about.kind == "stream":
         return head + f"    stream_ends({stream});\n    return {call};\n}}\n"
-    return head + f"    return {about.kind}_ended({about.stream}, {call});\n}}\n"
+    if about.kind in ("touch", "pin"):
+        pin = f"    memory_pin({about.size}, {about.key});\n" if about.kind == "pin" else ""
+        return head + (
+            f"    gate_attach();\n    int entered = memory_enter();\n{pin}"
+            f"    int result = {call};\n    memory_leave(entered);\n    return result;\n}}\n"
+        )
+    return head + (
+        f"    memory_hold();\n"
+        f"    return memory_release({about.kind}_ended({about.stream}, {call}));\n}}\n"
+    )
 
 
 def main(out: Path) -> None:

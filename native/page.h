@@ -12,15 +12,18 @@
 
 #define PAGE_MAGIC 0x4554414754544f43ull /* "COTTGATE" */
 #define SEAT_MAGIC 0x5441455354544f43ull /* "COTTSEAT" */
-#define PAGE_VERSION 1u
+#define PAGE_VERSION 2u
 #define PAGE_VARIABLE "COTENANT_GATE"
 #define DRIVER_VARIABLE "COTENANT_GATE_DRIVER"
+#define MEMORY_VARIABLE "COTENANT_GATE_MEMORY" /* "plain": none of it can be evicted */
 
 #define SEATS 64
 #define SLOTS 256
+#define ROWS 1024
 #define HEAD_BYTES 4096
-#define SEAT_BYTES 8192
+#define SEAT_BYTES 40960
 #define SLOTS_AT 4096 /* of a seat */
+#define ROWS_AT 8192
 #define PAGE_BYTES (HEAD_BYTES + SEATS * SEAT_BYTES)
 
 struct head {
@@ -33,6 +36,9 @@ struct head {
     uint64_t patience_ns;      /* a beat older than this: the node is dead, the gate open */
     uint64_t bound_ns;         /* of work that may be on the device at a time, as estimated */
     uint64_t large_bytes;      /* copies and memsets from this size on are gated */
+    _Atomic uint64_t quota_bytes; /* what all processes together may hold on devices; 0: no limit */
+    uint64_t pool_bytes;          /* host memory that a process may have for what is evicted */
+    _Atomic uint64_t command[SEATS]; /* to each seat: a number << 32 | MiB to be away, 0: none */
 };
 
 enum { SEAT_HOST_MARKS = 1, SEAT_ORPHANED = 2, SEAT_FAULTED = 4 };
@@ -56,6 +62,58 @@ struct seat {
     _Atomic uint32_t flags;
     _Atomic uint32_t capturing;    /* streams under capture */
     _Atomic uint32_t slots;        /* slots beyond this many were never used */
+    /* Memory of devices, in bytes. What is evicted is still held. */
+    _Atomic int64_t held;      /* all that counts for the quota */
+    _Atomic int64_t claimed;   /* asked of the driver now; not in `held` yet */
+    _Atomic int64_t freeing;   /* being freed by the driver; no longer in `held` */
+    _Atomic int64_t evictable; /* of what is held: here, and can be evicted; */
+    _Atomic int64_t evicted;   /* in host memory; */
+    _Atomic int64_t small;     /* in allocations below EVICTABLE_FROM; */
+    _Atomic int64_t fixed;     /* in others that cannot be evicted; */
+    _Atomic int64_t unlisted;  /* of those, in allocations that found no row */
+    _Atomic int64_t imported;  /* other processes', or other interfaces'; not in `held` */
+    _Atomic uint64_t refusals; /* allocations refused for the quota */
+    _Atomic uint64_t moved_bytes; /* by the last command, either way, ... */
+    _Atomic uint64_t moved_ns;    /* ... and how long it took */
+    _Atomic uint32_t answered;     /* number of the last command that was carried out or refused */
+    _Atomic uint32_t memory_state; /* enum memory_state */
+    _Atomic uint32_t memory_error; /* of the last move: the driver's number; 0: none */
+    _Atomic uint32_t rows;         /* rows beyond this many were never used */
+};
+
+enum memory_state {
+    MEMORY_HERE = 0,      /* all of it is on the device */
+    MEMORY_CLOSING = 1,   /* asked to evict; those who use memory wait, those at it finish */
+    MEMORY_MOVING = 2,    /* being copied out */
+    MEMORY_AWAY = 3,      /* something is evicted */
+    MEMORY_RETURNING = 4, /* being copied back */
+};
+
+#define EVICTABLE_FROM (2ull << 20)
+
+/* Why an allocation cannot be evicted. */
+enum reason {
+    EVICTABLE = 0,
+    IS_SMALL = 1,      /* below EVICTABLE_FROM; has no row */
+    IS_PLAIN = 2,      /* the driver's own kind: told so, or IPC is used, or it has no other */
+    IS_POOLED = 3,     /* of a stream-ordered pool */
+    IS_OWN = 4,        /* made by the job with cuMemCreate: the handle is the job's */
+    IS_MANAGED = 5,
+    IS_ARRAY = 6,
+    IS_EXPORTED = 7,   /* another process may have it mapped */
+    IS_IMPORTED = 8,   /* another process's, or another interface's */
+    IS_REGISTERED = 9, /* its physical memory is known elsewhere: dma-buf, multicast, a handle */
+};
+
+enum row_state { ROW_FREE = 0, ROW_HERE = 1, ROW_AWAY = 2 };
+
+/* An allocation. */
+struct row {
+    _Atomic uint64_t at;    /* address or handle */
+    _Atomic uint64_t bytes; /* that it takes */
+    _Atomic uint64_t born;  /* `launches` when it was made: every later one could touch it */
+    _Atomic uint32_t reason;
+    _Atomic uint32_t state;
 };
 
 /* A stream. `done` is written by the stream itself as it gets there. */
@@ -68,6 +126,7 @@ struct slot {
 
 _Static_assert(sizeof(struct head) <= HEAD_BYTES, "head");
 _Static_assert(sizeof(struct seat) <= SLOTS_AT, "seat");
-_Static_assert(SLOTS_AT + SLOTS * sizeof(struct slot) <= SEAT_BYTES, "slots");
+_Static_assert(SLOTS_AT + SLOTS * sizeof(struct slot) <= ROWS_AT, "slots");
+_Static_assert(ROWS_AT + ROWS * sizeof(struct row) <= SEAT_BYTES, "rows");
 
 #endif

@@ -6,9 +6,11 @@ import importlib.util
 import signal
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from tests import nvml_standin
+from tests import gpu_machine, nvml_standin
+from tests.gpu_machine import GpuMachine
 
 
 def pytest_configure() -> None:
@@ -27,3 +29,19 @@ def nvml_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if nvml_standin.compiler() is None:
         pytest.skip("this machine has no C compiler")
     return nvml_standin.build(tmp_path_factory.mktemp("nvml"))
+
+
+@pytest.fixture(scope="session")
+def gpu_libraries(tmp_path_factory: pytest.TempPathFactory, nvml_library: Path) -> GpuMachine:
+    """Built once; see ``gpu``."""
+    if reason := gpu_machine.builder().why_not():
+        pytest.skip(reason)
+    return gpu_machine.make(tmp_path_factory.mktemp("gpu"), nvml_library)
+
+
+@pytest.fixture
+def gpu(gpu_libraries: GpuMachine, tmp_path: Path) -> GpuMachine:
+    """A machine with one GPU, which no process uses."""
+    found = msgspec.structs.replace(gpu_libraries, machine=tmp_path / "machine")
+    found.write(nvml_standin.Box(gpus=(nvml_standin.h100(),)))
+    return found

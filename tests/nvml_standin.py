@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import msgspec
@@ -153,6 +153,17 @@ def add(machine: Path, *faults: Fault) -> None:
     kept = [x for x in machine.read_text().splitlines() if not x.startswith("fail\t")]
     lines = [_line("fail", **msgspec.structs.asdict(fault)) for fault in faults]
     machine.write_text("\n".join([*kept, *lines]) + "\n")
+
+
+def meanwhile(
+    machine: Path, processes: Iterable[Process] = (), faults: Iterable[Fault] = ()
+) -> None:
+    """Let these be the processes and faults of a machine's first GPU, also for who has it open."""
+    lines = [_line("process", **msgspec.structs.asdict(process)) for process in processes]
+    lines += [_line("fail", **msgspec.structs.asdict(fault)) for fault in faults]
+    fresh = machine.with_name(f"{machine.name}.new")
+    fresh.write_text("".join(f"{line}\n" for line in lines))
+    fresh.replace(machine.with_name(f"{machine.name}.now"))
 
 
 def uuid_of(index: int) -> str:

@@ -9,6 +9,7 @@ import ctypes
 import json
 import os
 import socket
+import sys
 import threading
 import traceback
 
@@ -19,6 +20,20 @@ if TYPE_CHECKING:
 AGAIN_S = 10.0
 """So often a job says again that it can be asked: Cotenant may have been restarted."""
 MAX_MESSAGE_BYTES = 1024
+
+
+def _give_device_caches(_most: int) -> None:
+    """What PyTorch and CuPy keep of device memory without using it goes back to the driver. Only
+    where the program has imported them and has used the device: nothing is started for this."""
+    torch = sys.modules.get("torch")
+    cuda = getattr(torch, "cuda", None)
+    if cuda is not None and cuda.is_initialized():
+        cuda.empty_cache()
+    cupy = sys.modules.get("cupy")
+    for name in ("get_default_memory_pool", "get_default_pinned_memory_pool"):
+        pool = getattr(cupy, name, None)
+        if pool is not None:
+            pool().free_all_blocks()
 
 
 class _Listener:
@@ -69,7 +84,7 @@ class _Listener:
             return  # Cotenant is restarting; it hears of this the next time
 
     def _ask(self, most: int) -> None:
-        for give in list(self.give):
+        for give in [*self.give, _give_device_caches]:  # these last: the program frees into them
             try:
                 give(most)
             except Exception:  # it is the program's own, and no reason to end its thread
@@ -92,9 +107,11 @@ def _after_fork() -> None:
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def on_memory(give: Callable[[int], None]) -> bool:
+def on_memory(give: Callable[[int], None] | None = None) -> bool:
     """Have ``give(most)`` called when this job is to have at most ``most`` bytes in all, because
-    others need the rest: let caches go. What is freed is handed to the system afterwards.
+    others need the rest: let caches go. What is freed is handed to the system afterwards: host
+    memory, and the caches of device memory that PyTorch and CuPy have, if the program uses them:
+    without ``give`` only these.
 
     It is called in a thread of its own, perhaps several times, and need not reach the goal: what
     it does not give is taken by writing pages out, where the machine can do that. Never called for
@@ -111,5 +128,6 @@ def on_memory(give: Callable[[int], None]) -> bool:
                 _listener = _Listener(path)
             except OSError:
                 return False
-        _listener.give.append(give)
+        if give is not None:
+            _listener.give.append(give)
     return True

@@ -17,6 +17,7 @@ import pytest
 from cotenant.cli.devices import Exit, exit_code
 from cotenant.devices.nvidia import host
 from cotenant.devices.nvidia.facts import Cause, Found, Links
+from tests.gpu_machine import GpuMachine
 from tests.nvml_standin import (
     Box,
     Fault,
@@ -209,3 +210,15 @@ def test_without_library_or_package_only_the_processor_is_found(tmp_path: Path) 
         code, said = command({**os.environ, "PYTHONPATH": path})
         assert code == Exit.USABLE and [d["kind"] for d in said["devices"]] == ["cpu"]
         assert said["trouble"]["cause"] == Cause.ABSENT.value
+
+
+def test_the_gate_is_tried(gpu: GpuMachine) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "cotenant.cli.main", "devices", "--kind", "cuda", "--json"],
+        env={**os.environ, **gpu.env()},
+        capture_output=True,
+        check=True,
+    )
+    (device,) = json.loads(done.stdout)["devices"]
+    (gate,) = [f for f in device["features"] if f["name"] == "gate"]
+    assert (gate["standing"], gate["level"]) == ("tested", "GATE")

@@ -364,8 +364,8 @@ class Box:
         self.models.mkdir(parents=True, exist_ok=True)
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
-        self._mark = secrets.token_hex(8)
-        self._env = env | {"COTENANT_TEST_BOX": self._mark}
+        self.mark = secrets.token_hex(8)
+        self._env = env | {"COTENANT_TEST_BOX": self.mark}
 
     # life
 
@@ -423,7 +423,7 @@ class Box:
 
     def processes(self) -> list[int]:
         """Everything that was started for this box and lives."""
-        return proctree.marked("COTENANT_TEST_BOX", self._mark)
+        return proctree.marked("COTENANT_TEST_BOX", self.mark)
 
     def close(self) -> None:
         """End it and whatever it left."""

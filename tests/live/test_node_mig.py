@@ -1,10 +1,10 @@
-"""A node on a GPU in MIG mode: the stand-in for NVML; what computes does so on the processor."""
+"""A node on a GPU in MIG mode: the stand-in for NVML, and a model that computes nowhere."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
+import msgspec
 import pytest
 
 from tests.live.conftest import Boxes
@@ -41,13 +41,15 @@ def test_models_are_loaded_in_their_instances_and_answer_there(
     boxes: Boxes, nvml_library: Path, machine: Path
 ) -> None:
     box = boxes(dict(environment(nvml_library, machine)))
-    box.model("scale", "scale")
-    box.configure([{"name": "scale"}], devices=[CUDA]).start()
-    for _ in range(20):
-        answer = box.infer("scale", x=np.ones((1, 4), np.float32))
-        assert answer.json["outputs"][0]["data"] == [2.0] * 4
+    path = box.models / "pieces" / "1" / "model.pieces.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(msgspec.json.encode({"pieces": 3, "turn_ms": 5}))
+    box.configure([{"name": "pieces"}], devices=[CUDA]).start()
+    for _ in range(10):
+        answer = box.post("/v2/models/pieces/generate_stream", b'{"text": "abcdef"}')
+        assert (answer.status, answer.body.count(b"data: ")) == (200, 3)
     plan = box.control.plan()["plan"]
-    serving = [p for p in plan["partitions"] if "scale" in p["services"]]
+    serving = [p for p in plan["partitions"] if "pieces" in p["services"]]
     (service,) = box.status()["services"]
     assert service["workers"] == len(serving) >= 1
     assert len(instances(machine)) == len(plan["partitions"])

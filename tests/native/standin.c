@@ -5,9 +5,10 @@
  * device, "spin_250" only takes the time. Device memory is host memory, accounted for.
  *
  * STANDIN_STATS: a file of 64 bytes that shows what happened (struct stats). STANDIN_FAULT: a file
- * read before each call and operation, "call N CODE", "alloc N CODE", "run N CODE", "hang N",
- * "lost": the Nth launch or allocation is refused with CODE; the Nth kernel executed breaks the
- * context with CODE; the Nth launch never returns; the device is gone. STANDIN_NO_WRITES: streams
+ * read before each call and operation, "call N CODE", "alloc N CODE", "run N CODE", "create N
+ * CODE", "hang N", "stuck N", "lost": the Nth launch, allocation or creation of physical memory is
+ * refused with CODE; the Nth kernel executed breaks the context with CODE; the Nth launch never
+ * returns, the Nth copy never ends; the device is gone. N is 0 for all of them. STANDIN_NO_WRITES: streams
  * cannot write values.
  */
 #define _GNU_SOURCE
@@ -38,16 +39,20 @@ struct graph { struct op *ops; int n; };
 struct event { _Atomic uint64_t put, done; int64_t at; };
 struct stream { pthread_t thread; pthread_mutex_t lock; pthread_cond_t change; struct op ring[OPS];
                 uint64_t head, tail; int ending; struct graph *capture; };
-struct context { struct stream *legacy; _Atomic int error; };
+struct context { struct stream *legacy; _Atomic int error; int device; };
 
 static struct context contexts[8], primary;
 static int made;
 static _Thread_local struct context *current;
 static _Thread_local struct stream *own;
 static pthread_mutex_t guard = PTHREAD_MUTEX_INITIALIZER;
-static struct { void *at; size_t n; } blocks[4096];
 static _Atomic int broken, initialized;
-static _Atomic uint64_t calls, allocs;
+static _Atomic uint64_t calls, allocs, copied;
+
+static uint64_t device_bytes(void);
+
+static struct stream *streams[4096];
+static _Atomic int streams_made;
 
 static int64_t now(void)
 {
@@ -71,9 +76,9 @@ static int fault(const char *kind, uint64_t number)
             found = LOST;
             break;
         }
-        if (fscanf(file, "%ld", &n) != 1 || (strcmp(word, "hang") && fscanf(file, "%ld", &code) != 1))
+        if (fscanf(file, "%ld", &n) != 1 || (strcmp(word, "hang") && strcmp(word, "stuck") && fscanf(file, "%ld", &code) != 1))
             break;
-        if (!strcmp(word, kind) && (uint64_t)n == number)
+        if (!strcmp(word, kind) && (!n || (uint64_t)n == number))
             found = (int)code;
     }
     if (file)
@@ -96,9 +101,12 @@ static void execute(struct op *op)
         int code = fault("run", number);
         if (code)
             broken = code;
-    } else if (op->kind == COPY)
+    } else if (op->kind == COPY) {
+        if (fault("stuck", atomic_fetch_add(&copied, 1) + 1))
+            for (;;)
+                pause();
         memmove((void *)op->to, (void *)op->from, op->n);
-    else if (op->kind == SET)
+    } else if (op->kind == SET)
         memset((void *)op->to, (int)op->value, op->n);
     else if (op->kind == RECORD) {
         op->event->at = now();
@@ -142,6 +150,9 @@ static struct stream *make_stream(void)
     pthread_cond_init(&s->change, NULL);
     pthread_create(&s->thread, NULL, run, s);
     pthread_detach(s->thread);
+    int number = atomic_fetch_add(&streams_made, 1);
+    if (number < 4096)
+        streams[number] = s;
     return s;
 }
 
@@ -218,8 +229,21 @@ static int launch(struct function *f, void *stream, void **params, int per_threa
     return put(s, op);
 }
 
+/* A child has neither the threads of the streams nor the memory. */
+static void forget_memory(void);
+static void in_child(void)
+{
+    primary.legacy = NULL, own = NULL, streams_made = 0;
+    for (int i = 0; i < 8; i++)
+        contexts[i].legacy = NULL;
+    pthread_mutex_init(&guard, NULL);
+    forget_memory();
+}
+
 EXPORT int cuInit(unsigned flags)
 {
+    if (!initialized)
+        pthread_atfork(NULL, NULL, in_child);
     const char *path = getenv("STANDIN_STATS");
     int fd = path ? open(path, O_RDWR | O_CLOEXEC) : -1;
     if (fd >= 0 && !initialized) {
@@ -235,21 +259,32 @@ EXPORT int cuDriverGetVersion(int *v) { *v = 13000; return OK; }
 EXPORT int cuDeviceGet(int *d, int n) { *d = n; return n ? 101 : OK; }
 EXPORT int cuDeviceGetCount(int *n) { *n = 1; return OK; }
 EXPORT int cuDeviceGetName(char *at, int n, int d) { (void)d; snprintf(at, (size_t)n, "stand-in"); return OK; }
-EXPORT int cuDeviceTotalMem_v2(size_t *n, int d) { (void)d; *n = MEMORY; return OK; }
+EXPORT int cuDeviceTotalMem_v2(size_t *n, int d) { (void)d; *n = device_bytes(); return OK; }
 EXPORT int cuDeviceGetAttribute(int *v, int a, int d) { (void)a, (void)d; *v = 1; return OK; }
-EXPORT int cuDevicePrimaryCtxRetain(void **c, int d) { (void)d; *c = &primary; return OK; }
+static int active;
+EXPORT int cuDevicePrimaryCtxRetain(void **c, int d) { (void)d; *c = &primary; active = 1; return OK; }
+static void free_of_context(struct context *c);
+EXPORT int cuDevicePrimaryCtxReset_v2(int d) { (void)d; active = 0; free_of_context(&primary); return OK; }
 EXPORT int cuDevicePrimaryCtxRelease_v2(int d) { (void)d; return OK; }
-EXPORT int cuDevicePrimaryCtxGetState(int d, unsigned *f, int *a) { (void)d; *f = 0; *a = 1; return OK; }
-EXPORT int cuCtxCreate_v2(void **c, unsigned f, int d) { (void)f, (void)d; *c = current = &contexts[made++ % 8]; return OK; }
-EXPORT int cuCtxDestroy_v2(void *c) { if (current == c) current = NULL; return OK; }
+EXPORT int cuDevicePrimaryCtxGetState(int d, unsigned *f, int *a) { (void)d; *f = 0; *a = active; return OK; }
+EXPORT int cuCtxCreate_v2(void **c, unsigned f, int d) { (void)f; *c = current = &contexts[made++ % 8]; current->device = d; return OK; }
+EXPORT int cuCtxDestroy_v2(void *c) { free_of_context(c); if (current == c) current = NULL; return OK; }
 EXPORT int cuCtxSetCurrent(void *c) { current = c; return OK; }
 EXPORT int cuCtxGetCurrent(void **c) { *c = current; return OK; }
 static _Thread_local struct context *below[16];
 static _Thread_local int depth;
 EXPORT int cuCtxPushCurrent_v2(void *c) { below[depth++ % 16] = current; current = c; return OK; }
 EXPORT int cuCtxPopCurrent_v2(void **c) { if (c) *c = current; current = below[--depth % 16]; return OK; }
-EXPORT int cuCtxGetDevice(int *d) { *d = 0; return current ? OK : NO_CONTEXT; }
-EXPORT int cuCtxSynchronize(void) { int e = enter(); return e ? e : current->legacy ? drain(current->legacy) : OK; }
+EXPORT int cuCtxGetDevice(int *d) { *d = current ? current->device : 0; return current ? OK : NO_CONTEXT; }
+EXPORT int cuCtxEnablePeerAccess(void *c, unsigned f) { (void)c, (void)f; return OK; }
+EXPORT int cuCtxSynchronize(void)
+{
+    int e = enter();
+    for (int i = 0; i < streams_made && i < 4096 && !e; i++)
+        if (streams[i])
+            e = drain(streams[i]);
+    return e;
+}
 
 EXPORT int cuModuleLoadData(void **m, const void *image) { (void)image; *m = &primary; return enter(); }
 EXPORT int cuModuleUnload(void *m) { (void)m; return OK; }
@@ -265,41 +300,7 @@ EXPORT int cuModuleGetFunction(void **f, void *m, const char *name)
     return OK;
 }
 
-EXPORT int cuMemAlloc_v2(uint64_t *at, size_t n)
-{
-    int state = enter();
-    if (!state)
-        state = fault("alloc", atomic_fetch_add(&allocs, 1) + 1);
-    if (state)
-        return state;
-    pthread_mutex_lock(&guard);
-    state = NO_MEMORY;
-    for (int i = 0; i < 4096 && n && stats->memory + n <= MEMORY; i++)
-        if (!blocks[i].at) {
-            blocks[i].at = calloc(1, n), blocks[i].n = n;
-            *at = (uint64_t)blocks[i].at;
-            stats->memory += n;
-            state = OK;
-            break;
-        }
-    pthread_mutex_unlock(&guard);
-    return n ? state : INVALID;
-}
-EXPORT int cuMemFree_v2(uint64_t at)
-{
-    int state = INVALID;
-    pthread_mutex_lock(&guard);
-    for (int i = 0; i < 4096; i++)
-        if (at && blocks[i].at == (void *)at) {
-            free(blocks[i].at);
-            stats->memory -= blocks[i].n;
-            blocks[i].at = NULL;
-            state = OK;
-        }
-    pthread_mutex_unlock(&guard);
-    return state;
-}
-EXPORT int cuMemGetInfo_v2(size_t *left, size_t *all) { *all = MEMORY; *left = MEMORY - stats->memory; return enter(); }
+#include "standin_memory.h"
 EXPORT int cuMemHostRegister_v2(void *at, size_t n, unsigned f) { (void)at, (void)n, (void)f; return OK; }
 EXPORT int cuMemHostUnregister(void *at) { (void)at; return OK; }
 EXPORT int cuMemHostGetDevicePointer_v2(uint64_t *d, void *at, unsigned f) { (void)f; *d = (uint64_t)at; return OK; }
@@ -442,3 +443,5 @@ EXPORT int cuGetProcAddress_v2(const char *name, void **found, int version, uint
         *status = result != OK;
     return result;
 }
+
+#include "standin_green.h"

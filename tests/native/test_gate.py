@@ -345,10 +345,14 @@ def test_page_layout_is_the_same_in_both_languages(built: object, tmp_path: Path
     source = tmp_path / "layout.c"
     source.write_text(
         '#include <stdio.h>\n#include <stddef.h>\n#include "page.h"\n'
-        'int main(void) { printf("%zu %zu %zu %zu %zu %d %d %llu %llu %zu", sizeof(struct head),'
+        'int main(void) { printf("%zu %zu %zu %zu %zu %d %d %llu %llu %zu ", sizeof(struct head),'
         " sizeof(struct seat), sizeof(struct slot), offsetof(struct head, gate),"
         " offsetof(struct head, beat_ns), PAGE_BYTES, SLOTS_AT, PAGE_MAGIC, SEAT_MAGIC,"
-        " offsetof(struct seat, in_flight_ns)); }\n"
+        " offsetof(struct seat, in_flight_ns));"
+        ' printf("%zu %zu %zu %zu %d %d %d", sizeof(struct row),'
+        " offsetof(struct head, quota_bytes), offsetof(struct head, command),"
+        " offsetof(struct seat, held), ROWS_AT, ROWS,"
+        " IS_REGISTERED); }\n"
     )
     compile_c(source, tmp_path / "layout", [])
     found = subprocess.run([tmp_path / "layout"], capture_output=True, text=True, check=True)
@@ -362,7 +366,14 @@ def test_page_layout_is_the_same_in_both_languages(built: object, tmp_path: Path
         layout.SLOTS_AT,
         layout.PAGE_MAGIC,
         layout.SEAT_MAGIC,
-        layout.SEAT.size - 24,
+        layout.SEAT.size - 136,
+        layout.ROW.size,
+        layout.QUOTA_AT,
+        layout.COMMAND_AT,
+        layout.SEAT.size - 112,
+        layout.ROWS_AT,
+        layout.ROWS,
+        len(layout.REASONS) - 1,
     ]
 
 
@@ -389,6 +400,7 @@ def test_lookups_answer_with_ours_for_what_is_gated(bench: Bench) -> None:
         "cuGraphLaunch",
         "cuMemcpyHtoDAsync",
         "cuMemAlloc",
+        "cuModuleUnload",
         "cuGetProcAddress",
     ]
     legacy = bench.finish(bench.job("ask", 13000, 0, *names)).split()
@@ -396,6 +408,7 @@ def test_lookups_answer_with_ours_for_what_is_gated(bench: Bench) -> None:
         "cuLaunchKernel",
         "cuGraphLaunch",
         "cuMemcpyHtoDAsync_v2",
+        "cuMemAlloc_v2",
         "driver",
         "cuGetProcAddress_v2",
     ]

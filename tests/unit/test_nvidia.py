@@ -12,8 +12,8 @@ import pytest
 from cotenant.cli import devices
 from cotenant.cli.devices import Exit, devices_view, document, exit_code
 from cotenant.devices import processor, reclaim
-from cotenant.devices.features import GATE, MIG, MPS, RECLAIM, SUBSETS, Feature, Standing
-from cotenant.devices.nvidia import host
+from cotenant.devices.features import GATE, MIG, MPS, RECLAIM, SUBSETS, Feature, Missing, Standing
+from cotenant.devices.nvidia import host, mps
 from cotenant.devices.nvidia.facts import (
     Cause,
     Driver,
@@ -28,6 +28,7 @@ from cotenant.devices.nvidia.facts import (
 )
 from cotenant.devices.nvidia.features import Surroundings, features
 from cotenant.devices.nvidia.host import Host
+from cotenant.devices.nvidia.mps import Mps
 from cotenant.devices.nvidia.nvml import Code, NvmlError
 from cotenant.devices.processor import ProcessorFacts
 from cotenant.domain.device import PreemptLevel
@@ -35,7 +36,7 @@ from cotenant.domain.errors import DeviceError
 from tests.unit.test_views import show
 
 DRIVER = Driver("570.86.15", (12, 8))
-OPEN = Surroundings(root=True, mps="/usr/bin/nvidia-cuda-mps-control", mps_runs=True)
+OPEN = Surroundings(root=True, mps=Mps("/usr/bin/nvidia-cuda-mps-control", True, True, 77))
 HERE = Host(pci=("0000:17:00.0",), module="570.86.15", nodes=("/dev/nvidia0", "/dev/nvidiactl"))
 
 
@@ -57,8 +58,16 @@ def gpu(**changes: Any) -> Gpu:
     return msgspec.structs.replace(made, **changes)
 
 
-def judged(found: Gpu, driver: Driver = DRIVER, around: Surroundings = OPEN) -> dict[str, Feature]:
-    return {feature.name: feature for feature in features(found, driver, around)}
+NO_GATE = Missing("it was not built", "build it")
+
+
+def judged(
+    found: Gpu,
+    driver: Driver = DRIVER,
+    around: Surroundings = OPEN,
+    gate: Missing | None = NO_GATE,
+) -> dict[str, Feature]:
+    return {feature.name: feature for feature in features(found, driver, around, gate)}
 
 
 def wants(feature: Feature) -> int:
@@ -72,6 +81,15 @@ def test_what_was_not_tried_is_never_called_tested() -> None:
             of = judged(found, around=around)
             assert set(of) == {GATE, RECLAIM, MIG, SUBSETS, MPS}
             assert all(f.standing is not Standing.TESTED and f.level is None for f in of.values())
+
+
+def test_the_gate_is_of_the_level_at_which_it_was_tried() -> None:
+    gate = judged(gpu(), gate=None)[GATE]
+    assert (gate.standing, gate.level) == (Standing.TESTED, PreemptLevel.GATE)
+    gate = judged(gpu())[GATE]
+    assert (gate.standing, gate.level, gate.missing) == (Standing.ABSENT, None, (NO_GATE,))
+    gate = judged(gpu(mig=Mig(True, True)), gate=None)[GATE]
+    assert gate.standing is Standing.UNTESTED and gate.level is None
 
 
 def test_mig_is_absent_only_where_the_gpu_has_none() -> None:
@@ -95,10 +113,52 @@ def test_subsets_take_a_driver_with_green_contexts() -> None:
     assert judged(gpu(), Driver("550.1", (12, 4)))[SUBSETS].standing is Standing.UNTESTED
 
 
+def test_processes_are_kept_to_subsets_by_mps_where_all_of_it_is_there() -> None:
+    new = Driver("590.1", (13, 1))
+    assert wants(judged(gpu(), new)[SUBSETS]) == 0
+    stopped, shared = (
+        Surroundings(mps=msgspec.structs.replace(OPEN.mps, **change))
+        for change in ({"runs": False, "static": False}, {"static": False})
+    )
+    ways = {judged(gpu(), new)[SUBSETS].way}
+    for found, driver, around, wanted in (
+        (gpu(), DRIVER, OPEN, 1),
+        (gpu(), new, Surroundings(), 1),
+        (gpu(), new, stopped, 1),
+        (gpu(), new, shared, 1),
+        (gpu(capability=(7, 5)), new, OPEN, 0),
+    ):
+        feature = judged(found, driver, around)[SUBSETS]
+        assert feature.standing is Standing.UNTESTED and wants(feature) == wanted
+        assert len(feature.missing) > len(judged(gpu(), new)[SUBSETS].missing)
+        ways.add(feature.way)
+    assert len(ways) == 2 and all(ways), "within a process it works in any case"
+
+
+def test_mps_is_seen_by_what_it_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipes, proc = tmp_path / "pipes", tmp_path / "proc"
+    pipes.mkdir()
+    monkeypatch.setenv(mps.PIPES, str(pipes))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert mps.look(proc) == Mps()
+    program = tmp_path / mps.CONTROL
+    program.write_text("#!/bin/sh\nexit 1\n")
+    program.chmod(0o755)
+    (pipes / "control").touch()
+    assert mps.look(proc) == Mps(str(program), runs=True), "nothing more is known"
+    (pipes / f"{mps.CONTROL}.pid").write_text("41\n")
+    assert not mps.look(proc).runs, "it was killed"
+    for pid, words in ((41, [str(program), "-d", "-S"]), (42, ["/usr/bin/" + mps.SERVER]),
+                       (43, ["sh"]), (44, [])):  # fmt: skip
+        (proc / str(pid)).mkdir(parents=True)
+        (proc / str(pid) / "cmdline").write_text("".join(word + "\0" for word in words))
+    assert mps.look(proc) == Mps(str(program), runs=True, static=True, server=42)
+
+
 def test_mps_takes_its_control_program_and_a_gpu_that_isolates_clients() -> None:
     assert judged(gpu(capability=(6, 1)))[MPS].standing is Standing.ABSENT
     assert judged(gpu(), around=Surroundings())[MPS].standing is Standing.ABSENT
-    idle = msgspec.structs.replace(OPEN, mps_runs=False)
+    idle = Surroundings(mps=msgspec.structs.replace(OPEN.mps, runs=False))
     assert wants(judged(gpu(), around=idle)[MPS]) == 1 > wants(judged(gpu())[MPS])
 
 
@@ -224,7 +284,7 @@ TROUBLE = Trouble(Cause.DRIVER, "it broke", "mend it")
 
 def test_every_fact_is_shown() -> None:
     found = gpu(mig=DIVIDED, processes=(Process(77, None),), unread={"links": "no answer"})
-    found = msgspec.structs.replace(found, features=features(found, DRIVER, OPEN))
+    found = msgspec.structs.replace(found, features=features(found, DRIVER, OPEN, NO_GATE))
     text = show(devices_view(CPU, Found(DRIVER, (found,), None, ("GPU 1: gone",))))
     for part in ("2 of 4 cores", "8GiB", "H100", "80GiB", "132 SMs", "9.0", "18 of 18", "GPU-1",
                  "3g.20gb", "MIG-1", "77", "no answer", "GPU 1: gone", "570.86.15", "12.8",

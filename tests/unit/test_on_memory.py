@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 import threading
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -78,3 +80,42 @@ def test_what_the_program_raises_is_its_own(
     node.sendto(b'{"run": "r1", "most": 5}', address)
     assert done.wait(PATIENCE_S)
     assert "no caches here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("used", [True, False])
+def test_frameworks_caches_are_given_back_after_the_programs_own(
+    node: socket.socket, monkeypatch: pytest.MonkeyPatch, used: bool
+) -> None:
+    heard: list[str] = []
+    done = threading.Event()
+
+    def last() -> SimpleNamespace:
+        heard.append("cupy")
+        return SimpleNamespace(free_all_blocks=done.set)
+
+    cuda = SimpleNamespace(is_initialized=lambda: used, empty_cache=lambda: heard.append("torch"))
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace(cuda=cuda))
+    cupy = SimpleNamespace(get_default_memory_pool=last)
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    memory.on_memory(lambda _: heard.append("program"))
+    _, address = node.recvfrom(4096)
+    node.sendto(b'{"run": "r1", "most": 5}', address)
+    assert done.wait(PATIENCE_S)
+    assert heard == (["program", "torch", "cupy"] if used else ["program", "cupy"])
+
+
+def test_no_framework_is_imported_to_ask_it(
+    node: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    memory._give_device_caches(0)
+    assert "torch" not in sys.modules
+    assert "cupy" not in sys.modules
+
+
+def test_one_frameworks_trouble_is_not_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A half-imported module has no attributes yet."""
+    monkeypatch.setitem(sys.modules, "torch", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace())
+    memory._give_device_caches(0)

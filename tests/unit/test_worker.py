@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import os
+import socket
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from cotenant.devices import proctree
-from cotenant.runtime.messages import LENGTH
-from cotenant.runtime.worker import _packed, _strings, _timed
+from cotenant.domain.device import PROCESSOR
+from cotenant.domain.port import TensorMeta
+from cotenant.engines.base import Array, EngineMeta, Target
+from cotenant.runtime import worker as worker_module
+from cotenant.runtime.messages import LENGTH, Done, Item, Open, Opened, Place, Run
+from cotenant.runtime.worker import Worker, _packed, _strings, _timed
 
 BURNT_NS = 15_000_000
 
@@ -58,3 +65,52 @@ def test_strings_pass_byte_for_byte() -> None:
 def test_strings_are_never_mended() -> None:
     with pytest.raises(UnicodeDecodeError):
         _strings(memoryview(LENGTH.pack(1) + b"\xff"), (1,))
+
+
+class Located:
+    """An engine that keeps count of where it is to execute."""
+
+    def __init__(self) -> None:
+        tensor = TensorMeta("x", "FP32", (2,))
+        self.meta = EngineMeta("located", (tensor,), (tensor,), False)
+        self.axes = {"x": ("",)}
+        self.log: list[Any] = []
+        self.notes = ("slowly",)
+
+    def run(self, units: int, inputs: dict[str, Array]) -> list[Array]:
+        self.log.append(units)
+        return [inputs["x"]]
+
+    def place(self, units: Sequence[int]) -> None:
+        self.log.append(tuple(units))
+
+    def settle(self) -> None:
+        self.log.append("settled")
+
+
+@pytest.mark.parametrize("processor", ["", "cuda:GPU-1"])
+def test_an_engine_learns_where_it_is_before_it_executes(
+    monkeypatch: pytest.MonkeyPatch, processor: str
+) -> None:
+    engine, targets = Located(), []
+
+    def opened(path: Path, units: Any, settings: Any, kv: int, target: Target) -> Located:
+        targets.append(target)
+        return engine
+
+    monkeypatch.setattr(worker_module, "open_engine", opened)
+    monkeypatch.setattr(worker_module.gc, "freeze", lambda: None)
+    monkeypatch.setenv(PROCESSOR, processor)
+    ours, theirs = socket.socketpair()
+    worker = Worker(theirs, memoryview(bytearray(256)))
+    order = Open("m.onnx", units=(1, 2), max_batch=1, partitions=((0, 1), (2, 3)))
+    answer = worker._open(order)
+    assert isinstance(answer, Opened) and answer.notes == ("slowly",)
+    assert targets == [Target(processor or "cpu", ((0, 1), (2, 3)))]
+    assert set(engine.log) == {1, 2, "settled"} and engine.log[-1] == "settled"
+    engine.log.clear()
+    item = Item(1, (Place((2,), 0, 8),), 64, 64)
+    assert isinstance(worker._run(Run(1, (4, 5), 2, 0, (item,))), Done)
+    assert engine.log == [(4, 5), 2]
+    ours.close()
+    theirs.close()

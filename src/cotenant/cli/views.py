@@ -88,6 +88,8 @@ def status_view(status: dict[str, Any]) -> RenderableType:
     for device in status.get("devices") or ():
         lines.append(_device(device, _job_names(status)))
         lines += [plain(f"  note: {limit}", "dim") for limit in device.get("limits") or ()]
+        if trouble := device.get("trouble"):
+            lines.append(plain(f"  does not answer: {trouble}", "red"))
     lines += [Text(), _services(status)]
     jobs = status.get("jobs") or []
     lines += [Text(), jobs_view(jobs) if jobs else plain("no jobs", "dim"), Text()]

@@ -26,8 +26,9 @@ from cotenant.domain.workload import (
 
 MEASURES: Final = ("exact", "argmax", "threshold", "r2")
 """Ways to compare check data; ``engines.accuracy`` says what they are."""
-ENGINES: Final = ("auto", "vllm")
-"""What may serve a model: an engine of ours, by the kind of its file, or vLLM."""
+ENGINES: Final = ("auto", "vllm", "tensorrt")
+"""What may serve a model: an engine of ours, by the kind of its file, vLLM, or ours for ONNX with
+what TensorRT can take of the model."""
 
 
 class PolicyConfig(msgspec.Struct, frozen=True):

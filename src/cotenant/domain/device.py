@@ -49,6 +49,15 @@ REST_EVERY = "COTENANT_REST_EVERY_NS"
 """Environment variable of a model instance, for ``Launch``: without a break longer than so many ns
 it sleeps for a moment between two batches."""
 
+PROCESSOR = "COTENANT_PROCESSOR"
+"""Environment variable of a model instance, for ``Launch``: what it executes on. ``cpu`` (also if
+it is not set), or ``cuda:`` and a GPU: its UUID, or its ordinal among those that the process sees.
+With ``cuda-subsets:`` before the GPU the units of partitions are its groups of multiprocessors, as
+``cotenant.engines.cuda.subsets`` numbers them; otherwise an execution has all of it."""
+CPU = "cpu"
+CUDA = "cuda:"
+CUDA_SUBSETS = "cuda-subsets:"
+
 
 class Launch(msgspec.Struct, frozen=True):
     """What a device wants of a tenant's process before it is executed.

@@ -9,9 +9,10 @@ from typing import ClassVar
 import msgspec
 
 from cotenant.domain import reading
+from cotenant.domain.costs import GATE_BOUND
 from cotenant.domain.device import PreemptLevel
 from cotenant.domain.errors import ConfigError
-from cotenant.domain.units import MS, format_bytes
+from cotenant.domain.units import format_bytes
 
 
 class CpuConfig(msgspec.Struct, frozen=True):
@@ -55,7 +56,7 @@ class CudaConfig(msgspec.Struct, frozen=True):
     memory: int = 0
     kv: int = 0
     preempt: PreemptLevel = PreemptLevel.GATE
-    bound: int = 2 * MS
+    bound: int = GATE_BOUND
 
 
 DeviceConfig = CpuConfig | NullConfig | CudaConfig
@@ -113,7 +114,7 @@ def _cuda(section: reading.Section) -> CudaConfig:
         id=section.take("id", reading.name, "cuda"),
         gpu=section.take("gpu", _gpu, "0"),
         preempt=levels[section.take("preempt", reading.one_of(levels), "auto")],
-        bound=section.take("bound", reading.duration, 2 * MS),
+        bound=section.take("bound", reading.duration, GATE_BOUND),
     )
     memory, kv = _memory(section)
     return msgspec.structs.replace(cuda, memory=memory, kv=kv)

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cotenant.domain.config import ModelSettings
+from cotenant.domain.device import CPU, CUDA, CUDA_SUBSETS
 from cotenant.domain.errors import ModelError
 from cotenant.domain.port import Language, TensorMeta
 from cotenant.policy.memory.account import PoolUse
@@ -83,6 +84,23 @@ class Engine(Protocol):
 
         Raises ModelError with the engine's own words if the model refuses the input.
         """
+
+
+@runtime_checkable
+class Placeable(Protocol):
+    """An engine to which not only the number of its units matters, but which they are."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What its owner should know of how it executes here."""
+
+    def place(self, units: Sequence[int]) -> None:
+        """Execute on these units of the device from now on: on as many of them as ``run`` says,
+        the first ones. Before the first call any will do."""
+
+    def settle(self) -> None:
+        """It serves from now on: what makes an execution take longer, for the sake of later ones,
+        is no longer to be done."""
 
 
 class Turn(NamedTuple):
@@ -169,8 +187,23 @@ SUFFIXES = (".onnx", ".gguf", ".safetensors", ".safetensors.index.json", ".piece
 """Model files that some engine opens, by preference."""
 
 
+class Target(NamedTuple):
+    """What a model executes on: ``processor`` as in ``domain.device.PROCESSOR``. ``partitions``:
+    the units of those that there are for services now; others may come."""
+
+    processor: str = CPU
+    partitions: tuple[tuple[int, ...], ...] = ()
+
+
+ON_CPU: Final = Target()
+
+
 def open_engine(
-    path: Path, units: Sequence[int], settings: ModelSettings = USUAL, kv: int = 2**30
+    path: Path,
+    units: Sequence[int],
+    settings: ModelSettings = USUAL,
+    kv: int = 2**30,
+    target: Target = ON_CPU,
 ) -> Engine | TurnEngine:
     """Load the model at ``path`` for each unit count in ``units``, a language model with at most
     ``kv`` bytes of keys and values; raises ModelError."""
@@ -182,6 +215,14 @@ def open_engine(
         )
     if settings.engine == "vllm":
         return _open_vllm(path, kv)
+    if path.name.endswith(".pieces.json"):
+        from cotenant.engines.pieces import PiecesEngine
+
+        return PiecesEngine(path)
+    if target.processor != CPU:
+        return _open_cuda(path, units, settings, target)
+    if settings.engine == "tensorrt":
+        raise ModelError(f"{path.name}: engine: tensorrt needs a GPU; here it would run on the CPU")
     if path.suffix == ".onnx":
         from cotenant.engines.onnx import OnnxEngine
 
@@ -193,11 +234,20 @@ def open_engine(
             needs = "language models need the extra llm: pip install 'cotenant[llm]'"
             raise ModelError(f"{needs} ({error})") from error
         return LlmEngine(path, units, kv, settings.exactness, settings.draft)
-    if path.name.endswith(".pieces.json"):
-        from cotenant.engines.pieces import PiecesEngine
-
-        return PiecesEngine(path)
     raise ModelError(f"{path.name}: no engine for this kind of file; known: {SUFFIXES}")
+
+
+def _open_cuda(path: Path, units: Sequence[int], settings: ModelSettings, target: Target) -> Engine:
+    if not target.processor.startswith((CUDA, CUDA_SUBSETS)):
+        raise ModelError(f"no engine for the processor {target.processor!r}; known: {CPU}, {CUDA}…")
+    if path.suffix != ".onnx":
+        raise ModelError(
+            f"{path.name}: on a GPU models are served in ONNX, and with engine: vllm those in "
+            "safetensors; let the service run on the CPU (kinds: [cpu])"
+        )
+    from cotenant.engines.onnx_cuda import OnnxCudaEngine
+
+    return OnnxCudaEngine(path, units, target, tensorrt=settings.engine == "tensorrt")
 
 
 def _open_vllm(path: Path, kv: int) -> TurnEngine:

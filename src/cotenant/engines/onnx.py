@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import onnxruntime as ort
 
@@ -42,15 +43,9 @@ class OnnxEngine:
         except Exception as error:  # ONNX Runtime raises a dozen kinds of its own
             raise ModelError(f"{path.name} cannot be loaded: {first_line(error)}") from error
         first = next(iter(self._sessions.values()))
-        inputs = tuple(_meta(i) for i in first.get_inputs())
-        outputs = tuple(_meta(o) for o in first.get_outputs())
-        batchable = all(t.shape and t.shape[0] == -1 for t in (*inputs, *outputs))
-        self._meta = EngineMeta("onnxruntime_onnx", inputs, outputs, batchable)
-        self._names = [o.name for o in outputs]
-        nodes = (*first.get_inputs(), *first.get_outputs())
-        self._axes = {
-            n.name: tuple(d if isinstance(d, str) else "" for d in n.shape) for n in nodes
-        }
+        self._meta = described(first)
+        self._names = [o.name for o in self._meta.outputs]
+        self._axes = axes_of(first)
 
     @property
     def meta(self) -> EngineMeta:
@@ -86,6 +81,21 @@ def session_options(threads: int) -> ort.SessionOptions:
 def _session(path: Path, threads: int) -> ort.InferenceSession:
     options = session_options(threads)
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+
+
+def described(session: Any) -> EngineMeta:
+    """What the model of a session takes and gives; raises ModelError for what no protocol
+    carries."""
+    inputs = tuple(_meta(i) for i in session.get_inputs())
+    outputs = tuple(_meta(o) for o in session.get_outputs())
+    batchable = all(t.shape and t.shape[0] == -1 for t in (*inputs, *outputs))
+    return EngineMeta("onnxruntime_onnx", inputs, outputs, batchable)
+
+
+def axes_of(session: Any) -> dict[str, tuple[str, ...]]:
+    """By tensor, the model's own names of its axes; "" for those that have none."""
+    nodes = (*session.get_inputs(), *session.get_outputs())
+    return {n.name: tuple(d if isinstance(d, str) else "" for d in n.shape) for n in nodes}
 
 
 def _meta(node: ort.NodeArg) -> TensorMeta:

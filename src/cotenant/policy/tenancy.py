@@ -70,7 +70,10 @@ class Tenancy:
         tenant = self._state.tenants.get(event.job)
         if tenant is None or not self._step(tenant, "JobReady"):
             return False
+        if PreemptLevel.NONE in event.levels.values():
+            tenant.apart = True
         self._holds.open(tenant, event.levels)
+        self.part()
         return True
 
     def level(self, event: e.JobLevel) -> None:

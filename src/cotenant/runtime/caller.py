@@ -52,6 +52,8 @@ part of what requests wait for; ``open`` and ``attach`` may load a driver; a ``r
 what is in flight."""
 DRAINS = 4
 """Threads for ``revoke`` calls of a device that may block."""
+LATE_S = 10.0
+"""After so long a look hangs, and that is said."""
 LOOK_S = 5.0
 """How long the end waits for a look at a device that is under way."""
 
@@ -120,6 +122,9 @@ class Caller:
         self._lock = threading.Lock()
         """Whether a call has begun or is dropped is decided under it."""
         self._looking = False
+        self._looked_at = 0.0
+        self.trouble = ""
+        """Why the last look failed, or that it hangs."""
         self._evicting: set[str] = set()
         self._looks = Lane("cotenant-look")
         self._calls = None if self._quick else Lane("cotenant-device")
@@ -274,9 +279,12 @@ class Caller:
     def look(self) -> None:
         """Have the device look again at its tenants (``refresh``, ``facts``), beside everything
         else; while it has not done with the last look it is left alone."""
+        now = self._loop.time()
         if not self._looking:
-            self._looking = True
+            self._looking, self._looked_at = True, now
             self._looks.submit(self._look)
+        elif now - self._looked_at > LATE_S and not self.trouble:
+            self._in_trouble(f"it has not answered for {LATE_S:g} s")
 
     def _look(self) -> None:
         """On a thread."""
@@ -290,13 +298,17 @@ class Caller:
 
     def _looked(self, facts: dict[str, TenantFacts], why: str) -> None:
         self._looking, self.facts = False, facts
-        if why:
-            log.warning("device could not look at its tenants", extra={"why": why})
+        self._in_trouble(why)
         for tenant, seen in facts.items():
             level = seen.level
             if level is not None and self.levels.get(tenant, level) is not level:
                 self.levels[tenant] = level
                 self._changed(tenant, self.name, level)
+
+    def _in_trouble(self, why: str) -> None:
+        if why and why != self.trouble:
+            log.warning("device does not answer", extra={"device": self.name, "why": why})
+        self.trouble = why
 
     def evict(self, job: str, size: int) -> None:
         """Have the device take memory back from a job, where the looks are made; not while it does

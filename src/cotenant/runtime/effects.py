@@ -62,6 +62,11 @@ class Effects:
             return (partition.compute,)
         return next(spec.shapes for spec in self._fleet.specs if spec.id == device)
 
+    def partitions_of(self, device: str) -> tuple[tuple[int, ...], ...]:
+        """See Shell."""
+        partitions = self.core.dispatcher.state.partitions.values()
+        return tuple(p.units for p in partitions if p.device == device and p.services)
+
     def kv_of(self, device: str) -> int:
         """See Shell."""
         return next(spec.kv for spec in self._fleet.specs if spec.id == device)

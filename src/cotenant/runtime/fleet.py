@@ -88,6 +88,10 @@ class Fleet:
         """Resident memory there in bytes by tenant, as of the last look."""
         return {name: facts.memory for name, facts in self._callers[device].facts.items()}
 
+    def trouble(self, device: str) -> str:
+        """Why it could not look at its tenants last; "" if it could."""
+        return self._callers[device].trouble
+
     def evict(self, device: str, job: str, size: int) -> None:
         """See ``Device.evict``: off the loop, after the look that is under way."""
         self._callers[device].evict(job, size)

@@ -73,6 +73,9 @@ class Shell(Protocol):
     def units_of(self, device: str, place: str) -> tuple[int, ...]:
         """The unit counts of partitions where an instance may run."""
 
+    def partitions_of(self, device: str) -> tuple[tuple[int, ...], ...]:
+        """The units of a device's partitions on which services may run now."""
+
     def kv_of(self, device: str) -> int:
         """Bytes that the pools of language models may have on a device together; 0: no bound."""
 
@@ -247,7 +250,7 @@ class Instances:
             log.warning("version serves, but", extra={**said, "note": note})
 
     def _notes(self, offer: Offer, opened: Opened) -> tuple[str, ...]:
-        notes = []
+        notes = list(opened.notes)
         if opened.unjoined and self.spec.batch.joining is not Joining.NONE:
             notes.append(UNJOINED.format(opened.unjoined))
         times = [ns for _, rows, ns in opened.profile if rows == 1]
@@ -382,6 +385,7 @@ class Instances:
                 settings=offer.settings,
                 joining=joining,
                 kv=min(limit, self._shell.kv_of(order.device) or limit),
+                partitions=self._shell.partitions_of(order.device),
             )
         )
         return instance

@@ -27,7 +27,8 @@ class _Message(msgspec.Struct, frozen=True, tag=True, array_like=True):
 class Open(_Message, frozen=True):
     """Load, check and profile a model. ``units`` are the counts of threads to be ready for;
     ``check`` is the path of a ``check.npz``, or ""; ``joining`` is what is known of whether rows
-    may be joined; ``kv``: at most so many bytes for keys and values."""
+    may be joined; ``kv``: at most so many bytes for keys and values; ``partitions``: the units of
+    those on which services may run now."""
 
     path: str
     units: tuple[int, ...]
@@ -36,6 +37,7 @@ class Open(_Message, frozen=True):
     settings: ModelSettings = ModelSettings()
     joining: Joining = Joining.CHECKED
     kv: int = 2**30
+    partitions: tuple[tuple[int, ...], ...] = ()
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True):
@@ -97,7 +99,8 @@ class Forget(_Message, frozen=True):
 class Opened(_Message, frozen=True):
     """The model is warm. ``profile``: (units, rows, ns) for rows of ``size`` (see ``size_of``);
     ``accuracy`` on the check data; ``memory`` in bytes, as much as the process ever had resident;
-    ``unjoined`` says why rows are not joined, "" if they are."""
+    ``unjoined`` says why rows are not joined, "" if they are; ``notes``: what its owner should know
+    of how it executes."""
 
     meta: EngineMeta
     profile: tuple[tuple[int, int, int], ...]
@@ -105,6 +108,7 @@ class Opened(_Message, frozen=True):
     accuracy: Accuracy | None = None
     unjoined: str = ""
     memory: int = 0
+    notes: tuple[str, ...] = ()
 
 
 class OpenFailed(_Message, frozen=True):

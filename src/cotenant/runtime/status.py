@@ -58,6 +58,7 @@ def _device(node: Node, spec: DeviceSpec) -> dict[str, Any]:
         "level": spec.preempt.name,
         "trains": spec.trains,
         "limits": list(spec.limits),
+        "trouble": node.fleet.trouble(spec.id),
         "tenants": {
             tenant: {"level": level.name, "memory": memory.get(tenant)}
             for tenant, level in levels.items()

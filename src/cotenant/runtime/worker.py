@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 
 from cotenant.devices import proctree
-from cotenant.domain.device import REST_EVERY
+from cotenant.domain.device import CPU, PROCESSOR, REST_EVERY
 from cotenant.domain.errors import ModelError
 from cotenant.domain.workload import Joining
 from cotenant.engines.accuracy import measure
@@ -33,6 +33,8 @@ from cotenant.engines.base import (
     Array,
     Engine,
     EngineMeta,
+    Placeable,
+    Target,
     TurnEngine,
     open_engine,
 )
@@ -79,6 +81,8 @@ class Worker:
         self._engine: Engine | None = None
         self._sequences: Sequences | None = None
         """In place of the engine, where that takes turns."""
+        self._placeable: Placeable | None = None
+        """The engine, where it matters to it which units it has."""
         self._unjoined = ""
         """Why no rows are joined; "" if they may be."""
         self._until_check = -1
@@ -145,11 +149,13 @@ class Worker:
 
     def _open(self, order: Open) -> Opened | OpenFailed:
         try:
-            engine = open_engine(Path(order.path), order.units, order.settings, order.kv)
+            target = Target(os.environ.get(PROCESSOR) or CPU, order.partitions)
+            engine = open_engine(Path(order.path), order.units, order.settings, order.kv, target)
             if isinstance(engine, TurnEngine):
                 self._sequences = Sequences(engine, self._gather, self._store)
                 return self._sequences.open(order)
             self._engine = engine
+            self._placeable = engine if isinstance(engine, Placeable) else None
             data = None
             if order.check:
                 data = read_check(Path(order.check), engine.meta.inputs, order.settings.check)
@@ -162,6 +168,10 @@ class Worker:
             if data is not None:
                 step = 1 if self._unjoined else order.max_batch
                 accuracy = measure(engine, order.units[0], data, step)
+            notes: tuple[str, ...] = ()
+            if self._placeable is not None:
+                self._placeable.settle()
+                notes = tuple(self._placeable.notes)
         except ModelError as error:
             return OpenFailed(str(error))
         except Exception as error:  # whatever a model or its check data bring about
@@ -170,7 +180,8 @@ class Worker:
         gc.collect()
         gc.freeze()  # a pass over all that the engine's imports brought would delay a batch
         meta = msgspec.structs.replace(engine.meta, batchable=not self._unjoined)
-        return Opened(meta, profile, samples.size(meta), accuracy, self._unjoined)
+        size = samples.size(meta)
+        return Opened(meta, profile, size, accuracy, self._unjoined, notes=notes)
 
     def _profile(
         self, engine: Engine, order: Open, samples: Samples
@@ -205,6 +216,8 @@ class Worker:
         started = time.monotonic_ns()
         was, together = self._unjoined, ""
         items = None
+        if self._placeable is not None:
+            self._placeable.place(order.units)
         if len(order.items) == 1 or not self._unjoined:
             try:
                 items = self._execute(order.threads, order.items)

@@ -17,6 +17,7 @@ from statistics import NormalDist
 
 import msgspec
 
+from cotenant.domain.costs import GATE_BOUND, MIG_MAKE, MIG_UNMAKE, drain
 from cotenant.domain.units import MS, US, S
 from cotenant.policy.estimate import ExecTable
 from cotenant.policy.utility import speed_up
@@ -87,6 +88,9 @@ class Spread(msgspec.Struct, frozen=True):
     cv: float = 0.0
 
 
+GATED = "as the device on a node says of itself (cotenant.domain.costs)"
+
+
 class DeviceCost(msgspec.Struct, frozen=True):
     """What a device charges for changing hands.
 
@@ -131,15 +135,23 @@ DEVICES: dict[str, DeviceCost] = {
         contention=0.25,
         source="preemption 40 us after GPreempt (ATC 2025); contention assumed",
     ),
+    "cuda": DeviceCost(
+        start=Spread(50 * US, 0.3),
+        preempt=Spread(0),
+        grant=Spread(50 * US, 0.5),
+        revoke=Spread(drain(GATE_BOUND).mean, 0.5),
+        contention=0.0,
+        source=f"a launch gate that bounds what is in flight, {GATED}",
+    ),
     "mig": DeviceCost(
         start=Spread(50 * US, 0.3),
-        preempt=Spread(1 * MS, 0.5),
+        preempt=Spread(0),
         grant=Spread(50 * US, 0.5),
-        revoke=Spread(1 * MS, 0.5),
-        make=Spread(119 * MS, 0.2),
-        unmake=Spread(163 * MS, 0.2),
-        source="means of making and ending an instance on an A100 (gpuless thesis); a gate that "
-        "drains within 1 ms assumed",
+        revoke=Spread(drain(GATE_BOUND).mean, 0.5),
+        make=Spread(MIG_MAKE, 0.2),
+        unmake=Spread(MIG_UNMAKE, 0.2),
+        source="means of making and ending an instance on an A100 (gpuless thesis); a launch gate "
+        f"in each, {GATED}",
     ),
     "npu": DeviceCost(
         start=Spread(200 * US, 0.3),
@@ -149,6 +161,6 @@ DEVICES: dict[str, DeviceCost] = {
         source="hand-over of 0.2 ms assumed",
     ),
 }
-"""Costs by kind of device. ``sm``: subsets of the multiprocessors of one GPU, whose memory
-bandwidth is shared. ``mig``: isolated instances of one GPU. ``npu``: serves, one batch at a
-time."""
+"""Costs by kind of device. ``cuda``: one GPU, whole, whose jobs are behind launch gates. ``sm``:
+subsets of the multiprocessors of one GPU, whose memory bandwidth is shared; no node can keep jobs
+to them yet. ``mig``: isolated instances of one GPU. ``npu``: serves, one batch at a time."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from cotenant.domain import reading
+from cotenant.domain.costs import GATE_BOUND, drain
 from cotenant.domain.device import DeviceSpec, PreemptLevel
 from cotenant.domain.errors import ConfigError
 from cotenant.domain.mig import table, tables
@@ -29,7 +30,7 @@ from cotenant.domain.workload import (
 from cotenant.policy.layouts import MIB, mig_fixed
 from cotenant.policy.placing import why_not
 from cotenant.sim.arrivals import Arrivals, Bursts, Diurnal, Poisson, Steps, read_trace, share
-from cotenant.sim.costs import DEVICES, DeviceCost, ExecCost, JobCost
+from cotenant.sim.costs import DEVICES, DeviceCost, ExecCost, JobCost, Spread
 from cotenant.sim.generates import Generates, read_generates
 from cotenant.telemetry.monitor import DAY
 
@@ -326,6 +327,13 @@ def _device(section: reading.Section) -> SimDevice:
             trains=False,
             memory=section.take("memory", reading.size, 0),
             operators=section.take("operators", _words, ()),
+        )
+    elif kind == "cuda":
+        bound = section.take("bound", reading.duration, GATE_BOUND)
+        cost = msgspec.structs.replace(cost, revoke=Spread(drain(bound).mean, cost.revoke.cv))
+        spec = _spec(name, kind, cost, range(1), PreemptLevel.GATE)
+        spec = msgspec.structs.replace(
+            spec, revoke_ns=drain(bound).most, memory=section.take("memory", reading.size, 0)
         )
     else:
         units = section.take("units", reading.integer(1, MAX_UNITS))

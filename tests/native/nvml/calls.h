@@ -45,6 +45,7 @@ static int release(int code) {
 #define BEGIN(handle)                                                                              \
     pthread_mutex_lock(&lock);                                                                     \
     if (!box.started) RETURN(UNINITIALIZED);                                                       \
+    look_again();                                                                                  \
     do {                                                                                           \
         int failed = injected(__func__, gpu_of(handle), 0);                                           \
         if (failed) RETURN(failed);                                                                \

@@ -126,6 +126,26 @@ static int load(void) {
     return SUCCESS;
 }
 
+/* What came to pass since: where a file beside the first, called as it with ".now" after it, is
+ * another than it was, its processes and failures are those of the machine's first GPU now. */
+static void look_again(void) {
+    static ino_t seen;
+    const char *path = getenv("COTENANT_NVML_STANDIN");
+    char name[LINE], line[LINE];
+    struct stat about;
+    snprintf(name, sizeof name, "%s.now", path ? path : "");
+    if (stat(name, &about) || about.st_ino == seen) return;
+    FILE *file = fopen(name, "r");
+    if (!file) return;
+    u32 gpus = box.gpus_count;
+    seen = about.st_ino;
+    box.gpus_count = gpus ? 1 : 0; /* lines are of the last GPU that was read */
+    box.rules_count = box.gpus[0].processes_count = 0;
+    while (fgets(line, sizeof line, file)) read_line(line);
+    box.gpus_count = gpus;
+    fclose(file);
+}
+
 static void save_instances(FILE *file, Gpu *gpu) {
     for (u32 i = 0; i < INSTANCES; i++) {
         Instance *gi = &gpu->instances[i];

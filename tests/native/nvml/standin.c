@@ -3,7 +3,8 @@
  * The file that COTENANT_NVML_STANDIN names describes a machine, a line a thing, its fields
  * separated by tabs. tests/nvml_standin.py writes it and says what the fields mean. A change of MIG
  * instances, and a failure that was used up, are written back: so the next process that starts
- * finds the machine as this one left it. One translation unit, so that nothing but NVML is exported.
+ * finds the machine as this one left it. A second file may change it while a process runs
+ * (look_again in file.h). One translation unit, so that nothing but NVML is exported.
  *
  * Signatures, layouts and error codes are those of pynvml (nvidia-ml-py 13). What a call answers
  * follows NVIDIA's description of it. Guessed, and not to be relied on: the numbers that new
@@ -15,6 +16,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 #include <time.h>
 
 #include "types.h"

@@ -25,12 +25,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cotenant.devices import proctree
-from cotenant.devices.nvidia import selftest
 from cotenant.devices.nvidia.gates import Gates
 from cotenant.devices.nvidia.migspace import MigSpace
-from cotenant.devices.nvidia.nvml import Nvml, NvmlError, NvmlGpu
+from cotenant.devices.nvidia.nvml import Nvml, NvmlGpu
+from cotenant.devices.nvidia.selftest import NoGate, gates_for, run
 from cotenant.devices.nvidia.space import Space, WholeGpu
+from cotenant.domain.costs import drain
 from cotenant.domain.device import (
+    CUDA,
+    PROCESSOR,
     DeviceSpec,
     Launch,
     LayoutStep,
@@ -55,6 +58,7 @@ class _Tenant:
     pid: int
     is_job: bool
     pids: list[int] = field(default_factory=list)
+    level: PreemptLevel = PreemptLevel.NONE
     granted: set[str] = field(default_factory=set)
 
 
@@ -77,8 +81,6 @@ class CudaDevice:
         self._tenants: dict[str, _Tenant] = {}
         self._used: dict[int, int] = {}
         """Bytes of the GPU by process, as of the last look."""
-        self._lost = ""
-        """Why the driver does not answer; "" while it does."""
 
     # --- life -------------------------------------------------------------------------------
 
@@ -117,13 +119,12 @@ class CudaDevice:
         if self._config.preempt is PreemptLevel.NONE:
             self._limits.append("jobs are not taken off: switched off (preempt: none)")
             return
+        node = f"{self._state.absolute()}:{self._config.id}"
         try:
-            gates = Gates(selftest.ready(), self._config.bound)
-            gates.open()
-        except DeviceError as error:
+            self._gates = gates_for(node, self._config.bound)
+        except NoGate as error:
             self._limits.append(f"jobs are not taken off: {error}")
             return
-        self._gates = gates
         self._try()
 
     def _try(self) -> None:
@@ -132,7 +133,7 @@ class CudaDevice:
         if gates is None or self._tried or not shown:
             return
         try:
-            selftest.run(gates, shown)
+            run(gates, shown)
         except BaseException as error:
             gates.close()
             self._gates = None
@@ -165,8 +166,6 @@ class CudaDevice:
         limits = list(self._limits)
         if gated and not self._tried:
             limits.append("jobs: how they yield is tried on the first MIG instance, not yet seen")
-        if self._lost:
-            limits.append(f"the driver does not answer: {self._lost}")
         return self._room.fit(
             DeviceSpec(
                 id=self._config.id,
@@ -175,9 +174,10 @@ class CudaDevice:
                 memory=self._memory,
                 shapes=(),
                 preempt=PreemptLevel.GATE if gated else PreemptLevel.NONE,
-                revoke_ns=self._config.bound if gated else 0,
+                revoke_ns=drain(self._config.bound).most if gated else 0,
                 repartition_ns=0,
                 limits=tuple(limits),
+                evicts=gated,
                 kv=self._config.kv,
             )
         )
@@ -194,18 +194,24 @@ class CudaDevice:
 
     def launch(self, tenant: Tenant, partition: Partition | None) -> Launch:
         """The GPU, or its instance, by its UUID; for a job its page, with the gate closed."""
-        shown = {VISIBLE: self._room.shown(tenant.id, partition)}
-        if tenant.kind is TenantKind.WORKER or self._gates is None:
+        gpu = self._room.shown(tenant.id, partition)
+        shown = {VISIBLE: gpu}
+        if tenant.kind is TenantKind.WORKER:
+            return Launch(fixed={**shown, PROCESSOR: f"{CUDA}{gpu}"})
+        if self._gates is None:
             return Launch(fixed=shown)
-        found = self._gates.launch(tenant.id)
+        found = self._gates.launch(tenant.id, tenant.memory)
         return Launch(fixed={**shown, **found.fixed}, prepend=found.prepend)
 
     def attach(self, tenant: Tenant, pid: int) -> PreemptLevel:
+        """A job without a page, since a node before this one had none, is of level ``NONE``."""
         is_job = tenant.kind is TenantKind.JOB
-        if is_job and self._gates is not None:
-            self._gates.page(tenant.id)  # it was launched here
-        self._tenants[tenant.id] = _Tenant(pid, is_job, [] if is_job else [pid])
-        return self.spec.preempt
+        found = _Tenant(pid, is_job, [] if is_job else [pid], self.spec.preempt)
+        if is_job:
+            gated = self._gates is not None and self._gates.take_over(tenant.id)
+            found.level = PreemptLevel.GATE if gated else PreemptLevel.NONE
+        self._tenants[tenant.id] = found
+        return found.level
 
     def detach(self, tenant: str) -> None:
         found = self._tenants.pop(tenant, None)
@@ -216,7 +222,7 @@ class CudaDevice:
     def grant(self, job: str, partition: Partition) -> None:
         found = self._job(job)
         self._room.check(job, partition)
-        if self._gates is not None:
+        if self._gates is not None and found.level > PreemptLevel.NONE:
             self._gates.grant(job)
         found.granted.add(partition.id)
 
@@ -224,8 +230,8 @@ class CudaDevice:
         found = self._job(job)
         if partition.id not in found.granted:
             return 0
-        if self._gates is None:
-            raise DeviceError(f"{job}: nothing can take a job off this GPU: {self._limits[0]}")
+        if self._gates is None or found.level is PreemptLevel.NONE:
+            raise DeviceError(f"{job}: it has no gate, and nothing else takes it off this GPU")
         took = self._gates.revoke(job)
         found.granted.discard(partition.id)
         return took
@@ -245,12 +251,7 @@ class CudaDevice:
 
     def refresh(self) -> None:
         """Raises NvmlError where the driver does not answer; what was seen before stands."""
-        try:
-            shown = self._room.processes()
-        except NvmlError as error:
-            self._lost = str(error)
-            raise
-        self._lost = ""
+        shown = self._room.processes()
         self._used = {process.pid: process.memory or 0 for process in shown}
         jobs = {name: t for name, t in list(self._tenants.items()) if t.is_job}
         table = proctree.scan() if jobs else {}
@@ -264,18 +265,20 @@ class CudaDevice:
             self._gates.look({name: self._used.keys() & set(t.pids) for name, t in jobs.items()})
 
     def facts(self) -> dict[str, TenantFacts]:
-        """Memory as the driver says it, 0 where it does not."""
+        """Memory as the driver says it, of a job as it says itself where that is more."""
         found = {}
         for name, tenant in list(self._tenants.items()):
             memory = sum(self._used.get(pid, 0) for pid in tenant.pids)
-            level = self.spec.preempt
-            if tenant.is_job and self._gates is not None and self._gates.beyond(name):
-                level = PreemptLevel.NONE
-            found[name] = TenantFacts(memory, level)
+            if tenant.is_job and self._gates is not None:
+                memory = max(memory, self._gates.memory(name))
+            past = self._gates is not None and self._gates.beyond(name)
+            found[name] = TenantFacts(memory, PreemptLevel.NONE if past else tenant.level)
         return found
 
     def evict(self, job: str, size: int) -> None:
-        pass
+        if self._gates is not None and self._job(job).level > PreemptLevel.NONE:
+            moved = self._gates.evict(job, size)
+            log.info("memory taken from a job", extra={"job": job, "bytes": moved, "asked": size})
 
 
 def _find(nvml: Nvml, config: CudaConfig) -> NvmlGpu:

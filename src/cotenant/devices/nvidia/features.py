@@ -1,7 +1,7 @@
 """What a GPU can do for Cotenant, judged from what was read of it. Pure.
 
-Nothing here was tried. So a feature is ``UNTESTED`` at best, and ``ABSENT`` where something that it
-cannot do without is missing.
+Only the launch gate was tried. Any other feature is ``UNTESTED`` at best, and ``ABSENT`` where
+something that it cannot do without is missing.
 """
 
 from __future__ import annotations
@@ -21,32 +21,50 @@ from cotenant.devices.features import (
     Standing,
 )
 from cotenant.devices.nvidia.facts import Driver, Gpu
+from cotenant.devices.nvidia.mps import CONTROL, Mps
+from cotenant.domain.device import PreemptLevel
 
 GREEN_CONTEXTS_CUDA: Final = (12, 4)
 """The first CUDA with green contexts (drivers from 550 on)."""
+MPS_PARTITIONS_CUDA: Final = (13, 1)
+"""The first CUDA whose MPS gives clients multiprocessors of their own."""
+MPS_PARTITIONS_CAPABILITY: Final = (8, 0)
+"""It does so from Ampere on."""
 MPS_CAPABILITY: Final = (7, 0)
 """From Volta on each client of MPS has an address space of its own."""
 NOT_YET: Final = Missing("this version of Cotenant does not use it", "")
+DIVIDED: Final = Missing("the GPU is divided: a node tries it on an instance", "")
 
 
 class Surroundings(msgspec.Struct, frozen=True):
-    """What matters beside the GPU: whether this process is root, where the control program of MPS
-    is ("" if nowhere), and whether its daemon runs."""
+    """What matters beside the GPU: whether this process is root, and what there is of MPS."""
 
     root: bool = False
-    mps: str = ""
-    mps_runs: bool = False
+    mps: Mps = Mps()
 
 
-def features(gpu: Gpu, driver: Driver, around: Surroundings) -> tuple[Feature, ...]:
-    """Every feature, in the order in which they are shown."""
+def features(
+    gpu: Gpu, driver: Driver, around: Surroundings, gate: Missing | None
+) -> tuple[Feature, ...]:
+    """Every feature, in the order in which they are shown. ``gate``: what stood against the launch
+    gate when it was tried; None: it works."""
+    held = _gate(gpu, gate)
+    memory = Standing.UNTESTED if gate is None else held.standing
     return (
-        Feature(GATE, Standing.UNTESTED, missing=(NOT_YET,)),
-        Feature(RECLAIM, Standing.UNTESTED, missing=(NOT_YET,)),
+        held,
+        Feature(RECLAIM, memory, missing=held.missing),
         _mig(gpu, around),
-        _subsets(driver),
-        _mps(gpu, around),
+        _subsets(gpu, driver, around.mps),
+        _mps(gpu, around.mps),
     )
+
+
+def _gate(gpu: Gpu, gate: Missing | None) -> Feature:
+    if gpu.mig is not None and gpu.mig.on:
+        return Feature(GATE, Standing.UNTESTED, missing=(DIVIDED,))
+    if gate is not None:
+        return Feature(GATE, Standing.ABSENT, missing=(gate,))
+    return Feature(GATE, Standing.TESTED, PreemptLevel.GATE)
 
 
 def _mig(gpu: Gpu, around: Surroundings) -> Feature:
@@ -69,24 +87,48 @@ def _mig(gpu: Gpu, around: Surroundings) -> Feature:
     return Feature(MIG, Standing.UNTESTED, missing=tuple(found))
 
 
-def _subsets(driver: Driver) -> Feature:
+def _subsets(gpu: Gpu, driver: Driver, mps: Mps) -> Feature:
+    """Within a process by green contexts; across processes by partitions of MPS."""
     if driver.cuda < GREEN_CONTEXTS_CUDA:
         missing = Missing(
             f"driver {driver.version} has no green contexts", "install driver 550 or newer"
         )
         return Feature(SUBSETS, Standing.ABSENT, missing=(missing,))
-    return Feature(SUBSETS, Standing.UNTESTED, way="green contexts", missing=(NOT_YET,))
+    way, across = "green contexts, within a process", _no_partitions(gpu, driver, mps)
+    if across is None:
+        way = f"{way}; MPS partitions, across processes"
+    found = (NOT_YET,) if across is None else (across, NOT_YET)
+    return Feature(SUBSETS, Standing.UNTESTED, way=way, missing=found)
 
 
-def _mps(gpu: Gpu, around: Surroundings) -> Feature:
+def _no_partitions(gpu: Gpu, driver: Driver, mps: Mps) -> Missing | None:
+    """Why processes cannot each be kept to multiprocessors of their own; None if they can."""
+    what = "processes cannot be kept to subsets"
+    if gpu.capability < MPS_PARTITIONS_CAPABILITY:
+        return Missing(f"{what}: this GPU is older than Ampere", "")
+    if driver.cuda < MPS_PARTITIONS_CUDA:
+        how = "install a driver for CUDA 13.1 or newer"
+        return Missing(f"{what}: the MPS of driver {driver.version} has no partitions", how)
+    if not mps.control:
+        return Missing(f"{what}: {CONTROL} is not here", "install the driver's utilities")
+    how = f"{mps.control} -d -S; Cotenant does not start it by itself"
+    if not mps.runs:
+        return Missing(f"{what}: MPS does not run", how)
+    if not mps.static:
+        return Missing(
+            f"{what}: MPS runs without static partitions",
+            f"end it, which ends all that computes through it, then {how}",
+        )
+    return None
+
+
+def _mps(gpu: Gpu, mps: Mps) -> Feature:
     if gpu.capability < MPS_CAPABILITY:
         missing = Missing("this GPU is older than Volta", "take a GPU from 2017 or later")
         return Feature(MPS, Standing.ABSENT, missing=(missing,))
-    if not around.mps:
-        missing = Missing(
-            "nvidia-cuda-mps-control is not here",
-            "install the driver's utilities",
-        )
+    if not mps.control and not mps.runs:
+        missing = Missing(f"{CONTROL} is not here", "install the driver's utilities")
         return Feature(MPS, Standing.ABSENT, missing=(missing,))
-    found = [] if around.mps_runs else [Missing("its daemon does not run", f"{around.mps} -d")]
-    return Feature(MPS, Standing.UNTESTED, missing=(*found, NOT_YET))
+    way = f"server {mps.server}" if mps.server else ""
+    found = [] if mps.runs else [Missing("its daemon does not run", f"{mps.control} -d")]
+    return Feature(MPS, Standing.UNTESTED, way=way, missing=(*found, NOT_YET))

@@ -6,21 +6,29 @@ The laws:
 * A job is *behind* its gate while every process of it that the driver shows on the GPU is attached
   to its page. Who is shown and not attached at two looks in a row is not: between a process's first
   call and its seat lies a moment.
+* Pages lie under a name that the next node of the same state directory finds: of a job that
+  outlived its node it takes over the page, closed.
+* A job that is to give memory computes nothing while its memory goes, nor for ``AWAY`` after: who
+  waits for the memory has that long to take it. Then its gate opens if it is granted space, and it
+  goes on once all of it is back.
 * A thread of its own says to all jobs that the node lives, whatever the node's other threads wait
   for. When it stops, gates open by themselves (docs/gate.md).
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import logging
 import os
-import shutil
 import threading
 import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Final
 
-from cotenant.devices.nvidia.page import ControlPage
+from cotenant.devices import proctree
+from cotenant.devices.nvidia.page import VARIABLE, ControlPage
 from cotenant.devices.nvidia.shim import SHIM
 from cotenant.domain.device import Launch
 from cotenant.domain.errors import DeviceError
@@ -31,6 +39,11 @@ BEATS: Final = 8
 """Of the node within that time."""
 DRAIN_WITHIN: Final = 8 * S
 """How long a revocation waits for what is in flight; below what a call to a device may take."""
+log = logging.getLogger("cotenant.devices")
+EVICT_WITHIN: Final = 20 * S
+"""How long memory may take to go."""
+AWAY: Final = 5 * S
+"""How long it stays away at least."""
 _PREFIX: Final = "cotenant-gates-"
 _SHARED: Final = Path("/dev/shm")
 
@@ -38,50 +51,55 @@ _SHARED: Final = Path("/dev/shm")
 class Gates:
     """Pages by job. ``grant`` and ``revoke`` of one job do not overlap; all else may.
 
-    ``folder``: where to make the directory of the pages, a ``tmpfs``. ``bound_ns``: see
-    ``ControlPage``. ``driver``: the real library.
+    ``node`` names the node whose pages these are, the same after a restart. ``driver``: the real
+    library. ``bound_ns``: see ``ControlPage``. ``base``: a ``tmpfs``.
     """
 
-    def __init__(self, driver: Path, bound_ns: int = 2 * MS, folder: Path = _SHARED) -> None:
+    def __init__(
+        self, node: str, driver: Path, bound_ns: int = 2 * MS, base: Path = _SHARED
+    ) -> None:
         self._driver = driver
         self._bound_ns = bound_ns
-        self._base = folder
-        self._folder: Path | None = None
+        self.folder = base / f"{_PREFIX}{_short(node)}"
         self._pages: dict[str, ControlPage] = {}
         self._outside: dict[str, frozenset[int]] = {}
         """Processes that were shown and not attached at the last look."""
         self._beyond: dict[str, frozenset[int]] = {}
         """Those at the last two."""
+        self._granted: set[str] = set()
+        self._away_until: dict[str, float] = {}
+        """Until when (ns) a gate stays closed, whatever is granted."""
         self._lock = threading.Lock()
+        """Gates turn, and pages come and go, under it."""
         self._ends = threading.Event()
         self._beater: threading.Thread | None = None
 
     def open(self) -> None:
-        """Make the directory, and remove what nodes left that were killed. Raises DeviceError."""
-        for left in self._base.glob(f"{_PREFIX}*"):
-            pid = left.name.removeprefix(_PREFIX).split("-")[0]
-            if pid.isdigit() and not Path(f"/proc/{pid}").exists():
-                shutil.rmtree(left, ignore_errors=True)
-        self._folder = self._base / f"{_PREFIX}{os.getpid()}-{os.urandom(4).hex()}"
+        """Make the directory, and remove the pages of jobs that are gone. Raises DeviceError."""
         try:
-            self._folder.mkdir(mode=0o700)
+            self.folder.mkdir(mode=0o700, exist_ok=True)
+            about = self.folder.lstat()
+            if about.st_uid != os.geteuid() or about.st_mode & 0o077 or self.folder.is_symlink():
+                raise DeviceError(f"{self.folder} is not this user's alone; remove it")
+            for left in self.folder.iterdir():
+                if not proctree.marked(VARIABLE, str(left)):
+                    left.unlink()
         except OSError as error:
-            raise DeviceError(f"no place for control pages: {self._folder}: {error}") from error
+            raise DeviceError(f"no place for control pages: {self.folder}: {error}") from error
         self._ends.clear()
         self._beater = threading.Thread(target=self._beat, name="cotenant-beat", daemon=True)
         self._beater.start()
 
     def close(self) -> None:
-        """Open all gates, and remove the pages."""
+        """Open all gates. Pages of jobs that go on are kept for the next node."""
         self._ends.set()
         if self._beater is not None:
             self._beater.join()
             self._beater = None
         for job in list(self._pages):
-            self.forget(job)
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+            self._drop(job, keep=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def _beat(self) -> None:
         while not self._ends.wait(PATIENCE / BEATS / S):
@@ -91,13 +109,15 @@ class Gates:
 
     # --- jobs -------------------------------------------------------------------------------
 
-    def launch(self, job: str) -> Launch:
-        """Make the job's page anew, closed; what its processes need. Raises DeviceError."""
-        assert self._folder is not None
+    def launch(self, job: str, quota: int = 0) -> Launch:
+        """Make the job's page anew, closed; what its processes need. ``quota``: bytes of device
+        memory that it may have, 0 for any number. Raises DeviceError."""
         self.forget(job)
-        page = ControlPage(self._folder / os.urandom(8).hex(), self._bound_ns, PATIENCE)
+        page = self._make(job)
+        page.path.unlink(missing_ok=True)
         page.open()
         page.close_gate()
+        page.set_quota(quota)
         with self._lock:
             self._pages[job] = page
         return Launch(
@@ -105,28 +125,85 @@ class Gates:
             prepend={"LD_PRELOAD": str(SHIM), "LD_LIBRARY_PATH": str(SHIM.parent)},
         )
 
+    def take_over(self, job: str) -> bool:
+        """Whether a job that was launched, perhaps by a node before this, has a page; its gate is
+        closed."""
+        if job not in self._pages:
+            page = self._make(job)
+            try:
+                page.adopt()
+            except DeviceError as error:
+                log.warning("a job's page is gone", extra={"job": job, "why": str(error)})
+                return False
+            with self._lock:
+                self._pages[job] = page
+        self._pages[job].close_gate()
+        return True
+
+    def _make(self, job: str) -> ControlPage:
+        return ControlPage(self.folder / _short(job), self._bound_ns, PATIENCE)
+
     def forget(self, job: str) -> None:
         """Its gate opens for good. No effect on one without a page."""
+        self._drop(job, keep=False)
+
+    def _drop(self, job: str, keep: bool) -> None:
         with self._lock:
             page = self._pages.pop(job, None)
+            self._granted.discard(job)
+            self._away_until.pop(job, None)
         self._outside.pop(job, None)
         self._beyond.pop(job, None)
         if page is not None:
-            page.close()
+            page.close(keep and bool(proctree.marked(VARIABLE, str(page.path))))
 
     def grant(self, job: str) -> None:
-        """Open the gate. Raises DeviceError for a job that has none."""
-        self.page(job).open_gate()
+        """Open the gate, once the job's memory may come back. Raises DeviceError for a job that has
+        none."""
+        page = self.page(job)
+        with self._lock:
+            self._granted.add(job)
+            self._settle(job, page)
+
+    def _settle(self, job: str, page: ControlPage) -> None:
+        """Under the lock: open the gate if it is to be."""
+        if time.monotonic_ns() >= self._away_until.get(job, 0):
+            self._away_until.pop(job, None)
+            page.open_gate()
 
     def revoke(self, job: str) -> int:
         """Close the gate and wait until nothing of the job is on the GPU; the ns that took. Raises
         DeviceError where it does not drain: it stays closed."""
         page = self.page(job)
         began = time.monotonic_ns()
-        page.close_gate()
+        with self._lock:
+            self._granted.discard(job)
+            page.close_gate()
         if not page.wait_drained(DRAIN_WITHIN):
             raise DeviceError(f"{job}: {self._undrained(page)}")
         return time.monotonic_ns() - began
+
+    def evict(self, job: str, size: int) -> int:
+        """Take up to so many bytes off the GPU; how many went. Raises DeviceError where the job's
+        work does not end, or its memory does not go, in time."""
+        page = self.page(job)
+        with self._lock:
+            self._away_until[job] = time.monotonic_ns() + DRAIN_WITHIN + EVICT_WITHIN
+            page.close_gate()
+        moved = None
+        try:
+            if not page.wait_drained(DRAIN_WITHIN):
+                raise DeviceError(f"{job}: no memory was taken: {self._undrained(page)}")
+            with self._lock:
+                number = page.evict(size)
+            moved = page.wait_evicted(number, EVICT_WITHIN)
+            if moved is None or moved.errors:
+                why = "it takes too long" if moved is None else f"the driver said {moved.errors}"
+                raise DeviceError(f"{job}: not all of its memory was taken: {why}")
+            return moved.moved
+        finally:
+            with self._lock:
+                self._away_until[job] = time.monotonic_ns() + (AWAY if moved else 0)
 
     def page(self, job: str) -> ControlPage:
         """Raises DeviceError for a job that has none."""
@@ -146,7 +223,11 @@ class Gates:
     # --- who is behind the gate -------------------------------------------------------------
 
     def look(self, shown: Mapping[str, Collection[int]]) -> None:
-        """Take note of the processes of each job that the driver shows on the GPU."""
+        """Take note of the processes of each job that the driver shows on the GPU; open the gates
+        of those whose memory was away long enough."""
+        with self._lock:
+            for job in self._granted:
+                self._settle(job, self._pages[job])
         for job, pids in shown.items():
             page = self._pages.get(job)
             if page is None:
@@ -155,6 +236,16 @@ class Gates:
             self._beyond[job] = outside & self._outside.get(job, frozenset())
             self._outside[job] = outside
 
+    def memory(self, job: str) -> int:
+        """Bytes on the GPU, as the processes of a job say themselves."""
+        page = self._pages.get(job)
+        return sum(seat.memory.resident for seat in page.seats()) if page is not None else 0
+
     def beyond(self, job: str) -> frozenset[int]:
         """Processes of a job that compute where the gate cannot hold them."""
         return self._beyond.get(job, frozenset())
+
+
+def _short(name: str) -> str:
+    """A file name for any name."""
+    return hashlib.sha256(name.encode()).hexdigest()[:24]

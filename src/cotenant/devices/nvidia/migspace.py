@@ -20,6 +20,7 @@ from cotenant.devices.nvidia.migplan import Act, Seen, steps
 from cotenant.devices.nvidia.migrecord import MigRecord
 from cotenant.devices.nvidia.nvml import Code, NvmlError, NvmlGpu
 from cotenant.domain import mig
+from cotenant.domain.costs import MIG_MAKE, MIG_UNMAKE
 from cotenant.domain.device import DeviceSpec, LayoutStep, Partition
 from cotenant.domain.errors import DeviceError, EnvironmentProblem
 from cotenant.domain.mig import Placement, Placements, Table
@@ -27,14 +28,15 @@ from cotenant.domain.units import MS, S
 
 log = logging.getLogger("cotenant.devices")
 
+COMPUTE_NS: Final = 20 * MS
 ASSUMED: Final = {
-    Act.MAKE: 100 * MS,
-    Act.MAKE_COMPUTE: 19 * MS,
-    Act.REMOVE: 140 * MS,
-    Act.REMOVE_COMPUTE: 23 * MS,
+    Act.MAKE: MIG_MAKE - COMPUTE_NS,
+    Act.MAKE_COMPUTE: COMPUTE_NS,
+    Act.REMOVE: MIG_UNMAKE - COMPUTE_NS,
+    Act.REMOVE_COMPUTE: COMPUTE_NS,
 }
-"""What steps take, until this machine has shown it. The sums of making and of removing are means of
-an A100 (gpuless thesis, as in the simulator); how they are divided is assumed."""
+"""What steps take, until this machine has shown it; what the compute instance's part of it is, is
+assumed."""
 MOVE_NS: Final = 10 * S
 """What it costs a job to start again in another instance: assumed."""
 

@@ -6,6 +6,8 @@ The laws:
   is checked: a seat that makes no sense is one that is not attached.
 * The node never touches the file's memory. It reads and writes with system calls, because a job
   that truncates the file would otherwise end the node. Its mapping serves to name the futex.
+* What is evicted is ordered seat by seat, with a number that the seat repeats when it is done.
+  Opening the gate takes the order back.
 * ``close_gate`` returns at once; the gate is *drained* when nobody is inside a call and all that
   was put on the streams was reached, of every process that is attached.
 """
@@ -18,35 +20,126 @@ import os
 import platform
 import struct
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from cotenant.domain.errors import DeviceError
-from cotenant.domain.units import MS, S
+from cotenant.domain.units import MS, US, S
 
 PAGE_MAGIC = int.from_bytes(b"COTTGATE", "little")
 SEAT_MAGIC = int.from_bytes(b"COTTSEAT", "little")
-VERSION = 1
+VERSION = 2
 VARIABLE = "COTENANT_GATE"
 DRIVER_VARIABLE = "COTENANT_GATE_DRIVER"
+MEMORY_VARIABLE = "COTENANT_GATE_MEMORY"
 SEATS = 64
 SLOTS = 256
+ROWS = 1024
 HEAD_BYTES = 4096
-SEAT_BYTES = 8192
+SEAT_BYTES = 40960
 SLOTS_AT = 4096
+ROWS_AT = 8192
 PAGE_BYTES = HEAD_BYTES + SEATS * SEAT_BYTES
 
-HEAD = struct.Struct("<QIIIIQQQQ")
-SEAT = struct.Struct("<QIIQQQQQQQQQQqIIII")
+HEAD = struct.Struct(f"<QIIIIQQQQQQ{SEATS}Q")
+SEAT = struct.Struct("<QIIQQQQQQQQQQqIIIIqqqqqqqqqQQQIIII")
 SLOT = struct.Struct("<IIII")
+ROW = struct.Struct("<QQQII")
 GATE_AT = 16
 BEAT_AT = 24
+QUOTA_AT = 56
+COMMAND_AT = 72
 
 HOST_MARKS, ORPHANED, FAULTED = 1, 2, 4
 """Flags of a seat."""
+HERE, CLOSING, MOVING, AWAY, RETURNING = range(5)
+"""States of a seat's memory."""
+REASONS = (
+    "",
+    "small",
+    "plain",
+    "pooled",
+    "own",
+    "managed",
+    "array",
+    "exported",
+    "imported",
+    "registered",
+)
+"""Why an allocation cannot be evicted, by number (native/page.h); the first: it can."""
+_UNIT = 1 << 20
+_MOST_BYTES = 1 << 50
 _FUTEX_WAKE = 1
 _FUTEX = {"x86_64": 202, "aarch64": 98}
 _LOOK_NS = MS // 2
+_FIRST_LOOK_NS = 20 * US
+"""The second look at a drain comes so soon, each further one after twice the time."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one process has on devices, in bytes. ``held`` is all that counts for the quota."""
+
+    held: int
+    claimed: int
+    """Being asked of the driver now; not in ``held`` yet."""
+    freeing: int
+    """Being freed by the driver; no longer in ``held``."""
+    evictable: int
+    evicted: int
+    small: int
+    """In allocations below 2 MB, which stay."""
+    pinned: int
+    """In larger ones that cannot be evicted, for the reasons that their rows give."""
+    unlisted: int
+    """Of those, in allocations for which the table has no row."""
+    imported: int
+    """Other processes' memory; not in ``held``."""
+    refusals: int
+    """Allocations refused because of the quota."""
+    moved: int
+    """By the last order, ..."""
+    moved_ns: int
+    """... which took so long."""
+    answered: int
+    """Number of the last order that was carried out or refused."""
+    state: int
+    error: int
+    """Of the driver, at the last move; 0: none. Callers may be waiting for it to go away."""
+
+    @property
+    def resident(self) -> int:
+        """On the device now."""
+        return max(0, self.held - self.evicted)
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A row of a process's table."""
+
+    at: int
+    bytes: int
+    last_launch: int | None
+    """Number of the last launch that could touch it; None: there was none since it was made."""
+    evicted: bool
+    reason: str
+    """Why it cannot be evicted; empty if it can."""
+
+    @property
+    def evictable(self) -> bool:
+        """Whether it could be evicted now."""
+        return not self.reason and not self.evicted
+
+
+@dataclass(frozen=True)
+class Evicted:
+    """What came of an order to evict or restore, over all processes that got it."""
+
+    moved: int
+    took_ns: int
+    """Of the slowest."""
+    errors: tuple[int, ...]
+    """The driver's numbers, of processes that failed."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +162,9 @@ class Seat:
     capturing: int
     outstanding: int
     """Streams that have not reached all that was put on them."""
+    memory: Memory
+    index: int
+    """Of the seat in the page."""
 
     @property
     def drained(self) -> bool:
@@ -76,13 +172,17 @@ class Seat:
         return self.entered == self.left and not self.outstanding
 
 
+_COUNTERS = [field.name for field in fields(Seat) if field.name not in ("memory", "index")]
+
+
 class ControlPage:
     """A file for one job; ``env`` names it to the job's processes.
 
     ``bound_ns``: how much work the job may have on the device at a time, as estimated.
     ``patience_ns``: how long without ``beat`` until the job takes the node for dead.
-    ``large_bytes``: copies and memsets from this size on are gated. The file should lie in a
-    ``tmpfs``, which devices can write to. Not safe for several threads, but for ``beat``.
+    ``large_bytes``: copies and memsets from this size on are gated. ``pool_bytes``: pinned host
+    memory that each process may take for what is evicted; 0: nothing can be. The file should lie in
+    a ``tmpfs``, which devices can write to. Not safe for several threads, but for ``beat``.
     """
 
     def __init__(
@@ -91,9 +191,14 @@ class ControlPage:
         bound_ns: int = 2 * MS,
         patience_ns: int = 2 * S,
         large_bytes: int = 1 << 20,
+        pool_bytes: int = 8 << 30,
     ) -> None:
         self.path = path
         self._settings = (patience_ns, bound_ns, large_bytes)
+        self._pool_bytes = pool_bytes
+        self._order = 0
+        self._asked: dict[int, list[tuple[int, int]]] = {}
+        self._ordered: dict[int, tuple[int, int]] = {}  # seat -> its process, MiB to be away
         self._word = 0
         self._fd = -1
         self._map: mmap.mmap | None = None
@@ -105,25 +210,50 @@ class ControlPage:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._fd = os.open(self.path, flags, 0o600)
             os.ftruncate(self._fd, PAGE_BYTES)
-            head = (PAGE_MAGIC, VERSION, SEATS, 0, 0, time.monotonic_ns(), *self._settings)
+            first = (PAGE_MAGIC, VERSION, SEATS, 0, 0, time.monotonic_ns(), *self._settings)
+            head = (*first, 0, self._pool_bytes, *([0] * SEATS))
             os.pwrite(self._fd, HEAD.pack(*head), 0)
             self._map = mmap.mmap(self._fd, HEAD_BYTES)
         except OSError as error:
             self.close()
             raise DeviceError(f"control page {self.path}: {error.strerror or error}") from error
+        self._locate()
+
+    def adopt(self) -> None:
+        """Take over the file of a node that is gone, with its processes and their settings. Raises
+        DeviceError if there is none, or it is not of this version."""
+        try:
+            self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            head = HEAD.unpack(os.pread(self._fd, HEAD.size, 0).ljust(HEAD.size, b"\0"))
+            if head[:3] != (PAGE_MAGIC, VERSION, SEATS) or self.lost:
+                raise DeviceError(f"control page {self.path} is not what it was")
+            self._map = mmap.mmap(self._fd, HEAD_BYTES)
+        except (OSError, DeviceError) as error:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+            raise DeviceError(f"control page {self.path}: {error}") from error
+        self._word = head[3]
+        # Numbers of orders go on, so that no answer to an old one passes for that to a new one.
+        self._order = max(command >> 32 for command in head[-SEATS:])
+        self._locate()
+
+    def _locate(self) -> None:
+        assert self._map is not None
         pointer = ctypes.c_char.from_buffer(self._map)
         self._address = ctypes.addressof(pointer)
         del pointer
 
-    def close(self) -> None:
-        """Open the gate for whoever still runs, and remove the file."""
+    def close(self, keep: bool = False) -> None:
+        """Open the gate for whoever still runs, and remove the file, unless it is to be kept for a
+        node that takes it over."""
         if self._fd < 0:
             return
         if self._map is not None:
             self.open_gate()
             self._map.close()
             self._map = None
-        if not self.lost:
+        if not keep and not self.lost:
             self.path.unlink(missing_ok=True)
         os.close(self._fd)
         self._fd = -1
@@ -148,7 +278,9 @@ class ControlPage:
             self._turn()
 
     def open_gate(self) -> None:
-        """Let in whoever waits."""
+        """Let in whoever waits, each process once what it has evicted is back."""
+        if self._ordered:
+            self.restore()
         if self.closed:
             self._turn()
 
@@ -159,11 +291,13 @@ class ControlPage:
     def wait_drained(self, timeout_ns: int) -> bool:
         """Whether the gate drained within this time; beats meanwhile. Blocks."""
         end = time.monotonic_ns() + timeout_ns
+        rest = _FIRST_LOOK_NS
         while not self.drained():
             if time.monotonic_ns() >= end:
                 return False
             self.beat()
-            time.sleep(_LOOK_NS / S)
+            time.sleep(rest / S)
+            rest = min(2 * rest, _LOOK_NS)
         return True
 
     def drained(self) -> bool:
@@ -182,6 +316,9 @@ class ControlPage:
     def _turn(self) -> None:
         self._word = (self._word + 1) & 0xFFFFFFFF
         os.pwrite(self._fd, struct.pack("<I", self._word), GATE_AT)
+        self._wake()
+
+    def _wake(self) -> None:
         number = _FUTEX.get(platform.machine())
         if number is None:
             raise DeviceError(f"the launch gate does not know how to wake on {platform.machine()}")
@@ -196,6 +333,94 @@ class ControlPage:
             None,
             ctypes.c_int(0),
         )
+
+    # --- memory -----------------------------------------------------------------------------
+
+    def set_quota(self, quota_bytes: int) -> None:
+        """The job's processes may hold this much together, on all devices; 0: no limit. What they
+        hold already stays."""
+        if quota_bytes < 0:
+            raise ValueError(f"a quota of {quota_bytes} bytes; 0 is no limit")
+        os.pwrite(self._fd, struct.pack("<Q", quota_bytes), QUOTA_AT)
+
+    def allocations(self, pid: int) -> list[Allocation]:
+        """What the process has that is not small; at most ``ROWS``, see ``Memory.unlisted``."""
+        for seat in self.seats():
+            if seat.pid == pid:
+                return self._rows(seat)
+        return []
+
+    def evict(self, wanted_bytes: int) -> int:
+        """Order that so much more leaves the device, and return the order's number. The gate must
+        be closed, and should be drained: nothing moves before.
+
+        Processes with the most to give come first. What was ordered to be away stays away.
+        """
+        if not self.closed:
+            raise DeviceError(
+                f"control page {self.path}: evict behind an open gate; close it first"
+            )
+        left = -(-wanted_bytes // _UNIT)
+        orders = {}
+        for seat in sorted(self.seats(), key=lambda seat: -seat.memory.evictable):
+            share = min(left, -(-seat.memory.evictable // _UNIT))
+            if share > 0:
+                orders[seat.index] = (seat.pid, share + seat.memory.evicted // _UNIT)
+                left -= share
+        return self._give(orders)
+
+    def restore(self) -> int:
+        """Order that all comes back, and return the order's number. Opening does it by itself."""
+        pids = {seat.index: seat.pid for seat in self.seats()}
+        orders = {index: (pids.get(index, 0), 0) for index in self._ordered}
+        number = self._give(orders)
+        self._ordered = {}
+        return number
+
+    def answer(self, number: int) -> Evicted | None:
+        """What came of the order, if all processes that got it have answered or are gone. Only of
+        the last order: an earlier one was superseded, and nothing is known of it."""
+        seats = {(seat.index, seat.pid): seat.memory for seat in self.seats()}
+        asked = [seats[key] for key in self._asked.get(number, ()) if key in seats]
+        if any(memory.answered != number for memory in asked):
+            return None
+        return Evicted(
+            sum(memory.moved for memory in asked),
+            max((memory.moved_ns for memory in asked), default=0),
+            tuple(memory.error for memory in asked if memory.error),
+        )
+
+    def wait_evicted(self, number: int, timeout_ns: int) -> Evicted | None:
+        """What came of the order; None if there is no answer within this time. Blocks, beats."""
+        end = time.monotonic_ns() + timeout_ns
+        while (found := self.answer(number)) is None and time.monotonic_ns() < end:
+            self.beat()
+            self._wake()
+            time.sleep(_LOOK_NS / S)
+        return found
+
+    wait_restored = wait_evicted
+
+    def _give(self, orders: dict[int, tuple[int, int]]) -> int:
+        self._order = (self._order + 1) & 0xFFFFFFFF or 1
+        for index, (_, units) in orders.items():
+            command = struct.pack("<Q", self._order << 32 | units)
+            os.pwrite(self._fd, command, COMMAND_AT + 8 * index)
+        self._asked = {self._order: [(index, pid) for index, (pid, _) in orders.items()]}
+        self._ordered.update(orders)
+        self._wake()
+        return self._order
+
+    def _rows(self, seat: Seat) -> list[Allocation]:
+        at = HEAD_BYTES + seat.index * SEAT_BYTES + ROWS_AT
+        data = os.pread(self._fd, ROWS * ROW.size, at)
+        found = []
+        for address, size, born, reason, state in ROW.iter_unpack(data[: len(data) // 32 * 32]):
+            if state not in (1, 2) or reason >= len(REASONS) or size > _MOST_BYTES:
+                continue
+            last = seat.launches if seat.launches > born else None
+            found.append(Allocation(address, size, last, state == 2, REASONS[reason]))
+        return found
 
     # --- the job ----------------------------------------------------------------------------
 
@@ -222,21 +447,24 @@ class ControlPage:
 
     def _seat(self, index: int) -> Seat | None:
         at = HEAD_BYTES + index * SEAT_BYTES
-        data = os.pread(self._fd, SEAT_BYTES, at)
-        if len(data) != SEAT_BYTES:
+        data = os.pread(self._fd, ROWS_AT, at)
+        if len(data) != ROWS_AT:
             return None
         magic, pid, attached, started, entered, left, *rest = SEAT.unpack_from(data)
-        *counters, slots = rest
+        *counters, slots = rest[:12]
         if magic != SEAT_MAGIC or attached != 1 or not 0 < pid < 1 << 31 or slots > SLOTS:
             return None
         if left > entered or _started(pid) != started:
+            return None
+        memory = _memory(rest[12:])
+        if memory is None:
             return None
         outstanding = 0
         for number in range(slots):
             done, put, loose, _ = SLOT.unpack_from(data, SLOTS_AT + number * SLOT.size)
             outstanding += done != put or loose > 0
         values: list[int] = [pid, entered, left, *counters, outstanding]
-        return Seat(*values)
+        return Seat(**dict(zip(_COUNTERS, values, strict=True)), memory=memory, index=index)
 
     def _mapped_by(self, pid: int) -> bool:
         ours = os.fstat(self._fd)
@@ -246,6 +474,15 @@ class ControlPage:
         except OSError:
             return False
         return any(line.split()[3:5] == [device, str(ours.st_ino)] for line in lines)
+
+
+def _memory(values: list[int]) -> Memory | None:
+    """None if it cannot be. Sums are not compared: they are read while they change."""
+    *numbers, state, error, rows = values
+    sizes = numbers[:9]
+    if state > RETURNING or rows > ROWS or not all(-_MOST_BYTES < n < _MOST_BYTES for n in sizes):
+        return None
+    return Memory(*numbers, state=state, error=error)  # type: ignore[misc]
 
 
 def _started(pid: int) -> int:

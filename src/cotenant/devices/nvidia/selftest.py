@@ -20,6 +20,7 @@ from cotenant.devices.nvidia.gates import Gates
 from cotenant.devices.nvidia.page import ControlPage
 from cotenant.devices.nvidia.shim import driver, shim
 from cotenant.domain.errors import DeviceError
+from cotenant.domain.units import MS
 
 JOB: Final = "self-test"
 WITHIN_S: Final = 30.0
@@ -29,21 +30,38 @@ HELD_S: Final = 0.05
 _LOOK_S: Final = 0.001
 
 
-def ready() -> Path:
-    """The driver; raises DeviceError where the gate cannot even be tried."""
+class NoGate(DeviceError):
+    """``what`` stands against a gate here, and ``how`` to change that, "" if that is not known."""
+
+    def __init__(self, what: str, how: str = "") -> None:
+        super().__init__(f"{what}; {how}" if how else what)
+        self.what, self.how = what, how
+
+
+def gates_for(node: str, bound_ns: int = 2 * MS) -> Gates:
+    """Gates, open, which are still to be tried (``run``); see ``Gates``. Raises NoGate."""
+    gates = Gates(node, _ready(), bound_ns)
+    try:
+        gates.open()
+    except DeviceError as error:
+        raise NoGate(str(error)) from error
+    return gates
+
+
+def _ready() -> Path:
+    """The driver; raises NoGate where the gate cannot even be tried."""
     if shim() is None:
-        raise DeviceError(
-            "the launch gate was not built; install Cotenant where there is a C compiler, or in a "
-            "source tree: make native"
-        )
+        how = "install Cotenant where there is a C compiler, or in a source tree: make native"
+        raise NoGate("the launch gate was not built", how)
     found = driver()
     if found is None:
-        raise DeviceError("the driver's libcuda.so.1 was not found; add its folder to the loader's")
+        how = "add its folder to those of the loader (ldconfig)"
+        raise NoGate("the driver's libcuda.so.1 was not found", how)
     return found
 
 
 def run(gates: Gates, gpu: str) -> None:
-    """Raises DeviceError with what did not happen. ``gates`` are open; ``gpu``: a UUID."""
+    """Raises NoGate with what did not happen. ``gates`` are open; ``gpu``: a UUID."""
     launch = gates.launch(JOB)
     env = launch.applied({**os.environ, "CUDA_VISIBLE_DEVICES": gpu})
     try:
@@ -73,18 +91,18 @@ class _Trial:
     def run(self) -> None:
         self._hear(b"ready\n", "the process did not get as far as a stream")
         if not self._page.attached(self._process.pid):
-            raise DeviceError("tried here: a process does not come by the gate to the driver")
+            raise NoGate("tried here: a process does not come by the gate to the driver")
         for _ in range(2):
             self._say()
             self._until(lambda: any(s.waiting for s in self._page.seats()), "it is not held back")
             time.sleep(HELD_S)
             if any(seat.entered != seat.left for seat in self._page.seats()):
-                raise DeviceError("tried here: the closed gate let a call through")
+                raise NoGate("tried here: the closed gate let a call through")
             self._gates.grant(JOB)
             self._hear(b"done\n", "it does not go on when the gate opens")
             self._gates.revoke(JOB)
         if not any(seat.copies >= 2 for seat in self._page.seats()):
-            raise DeviceError("tried here: calls are not counted")
+            raise NoGate("tried here: calls are not counted")
 
     def _say(self) -> None:
         assert self._process.stdin is not None
@@ -92,7 +110,7 @@ class _Trial:
             self._process.stdin.write(b"\n")
             self._process.stdin.flush()
         except OSError as error:
-            raise DeviceError(f"tried here: the process is gone ({error})") from error
+            raise NoGate(f"tried here: the process is gone ({error})") from error
 
     def _until(self, true: Callable[[], bool], otherwise: str) -> None:
         while not true():
@@ -108,9 +126,9 @@ class _Trial:
             if not selector.select(max(0.0, left)) or self._process.stdout.readline() != line:
                 raise self._failed(otherwise)
 
-    def _failed(self, what: str) -> DeviceError:
+    def _failed(self, what: str) -> NoGate:
         """With what the process said, if it ended."""
         said = ""
         if self._process.poll() is not None and self._process.stderr is not None:
             said = self._process.stderr.read().decode(errors="replace").strip()[-300:]
-        return DeviceError(f"tried here: {what}{f' ({said})' if said else ''}")
+        return NoGate(f"tried here: {what}{f' ({said})' if said else ''}")

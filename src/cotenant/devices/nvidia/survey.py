@@ -1,24 +1,26 @@
-"""What there is of NVIDIA GPUs, and what keeps it from being used. Changes nothing."""
+"""What there is of NVIDIA GPUs, and what keeps it from being used.
+
+Changes nothing. A process of our own fills some memory of each GPU, to see whether the launch gate
+holds it back.
+"""
 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
-from pathlib import Path
 from typing import Final, TypeVar
 
 import msgspec
 
-from cotenant.devices.nvidia import host
+from cotenant.devices.features import Missing
+from cotenant.devices.nvidia import host, mps
 from cotenant.devices.nvidia.facts import Found, Gpu
 from cotenant.devices.nvidia.features import Surroundings, features
 from cotenant.devices.nvidia.nvml import Code, Nvml, NvmlError, NvmlGpu
+from cotenant.devices.nvidia.selftest import NoGate, gates_for, run
 from cotenant.domain.errors import EnvironmentProblem
 
 T = TypeVar("T")
-MPS_CONTROL: Final = "nvidia-cuda-mps-control"
-MPS_PIPES: Final = "/tmp/nvidia-mps"
 CORES: Final = {
     (7, 0): 64,
     (7, 2): 64,
@@ -65,7 +67,8 @@ def _read(nvml: Nvml, machine: host.Host | None) -> Found:
         except NvmlError as error:
             errors.append(error)
             continue
-        gpus.append(msgspec.structs.replace(gpu, features=features(gpu, driver, around)))
+        found = features(gpu, driver, around, _against_gate(gpu))
+        gpus.append(msgspec.structs.replace(gpu, features=found))
     trouble = host.too_old(driver)
     if not gpus and trouble is None:
         trouble = host.all_failed(errors) if errors else host.no_gpus(machine or host.look())
@@ -96,14 +99,24 @@ def read_gpu(gpu: NvmlGpu) -> Gpu:
     )
 
 
+def _against_gate(gpu: Gpu) -> Missing | None:
+    """What stood against the launch gate when it was tried on a GPU that is not divided."""
+    if gpu.mig is not None and gpu.mig.on:
+        return None
+    try:
+        gates = gates_for(f"survey {os.getpid()}")
+        try:
+            run(gates, gpu.uuid)
+        finally:
+            gates.close()
+    except NoGate as error:
+        return Missing(error.what, error.how)
+    return None
+
+
 def surroundings() -> Surroundings:
     """Rights of this process, and MPS."""
-    pipes = Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or MPS_PIPES)
-    return Surroundings(
-        root=os.geteuid() == 0,
-        mps=shutil.which(MPS_CONTROL) or "",
-        mps_runs=(pipes / "control").exists(),
-    )
+    return Surroundings(root=os.geteuid() == 0, mps=mps.look())
 
 
 def _or_none(what: str, ask: Callable[[], T], unread: dict[str, str]) -> T | None:

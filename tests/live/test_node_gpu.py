@@ -1,0 +1,142 @@
+"""A node with a GPU, on stand-ins for the driver: jobs behind their gates, beside the CPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from tests.gpu_machine import GpuMachine
+from tests.nvml_standin import Fault
+
+if TYPE_CHECKING:
+    from tests.live.conftest import Box, Boxes
+
+GPU = {"kind": "cuda", "bound": "20ms"}
+DEVICES = [{"kind": "cpu"}, GPU]
+RUNS = ("sh", "-c", 'exec "$COTENANT_JOB" forever 1 1 200')
+
+
+def device(box: Box) -> dict[str, Any]:
+    return next(dict(d) for d in box.status()["devices"] if d["id"] == "cuda")
+
+
+def tenants(box: Box) -> dict[str, Any]:
+    return dict(device(box)["tenants"])
+
+
+def partition(box: Box) -> dict[str, Any]:
+    return next(dict(p) for p in box.status()["partitions"] if p["device"] == "cuda")
+
+
+def asked(box: Box) -> int:
+    """A request that takes three turns; its status. Its answer is whole if there is one."""
+    answer = box.post("/v2/models/pieces/generate_stream", b'{"text": "abcdef"}')
+    assert answer.status != 200 or answer.body.count(b"data: ") == 3
+    return answer.status
+
+
+@pytest.fixture
+def box(boxes: Boxes, gpu: GpuMachine) -> Box:
+    """A model of pieces on the GPU: its engine stands in for one that computes there."""
+    found = boxes(dict(gpu.env()))
+    path = found.models / "pieces" / "1" / "model.pieces.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(msgspec.json.encode({"pieces": 3, "turn_ms": 5}))
+    return found.configure([{"name": "pieces", "kinds": "cuda"}], devices=DEVICES)
+
+
+def submit(box: Box, gpu: GpuMachine, *command: str, **fields: Any) -> str:
+    env = {**os.environ, **gpu.env(), "COTENANT_TEST_BOX": box.mark}
+    return box.submit(*command, kinds=("cuda",), env=env, **fields)
+
+
+def program(box: Box) -> int:
+    """The process of the job's command."""
+    found = box.until(lambda: [p for p in box.processes() if _argument(p) == "forever"])
+    return int(found[0])
+
+
+def _argument(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text().split("\0")[1]
+    except (OSError, IndexError):
+        return ""
+
+
+def test_a_job_has_the_gpu_between_requests(box: Box, gpu: GpuMachine) -> None:
+    box.start()
+    job = submit(box, gpu, *RUNS)
+    box.until(lambda: box.job("job").partitions)
+    assert tenants(box)[job]["level"] == "GATE"
+    switches = partition(box)["switches"]
+    for _ in range(5):
+        assert asked(box) == 200
+        box.until(lambda: box.job("job").partitions)
+    assert partition(box)["switches"] > switches
+    gpu.show(program(box), memory=5 << 30)
+    box.until(lambda: tenants(box)[job]["memory"] == 5 << 30)
+    box.control.cancel(job)
+    box.until(lambda: job not in tenants(box))
+    assert asked(box) == 200
+
+
+def test_a_job_that_is_past_its_gate_does_not_stay_beside_services(
+    box: Box, gpu: GpuMachine
+) -> None:
+    box.start()
+    job = submit(box, gpu, "sh", "-c", 'env -u COTENANT_GATE "$COTENANT_JOB" forever 1 1 200')
+    gpu.show(program(box))
+    box.until(lambda: job not in tenants(box))
+    assert box.job(job).state == "queued"
+    assert "held back" in box.job(job).reason or box.job(job).reason
+    assert asked(box) == 200
+    gpu.show()
+    assert box.job(job).state == "queued", "what was seen is not forgotten"
+
+
+def test_a_job_whose_kernels_do_not_end_is_ended_and_requests_go_on(
+    box: Box, gpu: GpuMachine
+) -> None:
+    box.start()
+    job = submit(box, gpu, "sh", "-c", 'exec "$COTENANT_JOB" forever 1 1 60000000')
+    box.until(lambda: box.job("job").partitions)
+    program(box)
+    asked(box)
+    box.until(lambda: job not in tenants(box) or not box.job(job).partitions)
+    box.until(lambda: asked(box) == 200)
+
+
+def test_a_gpu_that_is_lost_is_said_and_the_rest_of_the_box_goes_on(
+    box: Box, gpu: GpuMachine
+) -> None:
+    box.model("scale", "scale")
+    services = [{"name": "pieces", "kinds": "cuda"}, {"name": "scale", "kinds": "cpu"}]
+    box.configure(services, devices=DEVICES).start()
+    job = submit(box, gpu, *RUNS)
+    box.until(lambda: box.job("job").partitions)
+    gpu.show(faults=(Fault("nvmlDeviceGetComputeRunningProcesses_v3", 15),))
+    box.until(lambda: device(box)["trouble"])
+    assert box.infer("scale", x=np.ones((1, 4), np.float32)).status == 200
+    assert asked(box) == 200
+    assert box.job(job).state == "running"
+    gpu.show()
+    box.until(lambda: not device(box)["trouble"])
+
+
+def test_a_node_that_is_killed_leaves_the_next_one_nothing_to_stumble_over(
+    box: Box, gpu: GpuMachine
+) -> None:
+    box.start()
+    job = submit(box, gpu, *RUNS)
+    box.until(lambda: box.job("job").partitions)
+    assert box.process is not None
+    box.process.kill()
+    box.process.wait()
+    box.start()
+    box.until(lambda: box.job(job).partitions)
+    assert asked(box) == 200
