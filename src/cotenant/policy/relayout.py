@@ -146,6 +146,7 @@ class Relayout:
             kept.slice_ns = min(kept.slice_ns, plan.slice_max)
             state.partitions[spec.id] = kept
         self._roster.link()
+        self._tenancy.part()
         self._tenancy.settle()
         for partition in state.partitions.values():
             if partition.device != device:
