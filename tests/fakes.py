@@ -43,6 +43,9 @@ class SlowDevice(NullDevice):
         self.log: list[tuple[str, str, str]] = []
         self.threads: set[str] = set()
         self.layout: tuple[Partition, ...] = ()
+        self.looks = 0
+        self.level: PreemptLevel | None = None
+        """What is seen of every tenant."""
         self._random = random.Random(seed)
         self._slowest_s = slowest_s
         self._failing = failing
@@ -109,7 +112,8 @@ class SlowDevice(NullDevice):
 
     def facts(self) -> dict[str, TenantFacts]:
         self._turn("facts")
-        return super().facts()
+        self.looks += 1
+        return dict.fromkeys(super().facts(), TenantFacts(level=self.level))
 
 
 class Broken(NullDevice):

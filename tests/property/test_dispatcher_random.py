@@ -217,7 +217,8 @@ class Chaos:
         self.jobs.add(job)
         weight, guaranteed, limit = r.choice([0.5, 1, 2]), r.choice([0, 0, 0.2]), r.random()
         kinds = r.choice([(), (), ("cpu",), ("gpu", "cpu"), ("tpu",)])
-        self.send(e.JobQueued(job, weight, guaranteed, limit, kinds, grace=S))
+        apart = r.random() < 0.05
+        self.send(e.JobQueued(job, weight, guaranteed, limit, kinds, grace=S, apart=apart))
 
     def exit_job(self, job: str) -> None:
         if job in self.jobs:
@@ -228,8 +229,8 @@ class Chaos:
         """Something happens that nobody ordered."""
         r = self.random
         kind = r.choices(
-            ["arrive", "cancel", "job", "exit", "plan", "down", "gone", "offer", "remove"],
-            [40, 4, 4, 2, 4, 2, 0.5, 3, 0.5],
+            ["arrive", "cancel", "job", "exit", "plan", "down", "gone", "offer", "remove", "level"],
+            [40, 4, 4, 2, 4, 2, 0.5, 3, 0.5, 0.5],
         )[0]
         if kind == "arrive":
             self.next += 1
@@ -257,6 +258,10 @@ class Chaos:
             self.send(e.Cancelled(r.randrange(1, self.next + 1)))
         elif kind == "job":
             self.queue_job(r.choice(JOBS))
+        elif kind == "level":
+            device = r.choice(self.d.devices)
+            level = r.choice([PreemptLevel.NONE, device.preempt])
+            self.send(e.JobLevel(r.choice(JOBS), device.id, level))
         elif kind == "exit":
             self.exit_job(r.choice(JOBS))
         elif kind == "plan":

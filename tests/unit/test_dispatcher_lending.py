@@ -462,3 +462,46 @@ def test_nothing_of_a_device_that_only_serves_is_lent() -> None:
     run_for(world, 2 * S)
     assert world.d.state.partitions["p0"].job == "j"
     assert not world.d.state.partitions["n0"].job
+
+
+# --- jobs that cannot be held back ----------------------------------------------------------
+
+
+def test_a_job_that_is_seen_not_to_yield_leaves_the_services_and_stays_away() -> None:
+    world = lent(PreemptLevel.GATE)
+    stop = one(world.send(e.JobLevel("j", "cpu", PreemptLevel.NONE)), a.Stop)
+    assert (stop.job, stop.again) == ("j", True)
+    dispatched = world.send(e.JobExited("j")) + world.arrive()
+    assert only(dispatched, a.Dispatch), "nothing of it is in the way"
+    assert not only(world.send(e.JobQueued("j", apart=True)), a.Start)
+    assert world.d.state.tenants["j"].waits
+    assert only(world.job("other"), a.Start), "others are not"
+
+
+def test_it_may_run_where_nothing_is_served() -> None:
+    world = World(PreemptLevel.GATE).service().worker()
+    world.planned({"nobody": (0,)})
+    assert only(world.job(apart=True), a.Grant)
+    assert not only(world.send(e.JobLevel("j", "cpu", PreemptLevel.NONE)), a.Stop)
+    stopped = world.planned({"s": (0,)}, version=2)
+    assert one(stopped, a.Stop).job == "j"
+
+
+def test_a_job_that_comes_with_no_level_at_all_is_kept_apart_too() -> None:
+    world = World(PreemptLevel.GATE).service().worker()
+    world.planned({"s": (0,)})
+    world.send(e.JobQueued("j"))
+    actions = world.send(e.JobReady("j", {"cpu": PreemptLevel.NONE}))
+    assert one(actions, a.Stop).job == "j" and not only(actions, a.Grant)
+
+
+def test_another_level_than_none_is_no_reason_to_stop() -> None:
+    world = lent(PreemptLevel.PRIORITY)
+    assert not only(world.send(e.JobLevel("j", "cpu", PreemptLevel.GATE)), a.Stop)
+    actions = world.arrive()
+    assert one(actions, a.Revoke) and not only(actions, a.Dispatch), "it is waited for now"
+    for late in (
+        e.JobLevel("nobody", "cpu", PreemptLevel.NONE),
+        e.JobLevel("j", "x", PreemptLevel.NONE),
+    ):
+        assert not world.send(late)

@@ -17,6 +17,7 @@ from cotenant.devices.base import Device
 from cotenant.devices.null import NullDevice
 from cotenant.domain.device import Partition, PreemptLevel, Tenant, TenantKind
 from cotenant.domain.errors import DeviceError, EnvironmentProblem
+from cotenant.runtime import caller
 from cotenant.runtime.caller import TIMEOUT_S
 from cotenant.runtime.fleet import Fleet
 from tests.fakes import FAILURES, Broken, SlowDevice
@@ -460,3 +461,42 @@ def test_what_a_device_says_of_itself_is_asked_again_after_a_change_of_layout() 
         await fleet.close()
 
     asyncio.run(main())
+
+
+def test_another_level_of_a_tenant_is_told_once() -> None:
+    seen: list[tuple[str, str, PreemptLevel]] = []
+    slow = SlowDevice(2)
+
+    async def story(fleet: Fleet, _: Answers) -> None:
+        fleet.changed = lambda *what: seen.append(what)
+        for level in (PreemptLevel.GATE, PreemptLevel.NONE, PreemptLevel.NONE, PreemptLevel.GATE):
+            slow.level = level
+            looks = slow.looks
+            fleet.look()
+            await until(lambda looks=looks: slow.looks > looks)
+            await until(lambda level=level: fleet.levels("slow")["j"] is level)
+
+    play(story, slow)
+    levels = [level for tenant, _, level in seen if tenant == "j"]
+    assert levels == [PreemptLevel.NONE, PreemptLevel.GATE]
+
+
+def test_a_look_that_fails_or_hangs_is_trouble_until_one_works(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(caller, "LATE_S", 0.01)
+    slow = SlowDevice(2)
+
+    async def story(fleet: Fleet, _: Answers) -> None:
+        slow.fail("facts", DeviceError("it fell off the bus"))
+        fleet.look()
+        await until(lambda: "off the bus" in fleet.trouble("slow"))
+        fleet.look()
+        await until(lambda: not fleet.trouble("slow"))
+        let_go = slow.hang("facts")
+        fleet.look()
+        await until(lambda: fleet.look() or fleet.trouble("slow"))
+        let_go()
+        await until(lambda: fleet.look() or not fleet.trouble("slow"))
+
+    play(story, slow)

@@ -95,7 +95,7 @@ class Dispatcher:
             e.BatchFailed: self._batch_failed,
             e.JobQueued: tenancy.queued,
             e.JobReady: self._job_ready,
-            e.JobLevel: tenancy.level,
+            e.JobLevel: self._job_level,
             e.JobExited: self._job_exited,
             e.Granted: holds.granted,
             e.Revoked: self._revoked,
@@ -123,6 +123,7 @@ class Dispatcher:
 
     def _service_added(self, event: e.ServiceAdded) -> None:
         self._roster.service_added(event)
+        self._tenancy.part()
         self.budgets.changed(self.state.services[event.service])
         self._residency.settle(event.service)
 
@@ -246,10 +247,15 @@ class Dispatcher:
                 if not self._holds.rotate(partition):
                     self._turns.run(partition)
 
+    def _job_level(self, event: e.JobLevel) -> None:
+        self._tenancy.level(event)
+        share = self.state.jobs.get(event.job)
+        if share is not None and share.stopping:
+            self._stopped(event.job)
+
     def _planned(self, event: e.Planned) -> None:
         self._residency.planned(event.plan)
         self._relayout.planned(event)
-        self._tenancy.part()
 
     def _woke(self, _: e.Woke) -> None:
         self.state.armed = 0

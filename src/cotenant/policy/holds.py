@@ -211,7 +211,7 @@ class Holds:
             guaranteed=round(share_on(tenant.guaranteed, tenant.kind) * 1_000_000),
             limit=max(1, int(share_on(tenant.limit, tenant.kind) * compute + 1e-9)),
             place=tenant.place,
-            levels=levels,
+            levels=dict(levels),
             apart=tenant.apart,
             vtime=min(others, default=0),
             since=state.now,

@@ -14,6 +14,7 @@ def check(dispatcher: Dispatcher) -> None:
     state = dispatcher.state
     _holders(state, {d.id: d.preempt for d in dispatcher.devices})
     _tenants(state)
+    _apart(state)
     _workers(state)
     _residency(state)
     _queues(state)
@@ -56,7 +57,8 @@ def _holders(state: DispatcherState, levels: dict[str, PreemptLevel]) -> None:
         if p.batch and p.job:
             job = state.jobs[p.job]
             level = job.levels.get(p.device, levels[p.device])
-            assert level >= PreemptLevel.PRIORITY, f"{p.id}: batch and job at level {level!r}"
+            fast = level >= PreemptLevel.PRIORITY or job.stopping
+            assert fast, f"{p.id}: batch and job at level {level!r}"
             assert p.hold in (Hold.CLOSING, Hold.STOPPING), f"{p.id}: batch beside a held job"
         if p.batch:
             assert p.batch in state.running, f"{p.id}: unknown batch {p.batch}"
@@ -74,6 +76,15 @@ def _holders(state: DispatcherState, levels: dict[str, PreemptLevel]) -> None:
         assert running.batch.id in (partition.batch, partition.at_hand)
         assert worker.batch == partition.batch
         assert worker.site == partition.site, f"{worker.id}: runs where it is not bound"
+
+
+def _apart(state: DispatcherState) -> None:
+    for tenant in state.tenants.values():
+        if not tenant.apart or tenant.phase in (Phase.QUEUED, Phase.STOPPING):
+            continue
+        for p in state.partitions.values():
+            there = p.id == tenant.place if tenant.place else p.device in tenant.devices
+            assert not (there and p.services), f"{tenant.id}: it is to be apart, and {p.id} serves"
 
 
 def _workers(state: DispatcherState) -> None:

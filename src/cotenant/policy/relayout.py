@@ -153,6 +153,7 @@ class Relayout:
             state.partitions[spec.id] = kept
         self._roster.link()
         self._residency.adopted(device)
+        self._tenancy.part()
         self._tenancy.settle()
         for partition in state.partitions.values():
             if partition.device != device:

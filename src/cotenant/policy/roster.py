@@ -114,14 +114,19 @@ class Roster:
                 service.exec.setdefault(kind, Costs())
 
     def _bound(self) -> dict[str, dict[str, None]]:
-        """Services by the partition that instances of theirs are bound to: until these are to go,
-        and have finished what they have begun, they serve there, whoever has it by the plan."""
+        """Services by the partition that instances of theirs are bound to and are to leave: until
+        these go they serve there, and they finish what they have begun, whoever has it by the plan.
+        One that is warm before the plan is in force waits for that."""
         state = self._state
         found: dict[str, dict[str, None]] = {}
         for worker in state.workers.values():
+            if worker.place not in state.partitions or not worker.up:
+                continue
             residents = (resident.worker for resident in state.residents.values())
-            stays = not worker.retiring or worker.batch or worker.id in residents
-            if worker.place in state.partitions and worker.up and stays:
+            leaves = worker.place not in state.services[worker.service].places.get(
+                worker.device, ()
+            )
+            if worker.batch or worker.id in residents or (leaves and not worker.retiring):
                 found.setdefault(worker.place, {})[worker.service] = None
         return found
 
