@@ -36,7 +36,11 @@ def test_every_example_is_in_order(path: Path) -> None:
     [
         ("duration: 10s", "durration: 10s", "duration: is required.*'durration' a slip"),
         ("duration: 10s", "duration: 10", "duration: needs a unit"),
-        ("kind: cpu", "kind: cpus", "'cpus' is none of cpu, mig, npu, sm; did you mean 'cpu'"),
+        (
+            "kind: cpu",
+            "kind: cpus",
+            "'cpus' is none of cpu, cuda, mig, npu, sm; did you mean 'cpu'",
+        ),
         ("units: 4", "units: 0", "device.units: expected a whole number from 1"),
         ("rate: 10}", "rate: -1}", r"services\[0\].arrivals.rate: must not be negative"),
         ("kind: poisson", "kind: poison", "did you mean 'poisson'"),

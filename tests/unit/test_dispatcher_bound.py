@@ -110,6 +110,12 @@ def test_what_stands_already_is_warmed_before_the_layout_changes() -> None:
     box.stands("ab|cd", {"s": ("ab",), "t": ("cd",)})
     (load,) = only(box.plan("ab|c|d", {"s": ("ab",), "t": ("ab",)}), a.Load)
     assert (load.service, load.partition) == ("t", "ab")
+    box.up(load)
+    assert box.d.state.partitions["ab"].services == ["s"], "not before its plan is in force"
+    (gone,) = (w.id for w in box.d.state.workers.values() if w.place == "cd")
+    assert only(box.send(e.WorkerDown(gone)), a.Repartition)
+    box.made()
+    assert box.d.state.partitions["ab"].services == ["s", "t"]
 
 
 def test_where_the_layout_is_refused_the_old_one_serves_again() -> None:
