@@ -543,9 +543,7 @@ static void *tend(void *unused)
 
 static void leave(void)
 {
-    atomic_store(&leaving, 1);
-    if (seat)
-        atomic_store(&seat->attached, 0);
+    atomic_store(&leaving, 1); /* the seat is ours until the process is gone */
 }
 
 void gate_start_tending(void)

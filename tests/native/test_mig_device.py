@@ -131,7 +131,7 @@ def test_a_gpu_in_mig_mode_is_its_memory_slices(machine: Machine) -> None:
 def test_without_mig_it_is_one_unit(machine: Machine) -> None:
     machine.has(a100())
     spec = machine.device().spec
-    assert (spec.units, spec.mig, spec.pins_jobs) == ((0,), "", False)
+    assert (spec.units, spec.mig, spec.pins_jobs) == ((0,), "", True)
 
 
 @pytest.mark.parametrize("gpu", [a100(mig=True), h100(mig=True)], ids=["a100", "h100"])

@@ -10,6 +10,8 @@ from cotenant.devices import proctree
 
 SHARE_OF_CORE: Final = 0.02
 """That exact looks may take: milliseconds for each GiB."""
+LATEST_S: Final = 5.0
+"""And so long at most until one, since what a busy machine makes of a look says little."""
 
 
 class Footprint:
@@ -33,7 +35,7 @@ class Footprint:
             self._exact, self._resident = proctree.proportional_bytes(pids), resident
             self._pids = frozenset(pids)
             took = time.monotonic() - began
-            self._allowed = began + took / SHARE_OF_CORE
+            self._allowed = began + min(took / SHARE_OF_CORE, LATEST_S)
             self._due = max(self._allowed, began + 1.0)
             return self._exact
         return max(0, self._exact + resident - self._resident) if same else self._exact

@@ -66,13 +66,15 @@ class Launch(msgspec.Struct, frozen=True):
     device says, whoever set them. ``prepend``: what comes first in variables that are lists of
     paths (joined by ":"), before what the owner has there. ``limits`` (``RLIMIT_x``: soft, hard);
     a hard limit that is lower already stays. ``cgroup``: the directory of the control group that a
-    job is to be in; "" if it is the same to the device."""
+    job is to be in; "" if it is the same to the device. ``own_memory``: what a job may have is
+    memory of the device, which is not counted as its processes'; on the host it has no limit."""
 
     env: dict[str, str] = {}
     limits: dict[int, tuple[int, int]] = {}
     cgroup: str = ""
     fixed: dict[str, str] = {}
     prepend: dict[str, str] = {}
+    own_memory: bool = False
 
     def applied(self, owned: Mapping[str, str]) -> dict[str, str]:
         """The whole environment of a process whose owner wants these variables."""

@@ -24,7 +24,7 @@ from cotenant.policy.state import PHASE_TRANSITIONS, PartitionState, Phase, Tena
 
 KILL_AFTER: Final = 5 * S
 """Beyond its grace a job that is stopped has so long (ns), for its processes to be collected."""
-SHARED: Final = "services are where it would compute"
+ALONE: Final = "it could not be held back, and services are wherever it could compute"
 
 
 class Tenancy:
@@ -91,7 +91,11 @@ class Tenancy:
         for tenant in self._state.tenants.values():
             running = tenant.apart and tenant.phase not in (Phase.QUEUED, Phase.STOPPING)
             if running and self._serves(tenant.devices, tenant.place):
-                self.stop(tenant.id, f"it cannot be held back, and {SHARED}", again=True)
+                self.stop(
+                    tenant.id,
+                    "it cannot be held back, and services are where it computes",
+                    again=True,
+                )
 
     def _serves(self, devices: tuple[str, ...], place: str) -> bool:
         """Whether services are where a job would be: in its partition, or anywhere on devices that
@@ -129,13 +133,13 @@ class Tenancy:
         if devices[0].pins_jobs:
             partition = self._place_of(tenant, kind)
             if partition is None or partition.retiring or self._taken(partition.id):
-                tenant.waits = "its partition is not there yet"
+                tenant.waits = ALONE if tenant.apart else "its partition is not there yet"
                 return
             place = partition.id
             devices = tuple(d for d in devices if d.id == partition.device)
         names = tuple(d.id for d in devices)
         if tenant.apart and self._serves(names, place):
-            tenant.waits = f"it could not be held back, and {SHARED}"
+            tenant.waits = ALONE
             return
         if not self._budgets.start(tenant, names):
             tenant.waits = "others are to give the memory that it is guaranteed"

@@ -259,4 +259,5 @@ def _merged(launches: Sequence[Launch]) -> Launch:
         for number, (soft, hard) in launch.limits.items():
             first, second = limits.get(number, (soft, hard))
             limits[number] = (lower(soft, first), lower(hard, second))
-    return Launch(env, limits, cgroup, fixed, prepend)
+    own_memory = bool(launches) and all(launch.own_memory for launch in launches)
+    return Launch(env, limits, cgroup, fixed, prepend, own_memory)

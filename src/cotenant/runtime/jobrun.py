@@ -243,7 +243,7 @@ class JobRun:
             "grace_s": spec.grace / S,
             "log": str(self._job_directory / "log"),
             "log_limit": spec.log_limit,
-            "memory": spec.memory,
+            "memory": 0 if launch.own_memory else spec.memory,
         }
         with contextlib.ExitStack() as stack:
             lock = _closing(stack, os.open(self._directory / "lock", os.O_RDWR | os.O_CREAT, 0o600))

@@ -21,11 +21,13 @@ log = logging.getLogger("cotenant.node")
 
 class _Run(msgspec.Struct, eq=False):
     """A job that wants to run, or does, on ``devices``; ``place``: in this partition, where these
-    bind processes to one; ``attached``: they have its processes."""
+    bind processes to one; ``launched``: they were asked what its processes need; ``attached``: they
+    have these."""
 
     spec: JobSpec
     devices: tuple[str, ...] = ()
     place: str = ""
+    launched: bool = False
     attached: bool = False
 
 
@@ -84,6 +86,7 @@ class JobTenants:
         """See JobShell."""
         run = self._runs[spec.id]
         partition = self._fleet.partition(run.place) if run.place else None
+        run.launched = True
         return await self._fleet.launch(run.devices, _tenant(spec), partition)
 
     def on_job_ready(self, spec: JobSpec, pid: int) -> None:
@@ -99,6 +102,8 @@ class JobTenants:
         if self._runs.get(job) is not run:
             return  # it ended meanwhile
         levels = {device: self._fleet.levels(device)[job] for device in run.devices}
+        if PreemptLevel.NONE in levels.values():
+            self._apart.add(job)
         self._feed(e.JobReady(job, levels))
         self._plan_soon()
 
@@ -129,7 +134,7 @@ class JobTenants:
         run = self._runs.pop(job)
         self.giving.gone(job)
         self._feed(e.JobExited(job))
-        if run.attached:
+        if run.launched or run.attached:
             self._fleet.detach(run.devices, job)
         self._plan_soon()
 

@@ -423,8 +423,8 @@ def _check_alike(specs: Sequence[DeviceSpec]) -> None:
     fast a model executes on so many units."""
     for spec in specs:
         other = next(s for s in specs if s.kind == spec.kind)
-        if other.pins_jobs != spec.pins_jobs:
-            divided, whole = (spec, other) if spec.pins_jobs else (other, spec)
+        if bool(other.mig) != bool(spec.mig):
+            divided, whole = (spec, other) if spec.mig else (other, spec)
             raise EnvironmentProblem(
                 f"{divided.id} is divided (MIG is on) and {whole.id} is not; give a node devices "
                 f"of one sort: switch MIG off on the one (nvidia-smi -mig 0) or on on the other "

@@ -199,9 +199,10 @@ class CudaDevice:
         if tenant.kind is TenantKind.WORKER:
             return Launch(fixed={**shown, PROCESSOR: f"{CUDA}{gpu}"})
         if self._gates is None:
-            return Launch(fixed=shown)
+            return Launch(fixed=shown, own_memory=True)
         found = self._gates.launch(tenant.id, tenant.memory)
-        return Launch(fixed={**shown, **found.fixed}, prepend=found.prepend)
+        fixed = {**shown, **found.fixed}
+        return Launch(fixed=fixed, prepend=found.prepend, own_memory=True)
 
     def attach(self, tenant: Tenant, pid: int) -> PreemptLevel:
         """A job without a page, since a node before this one had none, is of level ``NONE``."""
@@ -265,12 +266,13 @@ class CudaDevice:
             self._gates.look({name: self._used.keys() & set(t.pids) for name, t in jobs.items()})
 
     def facts(self) -> dict[str, TenantFacts]:
-        """Memory as the driver says it, of a job as it says itself where that is more."""
+        """Memory as the driver says it; of a job behind its gate what it has allocated, which is
+        what its quota counts."""
         found = {}
         for name, tenant in list(self._tenants.items()):
             memory = sum(self._used.get(pid, 0) for pid in tenant.pids)
             if tenant.is_job and self._gates is not None:
-                memory = max(memory, self._gates.memory(name))
+                memory = self._gates.memory(name) or memory
             past = self._gates is not None and self._gates.beyond(name)
             found[name] = TenantFacts(memory, PreemptLevel.NONE if past else tenant.level)
         return found

@@ -4,10 +4,12 @@ The laws:
 
 * A job's gate is closed from the start, so that it computes nothing before it is granted space.
 * A job is *behind* its gate while every process of it that the driver shows on the GPU is attached
-  to its page. Who is shown and not attached at two looks in a row is not: between a process's first
-  call and its seat lies a moment.
+  to its page. Who is shown and not attached for ``SURE`` is not: between a process's first call and
+  its seat, and between its end and the driver's notice of it, lies a moment.
 * Pages lie under a name that the next node of the same state directory finds: of a job that
   outlived its node it takes over the page, closed.
+* A page stays, its gate closed, as long as any process was started with it: a job that is held, and
+  forgotten meanwhile, is where it was when it goes on.
 * A job that is to give memory computes nothing while its memory goes, nor for ``AWAY`` after: who
   waits for the memory has that long to take it. Then its gate opens if it is granted space, and it
   goes on once all of it is back.
@@ -40,6 +42,7 @@ BEATS: Final = 8
 DRAIN_WITHIN: Final = 8 * S
 """How long a revocation waits for what is in flight; below what a call to a device may take."""
 log = logging.getLogger("cotenant.devices")
+SURE: Final = 2 * S
 EVICT_WITHIN: Final = 20 * S
 """How long memory may take to go."""
 AWAY: Final = 5 * S
@@ -62,10 +65,13 @@ class Gates:
         self._bound_ns = bound_ns
         self.folder = base / f"{_PREFIX}{_short(node)}"
         self._pages: dict[str, ControlPage] = {}
-        self._outside: dict[str, frozenset[int]] = {}
-        """Processes that were shown and not attached at the last look."""
+        self._outside: dict[str, dict[int, int]] = {}
+        """Processes that were shown and not attached at the last look, and since when (ns)."""
         self._beyond: dict[str, frozenset[int]] = {}
-        """Those at the last two."""
+        """Those for long enough."""
+        self._failed: set[str] = set()
+        self._left: set[str] = set()
+        """Jobs that were forgotten while processes of theirs lived."""
         self._granted: set[str] = set()
         self._away_until: dict[str, float] = {}
         """Until when (ns) a gate stays closed, whatever is granted."""
@@ -104,15 +110,26 @@ class Gates:
     def _beat(self) -> None:
         while not self._ends.wait(PATIENCE / BEATS / S):
             with self._lock:
-                for page in self._pages.values():
-                    page.beat()
+                for job, page in self._pages.items():
+                    try:
+                        page.beat()
+                        if job in self._granted:
+                            self._settle(job, page)
+                    except OSError as error:
+                        self._fail(job, str(error))
+
+    def _fail(self, job: str, why: str) -> None:
+        """Say once what is wrong with a job's page."""
+        if job not in self._failed:
+            self._failed.add(job)
+            log.error("a job's page cannot be written", extra={"job": job, "why": why})
 
     # --- jobs -------------------------------------------------------------------------------
 
     def launch(self, job: str, quota: int = 0) -> Launch:
         """Make the job's page anew, closed; what its processes need. ``quota``: bytes of device
         memory that it may have, 0 for any number. Raises DeviceError."""
-        self.forget(job)
+        self._drop(job, keep=False)
         page = self._make(job)
         page.path.unlink(missing_ok=True)
         page.open()
@@ -137,25 +154,39 @@ class Gates:
                 return False
             with self._lock:
                 self._pages[job] = page
-        self._pages[job].close_gate()
+        with self._lock:
+            self._left.discard(job)
+            self._pages[job].close_gate()
         return True
 
     def _make(self, job: str) -> ControlPage:
         return ControlPage(self.folder / _short(job), self._bound_ns, PATIENCE)
 
     def forget(self, job: str) -> None:
-        """Its gate opens for good. No effect on one without a page."""
-        self._drop(job, keep=False)
-
-    def _drop(self, job: str, keep: bool) -> None:
-        with self._lock:
-            page = self._pages.pop(job, None)
-            self._granted.discard(job)
-            self._away_until.pop(job, None)
+        """Its page goes, once no process has it. No effect on one without a page."""
+        page = self._pages.get(job)
+        if page is None:
+            return
         self._outside.pop(job, None)
         self._beyond.pop(job, None)
-        if page is not None:
-            page.close(keep and bool(proctree.marked(VARIABLE, str(page.path))))
+        if not proctree.marked(VARIABLE, str(page.path)):
+            self._drop(job, keep=False)
+            return
+        with self._lock:
+            self._granted.discard(job)
+            self._left.add(job)
+            page.close_gate()
+
+    def _drop(self, job: str, keep: bool) -> None:
+        page = self._pages.get(job)
+        keep = keep and page is not None and bool(proctree.marked(VARIABLE, str(page.path)))
+        with self._lock:
+            page = self._pages.pop(job, None)
+            for known in (self._granted, self._left, self._failed):
+                known.discard(job)
+            self._away_until.pop(job, None)
+            if page is not None:
+                page.close(keep)
 
     def grant(self, job: str) -> None:
         """Open the gate, once the job's memory may come back. Raises DeviceError for a job that has
@@ -203,7 +234,9 @@ class Gates:
             return moved.moved
         finally:
             with self._lock:
-                self._away_until[job] = time.monotonic_ns() + (AWAY if moved else 0)
+                if self._pages.get(job) is page:
+                    away = AWAY if moved is not None and moved.moved else 0
+                    self._away_until[job] = time.monotonic_ns() + away
 
     def page(self, job: str) -> ControlPage:
         """Raises DeviceError for a job that has none."""
@@ -223,18 +256,19 @@ class Gates:
     # --- who is behind the gate -------------------------------------------------------------
 
     def look(self, shown: Mapping[str, Collection[int]]) -> None:
-        """Take note of the processes of each job that the driver shows on the GPU; open the gates
-        of those whose memory was away long enough."""
-        with self._lock:
-            for job in self._granted:
-                self._settle(job, self._pages[job])
+        """Take note of the processes of each job that the driver shows on the GPU."""
+        for job in list(self._left):
+            self.forget(job)
+        now = time.monotonic_ns()
         for job, pids in shown.items():
             page = self._pages.get(job)
             if page is None:
                 continue
-            outside = frozenset(pid for pid in pids if not page.attached(pid))
-            self._beyond[job] = outside & self._outside.get(job, frozenset())
-            self._outside[job] = outside
+            before = self._outside.get(job, {})
+            outside = {pid for pid in pids if not page.attached(pid) and _computes(pid)}
+            self._outside[job] = {pid: before.get(pid, now) for pid in outside}
+            since = self._outside[job].items()
+            self._beyond[job] = frozenset(pid for pid, first in since if now - first >= SURE)
 
     def memory(self, job: str) -> int:
         """Bytes on the GPU, as the processes of a job say themselves."""
@@ -249,3 +283,12 @@ class Gates:
 def _short(name: str) -> str:
     """A file name for any name."""
     return hashlib.sha256(name.encode()).hexdigest()[:24]
+
+
+def _computes(pid: int) -> bool:
+    """Whether a process has memory of its own still: one that ends has none, while the driver shows
+    it."""
+    try:
+        return bool(Path(f"/proc/{pid}/maps").read_bytes())
+    except OSError:
+        return False

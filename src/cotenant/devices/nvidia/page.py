@@ -71,6 +71,7 @@ _UNIT = 1 << 20
 _MOST_BYTES = 1 << 50
 _FUTEX_WAKE = 1
 _FUTEX = {"x86_64": 202, "aarch64": 98}
+_READS = 4
 _LOOK_NS = MS // 2
 _FIRST_LOOK_NS = 20 * US
 """The second look at a drain comes so soon, each further one after twice the time."""
@@ -209,12 +210,14 @@ class ControlPage:
         try:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._fd = os.open(self.path, flags, 0o600)
-            os.ftruncate(self._fd, PAGE_BYTES)
+            os.posix_fallocate(self._fd, 0, PAGE_BYTES)  # a hole would be a job's SIGBUS
             first = (PAGE_MAGIC, VERSION, SEATS, 0, 0, time.monotonic_ns(), *self._settings)
             head = (*first, 0, self._pool_bytes, *([0] * SEATS))
             os.pwrite(self._fd, HEAD.pack(*head), 0)
             self._map = mmap.mmap(self._fd, HEAD_BYTES)
         except OSError as error:
+            if self._fd >= 0:
+                self.path.unlink(missing_ok=True)
             self.close()
             raise DeviceError(f"control page {self.path}: {error.strerror or error}") from error
         self._locate()
@@ -255,8 +258,8 @@ class ControlPage:
             self._map = None
         if not keep and not self.lost:
             self.path.unlink(missing_ok=True)
-        os.close(self._fd)
-        self._fd = -1
+        fd, self._fd = self._fd, -1
+        os.close(fd)
 
     def env(self, driver: Path | None = None) -> dict[str, str]:
         """Variables for the job's processes, besides those that preload the shim. ``driver``: the
@@ -446,11 +449,15 @@ class ControlPage:
         return any(seat.pid == pid for seat in self.seats()) and self._mapped_by(pid)
 
     def _seat(self, index: int) -> Seat | None:
+        """None if nobody sits there, or it makes no sense."""
         at = HEAD_BYTES + index * SEAT_BYTES
-        data = os.pread(self._fd, ROWS_AT, at)
-        if len(data) != ROWS_AT:
-            return None
-        magic, pid, attached, started, entered, left, *rest = SEAT.unpack_from(data)
+        for _ in range(_READS):  # one may fall between two numbers that change together
+            data = os.pread(self._fd, ROWS_AT, at)
+            if len(data) != ROWS_AT:
+                return None
+            magic, pid, attached, started, entered, left, *rest = SEAT.unpack_from(data)
+            if left <= entered:
+                break
         *counters, slots = rest[:12]
         if magic != SEAT_MAGIC or attached != 1 or not 0 < pid < 1 << 31 or slots > SLOTS:
             return None

@@ -22,7 +22,8 @@ from cotenant.devices.nvidia.shim import driver, shim
 from cotenant.domain.errors import DeviceError
 from cotenant.domain.units import MS
 
-JOB: Final = "self-test"
+JOB: Final = "/self-test"
+"""No job has a slash in its name."""
 WITHIN_S: Final = 30.0
 """For all of it: a first context takes seconds on a machine with many GPUs."""
 HELD_S: Final = 0.05
@@ -62,6 +63,13 @@ def _ready() -> Path:
 
 def run(gates: Gates, gpu: str) -> None:
     """Raises NoGate with what did not happen. ``gates`` are open; ``gpu``: a UUID."""
+    try:
+        _run(gates, gpu)
+    except (OSError, DeviceError) as error:
+        raise error if isinstance(error, NoGate) else NoGate(f"tried here: {error}") from error
+
+
+def _run(gates: Gates, gpu: str) -> None:
     launch = gates.launch(JOB)
     env = launch.applied({**os.environ, "CUDA_VISIBLE_DEVICES": gpu})
     try:

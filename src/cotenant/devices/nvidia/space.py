@@ -64,7 +64,10 @@ class WholeGpu:
         pass
 
     def fit(self, spec: DeviceSpec) -> DeviceSpec:
-        return msgspec.structs.replace(spec, units=(0,), shapes=(1,), repartition_ns=1 * MS)
+        # A job sees this GPU alone: it is bound to it, also where there are more.
+        return msgspec.structs.replace(
+            spec, units=(0,), shapes=(1,), repartition_ns=1 * MS, pins_jobs=True
+        )
 
     def repartition(self, partitions: tuple[Partition, ...]) -> None:
         if any(partition.units != (0,) for partition in partitions) or len(partitions) > 1:
