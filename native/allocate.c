@@ -78,14 +78,17 @@ int memory_free_ours(uint64_t at)
 
 static void free_dying(void)
 {
-    if (!dying || captures)
+    if (captures || !atomic_load_explicit(&dying, memory_order_relaxed) ||
+        !atomic_exchange(&dying, 0))
         return;
-    dying = 0;
-    for (int i = 0; i < ROWS; i++)
-        if (blocks[i].dying) {
-            blocks[i].dying = 0;
-            memory_free_ours(blocks[i].at);
-        }
+    for (int i = 0; i < ROWS; i++) {
+        pthread_mutex_lock(&table);
+        uint64_t at = blocks[i].dying ? blocks[i].at : 0;
+        blocks[i].dying = 0;
+        pthread_mutex_unlock(&table);
+        if (at)
+            memory_free_ours(at);
+    }
 }
 
 /* An evictable allocation. UNSUITED: the driver's own kind is to be tried. */

@@ -48,9 +48,13 @@ class JobGiving:
         self._fleet = fleet
         self._feed = feed
         self._ask = ask
-        self._evicts = {spec.id for spec in fleet.specs if spec.evicts}
         self._orders: dict[str, _Order] = {}
         self._told: dict[str, tuple[int, bool]] = {}
+
+    @property
+    def _evicts(self) -> set[str]:
+        """Devices that can take memory: what they say of it may change with their layout."""
+        return {spec.id for spec in self._fleet.specs if spec.evicts}
 
     def order(self, job: str, most: int) -> None:
         """The job is to have at most so many bytes; below 0: as many as it may."""

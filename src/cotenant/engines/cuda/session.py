@@ -100,9 +100,12 @@ class Session:
         return len(self._captured) < GRAPHS and self._shapes(inputs) is not None
 
     def _capture(self, signature: Signature, inputs: Inputs) -> list[Array]:
-        bound = self._bind(
-            inputs, self._stagings(self.meta.inputs), self._stagings(self.meta.outputs)
-        )
+        own = self._stagings(self.meta.inputs), self._stagings(self.meta.outputs)
+        try:
+            bound = self._bind(inputs, *own)
+        except Exception as error:  # no room for buffers of its own
+            _close(*own)
+            raise NotCaptured(first_line(error)) from error
         number = str(len(self._captured) + 1)  # 0 is ONNX Runtime's own
         self._captured[signature] = (number, bound)
         try:
