@@ -36,13 +36,15 @@ from cotenant.domain.device import Launch
 from cotenant.domain.errors import DeviceError
 from cotenant.domain.units import MS, S
 
+log = logging.getLogger("cotenant.devices")
+
 PATIENCE: Final = 2 * S
 BEATS: Final = 8
 """Of the node within that time."""
 DRAIN_WITHIN: Final = 8 * S
 """How long a revocation waits for what is in flight; below what a call to a device may take."""
-log = logging.getLogger("cotenant.devices")
 SURE: Final = 2 * S
+"""How long a process must have been shown and not attached."""
 EVICT_WITHIN: Final = 20 * S
 """How long memory may take to go."""
 AWAY: Final = 5 * S
@@ -73,7 +75,7 @@ class Gates:
         self._left: set[str] = set()
         """Jobs that were forgotten while processes of theirs lived."""
         self._granted: set[str] = set()
-        self._away_until: dict[str, float] = {}
+        self._away_until: dict[str, int] = {}
         """Until when (ns) a gate stays closed, whatever is granted."""
         self._lock = threading.Lock()
         """Gates turn, and pages come and go, under it."""
@@ -102,8 +104,8 @@ class Gates:
         if self._beater is not None:
             self._beater.join()
             self._beater = None
-        for job in list(self._pages):
-            self._drop(job, keep=True)
+        for job, page in list(self._pages.items()):
+            self._drop(job, page, keep=bool(proctree.marked(VARIABLE, str(page.path))))
         with contextlib.suppress(OSError):
             self.folder.rmdir()
 
@@ -129,7 +131,8 @@ class Gates:
     def launch(self, job: str, quota: int = 0) -> Launch:
         """Make the job's page anew, closed; what its processes need. ``quota``: bytes of device
         memory that it may have, 0 for any number. Raises DeviceError."""
-        self._drop(job, keep=False)
+        if (before := self._pages.get(job)) is not None:
+            self._drop(job, before)
         page = self._make(job)
         page.path.unlink(missing_ok=True)
         page.open()
@@ -170,23 +173,24 @@ class Gates:
         self._outside.pop(job, None)
         self._beyond.pop(job, None)
         if not proctree.marked(VARIABLE, str(page.path)):
-            self._drop(job, keep=False)
+            self._drop(job, page)
             return
         with self._lock:
-            self._granted.discard(job)
-            self._left.add(job)
-            page.close_gate()
+            if self._pages.get(job) is page:
+                self._granted.discard(job)
+                self._left.add(job)
+                page.close_gate()
 
-    def _drop(self, job: str, keep: bool) -> None:
-        page = self._pages.get(job)
-        keep = keep and page is not None and bool(proctree.marked(VARIABLE, str(page.path)))
+    def _drop(self, job: str, page: ControlPage, keep: bool = False) -> None:
+        """No effect if the job has another page by now."""
         with self._lock:
-            page = self._pages.pop(job, None)
+            if self._pages.get(job) is not page:
+                return
+            del self._pages[job]
             for known in (self._granted, self._left, self._failed):
                 known.discard(job)
             self._away_until.pop(job, None)
-            if page is not None:
-                page.close(keep)
+            page.close(keep)
 
     def grant(self, job: str) -> None:
         """Open the gate, once the job's memory may come back. Raises DeviceError for a job that has
