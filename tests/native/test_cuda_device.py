@@ -190,11 +190,9 @@ def test_what_its_owner_preloads_and_names_stands_behind_ours(
     script = 'echo "$LD_PRELOAD|$LD_LIBRARY_PATH|$CUDA_VISIBLE_DEVICES|$COTENANT_GATE" >&2; sleep 9'
     owned = {"LD_LIBRARY_PATH": "/mine", "CUDA_VISIBLE_DEVICES": "5", "COTENANT_GATE": "/other"}
     pid = driven.job(f"sh -c '{script}'", **owned)
-    env = dict(
-        entry.split("=", 1)
-        for entry in Path(f"/proc/{pid}/environ").read_text().split("\0")
-        if "=" in entry
-    )
+    # It is empty for a moment while the program is executed.
+    text = until(Path(f"/proc/{pid}/environ").read_text)
+    env = dict(entry.split("=", 1) for entry in text.split("\0") if "=" in entry)
     assert env["LD_LIBRARY_PATH"].endswith(":/mine")
     assert env["CUDA_VISIBLE_DEVICES"] == nvml_standin.uuid_of(0)
     assert env["COTENANT_GATE"] != "/other"
