@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import struct
 import subprocess
@@ -17,9 +16,9 @@ import pytest
 
 from cotenant.devices.nvidia.page import ControlPage
 from cotenant.domain.units import MS, S
+from tests import gpu_machine
 
 HERE = Path(__file__).parent
-NATIVE = HERE.parents[1] / "native"
 STATS = ("launched", "executed", "running", "memory", "marks", "callbacks", "in_capture", "peak")
 
 
@@ -34,35 +33,21 @@ class Built:
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     """Shim and stand-in; skips where there is no compiler."""
-    spec = importlib.util.spec_from_file_location("native_build", NATIVE / "build.py")
-    assert spec is not None and spec.loader is not None
-    build = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(build)
+    build = gpu_machine.builder()
     if reason := build.why_not():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("native")
     found = Built(folder / "shim", folder / "driver")
     build.build(found.shim)
-    found.driver.mkdir()
-    compile_c(
-        HERE / "standin.c",
-        found.driver / "libcuda.so.1",
-        ["-shared", "-fPIC", "-fvisibility=hidden", "-Wl,-Bsymbolic,-soname,libcuda.so.1"],
-    )
+    gpu_machine.compile_driver(found.driver)
     return found
-
-
-def compile_c(source: Path, target: Path, flags: list[str]) -> None:
-    """With the system's compiler."""
-    command = [os.environ.get("CC", "cc"), "-O1", "-pthread", f"-I{NATIVE}"]
-    subprocess.run([*command, *flags, "-o", target, source, "-ldl"], check=True)
 
 
 @pytest.fixture(scope="session")
 def program(built: Built) -> Path:
     """The job in C, job.c."""
     target = built.driver.parent / "job"
-    compile_c(HERE / "job.c", target, [])
+    gpu_machine.compile_c(HERE / "job.c", target, [])
     return target
 
 

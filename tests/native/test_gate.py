@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from cotenant.devices.nvidia import page as layout
 from cotenant.domain.units import S
+from tests.gpu_machine import NATIVE, compile_c
 
-from .conftest import HERE, NATIVE, Bench, compile_c
+from .conftest import HERE, Bench
 
 
 def close_and_drain(bench: Bench) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.native.conftest import NATIVE, Built
+from tests.gpu_machine import NATIVE
+from tests.native.conftest import Built
 
 pytestmark = pytest.mark.usefixtures("gpu_python")
 Case = Callable[..., Any]

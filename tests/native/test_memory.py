@@ -17,8 +17,9 @@ from cotenant.devices.nvidia import page as layout
 from cotenant.devices.nvidia.page import Evicted, Memory
 from cotenant.domain.errors import DeviceError
 from cotenant.domain.units import S
+from tests.gpu_machine import compile_c
 
-from .conftest import HERE, Bench, compile_c
+from .conftest import HERE, Bench
 
 MB = 1 << 20
 OUT_OF_MEMORY = "2"

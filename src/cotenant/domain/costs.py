@@ -10,27 +10,23 @@ from typing import Final
 
 import msgspec
 
-from cotenant.domain.units import MS, US, S
+from cotenant.domain.units import MS, US
 
 GATE_BOUND: Final = 2 * MS
 """Ns of a job's work that may be in flight behind a launch gate, if nothing else is said."""
 GATE_LOOK: Final = 500 * US
-"""How often (ns) a node looks whether a gate has drained."""
+"""How long (ns) a node waits at most between two looks whether a gate has drained
+(``devices.nvidia.page``, which is to be had without this package's dependencies)."""
 MIG_MAKE: Final = 119 * MS
 MIG_UNMAKE: Final = 163 * MS
 """Of one instance on an A100, means (gpuless thesis)."""
-PINNED_COPY: Final = 20 * 10**9
-"""Bytes/s between pinned host memory and a GPU: PCIe 4.0 x16 carries 32 · 10⁹ in each direction, of
-which well-made copies get two thirds. Assumed."""
-EVICT_START: Final = 2 * MS
-"""What moving memory away or back costs (ns) beside the copy: mapping, and a look. Assumed."""
 
 
 class Span(msgspec.Struct, frozen=True):
-    """A time in ns: on average, and at most where that is known (0: it is not)."""
+    """A time in ns: on average, and at most."""
 
     mean: int
-    most: int = 0
+    most: int
 
 
 def drain(bound: int) -> Span:
@@ -38,8 +34,3 @@ def drain(bound: int) -> Span:
     ``bound`` ns: what is in flight lies anywhere between nothing and the bound, as does the moment
     between two looks."""
     return Span((bound + GATE_LOOK) // 2, bound + GATE_LOOK)
-
-
-def moved(size: int, rate: int = PINNED_COPY) -> int:
-    """Ns to copy so many bytes of a job's device memory out, or back, at ``rate`` bytes/s."""
-    return EVICT_START + size * S // rate if size else 0
