@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -19,6 +21,17 @@ def pytest_configure() -> None:
     that."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_pages_are_left() -> Iterator[None]:
+    """Devices that tests kill leave the folder of their control pages, which a node would find
+    again."""
+    folders = Path("/dev/shm")
+    before = set(folders.glob("cotenant-gates-*"))
+    yield
+    for folder in set(folders.glob("cotenant-gates-*")) - before:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
