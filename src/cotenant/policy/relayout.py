@@ -156,13 +156,12 @@ class Relayout:
         self._tenancy.part()
         self._tenancy.settle()
         for partition in state.partitions.values():
-            if partition.device != device:
-                continue
-            if (partition.owners and partition.job and partition.job not in partition.owners) or (
-                partition.services and not partition.lendable
+            if partition.device == device and (
+                (partition.owners and partition.job and partition.job not in partition.owners)
+                or (partition.services and not partition.lendable)
             ):
                 self._holds.revoke(partition)
-            self._turns.run(partition)
+            self._turns.run(partition)  # others too: an instance that now leaves serves until then
 
 
 def _layout(plan: Plan, device: str) -> tuple[Partition, ...]:
