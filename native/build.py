@@ -14,7 +14,16 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("driver.c", "gate.c", "memory.c", "move.c", "allocate.c", "pools.c", "kinds.c")
+SOURCES = (
+    "driver.c",
+    "gate.c",
+    "channel.c",
+    "memory.c",
+    "move.c",
+    "allocate.c",
+    "pools.c",
+    "kinds.c",
+)
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-cast-function-type"]
 
 

@@ -15,9 +15,7 @@
  * 6. A node whose heartbeat is old is dead, and its gate open.
  */
 #define _GNU_SOURCE
-#include <errno.h>
 #include <fcntl.h>
-#include <limits.h>
 #include <linux/futex.h>
 #include <pthread.h>
 #include <signal.h>
@@ -103,19 +101,28 @@ int orphaned(void)
 
 /* --- the page ----------------------------------------------------------------------------- */
 
-static uint64_t started(void)
+/* When a process started, in ticks since boot; 0: there is none, or only its remains. */
+static uint64_t started(uint32_t pid)
 {
-    char text[1024], *at;
-    int fd = open("/proc/self/stat", O_RDONLY | O_CLOEXEC);
+    char path[32], text[1024], *at;
+    snprintf(path, sizeof path, "/proc/%u/stat", pid);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
     ssize_t n = fd < 0 ? 0 : read(fd, text, sizeof text - 1);
     if (fd >= 0)
         close(fd);
     text[n > 0 ? n : 0] = 0;
-    if (!(at = strrchr(text, ')')))
+    if (!(at = strrchr(text, ')')) || strlen(at) < 3 || at[2] == 'Z' || at[2] == 'X')
         return 0;
     for (int field = 2; field < 22 && at; field++)
         at = strchr(at + 1, ' ');
     return at ? strtoull(at, NULL, 10) : 0;
+}
+
+/* Whether who has a seat is gone, or another process by now has its number. */
+static int left_behind(const struct seat *s, uint32_t pid)
+{
+    uint64_t since = started(pid);
+    return !since || (atomic_load(&s->attached) && s->started != since);
 }
 
 static struct seat *take_seat(char *page)
@@ -125,8 +132,7 @@ static struct seat *take_seat(char *page)
         for (int i = 0; i < SEATS; i++) {
             struct seat *s = (struct seat *)(page + HEAD_BYTES + i * SEAT_BYTES);
             uint32_t pid = atomic_load(&s->pid);
-            int dead = pid && pid != mine && pid <= INT_MAX && kill((pid_t)pid, 0) && errno == ESRCH;
-            if (own ? pid != mine : pid && !dead && pid != mine)
+            if (own ? pid != mine : pid && pid != mine && !left_behind(s, pid))
                 continue;
             if (!atomic_compare_exchange_strong(&s->pid, &pid, mine))
                 continue;
@@ -160,7 +166,7 @@ static void map_page(void)
     }
     mprotect(page, HEAD_BYTES, PROT_READ); /* the head is the node's */
     mine->magic = SEAT_MAGIC;
-    mine->started = started();
+    mine->started = started((uint32_t)getpid());
     slots = (struct slot *)((char *)mine + SLOTS_AT);
     seat_number = (int)(((char *)mine - page - HEAD_BYTES) / SEAT_BYTES);
     head = found;
@@ -181,6 +187,7 @@ static void in_child(void)
     attached = pending = captures = tending = 0;
     registered = host_marks = inside = 0;
     memory_in_child();
+    channels_in_child();
     pthread_mutex_init(&attaching, NULL);
     pthread_mutex_init(&naming, NULL);
     pthread_mutex_init(&collecting, NULL);
@@ -513,14 +520,20 @@ static int64_t estimate(struct function *f)
 
 /* --- the gate ------------------------------------------------------------------------------- */
 
-/* Puts the last marks when the gate closes, asks streams that owe some, and moves memory. What is
- * away must come back even while the process ends: its last calls wait for it. */
+/* Puts the last marks when the gate closes, asks streams that owe some, takes channels off the device
+ * and moves memory. What is away must come back even while the process ends: its last calls wait for
+ * it. */
 static void *tend(void *unused)
 {
     (void)unused;
     inside = 1;
-    for (unsigned round = 0; !leaving || memory_state;) {
+    for (unsigned round = 0; !leaving || memory_state || channels_off();) {
         uint32_t word = atomic_load(&head->gate);
+        channels_tend(word & 1 && !orphaned());
+        if (channels_off()) { /* nothing drains, and no call may be made that waits */
+            wait_gate(word, word & 1 ? 50 * MS : MS);
+            continue;
+        }
         if (!(word & 1)) {
             round = 0;
             wait_gate(word, memory_tend(0, 0));
@@ -788,16 +801,38 @@ void stream_ends(void *stream)
     atomic_fetch_add(&seat->left, 1);
 }
 
+/* Around what ends contexts: nobody of us touches a stream or an event meanwhile. */
+int ends_begin(void)
+{
+    gate_attach();
+    if (!seat || inside)
+        return 0;
+    memory_hold();
+    pthread_mutex_lock(&collecting);
+    for (int i = 0; i < SLOTS; i++)
+        pthread_mutex_lock(&streams[i].lock);
+    inside = 1;
+    return 1;
+}
+
+static void ends_done(void)
+{
+    inside = 0;
+    for (int i = 0; i < SLOTS; i++)
+        pthread_mutex_unlock(&streams[i].lock);
+    pthread_mutex_unlock(&collecting);
+    memory_release();
+}
+
+/* Under all locks. */
 static void forget_all(void *context_or_none)
 {
     for (int i = 0; i < SLOTS; i++) {
         struct stream *s = &streams[i];
-        pthread_mutex_lock(&s->lock);
         if (s->key != NO_KEY && (!context_or_none || s->context == context_or_none)) {
             atomic_store(&s->key, ENDING);
             forget(i);
         }
-        pthread_mutex_unlock(&s->lock);
     }
     for (int i = 0; i < SAMPLES; i++) {
         int expected = 2;
@@ -811,23 +846,29 @@ static void forget_all(void *context_or_none)
     registered = 0; /* the page may have been registered in it */
 }
 
-int context_ended(void *ended, int result)
+int context_ended(int begun, void *ended, int result)
 {
-    if (seat && !inside && !result && ended) {
+    if (!begun)
+        return result;
+    if (!result && ended) {
         forget_all(ended);
         memory_context_ended(ended);
     }
+    ends_done();
     return result;
 }
 
-int device_ended(int device, int result)
+int device_ended(int begun, int device, int result)
 {
     unsigned flags;
     int active = 1;
-    if (seat && !inside && !result &&
+    if (!begun)
+        return result;
+    if (!result &&
         !REAL(cuDevicePrimaryCtxGetState, int, unsigned *, int *)(device, &flags, &active) && !active) {
         forget_all(NULL);
         memory_device_ended(device);
     }
+    ends_done();
     return result;
 }

@@ -113,8 +113,8 @@ def function(index: int, form: Form, about: Gated) -> str:
             f"    int result = {call};\n    memory_leave(entered);\n    return result;\n}}\n"
         )
     return head + (
-        f"    memory_hold();\n"
-        f"    return memory_release({about.kind}_ended({about.stream}, {call}));\n}}\n"
+        f"    int begun = ends_begin();\n"
+        f"    return {about.kind}_ended(begun, {about.stream}, {call});\n}}\n"
     )
 
 

@@ -435,19 +435,9 @@ int memory_discard(struct known *k)
     return result;
 }
 
-void memory_hold(void)
-{
-    gate_attach();
-    if (seat && !inside)
-        pthread_mutex_lock(&table);
-}
+void memory_hold(void) { pthread_mutex_lock(&table); }
 
-int memory_release(int result)
-{
-    if (seat && !inside)
-        pthread_mutex_unlock(&table);
-    return result;
-}
+void memory_release(void) { pthread_mutex_unlock(&table); }
 
 void memory_device_ended(int device)
 {

@@ -12,7 +12,7 @@
 
 #define PAGE_MAGIC 0x4554414754544f43ull /* "COTTGATE" */
 #define SEAT_MAGIC 0x5441455354544f43ull /* "COTTSEAT" */
-#define PAGE_VERSION 2u
+#define PAGE_VERSION 3u
 #define PAGE_VARIABLE "COTENANT_GATE"
 #define DRIVER_VARIABLE "COTENANT_GATE_DRIVER"
 #define MEMORY_VARIABLE "COTENANT_GATE_MEMORY" /* "plain": none of it can be evicted */
@@ -31,14 +31,23 @@ struct head {
     uint32_t version;
     uint32_t seats;
     _Atomic uint32_t gate;     /* odd: closed. Every change makes it one more. A futex. */
-    uint32_t reserved;
+    _Atomic uint32_t hold;     /* odd: the job's channels are to be off the device. As `gate`. */
     _Atomic uint64_t beat_ns;  /* CLOCK_MONOTONIC, written by the node from time to time */
     uint64_t patience_ns;      /* a beat older than this: the node is dead, the gate open */
     uint64_t bound_ns;         /* of work that may be on the device at a time, as estimated */
     uint64_t large_bytes;      /* copies and memsets from this size on are gated */
     _Atomic uint64_t quota_bytes; /* what all processes together may hold on devices; 0: no limit */
     uint64_t pool_bytes;          /* host memory that a process may have for what is evicted */
+    uint32_t channels;            /* enum channels */
+    uint32_t slice_us;            /* time slice of the job's channel groups; 0: left as it is */
     _Atomic uint64_t command[SEATS]; /* to each seat: a number << 32 | MiB to be away, 0: none */
+};
+
+/* How channels are taken off the device. */
+enum channels {
+    CHANNELS_LEFT = 0,     /* they are not: the process's calls are not looked at */
+    CHANNELS_DISABLED = 1, /* the driver disables and preempts them */
+    CHANNELS_PREEMPTED = 2, /* their group is not scheduled any more, then preempted */
 };
 
 enum { SEAT_HOST_MARKS = 1, SEAT_ORPHANED = 2, SEAT_FAULTED = 4 };
@@ -79,6 +88,11 @@ struct seat {
     _Atomic uint32_t memory_state; /* enum memory_state */
     _Atomic uint32_t memory_error; /* of the last move: the driver's number; 0: none */
     _Atomic uint32_t rows;         /* rows beyond this many were never used */
+    /* Channels. Errors are the kernel driver's status, or the system's error << 16. */
+    _Atomic uint32_t groups;       /* channel groups that are known */
+    _Atomic uint32_t hold_done;    /* last `hold` that was answered; odd: they are off, unless ... */
+    _Atomic uint32_t hold_error;   /* ... this says why they are not */
+    _Atomic uint32_t slice_error;  /* of the time slice */
 };
 
 enum memory_state {

@@ -100,8 +100,9 @@ int capture_begin_done(void *stream, int before, int result);
 int capture_end(void *stream);
 int capture_end_done(void *stream, int before, int result);
 void stream_ends(void *stream);
-int context_ended(void *context, int result);
-int device_ended(int device, int result);
+int ends_begin(void);
+int context_ended(int begun, void *context, int result);
+int device_ended(int begun, int device, int result);
 
 /* --- memory.c --- */
 
@@ -120,11 +121,18 @@ void memory_attached(void);
 void memory_in_child(void);
 /* Around what ends contexts. */
 void memory_hold(void);
-int memory_release(int result);
+void memory_release(void);
 void memory_context_ended(void *context);
 void memory_device_ended(int device);
 /* The allocation at this address is known elsewhere from now on. */
 void memory_pin(uint64_t at, int reason);
+
+/* --- channel.c --- */
+
+/* By the thread that tends the gate: have the channels off if the node wants it and they `may` be. */
+void channels_tend(int may);
+int channels_off(void);
+void channels_in_child(void);
 
 #define STREAM_LEGACY ((void *)1)
 #define STREAM_PER_THREAD ((void *)2)

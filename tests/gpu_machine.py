@@ -23,11 +23,13 @@ HERE = Path(__file__).parent / "native"
 
 
 class GpuMachine(msgspec.Struct):
-    """``job`` is the program; ``machine`` the file that says which GPUs there are."""
+    """``job`` is the program; ``machine`` the file that says which GPUs there are; ``rm`` what
+    plays the kernel driver where it is preloaded."""
 
     libraries: tuple[Path, Path]
     job: Path
     machine: Path
+    rm: Path
 
     def write(self, box: nvml_standin.Box) -> None:
         """Let the machine be another."""
@@ -73,10 +75,18 @@ def compile_driver(folder: Path) -> None:
     compile_c(HERE / "standin.c", folder / "libcuda.so.1", flags)
 
 
+def compile_rm(folder: Path) -> Path:
+    """The stand-in for the kernel driver's channels, to be preloaded."""
+    target = folder / "libstandin_rm.so"
+    compile_c(HERE / "standin_rm.c", target, ["-shared", "-fPIC", "-fvisibility=hidden"])
+    return target
+
+
 def make(folder: Path, nvml: Path) -> GpuMachine:
     """Build all of it into ``folder``."""
     compile_driver(folder / "cuda")
     for name in ("job", "memory_job"):
         compile_c(HERE / f"{name}.c", folder / name, [])
     builder().build(SHIM.parent)
-    return GpuMachine((nvml, folder / "cuda"), folder / "job", folder / "machine")
+    rm = compile_rm(folder)
+    return GpuMachine((nvml, folder / "cuda"), folder / "job", folder / "machine", rm)

@@ -56,7 +56,7 @@ SECTIONS = (
     Section("green", 30, "does a green context have what it says, beside a neighbour too?", 3),
     Section("evict", 80, "how fast do 20 GB leave and come back, and are they what they were?", 3),
     Section("colocate", 200, "what do a service and a training job lose beside each other?", 8),
-    Section("channel", 5, "are there controls of a process's own channels?", 1),
+    Section("channel", 25, "can a kernel that runs be stopped, by its process's own channels?", 4),
 )
 
 

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from cotenant.devices.nvidia.trial import Program
+
 from driver import Device, cu, open_device
 from evicting import Held, Plain
 from kernels import Kernel, Kernels
@@ -35,6 +37,7 @@ class Worker:
         self._drive: Drive | None = None
         self._held: Held | None = None
         self._plain: Plain | None = None
+        self._program: Program | None = None
         self.tenants = Tenants(self.device, self.kernels, self.loop)
 
     def _kernel(self, kind: str, us: float) -> Kernel:
@@ -81,6 +84,11 @@ class Worker:
         """Have it again, at the same addresses."""
         assert self._held is not None
         return self._held.restore()
+
+    def kernel(self, step: str) -> dict[str, Any]:
+        """Of the long one of the self-test: ``start``, ``steps`` or ``end``; see ``Program``."""
+        self._program = self._program or Program()
+        return {"said": getattr(self._program, step)()}
 
     def sums(self) -> dict[str, Any]:
         """Checksums of what is held."""

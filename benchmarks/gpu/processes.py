@@ -128,9 +128,12 @@ class Job:
         self.close()
 
 
-def open_page(setting: Setting, name: str, bound_ns: int) -> ControlPage:
+def open_page(
+    setting: Setting, name: str, bound_ns: int, channels: int = layout.LEFT
+) -> ControlPage:
     """A control page in the section's folder."""
-    page = ControlPage(Path(setting.folder, f"{setting.name}-{name}"), bound_ns=bound_ns)
+    path = Path(setting.folder, f"{setting.name}-{name}")
+    page = ControlPage(path, bound_ns=bound_ns, channels=channels)
     page.open()
     return page
 

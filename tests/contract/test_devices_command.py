@@ -212,13 +212,24 @@ def test_without_library_or_package_only_the_processor_is_found(tmp_path: Path) 
         assert said["trouble"]["cause"] == Cause.ABSENT.value
 
 
-def test_the_gate_is_tried(gpu: GpuMachine) -> None:
+@pytest.mark.parametrize(
+    ("options", "rm", "stopped"),
+    [
+        ((), "", ("not tested", None)),
+        (("--channels",), "", ("tested", "PAUSE")),
+        (("--channels",), "refuse", ("no", None)),
+    ],
+)
+def test_the_gate_is_tried_and_if_asked_for_channels(
+    gpu: GpuMachine, options: tuple[str, ...], rm: str, stopped: tuple[str, str | None]
+) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "cotenant.cli.main", "devices", "--kind", "cuda", "--json"],
-        env={**os.environ, **gpu.env()},
+        [sys.executable, "-m", "cotenant", "devices", "--kind", "cuda", "--json", *options],
+        env={**os.environ, **gpu.env(), "LD_PRELOAD": str(gpu.rm), "STANDIN_RM": rm},
         capture_output=True,
         check=True,
     )
     (device,) = json.loads(done.stdout)["devices"]
-    (gate,) = [f for f in device["features"] if f["name"] == "gate"]
-    assert (gate["standing"], gate["level"]) == ("tested", "GATE")
+    found = {f["name"]: (f["standing"], f["level"]) for f in device["features"]}
+    assert found["gate"] == ("tested", "GATE")
+    assert found["kernels stopped"] == stopped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,16 +45,19 @@ def asked(box: Box) -> int:
 @pytest.fixture
 def box(boxes: Boxes, gpu: GpuMachine) -> Box:
     """A model of pieces on the GPU: its engine stands in for one that computes there."""
-    found = boxes(dict(gpu.env()))
+    return with_a_model(boxes(dict(gpu.env())), DEVICES)
+
+
+def with_a_model(found: Box, devices: list[dict[str, Any]]) -> Box:
     path = found.models / "pieces" / "1" / "model.pieces.json"
     path.parent.mkdir(parents=True)
     path.write_bytes(msgspec.json.encode({"pieces": 3, "turn_ms": 5}))
-    return found.configure([{"name": "pieces", "kinds": "cuda"}], devices=DEVICES)
+    return found.configure([{"name": "pieces", "kinds": "cuda"}], devices=devices)
 
 
-def submit(box: Box, gpu: GpuMachine, *command: str, **fields: Any) -> str:
-    env = {**os.environ, **gpu.env(), "COTENANT_TEST_BOX": box.mark}
-    return box.submit(*command, kinds=("cuda",), env=env, **fields)
+def submit(box: Box, gpu: GpuMachine, *command: str, **more: str) -> str:
+    env = {**os.environ, **gpu.env(), "COTENANT_TEST_BOX": box.mark, **more}
+    return box.submit(*command, kinds=("cuda",), env=env)
 
 
 def program(box: Box) -> int:
@@ -80,7 +84,7 @@ def test_a_job_has_the_gpu_between_requests(box: Box, gpu: GpuMachine) -> None:
         box.until(lambda: box.job("job").partitions)
     assert partition(box)["switches"] > switches
     gpu.show(program(box), memory=5 << 30)
-    box.until(lambda: 0 < tenants(box)[job]["memory"] < 5 << 30)  # as it counts itself
+    box.until(lambda: 0 < (tenants(box)[job]["memory"] or 0) < 5 << 30)  # as it counts itself
     box.control.cancel(job)
     box.until(lambda: job not in tenants(box))
     assert asked(box) == 200
@@ -109,6 +113,25 @@ def test_a_job_whose_kernels_do_not_end_is_ended_and_requests_go_on(
     asked(box)
     box.until(lambda: job not in tenants(box) or not box.job(job).partitions)
     box.until(lambda: asked(box) == 200)
+
+
+def test_a_long_kernel_is_stopped_for_each_request_and_ends_as_it_would(
+    boxes: Boxes, gpu: GpuMachine, tmp_path: Path
+) -> None:
+    stats = tmp_path / "stats"
+    stats.write_bytes(bytes(64))
+    env = {**gpu.env(), "LD_PRELOAD": str(gpu.rm)}
+    box = with_a_model(boxes(dict(env)), [{"kind": "cpu"}, {**GPU, "preempt": "channel"}])
+    box.start()
+    words = ("sh", "-c", 'exec "$COTENANT_JOB" run 1 1 3000000')
+    job = submit(box, gpu, *words, LD_PRELOAD=str(gpu.rm), STANDIN_STATS=str(stats))
+    box.until(lambda: struct.unpack("<8Q", stats.read_bytes())[2])
+    for _ in range(5):
+        assert asked(box) == 200
+        assert struct.unpack("<8Q", stats.read_bytes())[1] == 0, "the kernel was waited for"
+        box.until(lambda: box.job("job").partitions)
+    assert tenants(box)[job]["level"] == "PAUSE"
+    box.until(lambda: box.job(job).state == "succeeded")
 
 
 def test_a_gpu_that_is_lost_is_said_and_the_rest_of_the_box_goes_on(

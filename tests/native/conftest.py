@@ -24,10 +24,11 @@ STATS = ("launched", "executed", "running", "memory", "marks", "callbacks", "in_
 
 @dataclass(frozen=True)
 class Built:
-    """Directories of the two libraries."""
+    """Directories of the two libraries, and what plays the kernel driver."""
 
     shim: Path
     driver: Path
+    rm: Path
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +38,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     if reason := build.why_not():
         pytest.skip(reason)
     folder = tmp_path_factory.mktemp("native")
-    found = Built(folder / "shim", folder / "driver")
+    found = Built(folder / "shim", folder / "driver", gpu_machine.compile_rm(folder))
     build.build(found.shim)
     gpu_machine.compile_driver(found.driver)
     return found

@@ -120,6 +120,19 @@ static void capture(void)
     printf("%lu\n", (unsigned long)counted());
 }
 
+static void contexts(void)
+{
+    setup();
+    for (long i = 0; i < launches; i++) {
+        void *made, *stream;
+        CHECK(CALL(cuCtxCreate_v2, void **, unsigned, int)(&made, 0, 0));
+        CHECK(CALL(cuStreamCreate, void **, unsigned)(&stream, 0));
+        CHECK(launch(stream, i));
+        CHECK(CALL(cuCtxDestroy_v2, void *)(made));
+    }
+    printf("%ld\n", launches);
+}
+
 int main(int argc, char **argv)
 {
     const char *verb = argv[1];
@@ -154,6 +167,8 @@ int main(int argc, char **argv)
     forever = !strcmp(verb, "forever");
     if (!strcmp(verb, "capture"))
         capture();
+    else if (!strcmp(verb, "contexts"))
+        contexts();
     else if (!strcmp(verb, "exec")) {
         CALL(cuInit, unsigned)(0);
         execv(argv[0], again);

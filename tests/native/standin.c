@@ -2,7 +2,9 @@
  *
  * A thread for each stream executes what was put on it, in order. A kernel's name is its program:
  * "count_250" takes 250 us and adds one to the uint64 that its first parameter points to on the
- * device, "spin_250" only takes the time. Device memory is host memory, accounted for.
+ * device, "steps_250000" writes there how many of its 250 ms are through, "spin_250" only takes the
+ * time. Device memory is host memory, accounted for. Where standin_rm.c is preloaded, a context has
+ * channels, and nothing goes on while they are off.
  *
  * STANDIN_STATS: a file of 64 bytes that shows what happened (struct stats). STANDIN_FAULT: a file
  * read before each call and operation, "call N CODE", "alloc N CODE", "run N CODE", "create N
@@ -19,6 +21,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <time.h>
@@ -32,14 +35,14 @@ enum { MEMORY = 1 << 28, OPS = 4096 };
 struct stats { _Atomic uint64_t launched, executed, running, memory, marks, callbacks, in_capture, peak; };
 static struct stats nothing, *stats = &nothing;
 
-struct function { char name[64]; long us; int counts; };
+struct function { char name[64]; long us; int counts, steps; };
 struct op { enum { RUN, COPY, SET, RECORD, WRITE, HOST } kind; struct function *f; uint64_t to, from;
             size_t n; unsigned value; void (*fn)(void *); void *data; struct event *event; };
 struct graph { struct op *ops; int n; };
 struct event { _Atomic uint64_t put, done; int64_t at; };
 struct stream { pthread_t thread; pthread_mutex_t lock; pthread_cond_t change; struct op ring[OPS];
                 uint64_t head, tail; int ending; struct graph *capture; };
-struct context { struct stream *legacy; _Atomic int error; int device; };
+struct context { struct stream *legacy; _Atomic int error; int device; uint32_t client; _Atomic int ended; };
 
 static struct context contexts[8], primary;
 static int made;
@@ -86,14 +89,36 @@ static int fault(const char *kind, uint64_t number)
     return found;
 }
 
-static void execute(struct op *op)
+/* Of the stand-in for the kernel driver, if it is there. */
+extern int standin_rm_stopped(void) __attribute__((weak));
+
+static void wait_for_channels(void)
 {
+    while (standin_rm_stopped && standin_rm_stopped())
+        usleep(100);
+}
+
+/* In one go, or in steps of a millisecond between which it can be stopped. */
+static void compute(const struct function *f, uint32_t *progress)
+{
+    int64_t left = f->us * 1000, step = standin_rm_stopped || f->steps ? 1000000 : left;
     struct timespec until;
-    if (op->kind == RUN) {
-        atomic_fetch_add(&stats->running, 1);
-        int64_t end = now() + op->f->us * 1000;
+    for (uint32_t done = 1; left > 0; left -= step, done++) {
+        int64_t end = now() + (left < step ? left : step);
         until.tv_sec = end / 1000000000, until.tv_nsec = end % 1000000000;
         clock_nanosleep(CLOCK_MONOTONIC, TIMER_ABSTIME, &until, NULL);
+        wait_for_channels();
+        if (f->steps)
+            __atomic_store_n(progress, done, __ATOMIC_SEQ_CST);
+    }
+}
+
+static void execute(struct op *op)
+{
+    wait_for_channels();
+    if (op->kind == RUN) {
+        atomic_fetch_add(&stats->running, 1);
+        compute(op->f, (uint32_t *)op->to);
         if (op->f->counts)
             __atomic_fetch_add((uint64_t *)op->to, 1, __ATOMIC_SEQ_CST);
         atomic_fetch_sub(&stats->running, 1);
@@ -221,7 +246,7 @@ static int launch(struct function *f, void *stream, void **params, int per_threa
     if ((state = fault("call", number)))
         return state;
     struct op op = {.kind = RUN, .f = f};
-    if (f->counts)
+    if (f->counts || f->steps)
         op.to = *(uint64_t *)params[0];
     struct stream *s = stream_at(stream, per_thread);
     if (!s->capture)
@@ -233,9 +258,9 @@ static int launch(struct function *f, void *stream, void **params, int per_threa
 static void forget_memory(void);
 static void in_child(void)
 {
-    primary.legacy = NULL, own = NULL, streams_made = 0;
+    primary.legacy = NULL, primary.client = 0, own = NULL, streams_made = 0;
     for (int i = 0; i < 8; i++)
-        contexts[i].legacy = NULL;
+        contexts[i].legacy = NULL, contexts[i].client = 0;
     pthread_mutex_init(&guard, NULL);
     forget_memory();
 }
@@ -261,19 +286,54 @@ EXPORT int cuDeviceGetCount(int *n) { *n = 1; return OK; }
 EXPORT int cuDeviceGetName(char *at, int n, int d) { (void)d; snprintf(at, (size_t)n, "stand-in"); return OK; }
 EXPORT int cuDeviceTotalMem_v2(size_t *n, int d) { (void)d; *n = device_bytes(); return OK; }
 EXPORT int cuDeviceGetAttribute(int *v, int a, int d) { (void)a, (void)d; *v = 1; return OK; }
+/* As the driver does it, in the longest of the forms that it has for it. */
+static uint32_t rm_make(uint32_t client, uint32_t parent, uint32_t class)
+{
+    uint32_t made[12] = {client, parent, 0, class};
+    struct { uint32_t number, size; void *at; } wrapped = {0x2b, sizeof made, made};
+    if (class == 0x2080)
+        ioctl(0, _IOWR('F', 211, wrapped), &wrapped);
+    else
+        ioctl(0, _IOWR('F', 0x2b, made), made);
+    return made[2];
+}
+
+static void make_channels(struct context *c)
+{
+    if (!standin_rm_stopped || c->client)
+        return;
+    c->client = rm_make(0, 0, 0x41);
+    uint32_t device = rm_make(c->client, c->client, 0x80);
+    rm_make(c->client, device, 0x2080);
+    for (int group = 0; group < 2; group++) {
+        uint32_t made = rm_make(c->client, device, 0xa06c);
+        for (int channel = 0; channel < 70 * !group + 1; channel++)
+            rm_make(c->client, made, 0xc86f);
+    }
+}
+
+static void free_channels(struct context *c)
+{
+    uint32_t freed[4] = {c->client, 0, c->client, 0};
+    if (c->client)
+        ioctl(0, _IOWR('F', 0x29, freed), freed);
+    c->client = 0;
+}
+
 static int active;
-EXPORT int cuDevicePrimaryCtxRetain(void **c, int d) { (void)d; *c = &primary; active = 1; return OK; }
+EXPORT int cuDevicePrimaryCtxRetain(void **c, int d) { (void)d; *c = &primary; active = 1; make_channels(&primary); return OK; }
 static void free_of_context(struct context *c);
-EXPORT int cuDevicePrimaryCtxReset_v2(int d) { (void)d; active = 0; free_of_context(&primary); return OK; }
+EXPORT int cuDevicePrimaryCtxReset_v2(int d) { (void)d; active = 0; free_channels(&primary); free_of_context(&primary); return OK; }
 EXPORT int cuDevicePrimaryCtxRelease_v2(int d) { (void)d; return OK; }
 EXPORT int cuDevicePrimaryCtxGetState(int d, unsigned *f, int *a) { (void)d; *f = 0; *a = active; return OK; }
-EXPORT int cuCtxCreate_v2(void **c, unsigned f, int d) { (void)f; *c = current = &contexts[made++ % 8]; current->device = d; return OK; }
-EXPORT int cuCtxDestroy_v2(void *c) { free_of_context(c); if (current == c) current = NULL; return OK; }
+EXPORT int cuCtxCreate_v2(void **c, unsigned f, int d) { (void)f; *c = current = &contexts[made++ % 8]; current->device = d; current->ended = 0; current->legacy = NULL; make_channels(current); return OK; }
+/* Who comes back to it is ended: a driver may do anything. */
+EXPORT int cuCtxDestroy_v2(void *c) { ((struct context *)c)->ended = 1; usleep(8000); free_channels(c); free_of_context(c); if (current == c) current = NULL; return OK; }
 EXPORT int cuCtxSetCurrent(void *c) { current = c; return OK; }
 EXPORT int cuCtxGetCurrent(void **c) { *c = current; return OK; }
 static _Thread_local struct context *below[16];
 static _Thread_local int depth;
-EXPORT int cuCtxPushCurrent_v2(void *c) { below[depth++ % 16] = current; current = c; return OK; }
+EXPORT int cuCtxPushCurrent_v2(void *c) { if (((struct context *)c)->ended) abort(); below[depth++ % 16] = current; current = c; return OK; }
 EXPORT int cuCtxPopCurrent_v2(void **c) { if (c) *c = current; current = below[--depth % 16]; return OK; }
 EXPORT int cuCtxGetDevice(int *d) { *d = current ? current->device : 0; return current ? OK : NO_CONTEXT; }
 EXPORT int cuCtxEnablePeerAccess(void *c, unsigned f) { (void)c, (void)f; return OK; }
@@ -296,6 +356,7 @@ EXPORT int cuModuleGetFunction(void **f, void *m, const char *name)
     snprintf(made->name, sizeof made->name, "%s", name);
     made->us = us ? atol(us + 1) : 0;
     made->counts = !strncmp(name, "count_", 6);
+    made->steps = !strncmp(name, "steps_", 6);
     *f = made;
     return OK;
 }

@@ -151,6 +151,69 @@ def test_a_gpu_that_is_not_as_it_is_to_be_is_refused(
     assert refused["raised"] in ("EnvironmentProblem", "NvmlError")
 
 
+OPEN_CHANNELS = (
+    "from cotenant.domain.device import PreemptLevel;"
+    " d = CudaDevice(CudaConfig(bound=20_000_000, preempt=PreemptLevel.PAUSE), NODE); d.open();"
+    " (NODE / 'stats').write_bytes(bytes(64))"  # without what trials left undone
+)
+EXECUTED, RUNNING = 1, 2
+STATS = "answer = list(memoryview((NODE / 'stats').read_bytes()).cast('Q'))"
+
+
+@pytest.mark.parametrize("rm", ["", "nodisable", "old nodisable", "noslice"])
+def test_a_kernel_is_stopped_in_its_middle_where_that_was_seen_to_work(
+    drive: Callable[..., Driven], gpu: GpuMachine, rm: str
+) -> None:
+    driven = drive(opened=False, LD_PRELOAD=str(gpu.rm), STANDIN_RM=rm)
+    driven.do(OPEN_CHANNELS)
+    assert driven.do("answer = [d.spec.preempt.name, list(d.spec.limits)]") == ["PAUSE", []]
+    assert driven.do("answer = len(os.listdir(d._gates.folder))") == 0, "trials left their pages"
+    driven.job("$COTENANT_JOB run 1 3 700000")
+    driven.do("d.grant('j', PART)")
+    until(lambda: driven.do(STATS)[RUNNING])
+    driven.do("d.revoke('j', PART)")
+    before = driven.do(STATS)[EXECUTED]
+    time.sleep(1)
+    assert driven.do(STATS)[EXECUTED] == before, "it went on"
+    driven.do("d.refresh()")
+    assert driven.do("answer = d.facts()['j'].level.name") == "PAUSE"
+    driven.do("d.grant('j', PART)")
+    assert driven.do("answer = r_j.stdout.readline().decode()") == "3\n"
+
+
+@pytest.mark.parametrize("rm", ["refuse", "inert", None])
+def test_where_kernels_cannot_be_stopped_the_gate_holds_and_why_is_said(
+    drive: Callable[..., Driven], gpu: GpuMachine, rm: str | None
+) -> None:
+    env = {} if rm is None else {"LD_PRELOAD": str(gpu.rm), "STANDIN_RM": rm}
+    driven = drive(opened=False, **env)
+    driven.do(OPEN_CHANNELS)
+    level, limits = driven.do("answer = [d.spec.preempt.name, list(d.spec.limits)]")
+    assert level == "GATE" and len(limits) == 1
+    driven.job("$COTENANT_JOB run 1 3 100000")
+    driven.do("d.grant('j', PART)")
+    until(lambda: driven.do(STATS)[RUNNING])
+    driven.do("d.revoke('j', PART)")
+    assert driven.do(STATS)[RUNNING] == 0
+    driven.do("d.grant('j', PART)")
+    assert driven.do("answer = r_j.stdout.readline().decode()") == "3\n"
+
+
+def test_a_job_that_is_stopped_ends_its_kernel_before_it_gives_memory(
+    drive: Callable[..., Driven], gpu: GpuMachine
+) -> None:
+    driven = drive(opened=False, LD_PRELOAD=str(gpu.rm))
+    driven.do(OPEN_CHANNELS)
+    driven.job("$COTENANT_JOB run 1 2 700000")
+    driven.do("d.grant('j', PART)")
+    until(lambda: driven.do(STATS)[RUNNING])
+    driven.do("d.revoke('j', PART)")
+    driven.do("d.evict('j', 1 << 30)")
+    until(lambda: not driven.do(STATS)[RUNNING])
+    driven.do("d.grant('j', PART)")
+    assert driven.do("answer = r_j.stdout.readline().decode()") == "2\n"
+
+
 def test_a_gpu_can_be_named_by_its_uuid(drive: Callable[..., Driven]) -> None:
     driven = drive(opened=False)
     uuid = nvml_standin.uuid_of(0)

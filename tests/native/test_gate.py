@@ -205,6 +205,26 @@ def test_more_processes_come_and_go_than_there_are_seats(bench: Bench) -> None:
     assert bench.page.seats() == []
 
 
+def test_processes_that_nobody_reaps_leave_their_seats(bench: Bench) -> None:
+    for _ in range(layout.SEATS + 1):
+        process = bench.job("run", 1, 1, 1)
+        assert process.stdout is not None and process.stdout.read() == "1\n"
+    bench.job("forever", 1, 1, 500)
+    bench.until(bench.page.seats)
+
+
+def test_a_context_that_ends_is_left_alone(bench: Bench) -> None:
+    """The stand-in ends whoever comes back to one."""
+    job = bench.job("contexts", 40, 20000)
+    while job.poll() is None:
+        bench.page.close_gate()
+        time.sleep(0.01)
+        bench.page.open_gate()
+        time.sleep(0.002)
+        bench.page.beat()
+    assert bench.finish(job) == "40"
+
+
 def test_a_dead_node_opens_the_gate(bench: Bench) -> None:
     bench.page.close_gate()
     job = bench.job("run", 1, 20, 100)
@@ -353,7 +373,9 @@ def test_page_layout_is_the_same_in_both_languages(built: object, tmp_path: Path
         ' printf("%zu %zu %zu %zu %d %d %d", sizeof(struct row),'
         " offsetof(struct head, quota_bytes), offsetof(struct head, command),"
         " offsetof(struct seat, held), ROWS_AT, ROWS,"
-        " IS_REGISTERED); }\n"
+        " IS_REGISTERED);"
+        ' printf(" %zu %zu %d %d", offsetof(struct head, hold), offsetof(struct seat, groups),'
+        " CHANNELS_DISABLED, CHANNELS_PREEMPTED); }\n"
     )
     compile_c(source, tmp_path / "layout", [])
     found = subprocess.run([tmp_path / "layout"], capture_output=True, text=True, check=True)
@@ -367,14 +389,18 @@ def test_page_layout_is_the_same_in_both_languages(built: object, tmp_path: Path
         layout.SLOTS_AT,
         layout.PAGE_MAGIC,
         layout.SEAT_MAGIC,
-        layout.SEAT.size - 136,
+        layout.SEAT.size - 152,
         layout.ROW.size,
         layout.QUOTA_AT,
         layout.COMMAND_AT,
-        layout.SEAT.size - 112,
+        layout.SEAT.size - 128,
         layout.ROWS_AT,
         layout.ROWS,
         len(layout.REASONS) - 1,
+        layout.HOLD_AT,
+        layout.SEAT.size - 16,
+        layout.DISABLED,
+        layout.PREEMPTED,
     ]
 
 

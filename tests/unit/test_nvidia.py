@@ -12,7 +12,17 @@ import pytest
 from cotenant.cli import devices
 from cotenant.cli.devices import Exit, devices_view, document, exit_code
 from cotenant.devices import processor, reclaim
-from cotenant.devices.features import GATE, MIG, MPS, RECLAIM, SUBSETS, Feature, Missing, Standing
+from cotenant.devices.features import (
+    CHANNELS,
+    GATE,
+    MIG,
+    MPS,
+    RECLAIM,
+    SUBSETS,
+    Feature,
+    Missing,
+    Standing,
+)
 from cotenant.devices.nvidia import host, mps
 from cotenant.devices.nvidia.facts import (
     Cause,
@@ -26,7 +36,7 @@ from cotenant.devices.nvidia.facts import (
     Process,
     Trouble,
 )
-from cotenant.devices.nvidia.features import Surroundings, features
+from cotenant.devices.nvidia.features import NOT_TRIED, Surroundings, Tried, features
 from cotenant.devices.nvidia.host import Host
 from cotenant.devices.nvidia.mps import Mps
 from cotenant.devices.nvidia.nvml import Code, NvmlError
@@ -59,15 +69,16 @@ def gpu(**changes: Any) -> Gpu:
 
 
 NO_GATE = Missing("it was not built", "build it")
+NOTHING = Tried(NO_GATE, NO_GATE)
 
 
 def judged(
     found: Gpu,
     driver: Driver = DRIVER,
     around: Surroundings = OPEN,
-    gate: Missing | None = NO_GATE,
+    tried: Tried = NOTHING,
 ) -> dict[str, Feature]:
-    return {feature.name: feature for feature in features(found, driver, around, gate)}
+    return {feature.name: feature for feature in features(found, driver, around, tried)}
 
 
 def wants(feature: Feature) -> int:
@@ -79,17 +90,28 @@ def test_what_was_not_tried_is_never_called_tested() -> None:
     for found in (gpu(), gpu(mig=None), gpu(capability=(6, 0)), gpu(mig=Mig(True, True))):
         for around in (OPEN, Surroundings()):
             of = judged(found, around=around)
-            assert set(of) == {GATE, RECLAIM, MIG, SUBSETS, MPS}
+            assert set(of) == {GATE, CHANNELS, RECLAIM, MIG, SUBSETS, MPS}
             assert all(f.standing is not Standing.TESTED and f.level is None for f in of.values())
 
 
 def test_the_gate_is_of_the_level_at_which_it_was_tried() -> None:
-    gate = judged(gpu(), gate=None)[GATE]
+    gate = judged(gpu(), tried=Tried())[GATE]
     assert (gate.standing, gate.level) == (Standing.TESTED, PreemptLevel.GATE)
     gate = judged(gpu())[GATE]
     assert (gate.standing, gate.level, gate.missing) == (Standing.ABSENT, None, (NO_GATE,))
-    gate = judged(gpu(mig=Mig(True, True)), gate=None)[GATE]
+    gate = judged(gpu(mig=Mig(True, True)), tried=Tried())[GATE]
     assert gate.standing is Standing.UNTESTED and gate.level is None
+
+
+def test_channels_are_of_the_level_at_which_they_were_tried() -> None:
+    stopped = judged(gpu(), tried=Tried())[CHANNELS]
+    assert (stopped.standing, stopped.missing) == (Standing.UNTESTED, (NOT_TRIED,))
+    stopped = judged(gpu(), tried=Tried(channels=None))[CHANNELS]
+    assert (stopped.standing, stopped.level) == (Standing.TESTED, PreemptLevel.PAUSE)
+    stopped = judged(gpu(), tried=Tried(channels=NO_GATE))[CHANNELS]
+    assert (stopped.standing, stopped.level) == (Standing.ABSENT, None)
+    stopped = judged(gpu(mig=Mig(True, True)), tried=Tried())[CHANNELS]
+    assert stopped.standing is Standing.UNTESTED
 
 
 def test_mig_is_absent_only_where_the_gpu_has_none() -> None:
@@ -284,7 +306,7 @@ TROUBLE = Trouble(Cause.DRIVER, "it broke", "mend it")
 
 def test_every_fact_is_shown() -> None:
     found = gpu(mig=DIVIDED, processes=(Process(77, None),), unread={"links": "no answer"})
-    found = msgspec.structs.replace(found, features=features(found, DRIVER, OPEN, NO_GATE))
+    found = msgspec.structs.replace(found, features=features(found, DRIVER, OPEN, NOTHING))
     text = show(devices_view(CPU, Found(DRIVER, (found,), None, ("GPU 1: gone",))))
     for part in ("2 of 4 cores", "8GiB", "H100", "80GiB", "132 SMs", "9.0", "18 of 18", "GPU-1",
                  "3g.20gb", "MIG-1", "77", "no answer", "GPU 1: gone", "570.86.15", "12.8",

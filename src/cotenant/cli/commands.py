@@ -320,6 +320,11 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     add("jobs", cmd_jobs, "list jobs", node, machine)
     box = add("devices", cmd_devices, "show what devices this machine has", machine)
     box.add_argument("--kind", choices=KINDS, help="only devices of this kind (all)")
+    box.add_argument(
+        "--channels",
+        action="store_true",
+        help="also stop a kernel of our own in its middle on each GPU",
+    )
     box.epilog = (
         "Exits with 0 if a device of the kind can be used; 3: there is none, 4: the GPU driver "
         "is missing or fails, 5: it cannot be reached from here, 6: a Python package is missing."

@@ -52,7 +52,7 @@ _EXITS: Final = {
 def cmd_devices(args: argparse.Namespace) -> int:
     """Exits with ``USABLE`` if any device asked for can be used, else with why GPUs cannot."""
     cpu = processor.look() if args.kind in (None, CPU) else None
-    gpus = survey() if args.kind in (None, CUDA) else None
+    gpus = survey(channels=args.channels) if args.kind in (None, CUDA) else None
     if args.json:
         as_json(document(cpu, gpus))
     else:

@@ -45,6 +45,8 @@ class Feature(msgspec.Struct, frozen=True):
 
 GATE: Final = "gate"
 """Work of jobs can be held back."""
+CHANNELS: Final = "kernels stopped"
+"""Work of jobs that is under way can be stopped in its middle."""
 RECLAIM: Final = "memory of jobs taken back"
 MIG: Final = "MIG"
 """The GPU can be divided into instances with memory of their own."""

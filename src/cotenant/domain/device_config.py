@@ -45,9 +45,10 @@ class NullConfig(msgspec.Struct, frozen=True):
 
 class CudaConfig(msgspec.Struct, frozen=True):
     """An NVIDIA GPU: ``gpu`` is its number or UUID, as ``cotenant devices`` shows them. ``memory``
-    and ``kv`` as of a CPU (0: all that the driver leaves). ``preempt``: how jobs are taken off,
-    ``GATE`` or ``NONE`` (not at all). ``bound``: ns of a job's work that may be on the GPU at one
-    time, for which a request may have to wait.
+    and ``kv`` as of a CPU (0: all that the driver leaves). ``preempt``: how jobs are taken off:
+    ``PAUSE`` (their kernels are stopped in their middle, if that works), ``GATE``, or ``NONE`` (not
+    at all). ``bound``: ns of a job's work that may be on the GPU at one time, for which a request
+    may have to wait.
     """
 
     kind: ClassVar[str] = "cuda"
@@ -113,7 +114,12 @@ def _null(section: reading.Section) -> NullConfig:
 
 
 def _cuda(section: reading.Section) -> CudaConfig:
-    levels = {"auto": PreemptLevel.GATE, "gate": PreemptLevel.GATE, "none": PreemptLevel.NONE}
+    levels = {
+        "auto": PreemptLevel.GATE,
+        "gate": PreemptLevel.GATE,
+        "channel": PreemptLevel.PAUSE,
+        "none": PreemptLevel.NONE,
+    }
     cuda = CudaConfig(
         id=section.take("id", reading.name, "cuda"),
         gpu=section.take("gpu", _gpu, "0"),

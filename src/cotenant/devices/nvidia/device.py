@@ -7,7 +7,8 @@ How it shares the GPU, and why so:
   preloaded library. What is in flight is bounded and drains; the node sees that without the job's
   help. A job that computes past its gate is of level ``NONE``, and kept apart from services.
 * The level is what was seen here: ``open`` tries the gate on this GPU with a process of its own
-  (``selftest``). Where that fails, or the shim was not built, the device serves and trains, but
+  (``selftest``), and, if that is asked for, whether a kernel can be stopped in its middle: level
+  ``PAUSE``. Where the gate fails, or the shim was not built, the device serves and trains, but
   nothing can be taken back: level ``NONE``.
 * A GPU that is not divided is one unit. Kernels of different processes are mixed by the driver as
   it likes, so that there is no space to promise to one of them. With MIG on, its memory slices are
@@ -28,7 +29,7 @@ from cotenant.devices import proctree
 from cotenant.devices.nvidia.gates import Gates
 from cotenant.devices.nvidia.migspace import MigSpace
 from cotenant.devices.nvidia.nvml import Nvml, NvmlGpu
-from cotenant.devices.nvidia.selftest import NoGate, gates_for, run
+from cotenant.devices.nvidia.selftest import NoGate, gates_for, run, run_channels
 from cotenant.devices.nvidia.space import Space, WholeGpu
 from cotenant.domain.costs import drain
 from cotenant.domain.device import (
@@ -76,6 +77,8 @@ class CudaDevice:
         self._gates: Gates | None = None
         self._tried = False
         """Whether the gate was seen to work."""
+        self._stopped_ns = 0
+        """How long it took to take a kernel off in its middle; 0: that was not seen."""
         self._memory = 0
         self._limits: list[str] = []
         self._tenants: dict[str, _Tenant] = {}
@@ -134,6 +137,7 @@ class CudaDevice:
             return
         try:
             run(gates, shown)
+            self._try_channels(gates, shown)
         except BaseException as error:
             gates.close()
             self._gates = None
@@ -142,6 +146,14 @@ class CudaDevice:
             self._limits.append(f"jobs are not taken off: {error}")
         else:
             self._tried = True
+
+    def _try_channels(self, gates: Gates, shown: str) -> None:
+        if self._config.preempt < PreemptLevel.PAUSE:
+            return
+        try:
+            self._stopped_ns = run_channels(gates, shown)
+        except NoGate as error:
+            self._limits.append(f"kernels of jobs run to their end: {error}")
 
     def close(self) -> None:
         """Jobs that still run do so freely."""
@@ -173,14 +185,20 @@ class CudaDevice:
                 units=(),
                 memory=self._memory,
                 shapes=(),
-                preempt=PreemptLevel.GATE if gated else PreemptLevel.NONE,
-                revoke_ns=drain(self._config.bound).most if gated else 0,
+                preempt=self._level,
+                revoke_ns=self._stopped_ns or (drain(self._config.bound).most if gated else 0),
                 repartition_ns=0,
                 limits=tuple(limits),
                 evicts=gated,
                 kv=self._config.kv,
             )
         )
+
+    @property
+    def _level(self) -> PreemptLevel:
+        if self._gates is None:
+            return PreemptLevel.NONE
+        return PreemptLevel.PAUSE if self._stopped_ns else PreemptLevel.GATE
 
     def repartition(self, partitions: tuple[Partition, ...]) -> None:
         """And try the gate, on the first instance that there is."""
@@ -207,10 +225,12 @@ class CudaDevice:
     def attach(self, tenant: Tenant, pid: int) -> PreemptLevel:
         """A job without a page, since a node before this one had none, is of level ``NONE``."""
         is_job = tenant.kind is TenantKind.JOB
-        found = _Tenant(pid, is_job, [] if is_job else [pid], self.spec.preempt)
+        found = _Tenant(pid, is_job, [] if is_job else [pid], self._level)
         if is_job:
-            gated = self._gates is not None and self._gates.take_over(tenant.id)
-            found.level = PreemptLevel.GATE if gated else PreemptLevel.NONE
+            found.level = PreemptLevel.NONE
+            if self._gates is not None and self._gates.take_over(tenant.id):
+                stops = self._gates.stops(tenant.id)
+                found.level = PreemptLevel.PAUSE if stops else PreemptLevel.GATE
         self._tenants[tenant.id] = found
         return found.level
 

@@ -1,6 +1,7 @@
 """What a GPU can do for Cotenant, judged from what was read of it. Pure.
 
-Only the launch gate was tried. Any other feature is ``UNTESTED`` at best, and ``ABSENT`` where
+Only the launch gate was tried, and the channels of processes if that was asked for. Any other
+feature is ``UNTESTED`` at best, and ``ABSENT`` where
 something that it cannot do without is missing.
 """
 
@@ -11,6 +12,7 @@ from typing import Final
 import msgspec
 
 from cotenant.devices.features import (
+    CHANNELS,
     GATE,
     MIG,
     MPS,
@@ -37,6 +39,10 @@ NO_NODE: Final = Missing(
     "workers can; no node divides a GPU so, since jobs would not keep to it", ""
 )
 DIVIDED: Final = Missing("the GPU is divided: a node tries it on an instance", "")
+NOT_TRIED: Final = Missing(
+    "it was not tried",
+    "cotenant devices --channels tries it; preempt: channel uses it where it works",
+)
 
 
 class Surroundings(msgspec.Struct, frozen=True):
@@ -46,15 +52,21 @@ class Surroundings(msgspec.Struct, frozen=True):
     mps: Mps = Mps()
 
 
-def features(
-    gpu: Gpu, driver: Driver, around: Surroundings, gate: Missing | None
-) -> tuple[Feature, ...]:
-    """Every feature, in the order in which they are shown. ``gate``: what stood against the launch
-    gate when it was tried; None: it works."""
-    held = _gate(gpu, gate)
-    memory = Standing.UNTESTED if gate is None else held.standing
+class Tried(msgspec.Struct, frozen=True):
+    """What stood against the launch gate, and against stopping a kernel in its middle, when that
+    was tried; None: it works."""
+
+    gate: Missing | None = None
+    channels: Missing | None = NOT_TRIED
+
+
+def features(gpu: Gpu, driver: Driver, around: Surroundings, tried: Tried) -> tuple[Feature, ...]:
+    """Every feature, in the order in which they are shown."""
+    held = _gate(gpu, tried.gate)
+    memory = Standing.UNTESTED if tried.gate is None else held.standing
     return (
         held,
+        _channels(gpu, tried.channels),
         Feature(RECLAIM, memory, missing=held.missing),
         _mig(gpu, around),
         _subsets(gpu, driver, around.mps),
@@ -68,6 +80,15 @@ def _gate(gpu: Gpu, gate: Missing | None) -> Feature:
     if gate is not None:
         return Feature(GATE, Standing.ABSENT, missing=(gate,))
     return Feature(GATE, Standing.TESTED, PreemptLevel.GATE)
+
+
+def _channels(gpu: Gpu, channels: Missing | None) -> Feature:
+    if gpu.mig is not None and gpu.mig.on:
+        return Feature(CHANNELS, Standing.UNTESTED, missing=(DIVIDED,))
+    if channels is None:
+        return Feature(CHANNELS, Standing.TESTED, PreemptLevel.PAUSE)
+    standing = Standing.UNTESTED if channels == NOT_TRIED else Standing.ABSENT
+    return Feature(CHANNELS, standing, missing=(channels,))
 
 
 def _mig(gpu: Gpu, around: Surroundings) -> Feature:

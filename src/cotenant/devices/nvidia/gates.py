@@ -13,6 +13,8 @@ The laws:
 * A job that is to give memory computes nothing while its memory goes, nor for ``AWAY`` after: who
   waits for the memory has that long to take it. Then its gate opens if it is granted space, and it
   goes on once all of it is back.
+* Where channels may be held (``channels``), what does not drain within the bound is stopped in its
+  middle. It goes on when the gate opens, or when the job is to give memory: then it must end first.
 * A thread of its own says to all jobs that the node lives, whatever the node's other threads wait
   for. When it stops, gates open by themselves (docs/gate.md).
 """
@@ -30,8 +32,9 @@ from pathlib import Path
 from typing import Final
 
 from cotenant.devices import proctree
-from cotenant.devices.nvidia.page import VARIABLE, ControlPage
+from cotenant.devices.nvidia.page import LEFT, VARIABLE, ControlPage
 from cotenant.devices.nvidia.shim import SHIM
+from cotenant.domain.costs import drain
 from cotenant.domain.device import Launch
 from cotenant.domain.errors import DeviceError
 from cotenant.domain.units import MS, S
@@ -43,6 +46,8 @@ BEATS: Final = 8
 """Of the node within that time."""
 DRAIN_WITHIN: Final = 8 * S
 """How long a revocation waits for what is in flight; below what a call to a device may take."""
+HOLD_WITHIN: Final = 1 * S
+"""How long channels may take to leave."""
 SURE: Final = 2 * S
 """How long a process must have been shown and not attached."""
 EVICT_WITHIN: Final = 20 * S
@@ -57,7 +62,8 @@ class Gates:
     """Pages by job. ``grant`` and ``revoke`` of one job do not overlap; all else may.
 
     ``node`` names the node whose pages these are, the same after a restart. ``driver``: the real
-    library. ``bound_ns``: see ``ControlPage``. ``base``: a ``tmpfs``.
+    library. ``bound_ns``: see ``ControlPage``. ``base``: a ``tmpfs``. ``channels``: how
+    those of jobs that are launched from now on are held (``page.LEFT``: not at all).
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class Gates:
     ) -> None:
         self._driver = driver
         self._bound_ns = bound_ns
+        self.channels = LEFT
         self.folder = base / f"{_PREFIX}{_short(node)}"
         self._pages: dict[str, ControlPage] = {}
         self._outside: dict[str, dict[int, int]] = {}
@@ -163,7 +170,8 @@ class Gates:
         return True
 
     def _make(self, job: str) -> ControlPage:
-        return ControlPage(self.folder / _short(job), self._bound_ns, PATIENCE)
+        path = self.folder / _short(job)
+        return ControlPage(path, self._bound_ns, PATIENCE, channels=self.channels)
 
     def forget(self, job: str) -> None:
         """Its page goes, once no process has it. No effect on one without a page."""
@@ -208,15 +216,38 @@ class Gates:
 
     def revoke(self, job: str) -> int:
         """Close the gate and wait until nothing of the job is on the GPU; the ns that took. Raises
-        DeviceError where it does not drain: it stays closed."""
+        DeviceError where it neither drains nor can be held: it stays closed."""
         page = self.page(job)
         began = time.monotonic_ns()
         with self._lock:
             self._granted.discard(job)
             page.close_gate()
+        if not self.stops(job) or not self._stop(job, page):
+            self._drain(job, page)
+        return time.monotonic_ns() - began
+
+    def stops(self, job: str) -> bool:
+        """Whether kernels of a job may be stopped in their middle."""
+        return bool(self.channels and self.page(job).channels)
+
+    def _stop(self, job: str, page: ControlPage) -> bool:
+        """Whether the job is off the GPU: drained, or held where that takes too long."""
+        if page.wait_drained(drain(self._bound_ns).most):
+            return True
+        with self._lock:
+            page.hold()
+        if page.wait_held(HOLD_WITHIN):
+            return True
+        errors = [seat.channels.error for seat in page.seats() if seat.channels.error]
+        with self._lock:
+            page.release()
+        said = {"job": job, "errors": [f"{error:#x}" for error in errors]}
+        log.warning("a job's channels could not be held", extra=said)
+        return False
+
+    def _drain(self, job: str, page: ControlPage) -> None:
         if not page.wait_drained(DRAIN_WITHIN):
             raise DeviceError(f"{job}: {self._undrained(page)}")
-        return time.monotonic_ns() - began
 
     def evict(self, job: str, size: int) -> int:
         """Take up to so many bytes off the GPU; how many went. Raises DeviceError where the job's
@@ -225,6 +256,7 @@ class Gates:
         with self._lock:
             self._away_until[job] = time.monotonic_ns() + DRAIN_WITHIN + EVICT_WITHIN
             page.close_gate()
+            page.release()
         moved = None
         try:
             if not page.wait_drained(DRAIN_WITHIN):

@@ -8,6 +8,8 @@ The laws:
   that truncates the file would otherwise end the node. Its mapping serves to name the futex.
 * What is evicted is ordered seat by seat, with a number that the seat repeats when it is done.
   Opening the gate takes the order back.
+* Channels are *held* behind a closed gate only: what of the job is on the device is stopped in its
+  middle. Opening the gate lets it go on.
 * ``close_gate`` returns at once; the gate is *drained* when nobody is inside a call and all that
   was put on the streams was reached, of every process that is attached.
 """
@@ -20,6 +22,7 @@ import os
 import platform
 import struct
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -28,7 +31,7 @@ from cotenant.domain.units import MS, US, S
 
 PAGE_MAGIC = int.from_bytes(b"COTTGATE", "little")
 SEAT_MAGIC = int.from_bytes(b"COTTSEAT", "little")
-VERSION = 2
+VERSION = 3
 VARIABLE = "COTENANT_GATE"
 DRIVER_VARIABLE = "COTENANT_GATE_DRIVER"
 MEMORY_VARIABLE = "COTENANT_GATE_MEMORY"
@@ -41,17 +44,24 @@ SLOTS_AT = 4096
 ROWS_AT = 8192
 PAGE_BYTES = HEAD_BYTES + SEATS * SEAT_BYTES
 
-HEAD = struct.Struct(f"<QIIIIQQQQQQ{SEATS}Q")
-SEAT = struct.Struct("<QIIQQQQQQQQQQqIIIIqqqqqqqqqQQQIIII")
+HEAD = struct.Struct(f"<QIIIIQQQQQQII{SEATS}Q")
+SEAT = struct.Struct("<QIIQQQQQQQQQQqIIIIqqqqqqqqqQQQIIIIIIII")
 SLOT = struct.Struct("<IIII")
 ROW = struct.Struct("<QQQII")
 GATE_AT = 16
+HOLD_AT = 20
 BEAT_AT = 24
 QUOTA_AT = 56
-COMMAND_AT = 72
+COMMAND_AT = 80
 
 HOST_MARKS, ORPHANED, FAULTED = 1, 2, 4
 """Flags of a seat."""
+LEFT, DISABLED, PREEMPTED = range(3)
+"""How channels are held: they are not; the driver disables them; their groups are not scheduled any
+more, then preempted (native/page.h)."""
+SLICE_US = 500
+"""The time slice of channels that may be held, so that models have some of the device until they
+are. Reports differ whether drivers heed it."""
 HERE, CLOSING, MOVING, AWAY, RETURNING = range(5)
 """States of a seat's memory."""
 REASONS = (
@@ -115,6 +125,21 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Channels:
+    """What one process says of its channels. Errors are the kernel driver's status, or the system's
+    error above 16 bits; 0: none."""
+
+    groups: int
+    """Channel groups that are known."""
+    done: int
+    """Number of the last order to hold or release that was answered."""
+    error: int
+    """Why that could not be done."""
+    slice_error: int
+    """Why their time slice is what it was."""
+
+
+@dataclass(frozen=True)
 class Allocation:
     """A row of a process's table."""
 
@@ -164,6 +189,7 @@ class Seat:
     outstanding: int
     """Streams that have not reached all that was put on them."""
     memory: Memory
+    channels: Channels
     index: int
     """Of the seat in the page."""
 
@@ -173,7 +199,9 @@ class Seat:
         return self.entered == self.left and not self.outstanding
 
 
-_COUNTERS = [field.name for field in fields(Seat) if field.name not in ("memory", "index")]
+_COUNTERS = [
+    field.name for field in fields(Seat) if field.name not in ("memory", "channels", "index")
+]
 
 
 class ControlPage:
@@ -182,8 +210,10 @@ class ControlPage:
     ``bound_ns``: how much work the job may have on the device at a time, as estimated.
     ``patience_ns``: how long without ``beat`` until the job takes the node for dead.
     ``large_bytes``: copies and memsets from this size on are gated. ``pool_bytes``: pinned host
-    memory that each process may take for what is evicted; 0: nothing can be. The file should lie in
-    a ``tmpfs``, which devices can write to. Not safe for several threads, but for ``beat``.
+    memory that each process may take for what is evicted; 0: nothing can be. ``channels``: how
+    channels are held; where they may be, a time slice of ``SLICE_US`` is asked for them. The file
+    should lie in a ``tmpfs``, which devices can write to. Not safe for several threads, but for
+    ``beat``.
     """
 
     def __init__(
@@ -193,14 +223,17 @@ class ControlPage:
         patience_ns: int = 2 * S,
         large_bytes: int = 1 << 20,
         pool_bytes: int = 8 << 30,
+        channels: int = LEFT,
     ) -> None:
         self.path = path
+        self.channels = channels
         self._settings = (patience_ns, bound_ns, large_bytes)
-        self._pool_bytes = pool_bytes
+        self._more = (pool_bytes, channels, SLICE_US if channels else 0)
         self._order = 0
         self._asked: dict[int, list[tuple[int, int]]] = {}
         self._ordered: dict[int, tuple[int, int]] = {}  # seat -> its process, MiB to be away
         self._word = 0
+        self._hold = 0
         self._fd = -1
         self._map: mmap.mmap | None = None
         self._address = 0
@@ -212,7 +245,7 @@ class ControlPage:
             self._fd = os.open(self.path, flags, 0o600)
             os.posix_fallocate(self._fd, 0, PAGE_BYTES)  # a hole would be a job's SIGBUS
             first = (PAGE_MAGIC, VERSION, SEATS, 0, 0, time.monotonic_ns(), *self._settings)
-            head = (*first, 0, self._pool_bytes, *([0] * SEATS))
+            head = (*first, 0, *self._more, *([0] * SEATS))
             os.pwrite(self._fd, HEAD.pack(*head), 0)
             self._map = mmap.mmap(self._fd, HEAD_BYTES)
         except OSError as error:
@@ -236,7 +269,7 @@ class ControlPage:
                 os.close(self._fd)
                 self._fd = -1
             raise DeviceError(f"control page {self.path}: {error}") from error
-        self._word = head[3]
+        self._word, self._hold, self.channels = head[3], head[4], head[11]
         # Numbers of orders go on, so that no answer to an old one passes for that to a new one.
         self._order = max(command >> 32 for command in head[-SEATS:])
         self._locate()
@@ -281,9 +314,11 @@ class ControlPage:
             self._turn()
 
     def open_gate(self) -> None:
-        """Let in whoever waits, each process once what it has evicted is back."""
+        """Let in whoever waits, each process once what it has evicted is back; what is held goes
+        on."""
         if self._ordered:
             self.restore()
+        self.release()
         if self.closed:
             self._turn()
 
@@ -293,9 +328,12 @@ class ControlPage:
 
     def wait_drained(self, timeout_ns: int) -> bool:
         """Whether the gate drained within this time; beats meanwhile. Blocks."""
+        return self._wait(self.drained, timeout_ns)
+
+    def _wait(self, true: Callable[[], bool], timeout_ns: int) -> bool:
         end = time.monotonic_ns() + timeout_ns
         rest = _FIRST_LOOK_NS
-        while not self.drained():
+        while not true():
             if time.monotonic_ns() >= end:
                 return False
             self.beat()
@@ -309,15 +347,18 @@ class ControlPage:
         Seats are read twice: nobody was inside at the first reading and nobody came since, so no
         stream got work between them that the second would miss.
         """
-        first = {seat.pid: seat for seat in self.seats()}
-        second = self.seats()
-        return all(
-            seat.drained and seat.pid in first and first[seat.pid].entered == seat.entered
-            for seat in second
-        )
+        return not self._undrained()
 
-    def _turn(self) -> None:
-        self._word = (self._word + 1) & 0xFFFFFFFF
+    def _undrained(self) -> list[Seat]:
+        first = {seat.pid: seat for seat in self.seats()}
+        return [
+            seat
+            for seat in self.seats()
+            if not seat.drained or seat.pid not in first or first[seat.pid].entered != seat.entered
+        ]
+
+    def _turn(self, by: int = 1) -> None:
+        self._word = (self._word + by) & 0xFFFFFFFF
         os.pwrite(self._fd, struct.pack("<I", self._word), GATE_AT)
         self._wake()
 
@@ -336,6 +377,52 @@ class ControlPage:
             None,
             ctypes.c_int(0),
         )
+
+    # --- channels ---------------------------------------------------------------------------
+
+    @property
+    def holds(self) -> bool:
+        """Whether channels were ordered off last."""
+        return bool(self._hold & 1)
+
+    def hold(self) -> None:
+        """Order that the job's channels leave the device, kernels that run included. Raises
+        DeviceError where the gate is open, or channels are not to be touched."""
+        if not self.closed or not self.channels:
+            why = "behind an open gate; close it first" if self.channels else "which it leaves"
+            raise DeviceError(f"control page {self.path}: hold channels {why}")
+        if not self.holds:
+            self._order_hold()
+
+    def release(self) -> None:
+        """Order that they go on: what was stopped runs to its end, though the gate be closed."""
+        if self.holds:
+            self._order_hold()
+
+    def _order_hold(self) -> None:
+        self._hold = (self._hold + 1) & 0xFFFFFFFF
+        os.pwrite(self._fd, struct.pack("<I", self._hold), HOLD_AT)
+        self._turn(2)  # whoever waits looks again
+
+    def wait_held(self, timeout_ns: int) -> bool:
+        """Whether within this time nothing of the job was on the device any more, drained or held;
+        False at once where a process says that it cannot. Blocks, beats."""
+
+        def decided() -> bool:
+            left = self._on_device()
+            return not left or any(seat.channels.done == self._hold for seat in left)
+
+        self._wait(decided, timeout_ns)
+        return not self._on_device()
+
+    def _on_device(self) -> list[Seat]:
+        """Processes that have something on the device, or may have."""
+        held = {self._hold} if self.holds else set()
+        return [
+            seat
+            for seat in self._undrained()
+            if seat.channels.done not in held or seat.channels.error
+        ]
 
     # --- memory -----------------------------------------------------------------------------
 
@@ -463,15 +550,17 @@ class ControlPage:
             return None
         if left > entered or _started(pid) != started:
             return None
-        memory = _memory(rest[12:])
+        memory = _memory(rest[12:-4])
         if memory is None:
             return None
+        channels = Channels(*rest[-4:])
         outstanding = 0
         for number in range(slots):
             done, put, loose, _ = SLOT.unpack_from(data, SLOTS_AT + number * SLOT.size)
             outstanding += done != put or loose > 0
         values: list[int] = [pid, entered, left, *counters, outstanding]
-        return Seat(**dict(zip(_COUNTERS, values, strict=True)), memory=memory, index=index)
+        counted = dict(zip(_COUNTERS, values, strict=True))
+        return Seat(**counted, memory=memory, channels=channels, index=index)
 
     def _mapped_by(self, pid: int) -> bool:
         ours = os.fstat(self._fd)

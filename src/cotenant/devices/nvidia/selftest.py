@@ -1,33 +1,41 @@
-"""Whether the launch gate works on this GPU: tried, with a process of our own (``trial``).
+"""Whether the launch gate works on this GPU, and whether kernels can be stopped in their middle:
+tried, with processes of our own (``trial``).
 
-What is tried: that the process takes a seat, waits while the gate is closed, goes on when it opens,
-that the gate drains behind it, and that all of this works a second time.
+What is tried of the gate: that the process takes a seat, waits while the gate is closed, goes on
+when it opens, that the gate drains behind it, and that all of this works a second time.
+Of channels: that a kernel stands still while another process computes, goes on, and makes all of
+its steps.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import selectors
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
 from cotenant.devices.nvidia import trial
 from cotenant.devices.nvidia.gates import Gates
-from cotenant.devices.nvidia.page import ControlPage
+from cotenant.devices.nvidia.page import DISABLED, LEFT, PREEMPTED, ControlPage
 from cotenant.devices.nvidia.shim import driver, shim
+from cotenant.devices.nvidia.trial import STEPS
 from cotenant.domain.errors import DeviceError
 from cotenant.domain.units import MS
 
 JOB: Final = "/self-test"
+BESIDE: Final = "/self-test-beside"
 """No job has a slash in its name."""
 WITHIN_S: Final = 30.0
-"""For all of it: a first context takes seconds on a machine with many GPUs."""
+"""For all that one process does: a first context takes seconds on a machine with many GPUs."""
 HELD_S: Final = 0.05
-"""How long the process is watched doing nothing at a closed gate."""
+"""How long the process is watched doing nothing."""
+HOLDS: Final = 3
+"""How often its kernel is stopped."""
 _LOOK_S: Final = 0.001
 
 
@@ -62,77 +70,156 @@ def _ready() -> Path:
 
 
 def run(gates: Gates, gpu: str) -> None:
-    """Raises NoGate with what did not happen. ``gates`` are open; ``gpu``: a UUID."""
-    try:
-        _run(gates, gpu)
-    except (OSError, DeviceError) as error:
-        raise error if isinstance(error, NoGate) else NoGate(f"tried here: {error}") from error
+    """Try the gate. Raises NoGate with what did not happen. ``gates`` are open; ``gpu``: a UUID."""
+    with _trials(gates, gpu, JOB) as (job,):
+        _try_gate(gates, job)
 
 
-def _run(gates: Gates, gpu: str) -> None:
-    launch = gates.launch(JOB)
-    env = launch.applied({**os.environ, "CUDA_VISIBLE_DEVICES": gpu})
-    try:
-        process = subprocess.Popen(
-            [sys.executable, "-S", "-P", trial.__file__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=env,
-        )
+def run_channels(gates: Gates, gpu: str) -> int:
+    """Try to stop a kernel in its middle, where the gate works: how long (ns) that took at most.
+    Leaves ``gates.channels`` at the way that works. Raises NoGate, and leaves channels alone, where
+    none does."""
+    failed = NoGate("")
+    for gates.channels in (DISABLED, PREEMPTED):
         try:
-            _Trial(process, gates).run()
-        finally:
-            process.kill()
-            process.communicate()
-    finally:
-        gates.forget(JOB)
+            with _trials(gates, gpu, JOB, BESIDE) as (job, beside):
+                return _try_channels(gates, job, beside)
+        except NoGate as error:
+            failed = error
+    gates.channels = LEFT
+    raise failed
+
+
+@contextlib.contextmanager
+def _trials(gates: Gates, gpu: str, *jobs: str) -> Iterator[list[_Trial]]:
+    """Processes that are ready; whatever happens is NoGate, and nothing is left of them."""
+    with contextlib.ExitStack() as stack:
+        try:
+            yield [stack.enter_context(_Trial(gates, gpu, name)) for name in jobs]
+        except (OSError, DeviceError) as error:
+            raise error if isinstance(error, NoGate) else NoGate(f"tried here: {error}") from error
+
+
+def _try_gate(gates: Gates, job: _Trial) -> None:
+    for _ in range(2):
+        job.say("fill")
+        job.until(lambda: any(s.waiting for s in job.page.seats()), "it is not held back")
+        time.sleep(HELD_S)
+        if any(seat.entered != seat.left for seat in job.page.seats()):
+            raise NoGate("tried here: the closed gate let a call through")
+        gates.grant(JOB)
+        job.hear("it does not go on when the gate opens")
+        gates.revoke(JOB)
+    if not any(seat.copies >= 2 for seat in job.page.seats()):
+        raise NoGate("tried here: calls are not counted")
+
+
+def _try_channels(gates: Gates, job: _Trial, beside: _Trial) -> int:
+    """A kernel stands still while another process computes, and makes all of its steps."""
+    took = []
+    gates.grant(JOB)
+    job.ask("start", "no kernel starts")
+    for _ in range(HOLDS):
+        took.append(gates.revoke(JOB))
+        if not job.page.holds:
+            raise NoGate(f"tried here: a kernel cannot be stopped ({_refusals(job.page)})")
+        before = job.steps()
+        gates.grant(BESIDE)
+        beside.ask("fill", "beside a kernel that is stopped nothing is computed")
+        gates.revoke(BESIDE)
+        time.sleep(HELD_S)
+        if job.steps() != before:
+            raise NoGate("tried here: a kernel goes on although the driver says it is stopped")
+        gates.grant(JOB)
+        job.until(_beyond(job, before), "a kernel that was stopped does not go on")
+    job.ask("end", "a kernel that was stopped does not end")
+    if job.steps() != STEPS:
+        raise NoGate("tried here: a kernel that was stopped did not do all of its work")
+    return max(took)
+
+
+def _beyond(job: _Trial, steps: int) -> Callable[[], bool]:
+    return lambda: job.steps() > steps
+
+
+def _refusals(page: ControlPage) -> str:
+    errors = sorted({seat.channels.error for seat in page.seats()} - {0})
+    return f"the driver says {', '.join(map(hex, errors))}" if errors else "no answer"
 
 
 class _Trial:
-    def __init__(self, process: subprocess.Popen[bytes], gates: Gates) -> None:
-        self._process = process
-        self._gates = gates
-        self._page: ControlPage = gates.page(JOB)
+    """A process of ``trial`` behind its own gate, ready."""
+
+    def __init__(self, gates: Gates, gpu: str, job: str) -> None:
+        self._gates, self._job = gates, job
+        launch = gates.launch(job)
+        self.page: ControlPage = gates.page(job)
         self._end = time.monotonic() + WITHIN_S
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-S", "-P", trial.__file__],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=launch.applied({**os.environ, "CUDA_VISIBLE_DEVICES": gpu}),
+            )
+        except OSError:
+            gates.forget(job)
+            raise
 
-    def run(self) -> None:
-        self._hear(b"ready\n", "the process did not get as far as a stream")
-        if not self._page.attached(self._process.pid):
-            raise NoGate("tried here: a process does not come by the gate to the driver")
-        for _ in range(2):
-            self._say()
-            self._until(lambda: any(s.waiting for s in self._page.seats()), "it is not held back")
-            time.sleep(HELD_S)
-            if any(seat.entered != seat.left for seat in self._page.seats()):
-                raise NoGate("tried here: the closed gate let a call through")
-            self._gates.grant(JOB)
-            self._hear(b"done\n", "it does not go on when the gate opens")
-            self._gates.revoke(JOB)
-        if not any(seat.copies >= 2 for seat in self._page.seats()):
-            raise NoGate("tried here: calls are not counted")
+    def __enter__(self) -> _Trial:
+        try:
+            self.hear("the process did not get as far as a stream", b"ready\n")
+            if not self.page.attached(self._process.pid):
+                raise NoGate("tried here: a process does not come by the gate to the driver")
+        except BaseException:
+            self._finish()
+            raise
+        return self
 
-    def _say(self) -> None:
+    def __exit__(self, *_: object) -> None:
+        self._finish()
+
+    def _finish(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._gates.forget(self._job)
+
+    def ask(self, what: str, otherwise: str) -> bytes:
+        """What the process answers beside ``done``; ``otherwise`` is wrong where it does not."""
+        self.say(what)
+        return self.hear(otherwise)
+
+    def steps(self) -> int:
+        """How far the kernel is."""
+        return int(self.ask("steps", "it does not say how far its kernel is"))
+
+    def say(self, what: str) -> None:
+        """Order something."""
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(b"\n")
+            self._process.stdin.write(f"{what}\n".encode())
             self._process.stdin.flush()
         except OSError as error:
             raise NoGate(f"tried here: the process is gone ({error})") from error
 
-    def _until(self, true: Callable[[], bool], otherwise: str) -> None:
+    def until(self, true: Callable[[], bool], otherwise: str) -> None:
+        """Wait for something."""
         while not true():
             if time.monotonic() > self._end or self._process.poll() is not None:
                 raise self._failed(otherwise)
             time.sleep(_LOOK_S)
 
-    def _hear(self, line: bytes, otherwise: str) -> None:
+    def hear(self, otherwise: str, start: bytes = b"done") -> bytes:
+        """The rest of a line that begins so."""
         assert self._process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
             left = self._end - time.monotonic()
-            if not selector.select(max(0.0, left)) or self._process.stdout.readline() != line:
-                raise self._failed(otherwise)
+            line = self._process.stdout.readline() if selector.select(max(0.0, left)) else b""
+        if not line.startswith(start):
+            raise self._failed(otherwise)
+        return line.removeprefix(start)
 
     def _failed(self, what: str) -> NoGate:
         """With what the process said, if it ended."""

@@ -1,7 +1,7 @@
 """What there is of NVIDIA GPUs, and what keeps it from being used.
 
 Changes nothing. A process of our own fills some memory of each GPU, to see whether the launch gate
-holds it back.
+holds it back; if that is asked for, another's kernel is stopped in its middle.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import msgspec
 from cotenant.devices.features import Missing
 from cotenant.devices.nvidia import host, mps
 from cotenant.devices.nvidia.facts import Found, Gpu
-from cotenant.devices.nvidia.features import Surroundings, features
+from cotenant.devices.nvidia.features import NOT_TRIED, Surroundings, Tried, features
+from cotenant.devices.nvidia.gates import Gates
 from cotenant.devices.nvidia.nvml import Code, Nvml, NvmlError, NvmlGpu
-from cotenant.devices.nvidia.selftest import NoGate, gates_for, run
+from cotenant.devices.nvidia.selftest import NoGate, gates_for, run, run_channels
 from cotenant.domain.errors import EnvironmentProblem
 
 T = TypeVar("T")
@@ -39,8 +40,9 @@ CORES: Final = {
 Capabilities")."""
 
 
-def survey(machine: host.Host | None = None) -> Found:
-    """Everything that the driver says; ``machine``: what the kernel shows (None: look)."""
+def survey(machine: host.Host | None = None, channels: bool = False) -> Found:
+    """Everything that the driver says; ``machine``: what the kernel shows (None: look).
+    ``channels``: try to stop a kernel in its middle, too."""
     nvml = Nvml()
     try:
         nvml.open()
@@ -49,14 +51,14 @@ def survey(machine: host.Host | None = None) -> Found:
     except NvmlError as error:
         return Found(trouble=host.no_driver(error, machine or host.look()))
     try:
-        return _read(nvml, machine)
+        return _read(nvml, machine, channels)
     except NvmlError as error:
         return Found(trouble=host.no_driver(error, machine or host.look()))
     finally:
         nvml.close()
 
 
-def _read(nvml: Nvml, machine: host.Host | None) -> Found:
+def _read(nvml: Nvml, machine: host.Host | None, channels: bool) -> Found:
     driver = nvml.driver()
     gpus: list[Gpu] = []
     errors: list[NvmlError] = []
@@ -67,7 +69,7 @@ def _read(nvml: Nvml, machine: host.Host | None) -> Found:
         except NvmlError as error:
             errors.append(error)
             continue
-        found = features(gpu, driver, around, _against_gate(gpu))
+        found = features(gpu, driver, around, _try(gpu, channels))
         gpus.append(msgspec.structs.replace(gpu, features=found))
     trouble = host.too_old(driver)
     if not gpus and trouble is None:
@@ -99,16 +101,25 @@ def read_gpu(gpu: NvmlGpu) -> Gpu:
     )
 
 
-def _against_gate(gpu: Gpu) -> Missing | None:
-    """What stood against the launch gate when it was tried on a GPU that is not divided."""
+def _try(gpu: Gpu, channels: bool) -> Tried:
+    """What came of trying, on a GPU that is not divided."""
     if gpu.mig is not None and gpu.mig.on:
-        return None
+        return Tried()
     try:
         gates = gates_for(f"survey {os.getpid()}")
         try:
             run(gates, gpu.uuid)
+            return Tried(channels=_try_channels(gates, gpu) if channels else NOT_TRIED)
         finally:
             gates.close()
+    except NoGate as error:
+        against = Missing(error.what, error.how)
+        return Tried(against, against)
+
+
+def _try_channels(gates: Gates, gpu: Gpu) -> Missing | None:
+    try:
+        run_channels(gates, gpu.uuid)
     except NoGate as error:
         return Missing(error.what, error.how)
     return None
