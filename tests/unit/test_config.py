@@ -229,8 +229,6 @@ def test_model_settings_are_read_as_strictly() -> None:
     assert parse_model_settings("").slo is None
     assert parse_model_settings("").engine == "auto"
     assert parse_model_settings("engine: vllm").engine == "vllm"
-    with pytest.raises(ConfigError, match="did you mean 'vllm'"):
-        parse_model_settings("engine: vlm")
     with pytest.raises(ConfigError, match="did you mean 'keep_versions'"):
         parse_model_settings("keep_version: 3")
     with pytest.raises(ConfigError, match=r"warmup_shapes\.x"):

@@ -13,8 +13,9 @@ from onnx import helper as h
 from onnx import numpy_helper as nh
 
 from cotenant.domain.errors import ModelError
-from cotenant.engines.base import Array, open_engine, size_of
+from cotenant.engines.base import Array, Opening, size_of
 from cotenant.engines.joining import judge, same
+from cotenant.engines.registry import open_engine
 from cotenant.engines.samples import Samples, make_samples
 
 Io = tuple[str, int, list[int | str | None]]
@@ -147,7 +148,7 @@ def late() -> Made:
 
 
 def verdict(made: Made, path: Path, **settings: dict[str, tuple[int, int]]) -> str:
-    engine = open_engine(write(path, *made), (1,))
+    engine = open_engine(Opening(write(path, *made), (1,)))
     samples = make_samples(engine, 1, {}, settings.get("ranges", {}))
     return judge(engine, 1, samples, 64)
 
@@ -190,14 +191,14 @@ def test_integers_are_tried_only_within_a_range_that_is_known(tmp_path: Path) ->
 
 
 def test_settings_that_name_no_input_are_refused(tmp_path: Path) -> None:
-    engine = open_engine(write(tmp_path, *scaled()), (1,))
+    engine = open_engine(Opening(write(tmp_path, *scaled()), (1,)))
     for shapes, ranges in (({"q": (1, 4)}, {}), ({}, {"q": (0, 1)}), ({"x": (4,)}, {})):
         with pytest.raises(ModelError):
             make_samples(engine, 1, shapes, ranges)  # type: ignore[arg-type]
 
 
 def test_one_sample_shows_nothing(tmp_path: Path) -> None:
-    engine = open_engine(write(tmp_path, *scaled()), (1,))
+    engine = open_engine(Opening(write(tmp_path, *scaled()), (1,)))
     one = make_samples(engine, 1, {}, {}).rows[:1]
     assert judge(engine, 1, Samples(one), 8) != ""
 
@@ -214,7 +215,7 @@ def test_answers_are_compared_to_the_tolerance_of_their_type() -> None:
 
 
 def test_the_size_of_a_row_is_that_of_its_free_axes(tmp_path: Path) -> None:
-    engine = open_engine(write(tmp_path, *tokens()), (1,))
+    engine = open_engine(Opening(write(tmp_path, *tokens()), (1,)))
     assert size_of(engine.meta, {"ids": (4, 100)}) == 100
-    fixed = open_engine(write(tmp_path, *scaled()), (1,))
+    fixed = open_engine(Opening(write(tmp_path, *scaled()), (1,)))
     assert size_of(fixed.meta, {"x": (4, 4)}) == 1

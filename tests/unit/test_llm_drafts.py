@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from cotenant.domain.config import ModelSettings, parse_model_settings
 from cotenant.domain.errors import ConfigError, ModelError
-from cotenant.engines.base import open_engine
+from cotenant.engines.base import Opening
 from cotenant.engines.llm.blocks import BlockPool
 from cotenant.engines.llm.checkpoint import open_checkpoint
 from cotenant.engines.llm.drafter import Drafter, open_draft
@@ -32,6 +32,7 @@ from cotenant.engines.llm.sampler import Sampling
 from cotenant.engines.llm.sequence import Sequence
 from cotenant.engines.llm.text import Text
 from cotenant.engines.llm.weights import Build
+from cotenant.engines.registry import open_engine
 from cotenant.policy.iterations import IterationCosts as Costs
 from cotenant.policy.iterations import Load
 from tests.unit.llm_files import TYPES, write, write_tokenizer
@@ -393,14 +394,14 @@ def test_what_has_no_use_for_a_draft_model_refuses_it(
     tmp_path: Path, name: str, engine: str
 ) -> None:
     with pytest.raises(ModelError, match="draft"):
-        open_engine(tmp_path / name, (1,), ModelSettings(engine=engine, draft="small"))
+        open_engine(Opening(tmp_path / name, (1,), ModelSettings(engine=engine, draft="small")))
 
 
 def test_an_engine_counts_the_keys_and_values_of_both(folder: Path) -> None:
     path = folder / "1" / "model.gguf"
     write(folder / "small" / "model.gguf", TYPES.Q4_0, text=True)
     alone = LlmEngine(path, (1,), 1 << 20)
-    both = open_engine(path, (1,), ModelSettings(draft="small"), 1 << 20)
+    both = open_engine(Opening(path, (1,), ModelSettings(draft="small"), 1 << 20))
     assert isinstance(both, LlmEngine)
     assert both.meta.block == 2 * alone.meta.block
     assert both.meta.pool <= 1 << 20

@@ -14,10 +14,11 @@ import pytest
 
 from cotenant.domain.config import ModelSettings
 from cotenant.domain.errors import ModelError
-from cotenant.engines.base import Array, TurnEngine, open_engine
+from cotenant.engines.base import Array, Opening, TurnEngine
 from cotenant.engines.llm.asking import Details
 from cotenant.engines.llm.text import Text
 from cotenant.engines.llm.vllm import SMALLEST, VERSION, Balloon, VllmEngine
+from cotenant.engines.registry import open_engine
 from cotenant.policy.iterations import load
 from tests.unit.llm_files import END, write_tokenizer
 from tests.unit.vllm_standin import (
@@ -82,7 +83,7 @@ def test_it_is_opened_where_the_settings_say_so(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     install(monkeypatch)
-    engine = open_engine(path, (1,), ModelSettings(engine="vllm"))
+    engine = open_engine(Opening(path, (1,), ModelSettings(engine="vllm")))
     assert isinstance(engine, VllmEngine)
     assert isinstance(engine, TurnEngine)
     assert engine.meta.platform == "vllm"
@@ -103,7 +104,7 @@ def test_arguments_of_vllm_can_be_given(path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", ["model.gguf", "model.onnx"])
 def test_other_files_than_safetensors_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ModelError, match="safetensors"):
-        open_engine(tmp_path / name, (1,), ModelSettings(engine="vllm"))
+        open_engine(Opening(tmp_path / name, (1,), ModelSettings(engine="vllm")))
 
 
 def test_an_index_of_several_files_is_safetensors_too(
@@ -111,7 +112,7 @@ def test_an_index_of_several_files_is_safetensors_too(
 ) -> None:
     install(monkeypatch)
     assert open_engine(
-        path.with_name("model.safetensors.index.json"), (1,), ModelSettings(engine="vllm")
+        Opening(path.with_name("model.safetensors.index.json"), (1,), ModelSettings(engine="vllm"))
     )
 
 
@@ -119,7 +120,7 @@ def test_a_missing_extra_is_named(path: Path, monkeypatch: pytest.MonkeyPatch) -
     install(monkeypatch)
     monkeypatch.setitem(sys.modules, "vllm", None)
     with pytest.raises(ModelError, match=r"cotenant\[vllm\]"):
-        open_engine(path, (1,), ModelSettings(engine="vllm"))
+        open_engine(Opening(path, (1,), ModelSettings(engine="vllm")))
 
 
 def test_another_version_is_refused_and_a_build_of_this_one_is_not(

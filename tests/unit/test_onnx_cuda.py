@@ -10,10 +10,11 @@ import pytest
 
 from cotenant.domain.config import ModelSettings
 from cotenant.domain.errors import DeviceError, ModelError
-from cotenant.engines.base import Array, Placeable, Target, open_engine
+from cotenant.engines.base import Array, Opening, Placeable, Target
 from cotenant.engines.cuda.driver import Gpu
 from cotenant.engines.cuda.session import GRAPHS
 from cotenant.engines.onnx_cuda import SESSIONS, OnnxCudaEngine
+from cotenant.engines.registry import open_engine
 from tests.cuda_standin import HostGpu, Model, OnCpu, Runtime, doubled
 
 PATH = Path("model.onnx")
@@ -286,7 +287,7 @@ def test_the_processor_picks_the_engine() -> None:
         (Path("model.onnx"), ModelSettings(engine="tensorrt"), Target()),
     ):
         with pytest.raises(ModelError):
-            open_engine(path, (1,), settings, target=target)
+            open_engine(Opening(path, (1,), settings, target=target))
 
 
 def test_without_the_bindings_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from cotenant.domain.errors import ModelError
-from cotenant.engines.base import Array, EngineMeta, open_engine
+from cotenant.engines.base import Array, EngineMeta, Opening
 from cotenant.engines.pieces import PiecesEngine
+from cotenant.engines.registry import open_engine
 from cotenant.runtime.messages import Item, Open, Outputs, Place, Run
 from cotenant.runtime.sequences import Sequences
 
@@ -23,7 +24,7 @@ class Rig:
     def __init__(self, path: Path) -> None:
         self.path = path
         path.write_text(f'{{"pieces": {PIECES}, "turn_ms": 0}}')
-        engine = open_engine(path, (1,))
+        engine = open_engine(Opening(path, (1,)))
         assert isinstance(engine, PiecesEngine)
         self.engine = engine
         self.texts = {1: "abc", 2: "uvwxyz"}
@@ -111,7 +112,7 @@ def test_a_file_that_is_wrong_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "model.pieces.json"
     path.write_text(text)
     with pytest.raises(ModelError):
-        open_engine(path, (1,))
+        open_engine(Opening(path, (1,)))
 
 
 def test_check_data_do_not_fit_answers_in_turns(rig: Rig) -> None:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ import pytest
 from cotenant.devices import proctree
 from cotenant.domain.device import PROCESSOR
 from cotenant.domain.port import TensorMeta
-from cotenant.engines.base import Array, EngineMeta, Target
+from cotenant.engines.base import Array, EngineMeta, Opening, Target
 from cotenant.runtime import worker as worker_module
 from cotenant.runtime.messages import LENGTH, Done, Item, Open, Opened, Place, Run
 from cotenant.runtime.worker import Worker, _packed, _strings, _timed
@@ -94,8 +93,8 @@ def test_an_engine_learns_where_it_is_before_it_executes(
 ) -> None:
     engine, targets = Located(), []
 
-    def opened(path: Path, units: Any, settings: Any, kv: int, target: Target) -> Located:
-        targets.append(target)
+    def opened(opening: Opening) -> Located:
+        targets.append(opening.target)
         return engine
 
     monkeypatch.setattr(worker_module, "open_engine", opened)

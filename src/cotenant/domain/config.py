@@ -26,7 +26,7 @@ from cotenant.domain.workload import (
 
 MEASURES: Final = ("exact", "argmax", "threshold", "r2")
 """Ways to compare check data; ``engines.accuracy`` says what they are."""
-ENGINES: Final = ("auto", "vllm", "tensorrt")
+AUTO: Final = "auto"
 """What may serve a model: an engine of ours, by the kind of its file, vLLM, or ours for ONNX with
 what TensorRT can take of the model."""
 
@@ -108,7 +108,8 @@ class ModelSettings(msgspec.Struct, frozen=True):
     """``model.yaml`` of a model directory: all optional. ``shapes`` fills free axes of inputs
     for the warm-up, ``ranges`` says which integers an input may hold (both ends included);
     ``keep_versions`` newest versions stay loaded; ``exactness`` is the floor of a language model's
-    builds; ``engine`` is one of ``ENGINES``; ``draft`` is where the draft model of a language model
+    builds; ``engine`` is the name of one, or
+    ``AUTO``; ``draft`` is where the draft model of a language model
     lies, seen from the model's directory ("": there is none)."""
 
     slo: Slo | None = None
@@ -119,7 +120,7 @@ class ModelSettings(msgspec.Struct, frozen=True):
     keep_versions: int = 1
     accuracy_floor: float = 0.0
     exactness: Exactness = Exactness()
-    engine: str = "auto"
+    engine: str = AUTO
     draft: str = ""
 
 
@@ -188,7 +189,7 @@ def parse_model_settings(text: str) -> ModelSettings:
         keep_versions=root.take("keep_versions", reading.integer(1, 100), 1),
         accuracy_floor=root.take("accuracy_floor", reading.share, 0.0),
         exactness=_exactness(root.section("exactness")),
-        engine=root.take("engine", reading.one_of(ENGINES), "auto"),
+        engine=root.take("engine", reading.name, AUTO),
         draft=root.take("draft", reading.text, ""),
     )
     root.done()

@@ -149,13 +149,6 @@ class TurnEngine(Protocol):
         """Nobody waits for these any more. Unknown ones are passed over."""
 
 
-def open_language(path: Path) -> Language:
-    """The language of the model at ``path``; raises ModelError."""
-    from cotenant.engines.llm.language import LlmLanguage
-
-    return LlmLanguage(path)
-
-
 @runtime_checkable
 class Pooled(Protocol):
     """A turn engine whose requests share a pool of memory that can be made smaller and larger."""
@@ -183,9 +176,6 @@ def size_of(meta: EngineMeta, shapes: Mapping[str, tuple[int, ...]]) -> int:
 FAILURES = (ModelError, ValueError, MemoryError)
 """What a model may raise on an input; anything else is a bug and ends the worker."""
 
-SUFFIXES = (".onnx", ".gguf", ".safetensors", ".safetensors.index.json", ".pieces.json")
-"""Model files that some engine opens, by preference."""
-
 
 class Target(NamedTuple):
     """What a model executes on: ``processor`` as in ``domain.device.PROCESSOR``. ``partitions``:
@@ -194,69 +184,62 @@ class Target(NamedTuple):
     processor: str = CPU
     partitions: tuple[tuple[int, ...], ...] = ()
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether that is the CPU."""
+        return self.processor == CPU
+
+    @property
+    def on_cuda(self) -> bool:
+        """Whether that is an NVIDIA GPU, or subsets of one."""
+        return self.processor.startswith((CUDA, CUDA_SUBSETS))
+
 
 ON_CPU: Final = Target()
 
 
-def open_engine(
-    path: Path,
-    units: Sequence[int],
-    settings: ModelSettings = USUAL,
-    kv: int = 2**30,
-    target: Target = ON_CPU,
-) -> Engine | TurnEngine:
-    """Load the model at ``path`` for each unit count in ``units``, a language model with at most
-    ``kv`` bytes of keys and values; raises ModelError."""
-    language = path.suffix == ".gguf" or ".safetensors" in path.suffixes
-    if settings.draft and (settings.engine == "vllm" or not language):
-        raise ModelError(
-            f"{path.name}: draft is for language models in GGUF or safetensors with engine: auto; "
-            "leave it out"
-        )
-    if settings.engine == "vllm":
-        return _open_vllm(path, kv)
-    if path.name.endswith(".pieces.json"):
-        from cotenant.engines.pieces import PiecesEngine
+class Opening(NamedTuple):
+    """A model to be opened: its file, for each of these unit counts, a language model with at most
+    ``kv`` bytes of keys and values."""
 
-        return PiecesEngine(path)
-    if target.processor != CPU:
-        return _open_cuda(path, units, settings, target)
-    if settings.engine == "tensorrt":
-        raise ModelError(f"{path.name}: engine: tensorrt needs a GPU; here it would run on the CPU")
-    if path.suffix == ".onnx":
-        from cotenant.engines.onnx import OnnxEngine
-
-        return OnnxEngine(path, units)
-    if language:
-        try:
-            from cotenant.engines.llm.engine import LlmEngine
-        except ImportError as error:
-            needs = "language models need the extra llm: pip install 'cotenant[llm]'"
-            raise ModelError(f"{needs} ({error})") from error
-        return LlmEngine(path, units, kv, settings.exactness, settings.draft)
-    raise ModelError(f"{path.name}: no engine for this kind of file; known: {SUFFIXES}")
+    path: Path
+    units: Sequence[int]
+    settings: ModelSettings = USUAL
+    kv: int = 2**30
+    target: Target = ON_CPU
 
 
-def _open_cuda(path: Path, units: Sequence[int], settings: ModelSettings, target: Target) -> Engine:
-    if not target.processor.startswith((CUDA, CUDA_SUBSETS)):
-        raise ModelError(f"no engine for the processor {target.processor!r}; known: {CPU}, {CUDA}…")
-    if path.suffix != ".onnx":
-        raise ModelError(
-            f"{path.name}: on a GPU models are served in ONNX, and with engine: vllm those in "
-            "safetensors; let the service run on the CPU (kinds: [cpu])"
-        )
-    from cotenant.engines.onnx_cuda import OnnxCudaEngine
+class EngineKind(Protocol):
+    """An engine as one that could be opened: what an entry point of the group ``cotenant.engines``
+    names (``engines.registry``). To import it is cheap: libraries are imported when it opens."""
 
-    return OnnxCudaEngine(path, units, target, tensorrt=settings.engine == "tensorrt")
+    @property
+    def name(self) -> str:
+        """As ``engine`` of ``model.yaml`` says it. Kinds for different processors may share one."""
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """How model files end that it opens, by preference."""
+
+    @property
+    def rank(self) -> int:
+        """Of several that can open a model the lowest does."""
+
+    @property
+    def drafts(self) -> bool:
+        """Whether it takes a draft model."""
+
+    def refuses(self, opening: Opening) -> str:
+        """Why it cannot open this, and what would help; "" if it can, as far as that is known
+        before."""
+
+    def open(self, opening: Opening) -> Engine | TurnEngine:
+        """Load the model; raises ModelError."""
 
 
-def _open_vllm(path: Path, kv: int) -> TurnEngine:
-    if ".safetensors" not in path.suffixes:
-        raise ModelError(f"{path.name}: engine: vllm serves safetensors alone")
-    try:
-        from cotenant.engines.llm.vllm import VllmEngine
+@runtime_checkable
+class Speaking(Protocol):
+    """A kind of engine for language models."""
 
-        return VllmEngine(path, kv)
-    except ImportError as error:
-        needs = "engine: vllm needs the extra vllm: pip install 'cotenant[vllm]'"
-        raise ModelError(f"{needs} ({error})") from error
+    def language(self, path: Path) -> Language:
+        """The language of the model at ``path``; raises ModelError."""

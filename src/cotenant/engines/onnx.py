@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import onnxruntime as ort
+from typing import TYPE_CHECKING, Any, Final
 
 from cotenant.domain.errors import ModelError
 from cotenant.domain.port import TensorMeta
-from cotenant.engines.base import Array, EngineMeta
+from cotenant.engines.base import Array, Engine, EngineKind, EngineMeta, Opening
+
+if TYPE_CHECKING:
+    import onnxruntime as ort
 
 _TYPES = {
     "tensor(bool)": "BOOL",
@@ -37,6 +38,8 @@ class OnnxEngine:
     """A model file opened once per unit count."""
 
     def __init__(self, path: Path, units: Sequence[int]) -> None:
+        import onnxruntime as ort
+
         ort.set_default_logger_severity(4)
         try:
             self._sessions = {n: _session(path, n) for n in units}
@@ -70,6 +73,8 @@ class OnnxEngine:
 
 def session_options(threads: int) -> ort.SessionOptions:
     """For so many threads, which wait without spinning."""
+    import onnxruntime as ort
+
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
@@ -79,6 +84,8 @@ def session_options(threads: int) -> ort.SessionOptions:
 
 
 def _session(path: Path, threads: int) -> ort.InferenceSession:
+    import onnxruntime as ort
+
     options = session_options(threads)
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
@@ -115,3 +122,21 @@ def first_line(error: Exception) -> str:
     """What an error of ONNX Runtime says, without its details."""
     text = str(error).strip()
     return text.splitlines()[0][:500] if text else type(error).__name__
+
+
+class OnnxRuntime:
+    """See the module's text."""
+
+    name = "onnxruntime"
+    suffixes = (".onnx",)
+    rank = 10
+    drafts = False
+
+    def refuses(self, opening: Opening) -> str:
+        return "" if opening.target.on_cpu else "it runs on the CPU alone"
+
+    def open(self, opening: Opening) -> Engine:
+        return OnnxEngine(opening.path, opening.units)
+
+
+KIND: Final[EngineKind] = OnnxRuntime()

@@ -10,13 +10,22 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import msgspec
 import numpy as np
 
 from cotenant.domain.errors import ModelError
 from cotenant.domain.port import TensorMeta
-from cotenant.engines.base import Array, EngineMeta, Turn, Turns
+from cotenant.engines.base import (
+    Array,
+    EngineKind,
+    EngineMeta,
+    Opening,
+    Turn,
+    TurnEngine,
+    Turns,
+)
 
 
 class _File(msgspec.Struct, forbid_unknown_fields=True):
@@ -64,3 +73,21 @@ class PiecesEngine:
         for key in keys:
             self._texts.pop(key, None)
             self._said.pop(key, None)
+
+
+class Pieces:
+    """See the module's text. It computes nothing, so that any processor will do."""
+
+    name = "pieces"
+    suffixes = (".pieces.json",)
+    rank = 50
+    drafts = False
+
+    def refuses(self, opening: Opening) -> str:  # noqa: ARG002
+        return ""
+
+    def open(self, opening: Opening) -> TurnEngine:
+        return PiecesEngine(opening.path)
+
+
+KIND: Final[EngineKind] = Pieces()

@@ -11,7 +11,7 @@ from cotenant.domain.config import ModelSettings
 from cotenant.domain.errors import CotenantError, InvalidRequest, NotFound, NotReady
 from cotenant.domain.port import IndexEntry, Language, ModelMeta
 from cotenant.domain.workload import DEFAULT_SLO, BatchSpec, ServiceSpec
-from cotenant.engines.base import open_language
+from cotenant.engines.registry import open_language
 from cotenant.runtime.arena import Arena
 from cotenant.runtime.instances import Instances, Loaded, Shell
 from cotenant.runtime.repository import ModelFiles, Repository

@@ -20,7 +20,7 @@ import msgspec
 
 from cotenant.domain.config import ModelSettings, parse_model_settings
 from cotenant.domain.errors import ConfigError, CotenantError, ModelError, NotFound
-from cotenant.engines.base import SUFFIXES
+from cotenant.engines.registry import suffixes
 
 log = logging.getLogger("cotenant.models")
 
@@ -102,7 +102,7 @@ class Repository:
         try:
             if not directory.is_dir():
                 raise NotFound(f"model {name} has no version {version} in {self.root}")
-            for suffix in SUFFIXES:
+            for suffix in suffixes():
                 path = directory / f"model{suffix}"
                 if path.is_file():
                     check = directory / CHECK_FILE
@@ -112,7 +112,7 @@ class Repository:
             raise ModelError(
                 f"model {name} version {version} cannot be read: {error.strerror}"
             ) from error
-        wanted = " or ".join(f"model{s}" for s in SUFFIXES)
+        wanted = " or ".join(f"model{s}" for s in suffixes())
         raise ModelError(f"model {name} version {version} holds no {wanted}")
 
     def there(self, name: str) -> Iterator[ModelFiles]:
@@ -152,9 +152,8 @@ class Repository:
 
     def _nothing(self, name: str) -> CotenantError:
         if self._directory(name).is_dir():
-            return ModelError(
-                f"model {name} has no versions; expected {name}/1/model{SUFFIXES[0]} in {self.root}"
-            )
+            wanted = f"{name}/1/model{suffixes()[0]}"
+            return ModelError(f"model {name} has no versions; expected {wanted} in {self.root}")
         near = difflib.get_close_matches(name, self.listing(), 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         return NotFound(f"no model named {name!r} in {self.root}{hint}")

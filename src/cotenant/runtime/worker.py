@@ -33,13 +33,14 @@ from cotenant.engines.base import (
     Array,
     Engine,
     EngineMeta,
+    Opening,
     Placeable,
     Target,
     TurnEngine,
-    open_engine,
 )
 from cotenant.engines.checkdata import CheckData, read_check
 from cotenant.engines.joining import ONE_ROW, judge, named_alike, same
+from cotenant.engines.registry import open_engine
 from cotenant.engines.samples import Samples, check_samples, make_samples
 from cotenant.runtime.arena import map_arena
 from cotenant.runtime.messages import (
@@ -150,7 +151,9 @@ class Worker:
     def _open(self, order: Open) -> Opened | OpenFailed:
         try:
             target = Target(os.environ.get(PROCESSOR) or CPU, order.partitions)
-            engine = open_engine(Path(order.path), order.units, order.settings, order.kv, target)
+            engine = open_engine(
+                Opening(Path(order.path), order.units, order.settings, order.kv, target)
+            )
             if isinstance(engine, TurnEngine):
                 self._sequences = Sequences(engine, self._gather, self._store)
                 return self._sequences.open(order)
