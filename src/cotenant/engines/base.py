@@ -86,6 +86,23 @@ class Engine(Protocol):
         """
 
 
+class Room(Protocol):
+    """Memory for the outputs of an execution, where whoever asked will look for them."""
+
+    def take(self, outputs: Sequence[tuple[tuple[int, ...], npt.DTypeLike]]) -> list[Array] | None:
+        """An array for each of these shapes and types, in the order of ``meta.outputs``; None if
+        they do not fit. They are what ``run_into`` is to return, if it writes to them."""
+
+
+@runtime_checkable
+class InPlace(Protocol):
+    """An engine that can write outputs where they are wanted, without a copy."""
+
+    def run_into(self, units: int, inputs: dict[str, Array], room: Room) -> list[Array]:
+        """As ``Engine.run``. Outputs are in ``room`` where their shapes are known before and that
+        pays; otherwise they are the engine's own."""
+
+
 @runtime_checkable
 class Placeable(Protocol):
     """An engine to which not only the number of its units matters, but which they are."""

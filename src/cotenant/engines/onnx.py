@@ -1,22 +1,36 @@
 """ONNX Runtime on the CPU: one session for each core count that the model may get.
 
 A change of partition picks another session and loads nothing. Threads of a session wait
-without spinning: what spins is taken from the training beside it.
+without spinning: what spins is taken from the training beside it. Large outputs whose shapes the
+model's own names of axes tell from those of its inputs are written where they are wanted.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+import numpy as np
+
 from cotenant.domain.errors import ModelError
 from cotenant.domain.port import TensorMeta
-from cotenant.engines.base import Array, Engine, EngineKind, EngineMeta, Opening
+from cotenant.engines.base import (
+    NUMPY,
+    Array,
+    Engine,
+    EngineKind,
+    EngineMeta,
+    Opening,
+    Room,
+)
 
 if TYPE_CHECKING:
     import onnxruntime as ort
 
+BOUND_FROM: Final = 256 << 10
+"""Bytes of outputs together from which binding them costs less than the copy that it saves."""
 _TYPES = {
     "tensor(bool)": "BOOL",
     "tensor(uint8)": "UINT8",
@@ -49,6 +63,9 @@ class OnnxEngine:
         self._meta = described(first)
         self._names = [o.name for o in self._meta.outputs]
         self._axes = axes_of(first)
+        self._bindings = {n: session.io_binding() for n, session in self._sessions.items()}
+        self._outputs = [_fixed_or_named(o) for o in first.get_outputs()]
+        self._binds = all(t.datatype != "BYTES" for t in (*self._meta.inputs, *self._meta.outputs))
 
     @property
     def meta(self) -> EngineMeta:
@@ -59,16 +76,63 @@ class OnnxEngine:
         return self._axes
 
     def run(self, units: int, inputs: dict[str, Array]) -> list[Array]:
-        session = self._sessions.get(units)
-        if session is None:
-            # Fewer threads than cores is slower but right; more would fight for them.
-            smaller = [n for n in self._sessions if n <= units]
-            session = self._sessions[max(smaller, default=min(self._sessions))]
+        session = self._sessions[self._threads(units)]
         try:
             outputs: list[Array] = session.run(self._names, inputs)
         except Exception as error:
             raise ModelError(first_line(error)) from error
         return outputs
+
+    def _threads(self, units: int) -> int:
+        if units in self._sessions:
+            return units
+        # Fewer threads than cores is slower but right; more would fight for them.
+        smaller = [n for n in self._sessions if n <= units]
+        return max(smaller, default=min(self._sessions))
+
+    def run_into(self, units: int, inputs: dict[str, Array], room: Room) -> list[Array]:
+        wanted = self._known(inputs) if self._binds else None
+        outputs = room.take(wanted) if wanted is not None else None
+        if outputs is None:
+            return self.run(units, inputs)
+        threads = self._threads(units)
+        binding = self._bindings[threads]
+        try:
+            for name, array in inputs.items():
+                where = (array.dtype, array.shape, array.ctypes.data)
+                binding.bind_input(name, "cpu", 0, *where)
+            for name, array in zip(self._names, outputs, strict=True):
+                binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+            self._sessions[threads].run_with_iobinding(binding)
+        except Exception:
+            # The input's fault, or names of axes that are not true: which of the two, it says here.
+            found = self.run(units, inputs)
+            self._binds = False
+            return found
+        finally:
+            binding.clear_binding_inputs()
+            binding.clear_binding_outputs()
+        return outputs
+
+    def _known(self, inputs: dict[str, Array]) -> list[tuple[tuple[int, ...], Any]] | None:
+        """Shapes and types of the outputs, if the model says them and they are large."""
+        sizes: dict[str, int] = {}
+        for name, array in inputs.items():
+            if not array.flags.c_contiguous:
+                return None
+            for axis, size in zip(self._axes[name], array.shape, strict=True):
+                if sizes.setdefault(axis, size) != size and axis:
+                    return None
+        found: list[tuple[tuple[int, ...], Any]] = []
+        total = 0
+        for shape, meta in zip(self._outputs, self._meta.outputs, strict=True):
+            known = [axis if isinstance(axis, int) else sizes.get(axis, -1) for axis in shape]
+            if "" in shape or -1 in known:
+                return None
+            dtype = np.dtype(NUMPY[meta.datatype])
+            found.append((tuple(known), dtype))
+            total += prod(known) * dtype.itemsize
+        return found if total >= BOUND_FROM else None
 
 
 def session_options(threads: int) -> ort.SessionOptions:
@@ -97,6 +161,13 @@ def described(session: Any) -> EngineMeta:
     outputs = tuple(_meta(o) for o in session.get_outputs())
     batchable = all(t.shape and t.shape[0] == -1 for t in (*inputs, *outputs))
     return EngineMeta("onnxruntime_onnx", inputs, outputs, batchable)
+
+
+def _fixed_or_named(node: Any) -> tuple[int | str, ...]:
+    """Each axis as its size or, if it is free, its name; "" if it has none."""
+    return tuple(
+        d if isinstance(d, str) or (isinstance(d, int) and d >= 0) else "" for d in node.shape
+    )
 
 
 def axes_of(session: Any) -> dict[str, tuple[str, ...]]:

@@ -17,10 +17,13 @@ import statistics
 import sys
 import time
 import traceback
+from collections.abc import Sequence
+from math import prod
 from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from cotenant.devices import proctree
 from cotenant.domain.device import CPU, PROCESSOR, REST_EVERY
@@ -33,6 +36,7 @@ from cotenant.engines.base import (
     Array,
     Engine,
     EngineMeta,
+    InPlace,
     Opening,
     Placeable,
     Target,
@@ -84,6 +88,8 @@ class Worker:
         """In place of the engine, where that takes turns."""
         self._placeable: Placeable | None = None
         """The engine, where it matters to it which units it has."""
+        self._in_place: InPlace | None = None
+        """The engine, where it can write outputs into the arena."""
         self._unjoined = ""
         """Why no rows are joined; "" if they may be."""
         self._until_check = -1
@@ -159,6 +165,7 @@ class Worker:
                 return self._sequences.open(order)
             self._engine = engine
             self._placeable = engine if isinstance(engine, Placeable) else None
+            self._in_place = engine if isinstance(engine, InPlace) else None
             data = None
             if order.check:
                 data = read_check(Path(order.check), engine.meta.inputs, order.settings.check)
@@ -287,7 +294,12 @@ class Worker:
         """Outputs of requests run as one; None, and no joining from then on, if an output is not
         row by row: then whose is whose cannot be told."""
         assert self._engine is not None
-        outputs = self._engine.run(units, self._gather(self._engine.meta, items))
+        inputs, room = self._gather(self._engine.meta, items), None
+        if len(items) == 1 and self._in_place is not None:
+            room = Room(self._arena, items[0].out_offset, items[0].out_bytes)
+            outputs = self._in_place.run_into(units, inputs, room)
+        else:
+            outputs = self._engine.run(units, inputs)
         if not self._unjoined:
             rows = sum(item.rows for item in items)
             for meta, output in zip(self._engine.meta.outputs, outputs, strict=True):
@@ -303,6 +315,8 @@ class Worker:
             self._until_check -= 1
         if len(items) > 1 and self._unjoined:
             return None
+        if room is not None and outputs is room.given:
+            return (self._store(items[0], outputs, placed=True),)
         return self._scatter(items, outputs)
 
     def _compare(self, units: int, items: tuple[Item, ...], outputs: list[Array]) -> None:
@@ -352,7 +366,8 @@ class Worker:
         pairs = zip(items, _split(items, outputs), strict=True)
         return tuple(self._store(item, parts) for item, parts in pairs)
 
-    def _store(self, item: Item, parts: list[Array]) -> Outputs:
+    def _store(self, item: Item, parts: list[Array], *, placed: bool = False) -> Outputs:
+        """``placed``: they lie where they are to be."""
         places: list[Place] = []
         spilled: list[bytes] = []
         offset, end = item.out_offset, item.out_offset + item.out_bytes
@@ -363,10 +378,39 @@ class Worker:
                 places.append(Place(part.shape, -1, size))
                 spilled.append(bytes(data))
                 continue
-            self._arena[offset : offset + size] = data
+            if not placed:
+                self._arena[offset : offset + size] = data
             places.append(Place(part.shape, offset, size))
-            offset += -(-size // ALIGN) * ALIGN
+            offset += _aligned(size)
         return Outputs(tuple(places), tuple(spilled))
+
+
+class Room:
+    """A request's part of the arena for its outputs, laid out as ``_store`` does."""
+
+    def __init__(self, arena: memoryview, offset: int, size: int) -> None:
+        self._arena = arena
+        self._offset = offset
+        self._end = offset + size
+        self.given: list[Array] | None = None
+        """What was taken last."""
+
+    def take(self, outputs: Sequence[tuple[tuple[int, ...], npt.DTypeLike]]) -> list[Array] | None:
+        """See ``engines.base.Room``."""
+        found: list[Array] = []
+        offset = self._offset
+        for shape, dtype in outputs:
+            size = prod(shape) * np.dtype(dtype).itemsize
+            if offset + size > self._end:
+                return None
+            found.append(np.ndarray(shape, dtype, self._arena, offset))
+            offset += _aligned(size)
+        self.given = found
+        return found
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
 
 
 def _split(items: tuple[Item, ...], outputs: list[Array]) -> list[list[Array]]:
