@@ -10,8 +10,9 @@
  *    call is let through: a kernel may wait for what comes after it.
  * 4. A mark is a number that the stream writes into its slot when it gets there. One follows each
  *    eighth of the bound, and a thread of ours puts the last ones when the gate closes.
- * 5. While any stream is under capture we put no marks and ask no events: a mark would become part
- *    of a graph, a question may end the capture. Calls on a capturing stream pass.
+ * 5. While any stream is under capture we ask nothing: a question may end the capture. Marks are put
+ *    on streams that are neither under capture nor the legacy one, where the job may launch as well,
+ *    with our thread exempt from what captures forbid. Calls on a capturing stream pass.
  * 6. A node whose heartbeat is old is dead, and its gate open.
  */
 #define _GNU_SOURCE
@@ -32,7 +33,7 @@
 
 enum { READY = 0, NOT_READY = 600, ALREADY_REGISTERED = 712 };
 enum { RING = 1024, FUNCTIONS_KNOWN = 4096, SAMPLES = 16, PORTABLE_MAPPED = 3 };
-enum { NO_KEY = 0, ENDING = 1 };
+enum { NO_KEY = 0, ENDING = 1, CAPTURE_RELAXED = 2 };
 
 struct stream {
     _Atomic uint64_t key; /* NO_KEY: free; ENDING: gone, its marks still to come */
@@ -280,6 +281,13 @@ static void register_slots(void)
     pthread_mutex_unlock(&naming);
 }
 
+/* The first mark names our memory to the driver, which may end a capture. */
+static int may_mark(const struct stream *s)
+{
+    return !captures ||
+           (registered && s->key > ENDING && s->stream != STREAM_LEGACY && !capturing(s->stream));
+}
+
 /* Put one on the stream; 0 if it is there. */
 static int put_mark(int i, uint32_t number)
 {
@@ -290,6 +298,8 @@ static int put_mark(int i, uint32_t number)
         if (!REAL(cuStreamWriteValue32_v2, void *, uint64_t, uint32_t, unsigned)(
                 stream, device_at + i * sizeof *slots, number, 0))
             return 0;
+        if (captures) /* not to be asked why */
+            return 1;
         if (REAL(cuStreamQuery, void *)(stream) == READY ||
             REAL(cuStreamQuery, void *)(stream) == NOT_READY) {
             host_marks = 1; /* the stream is well: it is the way that does not work */
@@ -301,18 +311,33 @@ static int put_mark(int i, uint32_t number)
                                                                     (void *)(uintptr_t)packed);
 }
 
+/* The same beside captures. */
+static int put_mark_beside(int i, uint32_t number)
+{
+    int mode = CAPTURE_RELAXED;
+    if (!captures)
+        return put_mark(i, number);
+    if (REAL(cuThreadExchangeStreamCaptureMode, int *)(&mode))
+        return 1;
+    int result = put_mark(i, number);
+    REAL(cuThreadExchangeStreamCaptureMode, int *)(&mode);
+    return result;
+}
+
 /* Under the lock. */
 static void mark(int i)
 {
     struct stream *s = &streams[i];
     uint32_t put = atomic_load_explicit(&slots[i].put, RELAXED);
     reap(i);
-    if (put - s->seen >= RING - 1)
-        return; /* the next call marks */
+    if (!may_mark(s) || put - s->seen >= RING - 1)
+        return; /* a later call marks, or the tending thread */
     s->at_mark[(put + 1) % RING] = s->issued_ns;
     atomic_store(&slots[i].put, put + 1);
-    if (put_mark(i, put + 1)) {
+    if (put_mark_beside(i, put + 1)) {
         atomic_store(&slots[i].put, put);
+        if (captures)
+            return;
         int state = REAL(cuStreamQuery, void *)(s->stream);
         if (state != READY && state != NOT_READY) {
             atomic_fetch_or(&seat->flags, SEAT_FAULTED);
@@ -379,13 +404,13 @@ static int settle(int ask)
         int owes = slots[i].done != slots[i].put;
         outstanding |= loose || owes;
         /* another thread's per-thread stream has no name here; its calls are marked one by one */
-        if ((loose || (owes && ask)) && s->key > ENDING && s->stream != STREAM_PER_THREAD &&
-            !captures) {
+        int asks = ask && !captures;
+        if ((loose || (owes && asks)) && s->key > ENDING && s->stream != STREAM_PER_THREAD) {
             int push = s->context && s->context != current;
             if (!push || !REAL(cuCtxPushCurrent_v2, void *)(s->context)) {
                 if (loose)
                     mark((int)i);
-                if (ask) {
+                if (asks) {
                     int state = REAL(cuStreamQuery, void *)(s->stream);
                     if (state != NOT_READY) {
                         if (state != READY)
@@ -709,7 +734,7 @@ static void count(struct call *call)
     s->loose_ns += call->estimate_ns;
     uint32_t loose = atomic_load_explicit(&slots[i].loose, RELAXED); /* written under the lock only */
     atomic_store_explicit(&slots[i].loose, loose + 1, memory_order_release);
-    if (!captures && (s->loose_ns >= (int64_t)head->bound_ns / 8 || s->stream == STREAM_PER_THREAD))
+    if (s->loose_ns >= (int64_t)head->bound_ns / 8 || s->stream == STREAM_PER_THREAD)
         mark(i);
     pthread_mutex_unlock(&s->lock);
 }
@@ -748,6 +773,13 @@ int capture_begin(void *stream)
     gate_attach();
     if (inside || capturing(stream))
         return 0;
+    int i = seat ? slot_of(stream, 0) : -1;
+    if (i >= 0) { /* what is on it can be marked now and not later */
+        pthread_mutex_lock(&streams[i].lock);
+        if (atomic_load(&slots[i].loose))
+            mark(i);
+        pthread_mutex_unlock(&streams[i].lock);
+    }
     int entered = memory_enter(); /* nothing is evicted under a capture */
     captures_changed(1);
     memory_leave(entered);
@@ -782,16 +814,15 @@ void stream_ends(void *stream)
     gate_attach();
     if (!seat || inside)
         return;
-    if (captures && capturing(stream)) {
+    int was_capturing = captures && capturing(stream);
+    if (was_capturing)
         captures_changed(-1);
-        return;
-    }
     int i = slot_of(stream, 0);
     if (i < 0)
         return;
     atomic_fetch_add(&seat->entered, 1);
     pthread_mutex_lock(&streams[i].lock);
-    if (atomic_load(&slots[i].loose) && !captures)
+    if (atomic_load(&slots[i].loose) && !was_capturing)
         mark(i);
     reap(i);
     atomic_store(&streams[i].key, ENDING);

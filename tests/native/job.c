@@ -5,6 +5,9 @@
  * threads ...        the same on the per-thread default stream
  * forever ...        the same without end
  * capture N US       captures N kernels, launches the graph N times; prints the count
+ * beside N US      while a stream is under capture, launches on the default stream of another thread
+ *                    until there is input
+ * contexts N US    makes and ends N contexts, with a kernel in each that nobody waits for
  * fork N US          its child runs N; prints what the child counted
  * exec N US          replaces itself by "run 1 N US"
  * destroy N US       as run, but a new stream for each ten launches
@@ -31,7 +34,8 @@ struct config { unsigned shape[7]; void *stream; };
 static void *context, *function;
 static uint64_t counter;
 static long launches, us;
-static int per_thread, renew, forever;
+static int per_thread, renew;
+static volatile int forever;
 
 static void setup(void)
 {
@@ -120,6 +124,27 @@ static void capture(void)
     printf("%lu\n", (unsigned long)counted());
 }
 
+static void beside(void)
+{
+    pthread_t thread;
+    void *stream, *graph;
+    setup();
+    CHECK(CALL(cuStreamCreate, void **, unsigned)(&stream, 0));
+    CHECK(launch((void *)2, 0)); /* the first call names the page's memory to the driver */
+    per_thread = 1;
+    pthread_create(&thread, NULL, work, NULL);
+    pthread_join(thread, NULL);
+    CHECK(CALL(cuStreamBeginCapture_v2, void *, int)(stream, 0));
+    forever = 1;
+    pthread_create(&thread, NULL, work, NULL);
+    printf("capturing\n"), fflush(stdout);
+    getchar();
+    forever = 0;
+    pthread_join(thread, NULL);
+    CHECK(CALL(cuStreamEndCapture, void *, void **)(stream, &graph));
+    printf("ended\n");
+}
+
 static void contexts(void)
 {
     setup();
@@ -167,6 +192,8 @@ int main(int argc, char **argv)
     forever = !strcmp(verb, "forever");
     if (!strcmp(verb, "capture"))
         capture();
+    else if (!strcmp(verb, "beside"))
+        beside();
     else if (!strcmp(verb, "contexts"))
         contexts();
     else if (!strcmp(verb, "exec")) {

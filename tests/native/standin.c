@@ -406,9 +406,11 @@ EXPORT int cuStreamIsCapturing(void *h, int *status)
     *status = !broken && h > (void *)2 && ((struct stream *)h)->capture != NULL;
     return OK;
 }
+static _Atomic int capturing_now;
 EXPORT int cuStreamBeginCapture_v2(void *h, int mode)
 {
     (void)mode;
+    capturing_now++;
     stream_at(h, 0)->capture = calloc(1, sizeof(struct graph));
     return OK;
 }
@@ -417,6 +419,7 @@ EXPORT int cuStreamEndCapture(void *h, void **g)
     struct stream *s = stream_at(h, 0);
     *g = s->capture;
     s->capture = NULL;
+    capturing_now--;
     return OK;
 }
 EXPORT int cuGraphInstantiateWithFlags(void **e, void *g, unsigned long long f) { (void)f; *e = g; return OK; }
@@ -449,9 +452,26 @@ EXPORT int cuEventElapsedTime(float *ms, void *a, void *b)
     *ms = (float)(((struct event *)b)->at - ((struct event *)a)->at) / 1e6f;
     return OK;
 }
+/* While anything is under capture only a thread that is exempt may do what captures forbid. */
+static _Thread_local int capture_mode;
+static int forbidden(void)
+{
+    int found = capture_mode != 2 && capturing_now;
+    if (found)
+        atomic_fetch_add(&stats->in_capture, 1);
+    return found ? 900 : OK;
+}
+EXPORT int cuThreadExchangeStreamCaptureMode(int *mode)
+{
+    int was = capture_mode;
+    capture_mode = *mode, *mode = was;
+    return OK;
+}
 EXPORT int cuStreamWriteValue32_v2(void *h, uint64_t at, uint32_t value, unsigned f)
 {
     (void)f;
+    if (forbidden())
+        return 900;
     if (getenv("STANDIN_NO_WRITES"))
         return UNSUPPORTED;
     int state = enter();

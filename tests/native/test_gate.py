@@ -182,6 +182,23 @@ def test_a_capturing_stream_is_left_alone(bench: Bench) -> None:
     assert bench.stats()["in_capture"] == 0
 
 
+def test_what_is_launched_beside_a_capture_drains(bench: Bench) -> None:
+    """Also on the default stream of a thread that waits at the gate."""
+    job = bench.job("beside", 5, 300)
+    assert job.stdout is not None and job.stdin is not None
+    assert job.stdout.readline() == "capturing\n"
+    for _ in range(5):
+        executed = bench.stats()["executed"]
+        bench.until(lambda before=executed: bench.stats()["executed"] > before + 3)
+        close_and_drain(bench)
+        assert stands_still(bench)
+        bench.page.open_gate()
+    job.stdin.write("\n")
+    job.stdin.flush()
+    assert bench.finish(job) == "ended"
+    assert bench.stats()["in_capture"] == 0
+
+
 # --- either side may die ----------------------------------------------------------------------
 
 
