@@ -5,9 +5,9 @@
  * threads ...        the same on the per-thread default stream
  * forever ...        the same without end
  * capture N US       captures N kernels, launches the graph N times; prints the count
- * beside N US      while a stream is under capture, launches on the default stream of another thread
+ * beside N US        while a stream is under capture, launches on the default stream of another thread
  *                    until there is input
- * contexts N US    makes and ends N contexts, with a kernel in each that nobody waits for
+ * contexts N US      makes and ends N contexts, with a kernel in each that nobody waits for
  * fork N US          its child runs N; prints what the child counted
  * exec N US          replaces itself by "run 1 N US"
  * destroy N US       as run, but a new stream for each ten launches
