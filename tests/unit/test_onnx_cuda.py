@@ -251,6 +251,24 @@ def test_providers_are_preferred_in_order_and_share_the_stream() -> None:
     assert "TensorrtExecutionProvider" not in _first(Runtime(doubled())).providers
 
 
+def test_what_tensorrt_builds_is_kept_where_there_is_a_place_of_this_users_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kept() -> dict[str, str]:
+        runtime = Runtime(doubled())
+        engine(runtime, tensorrt=True)
+        options: dict[str, str] = runtime.sessions[0].providers["TensorrtExecutionProvider"]
+        return {key: value for key, value in options.items() if "cache" in key}
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "cotenant" / "tensorrt"
+    assert kept()["trt_engine_cache_path"] == str(folder) and folder.is_dir()
+    folder.chmod(0o777)
+    assert not kept(), "anybody could have put an engine there"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert not kept()
+
+
 def _first(runtime: Runtime) -> Any:
     engine(runtime)
     return runtime.sessions[0]

@@ -33,6 +33,7 @@ from cotenant.engines.cuda.driver import Gpu
 from cotenant.engines.cuda.session import GRAPHS, NotCaptured, Session, Signature, signature_of
 from cotenant.engines.cuda.subsets import Lane, Subsets
 from cotenant.engines.onnx import axes_of, first_line
+from cotenant.engines.usercache import user_cache
 
 CUDA_PROVIDER: Final = "CUDAExecutionProvider"
 TENSORRT_PROVIDER: Final = "TensorrtExecutionProvider"
@@ -215,7 +216,11 @@ class OnnxCudaEngine:
             "do_copy_in_default_stream": "1",
             "enable_cuda_graph": "1" if graphs else "0",
         }
-        own = {TENSORRT_PROVIDER: common, CUDA_PROVIDER: common | cuda, CPU_PROVIDER: {}}
+        own = {
+            TENSORRT_PROVIDER: common | _kept_engines(),
+            CUDA_PROVIDER: common | cuda,
+            CPU_PROVIDER: {},
+        }
         providers = [(name, own[name]) for name in self._providers]
         try:
             # Without enable_fallback=0 a session that cannot be made is made on the CPU.
@@ -246,6 +251,19 @@ class OnnxCudaEngine:
         if text and text not in self._notes:
             self._notes.append(text)
             print(f"{self._path.name}: {text}", file=sys.stderr, flush=True)
+
+
+def _kept_engines() -> dict[str, str]:
+    """TensorRT takes minutes to build an engine: for one model, GPU and version it is kept."""
+    folder = user_cache("tensorrt")
+    if folder is None:
+        return {}
+    return {
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": str(folder),
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": str(folder),
+    }
 
 
 def _in_order(units: Sequence[int]) -> tuple[int, ...]:

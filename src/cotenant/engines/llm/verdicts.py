@@ -43,6 +43,7 @@ from cotenant.engines.llm.gate import (
 )
 from cotenant.engines.llm.text import Text
 from cotenant.engines.llm.weights import Build
+from cotenant.engines.usercache import user_cache
 
 
 class Bounds(NamedTuple):
@@ -110,14 +111,13 @@ def _made(
 
 def _kept(path: Path, written: str, floor: Exactness) -> Path | None:
     """Where a judgement of this file is kept; None if there is no place."""
-    own = os.environ.get("XDG_CACHE_HOME", "")
+    folder = user_cache("builds")
     try:
-        folder = Path(own) if own.startswith("/") else Path.home() / ".cache"
-        folder = folder / "cotenant" / "builds"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.stat()
         name = str(path.resolve())
-    except (OSError, RuntimeError):  # no home, or none that can be written to
+    except (OSError, RuntimeError):  # gone, or a loop of links
+        return None
+    if folder is None:
         return None
     holds = (
         FORMAT,
