@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import struct
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from cotenant.domain.workload import RestartPolicy
 from tests.gpu_machine import GpuMachine
 from tests.nvml_standin import Fault
 
@@ -55,9 +58,11 @@ def with_a_model(found: Box, devices: list[dict[str, Any]]) -> Box:
     return found.configure([{"name": "pieces", "kinds": "cuda"}], devices=devices)
 
 
-def submit(box: Box, gpu: GpuMachine, *command: str, **more: str) -> str:
-    env = {**os.environ, **gpu.env(), "COTENANT_TEST_BOX": box.mark, **more}
-    return box.submit(*command, kinds=("cuda",), env=env)
+def submit(
+    box: Box, gpu: GpuMachine, *command: str, env: Mapping[str, str] = {}, **fields: Any
+) -> str:
+    env = {**os.environ, **gpu.env(), "COTENANT_TEST_BOX": box.mark, **env}
+    return box.submit(*command, kinds=("cuda",), env=env, **fields)
 
 
 def program(box: Box) -> int:
@@ -124,7 +129,7 @@ def test_a_long_kernel_is_stopped_for_each_request_and_ends_as_it_would(
     box = with_a_model(boxes(dict(env)), [{"kind": "cpu"}, {**GPU, "preempt": "channel"}])
     box.start()
     words = ("sh", "-c", 'exec "$COTENANT_JOB" run 1 1 3000000')
-    job = submit(box, gpu, *words, LD_PRELOAD=str(gpu.rm), STANDIN_STATS=str(stats))
+    job = submit(box, gpu, *words, env={"LD_PRELOAD": str(gpu.rm), "STANDIN_STATS": str(stats)})
     box.until(lambda: struct.unpack("<8Q", stats.read_bytes())[2])
     for _ in range(5):
         assert asked(box) == 200
@@ -132,6 +137,49 @@ def test_a_long_kernel_is_stopped_for_each_request_and_ends_as_it_would(
         box.until(lambda: box.job("job").partitions)
     assert tenants(box)[job]["level"] == "PAUSE"
     box.until(lambda: box.job(job).state == "succeeded")
+
+
+def test_what_a_job_does_wrong_is_its_own_error_and_nobody_elses(
+    box: Box, gpu: GpuMachine, tmp_path: Path
+) -> None:
+    """An illegal access, and more memory than it may have."""
+    box.start()
+    other = submit(box, gpu, *RUNS, name="other")
+    faults = tmp_path / "faults"
+    faults.write_text("run 3 700\n")
+    once: dict[str, Any] = {"restart": RestartPolicy.NEVER}
+    bad = submit(box, gpu, *RUNS, name="bad", env={"STANDIN_FAULT": str(faults)}, **once)
+    greedy = 'echo "alloc a 64000000" | "$COTENANT_MEMORY_JOB" | grep -x 2'
+    full = submit(box, gpu, "sh", "-c", greedy, name="full", memory=32 << 20, **once)
+    box.until(lambda: box.job(bad).state == "failed", lambda: box.job(bad))
+    box.until(lambda: box.job(full).state == "succeeded")  # it was told: out of memory
+    assert asked(box) == 200
+    assert box.job(other).state == "running"
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("cuda") is None, reason="cuda-bindings is not installed"
+)
+def test_an_illegal_access_in_a_worker_costs_that_worker_and_no_request(
+    boxes: Boxes, gpu: GpuMachine, tmp_path: Path
+) -> None:
+    """By an engine of another package; its third kernel breaks the context."""
+    faults = tmp_path / "faults"
+    path = f"{Path(__file__).parent / 'computes'}:{os.environ.get('PYTHONPATH', '')}"
+    env = {**gpu.env(), "PYTHONPATH": path, "STANDIN_FAULT": str(faults)}
+    box = boxes(env)
+    model = box.models / "model" / "1" / "model.computes.json"
+    model.parent.mkdir(parents=True)
+    model.write_text("{}")
+    box.configure([{"name": "model", "kinds": "cuda"}], devices=DEVICES).start()
+    assert box.infer("model", x=np.ones(1, np.float32)).status == 200
+    workers = box.workers()
+    faults.write_text("run 0 700\n")
+    answers = [box.infer("model", x=np.ones(1, np.float32)) for _ in range(1)]
+    faults.unlink()
+    assert answers[0].status in (200, 503), answers[0].body
+    box.until(lambda: box.workers() != workers)
+    box.until(lambda: box.infer("model", x=np.ones(1, np.float32)).status == 200)
 
 
 def test_a_gpu_that_is_lost_is_said_and_the_rest_of_the_box_goes_on(

@@ -132,8 +132,11 @@ class Tenancy:
         place = ""
         if devices[0].pins_jobs:
             partition = self._place_of(tenant, kind)
-            if partition is None or partition.retiring or self._taken(partition.id):
+            if partition is None or partition.retiring:
                 tenant.waits = ALONE if tenant.apart else "its partition is not there yet"
+                return
+            if not self._fits_beside(tenant, partition.id):
+                tenant.waits = "another job has the memory of its partition"
                 return
             place = partition.id
             devices = tuple(d for d in devices if d.id == partition.device)
@@ -155,8 +158,13 @@ class Tenancy:
         mine = (parts[p] for p in self._state.plan.jobs.get(tenant.id, ()) if p in parts)
         return next((p for p in mine if p.kind == kind), None)
 
-    def _taken(self, place: str) -> bool:
-        return any(t.place == place for t in self._state.tenants.values())
+    def _fits_beside(self, tenant: Tenant, place: str) -> bool:
+        """Whether a job can be where others are bound to: where the partition has memory of its own
+        all of them have to say what they need of it."""
+        there = [t.memory for t in self._state.tenants.values() if t.place == place]
+        room = next(p.memory for p in self._state.plan.partitions if p.id == place)
+        needs = [*there, tenant.memory]
+        return not there or not room or (all(needs) and sum(needs) <= room)
 
     def _choose_kind(self, tenant: Tenant) -> str:
         """Choose the kind of device for a job that is to start; "" if there is no room for it now,
