@@ -214,6 +214,11 @@ def open_engine(
             "leave it out"
         )
     if settings.engine == "vllm":
+        if target.processor.startswith(CUDA_SUBSETS):
+            raise ModelError(
+                f"{path.name}: vLLM computes on all of a GPU, and this one is divided in subsets; "
+                "serve it on one without (subsets: false)"
+            )
         return _open_vllm(path, kv)
     if path.name.endswith(".pieces.json"):
         from cotenant.engines.pieces import PiecesEngine
