@@ -86,7 +86,7 @@ class SubsetSpace:
         self._uuid = self._gpu.uuid()
         self._found = self._ask(self._uuid, {VISIBLE: self._uuid, **self.worker(self._uuid)})
         if not self._found.units:
-            how = "install a newer driver and cuda-bindings (pip install 'cotenant[cuda]')"
+            how = "it takes driver 550 or newer and a GPU that this can split"
             raise self._impossible(self._found.refusal, how)
 
     def _check_mps(self, found: mps.Mps) -> None:
