@@ -4,6 +4,8 @@ on stand-ins for both."""
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -187,6 +189,16 @@ def test_without_mps_services_would_take_turns_so_it_is_refused(opened: Open, pi
     (pipes / "control").unlink()
     with pytest.raises(EnvironmentProblem, match="MPS"):
         opened()
+
+
+def test_beside_static_partitions_it_is_refused(opened: Open, pipes: Path) -> None:
+    script = "print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-S", "-c", script], stdin=-1, stdout=-1) as daemon:
+        assert daemon.stdout is not None and daemon.stdout.readline()
+        (pipes / "nvidia-cuda-mps-control.pid").write_text(str(daemon.pid))
+        with pytest.raises(EnvironmentProblem, match="static"):
+            opened()
+        daemon.kill()
 
 
 def test_what_does_not_answer_is_not_waited_for(

@@ -140,12 +140,8 @@ class SubsetSpace:
         return {PROCESSOR: f"{CUDA_SUBSETS}{shown}", PART: "100"}
 
     def check(self, tenant: str, partition: Partition) -> None:
-        units = set(partition.units)
-        if (
-            not units
-            or not units <= set(range(self._found.units))
-            or len(units) < len(partition.units)
-        ):
+        units, known = partition.units, range(self._found.units)
+        if not units or len(set(units)) < len(units) or any(u not in known for u in units):
             raise DeviceError(
                 f"{partition.id}: units {list(partition.units)} are not of {self._device}, "
                 f"which has {self._found.units} from 0 on"
