@@ -2,6 +2,7 @@
  *
  * STANDIN_SMS: how many multiprocessors (132). STANDIN_SM_GROUP: "8 8", the least that may be split
  * off and what a count must be a multiple of. STANDIN_GREEN_FAULT: "NAME CODE", that call is refused.
+ * The GPU's UUID is that which CUDA_VISIBLE_DEVICES shows, if it shows one.
  * standinGreen(0): green contexts that live; 1: contexts made; 2: streams that live, of contexts and
  * with priorities; 3: bytes of pinned memory.
  */
@@ -216,8 +217,15 @@ EXPORT int cuMemFreeHost(void *at)
 }
 EXPORT int cuDeviceGetUuid_v2(unsigned char *at, int d)
 {
+    const char *shown = getenv("CUDA_VISIBLE_DEVICES");
     for (int i = 0; i < 16; i++)
         at[i] = (unsigned char)(i + 1);
+    if (shown && !strncmp(shown, "GPU-", 4))
+        for (int i = 0; i < 16 && shown; i++) {
+            shown += strspn(shown, "GPU-");
+            if (sscanf(shown, "%2hhx", &at[i]) == 1)
+                shown += 2;
+        }
     return d ? 101 : OK;
 }
 

@@ -12,7 +12,7 @@ from cotenant.domain import actions as a
 from cotenant.domain import events as e
 from cotenant.domain.device import Partition
 from cotenant.domain.mig import table
-from cotenant.domain.plan import Plan
+from cotenant.domain.plan import EMPTY_PLAN, Plan
 from cotenant.domain.snapshot import Snapshot
 from cotenant.policy.planner import Planner
 from cotenant.policy.planstate import Tuning
@@ -24,6 +24,16 @@ from cotenant.sim.world import World
 from tests.sim.test_scenario import MIG, NPU
 from tests.unit.test_planner_mig import placements
 
+SUBSETS = """
+name: subsets
+duration: 60s
+device: {kind: sm, units: 16, trains: false}
+services:
+  - {name: a, objective: {latency: 50ms}, arrivals: {kind: poisson, rate: RATE},
+     cost: {first: 80ms}, sm: {cost: {first: 80ms, parallel: 1.0}}}
+  - {name: b, objective: {latency: 50ms}, arrivals: {kind: poisson, rate: 10},
+     cost: {first: 80ms}, sm: {cost: {first: 80ms, parallel: 1.0}}}
+"""
 JOB = "jobs:\n  - {name: j, cost: {rate: 5, move: 2s}}\n"
 
 
@@ -50,6 +60,16 @@ class Checked:
 
     def planned(self, _: int, __: Snapshot, ___: Plan | None) -> None:
         pass
+
+
+class Last(Checked):
+    """Keeps the last plan."""
+
+    plan = EMPTY_PLAN
+
+    def decided(self, _: int, event: e.Event, __: list[a.Action]) -> None:
+        if isinstance(event, e.Planned):
+            self.plan = event.plan
 
 
 @pytest.mark.parametrize("rate", [5, 150, 600])
@@ -265,3 +285,17 @@ def test_a_job_is_slowed_down_by_the_neighbours_on_its_own_device_only() -> None
         job.held = held
         world._slow_jobs()
         assert job.slowed == pytest.approx(1 - 1 / (1 + slow))
+
+
+def test_a_gpu_in_subsets_is_divided_among_services_and_anew_where_that_answers_more() -> None:
+    found: dict[int, tuple[list[int], Outcome]] = {}
+    for rate in (10, 110):
+        scenario = parse_scenario(SUBSETS.replace("RATE", str(rate)), Path())
+        last = Last()
+        outcome = World(scenario, Planner(), (0, 0), observer=last).run()
+        found[rate] = sorted(p.compute for p in last.plan.partitions), outcome
+    sizes, calm = found[10]
+    assert sizes == [8, 8] and calm.figures()["worst_attainment"] > 0.95
+    sizes, loaded = found[110]
+    assert sizes != [8, 8] and loaded.repartitions > calm.repartitions
+    assert loaded.figures()["worst_attainment"] > 0.5

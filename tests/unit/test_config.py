@@ -8,7 +8,7 @@ import pytest
 
 from cotenant.domain.config import is_loopback, parse_config, parse_model_settings
 from cotenant.domain.device import PreemptLevel
-from cotenant.domain.device_config import CpuConfig, NullConfig
+from cotenant.domain.device_config import CpuConfig, CudaConfig, NullConfig
 from cotenant.domain.errors import ConfigError
 from cotenant.domain.units import MS
 from cotenant.domain.workload import RestartPolicy
@@ -275,3 +275,29 @@ def test_what_is_guaranteed_is_added_up_by_kind() -> None:
     assert len(parse_config(TWO_KINDS + "jobs:\n" + both).jobs) == 2
     with pytest.raises(ConfigError):
         parse_config(TWO_KINDS + "jobs:\n" + both + job % ("c", "cpu: 0.4"))
+
+
+SUBSETS = "devices: [{kind: cpu}, {kind: cuda, subsets: true}]"
+
+
+def test_a_gpu_in_subsets_takes_no_jobs() -> None:
+    config = parse_config(f"{SUBSETS}\njobs: [{{name: j, command: x, guaranteed: 0.5}}]")
+    assert CudaConfig(subsets=True) in config.devices
+    alone = "devices: [{kind: cuda, subsets: true}]"
+    for only in (
+        f"{SUBSETS}\njobs: [{{name: j, command: x, kinds: cuda}}]",
+        f"{alone}\njobs: [{{name: j, command: x}}]",
+    ):
+        refused = error(only)
+        assert refused.path == "jobs" and "MIG" in str(refused)
+
+
+@pytest.mark.parametrize(("key", "value"), [("preempt", "gate"), ("bound", "5ms")])
+def test_what_is_about_jobs_is_no_key_of_a_gpu_in_subsets(key: str, value: str) -> None:
+    refused = error(f"devices: [{{kind: cuda, subsets: true, {key}: {value}}}]")
+    assert refused.path == f"devices[0].{key}"
+
+
+def test_gpus_of_a_node_have_subsets_or_none() -> None:
+    refused = error("devices: [{kind: cuda, subsets: true}, {kind: cuda, id: b, gpu: 1}]")
+    assert refused.path == "devices"

@@ -14,7 +14,7 @@ import pytest
 
 from cotenant.domain.config import ModelSettings
 from cotenant.domain.errors import ModelError
-from cotenant.engines.base import Array, Opening, TurnEngine
+from cotenant.engines.base import Array, Opening, Target, TurnEngine
 from cotenant.engines.llm.asking import Details
 from cotenant.engines.llm.text import Text
 from cotenant.engines.llm.vllm import SMALLEST, VERSION, Balloon, VllmEngine
@@ -105,6 +105,14 @@ def test_arguments_of_vllm_can_be_given(path: Path, monkeypatch: pytest.MonkeyPa
 def test_other_files_than_safetensors_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ModelError, match="safetensors"):
         open_engine(Opening(tmp_path / name, (1,), ModelSettings(engine="vllm")))
+
+
+def test_a_gpu_in_subsets_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch)
+    settings = ModelSettings(engine="vllm")
+    assert open_engine(Opening(path, (1,), settings, target=Target("cuda:0")))
+    with pytest.raises(ModelError, match="subsets"):
+        open_engine(Opening(path, (1,), settings, target=Target("cuda-subsets:0")))
 
 
 def test_an_index_of_several_files_is_safetensors_too(

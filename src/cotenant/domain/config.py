@@ -11,7 +11,7 @@ from typing import Any, Final
 import msgspec
 
 from cotenant.domain import reading, shares
-from cotenant.domain.device_config import DeviceConfig, read_devices
+from cotenant.domain.device_config import DeviceConfig, closed_to_jobs, read_devices
 from cotenant.domain.errors import ConfigError
 from cotenant.domain.units import MS, S, format_bytes
 from cotenant.domain.workload import (
@@ -137,13 +137,16 @@ def parse_config(text: str) -> NodeConfig:
     _unique("services", [s.name for s in services])
     _unique("jobs", [j.name for j in jobs])
     kinds = tuple(dict.fromkeys(device.kind for device in devices))
-    for key, workloads in (("services", services), ("jobs", jobs)):
-        for workload in workloads:
-            why = shares.problem(workload, kinds)
-            if why:
-                raise ConfigError(f"{workload.name}: {why}", key)
+    closed = closed_to_jobs(devices)
+    training = tuple(kind for kind in kinds if kind not in closed)
+    for service in services:
+        if why := shares.problem(service, kinds):
+            raise ConfigError(f"{service.name}: {why}", "services")
+    for job in jobs:
+        if why := shares.problem(job, training, closed):
+            raise ConfigError(f"{job.name}: {why}", "jobs")
     for kind in kinds:
-        total = shares.promised((*services, *jobs), kind)
+        total = shares.promised((*services, *(() if kind in closed else jobs)), kind)
         if total > 1.0 + 1e-9:
             raise ConfigError(
                 f"guaranteed shares of {kind} add up to {total:g}; at most 1 can be guaranteed"

@@ -10,7 +10,7 @@ from typing import Final
 
 import msgspec
 
-from cotenant.domain.units import MS, US
+from cotenant.domain.units import MS, US, S
 
 GATE_BOUND: Final = 2 * MS
 """Ns of a job's work that may be in flight behind a launch gate, if nothing else is said."""
@@ -20,6 +20,9 @@ GATE_LOOK: Final = 500 * US
 MIG_MAKE: Final = 119 * MS
 MIG_UNMAKE: Final = 163 * MS
 """Of one instance on an A100, means (gpuless thesis)."""
+SUBSET_SESSION: Final = 2 * S
+"""What it costs services to have other multiprocessors of a GPU in subsets: the first batch there
+waits for a session of its model. Assumed."""
 
 
 class Span(msgspec.Struct, frozen=True):

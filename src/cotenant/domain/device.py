@@ -162,6 +162,13 @@ class DeviceSpec(msgspec.Struct, frozen=True):
         return self.slices or len(self.units)
 
 
+def even_sizes(units: int) -> tuple[int, ...]:
+    """Sizes of parts when so many units are divided as equally as can be: in one part, in two, and
+    so on. ``shapes`` of a device that is divided so."""
+    parts = range(1, units + 1)
+    return tuple(sorted({size for n in parts for size in (units // n, -(-units // n))}))
+
+
 class LayoutStep(msgspec.Struct, frozen=True):
     """A step of a change of layout, in words, and the ns that it is expected to take: as such steps
     took on this machine (``measured``), or as it is assumed."""

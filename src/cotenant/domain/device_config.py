@@ -4,7 +4,7 @@ own. To add a kind, add its class and reader here, and make it in ``cli/wiring.p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import msgspec
 
@@ -43,12 +43,19 @@ class NullConfig(msgspec.Struct, frozen=True):
     kv: int = 0
 
 
+SERVES_ONLY: Final = (
+    "jobs do not run on a GPU in subsets, since nothing would keep them to one; for jobs beside "
+    "services leave subsets out (the launch gate), or switch MIG on"
+)
+
+
 class CudaConfig(msgspec.Struct, frozen=True):
     """An NVIDIA GPU: ``gpu`` is its number or UUID, as ``cotenant devices`` shows them. ``memory``
-    and ``kv`` as of a CPU (0: all that the driver leaves). ``preempt``: how jobs are taken off:
-    ``PAUSE`` (their kernels are stopped in their middle, if that works), ``GATE``, or ``NONE`` (not
-    at all). ``bound``: ns of a job's work that may be on the GPU at one time, for which a request
-    may have to wait.
+    and ``kv`` as of a CPU (0: all that the driver leaves). ``subsets``: its multiprocessors are
+    divided among services, and no job runs there. ``preempt``: how jobs are taken off: ``PAUSE``
+    (their kernels are stopped in their middle, if that works), ``GATE``, or ``NONE`` (not at all).
+    ``bound``: ns of a job's work that may be on the GPU at one time, for which a request may have
+    to wait.
     """
 
     kind: ClassVar[str] = "cuda"
@@ -56,11 +63,18 @@ class CudaConfig(msgspec.Struct, frozen=True):
     gpu: str = "0"
     memory: int = 0
     kv: int = 0
+    subsets: bool = False
     preempt: PreemptLevel = PreemptLevel.GATE
     bound: int = GATE_BOUND
 
 
 DeviceConfig = CpuConfig | NullConfig | CudaConfig
+
+
+def closed_to_jobs(devices: Sequence[DeviceConfig]) -> dict[str, str]:
+    """Kinds of device on which no job may run, and why."""
+    subsets = any(isinstance(device, CudaConfig) and device.subsets for device in devices)
+    return {CudaConfig.kind: SERVES_ONLY} if subsets else {}
 
 
 def read_devices(sections: Sequence[reading.Section]) -> tuple[DeviceConfig, ...]:
@@ -70,10 +84,7 @@ def read_devices(sections: Sequence[reading.Section]) -> tuple[DeviceConfig, ...
     for id in ids:
         if ids.count(id) > 1:
             raise ConfigError(f"the id {id!r} stands twice; give each device its own", "devices")
-    gpus = [device.gpu for device in devices if isinstance(device, CudaConfig)]
-    for gpu in gpus:
-        if gpus.count(gpu) > 1:
-            raise ConfigError(f"two devices are GPU {gpu}; a GPU belongs to one", "devices")
+    _tell_apart([device for device in devices if isinstance(device, CudaConfig)])
     _separate([device for device in devices if isinstance(device, CpuConfig)])
     return devices
 
@@ -120,9 +131,16 @@ def _cuda(section: reading.Section) -> CudaConfig:
         "channel": PreemptLevel.PAUSE,
         "none": PreemptLevel.NONE,
     }
+    subsets = section.take("subsets", reading.boolean, False)
+    if subsets:
+        for key in ("preempt", "bound"):
+            if key in section.names():
+                why = f"is about jobs; leave it out: {SERVES_ONLY}"
+                raise ConfigError(why, section.at(key))
     cuda = CudaConfig(
         id=section.take("id", reading.name, "cuda"),
         gpu=section.take("gpu", _gpu, "0"),
+        subsets=subsets,
         preempt=levels[section.take("preempt", reading.one_of(levels), "auto")],
         bound=section.take("bound", reading.duration, GATE_BOUND),
     )
@@ -156,6 +174,19 @@ _READERS: dict[str, Callable[[reading.Section], DeviceConfig]] = {
     NullConfig.kind: _null,
     CudaConfig.kind: _cuda,
 }
+
+
+def _tell_apart(gpus: Sequence[CudaConfig]) -> None:
+    named = [device.gpu for device in gpus]
+    for gpu in named:
+        if named.count(gpu) > 1:
+            raise ConfigError(f"two devices are GPU {gpu}; a GPU belongs to one", "devices")
+    if len({device.subsets for device in gpus}) > 1:
+        raise ConfigError(
+            "one GPU has subsets and another has not, but a kind says how fast a model executes; "
+            "let all of a node's GPUs have them or none, or run a node for each",
+            "devices",
+        )
 
 
 def _separate(cpus: Sequence[CpuConfig]) -> None:

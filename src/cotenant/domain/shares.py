@@ -3,20 +3,28 @@ kind. Units of different kinds are never added up, so a share says of which kind
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final
 
 from cotenant.domain.workload import JobSpec, ServiceSpec, Share, share_on
 
 Workload = ServiceSpec | JobSpec
 
 
-def problem(workload: Workload, box: Sequence[str]) -> str:
+NONE_CLOSED: Final[Mapping[str, str]] = {}
+
+
+def problem(workload: Workload, box: Sequence[str], closed: Mapping[str, str] = NONE_CLOSED) -> str:
     """What is wrong with a workload's kinds and shares on a box with devices of these kinds, and
-    what would be right; empty if nothing is."""
+    what would be right; empty if nothing is. ``closed``: further kinds, and why not those."""
     for kind in workload.kinds:
+        if kind in closed:
+            return f"it cannot run on {kind}: {closed[kind]}"
         if kind not in box:
             return f"no device here is of the kind {kind!r}; there are {', '.join(box)}"
     able = [kind for kind in box if not workload.kinds or kind in workload.kinds]
+    if not able and closed:
+        return "; ".join(f"it cannot run on {kind}: {why}" for kind, why in closed.items())
     for name, share, usual in (
         ("guaranteed", workload.guaranteed, 0.0),
         ("limit", workload.limit, 1.0),

@@ -5,8 +5,8 @@ Three geometries. *Units*: any units together (cores, multiprocessors); a layout
 for services in partitions of equal size, the others are single-unit partitions for jobs. Larger
 partitions make one execution faster, more partitions run more of them at once. *MIG*: instances
 where the GPU's placement tables allow them (``cotenant.domain.mig``); services have some, jobs the
-rest of a layout to which nothing can be added. *Whole*: a device that jobs cannot use is one
-partition.
+rest of a layout to which nothing can be added. *Even*: a device that jobs cannot use is divided
+into parts as equal as can be, all of them for services; one part where it forms no others.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from functools import cache, lru_cache
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Final
 
 from cotenant.domain.device import DeviceSpec, Partition
@@ -42,11 +42,6 @@ def without_services(device: DeviceSpec) -> Layout:
     return unit_layout(device, 0, 1)
 
 
-def whole_device(device: DeviceSpec) -> Layout:
-    """The only layout of a device that jobs cannot use."""
-    return Layout((_whole(device),))
-
-
 def _whole(device: DeviceSpec) -> Partition:
     return Partition(f"{device.id}:all", device.id, device.units, device.memory, device.slices)
 
@@ -67,6 +62,21 @@ def unit_layouts(device: DeviceSpec, units: int) -> list[Layout]:
     """Layouts that give ``units`` units to services, smallest partitions first."""
     sizes = [s for s in sorted(device.shapes) if s <= units and units % s == 0]
     return [unit_layout(device, units, size) for size in sizes]
+
+
+# --- even -----------------------------------------------------------------------------------
+
+
+def even_layouts(device: DeviceSpec) -> list[Layout]:
+    """All of a device that jobs cannot use for services, fewest partitions first: in one, in two,
+    and so on, whose sizes differ by one unit at most, as far as it can form these sizes."""
+    found = [Layout((_whole(device),))]
+    for count in range(2, len(device.units) + 1):
+        ends = [len(device.units) * part // count for part in range(count + 1)]
+        mine = [device.units[start:end] for start, end in pairwise(ends)]
+        if all(len(units) in device.shapes for units in mine):
+            found.append(Layout(tuple(make_partition(device, units) for units in mine)))
+    return found
 
 
 # --- MIG ------------------------------------------------------------------------------------

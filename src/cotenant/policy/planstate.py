@@ -53,6 +53,8 @@ class DeviceMemory(msgspec.Struct):
     layout: Layout | None = None
     wish: Layout | None = None
     wished_since: int = 0
+    guests: tuple[str, ...] = ()
+    """Services that were there at the last look, where jobs cannot be."""
     restless: dict[str, int] = {}
     """Since when services, and jobs, should change places, and lending begin or end (ns)."""
     shares: dict[str, int] = {}

@@ -14,11 +14,11 @@ from cotenant.domain.workload import share_on
 from cotenant.policy.demand import Demand
 from cotenant.policy.judging import RHO_MAX, judge, utilization
 from cotenant.policy.layouts import (
+    even_layouts,
     mig_fixed,
     mig_layouts,
     unit_layout,
     unit_layouts,
-    whole_device,
     without_services,
 )
 from cotenant.policy.leftover import pauses_of, share_out, worth
@@ -60,15 +60,19 @@ class Wishes:
         """The layout to have now, and why it is another than before, if it is."""
         now, device, current = view.now, view.device, memory.layout
         least = _least(view)
+        came = not device.trains and _note_guests(view, memory)
         if current is None or (device.trains and bool(current.mine) != bool(view.services)):
             layout = self._first(view, least)
             return layout, [f"first layout of {device.id}: {_describe(layout)}"]
-        if not device.trains or self._is_fixed(device):
+        if self._is_fixed(device):
             return current, []
-        if not view.services:
+        if not device.trains:
+            wish = self._wish_even(view, current, came)
+        elif not view.services:
             return current, []
-        find = self._wish_mig if device.mig else self._wish
-        wish = find(view, current, least)
+        else:
+            find = self._wish_mig if device.mig else self._wish
+            wish = find(view, current, least)
         if wish.layout == current:
             memory.wish = None
             return current, []
@@ -84,6 +88,8 @@ class Wishes:
         return wish.layout, [f"{step}: {wish.why} (for {held / S:.0f}s)"]
 
     def _is_fixed(self, device: DeviceSpec) -> bool:
+        if not device.trains:
+            return len(device.shapes) == 1
         return (self.tuning.instances if device.mig else self.tuning.split) is not None
 
     def _first(self, view: View, least: int) -> Layout:
@@ -91,7 +97,7 @@ class Wishes:
         start with all that their instances can use; otherwise with the least."""
         device, tuning = view.device, self.tuning
         if not device.trains:
-            return whole_device(device)
+            return _own(view, even_layouts(device))
         if not view.services:
             return without_services(device)
         if device.mig:
@@ -247,6 +253,30 @@ class Wishes:
                 return Wish(layout, why, tuning.shrink_after)
         return Wish(current)
 
+    def _wish_even(self, view: View, current: Layout, came: bool) -> Wish:
+        """Where jobs cannot be, nothing is spared for them: the layout by which services miss
+        least, and a partition for each instance where all objectives hold with that. Services that
+        ``came`` (or went) are placed at once; else what a change costs them must be worth it."""
+        tuning, device = self.tuning, view.device
+        horizon_s = tuning.horizon / S
+        options = even_layouts(device)
+        own = _own(view, options)
+        pressing, _ = self._demand.pressing(view)
+        here = judge(pressing, current, horizon_s)
+        self._demand.foresee(view, here)
+        if not here.misses:
+            loads = (self._demand.at_peak(view, SPARE), pressing)
+            if own == current or not self._holds(loads, own):
+                return Wish(current)
+            why = "objectives hold with a partition for each instance"
+            return Wish(own, why, 0 if came else tuning.shrink_after)
+        best = min(_judge_all(pressing, options, horizon_s), key=lambda v: round(v.overload, 4))
+        if round(best.overload, 4) >= round(here.overload, 4):
+            return Wish(current)
+        now = judge(pressing, current, 0.0).overload
+        held = max(tuning.grow_after, _worth_waiting(device.repartition_ns, now))
+        return Wish(best.layout, _first_miss(here), 0 if came else held)
+
     def _worth(self, view: View, verdict: Verdict) -> float:
         """What a layout is worth to jobs that are bound to their partitions."""
         return share_out(view, verdict, self.tuning.lend, self.state.bound)[0]
@@ -361,6 +391,19 @@ def _judge_all(view: View, layouts: list[Layout], horizon_s: float) -> list[Verd
             known[key] = judge(view, layout, horizon_s)
         found.append(msgspec.structs.replace(known[key], layout=layout))
     return found
+
+
+def _note_guests(view: View, memory: DeviceMemory) -> bool:
+    """Remember which services are there; whether some came or went since that was done last."""
+    before = memory.guests
+    memory.guests = tuple(f"{s.name} x{s.instances}" for s in view.services)
+    return memory.guests != before
+
+
+def _own(view: View, layouts: list[Layout]) -> Layout:
+    """The layout with about a partition for each instance of services."""
+    instances = sum(s.instances for s in view.services)
+    return min(layouts, key=lambda layout: abs(len(layout.mine) - instances))
 
 
 def _unlent(verdict: Verdict) -> Verdict:

@@ -353,7 +353,8 @@ class Node:
     def submit_job(self, spec: JobSpec) -> str:
         """See NodePort."""
         kinds = tuple(dict.fromkeys(d.kind for d in self.specs if d.trains))
-        why = shares.problem(spec, kinds)
+        closed = {d.kind: "; ".join(d.limits) for d in self.specs if d.kind not in kinds}
+        why = shares.problem(spec, kinds, closed)
         if why:
             raise InvalidRequest(f"job {spec.name or spec.command[0]}: {why}")
         return self.jobs_supervisor.submit(spec)

@@ -163,4 +163,4 @@ DEVICES: dict[str, DeviceCost] = {
 }
 """Costs by kind of device. ``cuda``: one GPU, whole, whose jobs are behind launch gates. ``sm``:
 subsets of the multiprocessors of one GPU, whose memory bandwidth is shared; no node can keep jobs
-to them yet. ``mig``: isolated instances of one GPU. ``npu``: serves, one batch at a time."""
+to them. ``mig``: isolated instances of one GPU. ``npu``: serves, one batch at a time."""

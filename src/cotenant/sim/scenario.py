@@ -11,8 +11,8 @@ from pathlib import Path
 import msgspec
 
 from cotenant.domain import reading
-from cotenant.domain.costs import GATE_BOUND, drain
-from cotenant.domain.device import DeviceSpec, PreemptLevel
+from cotenant.domain.costs import GATE_BOUND, SUBSET_SESSION, drain
+from cotenant.domain.device import DeviceSpec, PreemptLevel, even_sizes
 from cotenant.domain.errors import ConfigError
 from cotenant.domain.mig import table, tables
 from cotenant.domain.shares import promised
@@ -36,7 +36,7 @@ from cotenant.telemetry.monitor import DAY
 
 MAX_UNITS = 1024
 MAX_GANG = 10.0
-SERVING = ("npu", "cpu")
+SERVING = ("npu", "cpu", "sm")
 """Kinds of device that may be there to serve only."""
 
 
@@ -270,7 +270,7 @@ def sizes(device: DeviceSpec) -> tuple[int, ...]:
     """Compute units that a partition of a device can have."""
     if device.mig:
         return tuple(sorted({p.compute for p in table(device.mig).profiles}))
-    return device.shapes if device.trains else (device.compute,)
+    return device.shapes
 
 
 def _as_facts(spec: ServiceSpec) -> ServiceFacts:
@@ -337,11 +337,14 @@ def _device(section: reading.Section) -> SimDevice:
         )
     else:
         units = section.take("units", reading.integer(1, MAX_UNITS))
+        trains = section.take("trains", reading.boolean, True)
+        shapes = tuple(range(1, units + 1)) if trains else (units,)
+        if kind == "sm" and not trains:  # as a GPU in subsets on a node
+            shapes = even_sizes(units)
+            cost = msgspec.structs.replace(cost, repartition=Spread(SUBSET_SESSION, 0.2))
         spec = _spec(name, kind, cost, range(units), PreemptLevel.PRIORITY)
-        spec = msgspec.structs.replace(spec, memory=section.take("memory", reading.size, 0))
-        if kind in SERVING:
-            trains = section.take("trains", reading.boolean, True)
-            spec = msgspec.structs.replace(spec, trains=trains)
+        memory = section.take("memory", reading.size, 0)
+        spec = msgspec.structs.replace(spec, trains=trains, shapes=shapes, memory=memory)
     if preempt:
         spec = msgspec.structs.replace(spec, preempt=PreemptLevel[preempt.upper()])
     budget, split = _pools(section)

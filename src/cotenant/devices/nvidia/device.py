@@ -14,6 +14,8 @@ How it shares the GPU, and why so:
   it likes, so that there is no space to promise to one of them. With MIG on, its memory slices are
   the units and its instances the partitions (``migspace``), each process sees one of them, and the
   gate works within it. It is tried on the first instance that there is.
+* With ``subsets`` its units are groups of multiprocessors (``subsetspace``). No job could be kept
+  to them, so the device takes none and needs no gate.
 * The host side of jobs runs at a lower weight, so that it does not delay models.
 """
 
@@ -30,11 +32,10 @@ from cotenant.devices.nvidia.gates import Gates
 from cotenant.devices.nvidia.migspace import MigSpace
 from cotenant.devices.nvidia.nvml import Nvml, NvmlGpu
 from cotenant.devices.nvidia.selftest import NoGate, gates_for, run, run_channels
-from cotenant.devices.nvidia.space import Space, WholeGpu
+from cotenant.devices.nvidia.space import VISIBLE, Space, WholeGpu
+from cotenant.devices.nvidia.subsetspace import SubsetSpace
 from cotenant.domain.costs import drain
 from cotenant.domain.device import (
-    CUDA,
-    PROCESSOR,
     DeviceSpec,
     Launch,
     LayoutStep,
@@ -44,13 +45,12 @@ from cotenant.domain.device import (
     TenantFacts,
     TenantKind,
 )
-from cotenant.domain.device_config import CudaConfig
+from cotenant.domain.device_config import SERVES_ONLY, CudaConfig
 from cotenant.domain.errors import DeviceError, EnvironmentProblem
 from cotenant.domain.units import format_bytes
 
 log = logging.getLogger("cotenant.devices")
 
-VISIBLE = "CUDA_VISIBLE_DEVICES"
 JOB_NICE = 10
 
 
@@ -108,17 +108,28 @@ class CudaDevice:
                 f"than the GPU has, {format_bytes(usable)}"
             )
         self._memory = self._config.memory or usable
-        mig = gpu.mig()
-        if mig is not None and mig.on:
-            record = self._state / f"mig-{gpu.uuid()}.json"
-            self._space = MigSpace(gpu, self._config.id, record)
-        else:
-            self._space = WholeGpu(gpu, self._config.id)
+        self._space = self._space_of(gpu)
         self._space.open()
+
+    def _space_of(self, gpu: NvmlGpu) -> Space:
+        mig, id = gpu.mig(), self._config.id
+        divided = mig is not None and mig.on
+        if divided and self._config.subsets:
+            raise EnvironmentProblem(
+                f"device {id}: MIG is on, so the GPU is divided already; leave subsets out, or as "
+                f"root switch MIG off: nvidia-smi -i {gpu.index} -mig 0"
+            )
+        if divided:
+            return MigSpace(gpu, id, self._state / f"mig-{gpu.uuid()}.json")
+        if self._config.subsets:
+            return SubsetSpace(gpu, id, self._nvml.driver())
+        return WholeGpu(gpu, id)
 
     def _open_gates(self) -> None:
         """Gates, unless they were seen not to work here."""
         self._limits, self._gates = [], None
+        if not self._room.takes_jobs:
+            return
         if self._config.preempt is PreemptLevel.NONE:
             self._limits.append("jobs are not taken off: switched off (preempt: none)")
             return
@@ -215,16 +226,23 @@ class CudaDevice:
         gpu = self._room.shown(tenant.id, partition)
         shown = {VISIBLE: gpu}
         if tenant.kind is TenantKind.WORKER:
-            return Launch(fixed={**shown, PROCESSOR: f"{CUDA}{gpu}"})
+            return Launch(fixed={**shown, **self._room.worker(gpu)})
+        self._check_takes_jobs(tenant.id)
         if self._gates is None:
             return Launch(fixed=shown, own_memory=True)
         found = self._gates.launch(tenant.id, tenant.memory)
         fixed = {**shown, **found.fixed}
         return Launch(fixed=fixed, prepend=found.prepend, own_memory=True)
 
+    def _check_takes_jobs(self, job: str) -> None:
+        if not self._room.takes_jobs:
+            raise DeviceError(f"{job}: {self._config.id}: {SERVES_ONLY}")
+
     def attach(self, tenant: Tenant, pid: int) -> PreemptLevel:
         """A job without a page, since a node before this one had none, is of level ``NONE``."""
         is_job = tenant.kind is TenantKind.JOB
+        if is_job:
+            self._check_takes_jobs(tenant.id)
         found = _Tenant(pid, is_job, [] if is_job else [pid], self._level)
         if is_job:
             found.level = PreemptLevel.NONE

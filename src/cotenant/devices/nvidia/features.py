@@ -35,8 +35,10 @@ MPS_PARTITIONS_CAPABILITY: Final = (8, 0)
 MPS_CAPABILITY: Final = (7, 0)
 """From Volta on each client of MPS has an address space of its own."""
 NOT_YET: Final = Missing("this version of Cotenant does not use it", "")
-NO_NODE: Final = Missing(
-    "workers can; no node divides a GPU so, since jobs would not keep to it", ""
+SERVICES_ONLY: Final = Missing(
+    "a node divides a GPU so for services alone (subsets: true), where MPS runs without static "
+    "partitions; jobs would not keep to it",
+    "",
 )
 DIVIDED: Final = Missing("the GPU is divided: a node tries it on an instance", "")
 NOT_TRIED: Final = Missing(
@@ -121,7 +123,7 @@ def _subsets(gpu: Gpu, driver: Driver, mps: Mps) -> Feature:
     way, across = "green contexts, within a process", _no_partitions(gpu, driver, mps)
     if across is None:
         way = f"{way}; MPS partitions, across processes"
-    found = (NO_NODE,) if across is None else (across, NO_NODE)
+    found = (SERVICES_ONLY,) if across is None else (across, SERVICES_ONLY)
     return Feature(SUBSETS, Standing.UNTESTED, way=way, missing=found)
 
 

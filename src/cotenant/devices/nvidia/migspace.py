@@ -21,7 +21,7 @@ from cotenant.devices.nvidia.migrecord import MigRecord
 from cotenant.devices.nvidia.nvml import Code, NvmlError, NvmlGpu
 from cotenant.domain import mig
 from cotenant.domain.costs import MIG_MAKE, MIG_UNMAKE
-from cotenant.domain.device import DeviceSpec, LayoutStep, Partition
+from cotenant.domain.device import CUDA, PROCESSOR, DeviceSpec, LayoutStep, Partition
 from cotenant.domain.errors import DeviceError, EnvironmentProblem
 from cotenant.domain.mig import Placement, Placements, Table
 from cotenant.domain.units import MS, S
@@ -43,6 +43,8 @@ MOVE_NS: Final = 10 * S
 
 class MigSpace:
     """``record``: the file that says which instances are ours."""
+
+    takes_jobs = True
 
     def __init__(self, gpu: NvmlGpu, device: str, record: Path) -> None:
         self._gpu = gpu
@@ -182,6 +184,9 @@ class MigSpace:
             raise DeviceError(f"{tenant}: there is no instance {partition.id} (any more)")
         self._seats[tenant] = placement
         return uuid
+
+    def worker(self, shown: str) -> dict[str, str]:
+        return {PROCESSOR: f"{CUDA}{shown}"}
 
     def check(self, tenant: str, partition: Partition) -> None:
         seat = self._seats.get(tenant)

@@ -1,5 +1,5 @@
-"""What a GPU's space is: one unit, or the memory slices of MIG (``migspace``). The device asks here
-for all that differs between the two."""
+"""What a GPU's space is: one unit, the memory slices of MIG (``migspace``), or groups of
+multiprocessors (``subsetspace``). The device asks here for all that differs between them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ import msgspec
 
 from cotenant.devices.nvidia.facts import Process
 from cotenant.devices.nvidia.nvml import NvmlGpu
-from cotenant.domain.device import DeviceSpec, LayoutStep, Partition
+from cotenant.domain.device import CUDA, PROCESSOR, DeviceSpec, LayoutStep, Partition
 from cotenant.domain.errors import DeviceError
 from cotenant.domain.units import MS
 
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
 
 class Space(Protocol):
-    """Calls that ask the driver raise NvmlError where it refuses. ``fit``, ``shown`` and
-    ``preview`` do not ask it."""
+    """Calls that ask the driver raise NvmlError where it refuses. ``fit``, ``shown``, ``worker``
+    and ``preview`` do not ask it."""
+
+    takes_jobs: bool
+    """Whether jobs can be kept to what they are granted."""
 
     def open(self) -> None:
         """Find out what there is; raises EnvironmentProblem where that cannot be used."""
@@ -36,6 +41,9 @@ class Space(Protocol):
     def shown(self, tenant: str, partition: Partition | None) -> str:
         """The UUID of what a tenant's processes are to see, from now on. Raises DeviceError."""
 
+    def worker(self, shown: str) -> dict[str, str]:
+        """Variables of a model instance to which this is shown."""
+
     def check(self, tenant: str, partition: Partition) -> None:
         """Raises DeviceError where a tenant's processes do not see a partition."""
 
@@ -51,6 +59,8 @@ class Space(Protocol):
 
 class WholeGpu:
     """A GPU that is not divided: one unit."""
+
+    takes_jobs = True
 
     def __init__(self, gpu: NvmlGpu, device: str) -> None:
         self._gpu = gpu
@@ -78,6 +88,9 @@ class WholeGpu:
 
     def shown(self, tenant: str, partition: Partition | None) -> str:
         return self._uuid
+
+    def worker(self, shown: str) -> dict[str, str]:
+        return {PROCESSOR: f"{CUDA}{shown}"}
 
     def check(self, tenant: str, partition: Partition) -> None:
         pass

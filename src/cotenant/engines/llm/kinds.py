@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
+from cotenant.domain.device import CUDA_SUBSETS
 from cotenant.domain.errors import ModelError
 from cotenant.domain.port import Language
 from cotenant.engines.base import EngineKind, Opening, TurnEngine
@@ -54,7 +55,14 @@ class Vllm:
     drafts = False
 
     def refuses(self, opening: Opening) -> str:
-        return "" if opening.settings.engine == self.name else "it is used if engine: vllm says so"
+        if opening.settings.engine != self.name:
+            return "it is used if engine: vllm says so"
+        if opening.target.processor.startswith(CUDA_SUBSETS):
+            return (
+                "it computes on all of a GPU, and this one is divided in subsets; serve it on one "
+                "without (subsets: false)"
+            )
+        return ""
 
     def open(self, opening: Opening) -> TurnEngine:
         try:
