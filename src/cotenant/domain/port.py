@@ -161,6 +161,22 @@ class JobStatus(msgspec.Struct, frozen=True):
     """What the job reported beside its steps; None for what was no number."""
 
 
+class Picture(Protocol):
+    """An image of a prompt: its size is known, it is not decoded yet."""
+
+    @property
+    def tokens(self) -> int:
+        """Image tokens of the prompt that stand for it."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of its tiles: how many, height, width, colours."""
+
+    def pixels(self) -> bytes:
+        """Its tiles, a byte a colour. Raises InvalidRequest if it is damaged. May take a second:
+        not on a loop."""
+
+
 class Language(Protocol):
     """The tokenizer and the chat template of a language model. Can be called from any thread."""
 
@@ -172,6 +188,14 @@ class Language(Protocol):
     def template(self) -> str:
         """The chat template as it came with the model, or ""."""
 
+    @property
+    def sees(self) -> bool:
+        """Whether the model sees images."""
+
+    def picture(self, data: bytes) -> Picture:
+        """An image, of the bytes of its file. Raises InvalidRequest for what is none, or is beyond
+        a bound."""
+
     def encode(self, text: str, special: bool, most: int) -> list[int]:
         """The tokens of a prompt, with what the model wants before each. ``special``: whether text
         such as ``<|im_start|>`` is the special token. Raises TooLarge for more than ``most``."""
@@ -181,10 +205,12 @@ class Language(Protocol):
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Any] | None,
         most: int,
+        pictures: Sequence[Picture] = (),
         **names: Any,
     ) -> list[int]:
         """The tokens of a conversation that the model is to go on with, by its chat template;
-        ``names`` are what else that is to know. Raises InvalidRequest if it does not take these
+        ``names`` are what else that is to know. ``pictures``: one for each part of a content that
+        is ``{"type": "image"}``, in order. Raises InvalidRequest if it does not take these
         messages, TooLarge. May take seconds: not on a loop."""
 
     def decode(self, tokens: Sequence[int]) -> str:

@@ -142,11 +142,18 @@ class Completion(Asked, kw_only=True):
     logprobs: int | None = None
 
 
+class ImageUrl(msgspec.Struct):
+    """Where an image is: a data URL."""
+
+    url: str
+
+
 class Part(msgspec.Struct):
     """Of a message's content."""
 
     type: str
     text: str | None = None
+    image_url: ImageUrl | None = None
 
 
 class CalledFunction(msgspec.Struct):

@@ -21,6 +21,7 @@ from cotenant.serving.openai_ask import (
     Function,
     Unfit,
 )
+from cotenant.serving.openai_images import tiles_of
 from cotenant.serving.openai_prompts import Model, echoes, functions_of, prompt_of, prompts_of
 from cotenant.serving.openai_say import Answer, ChatAnswer, Choice, EmbeddingAnswer, Words
 from cotenant.serving.openai_settings import (
@@ -76,7 +77,7 @@ def chat(asked: Chat, model: Model) -> Plan:
     if form is not None:
         how["grammar"] = _tool_grammar(form, functions, choice, several, how["grammar"])
     how["logprobs"] = _top(asked)
-    prompt = prompt_of(asked, functions if choice != "none" else [], model)
+    prompt, images = prompt_of(asked, functions if choice != "none" else [], model)
     given, name = asked.max_tokens, "max_tokens"
     if asked.max_completion_tokens is not None:
         given, name = asked.max_completion_tokens, "max_completion_tokens"
@@ -92,7 +93,8 @@ def chat(asked: Chat, model: Model) -> Plan:
         for _ in range(n)
     ]
     answer = ChatAnswer(model.name, [len(prompt)], choices, _usage(asked), model.most)
-    return Plan(_calls(model, prompt, how, n), answer, bool(asked.stream))
+    calls = _calls(model, prompt, how, n, tiles_of(images))
+    return Plan(calls, answer, bool(asked.stream))
 
 
 def embedding(asked: Embedding, model: Model) -> Plan:
@@ -188,7 +190,13 @@ def _count(n: int | None, prompts: int) -> int:
     return n
 
 
-def _calls(model: Model, prompt: Sequence[int], how: dict[str, Any], n: int) -> list[InferCall]:
+def _calls(
+    model: Model,
+    prompt: Sequence[int],
+    how: dict[str, Any],
+    n: int,
+    tiles: TensorIn | None = None,
+) -> list[InferCall]:
     """One for each answer, with the seeds one after the other."""
     tokens = array("q", prompt).tobytes()
     text = join_bytes([b""])
@@ -201,5 +209,7 @@ def _calls(model: Model, prompt: Sequence[int], how: dict[str, Any], n: int) -> 
             TensorIn("prompt_tokens", "INT64", (len(prompt),), len(tokens), tokens),
             TensorIn("options", "BYTES", (1,), len(options), options),
         ]
+        if tiles is not None:
+            inputs.append(tiles)
         calls.append(InferCall(model.name, inputs, pieces=True))
     return calls

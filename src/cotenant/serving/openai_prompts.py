@@ -19,9 +19,11 @@ from cotenant.serving.openai_ask import (
     Detokenize,
     Function,
     Message,
+    Part,
     Tokenize,
     Unfit,
 )
+from cotenant.serving.openai_images import MOST_IMAGES, Image, opened
 from cotenant.serving.openai_settings import MOST_TOOLS, few, most_tokens, within
 from cotenant.serving.tensors import shown
 
@@ -30,19 +32,30 @@ MOST_TOKENIZED: Final = 1 << 17
 _ROLES: Final = {"developer": "system"}
 _KNOWN: Final = frozenset(("system", "user", "assistant", "tool"))
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")
-_RESERVED: Final = frozenset(("messages", "tools", "add_generation_prompt", "most", "self"))
+_RESERVED: Final = frozenset(
+    ("messages", "tools", "add_generation_prompt", "most", "pictures", "self")
+)
+_TEXT_ALONE: Final = "this model reads text alone"
 
 T = TypeVar("T")
 
 
 class Model(NamedTuple):
     """What prompts are for: a model's name, the most tokens it takes, and its language. ``most``:
-    bytes of an answer that is given at once."""
+    bytes of an answer that is given at once. ``sees``: whether it takes images."""
 
     name: str
     context: int
     language: Language
     most: int
+    sees: bool = False
+
+
+class Prompt(NamedTuple):
+    """Of a conversation: its tokens, and the images that some of them stand for."""
+
+    tokens: list[int]
+    images: Sequence[Image] = ()
 
 
 def tokenize(asked: Tokenize, model: Model) -> bytes:
@@ -58,7 +71,7 @@ def tokenize(asked: Tokenize, model: Model) -> bytes:
             if tokens[: len(before)] == before:
                 tokens = tokens[len(before) :]
     else:
-        tokens = prompt_of(asked, functions_of(asked), model, MOST_TOKENIZED)
+        tokens = prompt_of(asked, functions_of(asked), model, MOST_TOKENIZED).tokens
     said = {"tokens": tokens, "count": len(tokens), "max_model_len": model.context}
     if asked.return_token_strs:
         said["token_strs"] = [language.piece(t).decode("utf-8", "replace") for t in tokens]
@@ -132,28 +145,42 @@ def echoes(asked: Completion, prompts: list[list[int]], model: Model) -> list[st
 
 def prompt_of(
     asked: Conversation, functions: Sequence[Function], model: Model, most: int | None = None
-) -> list[int]:
-    """The tokens of a conversation."""
+) -> Prompt:
+    """Of a conversation. Raises Unfit."""
     names = asked.chat_template_kwargs or {}
     if _RESERVED & names.keys():
         raise Unfit("chat_template_kwargs may not replace what the request has", "messages")
     if not asked.messages:
         raise Unfit("messages is empty; give at least one message", "messages")
-    messages = [_message(message) for message in asked.messages]
+    images: list[Image] = []
+    messages = [
+        _message(message, _Seen(f"messages[{number}]", model, images))
+        for number, message in enumerate(asked.messages)
+    ]
+    room = most or model.context
+    wanted = sum(image.picture.tokens for image in images)
+    if wanted > room:
+        raise Unfit(
+            f"messages: the images are {wanted} tokens; at most {room} are allowed here",
+            "messages",
+            "context_length_exceeded",
+        )
+    if images:
+        names = names | {"pictures": [image.picture for image in images]}
     given = [{"type": "function", "function": msgspec.to_builtins(f)} for f in functions]
     ends = asked.add_generation_prompt is not False
     tokens = _fitting(
         "messages",
         lambda: model.language.prompt(
-            messages, given or None, most or model.context, add_generation_prompt=ends, **names
+            messages, given or None, room, add_generation_prompt=ends, **names
         ),
     )
     if not tokens:
         raise Unfit("messages: the model's chat template makes nothing of them", "messages")
-    return tokens
+    return Prompt(tokens, images)
 
 
-def _message(message: Message) -> Mapping[str, Any]:
+def _message(message: Message, seen: _Seen) -> Mapping[str, Any]:
     """As chat templates know it."""
     role = _ROLES.get(message.role, message.role)
     if role not in _KNOWN:
@@ -165,7 +192,7 @@ def _message(message: Message) -> Mapping[str, Any]:
         raise Unfit("messages: audio and function_call are not supported", "messages")
     if message.content is None and not message.tool_calls:
         raise Unfit("messages: content is missing", "messages")
-    found: dict[str, Any] = {"role": role, "content": _content(message)}
+    found: dict[str, Any] = {"role": role, "content": _content(message, seen)}
     for name in ("name", "tool_call_id", "reasoning_content"):
         if getattr(message, name) is not None:
             found[name] = getattr(message, name)
@@ -184,19 +211,36 @@ def _message(message: Message) -> Mapping[str, Any]:
     return found
 
 
-def _content(message: Message) -> str | list[dict[str, str]]:
+def _content(message: Message, seen: _Seen) -> str | list[dict[str, str]]:
     if not isinstance(message.content, list):
         return message.content or ""
     parts = []
-    for part in message.content:
+    takes = "this model takes text and image_url" if seen.model.sees else _TEXT_ALONE
+    for number, part in enumerate(message.content):
+        if part.type == "image_url" and seen.model.sees:
+            seen.add(part, f"{seen.where}.content[{number}].image_url")
+            parts.append({"type": "image"})
+            continue
         if part.type != "text" or part.text is None:
             raise Unfit(
-                f"messages: a content part of type {shown(part.type)} is not supported; this"
-                " server's models read text alone",
+                f"messages: a content part of type {shown(part.type)} is not supported; {takes}",
                 "messages",
             )
         parts.append({"type": "text", "text": part.text})
     return parts
+
+
+class _Seen(NamedTuple):
+    """What a message is read for: ``where`` in the request it is, and the ``images`` so far."""
+
+    where: str
+    model: Model
+    images: list[Image]
+
+    def add(self, part: Part, where: str) -> None:
+        """An image. Raises Unfit."""
+        few("messages", len(self.images) + 1, MOST_IMAGES, "images")
+        self.images.append(opened(part, where, self.model.language))
 
 
 def _arguments(text: str) -> Any:

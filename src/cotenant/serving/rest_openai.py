@@ -21,6 +21,7 @@ from cotenant.domain.errors import CotenantError, NotFound, NotReady, TooLarge
 from cotenant.domain.port import NodePort, Refused
 from cotenant.domain.request import Refusal
 from cotenant.domain.units import MS
+from cotenant.engines.llm.contract import TILES
 from cotenant.serving import openai_calls, openai_prompts
 from cotenant.serving.bodies import (
     JSON_TYPE,
@@ -178,6 +179,10 @@ class OpenAI:
             )
         return context
 
+    def _sees(self, name: str) -> bool:
+        """Whether a model's engine takes images. Raises NotFound, NotReady."""
+        return any(tensor.name == TILES for tensor in self._node.metadata(name).inputs)
+
     # requests
 
     async def _post(self, route: _Route, head: Head, receive: Receive, send: Send) -> None:
@@ -244,7 +249,8 @@ class OpenAI:
             asked = parse(body, route.kind)
         context = self._context(asked.model)
         language = await self._node.language(asked.model)
-        model = Model(asked.model, context, language, self._limits.json_bytes)
+        sees = self._sees(asked.model) and language.sees
+        model = Model(asked.model, context, language, self._limits.json_bytes, sees)
         try:
             return await self._written(route.make, asked, model)
         except RecursionError:

@@ -21,6 +21,7 @@ from cotenant.engines.llm.families import FAMILIES
 from cotenant.engines.llm.families.base import Family, Floats, Rows, family, gguf_tensor
 from cotenant.engines.llm.gguf import Gguf, Stored, floats
 from cotenant.engines.llm.keys import Keys, read_json
+from cotenant.engines.llm.vision import PREFIX, Vision
 
 INDEX: Final = ".safetensors.index.json"
 
@@ -31,6 +32,10 @@ class Checkpoint(Protocol):
     @property
     def decoder(self) -> Decoder:
         """What it looks like."""
+
+    @property
+    def vision(self) -> Vision | None:
+        """What its vision tower looks like; None: it sees no images."""
 
     def floats(self, name: str) -> Floats:
         """A weight as FP32."""
@@ -46,8 +51,22 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return SafetensorsCheckpoint(path)
 
 
+def vision_of(folder: Path) -> Vision | None:
+    """The tower of the model in a folder, by its ``config.json``; None: it sees no images, or is of
+    no family that is known here. Raises ModelError."""
+    path = folder / "config.json"
+    keys = Keys(read_json(path) if path.exists() else {})
+    model_type = keys.text("model_type", "")
+    for each in FAMILIES:
+        if model_type in each.model_types and each.vision is not None:
+            return each.vision(keys, model_type)
+    return None
+
+
 class GgufCheckpoint:
     """Of one GGUF file, which is mapped, not read."""
+
+    vision = None
 
     def __init__(self, file: Gguf) -> None:
         self.file = file
@@ -57,7 +76,7 @@ class GgufCheckpoint:
         self._names = {name: gguf_tensor(name) for name in self.decoder.tensors()}
         _compare(
             file.path.name,
-            self.decoder,
+            self.decoder.tensors(),
             self._names,
             {name: tensor.shape for name, tensor in file.tensors.items()},
             ignored=re.compile(r"(rope_freqs|.*rope_factors_(long|short)|.*rope_freqs)\.weight"),
@@ -90,7 +109,16 @@ class SafetensorsCheckpoint:
         model_type = keys.text("model_type")
         self._family: Family = family(FAMILIES, model_type, gguf=False)
         self.decoder = self._family.from_config(keys, model_type)
-        self._names = {name: self._family.tensor(name) for name in self.decoder.tensors()}
+        needed = self.decoder.tensors()
+        self._names = {name: self._family.tensor(name) for name in needed}
+        self.vision = self._family.vision and self._family.vision(keys, model_type)
+        if self.vision is not None:
+            if self.vision.token >= self.decoder.vocab:
+                raise ModelError(f"image_token_id {self.vision.token} is no token of the model")
+            seeing = self.vision.tensors()
+            needed |= seeing
+            tensor = self._family.vision_tensor
+            self._names |= {name: tensor(name.removeprefix(PREFIX)) for name in seeing}
         self._files: dict[str, Any] = {}
         """By tensor, the open file that has it."""
         for each in _files(path):
@@ -101,7 +129,7 @@ class SafetensorsCheckpoint:
             self._files |= dict.fromkeys(file.keys(), file)
         if self.decoder.tied:
             self._files.pop(self._family.tensor("head"), None)
-        _compare(path.name, self.decoder, self._names, _Shapes(self._files), ignored=_INVERSE)
+        _compare(path.name, needed, self._names, _Shapes(self._files), ignored=_INVERSE)
 
     def floats(self, name: str) -> Floats:
         tensor = self._names[name]
@@ -150,13 +178,13 @@ def _files(path: Path) -> list[Path]:
 
 def _compare(
     file: str,
-    decoder: Decoder,
+    needed: Mapping[str, tuple[int, ...]],
     names: Mapping[str, str],
     there: Mapping[str, tuple[int, ...]],
     ignored: re.Pattern[str],
 ) -> None:
     """Raise ModelError where the tensors that are there are not those that the model needs."""
-    for name, shape in decoder.tensors().items():
+    for name, shape in needed.items():
         found = there.get(names[name])
         if found is None:
             raise ModelError(f"{file} has no tensor {names[name]}")

@@ -12,6 +12,9 @@ Inputs, all but the first optional:
 | ``stop`` BYTES [-1] | strings that end the answer and are not part of it |
 | ``prompt_tokens`` INT64 [-1] | the prompt in place of ``text_input``, which is empty then |
 | ``options`` BYTES [1] | all settings in place of those above: ``asking.Options`` as JSON |
+| ``image_tiles`` UINT8 [-1, side, side, 3] | of a model that sees: the tiles of its images |
+
+The prompt has an image token for each row of each tile, in order.
 
 Outputs of a turn: ``text_output`` BYTES [1] that is certain by now, ``tokens`` INT64 [-1],
 ``finish_reason`` BYTES [1] (``stop``, ``length``; "" as long as the answer goes on), ``details``
@@ -47,6 +50,8 @@ _INPUTS: Final = (
     TensorMeta("prompt_tokens", "INT64", (-1,), optional=True),
     TensorMeta("options", "BYTES", (1,), optional=True),
 )
+TILES: Final = "image_tiles"
+"""The input of models that see images."""
 _OUTPUTS: Final = (
     TensorMeta("text_output", "BYTES", (1,)),
     TensorMeta("tokens", "INT64", (-1,)),
@@ -55,12 +60,15 @@ _OUTPUTS: Final = (
 )
 
 
-def language_meta(platform: str, context: int, blocks: int, tokens: int, nbytes: int) -> EngineMeta:
+def language_meta(
+    platform: str, context: int, blocks: int, tokens: int, nbytes: int, side: int = 0
+) -> EngineMeta:
     """Of an engine that keeps this contract, with a pool of so many ``blocks``, each of so many
-    ``tokens`` and ``nbytes``."""
+    ``tokens`` and ``nbytes``. ``side``: pixels of a tile (0: the model sees no images)."""
+    seeing = (TensorMeta(TILES, "UINT8", (-1, side, side, 3), optional=True),) if side else ()
     return EngineMeta(
         platform,
-        _INPUTS,
+        (*_INPUTS, *seeing),
         _OUTPUTS,
         batchable=False,
         turns=True,

@@ -18,6 +18,7 @@ from cotenant.engines.llm.asking import Chosen, Details, Options
 from cotenant.engines.llm.blocks import BlockPool
 from cotenant.engines.llm.checkpoint import open_checkpoint
 from cotenant.engines.llm.contract import (
+    TILES,
     language_meta,
     read_options,
     read_prompt,
@@ -31,6 +32,7 @@ from cotenant.engines.llm.generator import Generator, Piece, Question
 from cotenant.engines.llm.iteration import Iterations, Limits
 from cotenant.engines.llm.language import text_of
 from cotenant.engines.llm.runner import Runner, Sizes
+from cotenant.engines.llm.sight import open_sight
 from cotenant.engines.llm.verdicts import chosen_build
 from cotenant.policy.memory.account import PoolUse
 
@@ -76,12 +78,14 @@ class LlmEngine:
             reader = Runner(small, draft_build(small), sizes, units)
             drafter = Drafter(reader, drafting, text.vocabulary)
         core = Iterations(BlockPool(blocks, SIZE), limits, drafting=drafting)
-        self._generator = Generator(text, runner, core, drafter)
+        self._sight = open_sight(checkpoint, path.parent, units)
+        self._generator = Generator(text, runner, core, drafter, self._sight)
         self._said: dict[int, _Said] = {}
 
     @property
     def meta(self) -> EngineMeta:
-        return language_meta("cotenant_llm", self._context, self._blocks, SIZE, self._block)
+        side = self._sight.vision.side if self._sight is not None else 0
+        return language_meta("cotenant_llm", self._context, self._blocks, SIZE, self._block, side)
 
     def begin(self, key: int, inputs: dict[str, Array], due: int = 0, pace: int = 0) -> None:
         try:
@@ -99,6 +103,7 @@ class LlmEngine:
             prompt=prompt,
             most=options.max_tokens,
             sampling=sampling_of(options),
+            tiles=tuple(inputs.get(TILES, ())),
             stops=options.stop,
             grammar=options.grammar,
             endless=options.ignore_eos,

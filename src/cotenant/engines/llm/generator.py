@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import msgspec
 import numpy as np
@@ -20,24 +20,30 @@ from cotenant.engines.llm.drafter import Drafter
 from cotenant.engines.llm.families.base import Floats
 from cotenant.engines.llm.grammar import Grammar, Grammars
 from cotenant.engines.llm.iteration import Iterations, Said
+from cotenant.engines.llm.pictures import Pixels
 from cotenant.engines.llm.plan import Work
 from cotenant.engines.llm.runner import Runner
 from cotenant.engines.llm.sampler import Choice, Sampling, choose
 from cotenant.engines.llm.sequence import End, Sequence
+from cotenant.engines.llm.sight import Sight
 from cotenant.engines.llm.stops import Stops
 from cotenant.engines.llm.text import Text
 from cotenant.policy.iterations import Load
 
+MOST_ALIKE: Final = 1 << 20
+"""Tokens that tiles count as."""
+
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
-    """``prompt``: its tokens. ``most``: so many tokens may be said. ``stops``: strings that end the
-    answer. ``endless``: tokens that end answers do not end this one. ``embed``: what the model
-    makes of the prompt is wanted, no answer. ``due``, ``pace`` and ``salt`` are those of a
-    ``Sequence``."""
+    """``prompt``: its tokens. ``tiles``: those of its images, each [side, side, 3], for which it has
+    tokens. ``most``: so many tokens may be said. ``stops``: strings that end the answer.
+    ``endless``: tokens that end answers do not end this one. ``embed``: what the model makes of the
+    prompt is wanted, no answer. ``due``, ``pace`` and ``salt`` are those of a ``Sequence``."""
 
     prompt: tuple[int, ...]
     most: int
     sampling: Sampling
+    tiles: tuple[Pixels, ...] = ()
     stops: tuple[str, ...] = ()
     grammar: Spec | None = None
     endless: bool = False
@@ -68,17 +74,24 @@ class Piece(NamedTuple):
 
 
 class Generator:
-    """See the module's text. ``drafter``: where the core has a draft model."""
+    """See the module's text. ``drafter``: where the core has a draft model; ``sight``: where the
+    model sees images."""
 
     def __init__(
-        self, text: Text, runner: Runner, core: Iterations, drafter: Drafter | None = None
+        self,
+        text: Text,
+        runner: Runner,
+        core: Iterations,
+        drafter: Drafter | None = None,
+        sight: Sight | None = None,
     ) -> None:
         self.text = text
         self.runner = runner
         self.core = core
         self.drafter = drafter
+        self.sight = sight
         self.work = Load()
-        """What the last iteration had to do."""
+        """What the last iteration had to do. A tile counts as many tokens as take as long."""
         self._grammars: Grammars | None = None
         self._answers: dict[int, _Answer] = {}
 
@@ -103,13 +116,16 @@ class Generator:
                 f"{len(question.prompt)} tokens of the prompt and up to {question.most} of the "
                 f"answer are more than {context}"
             )
+        tokens, tiles = question.prompt, dict[int, Pixels]()
+        if self.sight is not None:
+            tokens, tiles = self.sight.placed(question.prompt, question.tiles)
         answer = _Answer(question, self.text, self._compile(question.grammar))
         ends = frozenset[int]() if question.endless else self.text.ends
         # Of blocks that are there already nothing is computed that could be pooled.
         salt = f"embed {key}" if question.embed else question.salt
         sequence = Sequence(
             key,
-            question.prompt,
+            tokens,
             1 if question.embed else question.most,
             stops=ends,
             due=question.due,
@@ -118,6 +134,8 @@ class Generator:
         )
         self.core.add(sequence)
         self._answers[key] = answer
+        if self.sight is not None:
+            self.sight.keep(tiles)
 
     def _compile(self, spec: Spec | None) -> Grammar | None:
         if spec is None:
@@ -134,9 +152,12 @@ class Generator:
         offload_ns, restore_ns = self.runner.move(iteration.moves)
         if self.drafter is not None and iteration.asks:
             iteration = iteration.drafted(self.drafter.propose(units, iteration.asks))
+        tiles_ns = self._encode(units, iteration.tiles)
         began = time.monotonic_ns()
-        computed = self.runner.compute(units, iteration.works)
-        self.core.took(iteration, time.monotonic_ns() - began, offload_ns, restore_ns)
+        images = self.sight.images if self.sight is not None else None
+        computed = self.runner.compute(units, iteration.works, images)
+        took = time.monotonic_ns() - began
+        self.core.took(iteration, took, offload_ns, restore_ns, tiles_ns)
         chosen, failed = {}, []
         for work in iteration.works:
             answer = self._answers.get(work.key)
@@ -158,6 +179,18 @@ class Generator:
             self._answers[key].cached = sequence.known or 0
         said = self.core.done(iteration, tokens)
         return failed + [self._piece(each, chosen[each.key]) for each in said]
+
+    def _encode(self, units: int, tiles: tuple[int, ...]) -> int:
+        """How long (ns) these took."""
+        if self.sight is None or not tiles:
+            return 0
+        began = time.monotonic_ns()
+        self.sight.encode(units, tiles)
+        took, token = time.monotonic_ns() - began, self.core.costs.token
+        patches = self.sight.vision.across**2 * len(tiles)
+        alike = round(took / token) if self.core.costs.told and token > 0 else patches
+        self.work += Load(max(1, min(alike, MOST_ALIKE)))
+        return took
 
     def _piece(self, said: Said, choices: list[Choice]) -> Piece:
         answer = self._answers[said.key]
@@ -182,6 +215,8 @@ class Generator:
         for key in keys:
             self._answers.pop(key, None)
             self.core.end(key)
+        if self.sight is not None:
+            self.sight.forget(self.core.tiles.held)
 
 
 class _Answer:

@@ -9,6 +9,8 @@ One graph serves decoding (one token of many sequences), prefill (many of one) a
 | ``table`` INT64 [B, M] | its blocks; what is behind ``past`` is not read |
 | ``rows`` INT64 [R] | for which of the B * T new tokens logits are wanted |
 | ``pool`` FP32 [N, layers, 2, kv_heads, size, head_dim] | keys and values by blocks |
+| ``places`` INT64 [I, 1] | of a model that sees images: which of the B * T tokens are images |
+| ``images`` FP32 [I, hidden] | what stands there |
 
 | output | is |
 | --- | --- |
@@ -28,6 +30,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from cotenant.engines.llm.checkpoint import Checkpoint
@@ -44,6 +47,7 @@ from cotenant.engines.llm.weights import (
     nibbles,
     stack,
 )
+from cotenant.engines.onnx import session_options
 
 MICROSOFT: Final = "com.microsoft"
 EXACT: Final = 1
@@ -117,16 +121,39 @@ def build_graph(
         value("rows", TensorProto.INT64, ("R",)),
         value("pool", TensorProto.FLOAT, ("N", *block)),
     ]
+    if checkpoint.vision is not None:
+        inputs.append(value("places", TensorProto.INT64, ("I", 1)))
+        inputs.append(value("images", TensorProto.FLOAT, ("I", decoder.hidden)))
     outputs = [
         value("logits", TensorProto.FLOAT, ("R", decoder.vocab)),
         value("hidden", TensorProto.FLOAT, ("BT", decoder.hidden)),
         value("new", TensorProto.FLOAT, (block[0] * 2, "B", block[2], "T", block[4])),
     ]
-    beside = [_external(name, weight) for name, weight in graph.weights.items()]
+    return finished(graph, "decoder", inputs, outputs), graph.weights
+
+
+def finished(
+    graph: Graph,
+    name: str,
+    inputs: Sequence[onnx.ValueInfoProto],
+    outputs: Sequence[onnx.ValueInfoProto],
+) -> onnx.ModelProto:
+    """A graph as a model, its weights as external data."""
+    beside = [_external(each, weight) for each, weight in graph.weights.items()]
     tensors = [*graph.constants, *beside]
-    proto = helper.make_graph(graph.nodes, "decoder", inputs, outputs, tensors)
+    proto = helper.make_graph(graph.nodes, name, inputs, outputs, tensors)
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid(MICROSOFT, 1)]
-    return helper.make_model(proto, opset_imports=opsets, ir_version=10), graph.weights
+    return helper.make_model(proto, opset_imports=opsets, ir_version=10)
+
+
+def session_of(graph: onnx.ModelProto, weights: Weights, threads: int) -> ort.InferenceSession:
+    """A session of a model and its weights on so many threads. Raises what ONNX Runtime does."""
+    options = session_options(threads)
+    values = [ort.OrtValue.ortvalue_from_numpy(weight) for weight in weights.values()]
+    options.add_external_initializers(list(weights), values)
+    return ort.InferenceSession(
+        graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
 
 
 def _external(name: str, weight: npt.NDArray[Any]) -> onnx.TensorProto:
@@ -362,9 +389,11 @@ class _Layers:
         else:
             weight = table.floats() if isinstance(table, Quantized) else table
             stream = graph.node("Gather", self._float(weight), self._flat)
-        if scale == 1:
+        if scale != 1:
+            stream = graph.node("Mul", stream, graph.constant(scale, np.float32))
+        if self._checkpoint.vision is None:
             return stream
-        return graph.node("Mul", stream, graph.constant(scale, np.float32))
+        return graph.node("ScatterND", stream, "places", "images")
 
     def _head(self, value: str) -> str:
         by = self._embedding if self._decoder.tied else self._matrix("head")

@@ -6,14 +6,16 @@ Its laws:
    al., OSDI 2022). Prompts are read in chunks beside them (Sarathi-Serve, Agrawal et al., OSDI
    2024): as many tokens as fit the limit and the time that there is.
 2. An iteration has work wherever a sequence could have a block, however short the time is: at least
-   one chunk of one block.
+   one chunk of one block, or one tile of an image.
 3. A sequence begins only if its whole prompt finds room, and each that runs a block more. So nobody
    is put aside for who begins.
 4. Where there is no room for who generates, who is due last is put aside, and comes back when there
    is. Its blocks wait on the host, or are computed again, whichever takes less time.
 5. A sequence that is alone gets all there is. What could not run even then is refused when it
    comes.
-6. Who generates may have a draft: of what was said before, else of a draft model. It takes what
+6. Tiles of images are encoded within the same time, before what reads them (``tiles``). So an
+   iteration takes longer than it should by one tile at most.
+7. Who generates may have a draft: of what was said before, else of a draft model. It takes what
    those who still have to go on do not need, and is verified in the same iteration.
 """
 
@@ -32,6 +34,7 @@ from cotenant.engines.llm.drafting import Ask, Drafting, Terms
 from cotenant.engines.llm.lookup import PROBE, Acceptance
 from cotenant.engines.llm.plan import Plan, Work
 from cotenant.engines.llm.sequence import End, Sequence
+from cotenant.engines.llm.tiles import Tiles
 from cotenant.policy.iterations import IterationCosts as Costs
 from cotenant.policy.iterations import Load, load
 
@@ -50,14 +53,16 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class Iteration(NamedTuple):
-    """``moves`` first, one after the other; then all ``works`` together. ``expected``: ns. If there
-    are ``asks`` they are carried out before the works, which go on with what was ``drafted``."""
+    """``moves`` first, one after the other; then ``tiles`` are encoded; then all ``works`` are
+    computed together. ``expected``: ns. If there are ``asks`` they are carried out before the
+    works, which go on with what was ``drafted``."""
 
     moves: tuple[Move, ...]
     works: tuple[Work, ...]
     load: Load
     expected: int
     asks: tuple[Ask, ...] = ()
+    tiles: tuple[int, ...] = ()
 
     def drafted(self, drafts: Mapping[int, Tokens[int]]) -> Iteration:
         """The same with what the draft model proposed, by key: as many as were asked for."""
@@ -88,6 +93,7 @@ class Iterations:
         self.acceptance = Acceptance()
         """Of drafts of what was said before."""
         self.drafting = drafting
+        self.tiles = Tiles()
         self.put_aside = 0
         """How often a sequence had to make room."""
         self._sequences: dict[int, Sequence] = {}
@@ -140,6 +146,7 @@ class Iterations:
                 f"there are {self.pool.most}"
             )
         self._sequences[sequence.key] = sequence
+        self.tiles.hold(sequence.tiles)
         insort(self._waiting, sequence, key=_urgency)
 
     def find(self, key: int) -> Sequence | None:
@@ -153,6 +160,7 @@ class Iterations:
         if sequence is None:
             return
         sequence.end = why
+        self.tiles.drop(sequence.tiles)
         if sequence.table is not None:
             self._running.remove(sequence)
             self.pool.close(sequence.table)
@@ -167,7 +175,7 @@ class Iterations:
     def next(self, within: int | None = None) -> Iteration:
         """What to compute now, in about ``within`` ns (None: however long it takes)."""
         self._make_room()
-        plan = Plan(self.limits.tokens, within, self.costs, self.drafting)
+        plan = Plan(self.limits.tokens, within, self.costs, self.drafting, self.tiles)
         self._running.sort(key=_urgency)
         generate = [s for s in self._running if s.generates]
         rate = self._rate(generate)
@@ -178,8 +186,9 @@ class Iterations:
             if sequence.table is not None:
                 self._read(sequence, plan)
         self._let_in(plan)
-        works, asks = tuple(plan.works), tuple(plan.asks)
-        return Iteration(self.pool.moves(), works, plan.load, plan.expected, asks)
+        works, asks, tiles = tuple(plan.works), tuple(plan.asks), tuple(plan.tiles)
+        self.tiles.put_by(within, plan.expected, plan.lacking, bool(tiles))
+        return Iteration(self.pool.moves(), works, plan.load, plan.expected, asks, tiles)
 
     def _make_room(self) -> None:
         """Put sequences aside until the pool is as small as it should be."""
@@ -234,7 +243,7 @@ class Iterations:
         draft = sequence.draft(most)
         if draft:
             draft = draft[: self.acceptance.worth(token, rate, len(draft), step)]
-        if draft or self.drafting is None:
+        if draft or self.drafting is None or sequence.tiles:  # a draft model sees no images
             return draft, None
         rest = plan.rest(at - 1, 1, others)
         prompts = self._waiting or not all(s.generates for s in self._running)
@@ -315,12 +324,15 @@ class Iterations:
         return True
 
     def _read(self, sequence: Sequence, plan: Plan) -> bool:
-        """A chunk of what is not computed; False if there is no time for it."""
+        """A chunk of what is not computed, or tiles that it needs; False if there is no time for
+        it."""
         start, end, table = sequence.computed, len(sequence.tokens), sequence.table
         assert table is not None
-        count = plan.room(start, end - start, self.pool.size)
+        before = len(plan.tiles)
+        seen = plan.look(sequence.tiles, start, end)
+        count = plan.room(start, seen - start, self.pool.size)
         if count < 1:
-            return False
+            return len(plan.tiles) > before
         chunk = tuple(sequence.tokens[start : start + count])
         plan.add(Work(sequence.key, start, chunk, table.blocks, int(start + count == end)))
         return True
@@ -333,6 +345,7 @@ class Iterations:
         grammars); missing where nothing was sampled. Drafts that it would have said itself are
         kept, and the first token that it says instead."""
         said = []
+        self.tiles.done(iteration.tiles)
         asks = {ask.key: ask for ask in iteration.asks}
         for work in iteration.works:
             sequence = self._sequences.get(work.key)
@@ -356,8 +369,16 @@ class Iterations:
                 self.end(work.key, sequence.end)
         return said
 
-    def took(self, iteration: Iteration, ns: int, offload_ns: int = 0, restore_ns: int = 0) -> None:
-        """How long its works took, and its moves: those to the host, and those back."""
+    def took(
+        self,
+        iteration: Iteration,
+        ns: int,
+        offload_ns: int = 0,
+        restore_ns: int = 0,
+        tiles_ns: int = 0,
+    ) -> None:
+        """How long its works took, its moves (those to the host, and those back) and its tiles."""
+        self.tiles.took(len(iteration.tiles), tiles_ns)
         if iteration.works:
             self.costs.observe(iteration.load, ns)
         kinds = [type(move) for move in iteration.moves]
@@ -369,6 +390,7 @@ class Iterations:
     def check(self) -> None:
         """Raise AssertionError naming the law that is broken."""
         self.pool.check(s.claim for s in self._waiting)
+        self.tiles.check(s.tiles for s in self._sequences.values())
         if self.drafting is not None:
             self.drafting.check(self._running)
         both = [*self._running, *self._waiting]

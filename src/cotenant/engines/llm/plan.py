@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from cotenant.engines.llm.drafting import Ask, Drafting, Rounds, joined
+from cotenant.engines.llm.tiles import Span, Tiles
 from cotenant.policy.iterations import IterationCosts as Costs
 from cotenant.policy.iterations import Load, load
 
@@ -33,24 +34,43 @@ class Work(NamedTuple):
 
 
 class Plan:
-    """Of so many ``tokens``, within so many ns (None: however long it takes)."""
+    """Of so many ``tokens``, within so many ns (None: however long it takes). ``seen``: the tiles
+    that there are."""
 
     def __init__(
-        self, tokens: int, within: int | None, costs: Costs, drafting: Drafting | None
+        self,
+        tokens: int,
+        within: int | None,
+        costs: Costs,
+        drafting: Drafting | None,
+        seen: Tiles,
     ) -> None:
         self.left = tokens
         self.works: list[Work] = []
         self.asks: list[Ask] = []
         self.load = Load()
+        self.tiles: list[int] = []
+        """To be encoded before."""
+        self.lacking = False
+        """Whether there was no time for a tile."""
         self._rounds: Rounds = ()
         self._within = within
         self._costs = costs
         self._drafting = drafting
+        self._seen = seen
 
     @property
     def expected(self) -> int:
         """How long (ns) it will take."""
+        return self._computing + self._encoding
+
+    @property
+    def _computing(self) -> int:
         return self._costs.predict(self.load) + self._takes(self._rounds)
+
+    @property
+    def _encoding(self) -> int:
+        return round(self._seen.cost * len(self.tiles))
 
     def _takes(self, rounds: Rounds) -> int:
         return self._drafting.takes(rounds) if self._drafting else 0
@@ -61,10 +81,11 @@ class Plan:
         count = min(wanted, self.left)
         if self._within is not None:
             costs, tokens = self._costs, self.load.tokens
-            spare = self._within - (self.expected or costs.fixed)
+            spare = self._within - self._encoding - (self._computing or costs.fixed)
             spare -= costs.step_of(tokens + wanted) - costs.step_of(max(1, tokens))
             fits = costs.within(spare, start)
-            count = min(count, fits if self.works else max(fits, least))
+            some = self.works or self.tiles
+            count = min(count, fits if some else max(fits, least))
         return count
 
     def rest(self, start: int, tokens: int, others: int, ask: Ask | None = None) -> int | None:
@@ -74,7 +95,30 @@ class Plan:
             return None
         whole = self.load + load(start, tokens) + Load(others, others * start)
         rounds = joined(self._rounds, ask) if ask else self._rounds
-        return self._within - self._costs.predict(whole) - self._takes(rounds)
+        return self._within - self._costs.predict(whole) - self._takes(rounds) - self._encoding
+
+    def look(self, tiles: Iterable[Span], start: int, end: int) -> int:
+        """Have the ``tiles`` of a sequence encoded that stand between ``start`` and ``end``, as far
+        as there is time; the position up to which it can be read then. With nothing else to do,
+        or enough time put by, there is time for one."""
+        for span in tiles:
+            if span.end <= start or span.start >= min(end, start + self.left):
+                continue
+            if span.tile in self._seen.encoded or span.tile in self.tiles:
+                continue
+            if not self._encodes():
+                self.lacking = True
+                return max(start, span.start)
+            self.tiles.append(span.tile)
+        return end
+
+    def _encodes(self) -> bool:
+        if self._within is None or not (self.works or self.tiles):
+            return True
+        cost = self._seen.cost
+        if not cost:  # until one was measured
+            return not self.tiles
+        return self.expected + cost <= self._within or (not self.tiles and self._seen.saved >= cost)
 
     def add(self, work: Work, ask: Ask | None = None) -> None:
         """``ask``: what the draft model does for it before."""

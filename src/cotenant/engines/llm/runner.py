@@ -8,26 +8,31 @@ from __future__ import annotations
 
 import mmap
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Final, NamedTuple
 
 import numpy as np
-import onnx
 import onnxruntime as ort
 
 from cotenant.domain.errors import ModelError
+from cotenant.engines.base import Array
 from cotenant.engines.llm.blocks import Move, Offload, Release, Restore
 from cotenant.engines.llm.checkpoint import Checkpoint
 from cotenant.engines.llm.decoder import Decoder
 from cotenant.engines.llm.families.base import Floats
-from cotenant.engines.llm.graph import Weights, build_graph
+from cotenant.engines.llm.graph import build_graph, session_of
 from cotenant.engines.llm.plan import Work
+from cotenant.engines.llm.tiles import row_of
 from cotenant.engines.llm.weights import Build
-from cotenant.engines.onnx import first_line, session_options
+from cotenant.engines.onnx import first_line
 
 SHORT: Final = 8
 """Blocks; sequences below it are computed with any."""
+
+
+Images = Mapping[int, Floats]
+"""By the key of a tile, its rows."""
 
 
 class Sizes(NamedTuple):
@@ -77,9 +82,10 @@ class Runner:
     ) -> None:
         self.decoder: Decoder = checkpoint.decoder
         self.memory = memory
+        self._sees = checkpoint.vision is not None
         graph, self._weights = build_graph(checkpoint, build, memory.size, memory.context)
         try:
-            self._sessions = {n: _session(graph, self._weights, n) for n in sorted(units)}
+            self._sessions = {n: session_of(graph, self._weights, n) for n in sorted(units)}
         except Exception as error:  # ONNX Runtime raises a dozen kinds of its own
             raise ModelError(f"ONNX Runtime refuses the model: {first_line(error)}") from error
         shape = self.decoder.block(memory.size)
@@ -101,17 +107,22 @@ class Runner:
             took[type(move)] += time.monotonic_ns() - began
         return took[Offload], took[Restore]
 
-    def compute(self, units: int, works: Sequence[Work]) -> dict[int, Computed]:
+    def compute(
+        self, units: int, works: Sequence[Work], images: Images | None = None
+    ) -> dict[int, Computed]:
         """By key. Works of the same length are computed together; keys and values of their tokens
-        are in the pool afterwards. Raises ModelError."""
+        are in the pool afterwards. ``images``: the rows of the tiles that are read. Raises
+        ModelError."""
         fitting = [n for n in self._sessions if n <= units]
         session = self._sessions[max(fitting, default=min(self._sessions))]
         found: dict[int, Computed] = {}
         for group in _groups(works, self.memory.size):
-            found |= self._compute(session, group)
+            found |= self._compute(session, group, images or {})
         return found
 
-    def _compute(self, session: ort.InferenceSession, works: Sequence[Work]) -> dict[int, Computed]:
+    def _compute(
+        self, session: ort.InferenceSession, works: Sequence[Work], images: Images
+    ) -> dict[int, Computed]:
         count, pool = len(works[0].tokens), self._pool.blocks
         blocks = max(1, *(self._read(work) for work in works))
         table = np.zeros((len(works), blocks), np.int64)
@@ -120,7 +131,7 @@ class Runner:
         ends = [(row + 1) * count for row in range(len(works))]
         rows = [range(e - w.sampled, e) for e, w in zip(ends, works, strict=True)]
         feed = {
-            "tokens": np.array([work.tokens for work in works], np.int64),
+            **self._tokens(works, images),
             "past": np.array([work.start for work in works], np.int64),
             "table": table,
             "rows": np.array([row for each in rows for row in each], np.int64),
@@ -137,6 +148,23 @@ class Runner:
             found[work.key] = Computed(part, hidden[row * count : (row + 1) * count])
             at += work.sampled
         return found
+
+    def _tokens(self, works: Sequence[Work], images: Images) -> dict[str, Array]:
+        """Those of all works [works, tokens]; and where, of a model that sees, which rows are."""
+        if not self._sees:
+            return {"tokens": np.array([work.tokens for work in works], np.int64)}
+        flat = [token for work in works for token in work.tokens]
+        places = [at for at, token in enumerate(flat) if token < 0]
+        rows = np.zeros((len(places), self.decoder.hidden), np.float32)
+        for index, at in enumerate(places):
+            tile, row = row_of(flat[at])
+            rows[index] = images[tile][row]
+        tokens = np.array([max(0, token) for token in flat], np.int64)
+        return {
+            "tokens": tokens.reshape(len(works), -1),
+            "places": np.array(places, np.int64).reshape(-1, 1),
+            "images": rows,
+        }
 
     def _read(self, work: Work) -> int:
         """How many blocks hold what was computed before."""
@@ -169,12 +197,3 @@ def _groups(works: Sequence[Work], size: int) -> list[list[Work]]:
         else:
             groups.append([work])
     return groups
-
-
-def _session(graph: onnx.ModelProto, weights: Weights, threads: int) -> ort.InferenceSession:
-    options = session_options(threads)
-    values = [ort.OrtValue.ortvalue_from_numpy(weight) for weight in weights.values()]
-    options.add_external_initializers(list(weights), values)
-    return ort.InferenceSession(
-        graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )

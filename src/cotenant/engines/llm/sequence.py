@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from enum import Enum
+from itertools import takewhile
 
 from cotenant.engines.llm.blocks import Claim, Table
 from cotenant.engines.llm.lookup import Lookup
+from cotenant.engines.llm.tiles import spans
 
 
 class End(Enum):
@@ -39,6 +41,8 @@ class Sequence:
         self.key = key
         self.prompt = len(prompt)
         self.tokens = list(prompt)
+        self.tiles = spans(prompt)
+        """Where in its prompt tiles of images are."""
         self.most = most
         self.stops = stops
         self.salt = salt
@@ -75,13 +79,14 @@ class Sequence:
         return self.most - self.said - 1
 
     def draft(self, most: int) -> tuple[int, ...]:
-        """Up to ``most`` tokens that may come next by what was said before; ``ahead`` at most."""
+        """Up to ``most`` tokens that may come next by what was said before; ``ahead`` at most, and
+        none that stands for a row of an image."""
         most = min(most, self.ahead)
         if most < 1:
             return ()
         if self._lookup is None:
             self._lookup = Lookup(self.tokens)
-        return self._lookup.draft(most)
+        return tuple(takewhile(lambda token: token >= 0, self._lookup.draft(most)))
 
     def say(self, tokens: tuple[int, ...]) -> tuple[int, ...]:
         """Append tokens, up to one that ends it; those that were."""

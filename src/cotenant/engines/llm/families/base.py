@@ -12,6 +12,7 @@ from cotenant.domain.errors import ModelError
 from cotenant.engines.llm.decoder import Decoder
 from cotenant.engines.llm.gguf import Gguf, floats
 from cotenant.engines.llm.keys import Keys
+from cotenant.engines.llm.vision import Vision
 
 Floats = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
@@ -23,7 +24,10 @@ class Family(NamedTuple):
     ``from_gguf`` and ``from_config`` read a ``Decoder``. ``rows``: in which order the rows of a
     GGUF tensor are to be taken (None: as they are). ``names``: tensors of safetensors files that
     are called otherwise than by most, without number and prefix. ``given``: what a weight of a
-    safetensors file means."""
+    safetensors file means. ``root``: what most names begin with.
+
+    Of models that see images ``vision`` reads the tower from ``config.json``, and
+    ``vision_tensor`` says what a safetensors file calls a weight of it."""
 
     architectures: tuple[str, ...]
     model_types: tuple[str, ...]
@@ -32,12 +36,22 @@ class Family(NamedTuple):
     rows: Callable[[Decoder, str, str], Rows | None] = lambda *_: None
     names: Mapping[str, str] = {}
     given: Callable[[str, Floats], Floats] = lambda _, weight: weight
+    root: str = "model"
+    vision: Callable[[Keys, str], Vision] | None = None
+    vision_tensor: Callable[[str], str] = str
 
     def tensor(self, name: str) -> str:
         """What a safetensors file calls a weight."""
         number, _, part = name.rpartition(".")
         found = self.names.get(part) or _SAFETENSORS[part]
-        return f"model.layers.{number}.{found}" if number else found
+        if number:
+            return f"{self.root}.layers.{number}.{found}"
+        return found if part == "head" else f"{self.root}.{found}"
+
+
+def no_gguf(file: Gguf, architecture: str) -> Decoder:  # noqa: ARG001
+    """Of a family that has no GGUF files."""
+    raise ModelError(f"{architecture} is not served from GGUF files; safetensors are")
 
 
 def gguf_tensor(name: str) -> str:
@@ -155,8 +169,8 @@ _GGUF = {
     "ffn_after": "post_ffw_norm.weight",
 }
 _SAFETENSORS = {
-    "embedding": "model.embed_tokens.weight",
-    "norm": "model.norm.weight",
+    "embedding": "embed_tokens.weight",
+    "norm": "norm.weight",
     "head": "lm_head.weight",
     "attention_norm": "input_layernorm.weight",
     "q": "self_attn.q_proj.weight",
