@@ -12,11 +12,13 @@ from cotenant.engines.llm.drafting import Ask, Drafting
 from cotenant.engines.llm.iteration import Iteration, Iterations, Limits
 from cotenant.engines.llm.lookup import Acceptance
 from cotenant.engines.llm.sequence import End, Sequence
+from cotenant.engines.llm.tiles import row_of, token_of
 from cotenant.policy.iterations import IterationCosts
 
 WORDS = 5
 """Few, so that prompts begin alike and drafts are often right."""
 STOP = 4
+TILE_NS = 30
 
 
 def mark(tokens: Tokens[int], salt: str = "") -> int:
@@ -98,6 +100,9 @@ class Machine:
         self.core = Iterations(self.pool, limits, costs, self.drafting)
         if draft is not None:
             self.core.acceptance = Erratic()
+        self.core.tiles.took(1, TILE_NS)
+        self.rows: set[int] = set()
+        """Tiles that are encoded and kept."""
         self.stutter, self.draft = stutter, draft
         self.memory, self.small = Marks(size), Marks(size)
         self.host: dict[int, dict[int, int]] = {}
@@ -118,11 +123,16 @@ class Machine:
         assert self.pool.excess == 0, "memory is given back"
         assert iteration.load.tokens <= self.core.limits.tokens
         if within is not None and len(iteration.works) > 1:
+            assert iteration.expected <= within + TILE_NS * bool(iteration.tiles)
+        if within is not None and len(iteration.tiles) > 1:
             assert iteration.expected <= within
         fits = [
             s for s in self.core.waits if self.pool.needed(len(s.tokens) + 1) <= self.pool.target
         ]
-        assert iteration.works or not fits, "somebody waits and nobody runs"
+        assert iteration.works or iteration.tiles or not fits, "somebody waits and nobody runs"
+        assert len(set(iteration.tiles)) == len(iteration.tiles)
+        assert not self.rows & set(iteration.tiles), "what is kept is not encoded again"
+        self.rows.update(iteration.tiles)
         for move in iteration.moves:
             match move:
                 case Offload(block, slot):
@@ -138,6 +148,9 @@ class Machine:
             sequence = self.core.find(work.key)
             assert sequence is not None
             tokens = [*sequence.tokens[: work.start], *work.tokens]
+            read = {row_of(token)[0] for token in work.tokens if token < 0}
+            assert read <= self.rows, "what is read was encoded"
+            assert min(work.drafts, default=0) >= 0, "no image is drafted"
             self.memory.compute(work.blocks, work.start, tokens, self.salts[work.key])
             first = len(tokens) - work.sampled
             chosen[work.key] = [
@@ -149,7 +162,8 @@ class Machine:
             self.said[key] += tokens
             if end is not None:
                 self.ends[key] = end
-        self.core.took(iteration, iteration.expected or 1, 5, 5)
+        self.core.took(iteration, iteration.expected or 1, 5, 5, TILE_NS * len(iteration.tiles))
+        self.rows &= self.core.tiles.held
         self.core.check()
         return iteration
 
@@ -157,6 +171,7 @@ class Machine:
         """What the draft model does, with memory of its own."""
         sequence = self.core.find(ask.key)
         assert sequence is not None
+        assert not sequence.tiles, "a draft model sees no images"
         tokens = [*sequence.tokens[: ask.start], *ask.tokens]
         assert tokens == sequence.tokens[: len(tokens)]
         start, said = ask.start, len(tokens)
@@ -179,14 +194,22 @@ class Machine:
         for _ in range(10_000):
             if not self.core.running + self.core.waiting:
                 return
-            assert self.step().works, "somebody waits and nobody runs"
+            iteration = self.step()
+            assert iteration.works or iteration.tiles, "somebody waits and nobody runs"
         raise AssertionError("it does not end")
 
 
+TILES = st.integers(0, 2).map(lambda tile: [token_of(tile, row) for row in range(2 + 2 * tile)])
+PROMPTS = st.one_of(
+    st.lists(st.integers(0, 2), min_size=1, max_size=20).map(tuple),
+    st.lists(st.one_of(TILES, st.lists(st.integers(0, 2), max_size=6)), min_size=1, max_size=4)
+    .map(lambda parts: (*(token for part in parts for token in part), 0)),
+)  # fmt: skip
+"""Of words alone, and of words and images."""
 SEQUENCES = st.builds(
     Sequence,
     key=st.just(0),
-    prompt=st.lists(st.integers(0, 2), min_size=1, max_size=20).map(tuple),
+    prompt=PROMPTS,
     most=st.integers(1, 20),
     stops=st.sampled_from([frozenset(), frozenset({STOP})]),
     due=st.integers(0, 100),

@@ -47,7 +47,7 @@ class Damaged:
     """A checkpoint whose quantized weights are not those that it gives as FP32."""
 
     def __init__(self, inner: Checkpoint, damage: Callable[[Stored], Any]) -> None:
-        self.decoder = inner.decoder
+        self.decoder, self.vision = inner.decoder, inner.vision
         self.floats = inner.floats
         self._inner = inner
         self._damage = damage

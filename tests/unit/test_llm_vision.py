@@ -141,7 +141,9 @@ def test_tiles_are_those_of_the_reference(path: Path, processor: Any, size: Any)
 @pytest.mark.parametrize("mode", ["L", "RGBA", "LA", "P", "1", "CMYK"])
 def test_colours_are_those_of_the_reference(tmp_path: Path, mode: str) -> None:
     path = write_vlm(tmp_path)
-    image = picture(50, 30, mode="RGB").convert(mode) if mode != "RGBA" else picture(50, 30, 1, mode)
+    image = (
+        picture(50, 30, mode="RGB").convert(mode) if mode != "RGBA" else picture(50, 30, 1, mode)
+    )
     kind = "JPEG" if mode == "CMYK" else "PNG"
     data = encoded(image, kind)
     right = processor_of(tmp_path).image_processor(Image.open(BytesIO(data)))
@@ -280,9 +282,7 @@ class Answers:
 
     def ask(self, key: int, prompt: Any, tiles: Any, **how: Any) -> None:
         how = {"most": 12, "endless": True} | how
-        self.model.begin(
-            key, Question(prompt=prompt, sampling=GREEDY, tiles=tiles, **how)
-        )
+        self.model.begin(key, Question(prompt=prompt, sampling=GREEDY, tiles=tiles, **how))
         self.said[key] = []
 
     def step(self, within: int | None = None) -> None:

@@ -59,7 +59,7 @@ TOWER = {
 SIDE = 28
 
 
-def write_vlm(  # noqa: PLR0913
+def write_vlm(
     folder: Path,
     model_type: str = "idefics3",
     *,
@@ -68,9 +68,11 @@ def write_vlm(  # noqa: PLR0913
     shuffle: int = 2,
     images: Mapping[str, Any] | None = None,
     likely: Mapping[int, float] | None = None,
+    opening: tuple[int, int] | None = None,
 ) -> Path:
     """The file of weights. ``tower`` and ``images``: what is otherwise in ``vision_config`` and the
-    image processor; ``likely``: by how much the logits of some tokens are higher, about."""
+    image processor; ``likely``: by how much the logits of some tokens are higher, about, but behind
+    the first of ``opening``, where the second is said, and hardly ever elsewhere."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "model_type": model_type,
@@ -116,6 +118,9 @@ def write_vlm(  # noqa: PLR0913
         tensors[IDEFICS.tensor("embedding")][:, 0] = 8.0
         for token, more in likely.items():
             tensors[IDEFICS.tensor("head")][token, 0] += more / 8
+    if opening:
+        tensors[IDEFICS.tensor("embedding")][opening[0], 0] = -8.0
+        tensors[IDEFICS.tensor("head")][opening[1], 0] = -4.0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder / "model.safetensors"
 

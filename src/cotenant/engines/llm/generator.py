@@ -35,8 +35,8 @@ MOST_ALIKE: Final = 1 << 20
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
-    """``prompt``: its tokens. ``tiles``: those of its images, each [side, side, 3], for which it has
-    tokens. ``most``: so many tokens may be said. ``stops``: strings that end the answer.
+    """``prompt``: its tokens. ``tiles``: those of its images, each [side, side, 3]; the prompt has
+    tokens for them. ``most``: so many tokens may be said. ``stops``: strings that end the answer.
     ``endless``: tokens that end answers do not end this one. ``embed``: what the model makes of the
     prompt is wanted, no answer. ``due``, ``pace`` and ``salt`` are those of a ``Sequence``."""
 
