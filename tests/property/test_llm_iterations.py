@@ -100,7 +100,7 @@ class Machine:
         self.core = Iterations(self.pool, limits, costs, self.drafting)
         if draft is not None:
             self.core.acceptance = Erratic()
-        self.core.tiles.took(1, TILE_NS)
+        self.core.tiles.took(TILE_NS)
         self.rows: set[int] = set()
         """Tiles that are encoded and kept."""
         self.stutter, self.draft = stutter, draft
@@ -123,16 +123,15 @@ class Machine:
         assert self.pool.excess == 0, "memory is given back"
         assert iteration.load.tokens <= self.core.limits.tokens
         if within is not None and len(iteration.works) > 1:
-            assert iteration.expected <= within + TILE_NS * bool(iteration.tiles)
-        if within is not None and len(iteration.tiles) > 1:
-            assert iteration.expected <= within
+            assert iteration.expected <= within + TILE_NS * (iteration.tile is not None)
         fits = [
             s for s in self.core.waits if self.pool.needed(len(s.tokens) + 1) <= self.pool.target
         ]
-        assert iteration.works or iteration.tiles or not fits, "somebody waits and nobody runs"
-        assert len(set(iteration.tiles)) == len(iteration.tiles)
-        assert not self.rows & set(iteration.tiles), "what is kept is not encoded again"
-        self.rows.update(iteration.tiles)
+        does = iteration.works or iteration.tile is not None
+        assert does or not fits, "somebody waits and nobody runs"
+        assert iteration.tile not in self.rows, "what is kept is not encoded again"
+        if iteration.tile is not None:
+            self.rows.add(iteration.tile)
         for move in iteration.moves:
             match move:
                 case Offload(block, slot):
@@ -162,7 +161,7 @@ class Machine:
             self.said[key] += tokens
             if end is not None:
                 self.ends[key] = end
-        self.core.took(iteration, iteration.expected or 1, 5, 5, TILE_NS * len(iteration.tiles))
+        self.core.took(iteration, iteration.expected or 1, 5, 5, TILE_NS)
         self.rows &= self.core.tiles.held
         self.core.check()
         return iteration
@@ -195,7 +194,7 @@ class Machine:
             if not self.core.running + self.core.waiting:
                 return
             iteration = self.step()
-            assert iteration.works or iteration.tiles, "somebody waits and nobody runs"
+            assert iteration.works or iteration.tile is not None, "somebody waits and nobody runs"
         raise AssertionError("it does not end")
 
 

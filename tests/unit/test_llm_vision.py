@@ -24,7 +24,7 @@ from cotenant.engines.llm.sampler import Sampling
 from cotenant.engines.llm.sight import open_sight
 from cotenant.engines.llm.vision_graph import VisionRunner
 from cotenant.engines.llm.weights import Build
-from tests.unit.vlm_files import END, IMAGE, SIDE, encoded, picture, write_vlm
+from tests.unit.vlm_files import IMAGE, encoded, picture, write_vlm
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -269,9 +269,11 @@ def test_image_tokens_that_no_image_stands_for_are_refused(path: Path) -> None:
 class Answers:
     """A model at work."""
 
-    def __init__(self, path: Path, blocks: int = 96, tokens: int = 512) -> None:
+    def __init__(
+        self, path: Path, blocks: int = 96, tokens: int = 512, build: Build | None = None
+    ) -> None:
         checkpoint = open_checkpoint(path)
-        self.runner = Runner(checkpoint, Build(), MEMORY, (1,))
+        self.runner = Runner(checkpoint, build or Build(), MEMORY, (1,))
         self.core = Iterations(BlockPool(blocks, 8), Limits(tokens=tokens))
         sight = open_sight(checkpoint, path.parent, (1,))
         assert sight is not None
@@ -321,11 +323,15 @@ def test_answers_are_those_of_the_reference(path: Path, reference: Any, processo
     assert not model.sight.images, "what nobody has is not kept"
 
 
-def test_logits_are_the_references(path: Path, reference: Any, processor: Any) -> None:
+@pytest.mark.parametrize(("bits", "apart"), [(32, 5e-4), (8, 0.05), (4, 0.5)])
+def test_logits_are_the_references(
+    path: Path, reference: Any, processor: Any, bits: Any, apart: float
+) -> None:
+    """The tower is FP32, whatever the decoder's weights are."""
     messages, tokens, cut = asked(path, IMAGES)
     with torch.no_grad():
         right = reference(**in_reference(processor, IMAGES, messages)).logits[0, -1].numpy()
-    model = Answers(path)
+    model = Answers(path, build=Build(bits=bits))
     model.ask(1, tokens, cut)
     logits = {}
     compute = model.runner.compute
@@ -336,8 +342,9 @@ def test_logits_are_the_references(path: Path, reference: Any, processor: Any) -
         return found
 
     model.runner.compute = seen  # type: ignore[method-assign]
-    model.step()
-    np.testing.assert_allclose(logits[1][-1], right, atol=5e-4, rtol=5e-4)
+    while model.core.find(1).said < 1:  # type: ignore[union-attr]
+        model.step()
+    assert np.abs(logits[1][-1] - right).mean() < apart * np.abs(right).mean()
 
 
 @pytest.fixture(scope="module")
@@ -389,8 +396,8 @@ def test_who_is_put_aside_reads_its_image_again_without_encoding_it(plain: Path)
     model = Answers(plain, blocks=28)
     encodings = []
     encode = model.sight.encode
-    model.sight.encode = lambda units, tiles: (  # type: ignore[method-assign]
-        encodings.extend(tiles) or encode(units, tiles)
+    model.sight.encode = lambda units, tile: (  # type: ignore[method-assign]
+        encodings.append(tile) or encode(units, tile)
     )
     for key, seed in enumerate((3, 4, 5)):
         image = [encoded(picture(28, 28, seed=seed))]
@@ -416,11 +423,13 @@ def test_who_leaves_takes_its_tiles_along(plain: Path) -> None:
 
 def test_a_turn_that_only_encodes_has_work(plain: Path) -> None:
     model = Answers(plain)
-    _, tokens, cut = asked(plain, IMAGES[:1])
+    _, _, cut = asked(plain, IMAGES[:1])
+    model.core.tiles.took(1000)
     model.ask(1, (IMAGE,) * 4, cut[:1])
     model.step(within=1)
+    assert model.core.tiles.encoded
+    assert model.core.find(1).computed == 0  # type: ignore[union-attr]
     assert model.model.work.tokens > 0
-    del tokens
 
 
 def test_tiles_that_the_prompt_has_no_tokens_for_are_refused(plain: Path) -> None:
@@ -438,5 +447,3 @@ def test_text_alone_is_answered_as_ever(plain: Path) -> None:
     model = Answers(plain)
     model.ask(1, tokens, ())
     assert len(model.finish()[1]) == 12
-    assert END not in tokens
-    assert SIDE == 28

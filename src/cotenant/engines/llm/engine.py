@@ -80,6 +80,7 @@ class LlmEngine:
         core = Iterations(BlockPool(blocks, SIZE), limits, drafting=drafting)
         self._sight = open_sight(checkpoint, path.parent, units)
         self._generator = Generator(text, runner, core, drafter, self._sight)
+        self._generator.warm(max(units))
         self._said: dict[int, _Said] = {}
 
     @property

@@ -31,7 +31,7 @@ from cotenant.engines.llm.text import Text
 from cotenant.policy.iterations import Load
 
 MOST_ALIKE: Final = 1 << 20
-"""Tokens that tiles count as."""
+"""Tokens that a tile counts as."""
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,12 +152,12 @@ class Generator:
         offload_ns, restore_ns = self.runner.move(iteration.moves)
         if self.drafter is not None and iteration.asks:
             iteration = iteration.drafted(self.drafter.propose(units, iteration.asks))
-        tiles_ns = self._encode(units, iteration.tiles)
+        tile_ns = self._encode(units, iteration.tile)
         began = time.monotonic_ns()
         images = self.sight.images if self.sight is not None else None
         computed = self.runner.compute(units, iteration.works, images)
         took = time.monotonic_ns() - began
-        self.core.took(iteration, took, offload_ns, restore_ns, tiles_ns)
+        self.core.took(iteration, took, offload_ns, restore_ns, tile_ns)
         chosen, failed = {}, []
         for work in iteration.works:
             answer = self._answers.get(work.key)
@@ -180,14 +180,21 @@ class Generator:
         said = self.core.done(iteration, tokens)
         return failed + [self._piece(each, chosen[each.key]) for each in said]
 
-    def _encode(self, units: int, tiles: tuple[int, ...]) -> int:
-        """How long (ns) these took."""
-        if self.sight is None or not tiles:
+    def warm(self, units: int) -> None:
+        """Measure what a tile takes on so many threads. Raises ModelError."""
+        if self.sight is not None:
+            began = time.monotonic_ns()
+            self.sight.try_out(units)
+            self.core.tiles.took(time.monotonic_ns() - began)
+
+    def _encode(self, units: int, tile: int | None) -> int:
+        """How long (ns) it took."""
+        if self.sight is None or tile is None:
             return 0
         began = time.monotonic_ns()
-        self.sight.encode(units, tiles)
+        self.sight.encode(units, tile)
         took, token = time.monotonic_ns() - began, self.core.costs.token
-        patches = self.sight.vision.across**2 * len(tiles)
+        patches = self.sight.vision.across**2
         alike = round(took / token) if self.core.costs.told and token > 0 else patches
         self.work += Load(max(1, min(alike, MOST_ALIKE)))
         return took

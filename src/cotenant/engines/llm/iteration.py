@@ -13,8 +13,8 @@ Its laws:
    is. Its blocks wait on the host, or are computed again, whichever takes less time.
 5. A sequence that is alone gets all there is. What could not run even then is refused when it
    comes.
-6. Tiles of images are encoded within the same time, before what reads them (``tiles``). So an
-   iteration takes longer than it should by one tile at most.
+6. A tile of an image is encoded within the same time, before what reads it, one an iteration
+   (``tiles``). So an iteration takes longer than it should by one tile at most.
 7. Who generates may have a draft: of what was said before, else of a draft model. It takes what
    those who still have to go on do not need, and is verified in the same iteration.
 """
@@ -53,7 +53,7 @@ class Limits(msgspec.Struct, frozen=True):
 
 
 class Iteration(NamedTuple):
-    """``moves`` first, one after the other; then ``tiles`` are encoded; then all ``works`` are
+    """``moves`` first, one after the other; then the ``tile`` is encoded; then all ``works`` are
     computed together. ``expected``: ns. If there are ``asks`` they are carried out before the
     works, which go on with what was ``drafted``."""
 
@@ -62,7 +62,7 @@ class Iteration(NamedTuple):
     load: Load
     expected: int
     asks: tuple[Ask, ...] = ()
-    tiles: tuple[int, ...] = ()
+    tile: int | None = None
 
     def drafted(self, drafts: Mapping[int, Tokens[int]]) -> Iteration:
         """The same with what the draft model proposed, by key: as many as were asked for."""
@@ -186,9 +186,9 @@ class Iterations:
             if sequence.table is not None:
                 self._read(sequence, plan)
         self._let_in(plan)
-        works, asks, tiles = tuple(plan.works), tuple(plan.asks), tuple(plan.tiles)
-        self.tiles.put_by(within, plan.expected, plan.lacking, bool(tiles))
-        return Iteration(self.pool.moves(), works, plan.load, plan.expected, asks, tiles)
+        works, asks, expected = tuple(plan.works), tuple(plan.asks), plan.expected
+        self.tiles.put_by(within, expected, plan.lacking and plan.tile is None)
+        return Iteration(self.pool.moves(), works, plan.load, expected, asks, plan.tile)
 
     def _make_room(self) -> None:
         """Put sequences aside until the pool is as small as it should be."""
@@ -324,15 +324,15 @@ class Iterations:
         return True
 
     def _read(self, sequence: Sequence, plan: Plan) -> bool:
-        """A chunk of what is not computed, or tiles that it needs; False if there is no time for
+        """A chunk of what is not computed, or a tile that it needs; False if there is no time for
         it."""
         start, end, table = sequence.computed, len(sequence.tokens), sequence.table
         assert table is not None
-        before = len(plan.tiles)
+        before = plan.tile
         seen = plan.look(sequence.tiles, start, end)
         count = plan.room(start, seen - start, self.pool.size)
         if count < 1:
-            return len(plan.tiles) > before
+            return plan.tile != before
         chunk = tuple(sequence.tokens[start : start + count])
         plan.add(Work(sequence.key, start, chunk, table.blocks, int(start + count == end)))
         return True
@@ -345,7 +345,7 @@ class Iterations:
         grammars); missing where nothing was sampled. Drafts that it would have said itself are
         kept, and the first token that it says instead."""
         said = []
-        self.tiles.done(iteration.tiles)
+        self.tiles.done(iteration.tile)
         asks = {ask.key: ask for ask in iteration.asks}
         for work in iteration.works:
             sequence = self._sequences.get(work.key)
@@ -375,10 +375,11 @@ class Iterations:
         ns: int,
         offload_ns: int = 0,
         restore_ns: int = 0,
-        tiles_ns: int = 0,
+        tile_ns: int = 0,
     ) -> None:
-        """How long its works took, its moves (those to the host, and those back) and its tiles."""
-        self.tiles.took(len(iteration.tiles), tiles_ns)
+        """How long its works took, its moves (those to the host, and those back) and its tile."""
+        if iteration.tile is not None:
+            self.tiles.took(tile_ns)
         if iteration.works:
             self.costs.observe(iteration.load, ns)
         kinds = [type(move) for move in iteration.moves]

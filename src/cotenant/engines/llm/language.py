@@ -102,7 +102,7 @@ def _in_parts(message: Mapping[str, Any]) -> Mapping[str, Any]:
     content = message.get("content")
     if not isinstance(content, str):
         return message
-    return {**message, "content": [{"type": "text", "text": content}] if content else []}
+    return {**message, "content": [{"type": "text", "text": content}]}
 
 
 class _Images:

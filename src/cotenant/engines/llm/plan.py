@@ -49,7 +49,7 @@ class Plan:
         self.works: list[Work] = []
         self.asks: list[Ask] = []
         self.load = Load()
-        self.tiles: list[int] = []
+        self.tile: int | None = None
         """To be encoded before."""
         self.lacking = False
         """Whether there was no time for a tile."""
@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def _encoding(self) -> int:
-        return round(self._seen.cost * len(self.tiles))
+        return 0 if self.tile is None else round(self._seen.cost)
 
     def _takes(self, rounds: Rounds) -> int:
         return self._drafting.takes(rounds) if self._drafting else 0
@@ -84,7 +84,7 @@ class Plan:
             spare = self._within - self._encoding - (self._computing or costs.fixed)
             spare -= costs.step_of(tokens + wanted) - costs.step_of(max(1, tokens))
             fits = costs.within(spare, start)
-            some = self.works or self.tiles
+            some = self.works or self.tile is not None
             count = min(count, fits if some else max(fits, least))
         return count
 
@@ -98,27 +98,28 @@ class Plan:
         return self._within - self._costs.predict(whole) - self._takes(rounds) - self._encoding
 
     def look(self, tiles: Iterable[Span], start: int, end: int) -> int:
-        """Have the ``tiles`` of a sequence encoded that stand between ``start`` and ``end``, as far
-        as there is time; the position up to which it can be read then. With nothing else to do,
-        or enough time put by, there is time for one."""
+        """Have the first of the ``tiles`` of a sequence encoded that it needs between ``start`` and
+        ``end``, if there is time; the position up to which it can be read then. With nothing else
+        to do, or enough time put by, there is time."""
         for span in tiles:
             if span.end <= start or span.start >= min(end, start + self.left):
                 continue
-            if span.tile in self._seen.encoded or span.tile in self.tiles:
+            if span.tile in self._seen.encoded or span.tile == self.tile:
                 continue
             if not self._encodes():
                 self.lacking = True
                 return max(start, span.start)
-            self.tiles.append(span.tile)
+            self.tile = span.tile
         return end
 
     def _encodes(self) -> bool:
-        if self._within is None or not (self.works or self.tiles):
+        """Whether there is time for one more tile: an iteration has one at most."""
+        if self.tile is not None:
+            return False
+        if self._within is None or not self.works:
             return True
         cost = self._seen.cost
-        if not cost:  # until one was measured
-            return not self.tiles
-        return self.expected + cost <= self._within or (not self.tiles and self._seen.saved >= cost)
+        return self.expected + cost <= self._within or self._seen.saved >= cost
 
     def add(self, work: Work, ask: Ask | None = None) -> None:
         """``ask``: what the draft model does for it before."""

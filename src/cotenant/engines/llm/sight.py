@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from hashlib import blake2b
 from pathlib import Path
 
@@ -42,13 +42,11 @@ class Sight:
                 f"the prompt has {len(places)} image tokens; {len(tiles)} tiles of {rows} rows"
                 f" need {len(tiles) * rows}"
             )
-        keyed = {_key(tile): tile for tile in tiles}
+        keys = [_key(tile) for tile in tiles]
         placed = list(prompt)
-        for index, tile in enumerate(tiles):
-            key = _key(tile)
-            for row in range(rows):
-                placed[places[index * rows + row]] = token_of(key, row)
-        return tuple(placed), keyed
+        for index, at in enumerate(places):
+            placed[at] = token_of(keys[index // rows], index % rows)
+        return tuple(placed), dict(zip(keys, tiles, strict=True))
 
     def keep(self, tiles: dict[int, Pixels]) -> None:
         """Of a sequence that was taken up."""
@@ -56,13 +54,17 @@ class Sight:
             if key not in self.images and key not in self._pixels:
                 self._pixels[key] = pixels.copy()
 
-    def encode(self, units: int, tiles: Iterable[int]) -> None:
-        """One after the other, on so many threads. Raises ModelError."""
-        for key in tiles:
-            if key not in self.images:
-                pixels = self._cutting.normalized(self._pixels[key])
-                self.images[key] = self._runner.encode(units, pixels)
-                del self._pixels[key]
+    def encode(self, units: int, tile: int) -> None:
+        """The tile with this key, on so many threads. Raises ModelError."""
+        if tile not in self.images:  # it is, if the engine failed at what came behind it
+            pixels = self._cutting.normalized(self._pixels[tile])
+            self.images[tile] = self._runner.encode(units, pixels)
+            del self._pixels[tile]
+
+    def try_out(self, units: int) -> None:
+        """Encode a tile that nobody has. Raises ModelError."""
+        side = self.vision.side
+        self._runner.encode(units, np.zeros((side, side, 3), np.float32))
 
     def forget(self, held: frozenset[int]) -> None:
         """All but those that are held."""

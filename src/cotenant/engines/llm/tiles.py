@@ -7,7 +7,7 @@ A tile is encoded to rows, each in the place of a token. Its laws:
 2. No model says such a token, and none is drafted.
 3. A tile is encoded before the first iteration that reads one of its rows, and kept while a
    sequence that has it is there. So who is put aside reads its rows again without encoding them.
-4. To encode one tile is the least that can be done at once. One that takes longer than there is
+4. An iteration encodes one tile at most: that cannot be cut. One that takes longer than there is
    time goes alone, or once the time that iterations left for it is enough.
 """
 
@@ -80,20 +80,19 @@ class Tiles:
                 del self._held[tile]
                 self.encoded.discard(tile)
 
-    def done(self, tiles: Iterable[int]) -> None:
-        """These were encoded; some perhaps for a sequence that is over by now."""
-        self.encoded.update(tile for tile in tiles if tile in self._held)
+    def done(self, tile: int | None) -> None:
+        """This was encoded, perhaps for a sequence that is over by now."""
+        if tile is not None and tile in self._held:
+            self.encoded.add(tile)
 
-    def took(self, tiles: int, ns: int) -> None:
-        """To encode so many took so long."""
-        if tiles:
-            each = ns / tiles
-            self.cost += (each - self.cost) * (GAIN if self.cost else 1.0)
+    def took(self, ns: int) -> None:
+        """To encode one took so long."""
+        self.cost += (ns - self.cost) * (GAIN if self.cost else 1.0)
 
-    def put_by(self, within: int | None, expected: int, waits: bool, some: bool) -> None:
+    def put_by(self, within: int | None, expected: int, waits: bool) -> None:
         """An iteration of ``within`` ns is to take ``expected``. ``waits``: there was no time for a
-        tile; ``some``: others were taken up."""
-        if some or not waits or within is None:
+        tile."""
+        if not waits or within is None:
             self.saved = 0
         else:
             self.saved += max(within - expected, within // SHARE)
