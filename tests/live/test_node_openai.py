@@ -26,6 +26,7 @@ TEMPLATE = (
 """Its calls are of Hermes' form."""
 CONTEXT = 2048
 KEY = "a-key-of-enough-characters"
+IMAGE: Any = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
 HELLO: Any = [{"role": "user", "content": "hello"}]
 SCHEMA = {
     "type": "object",
@@ -218,6 +219,7 @@ def test_who_leaves_a_stream_leaves_no_work(box: Box, client: openai.OpenAI) -> 
         ({"max_tokens": 5000}, openai.BadRequestError, "max_tokens"),
         ({"messages": [{"role": "user", "content": "x" * 3000}]}, openai.BadRequestError, None),
         ({"functions": [{"name": "f"}]}, openai.BadRequestError, "functions"),
+        ({"messages": [{"role": "user", "content": [IMAGE]}]}, openai.BadRequestError, "messages"),
     ],
 )
 def test_errors_are_those_of_the_client(
@@ -252,7 +254,7 @@ CHECKED = (
     "chat-basic-response,chat-system-prompt,chat-multi-turn,chat-tool-calling,"
     "chat-streaming-response,chat-streaming-usage,chat-error-handling"
 )
-"""All of its tests but images, which are refused, and summaries of reasoning."""
+"""All of its tests but images, which this model cannot see, and summaries of reasoning."""
 
 
 @pytest.mark.skipif(

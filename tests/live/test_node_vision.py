@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from base64 import b64encode
@@ -86,6 +87,23 @@ def test_another_picture_is_another_question(client: openai.OpenAI) -> None:
     assert told[0][0] == pytest.approx(told[1][0], abs=1e-3)
     assert abs(told[2][0] - told[0][0]) > 1e-3
     assert told[1][1] > told[2][1], "the same picture was read before"
+
+
+def test_tokens_can_be_counted_before(box: Box, client: openai.OpenAI) -> None:
+    usage = client.chat.completions.create(messages=asking(SMALL), **SHORT).usage
+    asked = json.dumps({"model": "sees", "messages": asking(SMALL)}).encode()
+    assert usage is not None
+    assert box.ask("POST", "/tokenize", asked).json["count"] == usage.prompt_tokens
+
+
+def test_an_image_of_each_kind_of_message_is_seen_and_text_goes_on(client: openai.OpenAI) -> None:
+    talk = [
+        {"role": "system", "content": "be brief"},
+        *asking(SMALL),
+        {"role": "assistant", "content": "blots"},
+        *asking(PHOTO),
+    ]
+    assert client.chat.completions.create(messages=talk, **SHORT).choices
 
 
 def test_several_answers_to_one_picture(client: openai.OpenAI) -> None:

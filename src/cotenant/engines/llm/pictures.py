@@ -18,7 +18,7 @@ from typing import Any, Final
 import msgspec
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from cotenant.domain.errors import InvalidRequest, ModelError
 from cotenant.engines.llm.families.base import Floats
@@ -32,8 +32,22 @@ MOST_PIXELS: Final = 1 << 24
 """Of an image when it is decoded."""
 MOST_LENGTH: Final = 4096
 """Pixels of the longer side, once it is resized."""
+MOST_SCANS: Final = 100
+"""Of a JPEG: each goes over all of it again. Usual are up to a dozen."""
+SCAN: Final = b"\xff\xda"
+"""Begins one; within its data there is no such pair of bytes."""
 ORIENTATION: Final = 0x0112
-"""In EXIF: how a camera was held; from 5 on width and height change places."""
+"""In EXIF: how a camera was held."""
+UPRIGHT: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What to do with a picture; from 5 on width and height change places."""
 
 Pixels = npt.NDArray[np.uint8]
 Size = tuple[int, int]
@@ -179,7 +193,8 @@ class Opened:
         try:
             self._image: Image.Image = Image.open(BytesIO(data), formats=FORMATS)
             size = self._image.size
-            turned = self._jpeg and self._image.getexif().get(ORIENTATION, 1) in range(5, 9)
+            jpeg = self._image.format == "JPEG"
+            held = self._image.getexif().get(ORIENTATION, 1) if jpeg else 1
         except (Image.DecompressionBombError, Image.DecompressionBombWarning):
             raise InvalidRequest(f"the image has more than {MOST_PIXELS} pixels") from None
         except UnidentifiedImageError:
@@ -190,21 +205,21 @@ class Opened:
             raise InvalidRequest(
                 f"the image has {size[0]} x {size[1]} pixels; at most {MOST_PIXELS} are read"
             )
-        self.grid = cutting.grid((size[1], size[0]) if turned else size)
+        if jpeg and data.count(SCAN) > MOST_SCANS:
+            raise InvalidRequest(f"the JPEG has more than {MOST_SCANS} scans")
+        self._turn = UPRIGHT.get(held)
+        self.grid = cutting.grid((size[1], size[0]) if held in (5, 6, 7, 8) else size)
         self.tokens = self.grid.tiles * vision.rows
         self.shape = (self.grid.tiles, cutting.side, cutting.side, 3)
-
-    @property
-    def _jpeg(self) -> bool:
-        return self._image.format == "JPEG"
 
     def pixels(self) -> bytes:
         try:
             self._image.load()
-            upright = ImageOps.exif_transpose(self._image) if self._jpeg else self._image
-            image = _coloured(upright)
+            image = _coloured(self._image)
         except Exception as error:
             raise _unreadable(error) from error
+        if self._turn is not None:
+            image = image.transpose(self._turn)
         for size in self.grid.sizes:
             image = image.resize(size, self._cutting.filter)
         side, grid = self._cutting.side, self.grid
