@@ -3,6 +3,7 @@ them."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
@@ -220,6 +221,19 @@ def test_what_is_not_served_is_refused_by_name(tmp_path: Path, given: dict[str, 
     path = write_vlm(tmp_path, **given)
     with pytest.raises(ModelError, match=next(iter(given["images"]))):
         LlmLanguage(path)
+
+
+def test_a_processor_config_says_the_same(tmp_path: Path) -> None:
+    path = write_vlm(tmp_path)
+    vision = open_checkpoint(path).vision
+    assert vision is not None
+    before = read_cutting(tmp_path, vision)
+    given = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(ModelError):
+        read_cutting(tmp_path, vision)
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": given}))
+    assert read_cutting(tmp_path, vision) == before
 
 
 # --- prompts ------------------------------------------------------------------------------------
