@@ -425,9 +425,16 @@ def asks(driven: Driven, words: str) -> str:
 
 
 @pytest.fixture
-def keeper(drive: Callable[..., Driven]) -> Driven:
+def faults(tmp_path: Path) -> Path:
+    """What the driver is to do wrong for the keeper's job."""
+    (tmp_path / "faults").touch()
+    return tmp_path / "faults"
+
+
+@pytest.fixture
+def keeper(drive: Callable[..., Driven], faults: Path) -> Driven:
     """A job that has 64 MiB, of 100 that it may have."""
-    driven = drive()
+    driven = drive(STANDIN_FAULT=str(faults))
     driven.do("gates.AWAY = 300_000_000")
     line = "r_j = start(d, 'j', '$COTENANT_MEMORY_JOB', memory=100 << 20); d.grant('j', PART)"
     driven.do(f"{line}; answer = [r_j.stdout.readline(), r_j.stdout.readline()]")
@@ -462,6 +469,21 @@ def test_a_request_does_not_wait_for_memory_that_goes(keeper: Driven) -> None:
     assert keeper.do("answer = d.revoke('j', PART)") > 0
     keeper.do("import time; time.sleep(0.4); d.refresh()")
     assert keeper.do("answer = d._gates.page('j').closed"), "nobody has granted it anything since"
+
+
+def test_others_go_on_while_memory_is_taken(keeper: Driven, faults: Path) -> None:
+    keeper.job("$COTENANT_JOB forever 1 1 100", "k")
+    faults.write_text("stuck 0\n")
+    keeper.do("import threading; t = threading.Thread(target=d.evict, args=('j', 1 << 20))")
+    keeper.do("t.daemon = True; t.start()")
+    until(lambda: keeper.do("answer = d._gates.page('j').closed"))
+    count = "answer = sum(s.launches for s in d._gates.page('k').seats())"
+    for _ in range(3):
+        before = keeper.do(count)
+        keeper.do("d.refresh(); d.facts(); d.grant('k', PART)")
+        until(lambda before=before: keeper.do(count) > before)
+        assert keeper.do("answer = d.revoke('k', PART)") > 0
+    assert keeper.do("answer = t.is_alive()")
 
 
 # --- a driver in trouble --------------------------------------------------------------------

@@ -500,3 +500,23 @@ def test_a_look_that_fails_or_hangs_is_trouble_until_one_works(
         await until(lambda: fleet.look() or not fleet.trouble("slow"))
 
     play(story, slow)
+
+
+def test_looks_go_on_while_memory_is_taken_from_a_job() -> None:
+    slow = SlowDevice()
+
+    async def story(fleet: Fleet, _: Answers) -> None:
+        let_go = slow.hang("evict")
+        fleet.evict("slow", "j", 1)
+        for _ in range(3):
+            looks = slow.looks
+            fleet.look()
+            await until(lambda looks=looks: slow.looks > looks)
+            fleet.evict("slow", "j", 1)
+        let_go()
+        await until(lambda: ("evict", "j", "") in slow.log)
+        fleet.look()
+        await until(lambda: not fleet._callers["slow"]._evicting)
+        assert slow.log.count(("evict", "j", "")) == 1, "orders that overlap are one"
+
+    play(story, slow)

@@ -93,7 +93,7 @@ class Fleet:
         return self._callers[device].trouble
 
     def evict(self, device: str, job: str, size: int) -> None:
-        """See ``Device.evict``: off the loop, after the look that is under way."""
+        """See ``Device.evict``: off the loop. What came of it the next look shows."""
         self._callers[device].evict(job, size)
 
     def levels(self, device: str) -> dict[str, PreemptLevel]:

@@ -250,8 +250,8 @@ class Gates:
             raise DeviceError(f"{job}: {self._undrained(page)}")
 
     def evict(self, job: str, size: int) -> int:
-        """Take up to so many bytes off the GPU; how many went. Raises DeviceError where the job's
-        work does not end, or its memory does not go, in time."""
+        """Take up to so many bytes off the GPU; how many went. Not while it does so already. Raises
+        DeviceError where the job's work does not end, or its memory does not go, in time."""
         page = self.page(job)
         with self._lock:
             self._away_until[job] = time.monotonic_ns() + DRAIN_WITHIN + EVICT_WITHIN
@@ -268,6 +268,8 @@ class Gates:
                 why = "it takes too long" if moved is None else f"the driver said {moved.errors}"
                 raise DeviceError(f"{job}: not all of its memory was taken: {why}")
             return moved.moved
+        except OSError as error:
+            raise DeviceError(f"{job}: no memory was taken: its page is gone ({error})") from error
         finally:
             with self._lock:
                 if self._pages.get(job) is page:
