@@ -88,6 +88,16 @@ class Fleet:
         """Resident memory there in bytes by tenant, as of the last look."""
         return {name: facts.memory for name, facts in self._callers[device].facts.items()}
 
+    def evictable(self, device: str) -> dict[str, int]:
+        """Of each tenant's memory there, as of the last look, what the device could take back."""
+        caller = self._callers[device]
+        if caller.spec is None or not caller.spec.evicts:
+            return {}
+        return {
+            name: facts.memory if facts.evictable is None else min(facts.evictable, facts.memory)
+            for name, facts in caller.facts.items()
+        }
+
     def trouble(self, device: str) -> str:
         """Why it could not look at its tenants last; "" if it could."""
         return self._callers[device].trouble

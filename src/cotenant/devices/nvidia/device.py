@@ -294,11 +294,18 @@ class CudaDevice:
             if tenant.is_job and self._gates is not None:
                 memory = self._gates.memory(name) or memory
             past = self._gates is not None and self._gates.beyond(name)
-            found[name] = TenantFacts(memory, PreemptLevel.NONE if past else tenant.level)
+            level = PreemptLevel.NONE if past else tenant.level
+            found[name] = TenantFacts(memory, level, self._evictable(name, tenant))
         return found
 
+    def _evictable(self, name: str, tenant: _Tenant) -> int:
+        if self._gates is None or not tenant.is_job or tenant.level is PreemptLevel.NONE:
+            return 0
+        return self._gates.evictable(name)
+
     def evict(self, job: str, size: int) -> None:
-        if self._gates is not None and self._job(job).level > PreemptLevel.NONE:
+        if self._evictable(job, self._job(job)):
+            assert self._gates is not None
             moved = self._gates.evict(job, size)
             log.info("memory taken from a job", extra={"job": job, "bytes": moved, "asked": size})
 

@@ -13,6 +13,8 @@ The laws:
 * A job that is to give memory computes nothing while its memory goes, nor for ``AWAY`` after: who
   waits for the memory has that long to take it. Then its gate opens if it is granted space, and it
   goes on once all of it is back.
+* Where that failed, or nothing went, nothing can be taken from the job for ``REST``, for twice as
+  long each time: its gate is not shut for nothing again and again.
 * Where channels may be held (``channels``), what does not drain within the bound is stopped in its
   middle. It goes on when the gate opens, or when the job is to give memory: then it must end first.
 * A thread of its own says to all jobs that the node lives, whatever the node's other threads wait
@@ -32,7 +34,7 @@ from pathlib import Path
 from typing import Final
 
 from cotenant.devices import proctree
-from cotenant.devices.nvidia.page import LEFT, VARIABLE, ControlPage
+from cotenant.devices.nvidia.page import LEFT, VARIABLE, ControlPage, Evicted
 from cotenant.devices.nvidia.shim import SHIM
 from cotenant.domain.costs import drain
 from cotenant.domain.device import Launch
@@ -54,6 +56,8 @@ EVICT_WITHIN: Final = 20 * S
 """How long memory may take to go."""
 AWAY: Final = 5 * S
 """How long it stays away at least."""
+REST: Final = 10 * S
+MOST_REST: Final = 600 * S
 _PREFIX: Final = "cotenant-gates-"
 _SHARED: Final = Path("/dev/shm")
 
@@ -84,6 +88,8 @@ class Gates:
         self._granted: set[str] = set()
         self._away_until: dict[str, int] = {}
         """Until when (ns) a gate stays closed, whatever is granted."""
+        self._rests: dict[str, tuple[int, int]] = {}
+        """Until when (ns) nothing is taken from a job from which nothing went, and for how long."""
         self._lock = threading.Lock()
         """Gates turn, and pages come and go, under it."""
         self._ends = threading.Event()
@@ -198,6 +204,7 @@ class Gates:
             for known in (self._granted, self._left, self._failed):
                 known.discard(job)
             self._away_until.pop(job, None)
+            self._rests.pop(job, None)
             page.close(keep)
 
     def grant(self, job: str) -> None:
@@ -273,8 +280,26 @@ class Gates:
         finally:
             with self._lock:
                 if self._pages.get(job) is page:
-                    away = AWAY if moved is not None and moved.moved else 0
-                    self._away_until[job] = time.monotonic_ns() + away
+                    self._evicted(job, moved)
+
+    def _evicted(self, job: str, moved: Evicted | None) -> None:
+        """Under the lock: what follows from an eviction."""
+        now = time.monotonic_ns()
+        went = moved is not None and moved.moved > 0
+        self._away_until[job] = now + (AWAY if went else 0)
+        if moved is not None and went and not moved.errors:
+            self._rests.pop(job, None)
+        else:
+            _, before = self._rests.get(job, (0, 0))
+            rest = min(MOST_REST, 2 * before or REST)
+            self._rests[job] = now + rest, rest
+
+    def evictable(self, job: str) -> int:
+        """Bytes that could be taken from a job now, as its processes say themselves."""
+        page, (rests_until, _) = self._pages.get(job), self._rests.get(job, (0, 0))
+        if page is None or time.monotonic_ns() < rests_until:
+            return 0
+        return sum(max(0, seat.memory.evictable) for seat in page.seats())
 
     def page(self, job: str) -> ControlPage:
         """Raises DeviceError for a job that has none."""
