@@ -103,6 +103,22 @@ def test_a_job_that_is_past_its_gate_does_not_stay_beside_services(
     assert box.job(job).state == "queued", "what was seen is not forgotten"
 
 
+def test_that_a_job_was_past_its_gate_is_known_after_a_restart(box: Box, gpu: GpuMachine) -> None:
+    box.start()
+    job = submit(box, gpu, "sh", "-c", 'env -u COTENANT_GATE "$COTENANT_JOB" forever 1 1 200')
+    gpu.show(program(box))
+    box.until(lambda: box.job(job).state == "queued" and box.job(job).reason)
+    gpu.show()
+    assert box.process is not None
+    box.process.kill()
+    box.process.wait()
+    box.start()
+    box.until(lambda: asked(box) == 200 and box.job(job).reason)
+    for _ in range(20):
+        assert box.job(job).state == "queued"
+        time.sleep(0.05)
+
+
 def test_a_job_whose_kernels_do_not_end_is_ended_and_requests_go_on(
     box: Box, gpu: GpuMachine
 ) -> None:

@@ -217,7 +217,7 @@ class Chaos:
         self.jobs.add(job)
         weight, guaranteed, limit = r.choice([0.5, 1, 2]), r.choice([0, 0, 0.2]), r.random()
         kinds = r.choice([(), (), ("cpu",), ("gpu", "cpu"), ("tpu",)])
-        apart = r.random() < 0.05
+        apart = tuple(d.id for d in self.devices if r.random() < 0.05)
         self.send(e.JobQueued(job, weight, guaranteed, limit, kinds, grace=S, apart=apart))
 
     def exit_job(self, job: str) -> None:

@@ -473,7 +473,7 @@ def test_a_job_that_is_seen_not_to_yield_leaves_the_services_and_stays_away() ->
     assert (stop.job, stop.again) == ("j", True)
     dispatched = world.send(e.JobExited("j")) + world.arrive()
     assert only(dispatched, a.Dispatch), "nothing of it is in the way"
-    assert not only(world.send(e.JobQueued("j", apart=True)), a.Start)
+    assert not only(world.send(e.JobQueued("j", apart=("cpu",))), a.Start)
     assert world.d.state.tenants["j"].waits
     assert only(world.job("other"), a.Start), "others are not"
 
@@ -481,10 +481,34 @@ def test_a_job_that_is_seen_not_to_yield_leaves_the_services_and_stays_away() ->
 def test_it_may_run_where_nothing_is_served() -> None:
     world = World(PreemptLevel.GATE).service().worker()
     world.planned({"nobody": (0,)})
-    assert only(world.job(apart=True), a.Grant)
+    assert only(world.job(apart=("cpu",)), a.Grant)
     assert not only(world.send(e.JobLevel("j", "cpu", PreemptLevel.NONE)), a.Stop)
     stopped = world.planned({"s": (0,)}, version=2)
     assert one(stopped, a.Stop).job == "j"
+
+
+def test_it_is_kept_apart_on_the_device_where_it_was_seen_and_on_no_other() -> None:
+    gpus = tuple(cpu(1, PreemptLevel.GATE, g, kind="gpu", pins_jobs=True) for g in ("g0", "g1"))
+    world = World()
+    world.d = Dispatcher(gpus)
+    world.service()
+    parts = (Partition("p0", "g0", (0,)), Partition("p1", "g1", (0,)))
+
+    def planned(version: int, place: str) -> list[a.Action]:
+        services, jobs = {"s": ("p0", "p1")}, {"j": (place,)}
+        actions = world.send(e.Planned(Plan(version, parts, services, jobs, ("p0", "p1"))))
+        for move in only(actions, a.Repartition):
+            actions += world.send(e.Repartitioned(move.device, move.version))
+        return actions
+
+    planned(1, "p0")
+    assert one(world.send(e.JobQueued("j")), a.Start).partition == "p0"
+    world.send(e.JobReady("j"))
+    assert one(world.send(e.JobLevel("j", "g0", PreemptLevel.NONE)), a.Stop).again
+    world.send(e.JobExited("j"))
+    assert not only(world.send(e.JobQueued("j", apart=("g0",))), a.Start)
+    assert one(planned(2, "p1"), a.Start).partition == "p1", "services are there too"
+    assert only(world.send(e.JobReady("j")), a.Grant)
 
 
 def test_a_job_that_comes_with_no_level_at_all_is_kept_apart_too() -> None:
