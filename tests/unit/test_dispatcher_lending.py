@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import pairwise
 
+import msgspec
 import pytest
 
 from cotenant.domain import actions as a
@@ -517,6 +518,35 @@ def test_a_job_that_comes_with_no_level_at_all_is_kept_apart_too() -> None:
     world.send(e.JobQueued("j"))
     actions = world.send(e.JobReady("j", {"cpu": PreemptLevel.NONE}))
     assert one(actions, a.Stop).job == "j" and not only(actions, a.Grant)
+
+
+def test_where_a_device_falls_to_none_jobs_leave_the_services_there() -> None:
+    world = lent(PreemptLevel.GATE)
+    fallen = msgspec.structs.replace(world.d.devices[0], preempt=PreemptLevel.NONE)
+    stop = one(world.send(e.DeviceChanged(fallen)), a.Stop)
+    assert (stop.job, stop.again, stop.cause) == ("j", True, "DeviceChanged:cpu")
+    assert world.d.devices == (fallen,)
+    assert only(world.send(e.JobExited("j")) + world.arrive(), a.Dispatch)
+    assert not only(world.send(e.JobQueued("j", apart=("cpu",))), a.Start)
+
+
+def test_a_job_that_waits_is_not_started_where_its_device_fell_to_none() -> None:
+    world = World(PreemptLevel.GATE).service().worker()
+    world.d.state.most_jobs = 1
+    world.planned({"s": (0,)})
+    world.job("first")
+    world.send(e.JobQueued("second"))
+    fallen = msgspec.structs.replace(world.d.devices[0], preempt=PreemptLevel.NONE)
+    world.send(e.DeviceChanged(fallen))
+    assert not only(world.send(e.JobExited("first")), a.Start)
+
+
+def test_a_device_that_says_something_else_than_its_level_keeps_its_jobs() -> None:
+    world = lent(PreemptLevel.NONE)
+    spec = msgspec.structs.replace(world.d.devices[0], limits=("it was tried",))
+    assert not only(world.send(e.DeviceChanged(spec)), a.Stop)
+    assert not only(world.send(e.DeviceChanged(cpu(1, id="unknown"))), a.Stop)
+    assert world.d.devices == (spec,)
 
 
 def test_another_level_than_none_is_no_reason_to_stop() -> None:

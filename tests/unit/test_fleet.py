@@ -449,6 +449,8 @@ def test_what_a_device_says_of_itself_is_asked_again_after_a_change_of_layout() 
 
     async def main() -> None:
         fleet, answers = Fleet([device, NullDevice("other")]), Answers()
+        told: list[int] = []
+        fleet.respecified = lambda spec: told.append(spec.repartition_ns)
         await fleet.open()
         fleet.repartition("slow", (P0, P1), "first", answers.done, answers.failed)
         assert [spec.repartition_ns for spec in fleet.specs] == [2, 0]
@@ -458,6 +460,8 @@ def test_what_a_device_says_of_itself_is_asked_again_after_a_change_of_layout() 
         assert answers.how == {"first": "done", "second": "failed"}
         assert [spec.repartition_ns for spec in fleet.specs] == [1, 0]
         assert fleet.partition("p1") == P1, "it has what it had"
+        fleet.repartition("slow", (P1,), "third", answers.done, answers.failed)
+        assert told == [2, 1], "each once"
         await fleet.close()
 
     asyncio.run(main())

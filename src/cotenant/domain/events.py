@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from cotenant.domain.device import PreemptLevel
+from cotenant.domain.device import DeviceSpec, PreemptLevel
 from cotenant.domain.plan import Plan
 from cotenant.domain.request import Request
 from cotenant.domain.units import S
@@ -224,6 +224,14 @@ class Repartitioned(_Event, frozen=True):
     version: int
 
 
+class DeviceChanged(_Event, frozen=True):
+    """What a device says of itself is another now: its level and limits, say, once its gate was
+    tried. Where its level fell, jobs there are of no higher one; at ``NONE`` they are kept apart
+    from services there. Memory stays booked as at the start."""
+
+    spec: DeviceSpec
+
+
 class ActionFailed(_Event, frozen=True):
     """A dispatch, grant, revocation or repartition could not be carried out. ``target``: the batch,
     the partition, or the device. A revocation may be the shell's own: of a grant that came to be
@@ -269,6 +277,7 @@ Event = (
     | Granted
     | Revoked
     | Repartitioned
+    | DeviceChanged
     | ActionFailed
     | Woke
     | Planned

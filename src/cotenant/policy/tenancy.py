@@ -14,7 +14,7 @@ from typing import Final
 
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
-from cotenant.domain.device import PreemptLevel
+from cotenant.domain.device import DeviceSpec, PreemptLevel
 from cotenant.domain.plan import Plan
 from cotenant.domain.units import S, format_bytes
 from cotenant.policy.desk import Desk
@@ -86,6 +86,17 @@ class Tenancy:
         if event.level is PreemptLevel.NONE:
             self._keep_apart(tenant, event.device)
             self.part()
+
+    def weakened(self, spec: DeviceSpec) -> list[str]:
+        """A device's level fell: so did that of all jobs there. Those that have to go from it."""
+        for tenant in self._state.tenants.values():
+            share = self._state.jobs.get(tenant.id)
+            if share is not None and spec.id in share.levels:
+                share.levels[spec.id] = min(share.levels[spec.id], spec.preempt)
+            if spec.preempt is PreemptLevel.NONE:
+                self._keep_apart(tenant, spec.id)
+        self.part()
+        return [s.id for s in self._state.jobs.values() if s.stopping]
 
     def _keep_apart(self, tenant: Tenant, device: str) -> None:
         if device not in tenant.apart:

@@ -46,6 +46,8 @@ class Fleet:
         self.changed: Callable[[str, str, PreemptLevel], None] = lambda *_: None
         """Called with a tenant, a device and the level at which the tenant can be made to yield
         there from now on, where a look found another than before."""
+        self.respecified: Callable[[DeviceSpec], None] = lambda _: None
+        """Called with what a device says of itself, where that is another than before."""
         self.specs: tuple[DeviceSpec, ...] = ()
         """The devices, in the order given; once they are open, and as they are now."""
 
@@ -231,8 +233,11 @@ class Fleet:
 
     def _look_at(self, caller: Caller) -> None:
         """What a device says of itself may be something else now."""
-        spec = caller.spec = caller.device.spec
-        self.specs = tuple(spec if known.id == spec.id else known for known in self.specs)
+        spec = caller.device.spec
+        if spec != caller.spec:
+            caller.spec = spec
+            self.specs = tuple(spec if known.id == spec.id else known for known in self.specs)
+            self.respecified(spec)
 
     def preview(self, device: str, partitions: tuple[Partition, ...]) -> tuple[LayoutStep, ...]:
         """See ``Device.preview``; raises DeviceError."""

@@ -293,7 +293,7 @@ class CudaDevice:
             memory = sum(self._used.get(pid, 0) for pid in tenant.pids)
             if tenant.is_job and self._gates is not None:
                 memory = self._gates.memory(name) or memory
-            past = self._gates is not None and self._gates.beyond(name)
+            past = self._gates is None or self._gates.beyond(name)
             level = PreemptLevel.NONE if past else tenant.level
             found[name] = TenantFacts(memory, level, self._evictable(name, tenant))
         return found
