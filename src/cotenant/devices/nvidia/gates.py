@@ -23,10 +23,8 @@ The laws:
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Collection, Mapping
@@ -35,6 +33,7 @@ from typing import Final
 
 from cotenant.devices import proctree
 from cotenant.devices.nvidia.page import LEFT, VARIABLE, ControlPage, Evicted
+from cotenant.devices.nvidia.pagefolder import PageFolder
 from cotenant.devices.nvidia.shim import SHIM
 from cotenant.domain.costs import drain
 from cotenant.domain.device import Launch
@@ -58,7 +57,6 @@ AWAY: Final = 5 * S
 """How long it stays away at least."""
 REST: Final = 10 * S
 MOST_REST: Final = 600 * S
-_PREFIX: Final = "cotenant-gates-"
 _SHARED: Final = Path("/dev/shm")
 
 
@@ -76,7 +74,8 @@ class Gates:
         self._driver = driver
         self._bound_ns = bound_ns
         self.channels = LEFT
-        self.folder = base / f"{_PREFIX}{_short(node)}"
+        self._place = PageFolder(base, _short(node))
+        self.folder = self._place.path
         self._pages: dict[str, ControlPage] = {}
         self._outside: dict[str, dict[int, int]] = {}
         """Processes that were shown and not attached at the last look, and since when (ns)."""
@@ -96,17 +95,9 @@ class Gates:
         self._beater: threading.Thread | None = None
 
     def open(self) -> None:
-        """Make the directory, and remove the pages of jobs that are gone. Raises DeviceError."""
-        try:
-            self.folder.mkdir(mode=0o700, exist_ok=True)
-            about = self.folder.lstat()
-            if about.st_uid != os.geteuid() or about.st_mode & 0o077 or self.folder.is_symlink():
-                raise DeviceError(f"{self.folder} is not this user's alone; remove it")
-            for left in self.folder.iterdir():
-                if not proctree.marked(VARIABLE, str(left)):
-                    left.unlink()
-        except OSError as error:
-            raise DeviceError(f"no place for control pages: {self.folder}: {error}") from error
+        """Make the directory, and remove the pages of jobs that are gone, here and where nodes were
+        killed. Raises DeviceError."""
+        self._place.open()
         self._ends.clear()
         self._beater = threading.Thread(target=self._beat, name="cotenant-beat", daemon=True)
         self._beater.start()
@@ -119,8 +110,7 @@ class Gates:
             self._beater = None
         for job, page in list(self._pages.items()):
             self._drop(job, page, keep=bool(proctree.marked(VARIABLE, str(page.path))))
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
+        self._place.close()
 
     def _beat(self) -> None:
         while not self._ends.wait(PATIENCE / BEATS / S):
