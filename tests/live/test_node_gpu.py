@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.gpu_machine import GpuMachine
-from tests.nvml_standin import Fault
+from tests.nvml_standin import Fault, uuid_of
 
 if TYPE_CHECKING:
     from tests.live.conftest import Box, Boxes
@@ -179,6 +179,12 @@ def test_a_node_that_is_killed_leaves_the_next_one_nothing_to_stumble_over(
     box.start()
     box.until(lambda: box.job(job).partitions)
     assert asked(box) == 200
+
+
+def test_one_gpu_that_is_named_twice_is_refused_at_start(box: Box) -> None:
+    named = [{**GPU, "id": "first"}, {**GPU, "id": "second", "gpu": uuid_of(0)}]
+    assert box.configure([], devices=named).spawn().wait(60) != 0
+    assert all(word in box.log() for word in ("first", "second", uuid_of(0)))
 
 
 def test_a_job_that_is_held_goes_on_where_it_was(box: Box, gpu: GpuMachine) -> None:

@@ -365,6 +365,30 @@ def test_a_device_that_does_not_open_is_said_and_the_others_are_closed() -> None
     asyncio.run(main())
 
 
+def test_two_devices_that_are_one_are_refused_by_both_their_names() -> None:
+    class Named(NullDevice):
+        closed = 0
+
+        def __init__(self, id: str, hardware: str) -> None:
+            super().__init__(id)
+            self._spec = msgspec.structs.replace(self._spec, hardware=hardware)
+
+        def close(self) -> None:
+            Named.closed += 1
+
+    async def main() -> None:
+        others = [Named("a", "GPU-1"), Named("b", ""), Named("c", ""), Named("d", "GPU-2")]
+        fleet = Fleet(others)
+        await fleet.open()
+        await fleet.close()
+        fleet = Fleet([*others, Named("e", "GPU-1")])
+        with pytest.raises(EnvironmentProblem, match=r"a and e .*GPU-1"):
+            await fleet.open()
+
+    asyncio.run(main())
+    assert Named.closed == 4 + 5
+
+
 def test_a_look_that_fails_or_hangs_stops_no_look_elsewhere(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -157,6 +157,8 @@ class DeviceSpec(msgspec.Struct, frozen=True):
     kv: int = 0
     """Bytes that the pools of keys and values of language models may have here together, lent among
     them; 0: each may have its limit."""
+    hardware: str = ""
+    """What it is in the machine, where that can be named (a GPU's UUID): no two devices are one."""
 
     @property
     def compute(self) -> int:

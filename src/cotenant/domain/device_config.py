@@ -70,10 +70,11 @@ def read_devices(sections: Sequence[reading.Section]) -> tuple[DeviceConfig, ...
     for id in ids:
         if ids.count(id) > 1:
             raise ConfigError(f"the id {id!r} stands twice; give each device its own", "devices")
-    gpus = [device.gpu for device in devices if isinstance(device, CudaConfig)]
-    for gpu in gpus:
-        if gpus.count(gpu) > 1:
-            raise ConfigError(f"two devices are GPU {gpu}; a GPU belongs to one", "devices")
+    gpus: dict[str, str] = {}
+    for device in devices:
+        if isinstance(device, CudaConfig) and gpus.setdefault(device.gpu, device.id) != device.id:
+            both = f"{gpus[device.gpu]} and {device.id}"
+            raise ConfigError(f"{both} are both GPU {device.gpu}; a GPU belongs to one", "devices")
     _separate([device for device in devices if isinstance(device, CpuConfig)])
     return devices
 

@@ -62,8 +62,15 @@ class Fleet:
             except DeviceError as error:
                 await self.close()
                 raise EnvironmentProblem(str(error)) from error
+            same = next((s for s in self.specs if s.hardware and s.hardware == spec.hardware), None)
             self._callers[spec.id] = caller
             self.specs = (*self.specs, spec)
+            if same is not None:
+                await self.close()
+                raise EnvironmentProblem(
+                    f"devices {same.id} and {spec.id} are one and the same: {spec.hardware}; give "
+                    "each one of its own, or leave one of them out"
+                )
 
     def _stray(self, tenant: str, partition: str, why: str) -> None:
         """To whoever listens by then."""

@@ -80,6 +80,7 @@ class CudaDevice:
         self._stopped_ns = 0
         """How long it took to take a kernel off in its middle; 0: that was not seen."""
         self._memory = 0
+        self._uuid = ""
         self._limits: list[str] = []
         self._tenants: dict[str, _Tenant] = {}
         self._used: dict[int, int] = {}
@@ -108,9 +109,10 @@ class CudaDevice:
                 f"than the GPU has, {format_bytes(usable)}"
             )
         self._memory = self._config.memory or usable
+        self._uuid = gpu.uuid()
         mig = gpu.mig()
         if mig is not None and mig.on:
-            record = self._state / f"mig-{gpu.uuid()}.json"
+            record = self._state / f"mig-{self._uuid}.json"
             self._space = MigSpace(gpu, self._config.id, record)
         else:
             self._space = WholeGpu(gpu, self._config.id)
@@ -191,6 +193,7 @@ class CudaDevice:
                 limits=tuple(limits),
                 evicts=gated,
                 kv=self._config.kv,
+                hardware=self._uuid,
             )
         )
 
