@@ -110,6 +110,9 @@ class SlowDevice(NullDevice):
         self._turn("bind", worker, partition.id)
         super().bind(worker, partition)
 
+    def evict(self, job: str, size: int) -> None:
+        self._turn("evict", job)
+
     def facts(self) -> dict[str, TenantFacts]:
         self._turn("facts")
         self.looks += 1

@@ -325,6 +325,59 @@ def test_cancel_gives_grace_and_then_takes_all(tmp_path: Path) -> None:
     run(main)
 
 
+def shim_of(n: Node, id: str) -> int:
+    found = proctree.stat(n.pids[id])
+    assert found is not None
+    return found.parent
+
+
+def test_a_job_that_ended_before_it_heard_of_a_stop_is_done(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with node(tmp_path) as n:
+            id = n.submit("echo run >> runs; while [ ! -e go ]; do sleep 0.01; done")
+            await until(lambda: n.lines("runs") and id in n.pids)
+            shim = shim_of(n, id)
+            os.kill(shim, signal.SIGSTOP)
+            (tmp_path / "go").touch()
+            await until(lambda: not proctree.start_time(n.pids[id]))
+            n.jobs.stop(id, "its partition goes to others", again=True)
+            os.kill(shim, signal.SIGCONT)
+            await n.state(id, "succeeded")
+            assert n.lines("runs") == ["run"]
+
+    run(main)
+
+
+def test_a_job_that_ignores_a_stop_and_ends_in_time_is_done(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with node(tmp_path) as n:
+            script = "trap '' TERM; echo run >> runs; while [ ! -e go ]; do sleep 0.01; done"
+            id = n.submit(script, grace=60 * S)
+            await until(lambda: n.lines("runs") and id in n.pids)
+            n.jobs.stop(id, "its partition goes to others", again=True)
+            await asyncio.sleep(0.3)
+            (tmp_path / "go").touch()
+            await n.state(id, "succeeded")
+            assert n.lines("runs") == ["run"]
+
+    run(main)
+
+
+@pytest.mark.parametrize("deaf", [False, True])
+def test_a_job_that_saves_its_work_or_is_killed_runs_again(tmp_path: Path, deaf: bool) -> None:
+    async def main() -> None:
+        async with node(tmp_path) as n:
+            heard = "" if deaf else "exit 0"
+            id = n.submit(f"trap '{heard}' TERM; echo run >> runs; {FOREVER}", grace=S // 5)
+            await until(lambda: n.lines("runs") and id in n.pids)
+            n.jobs.stop(id, "its partition goes to others", again=True)
+            await until(lambda: n.lines("runs") == ["run"] * 2)
+            n.jobs.cancel(id)
+            await n.state(id, "cancelled")
+
+    run(main)
+
+
 def test_children_finish_their_checkpoint_within_the_grace(tmp_path: Path) -> None:
     async def main() -> None:
         async with node(tmp_path) as n:

@@ -16,7 +16,7 @@ import pytest
 
 from cotenant.domain.workload import RestartPolicy
 from tests.gpu_machine import GpuMachine
-from tests.nvml_standin import Fault
+from tests.nvml_standin import Fault, uuid_of
 
 if TYPE_CHECKING:
     from tests.live.conftest import Box, Boxes
@@ -108,15 +108,30 @@ def test_a_job_that_is_past_its_gate_does_not_stay_beside_services(
     assert box.job(job).state == "queued", "what was seen is not forgotten"
 
 
+def test_that_a_job_was_past_its_gate_is_known_after_a_restart(box: Box, gpu: GpuMachine) -> None:
+    box.start()
+    job = submit(box, gpu, "sh", "-c", 'env -u COTENANT_GATE "$COTENANT_JOB" forever 1 1 200')
+    gpu.show(program(box))
+    box.until(lambda: box.job(job).state == "queued" and box.job(job).reason)
+    gpu.show()
+    assert box.process is not None
+    box.process.kill()
+    box.process.wait()
+    box.start()
+    box.until(lambda: asked(box) == 200 and box.job(job).reason)
+    for _ in range(20):
+        assert box.job(job).state == "queued"
+        time.sleep(0.05)
+
+
 def test_a_job_whose_kernels_do_not_end_is_ended_and_requests_go_on(
     box: Box, gpu: GpuMachine
 ) -> None:
     box.start()
     job = submit(box, gpu, "sh", "-c", 'exec "$COTENANT_JOB" forever 1 1 60000000')
     box.until(lambda: box.job("job").partitions)
-    program(box)
-    asked(box)
-    box.until(lambda: job not in tenants(box) or not box.job(job).partitions)
+    # Requests before its first kernel are answered: the job has to be asked for the GPU until then.
+    box.until(lambda: asked(box) and job not in tenants(box))
     box.until(lambda: asked(box) == 200)
 
 
@@ -211,6 +226,12 @@ def test_a_node_that_is_killed_leaves_the_next_one_nothing_to_stumble_over(
     box.start()
     box.until(lambda: box.job(job).partitions)
     assert asked(box) == 200
+
+
+def test_one_gpu_that_is_named_twice_is_refused_at_start(box: Box) -> None:
+    named = [{**GPU, "id": "first"}, {**GPU, "id": "second", "gpu": uuid_of(0)}]
+    assert box.configure([], devices=named).spawn().wait(60) != 0
+    assert all(word in box.log() for word in ("first", "second", uuid_of(0)))
 
 
 def test_a_job_that_is_held_goes_on_where_it_was(box: Box, gpu: GpuMachine) -> None:

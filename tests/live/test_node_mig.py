@@ -7,6 +7,10 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from cotenant.domain.events import DeviceChanged
+from cotenant.sim.replay import replay
+from cotenant.telemetry.records import Record, read
+from tests.gpu_machine import GpuMachine
 from tests.live.conftest import Boxes
 from tests.nvml_standin import Box as Machine
 from tests.nvml_standin import Fault, a100, add, environment, instances
@@ -53,6 +57,26 @@ def test_models_are_loaded_in_their_instances_and_answer_there(
     (service,) = box.status()["services"]
     assert service["workers"] == len(serving) >= 1
     assert len(instances(machine)) == len(plan["partitions"])
+
+
+def test_a_gate_that_fails_in_the_first_instance_is_told_the_dispatcher(
+    boxes: Boxes, gpu: GpuMachine, tmp_path: Path
+) -> None:
+    gpu.write(Machine((a100(mig=True),)))
+    faults = tmp_path / "faults"
+    faults.write_text("alloc 0 2\ncreate 0 2\n")
+    box = boxes({**gpu.env(), "STANDIN_FAULT": str(faults)})
+    box.configure([], devices=[{"kind": "cuda"}]).start()
+    box.submit(*WAITS)
+    (device,) = box.until(lambda: [d for d in box.status()["devices"] if d["level"] == "NONE"])
+    box.until(lambda: box.job("job").partitions)
+    box.stop()
+    entries = list(read(box.state / "journal"))
+    told = [x.event for x in entries if isinstance(x, Record)]
+    specs = [event.spec for event in told if isinstance(event, DeviceChanged)]
+    assert [spec.preempt.name for spec in specs][-1] == "NONE"
+    assert specs[-1].limits == tuple(device["limits"])
+    assert replay(entries).identical
 
 
 def test_a_dry_run_shows_the_steps_of_a_change_of_instances(

@@ -208,6 +208,7 @@ def test_a_job_that_is_stopped_ends_its_kernel_before_it_gives_memory(
     driven.do("d.grant('j', PART)")
     until(lambda: driven.do(STATS)[RUNNING])
     driven.do("d.revoke('j', PART)")
+    driven.do("d._gates.evictable = lambda job: 1 << 30")  # as if it had anything to give
     driven.do("d.evict('j', 1 << 30)")
     until(lambda: not driven.do(STATS)[RUNNING])
     driven.do("d.grant('j', PART)")
@@ -425,9 +426,16 @@ def asks(driven: Driven, words: str) -> str:
 
 
 @pytest.fixture
-def keeper(drive: Callable[..., Driven]) -> Driven:
+def faults(tmp_path: Path) -> Path:
+    """What the driver is to do wrong for the keeper's job."""
+    (tmp_path / "faults").touch()
+    return tmp_path / "faults"
+
+
+@pytest.fixture
+def keeper(drive: Callable[..., Driven], faults: Path) -> Driven:
     """A job that has 64 MiB, of 100 that it may have."""
-    driven = drive()
+    driven = drive(STANDIN_FAULT=str(faults))
     driven.do("gates.AWAY = 300_000_000")
     line = "r_j = start(d, 'j', '$COTENANT_MEMORY_JOB', memory=100 << 20); d.grant('j', PART)"
     driven.do(f"{line}; answer = [r_j.stdout.readline(), r_j.stdout.readline()]")
@@ -462,6 +470,63 @@ def test_a_request_does_not_wait_for_memory_that_goes(keeper: Driven) -> None:
     assert keeper.do("answer = d.revoke('j', PART)") > 0
     keeper.do("import time; time.sleep(0.4); d.refresh()")
     assert keeper.do("answer = d._gates.page('j').closed"), "nobody has granted it anything since"
+
+
+EVICTABLE = "d.refresh(); answer = d.facts()['j'].evictable"
+WORD = "answer = d._gates.page('j')._word"
+
+
+def test_what_a_job_could_give_is_what_is_evictable_of_it(keeper: Driven) -> None:
+    assert keeper.do(EVICTABLE) == 64 << 20
+    assert asks(keeper, f"async b {16 << 20}") == "0"
+    assert keeper.do(EVICTABLE) == 64 << 20, "what a pool has is the driver's"
+    keeper.do("d.evict('j', 32 << 20)")
+    assert keeper.do(EVICTABLE) <= 32 << 20, "what is away is given already"
+
+
+def test_the_gate_is_not_shut_for_memory_that_does_not_go(
+    drive: Callable[..., Driven],
+) -> None:
+    driven = drive()
+    line = "r_j = start(d, 'j', '$COTENANT_MEMORY_JOB', COTENANT_GATE_MEMORY='plain')"
+    driven.do(f"{line}; d.grant('j', PART)")
+    driven.do("answer = [r_j.stdout.readline(), r_j.stdout.readline()]")
+    assert asks(driven, f"alloc a {64 << 20}") == "0"
+    assert driven.do("d.refresh(); answer = d.facts()['j'].memory") >= 64 << 20
+    assert driven.do(EVICTABLE) == 0
+    word = driven.do(WORD)
+    driven.do("d.evict('j', 32 << 20)")
+    assert driven.do(WORD) == word
+
+
+def test_after_an_eviction_that_failed_the_job_is_let_be_for_a_while(
+    keeper: Driven, faults: Path
+) -> None:
+    keeper.do("gates.REST = 300_000_000; gates.EVICT_WITHIN = 100_000_000")
+    faults.write_text("stuck 0\n")
+    assert keeper.say("d.evict('j', 1 << 20)")["raised"] == "DeviceError"
+    assert keeper.do(EVICTABLE) == 0
+    word = keeper.do(WORD)
+    keeper.do("d.evict('j', 1 << 20)")
+    assert keeper.do(WORD) == word
+    until(lambda: keeper.do(EVICTABLE) > 0)
+    assert keeper.say("d.evict('j', 1 << 20)")["raised"] == "DeviceError"
+    assert keeper.do("answer = d._gates._rests['j'][1]") > 300_000_000, "longer each time"
+
+
+def test_others_go_on_while_memory_is_taken(keeper: Driven, faults: Path) -> None:
+    keeper.job("$COTENANT_JOB forever 1 1 100", "k")
+    faults.write_text("stuck 0\n")
+    keeper.do("import threading; t = threading.Thread(target=d.evict, args=('j', 1 << 20))")
+    keeper.do("t.daemon = True; t.start()")
+    until(lambda: keeper.do("answer = d._gates.page('j').closed"))
+    count = "answer = sum(s.launches for s in d._gates.page('k').seats())"
+    for _ in range(3):
+        before = keeper.do(count)
+        keeper.do("d.refresh(); d.facts(); d.grant('k', PART)")
+        until(lambda before=before: keeper.do(count) > before)
+        assert keeper.do("answer = d.revoke('k', PART)") > 0
+    assert keeper.do("answer = t.is_alive()")
 
 
 # --- a driver in trouble --------------------------------------------------------------------

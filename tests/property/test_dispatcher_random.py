@@ -217,7 +217,7 @@ class Chaos:
         self.jobs.add(job)
         weight, guaranteed, limit = r.choice([0.5, 1, 2]), r.choice([0, 0, 0.2]), r.random()
         kinds = r.choice([(), (), ("cpu",), ("gpu", "cpu"), ("tpu",)])
-        apart = r.random() < 0.05
+        apart = tuple(d.id for d in self.devices if r.random() < 0.05)
         self.send(e.JobQueued(job, weight, guaranteed, limit, kinds, grace=S, apart=apart))
 
     def exit_job(self, job: str) -> None:
@@ -434,6 +434,19 @@ class Bound(Chaos):
         )
 
 
+class Weakening(Chaos):
+    """Devices whose level falls to ``NONE``, and comes back."""
+
+    def spontaneous(self) -> None:
+        r = self.random
+        if r.random() < 0.03:
+            spec = r.choice(self.devices)
+            level = r.choice([PreemptLevel.NONE, spec.preempt])
+            self.send(e.DeviceChanged(msgspec.structs.replace(spec, preempt=level)))
+        else:
+            super().spontaneous()
+
+
 class Tight(Chaos):
     """Devices with less memory than services and jobs would have: instances are unloaded while they
     idle, jobs take what is there and give some of it back, sooner or later or never."""
@@ -580,9 +593,27 @@ def test_where_memory_is_short_it_is_given_and_comes_back() -> None:
     assert seen["job"] and seen["unload"] and seen["load"], seen
 
 
+@given(worlds)
+@settings(max_examples=60, deadline=None)
+def test_the_laws_hold_where_devices_fall_to_level_none(world) -> None:
+    weakening = Weakening(*world)
+    weakening.run(250)
+    assert set(weakening.answered) == weakening.submitted
+
+
+def test_devices_fall_to_level_none_while_jobs_have_them() -> None:
+    stopped = 0
+    for seed in range(20):
+        weakening = Weakening(seed, PreemptLevel.GATE, 5)
+        weakening.run(250)
+        fell = [out for _, event, out in weakening.history if isinstance(event, e.DeviceChanged)]
+        stopped += sum(isinstance(x, a.Stop) for out in fell for x in out)
+    assert stopped
+
+
 def test_jobs_move_between_partitions_that_bind_them() -> None:
     starts: Counter[tuple[str, str]] = Counter()
-    for seed in range(20):
+    for seed in range(40):
         chaos = Chaos(seed, PreemptLevel.PRIORITY, 5)
         chaos.run(250)
         for _, _, actions in chaos.history:
@@ -599,7 +630,7 @@ def test_a_rush_hands_batches_ahead() -> None:
     assert sum(order.after > 0 for order in orders) > len(orders) / 10 > 5
 
 
-@given(st.sampled_from([Chaos, Bound]), worlds)
+@given(st.sampled_from([Chaos, Bound, Weakening]), worlds)
 @settings(max_examples=20, deadline=None)
 def test_the_same_events_give_the_same_actions(kind: type[Chaos], world) -> None:
     first, second = kind(*world), kind(*world)
@@ -634,7 +665,7 @@ def test_no_history_closes_an_idle_service_for_longer_than_a_second(
     assert 10**6 not in chaos.answered, "refused by an idle box"
 
 
-@given(st.sampled_from([Chaos, Bound]), worlds, st.integers(1, 200))
+@given(st.sampled_from([Chaos, Bound, Weakening]), worlds, st.integers(1, 200))
 @settings(max_examples=30, deadline=None)
 def test_a_checkpoint_in_the_middle_changes_nothing(kind: type[Chaos], world, cut: int) -> None:
     chaos = kind(*world)
@@ -644,7 +675,7 @@ def test_a_checkpoint_in_the_middle_changes_nothing(kind: type[Chaos], world, cu
         if index == cut:
             encoded = msgspec.msgpack.encode(d.state)
             state = msgspec.msgpack.decode(encoded, type=DispatcherState)
-            d = Dispatcher(chaos.devices, state)
+            d = Dispatcher(d.devices, state)
         assert d.handle(now, event) == actions
 
 

@@ -13,13 +13,13 @@ from cotenant.domain.snapshot import JobFacts, ServiceFacts, Snapshot
 from cotenant.domain.units import MS, S
 from cotenant.policy.planner import Planner
 from cotenant.telemetry.journal import Header, Journal, checkpoint
-from tests.property.test_dispatcher_random import Chaos
+from tests.property.test_dispatcher_random import Weakening
 
 PLAN_EVERY = 20
 """Events between two runs of the planner."""
 
 
-class Recorded(Chaos):
+class Recorded(Weakening):
     """Chaos beside a planner fed with random snapshots; both are written to a journal."""
 
     def __init__(

@@ -10,6 +10,7 @@ import pytest
 from cotenant.cli.main import main
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
+from cotenant.domain.device import PreemptLevel
 from cotenant.domain.errors import JournalError
 from cotenant.domain.plan import Plan
 from cotenant.domain.snapshot import Snapshot
@@ -123,6 +124,14 @@ def test_a_journal_in_which_nothing_was_asked_is_refused() -> None:
     world = Journaled(scenario(rate=0, jobs=JOB, seconds=5))
     with pytest.raises(JournalError, match="no service that was asked"):
         Recording(world.entries)
+
+
+def test_a_device_that_changed_is_as_it_was_at_the_end(run: Journaled) -> None:
+    recording = Recording(run.entries)
+    spec = msgspec.structs.replace(recording.devices[0], preempt=PreemptLevel.NONE)
+    now = recording.ended
+    changed = Recording([*run.entries, Record(now, e.DeviceChanged(spec), ())])
+    assert changed.devices == (spec,)
 
 
 def test_costs_of_another_service_are_refused(run: Journaled) -> None:

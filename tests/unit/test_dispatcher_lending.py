@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import pairwise
 
+import msgspec
 import pytest
 
 from cotenant.domain import actions as a
@@ -473,7 +474,7 @@ def test_a_job_that_is_seen_not_to_yield_leaves_the_services_and_stays_away() ->
     assert (stop.job, stop.again) == ("j", True)
     dispatched = world.send(e.JobExited("j")) + world.arrive()
     assert only(dispatched, a.Dispatch), "nothing of it is in the way"
-    assert not only(world.send(e.JobQueued("j", apart=True)), a.Start)
+    assert not only(world.send(e.JobQueued("j", apart=("cpu",))), a.Start)
     assert world.d.state.tenants["j"].waits
     assert only(world.job("other"), a.Start), "others are not"
 
@@ -481,10 +482,34 @@ def test_a_job_that_is_seen_not_to_yield_leaves_the_services_and_stays_away() ->
 def test_it_may_run_where_nothing_is_served() -> None:
     world = World(PreemptLevel.GATE).service().worker()
     world.planned({"nobody": (0,)})
-    assert only(world.job(apart=True), a.Grant)
+    assert only(world.job(apart=("cpu",)), a.Grant)
     assert not only(world.send(e.JobLevel("j", "cpu", PreemptLevel.NONE)), a.Stop)
     stopped = world.planned({"s": (0,)}, version=2)
     assert one(stopped, a.Stop).job == "j"
+
+
+def test_it_is_kept_apart_on_the_device_where_it_was_seen_and_on_no_other() -> None:
+    gpus = tuple(cpu(1, PreemptLevel.GATE, g, kind="gpu", pins_jobs=True) for g in ("g0", "g1"))
+    world = World()
+    world.d = Dispatcher(gpus)
+    world.service()
+    parts = (Partition("p0", "g0", (0,)), Partition("p1", "g1", (0,)))
+
+    def planned(version: int, place: str) -> list[a.Action]:
+        services, jobs = {"s": ("p0", "p1")}, {"j": (place,)}
+        actions = world.send(e.Planned(Plan(version, parts, services, jobs, ("p0", "p1"))))
+        for move in only(actions, a.Repartition):
+            actions += world.send(e.Repartitioned(move.device, move.version))
+        return actions
+
+    planned(1, "p0")
+    assert one(world.send(e.JobQueued("j")), a.Start).partition == "p0"
+    world.send(e.JobReady("j"))
+    assert one(world.send(e.JobLevel("j", "g0", PreemptLevel.NONE)), a.Stop).again
+    world.send(e.JobExited("j"))
+    assert not only(world.send(e.JobQueued("j", apart=("g0",))), a.Start)
+    assert one(planned(2, "p1"), a.Start).partition == "p1", "services are there too"
+    assert only(world.send(e.JobReady("j")), a.Grant)
 
 
 def test_a_job_that_comes_with_no_level_at_all_is_kept_apart_too() -> None:
@@ -493,6 +518,35 @@ def test_a_job_that_comes_with_no_level_at_all_is_kept_apart_too() -> None:
     world.send(e.JobQueued("j"))
     actions = world.send(e.JobReady("j", {"cpu": PreemptLevel.NONE}))
     assert one(actions, a.Stop).job == "j" and not only(actions, a.Grant)
+
+
+def test_where_a_device_falls_to_none_jobs_leave_the_services_there() -> None:
+    world = lent(PreemptLevel.GATE)
+    fallen = msgspec.structs.replace(world.d.devices[0], preempt=PreemptLevel.NONE)
+    stop = one(world.send(e.DeviceChanged(fallen)), a.Stop)
+    assert (stop.job, stop.again, stop.cause) == ("j", True, "DeviceChanged:cpu")
+    assert world.d.devices == (fallen,)
+    assert only(world.send(e.JobExited("j")) + world.arrive(), a.Dispatch)
+    assert not only(world.send(e.JobQueued("j", apart=("cpu",))), a.Start)
+
+
+def test_a_job_that_waits_is_not_started_where_its_device_fell_to_none() -> None:
+    world = World(PreemptLevel.GATE).service().worker()
+    world.d.state.most_jobs = 1
+    world.planned({"s": (0,)})
+    world.job("first")
+    world.send(e.JobQueued("second"))
+    fallen = msgspec.structs.replace(world.d.devices[0], preempt=PreemptLevel.NONE)
+    world.send(e.DeviceChanged(fallen))
+    assert not only(world.send(e.JobExited("first")), a.Start)
+
+
+def test_a_device_that_says_something_else_than_its_level_keeps_its_jobs() -> None:
+    world = lent(PreemptLevel.NONE)
+    spec = msgspec.structs.replace(world.d.devices[0], limits=("it was tried",))
+    assert not only(world.send(e.DeviceChanged(spec)), a.Stop)
+    assert not only(world.send(e.DeviceChanged(cpu(1, id="unknown"))), a.Stop)
+    assert world.d.devices == (spec,)
 
 
 def test_another_level_than_none_is_no_reason_to_stop() -> None:

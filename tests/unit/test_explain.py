@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
+from cotenant.domain.device import PreemptLevel
 from cotenant.domain.plan import Plan
 from cotenant.domain.snapshot import Snapshot
 from cotenant.domain.units import MS, S
@@ -148,6 +150,17 @@ def test_jobs_that_would_not_yield_and_their_end_are_told() -> None:
     told = world.told().jobs
     assert [incident.subject for incident in told] == ["j"] * 3
     assert all("no answer in 1 s" in incident.text for incident in told[:2])
+
+
+def test_a_device_that_takes_jobs_off_no_more_is_told_with_the_reason() -> None:
+    world = Told(level=PreemptLevel.GATE)
+    spec = world.d.devices[0]
+    none = msgspec.structs.replace(spec, preempt=PreemptLevel.NONE, limits=("it let a call in",))
+    world.send(e.DeviceChanged(none))
+    world.send(e.DeviceChanged(msgspec.structs.replace(none, repartition_ns=7)))
+    (fell,) = world.told().devices
+    assert fell.subject == "cpu"
+    assert all(word in fell.text for word in ("GATE", "NONE", "it let a call in"))
 
 
 def test_a_layout_that_failed_is_told() -> None:

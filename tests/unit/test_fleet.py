@@ -365,6 +365,30 @@ def test_a_device_that_does_not_open_is_said_and_the_others_are_closed() -> None
     asyncio.run(main())
 
 
+def test_two_devices_that_are_one_are_refused_by_both_their_names() -> None:
+    class Named(NullDevice):
+        closed = 0
+
+        def __init__(self, id: str, hardware: str) -> None:
+            super().__init__(id)
+            self._spec = msgspec.structs.replace(self._spec, hardware=hardware)
+
+        def close(self) -> None:
+            Named.closed += 1
+
+    async def main() -> None:
+        others = [Named("a", "GPU-1"), Named("b", ""), Named("c", ""), Named("d", "GPU-2")]
+        fleet = Fleet(others)
+        await fleet.open()
+        await fleet.close()
+        fleet = Fleet([*others, Named("e", "GPU-1")])
+        with pytest.raises(EnvironmentProblem, match=r"a and e .*GPU-1"):
+            await fleet.open()
+
+    asyncio.run(main())
+    assert Named.closed == 4 + 5
+
+
 def test_a_look_that_fails_or_hangs_stops_no_look_elsewhere(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -449,6 +473,8 @@ def test_what_a_device_says_of_itself_is_asked_again_after_a_change_of_layout() 
 
     async def main() -> None:
         fleet, answers = Fleet([device, NullDevice("other")]), Answers()
+        told: list[int] = []
+        fleet.respecified = lambda spec: told.append(spec.repartition_ns)
         await fleet.open()
         fleet.repartition("slow", (P0, P1), "first", answers.done, answers.failed)
         assert [spec.repartition_ns for spec in fleet.specs] == [2, 0]
@@ -458,6 +484,8 @@ def test_what_a_device_says_of_itself_is_asked_again_after_a_change_of_layout() 
         assert answers.how == {"first": "done", "second": "failed"}
         assert [spec.repartition_ns for spec in fleet.specs] == [1, 0]
         assert fleet.partition("p1") == P1, "it has what it had"
+        fleet.repartition("slow", (P1,), "third", answers.done, answers.failed)
+        assert told == [2, 1], "each once"
         await fleet.close()
 
     asyncio.run(main())
@@ -498,5 +526,25 @@ def test_a_look_that_fails_or_hangs_is_trouble_until_one_works(
         await until(lambda: fleet.look() or fleet.trouble("slow"))
         let_go()
         await until(lambda: fleet.look() or not fleet.trouble("slow"))
+
+    play(story, slow)
+
+
+def test_looks_go_on_while_memory_is_taken_from_a_job() -> None:
+    slow = SlowDevice()
+
+    async def story(fleet: Fleet, _: Answers) -> None:
+        let_go = slow.hang("evict")
+        fleet.evict("slow", "j", 1)
+        for _ in range(3):
+            looks = slow.looks
+            fleet.look()
+            await until(lambda looks=looks: slow.looks > looks)
+            fleet.evict("slow", "j", 1)
+        let_go()
+        await until(lambda: ("evict", "j", "") in slow.log)
+        fleet.look()
+        await until(lambda: not fleet._callers["slow"]._evicting)
+        assert slow.log.count(("evict", "j", "")) == 1, "orders that overlap are one"
 
     play(story, slow)

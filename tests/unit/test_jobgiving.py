@@ -20,6 +20,8 @@ class Desk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, evicts: bool = True) -> None:
         self.specs = (cpu(2, evicts=evicts),)
         self.held: dict[str, int] = {}
+        self.could_take: int | None = None
+        """None: all that it has."""
         self.fed: list[e.Held] = []
         self.asked: list[tuple[str, int]] = []
         self.taken: list[int] = []
@@ -30,6 +32,11 @@ class Desk:
 
     def memory(self, _: str) -> dict[str, int]:
         return self.held
+
+    def evictable(self, _: str) -> dict[str, int]:
+        if not self.specs[0].evicts:
+            return {}
+        return {j: n if self.could_take is None else self.could_take for j, n in self.held.items()}
 
     def evict(self, device: str, job: str, size: int) -> None:
         self.taken.append(size)
@@ -64,6 +71,31 @@ def test_what_it_can_be_made_to_give_depends_on_it_and_its_device(
     desk = Desk(monkeypatch, evicts=False)
     assert desk.look(10 * MIB)[0].evictable == 0
     assert desk.look(10 * MIB, asked=True)[0].evictable == 10 * MIB
+
+
+def test_what_a_device_cannot_take_from_it_is_not_what_it_could_give(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk(monkeypatch)
+    desk.could_take = 30 * MIB
+    assert desk.look(100 * MIB) == [e.Held("j", 100 * MIB, 100 * MIB, 30 * MIB, 0)]
+    assert not desk.look(100 * MIB)
+    desk.could_take = 20 * MIB
+    assert desk.look(100 * MIB)[0].evictable == 20 * MIB
+    assert desk.look(100 * MIB, asked=True)[0].evictable == 100 * MIB
+
+
+def test_no_more_is_taken_than_can_be_and_nothing_where_nothing_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    desk = Desk(monkeypatch)
+    desk.giving.order("j", 60 * MIB)
+    for could, taken in ((30 * MIB, [30 * MIB]), (0, []), (50 * MIB, [40 * MIB])):
+        desk.now += 2 * jobgiving.ASKED_S
+        desk.taken.clear()
+        desk.could_take = could
+        desk.look(100 * MIB)
+        assert desk.taken == taken
 
 
 def test_it_is_asked_first_and_taken_from_a_while_later(monkeypatch: pytest.MonkeyPatch) -> None:

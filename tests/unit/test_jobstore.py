@@ -278,6 +278,26 @@ def test_the_environment_of_a_job_is_its_own(monkeypatch: pytest.MonkeyPatch) ->
     assert environment(spec(env=own), launch).items() >= own.items()
 
 
+def test_a_job_does_not_pass_its_launch_gate_on_to_one_that_it_submits() -> None:
+    shim = "/some/where/cotenant/devices/nvidia/shim"
+    gate = Launch(
+        fixed={"COTENANT_GATE": "/dev/shm/page", "COTENANT_GATE_DRIVER": "/lib/libcuda.so.1"},
+        prepend={"LD_PRELOAD": f"{shim}/libcuda.so.1", "LD_LIBRARY_PATH": shim},
+    )
+    for own in (
+        {},
+        {"LD_PRELOAD": "/a b.so /c.so", "LD_LIBRARY_PATH": "/with space:", "A": "1"},
+        {"COTENANT_GATE_MEMORY": "plain", "LD_LIBRARY_PATH": f"/x:{shim}-of-mine"},
+    ):
+        plain = environment(spec(env=own), Launch())
+        assert plain.items() >= own.items()
+        gated = environment(spec(env=plain), gate)
+        passed = {name: value.replace(" ", ":") for name, value in plain.items()}
+        again = environment(spec(env=gated), Launch())
+        assert {name: value.replace(" ", ":") for name, value in again.items()} == passed
+        assert environment(spec(env=gated), gate)["LD_LIBRARY_PATH"] == gated["LD_LIBRARY_PATH"]
+
+
 def test_a_declared_job_has_what_any_process_needs() -> None:
     node = {
         "PATH": "/opt/bin:/bin",

@@ -354,6 +354,7 @@ def explain_view(told: Explanation) -> RenderableType:
     _section(out, "Plans, newest first", plans)
     _section(out, "Refusals", refusals)
     for title, incidents in (
+        ("Devices that changed", told.devices),
         ("Layout changes that failed", told.layouts),
         ("Jobs", told.jobs),
         ("Workers lost", told.workers),

@@ -12,8 +12,8 @@ Who calls, and when (``cotenant.runtime.fleet``):
   ``revoke`` runs beside those, and beside other ``revoke`` calls.
 * Calls that name the same tenant come one after the other, except for ``revoke`` of different
   partitions.
-* ``refresh``, ``facts`` and ``evict`` run beside everything else, on a third thread, for every
-  device.
+* ``refresh`` and ``facts`` run beside everything else, on a third thread, for every device;
+  ``evict``, which may take long, on a fourth, one after the other.
 * ``spec`` and ``preview`` are asked on the node's loop, whatever else runs: from memory.
 """
 

@@ -101,6 +101,12 @@ def is_stopped(pid: int) -> bool:
     return found is not None and found.state == b"T"
 
 
+def ignores(pid: int, sent: signal.Signals) -> bool:
+    """Whether a process lets a signal pass as if it had not been sent."""
+    _, _, mask = _read(f"/proc/{pid}/status").partition(b"\nSigIgn:\t")
+    return bool(mask) and bool(int(mask.split()[0], 16) >> (sent - 1) & 1)
+
+
 def runs(pid: int) -> bool:
     """Whether a process runs or could at any moment: it is neither stopped nor in the kernel."""
     found = stat(pid)

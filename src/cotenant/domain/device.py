@@ -87,10 +87,12 @@ class Launch(msgspec.Struct, frozen=True):
 
 class TenantFacts(msgspec.Struct, frozen=True):
     """What was seen of a tenant: resident ``memory`` on the device in bytes; the ``level`` at which
-    it can be made to yield, None if that is what it was when it was attached."""
+    it can be made to yield, None if that is what it was when it was attached; how much of a job's
+    memory the device could take back now, None if that is all of it wherever it takes any."""
 
     memory: int = 0
     level: PreemptLevel | None = None
+    evictable: int | None = None
 
 
 class Partition(msgspec.Struct, frozen=True):
@@ -155,6 +157,8 @@ class DeviceSpec(msgspec.Struct, frozen=True):
     kv: int = 0
     """Bytes that the pools of keys and values of language models may have here together, lent among
     them; 0: each may have its limit."""
+    hardware: str = ""
+    """What it is in the machine, where that can be named (a GPU's UUID): no two devices are one."""
 
     @property
     def compute(self) -> int:

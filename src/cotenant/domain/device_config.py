@@ -177,10 +177,11 @@ _READERS: dict[str, Callable[[reading.Section], DeviceConfig]] = {
 
 
 def _tell_apart(gpus: Sequence[CudaConfig]) -> None:
-    named = [device.gpu for device in gpus]
-    for gpu in named:
-        if named.count(gpu) > 1:
-            raise ConfigError(f"two devices are GPU {gpu}; a GPU belongs to one", "devices")
+    named: dict[str, str] = {}
+    for device in gpus:
+        if named.setdefault(device.gpu, device.id) != device.id:
+            both = f"{named[device.gpu]} and {device.id}"
+            raise ConfigError(f"{both} are both GPU {device.gpu}; a GPU belongs to one", "devices")
     if len({device.subsets for device in gpus}) > 1:
         raise ConfigError(
             "one GPU has subsets and another has not, but a kind says how fast a model executes; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from cotenant.domain.device import PreemptLevel
+from cotenant.domain.device import DeviceSpec, PreemptLevel
 from cotenant.domain.plan import Plan
 from cotenant.domain.request import Request
 from cotenant.domain.units import S
@@ -164,8 +164,8 @@ class JobQueued(_Event, frozen=True):
     """A job wants to run: on devices of one of ``kinds`` (none named: any that trains).
     ``guaranteed`` and ``limit`` are shares of the compute of that kind. Of ``memory`` bytes, which
     it may have, it is guaranteed ``kept`` (-1: all) if it can be made to give the rest, else all.
-    When it is to stop it may take ``grace`` ns. One that is ``apart`` was seen not to yield where
-    it was to: it shares no space with services."""
+    When it is to stop it may take ``grace`` ns. On devices of ``apart`` it was seen not to yield,
+    or no job does: it shares no space with services there."""
 
     job: str
     weight: float = 1.0
@@ -176,7 +176,7 @@ class JobQueued(_Event, frozen=True):
     grace: int = 5 * S
     kept: int = -1
     gives: bool = False
-    apart: bool = False
+    apart: tuple[str, ...] = ()
 
 
 class JobReady(_Event, frozen=True):
@@ -189,7 +189,7 @@ class JobReady(_Event, frozen=True):
 
 class JobLevel(_Event, frozen=True):
     """A running job can be made to yield on a device at another level than before, as was seen. At
-    ``NONE`` it is kept apart from services from now on."""
+    ``NONE`` it is kept apart from services there from now on."""
 
     job: str
     device: str
@@ -222,6 +222,14 @@ class Repartitioned(_Event, frozen=True):
 
     device: str
     version: int
+
+
+class DeviceChanged(_Event, frozen=True):
+    """What a device says of itself is another now: its level and limits, say, once its gate was
+    tried. Where its level fell, jobs there are of no higher one; at ``NONE`` they are kept apart
+    from services there. Memory stays booked as at the start."""
+
+    spec: DeviceSpec
 
 
 class ActionFailed(_Event, frozen=True):
@@ -269,6 +277,7 @@ Event = (
     | Granted
     | Revoked
     | Repartitioned
+    | DeviceChanged
     | ActionFailed
     | Woke
     | Planned
@@ -301,9 +310,9 @@ def service_added(
     )
 
 
-def job_queued(spec: JobSpec, gives: bool = False, apart: bool = False) -> JobQueued:
+def job_queued(spec: JobSpec, gives: bool = False, apart: tuple[str, ...] = ()) -> JobQueued:
     """The event of a job that wants to run; ``gives``: it runs already, and can be asked for
-    memory; ``apart``: it was seen not to yield."""
+    memory; ``apart``: devices on which it does not yield."""
     return JobQueued(
         job=spec.id,
         weight=spec.weight,

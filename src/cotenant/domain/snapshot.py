@@ -90,7 +90,7 @@ RATE_WINDOW: Final = 60 * S
 
 class JobFacts(msgspec.Struct, frozen=True):
     """One job, on a ``kind`` of device, of whose compute the shares are; ``memory``: bytes
-    that it cannot be made to give. One that is ``apart`` runs only where no service does.
+    that it cannot be made to give. On devices of ``apart`` it runs only where no service does.
 
     ``rate`` is its progress per second over ``RATE_WINDOW``, in which it held so many units for the
     shares of the time that ``units`` tells; ``grants`` is how often per second it was given space,
@@ -108,7 +108,7 @@ class JobFacts(msgspec.Struct, frozen=True):
     memory: int = 0
     units: dict[int, float] = {}
     grants: float = 0.0
-    apart: bool = False
+    apart: tuple[str, ...] = ()
 
 
 class Snapshot(msgspec.Struct, frozen=True):

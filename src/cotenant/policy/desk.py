@@ -15,17 +15,23 @@ class Desk:
     """One event at a time is on it; ``out`` are the actions that it leads to."""
 
     def __init__(self, devices: tuple[DeviceSpec, ...], state: DispatcherState) -> None:
-        self.devices = devices
         self.compute: dict[str, int] = {}
         """Units of each kind of device that trains: what jobs can have shares of."""
-        for device in devices:
-            if device.trains:
-                self.compute[device.kind] = self.compute.get(device.kind, 0) + device.compute
-        self.specs = {d.id: d for d in devices}
+        self.specs: dict[str, DeviceSpec] = {}
+        self.know(devices)
         self.state = state
         self.out: list[a.Action] = []
         self._event: e.Event = e.Woke()
         self._caused_by = ""
+
+    def know(self, devices: tuple[DeviceSpec, ...]) -> None:
+        """This is what the devices say of themselves."""
+        self.devices = devices
+        self.specs = {d.id: d for d in devices}
+        self.compute.clear()
+        for device in devices:
+            if device.trains:
+                self.compute[device.kind] = self.compute.get(device.kind, 0) + device.compute
 
     def begin(self, now: int, event: e.Event) -> None:
         """Take up an event. A clock that went backwards is held still."""
@@ -125,6 +131,8 @@ def cause_of(event: e.Event) -> str:
             | e.VersionGone(service=service)
         ):
             return f"{type(event).__name__}:{service}"
+        case e.DeviceChanged(spec=spec):
+            return f"DeviceChanged:{spec.id}"
         case (
             e.JobQueued(job=job) | e.JobReady(job=job) | e.JobLevel(job=job) | e.JobExited(job=job)
         ):

@@ -67,7 +67,6 @@ class Dispatcher:
     def __init__(
         self, devices: tuple[DeviceSpec, ...], state: DispatcherState | None = None
     ) -> None:
-        self.devices = devices
         self.state = state if state is not None else DispatcherState()
         self._desk = Desk(devices, self.state)
         self.compute = self._desk.compute
@@ -101,10 +100,16 @@ class Dispatcher:
             e.Revoked: self._revoked,
             e.ActionFailed: self._action_failed,
             e.Repartitioned: self._relayout.repartitioned,
+            e.DeviceChanged: self._device_changed,
             e.Planned: self._planned,
             e.Woke: self._woke,
             e.Draining: self._draining,
         }
+
+    @property
+    def devices(self) -> tuple[DeviceSpec, ...]:
+        """What the devices say of themselves, as was told last."""
+        return self._desk.devices
 
     def handle(self, now: int, event: e.Event) -> list[a.Action]:
         """Decide. ``now`` is in ns; a clock that went backwards is held still."""
@@ -252,6 +257,17 @@ class Dispatcher:
         share = self.state.jobs.get(event.job)
         if share is not None and share.stopping:
             self._stopped(event.job)
+
+    def _device_changed(self, event: e.DeviceChanged) -> None:
+        spec, before = event.spec, self._desk.specs.get(event.spec.id)
+        if before is None:
+            return
+        self._desk.know(tuple(spec if d.id == spec.id else d for d in self.devices))
+        if spec.preempt < before.preempt:
+            for job in self._tenancy.weakened(spec):
+                self._stopped(job)
+        if spec.id in self.books.devices:  # jobs may have to give otherwise than before
+            self.books.touched[spec.id] = None
 
     def _planned(self, event: e.Planned) -> None:
         self._residency.planned(event.plan)

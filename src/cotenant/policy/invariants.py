@@ -80,10 +80,11 @@ def _holders(state: DispatcherState, levels: dict[str, PreemptLevel]) -> None:
 
 def _apart(state: DispatcherState) -> None:
     for tenant in state.tenants.values():
-        if not tenant.apart or tenant.phase in (Phase.QUEUED, Phase.STOPPING):
+        if tenant.phase in (Phase.QUEUED, Phase.STOPPING):
             continue
+        apart = set(tenant.devices).intersection(tenant.apart)
         for p in state.partitions.values():
-            there = p.id == tenant.place if tenant.place else p.device in tenant.devices
+            there = p.device in apart and tenant.place in ("", p.id)
             assert not (there and p.services), f"{tenant.id}: it is to be apart, and {p.id} serves"
 
 

@@ -25,7 +25,7 @@ def share_out(
     what the service leaves, less what each request that finds it idle costs; where that is not
     known it is taken to be much, because to find out it would have to move. Heavier jobs choose
     first; several may share one. A job stays where it is (``present``) if it would not gain more
-    than ``stay`` times. One that is apart gets a partition without services, or none."""
+    than ``stay`` times. One that is apart here gets a partition without services, or none."""
     layout = verdict.layout
     own = {p.id: (p.compute, 1.0, 0.0) for p in layout.free}
     slots = dict(own)
@@ -45,7 +45,9 @@ def share_out(
             * max(0.0, 1.0 - lost * asked)
             * job.weight
             / (weights[name] + job.weight)
-            for name, (compute, left, asked) in (own if job.apart else slots).items()
+            for name, (compute, left, asked) in (
+                own if view.device.id in job.apart else slots
+            ).items()
         }
         if not values:
             continue

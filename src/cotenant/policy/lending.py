@@ -93,7 +93,7 @@ def choose_job(
     for job in candidates:
         if job.kind != partition.kind or job.stopping or job.place not in ("", partition.id):
             continue
-        if job.apart and partition.services:
+        if partition.services and partition.device in job.apart:
             continue
         if job.blocked_until > now or job.units + size > job.limit:
             continue

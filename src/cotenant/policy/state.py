@@ -342,8 +342,8 @@ class Tenant:
     """Why it is not started."""
     gives: bool = False
     """Whether it can be asked for memory, or was seen to be made to give it."""
-    apart: bool = False
-    """Whether it was seen not to yield: then it shares no space with services."""
+    apart: tuple[str, ...] = ()
+    """Devices on which it does not yield: it shares no space with services there."""
     most: int = -1
     """Bytes that it was told to have at most; -1: as many as it may."""
     stop_by: int = 0
@@ -366,7 +366,7 @@ class JobShare:
     """The one partition that it can run in; any if empty."""
     levels: dict[str, PreemptLevel] = field(default_factory=dict)
     """How it can be made to yield, by device, where that is not what the device says."""
-    apart: bool = False
+    apart: tuple[str, ...] = ()
     """See ``Tenant``."""
     stopping: bool = False
     vtime: int = 0

@@ -5,7 +5,7 @@ fits beside what else is on its devices, and, where a device binds processes to 
 plan in force has given it one. Where several kinds of device would do it goes to the kind with
 most compute to a job. A job is stopped to start elsewhere when a plan takes its partition away,
 and for good when it does not yield; who does not obey is killed. One that was seen to compute where
-its device cannot hold it back is kept apart: it runs only where no service does.
+its device cannot hold it back is kept apart on that device: it runs only where no service does.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final
 
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
-from cotenant.domain.device import PreemptLevel
+from cotenant.domain.device import DeviceSpec, PreemptLevel
 from cotenant.domain.plan import Plan
 from cotenant.domain.units import S, format_bytes
 from cotenant.policy.desk import Desk
@@ -70,8 +70,9 @@ class Tenancy:
         tenant = self._state.tenants.get(event.job)
         if tenant is None or not self._step(tenant, "JobReady"):
             return False
-        if PreemptLevel.NONE in event.levels.values():
-            tenant.apart = True
+        for device, level in event.levels.items():
+            if level is PreemptLevel.NONE:
+                self._keep_apart(tenant, device)
         self._holds.open(tenant, event.levels)
         self.part()
         return True
@@ -83,25 +84,44 @@ class Tenancy:
             return
         share.levels[event.device] = event.level
         if event.level is PreemptLevel.NONE:
-            tenant.apart = share.apart = True
+            self._keep_apart(tenant, event.device)
             self.part()
+
+    def weakened(self, spec: DeviceSpec) -> list[str]:
+        """A device's level fell: so did that of all jobs there. Those that have to go from it."""
+        for tenant in self._state.tenants.values():
+            share = self._state.jobs.get(tenant.id)
+            if share is not None and spec.id in share.levels:
+                share.levels[spec.id] = min(share.levels[spec.id], spec.preempt)
+            if spec.preempt is PreemptLevel.NONE:
+                self._keep_apart(tenant, spec.id)
+        self.part()
+        return [s.id for s in self._state.jobs.values() if s.stopping]
+
+    def _keep_apart(self, tenant: Tenant, device: str) -> None:
+        if device not in tenant.apart:
+            tenant.apart = (*tenant.apart, device)
+        share = self._state.jobs.get(tenant.id)
+        if share is not None:
+            share.apart = tenant.apart
 
     def part(self) -> None:
         """Stop those who are to be apart from services and are not; they start again elsewhere."""
         for tenant in self._state.tenants.values():
-            running = tenant.apart and tenant.phase not in (Phase.QUEUED, Phase.STOPPING)
-            if running and self._serves(tenant.devices, tenant.place):
+            running = tenant.phase not in (Phase.QUEUED, Phase.STOPPING)
+            if running and self._clashes(tenant, tenant.devices, tenant.place):
                 self.stop(
                     tenant.id,
                     "it cannot be held back, and services are where it computes",
                     again=True,
                 )
 
-    def _serves(self, devices: tuple[str, ...], place: str) -> bool:
-        """Whether services are where a job would be: in its partition, or anywhere on devices that
-        do not bind it to one."""
-        parts = self._state.partitions.values()
-        return any(p.services and (p.id == place if place else p.device in devices) for p in parts)
+    def _clashes(self, tenant: Tenant, devices: tuple[str, ...], place: str) -> bool:
+        """Whether services are where a job would be and is to be apart from them: in its partition,
+        or anywhere on devices that do not bind it to one."""
+        apart = set(devices).intersection(tenant.apart)
+        parts = self._state.partitions.values() if apart else ()
+        return any(p.services and p.device in apart and place in ("", p.id) for p in parts)
 
     def exited(self, event: e.JobExited) -> list[PartitionState]:
         """A job is gone; the partitions that are free by that."""
@@ -141,7 +161,7 @@ class Tenancy:
             place = partition.id
             devices = tuple(d for d in devices if d.id == partition.device)
         names = tuple(d.id for d in devices)
-        if tenant.apart and self._serves(names, place):
+        if self._clashes(tenant, names, place):
             tenant.waits = ALONE
             return
         if not self._budgets.start(tenant, names):

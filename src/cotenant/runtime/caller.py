@@ -11,6 +11,8 @@
    ``revoke``, a ``repartition`` by the layout before it. Of an ``attach`` that failed the caller
    disposes with ``detach``, which has no time limit.
 5. A device that hangs holds up nothing but calls to itself, not even the end of the node.
+6. Looks are made on a thread of their own, evictions on another, one after the other: neither waits
+   for the other, nor any call for them.
 
 ``tag`` is whatever tells who asked which call was answered.
 """
@@ -55,7 +57,7 @@ DRAINS = 4
 LATE_S = 10.0
 """After so long a look hangs, and that is said."""
 LOOK_S = 5.0
-"""How long the end waits for a look at a device that is under way."""
+"""How long the end waits for a look at a device, and an eviction, that are under way."""
 
 
 class _Call:
@@ -127,6 +129,7 @@ class Caller:
         """Why the last look failed, or that it hangs."""
         self._evicting: set[str] = set()
         self._looks = Lane("cotenant-look")
+        self._evictions = Lane("cotenant-evict")
         self._calls = None if self._quick else Lane("cotenant-device")
         self._drains = None if self._quick else Lane("cotenant-drain", DRAINS)
         self._loop = asyncio.get_running_loop()
@@ -153,8 +156,10 @@ class Caller:
             await asyncio.sleep(0.005)
         for call in [call for call in self._line if call.awaited]:
             self._expire(call)
-        self._looks.close()
-        await asyncio.to_thread(self._looks.join, LOOK_S)
+        beside = (self._looks, self._evictions)
+        for lane in beside:
+            lane.close()
+        await asyncio.gather(*(asyncio.to_thread(lane.join, LOOK_S) for lane in beside))
         try:
             await self.ask("close", ())
         except DeviceError as error:
@@ -162,7 +167,7 @@ class Caller:
         self._end()
 
     def _end(self) -> None:
-        for lane in (self._looks, self._calls, self._drains):
+        for lane in (self._looks, self._evictions, self._calls, self._drains):
             if lane is not None:
                 lane.close()
 
@@ -311,11 +316,11 @@ class Caller:
         self.trouble = why
 
     def evict(self, job: str, size: int) -> None:
-        """Have the device take memory back from a job, where the looks are made; not while it does
-        so already."""
+        """Have the device take memory back from a job, beside everything else; not while it does
+        so already, or is to. What came of it the next look shows."""
         if job not in self._evicting:
             self._evicting.add(job)
-            self._looks.submit(partial(self._evict, job, size))
+            self._evictions.submit(partial(self._evict, job, size))
 
     def _evict(self, job: str, size: int) -> None:
         """On a thread."""

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
-from cotenant.domain.device import Partition
+from cotenant.domain.device import DeviceSpec, Partition
 from cotenant.domain.units import MS, S
 from cotenant.policy.dispatcher import Dispatcher
 from cotenant.runtime.fleet import Fleet
@@ -99,6 +99,7 @@ class Core:
         self.dispatcher = dispatcher
         self.fleet = fleet
         fleet.astray = self._strayed
+        fleet.respecified = self._respecified
         self.monitor = monitor
         self.journal = journal
         self.clock = clock
@@ -187,6 +188,9 @@ class Core:
 
     def _strayed(self, job: str, partition: str, why: str) -> None:
         self._failed("Revoke", partition, job, why)
+
+    def _respecified(self, spec: DeviceSpec) -> None:
+        self.feed(e.DeviceChanged(spec))
 
     def _repartition(self, action: a.Repartition) -> None:
         self.fleet.repartition(

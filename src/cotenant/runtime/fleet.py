@@ -46,6 +46,8 @@ class Fleet:
         self.changed: Callable[[str, str, PreemptLevel], None] = lambda *_: None
         """Called with a tenant, a device and the level at which the tenant can be made to yield
         there from now on, where a look found another than before."""
+        self.respecified: Callable[[DeviceSpec], None] = lambda _: None
+        """Called with what a device says of itself, where that is another than before."""
         self.specs: tuple[DeviceSpec, ...] = ()
         """The devices, in the order given; once they are open, and as they are now."""
 
@@ -60,8 +62,15 @@ class Fleet:
             except DeviceError as error:
                 await self.close()
                 raise EnvironmentProblem(str(error)) from error
+            same = next((s for s in self.specs if s.hardware and s.hardware == spec.hardware), None)
             self._callers[spec.id] = caller
             self.specs = (*self.specs, spec)
+            if same is not None:
+                await self.close()
+                raise EnvironmentProblem(
+                    f"devices {same.id} and {spec.id} are one and the same: {spec.hardware}; give "
+                    "each one of its own, or leave one of them out"
+                )
 
     def _stray(self, tenant: str, partition: str, why: str) -> None:
         """To whoever listens by then."""
@@ -88,12 +97,22 @@ class Fleet:
         """Resident memory there in bytes by tenant, as of the last look."""
         return {name: facts.memory for name, facts in self._callers[device].facts.items()}
 
+    def evictable(self, device: str) -> dict[str, int]:
+        """Of each tenant's memory there, as of the last look, what the device could take back."""
+        caller = self._callers[device]
+        if caller.spec is None or not caller.spec.evicts:
+            return {}
+        return {
+            name: facts.memory if facts.evictable is None else min(facts.evictable, facts.memory)
+            for name, facts in caller.facts.items()
+        }
+
     def trouble(self, device: str) -> str:
         """Why it could not look at its tenants last; "" if it could."""
         return self._callers[device].trouble
 
     def evict(self, device: str, job: str, size: int) -> None:
-        """See ``Device.evict``: off the loop, after the look that is under way."""
+        """See ``Device.evict``: off the loop. What came of it the next look shows."""
         self._callers[device].evict(job, size)
 
     def levels(self, device: str) -> dict[str, PreemptLevel]:
@@ -221,8 +240,11 @@ class Fleet:
 
     def _look_at(self, caller: Caller) -> None:
         """What a device says of itself may be something else now."""
-        spec = caller.spec = caller.device.spec
-        self.specs = tuple(spec if known.id == spec.id else known for known in self.specs)
+        spec = caller.device.spec
+        if spec != caller.spec:
+            caller.spec = spec
+            self.specs = tuple(spec if known.id == spec.id else known for known in self.specs)
+            self.respecified(spec)
 
     def preview(self, device: str, partitions: tuple[Partition, ...]) -> tuple[LayoutStep, ...]:
         """See ``Device.preview``; raises DeviceError."""

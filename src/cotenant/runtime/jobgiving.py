@@ -19,7 +19,8 @@ ASKED_S: Final = 1.0
 """So long a job that can be asked has to give before it is taken from, and so long the device has
 before it is told again."""
 TELL: Final = 64
-"""A job's memory is told again when it has changed by 1/TELL, and by ``LEAST`` bytes."""
+"""A job's memory, or what it can give, is told again once it has changed by 1/TELL, and by
+``LEAST`` bytes."""
 LEAST: Final = 2**20
 
 log = logging.getLogger("cotenant.node")
@@ -49,7 +50,8 @@ class JobGiving:
         self._feed = feed
         self._ask = ask
         self._orders: dict[str, _Order] = {}
-        self._told: dict[str, tuple[int, bool]] = {}
+        self._told: dict[str, tuple[int, int]] = {}
+        """What each job has and can give, as told."""
 
     @property
     def _evicts(self) -> set[str]:
@@ -82,22 +84,30 @@ class JobGiving:
         if any(job not in self._fleet.memory(device) for device in devices):
             return  # it was not looked at yet
         held = sum(self._fleet.memory(device)[job] for device in devices)
-        gives = can_be_asked or self._evicts.issuperset(devices)
-        told, told_gives = self._told.get(job, (-LEAST, not gives))
+        takes = {device: self._fleet.evictable(device).get(job, 0) for device in devices}
+        gives = sum(takes.values()) if self._evicts.issuperset(devices) else 0
+        gives = held if can_be_asked else gives
+        told, told_gives = self._told.get(job, (-2 * LEAST, 0))
         order = self._orders.get(job)
         done = order is not None and held <= order.most < told
-        if done or gives != told_gives or abs(held - told) > max(LEAST, told // TELL):
+        begins_or_ends = bool(gives) != bool(told_gives)
+        if done or begins_or_ends or _differ(held, told) or _differ(gives, told_gives):
             self._told[job] = held, gives
-            self._feed(e.Held(job, held, held, held if gives else 0, 0))
+            self._feed(e.Held(job, held, held, gives, 0))
         order = self._orders.get(job)
         if order is not None and held > order.most and time.monotonic() >= order.take_at:
-            self._take(job, devices, held - order.most, order)
+            self._take(job, takes, held - order.most, order)
 
-    def _take(self, job: str, devices: Sequence[str], size: int, order: _Order) -> None:
+    def _take(self, job: str, takes: dict[str, int], size: int, order: _Order) -> None:
+        """``takes``: what each of its devices could take back."""
         order.take_at = time.monotonic() + ASKED_S
-        for device in devices:
-            if device in self._evicts:
-                self._fleet.evict(device, job, size // len(devices))
-        if not order.said and not self._evicts.issuperset(devices):
+        for device, most in takes.items():
+            if most:
+                self._fleet.evict(device, job, min(most, size // len(takes)))
+        if not order.said and not all(takes.values()):
             order.said = True
             log.warning("job does not give what it was asked for", extra={"job": job})
+
+
+def _differ(now: int, told: int) -> bool:
+    return abs(now - told) > max(LEAST, told // TELL)

@@ -59,6 +59,7 @@ class Outcome(msgspec.Struct, frozen=True):
     detail: str = ""
     """Why even the shim was not started, where the devices would not have it."""
     stopped: bool = False
+    """A stop reached the command before it ended: it may have saved its work and exited with 0."""
     over_memory: int = 0
     log_dropped: int = 0
     left: int = 0

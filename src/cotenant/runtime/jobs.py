@@ -522,10 +522,15 @@ class JobSupervisor:
                 del live.givers[address]
         return bool(live.givers)
 
-    def is_over(self, id: str) -> bool:
-        """Whether a job has ended for good, or is not known."""
-        record = self._ledger.records.get(id)
-        return record is None or record.ended
+    def apart(self, id: str) -> tuple[str, ...]:
+        """Devices on which a job was seen not to yield, perhaps by an earlier daemon."""
+        return self._ledger.records[id].apart
+
+    def note_apart(self, id: str, device: str) -> None:
+        """Remember that of a job."""
+        record = self._ledger.records[id]
+        if device not in record.apart:
+            self._ledger.step(id, record.state, apart=(*record.apart, device))
 
     def can_be_asked(self, id: str) -> bool:
         """Whether one of a job's programs said that it gives memory when it is asked."""

@@ -83,6 +83,8 @@ class Shim:
         self._began = time.monotonic()
         self._stop_asked = False
         self._stop: Stop | None = None
+        self._stopped = False
+        """Whether the stop reached the command: it had not ended, and did not ignore it."""
         self._moment_s = MOMENT_S
         self._left_at = self._look_at = self._again_until = self._began
         limit = spec["memory"]
@@ -270,10 +272,14 @@ class Shim:
             proctree.send(reversed(stopped), signal.SIGCONT)
         if stop is None:
             return
+        runs = self._status is None and self._root in table and not table[self._root].is_dead
         if due := stop.due(now, {pid: table[pid].parent for pid in tree}):
+            heard = not all(proctree.ignores(pid, signal.SIGTERM) for pid in due)
+            self._stopped = self._stopped or (runs and heard)
             proctree.send(due, signal.SIGTERM)
             self._continue(now)
         if now >= stop.ends and self._status is None:
+            self._stopped = self._stopped or runs
             proctree.kill(self._tree)
             self._reap()
 
@@ -334,7 +340,7 @@ class Shim:
         """Write ``exit.json``, atomically and to the disk, into the room reserved for it."""
         status, times = self._status, os.times()
         code = "null" if status is None else str(os.waitstatus_to_exitcode(status))
-        stopped = "true" if self._stop_asked else "false"
+        stopped = "true" if self._stopped else "false"
         text = (
             f'{{"code": {code}, "failed": "{failed}", "errno": {errno}, "stopped": {stopped}, '
             f'"over_memory": {self._over_memory}, "log_dropped": {self._log.dropped}, '

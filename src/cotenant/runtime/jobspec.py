@@ -12,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from cotenant.devices.nvidia.shim import without_gate
 from cotenant.domain.device import Launch
 from cotenant.domain.errors import InvalidRequest, TooLarge
 from cotenant.domain.units import format_bytes
@@ -63,12 +64,13 @@ def checked(spec: JobSpec, taken: Container[str]) -> JobSpec:
 
 def environment(spec: JobSpec, launch: Launch) -> dict[str, str]:
     """All that the command gets: the job's own variables, what its devices want (``launch``), and
-    where neither says anything ours."""
+    where neither says anything ours. A job that submits another does not pass its own launch gate
+    on: that is between it and its device."""
     ours = {
         # Into a pipe Python writes blocks of some KiB: a log would show nothing for hours.
         "PYTHONUNBUFFERED": "1",
     }
-    return {**ours, **launch.applied({**spec.env, "PWD": spec.cwd})}
+    return {**ours, **launch.applied({**without_gate(spec.env), "PWD": spec.cwd})}
 
 
 def minimal(environ: Mapping[str, str]) -> dict[str, str]:

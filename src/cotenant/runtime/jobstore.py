@@ -61,6 +61,8 @@ class JobRecord(msgspec.Struct, frozen=True):
     progress_unit: str = ""
     cpu_s: float = 0.0
     """CPU seconds used by the runs that have ended."""
+    apart: tuple[str, ...] = ()
+    """Devices on which it was seen to compute where they cannot hold it back."""
 
     @property
     def ended(self) -> bool:

@@ -45,8 +45,6 @@ class JobTenants:
         self._feed = feed
         self._plan_soon = plan_soon
         self._runs: dict[str, _Run] = {}
-        self._apart: set[str] = set()
-        """Jobs that were seen not to yield, until they have ended for good."""
         fleet.changed = self._level_changed
 
     # --- what the dispatcher orders ---------------------------------------------------------
@@ -78,8 +76,9 @@ class JobTenants:
     def on_job_queued(self, spec: JobSpec) -> None:
         """See JobShell."""
         self._runs[spec.id] = _Run(spec)
-        self._apart = {job for job in self._apart if not self.supervisor.is_over(job)}
-        self._feed(e.job_queued(spec, self.supervisor.gave(spec.id), spec.id in self._apart))
+        none = (d.id for d in self._fleet.specs if d.preempt is PreemptLevel.NONE)
+        apart = tuple(dict.fromkeys((*self.supervisor.apart(spec.id), *none)))
+        self._feed(e.job_queued(spec, self.supervisor.gave(spec.id), apart))
         self._plan_soon()
 
     async def launch_job(self, spec: JobSpec) -> Launch:
@@ -102,8 +101,6 @@ class JobTenants:
         if self._runs.get(job) is not run:
             return  # it ended meanwhile
         levels = {device: self._fleet.levels(device)[job] for device in run.devices}
-        if PreemptLevel.NONE in levels.values():
-            self._apart.add(job)
         self._feed(e.JobReady(job, levels))
         self._plan_soon()
 
@@ -114,8 +111,9 @@ class JobTenants:
             "job yields otherwise than before",
             extra={"job": job, "device": device, "level": level.name},
         )
-        if level is PreemptLevel.NONE:
-            self._apart.add(job)
+        holds = any(d.id == device and d.preempt > level for d in self._fleet.specs)
+        if level is PreemptLevel.NONE and holds:  # others yield there: it is the job
+            self.supervisor.note_apart(job, device)
         self._feed(e.JobLevel(job, device, level))
         self._plan_soon()
 

@@ -30,7 +30,9 @@ def verdict(
 ) -> tuple[JobState, str, int]:
     """The state that follows, the reason for the user, and the restarts in a row so far.
 
-    ``closing``: this daemon is stopping its jobs. ``recovering``: the run was another daemon's.
+    ``closing``: this daemon stopped it, to run again. ``recovering``: the run was another daemon's.
+    A job that was stopped goes back to the queue whatever its code: one that saved its work exits
+    with 0. One that ended before the stop reached it has ended by itself.
     """
     spec, reason, streak = record.spec, outcome.reason(record.spec), record.streak
     if record.state is JobState.STOPPING:

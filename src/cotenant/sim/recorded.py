@@ -163,6 +163,8 @@ class Recording:
                 found = self._dispatched.pop(batch, None)
                 if found is not None:
                     self._ended[found[0].partition] = now
+            case e.DeviceChanged(spec=spec):
+                self.devices = tuple(spec if d.id == spec.id else d for d in self.devices)
             case e.Planned(plan=plan):
                 self._units |= {p.id: p.compute for p in plan.partitions}
             case _:

@@ -15,6 +15,7 @@ import msgspec
 
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
+from cotenant.domain.device import DeviceSpec
 from cotenant.domain.plan import Plan
 from cotenant.domain.request import Request
 from cotenant.policy.dispatcher import Dispatcher
@@ -51,7 +52,7 @@ class RefusalGroup(msgspec.Struct):
 
 
 class Incident(msgspec.Struct, frozen=True):
-    """Something that happened to ``subject`` (a job, a worker, a service, a layout)."""
+    """Something that happened to ``subject`` (a device, a job, a worker, a service, a layout)."""
 
     wall: float
     subject: str
@@ -90,6 +91,7 @@ class Explanation(msgspec.Struct):
     answered: int = 0
     plans: list[PlanChange] = []
     refusals: list[RefusalGroup] = []
+    devices: list[Incident] = []
     jobs: list[Incident] = []
     workers: list[Incident] = []
     services: list[Incident] = []
@@ -165,6 +167,7 @@ class _Witness:
         self.groups: dict[tuple[str, str], RefusalGroup] = {}
         self.paused: dict[str, Pause] = {}
         self.notes: dict[str, tuple[str, ...]] = {}
+        self.devices: tuple[DeviceSpec, ...] = ()
 
     def feed(self, entry: Entry) -> None:
         match entry:
@@ -189,6 +192,7 @@ class _Witness:
         self.requests.clear()
         self.dispatched.clear()
         state = header.dispatcher_state()
+        self.devices = header.devices
         self.dispatcher = Dispatcher(header.devices, state)
         self.requests.update(state.queued)
         for running in state.running.values():
@@ -216,6 +220,8 @@ class _Witness:
                 self._keep(self.told.jobs, Incident(wall, job, "its processes ended"))
             case e.ActionFailed():
                 self._failed(wall, event)
+            case e.DeviceChanged(spec=spec):
+                self._device_changed(wall, spec)
             case _:
                 pass
         self._drive(record)
@@ -314,6 +320,13 @@ class _Witness:
         else:
             text = f"{event.action} on {event.target} failed: {event.reason}"
             self._keep(self.told.jobs, Incident(wall, event.job, text))
+
+    def _device_changed(self, wall: float, spec: DeviceSpec) -> None:
+        before = next((d for d in self.devices if d.id == spec.id), None)
+        self.devices = (*(d for d in self.devices if d.id != spec.id), spec)
+        text = sentences.device_changed(before, spec)
+        if text:
+            self._keep(self.told.devices, Incident(wall, spec.id, text))
 
     def _end_pause(self, partition: str) -> None:
         pause = self.paused.pop(partition)

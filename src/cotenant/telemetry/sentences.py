@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
+from cotenant.domain.device import DeviceSpec
 from cotenant.domain.request import Refusal, Request
 from cotenant.domain.units import format_duration
 from cotenant.policy.admission import RETRY_MIN, busy_for
@@ -142,6 +143,16 @@ def worker_lost(
     refused = sum(isinstance(x, a.Reject) and x.request in mine for x in actions)
     back = len(mine) - refused
     return f"{text}; of its {len(mine)} requests {back} went back to the queue, {refused} refused"
+
+
+def device_changed(before: DeviceSpec | None, spec: DeviceSpec) -> str:
+    """What is another now of how jobs yield on a device; "" if nothing of that is."""
+    known = before.limits if before is not None else ()
+    news = [limit for limit in spec.limits if limit not in known]
+    news += [f"no longer: {limit}" for limit in known if limit not in spec.limits]
+    if before is not None and before.preempt is not spec.preempt:
+        news.insert(0, f"its level is {spec.preempt.name}, was {before.preempt.name}")
+    return "; ".join(news)
 
 
 def pause(state: DispatcherState, partition: PartitionState) -> str:

@@ -80,6 +80,7 @@ class CudaDevice:
         self._stopped_ns = 0
         """How long it took to take a kernel off in its middle; 0: that was not seen."""
         self._memory = 0
+        self._uuid = ""
         self._limits: list[str] = []
         self._tenants: dict[str, _Tenant] = {}
         self._used: dict[int, int] = {}
@@ -108,6 +109,7 @@ class CudaDevice:
                 f"than the GPU has, {format_bytes(usable)}"
             )
         self._memory = self._config.memory or usable
+        self._uuid = gpu.uuid()
         self._space = self._space_of(gpu)
         self._space.open()
 
@@ -120,7 +122,7 @@ class CudaDevice:
                 f"root switch MIG off: nvidia-smi -i {gpu.index} -mig 0"
             )
         if divided:
-            return MigSpace(gpu, id, self._state / f"mig-{gpu.uuid()}.json")
+            return MigSpace(gpu, id, self._state / f"mig-{self._uuid}.json")
         if self._config.subsets:
             return SubsetSpace(gpu, id, self._nvml.driver())
         return WholeGpu(gpu, id)
@@ -202,6 +204,7 @@ class CudaDevice:
                 limits=tuple(limits),
                 evicts=gated,
                 kv=self._config.kv,
+                hardware=self._uuid,
             )
         )
 
@@ -311,12 +314,19 @@ class CudaDevice:
             memory = sum(self._used.get(pid, 0) for pid in tenant.pids)
             if tenant.is_job and self._gates is not None:
                 memory = self._gates.memory(name) or memory
-            past = self._gates is not None and self._gates.beyond(name)
-            found[name] = TenantFacts(memory, PreemptLevel.NONE if past else tenant.level)
+            past = self._gates is None or self._gates.beyond(name)
+            level = PreemptLevel.NONE if past else tenant.level
+            found[name] = TenantFacts(memory, level, self._evictable(name, tenant))
         return found
 
+    def _evictable(self, name: str, tenant: _Tenant) -> int:
+        if self._gates is None or not tenant.is_job or tenant.level is PreemptLevel.NONE:
+            return 0
+        return self._gates.evictable(name)
+
     def evict(self, job: str, size: int) -> None:
-        if self._gates is not None and self._job(job).level > PreemptLevel.NONE:
+        if self._evictable(job, self._job(job)):
+            assert self._gates is not None
             moved = self._gates.evict(job, size)
             log.info("memory taken from a job", extra={"job": job, "bytes": moved, "asked": size})
 

@@ -13,6 +13,8 @@ The laws:
 * A job that is to give memory computes nothing while its memory goes, nor for ``AWAY`` after: who
   waits for the memory has that long to take it. Then its gate opens if it is granted space, and it
   goes on once all of it is back.
+* Where that failed, or nothing went, nothing can be taken from the job for ``REST``, for twice as
+  long each time: its gate is not shut for nothing again and again.
 * Where channels may be held (``channels``), what does not drain within the bound is stopped in its
   middle. It goes on when the gate opens, or when the job is to give memory: then it must end first.
 * A thread of its own says to all jobs that the node lives, whatever the node's other threads wait
@@ -21,10 +23,8 @@ The laws:
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import logging
-import os
 import threading
 import time
 from collections.abc import Collection, Mapping
@@ -32,7 +32,8 @@ from pathlib import Path
 from typing import Final
 
 from cotenant.devices import proctree
-from cotenant.devices.nvidia.page import LEFT, VARIABLE, ControlPage
+from cotenant.devices.nvidia.page import LEFT, VARIABLE, ControlPage, Evicted
+from cotenant.devices.nvidia.pagefolder import PageFolder
 from cotenant.devices.nvidia.shim import SHIM
 from cotenant.domain.costs import drain
 from cotenant.domain.device import Launch
@@ -54,7 +55,8 @@ EVICT_WITHIN: Final = 20 * S
 """How long memory may take to go."""
 AWAY: Final = 5 * S
 """How long it stays away at least."""
-_PREFIX: Final = "cotenant-gates-"
+REST: Final = 10 * S
+MOST_REST: Final = 600 * S
 _SHARED: Final = Path("/dev/shm")
 
 
@@ -72,7 +74,8 @@ class Gates:
         self._driver = driver
         self._bound_ns = bound_ns
         self.channels = LEFT
-        self.folder = base / f"{_PREFIX}{_short(node)}"
+        self._place = PageFolder(base, _short(node))
+        self.folder = self._place.path
         self._pages: dict[str, ControlPage] = {}
         self._outside: dict[str, dict[int, int]] = {}
         """Processes that were shown and not attached at the last look, and since when (ns)."""
@@ -84,23 +87,17 @@ class Gates:
         self._granted: set[str] = set()
         self._away_until: dict[str, int] = {}
         """Until when (ns) a gate stays closed, whatever is granted."""
+        self._rests: dict[str, tuple[int, int]] = {}
+        """Until when (ns) nothing is taken from a job from which nothing went, and for how long."""
         self._lock = threading.Lock()
         """Gates turn, and pages come and go, under it."""
         self._ends = threading.Event()
         self._beater: threading.Thread | None = None
 
     def open(self) -> None:
-        """Make the directory, and remove the pages of jobs that are gone. Raises DeviceError."""
-        try:
-            self.folder.mkdir(mode=0o700, exist_ok=True)
-            about = self.folder.lstat()
-            if about.st_uid != os.geteuid() or about.st_mode & 0o077 or self.folder.is_symlink():
-                raise DeviceError(f"{self.folder} is not this user's alone; remove it")
-            for left in self.folder.iterdir():
-                if not proctree.marked(VARIABLE, str(left)):
-                    left.unlink()
-        except OSError as error:
-            raise DeviceError(f"no place for control pages: {self.folder}: {error}") from error
+        """Make the directory, and remove the pages of jobs that are gone, here and where nodes were
+        killed. Raises DeviceError."""
+        self._place.open()
         self._ends.clear()
         self._beater = threading.Thread(target=self._beat, name="cotenant-beat", daemon=True)
         self._beater.start()
@@ -113,8 +110,7 @@ class Gates:
             self._beater = None
         for job, page in list(self._pages.items()):
             self._drop(job, page, keep=bool(proctree.marked(VARIABLE, str(page.path))))
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()
+        self._place.close()
 
     def _beat(self) -> None:
         while not self._ends.wait(PATIENCE / BEATS / S):
@@ -198,6 +194,7 @@ class Gates:
             for known in (self._granted, self._left, self._failed):
                 known.discard(job)
             self._away_until.pop(job, None)
+            self._rests.pop(job, None)
             page.close(keep)
 
     def grant(self, job: str) -> None:
@@ -250,8 +247,8 @@ class Gates:
             raise DeviceError(f"{job}: {self._undrained(page)}")
 
     def evict(self, job: str, size: int) -> int:
-        """Take up to so many bytes off the GPU; how many went. Raises DeviceError where the job's
-        work does not end, or its memory does not go, in time."""
+        """Take up to so many bytes off the GPU; how many went. Not while it does so already. Raises
+        DeviceError where the job's work does not end, or its memory does not go, in time."""
         page = self.page(job)
         with self._lock:
             self._away_until[job] = time.monotonic_ns() + DRAIN_WITHIN + EVICT_WITHIN
@@ -268,11 +265,31 @@ class Gates:
                 why = "it takes too long" if moved is None else f"the driver said {moved.errors}"
                 raise DeviceError(f"{job}: not all of its memory was taken: {why}")
             return moved.moved
+        except OSError as error:
+            raise DeviceError(f"{job}: no memory was taken: its page is gone ({error})") from error
         finally:
             with self._lock:
                 if self._pages.get(job) is page:
-                    away = AWAY if moved is not None and moved.moved else 0
-                    self._away_until[job] = time.monotonic_ns() + away
+                    self._evicted(job, moved)
+
+    def _evicted(self, job: str, moved: Evicted | None) -> None:
+        """Under the lock: what follows from an eviction."""
+        now = time.monotonic_ns()
+        went = moved is not None and moved.moved > 0
+        self._away_until[job] = now + (AWAY if went else 0)
+        if moved is not None and went and not moved.errors:
+            self._rests.pop(job, None)
+        else:
+            _, before = self._rests.get(job, (0, 0))
+            rest = min(MOST_REST, 2 * before or REST)
+            self._rests[job] = now + rest, rest
+
+    def evictable(self, job: str) -> int:
+        """Bytes that could be taken from a job now, as its processes say themselves."""
+        page, (rests_until, _) = self._pages.get(job), self._rests.get(job, (0, 0))
+        if page is None or time.monotonic_ns() < rests_until:
+            return 0
+        return sum(max(0, seat.memory.evictable) for seat in page.seats())
 
     def page(self, job: str) -> ControlPage:
         """Raises DeviceError for a job that has none."""

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Final
 
+from cotenant.devices.nvidia.page import DRIVER_VARIABLE, VARIABLE
+
 SHIM: Final = Path(__file__).parent / "shim" / "libcuda.so.1"
 DRIVER: Final = "libcuda.so.1"
+_TAIL: Final = "/cotenant/devices/nvidia/shim"
+_LISTS: Final = {
+    "LD_PRELOAD": (f"{_TAIL}/{DRIVER}", "[: ]"),
+    "LD_LIBRARY_PATH": (_TAIL, "[:;]"),
+}
+"""How entries of ours end, of whichever Cotenant, and what separates entries."""
 _MARK: Final = b"cotenant_gate_shim"
 """A symbol that ours has and no driver does."""
 _FOLDERS: Final = (
@@ -40,6 +49,19 @@ def driver() -> Path | None:
         if path.is_file() and not _is_shim(path):
             return path.absolute()
     return None
+
+
+def without_gate(env: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what the launch gate of the job that it comes from put into it."""
+    found = {name: v for name, v in env.items() if name not in (VARIABLE, DRIVER_VARIABLE)}
+    for name, (end, separator) in _LISTS.items():
+        entries = re.split(separator, found.get(name, ""))
+        kept = [entry for entry in entries if not entry.rstrip("/").endswith(end)]
+        if not kept:
+            del found[name]
+        elif kept != entries:
+            found[name] = ":".join(kept)
+    return found
 
 
 def _in(folders: Iterable[str]) -> tuple[Path, ...]:
