@@ -330,9 +330,10 @@ class Residency:
         service = self._state.services.get(request.service)
         if service is None or not service.asleep:
             return
-        revision = service.versions.get(request.version or service.version, 0)
-        if service.asleep.pop(revision, None):
-            self.settle(service.name)
+        version = request.version or service.version or service.offer
+        offered = service.offer_revision if version == service.offer else 0
+        service.asleep.pop(service.versions.get(version, offered), None)
+        self.settle(service.name)  # and refuse it, if nothing is loaded for it
 
     def _is_due(self, service: ServiceState) -> bool:
         back = returning.expected(service, self._state.now)

@@ -221,7 +221,7 @@ class Roster:
             version = request.version or service.version
             if version in there or request.id in self._state.residents:
                 return False
-            if version not in awaited or request.deadline <= now:
+            if (version or service.offer) not in awaited or request.deadline <= now:
                 return True
             due.append(request.deadline)
             return False
