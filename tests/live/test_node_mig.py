@@ -33,7 +33,8 @@ def test_a_job_on_a_gpu_in_mig_mode_sees_its_instance(
     box.configure([], devices=[CUDA]).start()
     box.submit(*WAITS)
     box.until(lambda: box.job("job").partitions)
-    box.until(lambda: Path(box.control.log_path("job")).read_text().startswith("MIG-"))
+    log = Path(box.control.log_path("job"))
+    box.until(lambda: log.exists() and log.read_text().startswith("MIG-"))
     assert len(instances(machine)) == 1
     (device,) = box.status()["devices"]
     assert len(device["units"]) > 1
