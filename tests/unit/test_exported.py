@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +21,7 @@ torch = pytest.importorskip("torch", reason="the extra torch is not installed")
 from cotenant.domain.device import CUDA  # noqa: E402
 from cotenant.domain.errors import ModelError  # noqa: E402
 from cotenant.engines.base import Engine, Opening, Target  # noqa: E402
-from cotenant.engines.exported.kinds import KIND  # noqa: E402
+from cotenant.engines.exported.kinds import KIND, PASSIVE  # noqa: E402
 from cotenant.engines.joining import judge  # noqa: E402
 from cotenant.engines.registry import choose  # noqa: E402
 from cotenant.engines.samples import make_samples  # noqa: E402
@@ -96,6 +99,13 @@ def answer(path: Path, model: Any, *inputs: Any, shapes: Any = None) -> Engine:
             assert np.allclose(mine, np.asarray(theirs), rtol=1e-5, atol=1e-6)
     assert all(np.array_equal(before[name], given[name]) for name in given)
     return engine
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What an engine sets in its own process is not left to those of later tests."""
+    for name, value in PASSIVE.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +246,26 @@ def test_what_a_program_checks_of_its_input_is_an_error_of_the_request(tmp_path:
     assert found.shape == (2,)
 
 
+def test_threads_sleep_while_they_wait(saved: Path) -> None:
+    """What spins is taken from the training beside it. OpenMP itself says how it waits."""
+    code = f"""
+import sys
+from pathlib import Path
+from cotenant.engines.base import Opening
+from cotenant.engines.registry import choose
+opening = Opening(Path({str(saved)!r}), (1, 2))
+kind = choose(opening)
+assert "torch" not in sys.modules
+kind.open(opening)
+"""
+    env = {**os.environ, "OMP_DISPLAY_ENV": "true"}
+    env.pop("OMP_WAIT_POLICY", None)
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, check=False, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in done.stderr
+
+
 # --- sizes --------------------------------------------------------------------------------------
 
 
@@ -281,6 +311,19 @@ def refusal(path: Path) -> str:
     with pytest.raises(ModelError) as refused:
         load(path)
     return str(refused.value)
+
+
+def test_normalization_that_goes_on_learning_is_refused(tmp_path: Path) -> None:
+    class Learning(nn.Module):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(3))
+            self.register_buffer("var", torch.ones(3))
+
+        def forward(self, x: Any) -> Any:
+            return nn.functional.batch_norm(x, self.mean, self.var, training=True)
+
+    assert "mean" in refusal(export(tmp_path / "model.pt2", Learning(), torch.ones(2, 3)))
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of PyTorch's decompositions to itself

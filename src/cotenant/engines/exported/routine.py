@@ -22,6 +22,9 @@ from cotenant.engines.exported.schema import STRIDED, Graph, Node, Union, name_o
 _ATEN: Final = re.compile(r"torch\.ops\.aten\.(\w+)\.(\w+)", re.ASCII)
 _FILES: Final = frozenset({"from_file"})
 """Operators that open files."""
+_RUNNING: Final = ("running_mean", "running_var")
+_UPDATING: Final = ("training", "use_input_stats")
+"""Normalization writes to these arguments where one of those flags is set; its schema is silent."""
 _SIZES: Final[dict[str, Callable[..., Any]]] = {
     "_operator.add": operator.add,
     "_operator.and_": operator.and_,
@@ -244,16 +247,12 @@ class _Compiler:
             return self._routine(value)
         if kind in ("as_tensors", "as_nested_tensors"):
             inner = "as_tensor" if kind == "as_tensors" else "as_tensors"
-            return self._list([self._value({inner: item}, number) for item in value])
+            return _Listed(tuple(self._value({inner: item}, number) for item in value))
         if kind == "as_optional_tensors":
-            return self._list([self._value(item, number) for item in value])
+            return _Listed(tuple(self._value(item, number) for item in value))
         if kind in ("as_sym_ints", "as_sym_floats", "as_sym_bools"):
-            return self._list([self._value({kind[:-1]: item}, number) for item in value])
+            return _Listed(tuple(self._value({kind[:-1]: item}, number) for item in value))
         raise ModelError(f"the program has an argument of the kind {kind}, which is not served")
-
-    @staticmethod
-    def _list(items: list[Any]) -> Any:
-        return _Listed(tuple(items))
 
     def _routine(self, value: Any) -> Routine:
         try:
@@ -276,16 +275,21 @@ class _Compiler:
         the requests before. Whatever is a view of a weight is one, too."""
         views: set[str] = set()
         given = {named.name: named.arg for named in node.inputs}
+        updates = any(given.get(flag) == {"as_bool": True} for flag in _UPDATING)
         for argument in called._schema.arguments:
-            if argument.alias_info is None or argument.name not in given:
+            unsaid = updates and argument.name in _RUNNING
+            alias = argument.alias_info
+            if argument.name not in given or (alias is None and not unsaid):
                 continue
+            changes = alias is not None and alias.is_write
+            writes = unsaid or (changes and called is not torch.ops.aten.detach_.default)
             for name in _names(given[argument.name]):
                 mine = self._of_weights.get(name, frozenset())
-                views |= mine
-                if argument.alias_info.is_write and called is not torch.ops.aten.detach_.default:
-                    self._writes = True
-                    if mine:
-                        raise changing(*mine)
+                self._writes = self._writes or writes
+                if writes and mine:
+                    raise changing(*mine)
+                if alias is not None:
+                    views |= mine
         if views:
             for output in node.outputs:
                 for name in _names(output):
