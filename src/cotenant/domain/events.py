@@ -123,7 +123,8 @@ class WorkerUp(_Event, frozen=True):
     """A warmed model instance is ready on ``device``. ``profile`` holds measured execution times
     there as ``(units, rows, ns)``, for rows of ``size``; ``memory`` the bytes it occupies there, if
     measured. ``turns``: requests live through several turns there; ``room``: so many tokens of them
-    it can hold (0: any number), in ``pool`` bytes, blocks of ``block``."""
+    it can hold (0: any number), in ``pool`` bytes, blocks of ``block``. ``load_ns``: what loading
+    it takes; 0: as long as it took since it was ordered."""
 
     worker: str
     service: str
@@ -136,6 +137,7 @@ class WorkerUp(_Event, frozen=True):
     room: int = 0
     pool: int = 0
     block: int = 1
+    load_ns: int = 0
 
 
 class Held(_Event, frozen=True):

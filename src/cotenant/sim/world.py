@@ -245,7 +245,14 @@ class World:
             for units in sizes(spec)
             for rows in (1, service.spec.batch.max)
         )
-        up = e.WorkerUp(action.worker, action.service, action.version, action.device, profile)
+        up = e.WorkerUp(
+            action.worker,
+            action.service,
+            action.version,
+            action.device,
+            profile,
+            load_ns=service.load,
+        )
         self._bring_up(action, up, service.load)
 
     def _bring_up(self, action: a.Load, up: e.WorkerUp, took: int) -> None:
@@ -279,6 +286,7 @@ class World:
             room=talker.room,
             pool=talker.pool,
             block=talker.block,
+            load_ns=service.load,
         )
 
     def _unload(self, action: a.Unload) -> None:
