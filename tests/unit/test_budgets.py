@@ -65,6 +65,18 @@ def sizes(actions: list[a.Action]) -> list[tuple[str, int]]:
 # --- jobs -----------------------------------------------------------------------------------
 
 
+def test_what_was_taken_from_a_job_is_asked_of_who_idles() -> None:
+    box = Box()
+    box.job("j", memory=900, kept=200)
+    box.has("j", 900)
+    box.serve("s", 500)
+    box.loaded(box.send(e.Held("j", 500, 900, 500, 0)))
+    assert box.booked("j") == 500
+    box.used("s")
+    gone = box.send(e.Held("j", 499, 900, 499, 0), after=3600 * S)
+    assert only(gone, a.Unload), "it idles, and the job rests until it has all back"
+
+
 def test_a_job_has_what_others_leave_and_gives_it_back_when_it_is_needed() -> None:
     box = Box()
     box.job("j", memory=900, kept=200)

@@ -143,9 +143,9 @@ class WorkerUp(_Event, frozen=True):
 class Held(_Event, frozen=True):
     """Of a worker: what its pool of keys and values has, in bytes, and would have to have for what
     it has to do; what of that it could give without putting work aside, what of that nobody reads,
-    and what its first request needs alone. Of a job: what its processes have, and want; what of
-    that it can be made to give, and what it says that it does not use. Of a cache of results: what
-    it has, all of which it can give."""
+    and what its first request needs alone. Of a job: what its processes have, and want, which is
+    that and what was taken from them; what of that it can be made to give, and what it says that it
+    does not use. Of a cache of results: what it has, all of which it can give."""
 
     holder: str
     held: int
