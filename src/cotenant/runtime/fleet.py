@@ -94,7 +94,9 @@ class Fleet:
         for caller in self._callers.values():
             caller.look()
             known = caller.spec
-            if known is not None and caller.device.spec.eviction != known.eviction:
+            if known is None or not known.evicts:
+                continue
+            if caller.device.spec.eviction != known.eviction:
                 self._look_at(caller)
 
     def memory(self, device: str) -> dict[str, int]:
