@@ -297,7 +297,7 @@ class Wishes:
         if round(best.overload, 4) >= round(here.overload, 4):
             return Wish(current)
         now = judge(pressing, current, 0.0).overload
-        held = max(tuning.grow_after, _worth_waiting(device.repartition_ns, now))
+        held = max(tuning.grow_after, _worth_waiting(device.repartition_ns, 0, now))
         return Wish(best.layout, _first_miss(here), 0 if came else held)
 
     def _worth(self, view: View, verdict: Verdict) -> float:
