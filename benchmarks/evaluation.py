@@ -31,9 +31,17 @@ LAWS = (
     "no_npu",
 )
 ATTAINS = 0.99
-APART = ("ten-boxes", "two-jobs", "three-gpus", "too-much", "three-llms-one-gpu")
+APART = (
+    "ten-boxes",
+    "two-jobs",
+    "three-gpus",
+    "too-much",
+    "gpu-beside-training",
+    "three-llms-one-gpu",
+    "llm-beside-training",
+)
 """Left out unless named: two take an hour with all policies, on several GPUs not all are modelled,
-and one is more than anything can hold."""
+one is more than anything can hold, and of one GPU that is not divided little differs."""
 
 Samples = dict[str, dict[str, list[float]]]
 

@@ -465,6 +465,16 @@ def test_what_is_taken_from_a_job_is_back_when_it_goes_on(keeper: Driven, grante
     assert asks(keeper, "sum a") == before
 
 
+def test_how_fast_memory_moves_is_measured(keeper: Driven) -> None:
+    first = "answer = d.spec.eviction == costs.COPYING"
+    assert keeper.do(f"from cotenant.domain import costs; {first}")
+    keeper.do("d.evict('j', 32 << 20)")
+    assert keeper.do("answer = d.spec.eviction.out != costs.COPYING.out")
+    assert keeper.do("d.refresh(); answer = d.facts()['j'].away") >= 32 << 20
+    until(lambda: keeper.do("d.refresh(); answer = d.facts()['j'].away") == 0)
+    until(lambda: keeper.do("d.refresh(); answer = d.spec.eviction.back != costs.COPYING.back"))
+
+
 def test_a_request_does_not_wait_for_memory_that_goes(keeper: Driven) -> None:
     keeper.do("d.evict('j', 1 << 20)")
     assert keeper.do("answer = d.revoke('j', PART)") > 0

@@ -497,7 +497,9 @@ class Tight(Chaos):
             tenant = self.d.state.tenants[job]
             most = tenant.most if tenant.most >= 0 else tenant.memory or 1000
             held = r.randrange(most + 1)
-            self.send(e.Held(job, held, held, r.choice([0, held, held]), r.choice([0, held // 2])))
+            wanted = max(held, r.choice([0, 0, tenant.memory]))  # the rest of it was taken
+            give = r.choice([0, held, held]), r.choice([0, held // 2])
+            self.send(e.Held(job, held, wanted, *give))
         elif r.random() < 0.1:
             self.now += 2 * S  # silences are long against loads
         elif r.random() < 0.1 and self.pools:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import msgspec
+
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
+from cotenant.domain.costs import Copy, Eviction
 from cotenant.domain.request import Refusal
 from cotenant.domain.units import MS, S
 from cotenant.policy.dispatcher import Dispatcher
@@ -63,6 +66,36 @@ def sizes(actions: list[a.Action]) -> list[tuple[str, int]]:
 
 
 # --- jobs -----------------------------------------------------------------------------------
+
+
+def test_what_is_offered_waits_for_as_long_as_giving_takes() -> None:
+    def declined(byte_ns: float, wait_s: int) -> bool:
+        box = Box()
+        slow = Eviction(Copy(0, byte_ns), Copy(0, byte_ns))
+        spec = msgspec.structs.replace(box.d.devices[0], eviction=slow)
+        box.send(e.DeviceChanged(spec))
+        box.job("j", memory=900, kept=200)
+        box.has("j", 900)
+        actions = box.serve("s", 500, unloads=False)
+        for _ in range(wait_s):
+            actions += box.send(e.Woke(), after=S)
+        return bool(only(actions, a.Decline))
+
+    assert declined(0.0, 60)
+    assert not declined(0.2 * S, 60), "400 bytes take 80 s"
+    assert declined(0.2 * S, 180)
+
+
+def test_what_was_taken_from_a_job_is_asked_of_who_idles() -> None:
+    box = Box()
+    box.job("j", memory=900, kept=200)
+    box.has("j", 900)
+    box.serve("s", 500)
+    box.loaded(box.send(e.Held("j", 500, 900, 500, 0)))
+    assert box.booked("j") == 500
+    box.used("s")
+    gone = box.send(e.Held("j", 499, 900, 499, 0), after=3600 * S)
+    assert only(gone, a.Unload), "it idles, and the job rests until it has all back"
 
 
 def test_a_job_has_what_others_leave_and_gives_it_back_when_it_is_needed() -> None:

@@ -20,6 +20,7 @@ class Desk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, evicts: bool = True) -> None:
         self.specs = (cpu(2, evicts=evicts),)
         self.held: dict[str, int] = {}
+        self.away_bytes = 0
         self.could_take: int | None = None
         """None: all that it has."""
         self.fed: list[e.Held] = []
@@ -38,6 +39,9 @@ class Desk:
             return {}
         return {j: n if self.could_take is None else self.could_take for j, n in self.held.items()}
 
+    def away(self, _: str) -> dict[str, int]:
+        return {"j": self.away_bytes}
+
     def evict(self, device: str, job: str, size: int) -> None:
         self.taken.append(size)
 
@@ -54,6 +58,14 @@ class Desk:
         self.held["j"] = held
         self.giving.look("j", ("cpu",), asked)
         return list(self.fed)
+
+
+def test_what_was_taken_from_a_job_is_wanted_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    desk = Desk(monkeypatch)
+    desk.look(64 << 20)
+    desk.away_bytes = 48 << 20
+    (held,) = desk.look(16 << 20)
+    assert (held.held, held.wanted) == (16 << 20, 64 << 20)
 
 
 def test_what_a_job_has_is_told_when_it_has_changed(monkeypatch: pytest.MonkeyPatch) -> None:

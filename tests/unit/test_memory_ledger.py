@@ -230,6 +230,28 @@ def test_they_give_by_meaning_and_then_the_cheapest_byte_first() -> None:
     assert {order.to for order in answer.orders} == {"owner"}
 
 
+def test_who_rests_for_any_byte_gives_all_before_another_has_to_rest() -> None:
+    box = Box()
+    box.holder("long", Kind.JOB, 300, evictable=300, give_cost=1, rest_ns=5000)
+    box.holder("short", Kind.JOB, 300, evictable=300, give_cost=2, rest_ns=1000)
+    box.admit("service", Kind.INSTANCE)
+    assert box.ask("service", 500) == (400, 100, [("short", -100)])
+    assert box.ask("service", 600) == (0, 200, [("short", -100)]), "it rests already"
+    box.admit("other", Kind.INSTANCE)
+    _, _, orders = box.ask("other", 300)
+    assert orders == [("short", -100), ("long", -200)]
+
+
+def test_of_much_the_cheaper_byte_goes_first_whoever_rests_longer() -> None:
+    box = Box(100_000)
+    box.holder("fast", Kind.JOB, 50_000, evictable=50_000, give_cost=1, rest_ns=5000)
+    box.holder("slow", Kind.JOB, 50_000, evictable=50_000, give_cost=2, rest_ns=1000)
+    box.admit("service", Kind.INSTANCE)
+    assert box.ask("service", 100)[2] == [("slow", -100)]
+    box.ledger.waive("service")
+    assert box.ask("service", 40_000)[2] == [("fast", -40_000)]
+
+
 def test_an_order_says_what_is_left_after_all_orders() -> None:
     box = Box()
     box.holder("pool", Kind.KV, 1000, evictable=500, cold=200)

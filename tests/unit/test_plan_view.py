@@ -7,6 +7,12 @@ from typing import Any
 import msgspec
 
 from cotenant.cli.plan import plan_view
+from cotenant.domain import events as e
+from cotenant.domain.device import Partition
+from cotenant.domain.plan import Plan
+from cotenant.domain.units import S
+from cotenant.policy.dispatcher import Dispatcher
+from cotenant.runtime.preview import loads
 from tests.unit.test_planner import Planning, service
 from tests.unit.test_views import show
 
@@ -79,3 +85,18 @@ def test_a_preview_is_the_next_plan_and_is_forgotten() -> None:
     assert then is not None and planning.planner.preview(more) == then
     assert msgspec.json.encode(planning.planner.state) == before
     assert planning.planner.plan(more) == then
+
+
+def test_what_is_loaded_in_other_instances_is_a_step_as_long_as_the_slowest() -> None:
+    dispatcher = Dispatcher(())
+    state = dispatcher.state
+    for name, ns in (("a", 3 * S), ("b", 8 * S), ("c", 20 * S)):
+        dispatcher.handle(0, e.ServiceAdded(name, S, 1, 1))
+        state.services[name].load_ns = ns
+    here, there = Partition("gpu:1g@0", "gpu", (0,)), Partition("gpu:2g@2", "gpu", (2, 3))
+    state.plan = Plan(1, (here,), dict.fromkeys("abc", (here.id,)), {}, ())
+    services = {"a": (there.id,), "b": (here.id, there.id), "c": (here.id,)}
+    then = Plan(2, (here, there), services, {}, ())
+    (step,) = loads(state, "gpu", then)
+    assert (step.ns, step.measured) == (8 * S, True)
+    assert loads(state, "other", then) == loads(state, "gpu", state.plan) == ()

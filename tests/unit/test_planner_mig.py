@@ -248,6 +248,50 @@ def test_a_constant_load_keeps_its_layout_for_ever(
         assert world.see(*services, job()) is None
 
 
+def bound(name: str = GPU) -> DeviceSpec:
+    return msgspec.structs.replace(gpu(name), pins_workers=True)
+
+
+def test_what_is_slow_to_load_stays_where_jobs_alone_would_gain() -> None:
+    def spared(load_ns: int) -> bool:
+        world = Planning(bound())
+        world.see(model(load_ns=load_ns), job())
+        plan = world.settle(model(rate=50.0, max_batch=1, load_ns=load_ns), job())
+        return not set(plan.jobs["j"]) <= set(plan.services["s"])
+
+    assert spared(0)
+    assert not spared(120 * S)
+
+
+def test_a_service_that_is_overloaded_changes_instances_however_slowly_it_loads() -> None:
+    world = Planning(bound())
+    slow = {"ms": 300.0, "saturates": 1, "load_ns": 60 * S, "objective": 900 * MS}
+    world.settle(model(rate=1.0, **slow), job(), seconds=30)
+    before = world.instances()
+    world.settle(model(rate=12.0, max_batch=1, **slow), job())
+    assert len(world.instances()) > len(before)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 1000), st.sampled_from(("A30-24GB", GPU)))
+def test_the_longer_models_load_the_fewer_layouts_there_are(seed: int, name: str) -> None:
+    """All of them legal (``Planning.see``), whatever the loads do."""
+
+    def layouts(load_ns: int) -> int:
+        world, noise = Planning(bound(name)), random.Random(seed)
+        found: set[int] = set()
+        for step in range(240):
+            if step % 60 == 0:
+                rates = [noise.choice((0.0, 10.0, 60.0, 150.0)) for _ in range(2)]
+            world.see(
+                *(model(f"s{i}", rate, load_ns=load_ns) for i, rate in enumerate(rates)), job()
+            )
+            found.add(hash(tuple(p.id for p in world.present.partitions)))
+        return len(found)
+
+    assert layouts(200 * S) <= layouts(0)
+
+
 def test_a_model_goes_only_where_its_memory_fits() -> None:
     world = Planning()
     big = model(rate=20.0, variants={"mig": Variant(memory=30 * GIB)})

@@ -44,6 +44,7 @@ import msgspec
 from cotenant.devices import proctree, reclaim
 from cotenant.devices.footprint import Footprint
 from cotenant.devices.reclaim import Reclaim
+from cotenant.domain.costs import PAGING
 from cotenant.domain.device import (
     REST_EVERY,
     DeviceSpec,
@@ -212,6 +213,7 @@ class CpuDevice:
             repartition_ns=1 * MS,
             limits=tuple(self._limits),
             evicts=self._reclaim is not None,
+            eviction=PAGING,
             kv=self._kv,
         )
 

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 
 import msgspec
 
+from cotenant.domain.costs import Eviction
+
 
 class PreemptLevel(enum.IntEnum):
     """How work of a job on a device can be made to yield, weakest first."""
@@ -88,11 +90,13 @@ class Launch(msgspec.Struct, frozen=True):
 class TenantFacts(msgspec.Struct, frozen=True):
     """What was seen of a tenant: resident ``memory`` on the device in bytes; the ``level`` at which
     it can be made to yield, None if that is what it was when it was attached; how much of a job's
-    memory the device could take back now, None if that is all of it wherever it takes any."""
+    memory the device could take back now, None if that is all of it wherever it takes any; and how
+    much it has taken, which the job has to have back to go on (``away``)."""
 
     memory: int = 0
     level: PreemptLevel | None = None
     evictable: int | None = None
+    away: int = 0
 
 
 class Partition(msgspec.Struct, frozen=True):
@@ -153,7 +157,9 @@ class DeviceSpec(msgspec.Struct, frozen=True):
     operators: tuple[str, ...] = ()
     """What a model may be made of to run here; empty: anything."""
     evicts: bool = False
-    """Whether it can take memory back from a running job."""
+    """Whether it can take memory back from a running job, and (``eviction``) what that costs: a
+    first guess, or as it was seen to."""
+    eviction: Eviction = Eviction()
     kv: int = 0
     """Bytes that the pools of keys and values of language models may have here together, lent among
     them; 0: each may have its limit."""

@@ -123,7 +123,8 @@ class WorkerUp(_Event, frozen=True):
     """A warmed model instance is ready on ``device``. ``profile`` holds measured execution times
     there as ``(units, rows, ns)``, for rows of ``size``; ``memory`` the bytes it occupies there, if
     measured. ``turns``: requests live through several turns there; ``room``: so many tokens of them
-    it can hold (0: any number), in ``pool`` bytes, blocks of ``block``."""
+    it can hold (0: any number), in ``pool`` bytes, blocks of ``block``. ``load_ns``: what loading
+    it takes; 0: as long as it took since it was ordered."""
 
     worker: str
     service: str
@@ -136,14 +137,15 @@ class WorkerUp(_Event, frozen=True):
     room: int = 0
     pool: int = 0
     block: int = 1
+    load_ns: int = 0
 
 
 class Held(_Event, frozen=True):
     """Of a worker: what its pool of keys and values has, in bytes, and would have to have for what
     it has to do; what of that it could give without putting work aside, what of that nobody reads,
-    and what its first request needs alone. Of a job: what its processes have, and want; what of
-    that it can be made to give, and what it says that it does not use. Of a cache of results: what
-    it has, all of which it can give."""
+    and what its first request needs alone. Of a job: what its processes have, and want, which is
+    that and what was taken from them; what of that it can be made to give, and what it says that it
+    does not use. Of a cache of results: what it has, all of which it can give."""
 
     holder: str
     held: int

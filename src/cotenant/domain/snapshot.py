@@ -55,8 +55,9 @@ class ServiceFacts(msgspec.Struct, frozen=True):
     ``variants`` says what the model is on kinds of device; empty: it runs anywhere, or on any of
     ``kinds``. ``memory``: bytes that an instance occupies, by kind of device, as far as is known.
     ``unfit``: devices that could not load it, and why. ``offer``: the revision that waits to be
-    loaded, 0 if none does. ``unloads``: others may have their memory while they idle. ``turns``: of
-    a service whose answers take many turns; ``objective`` is then that of the first token.
+    loaded, 0 if none does. ``unloads``: others may have their memory while they idle. ``load_ns``:
+    what loading and warming an instance took last, 0 if none was. ``turns``: of a service whose
+    answers take many turns; ``objective`` is then that of the first token.
     """
 
     name: str
@@ -81,6 +82,7 @@ class ServiceFacts(msgspec.Struct, frozen=True):
     unfit: dict[str, str] = {}
     offer: int = 0
     unloads: bool = False
+    load_ns: int = 0
     turns: TurnFacts | None = None
 
 

@@ -180,6 +180,7 @@ class Dispatcher:
             self.budgets.take_back(device)
         self._tenancy.settle()
         for device in list(self.books.touched):
+            self.budgets.ask_back(device)
             for worker in self.budgets.waiting(device):
                 if self.budgets.load(worker):  # begun at once: else the next takes it back
                     self._residency.begin(worker)

@@ -33,7 +33,8 @@ from cotenant.policy.state import PartitionState, ServiceState, WorkerState, unf
 RETRY_FIRST, RETRY_MOST = 200 * MS, 30 * S
 """Wait (ns) before an instance that failed is loaded again: doubled each time, up to a most."""
 GIVEN_WITHIN: Final = 30 * S
-"""So long (ns) what was offered waits for memory that others were asked for."""
+"""So long (ns) what was offered waits for memory that others were asked for, beyond what giving it
+takes them."""
 HEALTHY_AFTER: Final = 60 * S
 """An instance that was up for so long (ns) did not die of what it is."""
 
@@ -239,7 +240,7 @@ class Residency:
         for worker in list(self._state.workers.values()):
             service = self._state.services[worker.service]
             offered = (worker.version, worker.revision) == (service.offer, service.offer_revision)
-            long = self._state.now - worker.since > GIVEN_WITHIN
+            long = self._state.now - worker.since > GIVEN_WITHIN + worker.waits_ns
             if worker.pending and worker.coming and worker.device == device and offered and long:
                 self._decline(service, "others do not give the memory that they were asked for")
 

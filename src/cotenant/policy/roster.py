@@ -139,7 +139,7 @@ class Roster:
         if worker is None or worker.up or worker.retiring:
             return
         service = state.services[worker.service]
-        service.load_ns = state.now - worker.since
+        service.load_ns = event.load_ns or state.now - worker.since
         worker.up, worker.since = True, state.now
         worker.memory = max(worker.memory, event.memory)
         worker.room = worker.most_room = event.room

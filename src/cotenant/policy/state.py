@@ -207,8 +207,10 @@ class WorkerState:
     least: int = 0
     up: bool = False
     pending: bool = False
-    """Whether it waits for memory and is not loaded yet, and (``coming``) others are to give it."""
+    """Whether it waits for memory and is not loaded yet, and (``coming``) others are to give it,
+    which takes them ``waits_ns``."""
     coming: bool = False
+    waits_ns: int = 0
     since: int = 0
     """When it was ordered or, if that is later, when it came up (ns)."""
     batch: int = 0

@@ -22,6 +22,7 @@ from cotenant.policy.layouts import (
     without_services,
 )
 from cotenant.policy.leftover import pauses_of, share_out, worth
+from cotenant.policy.moving import unanswered
 from cotenant.policy.planstate import DeviceMemory, PlannerState, Tuning
 from cotenant.policy.views import Layout, Verdict, View
 
@@ -221,9 +222,9 @@ class Wishes:
         return None
 
     def _wish_mig(self, view: View, current: Layout, least: int) -> Wish:
-        """As ``_wish``, where jobs are bound to instances: among the layouts one step away that
-        hold all objectives, with something to spare, the one that is worth most to the jobs.
-        Instances take time to make and jobs to start again, so every wish must hold."""
+        """As ``_wish``, where jobs are bound to instances, among the layouts one step away.
+        Instances take time to make, models to load and jobs to start again, so every wish must
+        hold, and pay for that."""
         tuning, moving = self.tuning, view.device.move_ns + view.device.repartition_ns
         horizon_s = tuning.horizon / S
         pressing, _ = self._demand.pressing(view)
@@ -232,26 +233,48 @@ class Wishes:
         options = [x for x in mig_layouts(view.device, current) if x.compute >= least]
         if not options:
             return Wish(current)
-        if here.misses:
-            verdicts = _judge_all(pressing, options, horizon_s)
-            best = min(verdicts, key=lambda v: (round(v.overload, 4), -self._worth(view, v)))
-            if best.overload < here.overload:
-                now = judge(pressing, current, 0.0).overload
-                patience = max(tuning.grow_after, _worth_waiting(moving, now))
-                return Wish(best.layout, _first_miss(here), patience)
-            return Wish(current)
+        if not here.misses:
+            return self._wish_for_bound_jobs(view, pressing, here, options)
+        verdicts = _judge_all(pressing, options, horizon_s)
+        best = min(verdicts, key=lambda v: (self._lost(view, v), -self._worth(view, v)))
+        if self._lost(view, best) < self._lost(view, here):
+            now, lost = judge(pressing, current, 0.0).overload, unanswered(view, best)
+            patience = max(tuning.grow_after, _worth_waiting(moving, lost, now))
+            return Wish(best.layout, _first_miss(here), patience)
+        return Wish(current)
+
+    def _wish_for_bound_jobs(
+        self, view: View, pressing: View, here: Verdict, options: list[Layout]
+    ) -> Wish:
+        """Of the layouts that hold all objectives, with something to spare, the one that is worth
+        most to the jobs: so much more, at the peak and now, that what the change costs is paid
+        back."""
+        tuning, moving = self.tuning, view.device.move_ns + view.device.repartition_ns
+        horizon_s = tuning.horizon / S
         peak = self._demand.at_peak(view, SPARE)
-        before = self._worth(view, judge(peak, current, horizon_s))
-        enough = (GAIN + moving / tuning.payback) * before
-        holding = [v for v in _judge_all(peak, options, horizon_s) if not v.misses]
-        better = [(worth, v.layout) for v in holding if (worth := self._worth(view, v)) > enough]
+        before, usual = (
+            self._worth(view, judge(peak, here.layout, horizon_s)),
+            self._worth(view, here),
+        )
+        better = []
+        for verdict in [v for v in _judge_all(peak, options, horizon_s) if not v.misses]:
+            after = self._worth(view, verdict)
+            left = 1 - (moving + OUTAGE * unanswered(view, verdict)) / tuning.payback
+            if after * left > GAIN * before:
+                better.append((after, left, verdict.layout))
         better.sort(key=lambda each: each[0], reverse=True)
-        for after, layout in better:
-            if self._holds((pressing,), layout):
+        for after, left, layout in better:
+            there = judge(pressing, layout, horizon_s)
+            if not there.misses and self._worth(view, there) * left > GAIN * usual:
                 gained = after / before - 1 if before else 1
                 why = f"jobs gain {gained:.0%} and objectives hold"
                 return Wish(layout, why, tuning.shrink_after)
-        return Wish(current)
+        return Wish(here.layout)
+
+    def _lost(self, view: View, verdict: Verdict) -> float:
+        """What services lose by a layout and by the change to it, as a part of their load in the
+        time in which a change must have paid for itself."""
+        return round(verdict.overload + unanswered(view, verdict) / self.tuning.payback, 4)
 
     def _wish_even(self, view: View, current: Layout, came: bool) -> Wish:
         """Where jobs cannot be, nothing is spared for them: the layout by which services miss
@@ -274,7 +297,7 @@ class Wishes:
         if round(best.overload, 4) >= round(here.overload, 4):
             return Wish(current)
         now = judge(pressing, current, 0.0).overload
-        held = max(tuning.grow_after, _worth_waiting(device.repartition_ns, now))
+        held = max(tuning.grow_after, _worth_waiting(device.repartition_ns, 0, now))
         return Wish(best.layout, _first_miss(here), 0 if came else held)
 
     def _worth(self, view: View, verdict: Verdict) -> float:
@@ -372,13 +395,15 @@ def _has_held(memory: DeviceMemory, who: str, wish: bool, now: int, patience: in
     return True
 
 
-def _worth_waiting(moving: int, overload: float) -> int:
-    """How long (ns) a wish must hold for which jobs start again, which takes them ``moving`` ns:
-    until services have lost by waiting (``overload``, as a part of their load) what the move costs,
-    as in ski rental, where under one constant loss no more is lost than twice what was best with
-    hindsight (Karlin, Manasse, Rudolph and Sleator, Algorithmica 1988). But no longer than the move
-    takes; that is how long a rise that is only foreseen must last."""
-    return min(moving, round(moving / (OUTAGE * overload))) if overload else moving
+def _worth_waiting(moving: int, lost: int, overload: float) -> int:
+    """How long (ns) a wish must hold for which jobs start again, which takes them ``moving`` ns,
+    and services lose ``lost`` ns: until they have lost by waiting (``overload``, as a part of their
+    load) what the change costs, as in ski rental, where under one constant loss no more is lost
+    than twice what was best with hindsight (Karlin, Manasse, Rudolph and Sleator, Algorithmica
+    1988). But no longer than both together; that is how long a rise that is only foreseen must
+    last."""
+    most = moving + lost
+    return min(most, round((moving / OUTAGE + lost) / overload)) if overload else most
 
 
 def _judge_all(view: View, layouts: list[Layout], horizon_s: float) -> list[Verdict]:

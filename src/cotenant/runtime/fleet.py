@@ -89,9 +89,15 @@ class Fleet:
     # --- looking ----------------------------------------------------------------------------
 
     def look(self) -> None:
-        """Have every device look again at its tenants (``refresh``, ``facts``), off the loop."""
+        """Have every device look again at its tenants (``refresh``, ``facts``), off the loop; and
+        look what taking memory was seen to cost."""
         for caller in self._callers.values():
             caller.look()
+            known = caller.spec
+            if known is None or not known.evicts:
+                continue
+            if caller.device.spec.eviction != known.eviction:
+                self._look_at(caller)
 
     def memory(self, device: str) -> dict[str, int]:
         """Resident memory there in bytes by tenant, as of the last look."""
@@ -106,6 +112,10 @@ class Fleet:
             name: facts.memory if facts.evictable is None else min(facts.evictable, facts.memory)
             for name, facts in caller.facts.items()
         }
+
+    def away(self, device: str) -> dict[str, int]:
+        """Of each tenant's memory, what the device has taken and not brought back."""
+        return {name: facts.away for name, facts in self._callers[device].facts.items()}
 
     def trouble(self, device: str) -> str:
         """Why it could not look at its tenants last; "" if it could."""

@@ -13,9 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from cotenant.domain import events as e
+from cotenant.domain.costs import ASKED
+from cotenant.domain.units import S
 from cotenant.runtime.fleet import Fleet
 
-ASKED_S: Final = 1.0
+ASKED_S: Final = ASKED / S
 """So long a job that can be asked has to give before it is taken from, and so long the device has
 before it is told again."""
 TELL: Final = 64
@@ -93,7 +95,8 @@ class JobGiving:
         begins_or_ends = bool(gives) != bool(told_gives)
         if done or begins_or_ends or _differ(held, told) or _differ(gives, told_gives):
             self._told[job] = held, gives
-            self._feed(e.Held(job, held, held, gives, 0))
+            away = sum(self._fleet.away(device).get(job, 0) for device in devices)
+            self._feed(e.Held(job, held, held + away, gives, 0))
         order = self._orders.get(job)
         if order is not None and held > order.most and time.monotonic() >= order.take_at:
             self._take(job, takes, held - order.most, order)

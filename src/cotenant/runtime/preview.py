@@ -6,10 +6,11 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Any
 
-from cotenant.domain.device import Partition
+from cotenant.domain.device import DeviceSpec, LayoutStep, Partition
 from cotenant.domain.errors import DeviceError
 from cotenant.domain.plan import Plan
 from cotenant.domain.units import S
+from cotenant.policy.state import DispatcherState
 
 if TYPE_CHECKING:
     from cotenant.runtime.node import Node
@@ -25,7 +26,7 @@ def plan_view(node: Node, dry_run: bool) -> dict[str, Any]:
     if dry_run:
         then = node.planner.preview(node.snapshot())
         found["next"] = None if then is None else _plan(then)
-        found["devices"] = [_device(node, spec.id, then) for spec in node.specs]
+        found["devices"] = [_device(node, spec, then) for spec in node.specs]
     return found
 
 
@@ -51,21 +52,24 @@ def _partition(plan: Plan, partition: Partition) -> dict[str, Any]:
     }
 
 
-def _device(node: Node, device: str, then: Plan | None) -> dict[str, Any]:
+def _device(node: Node, spec: DeviceSpec, then: Plan | None) -> dict[str, Any]:
     """From what a device has to what it is to have: by the plan that would be made, else by the one
     that it is on its way to."""
-    state = node.core.dispatcher.state
+    state, device = node.core.dispatcher.state, spec.id
     change = state.changes.get(device)
     wanted = then or (change.plan if change is not None else state.plan)
     before, after = (
         {p.id: p for p in plan.partitions if p.device == device} for plan in (state.plan, wanted)
     )
-    steps, problem = [], ""
+    ahead: tuple[LayoutStep, ...] = ()
+    problem = ""
     try:
         ahead = node.fleet.preview(device, tuple(after.values()))
-        steps = [{"what": s.what, "seconds": s.ns / S, "measured": s.measured} for s in ahead]
+        if spec.pins_workers:
+            ahead += loads(state, device, wanted)
     except DeviceError as error:
         problem = str(error)
+    steps = [{"what": s.what, "seconds": s.ns / S, "measured": s.measured} for s in ahead]
     return {
         "id": device,
         "goes": [name for name in before if after.get(name) != before[name]],
@@ -74,3 +78,15 @@ def _device(node: Node, device: str, then: Plan | None) -> dict[str, Any]:
         "seconds": sum(step["seconds"] for step in steps),
         "problem": problem,
     }
+
+
+def loads(state: DispatcherState, device: str, then: Plan) -> tuple[LayoutStep, ...]:
+    """Of a device that binds models: loading those that come to other partitions, beside each
+    other, as long as the slowest took last."""
+    here = {p.id for p in then.partitions if p.device == device}
+    before, services = state.plan.services, state.services
+    comes = [n for n in services if here & {*then.services.get(n, ())} - {*before.get(n, ())}]
+    if not comes:
+        return ()
+    took = [services[name].load_ns for name in comes]
+    return (LayoutStep(f"load {', '.join(sorted(comes))}", max(took), min(took) > 0),)

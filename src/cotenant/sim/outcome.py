@@ -120,6 +120,8 @@ class JobTally(msgspec.Struct):
     steps: float = 0.0
     held_ns: int = 0
     grants: int = 0
+    evicted: int = 0
+    rested_ns: int = 0
 
 
 def merge(outcomes: Sequence[Outcome]) -> Outcome:
@@ -138,6 +140,8 @@ def merge(outcomes: Sequence[Outcome]) -> Outcome:
             mine.steps += job.steps
             mine.held_ns += job.held_ns
             mine.grants += job.grants
+            mine.evicted += job.evicted
+            mine.rested_ns += job.rested_ns
     return first
 
 
@@ -179,7 +183,15 @@ class Outcome(msgspec.Struct):
             "utilization": min(1.0, (self.served_ns + held) / (self.duration * self.units)),
             "repartitions": float(self.repartitions),
             "repartition_s": self.repartition_ns / S,
-        } | self._token_figures()
+        } | {**self._token_figures(), **self._memory_figures()}
+
+    def _memory_figures(self) -> dict[str, float]:
+        """Of jobs whose memory was taken, if there are any."""
+        evicted = sum(j.evicted for j in self.jobs.values())
+        if not evicted:
+            return {}
+        rested = sum(j.rested_ns for j in self.jobs.values())
+        return {"evicted_bytes": float(evicted), "rested_s": rested / S}
 
     def _token_figures(self) -> dict[str, float]:
         """Of language models, if there are any; of TTFT and TPOT the worst service's."""

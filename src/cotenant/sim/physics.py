@@ -55,6 +55,8 @@ class Progress:
         """Steps that are done over on a partition before there is progress there."""
         self.since = 0
         self.slowed = 0.0
+        self.resting = False
+        """Whether it stands still though it is granted space: some of its memory is away."""
         self._made: deque[tuple[int, float]] = deque()
 
     def grant(self, now: int, partition: str, units: int) -> None:
@@ -73,6 +75,11 @@ class Progress:
         self._units -= self.held.pop(partition, 0)
         self.owed.pop(partition, None)
 
+    def rest(self, now: int, resting: bool) -> None:
+        """It stands still from now on, or does not any more."""
+        self.settle(now)
+        self.resting = resting
+
     def rate(self, now: int) -> float:
         """Progress per second over the last minute, as a node reports it."""
         self.settle(now)
@@ -85,6 +92,10 @@ class Progress:
     def settle(self, now: int) -> None:
         """Book progress up to ``now``."""
         if now <= self.since:
+            return
+        if self.resting:
+            self.tally.rested_ns += now - self.since
+            self.since = now
             return
         made = self._speed(self._units) * (now - self.since) / S * (1 - self.slowed)
         self.tally.steps += made

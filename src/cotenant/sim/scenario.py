@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from cotenant.domain import reading
-from cotenant.domain.costs import GATE_BOUND, SUBSET_SESSION, drain
+from cotenant.domain.costs import COPYING, GATE_BOUND, SUBSET_SESSION, Copy, Eviction, drain
 from cotenant.domain.device import DeviceSpec, PreemptLevel, even_sizes
 from cotenant.domain.errors import ConfigError
 from cotenant.domain.mig import table, tables
@@ -176,7 +176,31 @@ def parse_scenario(text: str, folder: Path) -> Scenario:
         _check_feasible(service, devices, f"services[{index}]")
     found = Scenario(name, story, duration, devices, services, jobs, boxes, bandwidth, season)
     _check_pools(found)
+    _check_memory(found)
     return found
+
+
+def _check_memory(scenario: Scenario) -> None:
+    """Memory of jobs is that of the one GPU that trains, and what they are guaranteed fits."""
+    owed = 0
+    for index, job in enumerate(scenario.jobs):
+        spec, at = job.spec, f"jobs[{index}].memory"
+        if not spec.memory:
+            continue
+        trains = [d.spec for d in scenario.devices if d.spec.trains]
+        if len(trains) != 1 or not trains[0].evicts or not trains[0].memory:
+            raise ConfigError(
+                "is known of a job where one device trains, a cuda one with memory; leave it out",
+                at,
+            )
+        owed += spec.memory if spec.memory_guaranteed is None else spec.memory_guaranteed
+        have = trains[0].memory
+        if spec.memory > have or owed > have:
+            raise ConfigError(
+                f"the device has {format_bytes(have)}: a job can have that at most, and be "
+                f"guaranteed what others leave of it, not {format_bytes(max(owed, spec.memory))}",
+                at,
+            )
 
 
 def _check_pools(scenario: Scenario) -> None:
@@ -333,7 +357,11 @@ def _device(section: reading.Section) -> SimDevice:
         cost = msgspec.structs.replace(cost, revoke=Spread(drain(bound).mean, cost.revoke.cv))
         spec = _spec(name, kind, cost, range(1), PreemptLevel.GATE)
         spec = msgspec.structs.replace(
-            spec, revoke_ns=drain(bound).most, memory=section.take("memory", reading.size, 0)
+            spec,
+            revoke_ns=drain(bound).most,
+            memory=section.take("memory", reading.size, 0),
+            evicts=True,
+            eviction=_eviction(section.take("bandwidth", reading.size, 0)),
         )
     else:
         units = section.take("units", reading.integer(1, MAX_UNITS))
@@ -352,6 +380,14 @@ def _device(section: reading.Section) -> SimDevice:
     layout = section.take("layout", lambda value: _layout(value, spec), None)
     section.done()
     return SimDevice(spec, cost, layout, budget if split else 0)
+
+
+def _eviction(bandwidth: int) -> Eviction:
+    """``bandwidth``: bytes a second between the GPU and its host; 0: as is assumed."""
+    if not bandwidth:
+        return COPYING
+    out, back = (Copy(copy.each, S / bandwidth) for copy in (COPYING.out, COPYING.back))
+    return Eviction(out, back, COPYING.away)
 
 
 def _pools(section: reading.Section) -> tuple[int, bool]:
@@ -528,7 +564,11 @@ def _job(section: reading.Section) -> SimJob:
         weight=section.take("weight", reading.positive, 1.0),
         guaranteed=section.take("guaranteed", reading.shares, 0.0),
         limit=section.take("limit", reading.positive_shares, 1.0),
+        memory=section.take("memory", reading.size, 0),
+        memory_guaranteed=section.take("memory_guaranteed", reading.size, None),
     )
+    if (spec.memory_guaranteed or 0) > spec.memory:
+        raise ConfigError("must be at most memory", section.at("memory_guaranteed"))
     cost = section.section("cost", required=True)
     saturates = cost.take("saturates", reading.integer(1, MAX_UNITS), 0)
     gang = cost.take("gang", _gang, 1.0)

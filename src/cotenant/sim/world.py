@@ -25,6 +25,7 @@ from cotenant.policy.dispatcher import Dispatcher
 from cotenant.policy.planner import Planner
 from cotenant.sim.diary import Diary
 from cotenant.sim.generates import Generates
+from cotenant.sim.memory import JobMemory
 from cotenant.sim.moments import SPANS, Span
 from cotenant.sim.outcome import JobTally, Outcome, ServiceTally, TokenTally
 from cotenant.sim.physics import Draws, Execution, Place, Progress, Source, Talk
@@ -113,6 +114,14 @@ class World:
             jobs={j.spec.id: JobTally() for j in scenario.jobs},
         )
         self._jobs = {j.spec.id: Progress(j, self.outcome.jobs[j.spec.id]) for j in scenario.jobs}
+        trainer = trainers[0]
+        self._memory = JobMemory(
+            trainer.spec,
+            lambda: self._now,
+            lambda ns, what: self._at(self._now + ns, _ACK, what),
+            self._feed,
+            lambda: self._draws.time(trainer.cost.revoke),
+        )
         self._hands: dict[type, Callable[[Any], None]] = {
             a.Dispatch: self._dispatch,
             a.Complete: self._complete,
@@ -237,6 +246,9 @@ class World:
 
     def _load(self, action: a.Load) -> None:
         service, spec = self._services[action.service], self._devices[action.device].spec
+        variant = service.spec.variants.get(spec.kind)
+        if variant is not None and spec.id == self._only_trainer:
+            self._memory.occupies(action.worker, variant.memory)
         if service.generates is not None:
             self._bring_up(action, self._talker(action, service, service.generates), service.load)
             return
@@ -245,7 +257,14 @@ class World:
             for units in sizes(spec)
             for rows in (1, service.spec.batch.max)
         )
-        up = e.WorkerUp(action.worker, action.service, action.version, action.device, profile)
+        up = e.WorkerUp(
+            action.worker,
+            action.service,
+            action.version,
+            action.device,
+            profile,
+            load_ns=service.load,
+        )
         self._bring_up(action, up, service.load)
 
     def _bring_up(self, action: a.Load, up: e.WorkerUp, took: int) -> None:
@@ -279,10 +298,12 @@ class World:
             room=talker.room,
             pool=talker.pool,
             block=talker.block,
+            load_ns=service.load,
         )
 
     def _unload(self, action: a.Unload) -> None:
         self._talkers.pop(action.worker, None)
+        self._memory.occupies(action.worker, 0)
         if action.worker in self._loading:
             self._loading.remove(action.worker)
             self._acknowledge_now(e.LoadFailed(action.worker, "unloaded"))
@@ -294,7 +315,12 @@ class World:
         job = self._jobs[action.job]
         took = job.cost.move if job.started else 0
         job.started = True
-        self._at(self._now + took, _ACK, lambda: self._feed(e.JobReady(action.job)))
+
+        def ready() -> None:
+            self._feed(e.JobReady(action.job))
+            self._memory.started(job)
+
+        self._at(self._now + took, _ACK, ready)
 
     def _stop(self, action: a.Stop) -> None:
         """A job ends once it is off all that it holds."""
@@ -304,6 +330,7 @@ class World:
         def done() -> None:
             for name in list(job.held):
                 self._leave(action.job, self._places[name])
+            self._memory.ended(action.job)
             self._feed(e.JobExited(action.job))
             if action.again:
                 self._feed(e.job_queued(job.spec))
@@ -348,7 +375,11 @@ class World:
 
     def _resize(self, action: a.Resize) -> None:
         talker = self._talkers.get(action.holder)
-        for held in talker.resize(action.size) if talker is not None else ():
+        if talker is None:
+            self._memory.order(action.holder, action.size)
+            return
+        for held in talker.resize(action.size):
+            self._memory.pool(held)
             self._acknowledge_now(held)
 
     def _recall(self, action: a.Recall) -> None:
@@ -427,6 +458,7 @@ class World:
         for request, tokens in done.said:
             self._talks[request].spoke(self._now, tokens)
         for held in news:
+            self._memory.pool(held)
             self._feed(held)
         self._feed(done)
 
@@ -492,6 +524,7 @@ class World:
                 self._load_changed = True
             self._granted[job, place.id] = self._now
             self._feed(e.Granted(job, place.id))
+            self._memory.granted(job)
 
         self._acknowledge(place.id, self._draws.time(place.cost.grant), done)
 

@@ -407,6 +407,7 @@ class Monitor:
             kinds=spec.kinds,
             memory=_occupied(spec, state, kinds),
             unloads=spec.unloads,
+            load_ns=known.load_ns,
             offer=known.offer_revision if known.offer else 0,
             unfit=_unfit(known),
             turns=turns_of(state, known, meter),

@@ -34,7 +34,7 @@ from cotenant.devices.nvidia.nvml import Nvml, NvmlGpu
 from cotenant.devices.nvidia.selftest import NoGate, gates_for, run, run_channels
 from cotenant.devices.nvidia.space import VISIBLE, Space, WholeGpu
 from cotenant.devices.nvidia.subsetspace import SubsetSpace
-from cotenant.domain.costs import drain
+from cotenant.domain.costs import Eviction, drain
 from cotenant.domain.device import (
     DeviceSpec,
     Launch,
@@ -203,6 +203,7 @@ class CudaDevice:
                 repartition_ns=0,
                 limits=tuple(limits),
                 evicts=gated,
+                eviction=self._gates.eviction if self._gates is not None else Eviction(),
                 kv=self._config.kv,
                 hardware=self._uuid,
             )
@@ -316,7 +317,8 @@ class CudaDevice:
                 memory = self._gates.memory(name) or memory
             past = self._gates is None or self._gates.beyond(name)
             level = PreemptLevel.NONE if past else tenant.level
-            found[name] = TenantFacts(memory, level, self._evictable(name, tenant))
+            away = self._gates.away(name) if tenant.is_job and self._gates is not None else 0
+            found[name] = TenantFacts(memory, level, self._evictable(name, tenant), away)
         return found
 
     def _evictable(self, name: str, tenant: _Tenant) -> int:

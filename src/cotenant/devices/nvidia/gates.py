@@ -35,7 +35,7 @@ from cotenant.devices import proctree
 from cotenant.devices.nvidia.page import LEFT, VARIABLE, ControlPage, Evicted
 from cotenant.devices.nvidia.pagefolder import PageFolder
 from cotenant.devices.nvidia.shim import SHIM
-from cotenant.domain.costs import drain
+from cotenant.domain.costs import AWAY, COPYING, Eviction, drain
 from cotenant.domain.device import Launch
 from cotenant.domain.errors import DeviceError
 from cotenant.domain.units import MS, S
@@ -53,8 +53,6 @@ SURE: Final = 2 * S
 """How long a process must have been shown and not attached."""
 EVICT_WITHIN: Final = 20 * S
 """How long memory may take to go."""
-AWAY: Final = 5 * S
-"""How long it stays away at least."""
 REST: Final = 10 * S
 MOST_REST: Final = 600 * S
 _SHARED: Final = Path("/dev/shm")
@@ -89,6 +87,8 @@ class Gates:
         """Until when (ns) a gate stays closed, whatever is granted."""
         self._rests: dict[str, tuple[int, int]] = {}
         """Until when (ns) nothing is taken from a job from which nothing went, and for how long."""
+        self.eviction = COPYING
+        """What evictions and restores were seen to take."""
         self._lock = threading.Lock()
         """Gates turn, and pages come and go, under it."""
         self._ends = threading.Event()
@@ -279,6 +279,8 @@ class Gates:
         self._away_until[job] = now + (AWAY if went else 0)
         if moved is not None and went and not moved.errors:
             self._rests.pop(job, None)
+            cost, out = self.eviction, self.eviction.out.seen(moved.moved, moved.took_ns)
+            self.eviction = Eviction(out, cost.back, cost.away)
         else:
             _, before = self._rests.get(job, (0, 0))
             rest = min(MOST_REST, 2 * before or REST)
@@ -290,6 +292,12 @@ class Gates:
         if page is None or time.monotonic_ns() < rests_until:
             return 0
         return sum(max(0, seat.memory.evictable) for seat in page.seats())
+
+    def _returned(self, page: ControlPage) -> None:
+        """Take note of how long it took until memory was back, if it is."""
+        came, cost = page.returned(), self.eviction
+        if came is not None and not came.errors:
+            self.eviction = Eviction(cost.out, cost.back.seen(came.moved, came.took_ns), cost.away)
 
     def page(self, job: str) -> ControlPage:
         """Raises DeviceError for a job that has none."""
@@ -312,6 +320,9 @@ class Gates:
         """Take note of the processes of each job that the driver shows on the GPU."""
         for job in list(self._left):
             self.forget(job)
+        with self._lock:
+            for known in self._pages.values():
+                self._returned(known)
         now = time.monotonic_ns()
         for job, pids in shown.items():
             page = self._pages.get(job)
@@ -327,6 +338,11 @@ class Gates:
         """Bytes on the GPU, as the processes of a job say themselves."""
         page = self._pages.get(job)
         return sum(seat.memory.resident for seat in page.seats()) if page is not None else 0
+
+    def away(self, job: str) -> int:
+        """Bytes of a job's memory that are on the host, as its processes say themselves."""
+        page = self._pages.get(job)
+        return sum(seat.memory.evicted for seat in page.seats()) if page is not None else 0
 
     def beyond(self, job: str) -> frozenset[int]:
         """Processes of a job that compute where the gate cannot hold them."""

@@ -229,7 +229,7 @@ class ControlPage:
         self.channels = channels
         self._settings = (patience_ns, bound_ns, large_bytes)
         self._more = (pool_bytes, channels, SLICE_US if channels else 0)
-        self._order = 0
+        self._order = self._restoring = 0
         self._asked: dict[int, list[tuple[int, int]]] = {}
         self._ordered: dict[int, tuple[int, int]] = {}  # seat -> its process, MiB to be away
         self._word = 0
@@ -463,9 +463,17 @@ class ControlPage:
         """Order that all comes back, and return the order's number. Opening does it by itself."""
         pids = {seat.index: seat.pid for seat in self.seats()}
         orders = {index: (pids.get(index, 0), 0) for index in self._ordered}
-        number = self._give(orders)
+        number = self._restoring = self._give(orders)
         self._ordered = {}
         return number
+
+    def returned(self) -> Evicted | None:
+        """What came of the last order to restore, also of that by an opened gate, once it was
+        carried out. Said once."""
+        found = self.answer(self._restoring) if self._restoring else None
+        if found is not None:
+            self._restoring = 0
+        return found
 
     def answer(self, number: int) -> Evicted | None:
         """What came of the order, if all processes that got it have answered or are gone. Only of

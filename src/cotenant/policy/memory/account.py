@@ -83,6 +83,8 @@ class Terms:
     """What giving takes, in ns a byte."""
     back_cost: float = 0.0
     """And getting it back."""
+    rest_ns: int = 0
+    """What giving anything costs it besides (ns), however little."""
     cooperative: bool = True
     """Whether it gives any part when asked. Else it gives all by ending: an instance is unloaded,
     a job is stopped."""
@@ -159,6 +161,11 @@ class Holder:
         return self.held + self.promised - self.asked
 
     @property
+    def lacks(self) -> bool:
+        """Whether it is a job that does not have, nor may take, all of its memory."""
+        return self.terms.kind == Kind.JOB and not self.over and self.wanted > self.has
+
+    @property
     def owed(self) -> int:
         """The part of what it waits for that is within its guarantee."""
         return min(self.waiting, max(0, self.sure - self.keeps))
@@ -171,10 +178,10 @@ class Holder:
             return self.terms.guaranteed if self.wanted else 0
         return min(self.terms.guaranteed, self.wanted)
 
-    @property
-    def cost(self) -> float:
-        """What it costs in all to give a byte (ns)."""
-        return self.terms.give_cost + self.terms.back_cost
+    def price(self, size: int) -> float:
+        """What each of so many bytes costs it in all (ns). Who is to give already rests anyway."""
+        rest = 0 if self.asked else self.terms.rest_ns
+        return self.terms.give_cost + self.terms.back_cost + rest / size
 
 
 @dataclass

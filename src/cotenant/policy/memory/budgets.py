@@ -29,8 +29,6 @@ AGAIN: Final = 1 * S
 """Who waits for memory that nobody can spare asks again so often."""
 RESULTS: Final = "/results"
 """Behind the name of a service: the results of it that the node keeps, in the host's memory."""
-PAGE_NS: Final = 1.0
-"""What a job's byte costs that is written out or read again (ns): a disk of about 1 GB/s."""
 
 
 class Budgets:
@@ -53,6 +51,7 @@ class Budgets:
         self._ask(worker.device, ledger, worker.id, worker.memory)
         holder = ledger.account.holders[worker.id]
         worker.coming = holder.promised + holder.waiting >= worker.memory
+        worker.waits_ns = ledger.gives_in()
         if not worker.coming and not holder.terms.guaranteed:
             ledger.waive(worker.id)  # a part is of no use to it, and perhaps to others
         return holder.promised >= worker.memory
@@ -137,7 +136,7 @@ class Budgets:
                 continue
             if tenant.id not in ledger.account.holders:
                 terms = Terms(tenant.id, Kind.JOB, part, _part(tenant.memory, devices))
-                terms.give_cost = terms.back_cost = PAGE_NS
+                self._price(device, terms)
                 if ledger.admit(terms):
                     there = False
                     continue
@@ -155,7 +154,8 @@ class Budgets:
             return
         tenant.gives = event.evictable > 0
         parts = [_part(n, tenant.devices) for n in (event.held, event.evictable, event.cold)]
-        report = Report(parts[0], parts[0], parts[1], parts[2])
+        wanted = _part(event.wanted, tenant.devices)
+        report = Report(parts[0], wanted, parts[1], parts[2])
         for device in tenant.devices:
             ledger = self._books.devices.get(device)
             if ledger is not None:
@@ -236,11 +236,22 @@ class Budgets:
                     state.caches[name] = most
                     self._desk.out.append(a.Resize(self._desk.cause, name, most))
 
+    def ask_back(self, device: str) -> None:
+        """Ask for what was taken from jobs and has no room yet: they rest until all is back."""
+        ledger = self._books.devices[device]
+        lacking = {n: h for n, h in ledger.account.holders.items() if h.lacks}
+        if not lacking:
+            return
+        self._refresh(ledger)
+        for name, holder in lacking.items():
+            ledger.ask(name, holder.wanted - holder.held, self._state.now)
+        self.take_back(device)
+
     def again(self, device: str) -> None:
         """Look at a device again before long, if somebody waits for its memory."""
         state, holders = self._state, self._books.devices[device].account.holders
         waiting = any(w.pending and w.device == device for w in state.workers.values())
-        waiting = waiting or any(h.waiting for h in holders.values())
+        waiting = waiting or any(h.waiting or h.lacks for h in holders.values())
         if waiting and state.again.get(device, 0) <= state.now:
             state.again[device] = state.now + AGAIN
             self._desk.watch(state.again[device], "budget", device)
@@ -344,8 +355,9 @@ class Budgets:
         if holder is None:
             if not gives(tenant, tenant.kind, self._desk.devices):
                 return  # it has no limit: nobody could rely on what it leaves
-            ledger.admit(Terms(tenant.id, Kind.JOB, 0, ledger.usable, 1.0, PAGE_NS, PAGE_NS))
+            ledger.admit(Terms(tenant.id, Kind.JOB, 0, ledger.usable))
             holder = ledger.account.holders[tenant.id]
+        self._price(device, holder.terms)
         part = _part(self.guaranteed(tenant, tenant.kind), tenant.devices)
         if part <= ledger.unpromised + holder.terms.guaranteed:
             ledger.guarantee(tenant.id, min(part, holder.terms.limit))
@@ -354,6 +366,11 @@ class Budgets:
             self._ask(device, ledger, tenant.id, holder.promised + holder.over)
             ledger.holds(tenant.id, report)
         self._touch(device)
+
+    def _price(self, device: str, terms: Terms) -> None:
+        """Enter what a job's memory costs it there."""
+        cost = self._desk.specs[device].eviction
+        terms.give_cost, terms.back_cost, terms.rest_ns = cost.out.byte, cost.back.byte, cost.rest
 
     def _refresh(self, ledger: Ledger) -> None:
         """Enter which instances idle, before others may be asked to give."""

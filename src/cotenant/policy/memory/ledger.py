@@ -316,6 +316,11 @@ class Ledger:
             left -= borrows
             holder.waiting = kept[holder.terms.name] + borrows
 
+    def gives_in(self) -> int:
+        """Ns until what was asked for is given, at what that costs each holder."""
+        giving = [h.terms.give_cost * h.asked for h in self._holders.values() if h.asked]
+        return round(max(giving, default=0))
+
     # --- who gives --------------------------------------------------------------------------
 
     def _collect(
@@ -343,7 +348,8 @@ class Ledger:
                     beyond = int(USES[taker.terms.kind])
             for rank, size in self._layers(giver, least, now):
                 if rank < beyond:
-                    offers.append((rank, giver.cost, giver.terms.name, size))
+                    price = giver.price(min(size, need))
+                    offers.append((rank, price, giver.terms.name, size))
         for rank, _, other, size in sorted(offers):
             giver = self._holders[other]
             part = min(need, size) if giver.terms.cooperative else size
