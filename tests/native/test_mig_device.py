@@ -13,6 +13,7 @@ import pytest
 
 from cotenant.devices.nvidia import gates, shim
 from cotenant.devices.nvidia.device import VISIBLE, CudaDevice
+from cotenant.devices.nvidia.migspace import MigSpace
 from cotenant.domain import mig
 from cotenant.domain.device import Partition, PreemptLevel, Tenant, TenantKind
 from cotenant.domain.device_config import CudaConfig
@@ -295,6 +296,25 @@ def test_without_an_instance_there_is_nothing_to_see(machine: Machine) -> None:
     device.repartition(())
     with pytest.raises(DeviceError):
         device.launch(JOB, first)
+
+
+def test_an_instance_that_somebody_removes_is_missed_and_made_again(machine: Machine) -> None:
+    device = machine.device()
+    parts = layout(device, "3g.20gb", "2g.10gb")
+    device.repartition(parts)
+    device.refresh()
+    gone, *rest = parts
+    space = device._space
+    assert isinstance(space, MigSpace)
+    space._control.reconcile(tuple(map(space._placement, rest)))  # as somebody else would
+    with pytest.raises(DeviceError, match="not there any more"):
+        device.refresh()
+    with pytest.raises(DeviceError, match="no instance"):
+        device.launch(WORKER, gone)
+    assert all(device.launch(WORKER, part).fixed[VISIBLE] for part in rest)
+    device.repartition(parts)
+    device.refresh()
+    assert device.launch(WORKER, gone).fixed[VISIBLE]
 
 
 def test_memory_is_that_of_the_instances_processes(

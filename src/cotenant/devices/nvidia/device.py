@@ -293,7 +293,8 @@ class CudaDevice:
     # --- looking ----------------------------------------------------------------------------
 
     def refresh(self) -> None:
-        """Raises NvmlError where the driver does not answer; what was seen before stands."""
+        """Raises NvmlError where the driver does not answer; what was seen before stands. Raises
+        DeviceError, after all that is to be done, where something is wrong with the GPU's space."""
         shown = self._room.processes()
         self._used = {process.pid: process.memory or 0 for process in shown}
         jobs = {name: t for name, t in list(self._tenants.items()) if t.is_job}
@@ -306,6 +307,8 @@ class CudaDevice:
                         os.setpriority(os.PRIO_PROCESS, tid, JOB_NICE)
         if self._gates is not None:
             self._gates.look({name: self._used.keys() & set(t.pids) for name, t in jobs.items()})
+        if trouble := self._room.trouble():
+            raise DeviceError(trouble)
 
     def facts(self) -> dict[str, TenantFacts]:
         """Memory as the driver says it; of a job behind its gate what it has allocated, which is

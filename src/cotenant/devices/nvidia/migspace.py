@@ -4,6 +4,8 @@ one compute instance, which is what processes see.
 * What an earlier node made and left (``migrecord``) is ours again.
 * Instances that others made stay. The device's table is what they leave.
 * At the end ours go, unless something still uses them: then the next node has them.
+* One of ours that somebody else removes is missed at the next look, and made again with the next
+  change of layout. Until then nothing is started there.
 """
 
 from __future__ import annotations
@@ -59,6 +61,9 @@ class MigSpace:
         """The UUIDs of our instances."""
         self._seats: dict[str, Placement] = {}
         """Where tenants were launched."""
+        self._missed: dict[Placement, str] = {}
+        """The UUIDs of those of our instances that are gone."""
+        self._changing = False
 
     # --- life -------------------------------------------------------------------------------
 
@@ -100,6 +105,7 @@ class MigSpace:
             s.placement: uuids[s.id] for s in seen if s.ours and s.whole and s.id in uuids
         }
         self._seen = seen
+        self._missed = {}
         self._table = self._control.table.without(self._foreign())
         self._word = mig.word(self._table)
 
@@ -142,12 +148,14 @@ class MigSpace:
 
     def repartition(self, partitions: tuple[Partition, ...]) -> None:
         wanted = self._placements(partitions)
+        self._changing = True
         try:
             for timed in self._control.reconcile(wanted):
                 self._record.learn(self._uuid, timed.step.act.name, timed.ns)
             self._record.save()
         finally:
             self._look()
+            self._changing = False
 
     def preview(self, partitions: tuple[Partition, ...]) -> tuple[LayoutStep, ...]:
         wanted = self._placements(partitions)
@@ -180,7 +188,7 @@ class MigSpace:
             raise DeviceError(f"{tenant}: on a GPU in MIG mode a process needs an instance")
         placement = self._placement(partition)
         uuid = self._shown.get(placement)
-        if uuid is None:
+        if uuid is None or placement in self._missed:
             raise DeviceError(f"{tenant}: there is no instance {partition.id} (any more)")
         self._seats[tenant] = placement
         return uuid
@@ -205,13 +213,26 @@ class MigSpace:
         """Asked instance by instance: of a whole GPU in MIG mode drivers tell less. One may go
         meanwhile."""
         found: list[Process] = []
+        there: set[str] = set()
         for instance in self._gpu.mig_handles():
             try:
+                there.add(instance.uuid())
                 found += instance.processes()
             except NvmlError as error:
                 if error.code not in (Code.INVALID_ARGUMENT, Code.NOT_FOUND):
                     raise
+        if not self._changing:
+            self._missed = {p: uuid for p, uuid in self._shown.items() if uuid not in there}
         return tuple(found)
+
+    def trouble(self) -> str:
+        missed = tuple(self._missed)
+        if not missed:
+            return ""
+        return (
+            f"{_names(missed)}: not there any more, and it was not Cotenant that removed it; it is "
+            "made again with the next change of layout, or when the node is started anew"
+        )
 
 
 def _names(placements: Placements) -> str:

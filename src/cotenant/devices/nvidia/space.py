@@ -56,6 +56,9 @@ class Space(Protocol):
     def processes(self) -> tuple[Process, ...]:
         """Those that compute on the GPU."""
 
+    def trouble(self) -> str:
+        """What is wrong with it, as of the last ``processes``; "" if nothing is."""
+
 
 class WholeGpu:
     """A GPU that is not divided: one unit."""
@@ -103,3 +106,6 @@ class WholeGpu:
 
     def processes(self) -> tuple[Process, ...]:
         return self._gpu.processes()
+
+    def trouble(self) -> str:
+        return ""

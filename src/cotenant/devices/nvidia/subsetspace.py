@@ -156,6 +156,9 @@ class SubsetSpace:
     def processes(self) -> tuple[Process, ...]:
         return self._gpu.processes()
 
+    def trouble(self) -> str:
+        return ""
+
 
 def probe(gpu: str, env: dict[str, str]) -> Found:
     """Asked in a process of its own, as a worker sees the GPU: to ask makes a context, which takes
