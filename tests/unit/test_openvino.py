@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import platform
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,8 @@ from cotenant.engines.onnx import OnnxEngine
 from cotenant.engines.openvino import KIND, OpenVinoEngine, imported
 from cotenant.engines.registry import choose
 from cotenant.engines.samples import make_samples
+from cotenant.runtime.messages import Open, Opened
+from cotenant.runtime.worker import Worker
 
 if importlib.util.find_spec("openvino") is None:
     pytest.skip("the extra openvino is not installed", allow_module_level=True)
@@ -88,6 +91,17 @@ def close(got: list[Array], wanted: list[Array], tolerance: float = 1e-5) -> boo
         and np.allclose(a, b, rtol=tolerance, atol=tolerance)
         for a, b in zip(got, wanted, strict=True)
     )
+
+
+def opened_by_worker(path: Path) -> Opened:
+    """What a worker says of a model."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        worker = Worker(theirs, memoryview(bytearray(256)))
+        order = Open(str(path), units=(1,), max_batch=2, settings=ModelSettings(engine="openvino"))
+        opened = worker._open(order)
+    assert isinstance(opened, Opened), opened
+    return opened
 
 
 @pytest.mark.parametrize("form", ["onnx", "ir"])
@@ -217,23 +231,40 @@ def test_what_is_computed_in_less_is_noted(tmp_path: Path) -> None:
     x = {"x": random.normal(size=(2, 16, 8, 8)).astype(np.float32)}
     assert close(ours.run(1, x), reference.run(1, x), 1e-3)
     assert any("Convolution" in note for note in ours.notes)
+    assert opened_by_worker(path).notes == tuple(ours.notes), "its owner is told"
 
 
 def test_fp64_that_is_computed_in_less_is_noted(tmp_path: Path) -> None:
     assert OpenVinoEngine(unary(tmp_path / "model.onnx", of=Kind.DOUBLE), (1,)).notes
 
 
+@pytest.mark.parametrize("units", [1, 2])
 @pytest.mark.parametrize("kind", ["Add", "MatMul"])
 def test_inputs_that_do_not_go_together_are_refused_and_the_next_are_answered(
-    tmp_path: Path, kind: str
+    tmp_path: Path, kind: str, units: int
 ) -> None:
     shapes = [tensor("a", ["i", "j"]), tensor("b", ["k", "l"])], [tensor("y", ["m", "n"])]
-    engine = OpenVinoEngine(graph(tmp_path / "model.onnx", *shapes, [node(kind, "a b")]), (1,))
+    engine = OpenVinoEngine(graph(tmp_path / "model.onnx", *shapes, [node(kind, "a b")]), (1, 2))
     a, b = np.ones((3, 3), np.float32), np.ones((4, 4), np.float32)
-    for _ in range(2):
+    for _ in range(20):
         with pytest.raises(ModelError):
-            engine.run(1, {"a": a, "b": b})
-        assert engine.run(1, {"a": a, "b": a})[0].shape == (3, 3)
+            engine.run(units, {"a": a, "b": b})
+        assert engine.run(units, {"a": b, "b": b})[0].shape == (4, 4)
+
+
+@pytest.mark.parametrize("units", [1, 2])
+def test_nobody_gets_the_answer_of_the_request_before(tmp_path: Path, units: int) -> None:
+    inputs = [tensor("x", ["i", "j"]), tensor("shape", [2], Kind.INT64)]
+    path = tmp_path / "model.onnx"
+    graph(path, inputs, [tensor("y", ["m", "n"])], [node("Reshape", "x shape")])
+    engine = OpenVinoEngine(path, (1, 2))
+    for value in range(20):
+        x = np.full((2, 4), value, np.float32)
+        assert (
+            engine.run(units, {"x": x, "shape": np.array([4, 2])})[0].tolist() == [[value] * 2] * 4
+        )
+        with pytest.raises(ModelError):
+            engine.run(units, {"x": x + 1, "shape": np.array([400, 2])})
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,8 @@
 2. Threads stay where the node puts them. By itself oneTBB, which OpenVINO runs on, moves them to
    all cores of the process each time that they have work. It does that by hwloc, which is told to
    bind nothing.
-3. OpenVINO executes inputs whose shapes do not go together, past the end of the smaller one. So
-   shapes that were not seen before go through its shape inference first.
+3. Executions are asynchronous, and waited for. One that is not swallows errors where it has one
+   thread, and gives the answer of the one before again.
 4. On the CPU it has integers of 32 bits at most. Inputs that do not fit are refused.
 5. Importing it reports to its maker, unless the module for that is absent. Here it is.
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,8 +32,6 @@ from cotenant.engines.base import Array, Engine, EngineKind, EngineMeta, Opening
 
 IR: Final = ".xml"
 PRECISION: Final = "f32"
-SIGNATURES: Final = 4096
-"""Combinations of shapes that are remembered to go together."""
 _TYPES: Final = {
     "boolean": "BOOL",
     "u8": "UINT8",
@@ -53,10 +52,11 @@ _COMPUTED: Final = ("f16", "bf16", "i8", "u8")
 """Precisions of an execution that are worth a word. Integers of 32 bits count shapes."""
 _MOVES: Final = ("Const", "Input", "Output", "Reorder", "Convert", "Reshape", "Transpose", "Concat")
 """Kinds of operators that compute nothing."""
-_FRAMES: Final = ("Exception from ", "Check '", "FrontEnd API failed", "Model wasn't", "Summary:")
-"""How lines of an error begin that only say where in OpenVINO it arose."""
-
-Signature = tuple[tuple[int, ...], ...]
+_FRAME: Final = re.compile(
+    r"(Caught exception: )?Exception from .*|Check '.*|FrontEnd API failed.*"
+    r"|Model wasn't .*|Summary:"
+)
+"""What in an error only says where in OpenVINO it arose."""
 
 
 class OpenVinoEngine:
@@ -66,23 +66,21 @@ class OpenVinoEngine:
         if path.suffix == IR and not path.with_suffix(".bin").is_file():
             weights = path.with_suffix(".bin").name
             raise ModelError(f"{path.name} has its weights in {weights}, which is not beside it")
-        core = imported().Core()
+        openvino = imported()
+        self._tensor = openvino.Tensor
+        core = openvino.Core()
         try:
             # A file that is mapped ends the process when somebody truncates it.
             core.set_property({"ENABLE_MMAP": False})
-            self._model = core.read_model(path)
-            self._meta = _described(self._model, "ir" if path.suffix == IR else "onnx")
-            self._compiled = {
-                n: core.compile_model(self._model, "CPU", _settings(n)) for n in units
-            }
+            model = core.read_model(path)
+            self._meta = _described(model, "ir" if path.suffix == IR else "onnx")
+            self._compiled = {n: core.compile_model(model, "CPU", _settings(n)) for n in units}
             self._requests = {n: made.create_infer_request() for n, made in self._compiled.items()}
         except RuntimeError as error:
             raise ModelError(f"{path.name} cannot be loaded: {said(error)}") from error
-        self._fp64 = _has_fp64(self._model)
+        self._fp64 = _has_fp64(model)
         tensors = (*self._meta.inputs, *self._meta.outputs)
         self._axes = {t.name: ("",) * len(t.shape) for t in tensors}
-        self._free = any(-1 in t.shape for t in self._meta.inputs)
-        self._seen: set[Signature] = set()
 
     @property
     def meta(self) -> EngineMeta:
@@ -121,10 +119,10 @@ class OpenVinoEngine:
         request = self._requests[nearest(self._requests, units)]
         arrays = [self._array(inputs, tensor) for tensor in self._meta.inputs]
         try:
-            self._infer_shapes(tuple(array.shape for array in arrays))
             for index, array in enumerate(arrays):
-                request.set_input_tensor(index, imported().Tensor(array, shared_memory=True))
-            request.infer(share_outputs=True)
+                request.set_input_tensor(index, self._tensor(array, shared_memory=True))
+            request.start_async()
+            request.wait()
             return [request.get_output_tensor(i).data for i in range(len(self._meta.outputs))]
         except RuntimeError as error:
             raise ModelError(said(error)) from error
@@ -142,18 +140,6 @@ class OpenVinoEngine:
                         f"bits, so it must be from {_LEAST} to {_MOST}"
                     )
         return np.require(array, requirements=("C", "ALIGNED", "WRITEABLE"))
-
-    def _infer_shapes(self, signature: Signature) -> None:
-        """Raise RuntimeError if inputs of such shapes do not go together."""
-        if not self._free or signature in self._seen:
-            return
-        ports, shape = self._model.inputs, imported().PartialShape
-        if [len(s) for s in signature] != [len(t.shape) for t in self._meta.inputs]:
-            return  # what does not even fit the inputs is refused when it is bound
-        self._model.reshape({p: shape(list(s)) for p, s in zip(ports, signature, strict=True)})
-        if len(self._seen) >= SIGNATURES:
-            self._seen.clear()
-        self._seen.add(signature)
 
 
 def imported() -> Any:
@@ -232,9 +218,8 @@ def _precisions(executed: Any) -> str:
 
 def said(error: Exception) -> str:
     """What an error of OpenVINO says, without where in OpenVINO it arose."""
-    lines = [line.strip(" -") for line in str(error).splitlines() if line.strip(" -")]
-    telling = [line for line in lines if not line.startswith(_FRAMES)]
-    return " ".join(telling or lines[-1:])[:500] or type(error).__name__
+    lines = [_FRAME.sub("", line).strip(" -") for line in str(error).splitlines()]
+    return " ".join(filter(None, lines))[:500] or str(error).strip()[:500] or type(error).__name__
 
 
 class OpenVino:
