@@ -76,7 +76,9 @@ class OpenVinoEngine:
             self._meta = _described(model, "ir" if path.suffix == IR else "onnx")
             self._compiled = {n: core.compile_model(model, "CPU", _settings(n)) for n in units}
             self._requests = {n: made.create_infer_request() for n, made in self._compiled.items()}
-        except RuntimeError as error:
+        except ModelError:
+            raise
+        except Exception as error:  # OpenVINO raises whatever its parts do
             raise ModelError(f"{path.name} cannot be loaded: {said(error)}") from error
         self._fp64 = _has_fp64(model)
         tensors = (*self._meta.inputs, *self._meta.outputs)
@@ -124,7 +126,7 @@ class OpenVinoEngine:
             request.start_async()
             request.wait()
             return [request.get_output_tensor(i).data for i in range(len(self._meta.outputs))]
-        except RuntimeError as error:
+        except Exception as error:
             raise ModelError(said(error)) from error
 
     def _array(self, inputs: dict[str, Array], tensor: TensorMeta) -> Array:
@@ -238,7 +240,10 @@ class OpenVino:
         return ""
 
     def open(self, opening: Opening) -> Engine:
-        return OpenVinoEngine(opening.path, opening.units)
+        try:
+            return OpenVinoEngine(opening.path, opening.units)
+        except ImportError as error:
+            raise ModelError(f"OpenVINO cannot be imported: {error}") from error
 
 
 KIND: Final[EngineKind] = OpenVino()
