@@ -32,6 +32,9 @@ from cotenant.engines.base import Array, Engine, EngineKind, EngineMeta, Opening
 
 IR: Final = ".xml"
 PRECISION: Final = "f32"
+KERNELS: Final = 1024
+"""Kernels that are kept, one for each operator and each shape that it had. By itself OpenVINO keeps
+more, and a model that sees many shapes goes on growing."""
 _TYPES: Final = {
     "boolean": "BOOL",
     "u8": "UINT8",
@@ -164,6 +167,7 @@ def _settings(threads: int) -> dict[str, Any]:
         "INFERENCE_PRECISION_HINT": PRECISION,
         # Else activations are quantized where weights are, which is not in the model.
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+        "CPU_RUNTIME_CACHE_CAPACITY": KERNELS,
     }
 
 
