@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from cotenant.engines.base import Opening
+from cotenant.engines.openvino import imported
 from cotenant.engines.registry import open_engine
 
 MODELS = ("convolutions", "transformer")
@@ -53,7 +54,7 @@ def routes(name: str, x: Any, directory: Path) -> dict[str, Callable[[], Any]]:
         inputs = {engine.meta.inputs[0].name: x}
         found[route] = lambda engine=engine, inputs=inputs: engine.run(1, inputs)
     try:
-        import openvino
+        openvino = imported()
     except ImportError:
         return found
     settings = {"INFERENCE_NUM_THREADS": 1, "INFERENCE_PRECISION_HINT": "f32"}

@@ -6,7 +6,7 @@ takes, and keeps what it needs of the request between them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
@@ -104,12 +104,17 @@ class InPlace(Protocol):
 
 
 @runtime_checkable
-class Placeable(Protocol):
-    """An engine to which not only the number of its units matters, but which they are."""
+class Noted(Protocol):
+    """An engine that has something to say of how it executes here."""
 
     @property
     def notes(self) -> Sequence[str]:
-        """What its owner should know of how it executes here."""
+        """What the model's owner should know, once it was tried."""
+
+
+@runtime_checkable
+class Placeable(Protocol):
+    """An engine to which not only the number of its units matters, but which they are."""
 
     def place(self, units: Sequence[int]) -> None:
         """Execute on these units of the device from now on: on as many of them as ``run`` says,
@@ -188,6 +193,13 @@ def size_of(meta: EngineMeta, shapes: Mapping[str, tuple[int, ...]]) -> int:
             pairs = zip(given[first:], tensor.shape[first:], strict=True)
             total += prod(have for have, want in pairs if want == -1)
     return max(1, total)
+
+
+def nearest(known: Iterable[int], units: int) -> int:
+    """Of the unit counts that a model was opened for the one to execute on ``units`` with. Fewer
+    threads than cores are slower but right; more would fight for them."""
+    counts = sorted(known)
+    return max((n for n in counts if n <= units), default=counts[0])
 
 
 FAILURES = (ModelError, ValueError, MemoryError)

@@ -24,6 +24,7 @@ from cotenant.engines.base import (
     EngineMeta,
     Opening,
     Room,
+    nearest,
 )
 
 if TYPE_CHECKING:
@@ -76,26 +77,19 @@ class OnnxEngine:
         return self._axes
 
     def run(self, units: int, inputs: dict[str, Array]) -> list[Array]:
-        session = self._sessions[self._threads(units)]
+        session = self._sessions[nearest(self._sessions, units)]
         try:
             outputs: list[Array] = session.run(self._names, inputs)
         except Exception as error:
             raise ModelError(first_line(error)) from error
         return outputs
 
-    def _threads(self, units: int) -> int:
-        if units in self._sessions:
-            return units
-        # Fewer threads than cores is slower but right; more would fight for them.
-        smaller = [n for n in self._sessions if n <= units]
-        return max(smaller, default=min(self._sessions))
-
     def run_into(self, units: int, inputs: dict[str, Array], room: Room) -> list[Array]:
         wanted = self._known(inputs) if self._binds else None
         outputs = room.take(wanted) if wanted is not None else None
         if outputs is None:
             return self.run(units, inputs)
-        threads = self._threads(units)
+        threads = nearest(self._sessions, units)
         binding = self._bindings[threads]
         try:
             for name, array in inputs.items():

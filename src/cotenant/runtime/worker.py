@@ -37,6 +37,7 @@ from cotenant.engines.base import (
     Engine,
     EngineMeta,
     InPlace,
+    Noted,
     Opening,
     Placeable,
     Target,
@@ -178,10 +179,9 @@ class Worker:
             if data is not None:
                 step = 1 if self._unjoined else order.max_batch
                 accuracy = measure(engine, order.units[0], data, step)
-            notes: tuple[str, ...] = ()
             if self._placeable is not None:
                 self._placeable.settle()
-                notes = tuple(self._placeable.notes)
+            notes = tuple(engine.notes) if isinstance(engine, Noted) else ()
         except ModelError as error:
             return OpenFailed(str(error))
         except Exception as error:  # whatever a model or its check data bring about
