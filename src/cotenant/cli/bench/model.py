@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from cotenant.engines.onnx import OnnxEngine
+
 INPUT = (3, 64, 64)
 _BASE = ((48, 1), (80, 1), (112, 2), (160, 2))
 """Width and stride of the layers of a model that takes some 2 to 6 ms on one core."""
@@ -30,16 +32,12 @@ def write_model_of(path: Path, seconds: float) -> None:
 
 def _took(path: Path) -> float:
     """Median seconds of an execution on one thread."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    engine = OnnxEngine(path, (1,))
     image = np.random.default_rng(1).random((1, *INPUT), dtype=np.float32)
     times = []
     for _ in range(25):
         began = time.perf_counter()
-        session.run(None, {"image": image})
+        engine.run(1, {"image": image})
         times.append(time.perf_counter() - began)
     return statistics.median(times[5:])
 
