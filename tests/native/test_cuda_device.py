@@ -17,7 +17,7 @@ import pytest
 
 from cotenant.devices import proctree
 from cotenant.domain.device import Launch
-from tests import nvml_standin
+from tests import gpu_machine, nvml_standin
 from tests.gpu_machine import GpuMachine
 
 PATIENCE_S = 30.0
@@ -380,6 +380,25 @@ def test_a_process_that_never_attached_makes_its_job_level_none(
     assert driven.do("answer = d.facts()['j'].memory") == 3 << 30
     gpu.show()
     assert level(driven) == "GATE"
+
+
+def test_a_statically_linked_program_makes_its_job_level_none(
+    drive: Callable[..., Driven], gpu: GpuMachine, tmp_path: Path
+) -> None:
+    """Nothing can be preloaded into it."""
+    source = tmp_path / "static.c"
+    source.write_text(
+        "#include <stdio.h>\n#include <unistd.h>\n"
+        'int main(void) { printf("%d\\n", getpid()); fflush(stdout); pause(); }\n'
+    )
+    try:
+        gpu_machine.compile_c(source, tmp_path / "static", ["-static"])
+    except subprocess.CalledProcessError:
+        pytest.skip("the C library is not here in its static form")
+    driven = drive()
+    pid = driven.job(str(tmp_path / "static"))
+    gpu.show(pid)
+    assert level(driven) == "NONE"
 
 
 @pytest.mark.parametrize(

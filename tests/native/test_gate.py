@@ -319,6 +319,26 @@ def test_the_gate_holds_after(bench: Bench, verb: str) -> None:
     assert bench.finish(job) == "20"
 
 
+def test_a_process_that_leaves_without_a_word_leaves_its_seat(
+    bench: Bench, gpu_python: None
+) -> None:
+    """``os._exit``, with kernels under way and the gate closed."""
+    code = (HERE / "bindings_job.py").read_text().replace("LAUNCHES = 200", "LAUNCHES = 3")
+    code = code.replace("count_300", "count_500000").replace(
+        "ok(driver.cuStreamSynchronize",
+        "import os; input(); os._exit(7)\nok(driver.cuStreamSynchronize",
+    )
+    job = bench.python(code)
+    bench.until(lambda: bench.stats()["running"])
+    bench.page.close_gate()
+    assert not bench.page.wait_drained(S // 50)
+    assert job.stdin is not None
+    job.stdin.write("\n")
+    job.stdin.flush()
+    assert job.wait(20) == 7
+    assert bench.page.seats() == [] and bench.page.drained()
+
+
 def test_a_program_without_the_variables_is_not_attached(bench: Bench) -> None:
     plain = {**os.environ, "LD_LIBRARY_PATH": str(bench.built.driver)}
     plain["STANDIN_STATS"] = str(bench.stats_file)
