@@ -105,8 +105,9 @@ int orphaned(void)
 /* When a process started, in ticks since boot; 0: there is none, or only its remains. */
 static uint64_t started(uint32_t pid)
 {
-    char path[32], text[1024], *at;
-    snprintf(path, sizeof path, "/proc/%u/stat", pid);
+    char path[32] = "/proc/self/stat", text[1024], *at;
+    if (pid != (uint32_t)getpid()) /* whichever processes /proc shows */
+        snprintf(path, sizeof path, "/proc/%u/stat", pid);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
     ssize_t n = fd < 0 ? 0 : read(fd, text, sizeof text - 1);
     if (fd >= 0)
@@ -120,10 +121,10 @@ static uint64_t started(uint32_t pid)
 }
 
 /* Whether who has a seat is gone, or another process by now has its number. */
-static int left_behind(const struct seat *s, uint32_t pid)
+static int left_behind(const struct seat *s, uint64_t taken)
 {
-    uint64_t since = started(pid);
-    return !since || (atomic_load(&s->attached) && s->started != since);
+    uint64_t since = started((uint32_t)taken);
+    return !since || (taken >> 32 && s->started != since);
 }
 
 static struct seat *take_seat(char *page)
@@ -132,12 +133,12 @@ static struct seat *take_seat(char *page)
     for (int own = 1; own >= 0; own--) /* after exec our own is still there */
         for (int i = 0; i < SEATS; i++) {
             struct seat *s = (struct seat *)(page + HEAD_BYTES + i * SEAT_BYTES);
-            uint32_t pid = atomic_load(&s->pid);
-            if (own ? pid != mine : pid && pid != mine && !left_behind(s, pid))
+            uint64_t seen = atomic_load(&s->taken);
+            uint32_t pid = (uint32_t)seen; /* the lower half */
+            if (own ? pid != mine : pid && pid != mine && !left_behind(s, seen))
                 continue;
-            if (!atomic_compare_exchange_strong(&s->pid, &pid, mine))
+            if (!atomic_compare_exchange_strong(&s->taken, &seen, mine))
                 continue;
-            atomic_store(&s->attached, 0);
             memset(&s->started, 0, SEAT_BYTES - offsetof(struct seat, started));
             return s;
         }
@@ -634,8 +635,6 @@ static int wait_room(int64_t ns)
         stall = 100 * MS;
     int moved = 0;
     for (unsigned round = 1; !moved; round++) {
-        if (captures)
-            break; /* nothing can be marked, so nothing will be seen to move */
         atomic_fetch_add(&seat->entered, 1); /* it may put marks: as the node sees it, a call */
         collect();
         settle(round % 64 == 0);
@@ -716,6 +715,17 @@ void gate_begin(struct call *call, void *stream, uint64_t key, int copy)
         call->sample = sample_begin(call->function, stream);
 }
 
+/* Under the lock: until there is room for a mark. Nobody else can mark this stream later. */
+static void wait_for_mark(int i)
+{
+    for (int round = 0; round < 2000; round++) {
+        reap(i);
+        if (atomic_load_explicit(&slots[i].put, RELAXED) - streams[i].seen < RING - 1)
+            return;
+        rest(50 * US);
+    }
+}
+
 static void count(struct call *call)
 {
     atomic_fetch_add_explicit(&seat->launches, 1, RELAXED);
@@ -734,6 +744,8 @@ static void count(struct call *call)
     s->loose_ns += call->estimate_ns;
     uint32_t loose = atomic_load_explicit(&slots[i].loose, RELAXED); /* written under the lock only */
     atomic_store_explicit(&slots[i].loose, loose + 1, memory_order_release);
+    if (s->stream == STREAM_PER_THREAD)
+        wait_for_mark(i);
     if (s->loose_ns >= (int64_t)head->bound_ns / 8 || s->stream == STREAM_PER_THREAD)
         mark(i);
     pthread_mutex_unlock(&s->lock);

@@ -54,8 +54,13 @@ enum { SEAT_HOST_MARKS = 1, SEAT_ORPHANED = 2, SEAT_FAULTED = 4 };
 
 struct seat {
     uint64_t magic;
-    _Atomic uint32_t pid;      /* 0: free */
-    _Atomic uint32_t attached;
+    union {
+        _Atomic uint64_t taken; /* both at once: who takes the seat is not attached yet */
+        struct {
+            _Atomic uint32_t pid; /* 0: free */
+            _Atomic uint32_t attached;
+        };
+    };
     uint64_t started;          /* of the process, field 22 of /proc/PID/stat */
     _Atomic uint64_t entered;  /* gated calls begun ... */
     _Atomic uint64_t left;     /* ... and ended or blocked: equal if nobody is inside one */

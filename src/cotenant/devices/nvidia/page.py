@@ -461,8 +461,11 @@ class ControlPage:
 
     def restore(self) -> int:
         """Order that all comes back, and return the order's number. Opening does it by itself."""
-        pids = {seat.index: seat.pid for seat in self.seats()}
-        orders = {index: (pids.get(index, 0), 0) for index in self._ordered}
+        seats = self.seats()
+        pids = {seat.index: seat.pid for seat in seats}
+        # Those that are at it since an earlier order answer to this one, too.
+        at_it = [seat.index for seat in seats if seat.memory.evicted]
+        orders = {index: (pids.get(index, 0), 0) for index in (*self._ordered, *at_it)}
         number = self._restoring = self._give(orders)
         self._ordered = {}
         return number
