@@ -136,3 +136,19 @@ def test_ctrl_c_leaves_no_process_and_no_file(models: Path) -> None:
     assert b"Traceback" not in said
     assert not any(proctree.runs(pid) for pid in workers)
     assert not list(models.glob(f"**/{PROFILE_FILE}*"))
+
+
+def test_a_worker_that_ends_is_said_and_nothing_is_written(models: Path) -> None:
+    words = command(models, "scale", "--seconds", "600")
+    running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        (worker,) = until(lambda: proctree.descendants(running.pid))
+        os.kill(worker, signal.SIGKILL)
+        _, said = running.communicate(timeout=PATIENCE_S)
+    finally:
+        running.kill()
+        running.wait()
+    assert running.returncode == 1
+    assert "the worker ended" in said
+    assert "Traceback" not in said
+    assert not list(models.glob(f"**/{PROFILE_FILE}*"))
