@@ -118,6 +118,6 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-batch", type=options.above_zero, default=0, metavar="N",
                         help="most rows; powers of two up to it (batch.max)")  # fmt: skip
     parser.add_argument("--seconds", type=options.positive, default=10.0, metavar="S",
-                        help="for measuring; each size runs 3 times even so (10)")  # fmt: skip
+                        help="for measuring; each size runs 6 times even so (10)")  # fmt: skip
     parser.add_argument("--engine", default="", metavar="E", help="default: as model.yaml says")
     parser.add_argument("--dry-run", action="store_true", help="write no file")

@@ -36,8 +36,10 @@ from cotenant.runtime.messages import OpenFailed as Refused
 from cotenant.runtime.process import WorkerProcess
 from cotenant.runtime.repository import ModelFiles, stamp
 
-LEAST_ROUNDS: Final = 3
-MOST_ROUNDS: Final = 1000
+LEAST_ROUNDS: Final = 2
+MOST_ROUNDS: Final = 500
+COUNTED: Final = 2
+"""Executions of a size in a round that count."""
 LIBRARIES: Final = ("cotenant", "numpy", "onnxruntime", "openvino", "torch")
 """Distributions whose versions a profile names, as far as they are installed."""
 
@@ -170,21 +172,21 @@ async def profile(
 async def _measure(
     trial: _Trial, cores: Sequence[int], ask: Ask, sizes: Sequence[int], progress: Progress
 ) -> dict[tuple[int, int], list[int]]:
-    """Ns of executions by units and rows. The first round warms up and does not count."""
+    """Ns of executions by units and rows, warm as a node's own figures are."""
     times: dict[tuple[int, int], list[int]] = {(u, r): [] for u in ask.units for r in sizes}
     began, budget = time.monotonic_ns(), round(ask.seconds * S)
-    for number in range(MOST_ROUNDS + 1):
+    for number in range(MOST_ROUNDS):
         spent = time.monotonic_ns() - began
-        if number > LEAST_ROUNDS and spent >= budget:
+        if number >= LEAST_ROUNDS and spent >= budget:
             break
-        progress(min(1.0, number / (LEAST_ROUNDS + 1), spent / budget))
+        progress(min(1.0, number / LEAST_ROUNDS, spent / budget))
         for units in ask.units:
             trial.pin(cores[:units])
-            await trial.ask(Measure(units, sizes[-1]))  # not counted: it pays for the move
             for rows in sizes:
-                answer = await trial.ask(Measure(units, rows))
-                assert isinstance(answer, Measured)
-                if number:
+                await trial.ask(Measure(units, rows))  # uncounted: caches hold another size's
+                for _ in range(COUNTED):
+                    answer = await trial.ask(Measure(units, rows))
+                    assert isinstance(answer, Measured)
                     times[units, rows].append(answer.ns)
     progress(1.0)
     return times
