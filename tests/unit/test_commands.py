@@ -298,7 +298,7 @@ def test_help_of_every_command_can_be_printed(capsys: pytest.CaptureFixture[str]
     parser = argparse.ArgumentParser()
     subparsers = parser.add_subparsers()
     commands.add_commands(subparsers)
-    assert len(subparsers.choices) == 12
+    assert len(subparsers.choices) == 13
     for name in subparsers.choices:
         with pytest.raises(SystemExit) as exit:
             cotenant(name, "--help")

@@ -21,6 +21,7 @@ from cotenant.cli import options
 from cotenant.cli.devices import KINDS, cmd_devices
 from cotenant.cli.joblog import JobLog
 from cotenant.cli.output import Command, as_json, command, console, note, show
+from cotenant.cli.profile import add_profile, cmd_profile
 from cotenant.cli.submitting import directory, has_input, inherited
 from cotenant.domain.errors import CotenantError, EnvironmentProblem, JournalError, NotFound
 from cotenant.domain.port import JobStatus
@@ -329,6 +330,7 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         "Exits with 0 if a device of the kind can be used; 3: there is none, 4: the GPU driver "
         "is missing or fails, 5: it cannot be reached from here, 6: a Python package is missing."
     )
+    add_profile(add("profile", cmd_profile, "measure how long a model takes", machine))
     _add_run(add("run", cmd_run, "submit a training or other batch job", node))
     logs = add("logs", cmd_logs, "print a job's output", node)
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the job ends")

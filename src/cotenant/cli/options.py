@@ -66,3 +66,15 @@ def variable(text: str) -> tuple[str, str]:
     if not name or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is not of the form NAME=VALUE")
     return name, value
+
+
+def above_zero(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is below 1")
+    return value
+
+
+def units(text: str) -> tuple[int, ...]:
+    """``1,2,4``: numbers of cores."""
+    return tuple(above_zero(part) for part in text.split(","))

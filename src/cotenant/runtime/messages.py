@@ -28,7 +28,7 @@ class Open(_Message, frozen=True):
     """Load, check and profile a model. ``units`` are the counts of threads to be ready for;
     ``check`` is the path of a ``check.npz``, or ""; ``joining`` is what is known of whether rows
     may be joined; ``kv``: at most so many bytes for keys and values; ``partitions``: the units of
-    those on which services may run now."""
+    those on which services may run now; ``measures``: a ``Measure`` may follow."""
 
     path: str
     units: tuple[int, ...]
@@ -38,6 +38,7 @@ class Open(_Message, frozen=True):
     joining: Joining = Joining.CHECKED
     kv: int = 2**30
     partitions: tuple[tuple[int, ...], ...] = ()
+    measures: bool = False
 
 
 class Place(msgspec.Struct, frozen=True, array_like=True):
@@ -76,6 +77,13 @@ class Run(_Message, frozen=True):
     sent: int
     items: tuple[Item, ...]
     lease: Lease = Lease()
+
+
+class Measure(_Message, frozen=True):
+    """Execute so many rows of what the model was tried with, once, on so many units."""
+
+    units: int
+    rows: int
 
 
 class Recall(_Message, frozen=True):
@@ -145,6 +153,12 @@ class Done(_Message, frozen=True):
     work: tuple[int, int] = (0, 0)
 
 
+class Measured(_Message, frozen=True):
+    """Ns of one execution, without what it waited for a core."""
+
+    ns: int
+
+
 class Held(_Message, frozen=True):
     """See ``events.Held``."""
 
@@ -156,14 +170,14 @@ class Held(_Message, frozen=True):
 
 
 class Failed(_Message, frozen=True):
-    """The model refused a batch; the worker lives on."""
+    """The model refused a batch (0: what was to be measured); the worker lives on."""
 
     batch: int
     reason: str
 
 
-ToWorker = Open | Run | Recall | Resize | Forget
-FromWorker = Opened | OpenFailed | Done | Failed | Held
+ToWorker = Open | Run | Measure | Recall | Resize | Forget
+FromWorker = Opened | OpenFailed | Done | Failed | Measured | Held
 
 _encoder = msgspec.msgpack.Encoder()
 

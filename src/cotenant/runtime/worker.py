@@ -56,6 +56,8 @@ from cotenant.runtime.messages import (
     Forget,
     FromWorker,
     Item,
+    Measure,
+    Measured,
     Open,
     Opened,
     OpenFailed,
@@ -91,6 +93,8 @@ class Worker:
         """The engine, where it matters to it which units it has."""
         self._in_place: InPlace | None = None
         """The engine, where it can write outputs into the arena."""
+        self._samples: Samples | None = None
+        """What the model was tried with, where more is to be measured."""
         self._unjoined = ""
         """Why no rows are joined; "" if they may be."""
         self._until_check = -1
@@ -117,6 +121,8 @@ class Worker:
                 self._lease(self._sequences, message)
             elif isinstance(message, Run):
                 self._send(self._run(message))
+            elif isinstance(message, Measure):
+                self._send(self._measure(message))
             elif self._sequences is not None and isinstance(message, Forget | Resize):
                 self._change(self._sequences, message)
             self._rest()
@@ -171,6 +177,7 @@ class Worker:
             if order.check:
                 data = read_check(Path(order.check), engine.meta.inputs, order.settings.check)
             samples = _samples(engine, order, data)
+            self._samples = samples if order.measures else None
             self._unjoined = _unjoined(engine, order, samples)
             if order.joining is Joining.CHECKED and not named_alike(engine):
                 self._until_check = 0
@@ -219,6 +226,14 @@ class Worker:
                 times = [_timed(engine, units, inputs) for _ in range(PROFILE_RUNS)]
                 measured.append((units, rows, round(statistics.median(times))))
         return tuple(m for m in measured if m[1] == 1 or not self._unjoined)
+
+    def _measure(self, order: Measure) -> Measured | Failed:
+        assert self._engine is not None and self._samples is not None
+        inputs = self._samples.batch(self._engine, order.rows)
+        try:
+            return Measured(_timed(self._engine, order.units, inputs))
+        except FAILURES as error:
+            return Failed(0, f"of {order.rows} rows it says {_said(error)}")
 
     # --- executing --------------------------------------------------------------------------
 

@@ -6,6 +6,7 @@ than the device, an objective that no share of the device can meet, a trace that
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 import msgspec
@@ -15,6 +16,7 @@ from cotenant.domain.costs import COPYING, GATE_BOUND, SUBSET_SESSION, Copy, Evi
 from cotenant.domain.device import DeviceSpec, PreemptLevel, even_sizes
 from cotenant.domain.errors import ConfigError
 from cotenant.domain.mig import table, tables
+from cotenant.domain.profile import ModelProfile, read_profile
 from cotenant.domain.shares import promised
 from cotenant.domain.snapshot import ServiceFacts
 from cotenant.domain.units import MS, S, format_bytes
@@ -456,7 +458,8 @@ def _service(section: reading.Section, folder: Path, devices: tuple[SimDevice, .
     name = section.take("name", reading.name)
     talks = section.section("generates")
     generates = read_generates(talks) if talks.names() else None
-    costs, variants = _variants(section, devices, generates is not None)
+    profile = _profile(section, folder, devices) if generates is None else None
+    costs, variants = _variants(section, devices, generates is not None, profile)
     slo = _slo(section.section("objective", required=True), generates is not None)
     batch = section.section("batch")
     batching = BatchSpec(
@@ -480,7 +483,7 @@ def _service(section: reading.Section, folder: Path, devices: tuple[SimDevice, .
             variants=variants,
         ),
         costs=costs,
-        load=section.take("load", reading.duration_or_zero, 1 * S),
+        load=section.take("load", reading.duration_or_zero, profile.load_ns if profile else 1 * S),
         arrivals=_arrivals(section.section("arrivals", required=True), folder),
         generates=generates,
     )
@@ -512,15 +515,47 @@ def _kv(section: reading.Section) -> KvSpec:
     return found
 
 
+def _profile(
+    section: reading.Section, folder: Path, devices: tuple[SimDevice, ...]
+) -> ModelProfile | None:
+    """What ``cotenant profile`` measured, if that stands in place of ``cost``."""
+    name = section.take("profile", reading.text, "")
+    if not name:
+        return None
+    at, path = section.at("profile"), folder / name
+    if section.section("cost").names():
+        raise ConfigError("says what cost says too; leave one of them out", at)
+    try:
+        found = read_profile(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", at) from None
+    except ConfigError as error:
+        raise ConfigError(f"{path} {error}", at) from None
+    others = sorted({d.spec.kind for d in devices if d.spec.trains} - {found.kind})
+    if others:
+        raise ConfigError(
+            f"was measured on a device of the kind {found.kind}; here are {', '.join(others)}: "
+            "state the times under cost",
+            at,
+        )
+    return found
+
+
 def _variants(
-    section: reading.Section, devices: tuple[SimDevice, ...], generates: bool
+    section: reading.Section,
+    devices: tuple[SimDevice, ...],
+    generates: bool,
+    profile: ModelProfile | None,
 ) -> tuple[dict[str, ExecCost], dict[str, Variant]]:
     """Execution times and builds by kind of device. Those that train share ``cost``; one that
     only serves has a section of its own, named by its kind, without which there is no build for
-    it. A language model has no ``cost``: its turns have."""
-    cost = None if generates else _exec(section.section("cost", required=True))
+    it. A language model has no ``cost``: its turns have. A ``profile`` stands for ``cost`` and
+    ``memory``."""
+    cost = _measured(profile) if profile is not None else None
+    if cost is None and not generates:
+        cost = _exec(section.section("cost", required=True))
     common = Variant(
-        memory=section.take("memory", reading.size, 0),
+        memory=section.take("memory", reading.size, profile.memory_peak if profile else 0),
         accuracy=section.take("accuracy", reading.share, 1.0),
     )
     able = [d.spec.kind for d in devices if d.spec.trains]
@@ -540,6 +575,13 @@ def _variants(
         )
         own.done()
     return costs, variants
+
+
+def _measured(profile: ModelProfile) -> ExecCost:
+    """Medians by size, and the spread that is the median of all sizes'."""
+    first = profile.table[0][2]
+    cv = statistics.median(f.cv for f in profile.figures)
+    return ExecCost(first=first, per_row=first, cv=cv, profile=profile.table)
 
 
 def _exec(section: reading.Section) -> ExecCost:

@@ -1,0 +1,251 @@
+"""A version of a model measured without a node: in a worker like those of a node, one execution at
+a time, sizes in turn, so that what disturbs the machine for a while disturbs all sizes alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+import msgspec
+
+from cotenant.devices import proctree
+from cotenant.devices.processor import ProcessorFacts
+from cotenant.domain.config import ModelSettings
+from cotenant.domain.device import CPU, PROCESSOR, Launch
+from cotenant.domain.errors import EnvironmentProblem, ModelError
+from cotenant.domain.profile import FORMAT, PROFILE_FILE, Figures, ModelProfile
+from cotenant.domain.units import S
+from cotenant.domain.workload import BatchSpec
+from cotenant.engines.base import Opening
+from cotenant.engines.registry import choose
+from cotenant.runtime.arena import Arena
+from cotenant.runtime.messages import Failed, FromWorker, Measure, Measured, Open, Opened
+from cotenant.runtime.messages import OpenFailed as Refused
+from cotenant.runtime.process import WorkerProcess
+from cotenant.runtime.repository import ModelFiles, stamp
+
+LEAST_ROUNDS: Final = 2
+MOST_ROUNDS: Final = 500
+COUNTED: Final = 2
+"""Executions of a size in a round that count."""
+LIBRARIES: Final = ("cotenant", "numpy", "onnxruntime", "openvino", "torch")
+"""Distributions whose versions a profile names, as far as they are installed."""
+
+Progress = Callable[[float], None]
+"""Told how much is done, from 0 to 1."""
+
+
+class Ask(msgspec.Struct, frozen=True):
+    """What to measure: on so many ``units`` each, up to ``max_batch`` rows, for about so many
+    ``seconds`` once the model is loaded."""
+
+    units: tuple[int, ...]
+    max_batch: int
+    seconds: float
+
+
+class _Trial:
+    """One worker, while it is needed: ``async with``. What it answers is raised or returned."""
+
+    def __init__(self) -> None:
+        self._answers: asyncio.Queue[FromWorker | int] = asyncio.Queue()
+        self._folder = tempfile.TemporaryDirectory(prefix="cotenant-profile-")
+        self._log = Path(self._folder.name) / "worker.log"
+        self._arena = Arena("profile", 1)
+        put = self._answers.put_nowait
+        self.process = WorkerProcess("profile", self._arena, self._log, put, put)
+        self._started = False
+
+    async def __aenter__(self) -> _Trial:
+        try:
+            self.process.start(Launch(fixed={PROCESSOR: CPU}))
+        except EnvironmentProblem:
+            self._tidy()
+            raise
+        self._started = True
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.process.kill()
+        while self._started:
+            self._started = not isinstance(await self._answers.get(), int)
+        self._tidy()
+
+    def _tidy(self) -> None:
+        self._arena.close()
+        self._folder.cleanup()
+
+    async def ask(self, order: Open | Measure) -> Opened | Measured:
+        """Raises ModelError if the worker refuses, or ends."""
+        self.process.send(order)
+        while True:
+            answer = await self._answers.get()
+            if isinstance(answer, Refused | Failed):
+                raise ModelError(answer.reason)
+            if isinstance(answer, int):
+                self._started = False
+                lines = self._log.read_text(errors="replace").strip().splitlines()
+                last = f"; its last words: {lines[-1]}" if lines else ""
+                raise ModelError(f"the worker ended with {answer} while it measured{last}")
+            if isinstance(answer, Opened | Measured):
+                return answer
+
+    def pin(self, cores: Sequence[int]) -> None:
+        """Let its threads run on these cores only."""
+        for tid in proctree.threads([self.process.pid]):
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(tid, cores)
+
+
+async def profile(
+    files: ModelFiles, settings: ModelSettings, ask: Ask, box: ProcessorFacts, progress: Progress
+) -> ModelProfile:
+    """Measure one version on the processor. Raises ModelError where it cannot be opened or
+    executed, is a model that answers in turns, or changes meanwhile."""
+    opening = Opening(files.path, ask.units, settings)
+    engine = choose(opening).name
+    batch = settings.batch or BatchSpec()
+    order = Open(
+        path=str(files.path),
+        units=ask.units,
+        max_batch=ask.max_batch,
+        check=str(files.check) if files.check is not None else "",
+        settings=settings,
+        joining=batch.joining,
+        measures=True,
+    )
+    async with _Trial() as trial:
+        began = time.monotonic_ns()
+        trial.pin(box.cores[: max(ask.units)])
+        opened = await trial.ask(order)
+        load = time.monotonic_ns() - began
+        assert isinstance(opened, Opened)
+        if opened.meta.turns:
+            raise ModelError(
+                f"{files.name} answers in turns, as language models do: those cannot be profiled; "
+                "a node measures them when it loads them"
+            )
+        if not opened.profile:
+            raise ModelError(f"{files.name} cannot be tried: {opened.unjoined}")
+        memory = proctree.resident_bytes([trial.process.pid])
+        sizes = [1] if opened.unjoined else batches(ask.max_batch)
+        times = await _measure(trial, box.cores, ask, sizes, progress)
+        peak = max(_peak(trial.process.pid), memory, opened.memory)
+    if stamp(files.path) != files.stamp:
+        raise ModelError(f"{files.path.parent} changed while it was measured; measure again")
+    return ModelProfile(
+        format=FORMAT,
+        model=files.name,
+        version=files.version,
+        kind=CPU,
+        engine=engine,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        processor=box.name,
+        cores=len(box.cores),
+        libraries=_libraries(),
+        files=files.stamp.files,
+        load_ns=load,
+        memory_loaded=memory,
+        memory_peak=peak,
+        unjoined=opened.unjoined,
+        figures=tuple(figures(*size, found) for size, found in sorted(times.items())),
+    )
+
+
+async def _measure(
+    trial: _Trial, cores: Sequence[int], ask: Ask, sizes: Sequence[int], progress: Progress
+) -> dict[tuple[int, int], list[int]]:
+    """Ns of executions by units and rows, warm as a node's own figures are."""
+    times: dict[tuple[int, int], list[int]] = {(u, r): [] for u in ask.units for r in sizes}
+    began, budget = time.monotonic_ns(), round(ask.seconds * S)
+    for number in range(MOST_ROUNDS):
+        spent = time.monotonic_ns() - began
+        if number >= LEAST_ROUNDS and spent >= budget:
+            break
+        progress(min(1.0, number / LEAST_ROUNDS, spent / budget))
+        for units in ask.units:
+            trial.pin(cores[:units])
+            for rows in sizes:
+                await trial.ask(Measure(units, rows))  # uncounted: caches hold another size's
+                for _ in range(COUNTED):
+                    answer = await trial.ask(Measure(units, rows))
+                    assert isinstance(answer, Measured)
+                    times[units, rows].append(answer.ns)
+    progress(1.0)
+    return times
+
+
+def batches(most: int) -> list[int]:
+    """Powers of two below ``most``, and that."""
+    found = [1]
+    while found[-1] < most:
+        found.append(min(most, 2 * found[-1]))
+    return found
+
+
+def figures(units: int, rows: int, times: Sequence[int]) -> Figures:
+    """Of some executions (ns, at least one); the percentile is that of the nearest rank."""
+    ordered = sorted(times)
+    return Figures(
+        units=units,
+        rows=rows,
+        runs=len(ordered),
+        median_ns=round(statistics.median(ordered)),
+        p95_ns=ordered[math.ceil(0.95 * len(ordered)) - 1],
+        cv=statistics.pstdev(ordered) / statistics.fmean(ordered),
+    )
+
+
+def write_profile(found: ModelProfile, directory: Path) -> Path:
+    """Put it into the directory of its version, in place of one that is there; whole or not at
+    all. Raises EnvironmentProblem."""
+    path = directory / PROFILE_FILE
+    data = msgspec.json.format(msgspec.json.encode(found), indent=2) + b"\n"
+    temporary = ""
+    try:
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=PROFILE_FILE, delete=False) as file:
+            temporary = file.name
+            file.write(data)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except OSError as error:
+        if temporary:
+            Path(temporary).unlink(missing_ok=True)
+        raise EnvironmentProblem(
+            f"{path} cannot be written: {error.strerror}; --dry-run --json prints the profile"
+        ) from error
+    return path
+
+
+def _libraries() -> dict[str, str]:
+    found = {}
+    for name in LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _peak(pid: int) -> int:
+    """The most bytes that the process ever had resident (VmHWM of proc(5)); 0 once it is gone."""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,154 @@
+"""``cotenant profile`` with real workers: what it finds, what it refuses, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cotenant.devices import proctree
+from cotenant.domain.profile import PROFILE_FILE, read_profile
+from cotenant.sim.scenario import parse_scenario
+from tests.live.conftest import PATIENCE_S, scale_model, until
+
+CORES = len(os.sched_getaffinity(0))
+
+
+@pytest.fixture
+def models(tmp_path: Path) -> Path:
+    scale_model(tmp_path / "models" / "scale" / "1" / "model.onnx")
+    scale_model(tmp_path / "models" / "scale" / "2" / "model.onnx", 3.0)
+    return tmp_path / "models"
+
+
+def command(models: Path, *words: str) -> list[str]:
+    python = [sys.executable, "-m", "cotenant", "profile", "--models", str(models)]
+    return [*python, "--seconds", "0.1", *words]
+
+
+def profile(models: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(models, *words), capture_output=True, text=True, timeout=PATIENCE_S, check=False
+    )
+
+
+def test_the_newest_version_is_measured_in_all_sizes(models: Path) -> None:
+    done = profile(models, "scale", "--units", "1", "--max-batch", "6", "--json")
+    assert done.returncode == 0, done.stderr
+    written = (models / "scale" / "2" / PROFILE_FILE).read_bytes()
+    assert json.loads(done.stdout) == json.loads(written)
+    found = read_profile(written)
+    assert (found.model, found.version, found.engine) == ("scale", "2", "onnxruntime")
+    assert [(f.units, f.rows) for f in found.figures] == [(1, 1), (1, 2), (1, 4), (1, 6)]
+    assert len({f.runs for f in found.figures}) == 1, "sizes take turns"
+    assert all(0 < f.median_ns <= f.p95_ns for f in found.figures)
+    assert 0 < found.memory_loaded <= found.memory_peak
+    assert [name for name, *_ in found.files] == ["model.onnx"]
+    assert not (models / "scale" / "1" / PROFILE_FILE).exists()
+
+
+def test_usual_units_are_one_core_and_all(models: Path) -> None:
+    done = profile(models, "scale", "--version", "1", "--max-batch", "1", "--json", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert sorted({f["units"] for f in found["figures"]}) == sorted({1, CORES})
+    assert not (models / "scale" / "1" / PROFILE_FILE).exists(), "a dry run writes nothing"
+
+
+def test_the_settings_of_the_model_say_the_largest_batch(models: Path) -> None:
+    (models / "scale" / "model.yaml").write_text("batch: {max: 2}\n")
+    found = json.loads(profile(models, "scale", "--units", "1", "--json", "--dry-run").stdout)
+    assert [f["rows"] for f in found["figures"]] == [1, 2]
+
+
+def test_a_person_gets_a_table(models: Path) -> None:
+    done = profile(models, "scale", "--units", "1", "--max-batch", "2")
+    assert done.returncode == 0, done.stderr
+    assert "MEDIAN" in done.stdout
+    assert PROFILE_FILE in done.stderr
+
+
+def test_the_simulator_takes_what_was_measured(models: Path) -> None:
+    assert profile(models, "scale").returncode == 0
+    text = f"""
+name: s
+duration: 1s
+device: {{kind: cpu, units: 2}}
+services:
+  - name: scale
+    objective: {{latency: 30s}}
+    profile: scale/2/{PROFILE_FILE}
+    arrivals: {{kind: poisson, rate: 1}}
+"""
+    (service,) = parse_scenario(text, models).services
+    written = read_profile((models / "scale" / "2" / PROFILE_FILE).read_bytes())
+    assert service.costs["cpu"].profile == written.table
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("scael",), "did you mean 'scale'"),
+        (("scale", "--version", "7"), "no version 7"),
+        (("scale", "--version", "../1"), "whole numbers"),
+        (("empty",), "has no versions"),
+        (("broken",), "model.onnx"),
+        (("scale", "--engine", "onnxruntim"), "did you mean 'onnxruntime'"),
+        (("scale", "--engine", "llm"), "opens files that end in"),
+        (("scale", "--units", str(CORES + 1)), f"{CORES} cores"),
+        (("scale", "--max-batch", "5000"), "at most"),
+        (("talks",), "answers in turns"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_a_line(
+    models: Path, words: tuple[str, ...], said: str
+) -> None:
+    (models / "empty").mkdir()
+    for path, text in (("broken/1/model.onnx", "x"), ("talks/1/model.pieces.json", "{}")):
+        (models / path).parent.mkdir(parents=True)
+        (models / path).write_text(text)
+    done = profile(models, *words)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert done.stderr.startswith("cotenant: ")
+    assert "Traceback" not in done.stderr
+    assert not list(models.glob(f"**/{PROFILE_FILE}*"))
+
+
+def test_ctrl_c_leaves_no_process_and_no_file(models: Path) -> None:
+    words = command(models, "scale", "--seconds", "600")
+    running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    try:
+        workers = until(lambda: proctree.descendants(running.pid))
+        time.sleep(0.5)
+        running.send_signal(signal.SIGINT)
+        said, _ = running.communicate(timeout=PATIENCE_S)
+    finally:
+        running.kill()
+        running.wait()
+    assert running.returncode == 130, said
+    assert b"Traceback" not in said
+    assert not any(proctree.runs(pid) for pid in workers)
+    assert not list(models.glob(f"**/{PROFILE_FILE}*"))
+
+
+def test_a_worker_that_ends_is_said_and_nothing_is_written(models: Path) -> None:
+    words = command(models, "scale", "--seconds", "600")
+    running = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        (worker,) = until(lambda: proctree.descendants(running.pid))
+        os.kill(worker, signal.SIGKILL)
+        _, said = running.communicate(timeout=PATIENCE_S)
+    finally:
+        running.kill()
+        running.wait()
+    assert running.returncode == 1
+    assert "the worker ended" in said
+    assert "Traceback" not in said
+    assert not list(models.glob(f"**/{PROFILE_FILE}*"))
