@@ -21,6 +21,7 @@ import pytest
 from cotenant.devices import cpu, proctree
 from cotenant.devices.base import Device
 from cotenant.devices.cpu import CONTINUE_LOOKS, JOB_NICE, WORKER_PRIORITY, CpuDevice
+from cotenant.devices.npu import NpuDevice
 from cotenant.devices.null import NullDevice
 from cotenant.domain.device import (
     REST_EVERY,
@@ -30,6 +31,7 @@ from cotenant.domain.device import (
     Tenant,
     TenantKind,
 )
+from cotenant.domain.device_config import NpuConfig
 from cotenant.domain.errors import DeviceError, EnvironmentProblem
 from cotenant.domain.units import S
 from cotenant.runtime.rlimits import limit
@@ -76,8 +78,13 @@ def unprivileged_cpu() -> Device:
     return CpuDevice(cores=CORES, realtime="never")
 
 
+def emulated_npu() -> Device:
+    return NpuDevice(NpuConfig(emulate=CORES))
+
+
 @pytest.fixture(
-    params=[null_device, blocking_null, real_cpu, unprivileged_cpu], ids=lambda make: make.__name__
+    params=[null_device, blocking_null, real_cpu, unprivileged_cpu, emulated_npu],
+    ids=lambda make: make.__name__,
 )
 def device(request: pytest.FixtureRequest) -> Iterator[Device]:
     made: Device = request.param()
@@ -720,3 +727,33 @@ def test_one_core_is_a_device() -> None:
     assert device.spec.units == CORES[:1]
     assert device.spec.shapes == (1,)
     assert any("one core" in limit for limit in device.spec.limits)
+
+
+# --- the emulated NPU -----------------------------------------------------------------------
+
+
+@TWO_CORES
+def test_a_worker_of_an_emulated_npu_stays_on_its_cores(trees: Callable[..., Tree]) -> None:
+    device = NpuDevice(NpuConfig(emulate=CORES[1:]))
+    device.open()
+    tree = trees(sys.executable, "-c", THREADS)
+    until(lambda: len(tree.threads) == 4)
+    device.attach(WORKER, tree.pids[0])
+    assert tree.masks() == {CORES[1:]}
+    device.bind("w", parts(device)[0])
+    assert tree.masks() == {CORES[1:]}
+    device.close()
+
+
+def test_an_emulated_npu_serves_only_and_says_what_it_is() -> None:
+    device = NpuDevice(NpuConfig(emulate=CORES[:1], memory=2**28))
+    device.open()
+    assert not device.spec.trains
+    assert device.spec.memory == 2**28
+    assert any("EMULATED" in limit for limit in device.spec.limits)
+    device.close()
+
+
+def test_an_npu_on_cores_that_are_not_there_is_refused() -> None:
+    with pytest.raises(EnvironmentProblem, match="9999"):
+        NpuDevice(NpuConfig(emulate=(9999,))).open()

@@ -18,6 +18,7 @@ import pytest
 from cotenant.domain.config import ModelSettings
 from cotenant.domain.device import CUDA
 from cotenant.domain.errors import ModelError
+from cotenant.domain.npu import Emulated
 from cotenant.engines.base import ON_CPU, Array, Engine, Noted, Opening, Target
 from cotenant.engines.joining import judge
 from cotenant.engines.onnx import OnnxEngine
@@ -404,3 +405,40 @@ def test_it_stays_on_its_cores_rests_when_idle_and_reports_nothing(tmp_path: Pat
     assert found["idle"] < 0.5, "a thread that spins takes all of its core"
     assert all(name.startswith("openvino.tools") for name in found["reports"])
     assert list(home.iterdir()) == []
+
+
+# --- an emulated NPU ------------------------------------------------------------------------
+
+
+def on_npu(path: Path, npu: Emulated) -> Engine:
+    return KIND.open(Opening(path, (1,), target=Target(npu.processor)))
+
+
+def test_an_emulated_npu_answers_as_the_cpu_does_and_says_that_it_is_none(tmp_path: Path) -> None:
+    path = unary(tmp_path / "model.onnx")
+    assert choose(Opening(path, (1,), target=Target(Emulated(1).processor))) is KIND
+    engine = on_npu(path, Emulated(1))
+    x = np.array([[-1, 0, 2, 3]], np.float32)
+    assert np.array_equal(engine.run(1, {"x": x})[0], np.maximum(x, 0))
+    assert isinstance(engine, Noted)
+    assert any("EMULATED" in note for note in engine.notes)
+
+
+def test_an_emulated_npu_refuses_operators_that_it_does_not_have(tmp_path: Path) -> None:
+    path = unary(tmp_path / "model.onnx", "Tan")
+    with pytest.raises(ModelError, match="does not support Tan"):
+        on_npu(path, Emulated(1))
+    on_npu(path, Emulated(1, operators=("Tan",)))
+
+
+def test_an_emulated_npu_refuses_weights_beyond_its_memory(tmp_path: Path) -> None:
+    path = graph(
+        tmp_path / "model.onnx",
+        [tensor("x", ["n", 64])],
+        [tensor("y", ["n", 64])],
+        [node("MatMul", "x w")],
+        weights("w", 64, 64),
+    )
+    on_npu(path, Emulated(1, memory=2**16))
+    with pytest.raises(ModelError, match="its weights are"):
+        on_npu(path, Emulated(1, memory=2**14 - 1))

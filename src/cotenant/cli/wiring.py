@@ -14,10 +14,17 @@ import msgspec
 
 from cotenant.devices.base import Device
 from cotenant.devices.cpu import CpuDevice
+from cotenant.devices.npu import NpuDevice
 from cotenant.devices.null import NullDevice
 from cotenant.devices.nvidia.device import CudaDevice
 from cotenant.domain.config import NodeConfig, parse_config
-from cotenant.domain.device_config import CpuConfig, CudaConfig, DeviceConfig, NullConfig
+from cotenant.domain.device_config import (
+    CpuConfig,
+    CudaConfig,
+    DeviceConfig,
+    NpuConfig,
+    NullConfig,
+)
 from cotenant.domain.errors import ConfigError, EnvironmentProblem
 from cotenant.runtime.node import Node
 from cotenant.serving.control import ControlServer
@@ -67,6 +74,8 @@ def make_device(config: DeviceConfig, state: Path) -> Device:
             )
         case CudaConfig():
             return CudaDevice(config, state)
+        case NpuConfig():
+            return NpuDevice(config)
 
 
 async def serve(config: NodeConfig) -> None:

@@ -55,7 +55,8 @@ PROCESSOR = "COTENANT_PROCESSOR"
 """Environment variable of a model instance, for ``Launch``: what it executes on. ``cpu`` (also if
 it is not set), or ``cuda:`` and a GPU: its UUID, or its ordinal among those that the process sees.
 With ``cuda-subsets:`` before the GPU the units of partitions are its groups of multiprocessors, as
-``cotenant.engines.cuda.subsets`` numbers them; otherwise an execution has all of it."""
+``cotenant.engines.cuda.subsets`` numbers them; otherwise an execution has all of it. An emulated
+NPU is as ``cotenant.domain.npu`` writes it."""
 CPU = "cpu"
 CUDA = "cuda:"
 CUDA_SUBSETS = "cuda-subsets:"

@@ -12,6 +12,7 @@ from cotenant.domain import reading
 from cotenant.domain.costs import GATE_BOUND
 from cotenant.domain.device import PreemptLevel
 from cotenant.domain.errors import ConfigError
+from cotenant.domain.npu import OPERATORS
 from cotenant.domain.units import format_bytes
 
 
@@ -68,13 +69,29 @@ class CudaConfig(msgspec.Struct, frozen=True):
     bound: int = GATE_BOUND
 
 
-DeviceConfig = CpuConfig | NullConfig | CudaConfig
+class NpuConfig(msgspec.Struct, frozen=True):
+    """An NPU, emulated on the cores ``emulate``. ``memory``: bytes for its model instances (0: all
+    that the machine has). ``operators``: what it takes, as OpenVINO names them."""
+
+    kind: ClassVar[str] = "npu"
+    kv: ClassVar[int] = 0
+    """No engine serves language models on one."""
+    emulate: tuple[int, ...]
+    id: str = "npu"
+    memory: int = 0
+    operators: tuple[str, ...] = OPERATORS
+
+
+DeviceConfig = CpuConfig | NullConfig | CudaConfig | NpuConfig
 
 
 def closed_to_jobs(devices: Sequence[DeviceConfig]) -> dict[str, str]:
     """Kinds of device on which no job may run, and why."""
     subsets = any(isinstance(device, CudaConfig) and device.subsets for device in devices)
-    return {CudaConfig.kind: SERVES_ONLY} if subsets else {}
+    closed = {CudaConfig.kind: SERVES_ONLY} if subsets else {}
+    if any(isinstance(device, NpuConfig) for device in devices):
+        closed[NpuConfig.kind] = "an NPU serves only; let jobs run on another kind of device"
+    return closed
 
 
 def read_devices(sections: Sequence[reading.Section]) -> tuple[DeviceConfig, ...]:
@@ -85,7 +102,7 @@ def read_devices(sections: Sequence[reading.Section]) -> tuple[DeviceConfig, ...
         if ids.count(id) > 1:
             raise ConfigError(f"the id {id!r} stands twice; give each device its own", "devices")
     _tell_apart([device for device in devices if isinstance(device, CudaConfig)])
-    _separate([device for device in devices if isinstance(device, CpuConfig)])
+    _separate([device for device in devices if isinstance(device, CpuConfig | NpuConfig)])
     return devices
 
 
@@ -148,6 +165,22 @@ def _cuda(section: reading.Section) -> CudaConfig:
     return msgspec.structs.replace(cuda, memory=memory, kv=kv)
 
 
+def _npu(section: reading.Section) -> NpuConfig:
+    return NpuConfig(
+        emulate=section.take("emulate", _emulating),
+        id=section.take("id", reading.name, "npu"),
+        memory=section.take("memory", reading.size, 0),
+        operators=section.take("operators", reading.names, OPERATORS),
+    )
+
+
+def _emulating(value: object) -> tuple[int, ...]:
+    found = reading.cores(value)
+    if not found:
+        raise ValueError("names the cores that the NPU is emulated on, such as [3]")
+    return found
+
+
 def _gpu(value: object) -> str:
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return str(value)
@@ -173,6 +206,7 @@ _READERS: dict[str, Callable[[reading.Section], DeviceConfig]] = {
     CpuConfig.kind: _cpu,
     NullConfig.kind: _null,
     CudaConfig.kind: _cuda,
+    NpuConfig.kind: _npu,
 }
 
 
@@ -190,18 +224,22 @@ def _tell_apart(gpus: Sequence[CudaConfig]) -> None:
         )
 
 
-def _separate(cpus: Sequence[CpuConfig]) -> None:
+def _separate(devices: Sequence[CpuConfig | NpuConfig]) -> None:
     taken: dict[int, str] = {}
-    for cpu in cpus:
-        if cpu.cores is None and len(cpus) > 1:
+    for device in devices:
+        cores = device.cores if isinstance(device, CpuConfig) else device.emulate
+        if cores is None and len(devices) > 1:
+            others = ", ".join(other.id for other in devices if other.id != device.id)
             raise ConfigError(
-                f"{cpu.id} has all cores, and there is another cpu; name the cores of each",
+                f"{device.id} has all cores, and {others} would have some of them; name the cores "
+                "of each",
                 "devices",
             )
-        for core in cpu.cores or ():
+        for core in cores or ():
             if core in taken:
                 raise ConfigError(
-                    f"{taken[core]} and {cpu.id} share core {core}; a core belongs to one device",
+                    f"{taken[core]} and {device.id} share core {core}; a core belongs to one "
+                    "device",
                     "devices",
                 )
-            taken[core] = cpu.id
+            taken[core] = device.id

@@ -1,4 +1,4 @@
-"""OpenVINO on the CPU: one compiled model for each core count that the model may get.
+"""OpenVINO on the CPU, or as an emulated NPU: one compiled model for each core count it may get.
 
 1. Answers do not depend on the processor: all that is FP32 or wider is computed in FP32. By itself
    OpenVINO takes BF16 where the processor has it.
@@ -8,7 +8,9 @@
 3. Executions are asynchronous, and waited for. One that is not swallows errors where it has one
    thread, and gives the answer of the one before again.
 4. On the CPU it has integers of 32 bits at most. Inputs that do not fit are refused.
-5. Importing it reports to its maker, unless the module for that is absent. Here it is.
+5. An emulated NPU is the CPU, which takes of models what the NPU would: its operators, and weights
+   up to its memory. Nothing else is emulated, and what it refuses is not computed some other way.
+6. Importing it reports to its maker, unless the module for that is absent. Here it is.
 
 Sources: the page "CPU Device" of OpenVINO's documentation; ``hwloc_topology_is_thissystem`` and the
 environment variables of hwloc's.
@@ -27,7 +29,9 @@ from typing import Any, Final
 import numpy as np
 
 from cotenant.domain.errors import ModelError
+from cotenant.domain.npu import FREE, Emulated, emulated
 from cotenant.domain.port import TensorMeta
+from cotenant.domain.units import format_bytes
 from cotenant.engines.base import Array, Engine, EngineKind, EngineMeta, Opening, Room, nearest
 
 IR: Final = ".xml"
@@ -63,9 +67,9 @@ _FRAME: Final = re.compile(
 
 
 class OpenVinoEngine:
-    """A model file compiled once per unit count."""
+    """A model file compiled once per unit count; for an emulated NPU once, for its cores."""
 
-    def __init__(self, path: Path, units: Sequence[int]) -> None:
+    def __init__(self, path: Path, units: Sequence[int], npu: Emulated | None = None) -> None:
         if path.suffix == IR and not path.with_suffix(".bin").is_file():
             weights = path.with_suffix(".bin").name
             raise ModelError(f"{path.name} has its weights in {weights}, which is not beside it")
@@ -77,13 +81,20 @@ class OpenVinoEngine:
             core.set_property({"ENABLE_MMAP": False})
             model = core.read_model(path)
             self._meta = _described(model, "ir" if path.suffix == IR else "onnx")
-            self._compiled = {n: core.compile_model(model, "CPU", _settings(n)) for n in units}
+            threads = {n: n if npu is None else npu.cores for n in units}
+            if npu is not None:
+                _check(model, npu)
+            self._compiled = {
+                n: core.compile_model(model, "CPU", _settings(count))
+                for n, count in threads.items()
+            }
             self._requests = {n: made.create_infer_request() for n, made in self._compiled.items()}
         except ModelError:
             raise
         except Exception as error:  # OpenVINO raises whatever its parts do
             raise ModelError(f"{path.name} cannot be loaded: {said(error)}") from error
         self._fp64 = _has_fp64(model)
+        self._emulated = npu is not None
         tensors = (*self._meta.inputs, *self._meta.outputs)
         self._axes = {t.name: ("",) * len(t.shape) for t in tensors}
 
@@ -104,6 +115,8 @@ class OpenVinoEngine:
         found = [_precisions(compiled.get_runtime_model())]
         if self._fp64:
             found.append("FP64 is computed in f32")
+        if self._emulated:
+            found.append("EMULATED NPU: computed by the CPU")
         return [note for note in found if note]
 
     def run(self, units: int, inputs: dict[str, Array]) -> list[Array]:
@@ -169,6 +182,19 @@ def _settings(threads: int) -> dict[str, Any]:
         "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
         "CPU_RUNTIME_CACHE_CAPACITY": KERNELS,
     }
+
+
+def _check(model: Any, npu: Emulated) -> None:
+    """Raises ModelError for what the NPU would not take."""
+    ops = model.get_ops()
+    if missing := {op.get_type_name() for op in ops} - FREE - set(npu.operators):
+        raise ModelError(f"the emulated NPU does not support {', '.join(sorted(missing))}")
+    weights = sum(op.data.nbytes for op in ops if op.get_type_name() == "Constant")
+    if npu.memory and weights > npu.memory:
+        raise ModelError(
+            f"its weights are {format_bytes(weights)}, and the emulated NPU has "
+            f"{format_bytes(npu.memory)}"
+        )
 
 
 def _described(model: Any, kind: str) -> EngineMeta:
@@ -237,15 +263,16 @@ class OpenVino:
     drafts = False
 
     def refuses(self, opening: Opening) -> str:
-        if not opening.target.on_cpu:
-            return "it runs on the CPU alone"
+        if not (opening.target.on_cpu or emulated(opening.target.processor)):
+            return "it runs on the CPU and on an emulated NPU alone"
         if importlib.util.find_spec("openvino") is None:
             return "it needs the extra openvino: pip install 'cotenant[openvino]'"
         return ""
 
     def open(self, opening: Opening) -> Engine:
         try:
-            return OpenVinoEngine(opening.path, opening.units)
+            npu = emulated(opening.target.processor)
+            return OpenVinoEngine(opening.path, opening.units, npu)
         except ImportError as error:
             raise ModelError(f"OpenVINO cannot be imported: {error}") from error
 
