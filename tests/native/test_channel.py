@@ -47,6 +47,12 @@ def in_a_kernel(bench: Bench) -> None:
     assert not bench.page.wait_drained(20 * MS)
 
 
+def hold_in_a_kernel(bench: Bench) -> None:
+    in_a_kernel(bench)
+    bench.page.hold()
+    assert bench.page.wait_held(20 * S)
+
+
 def beat_for(bench: Bench, seconds: float) -> None:
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -60,9 +66,7 @@ def beat_for(bench: Bench, seconds: float) -> None:
 def test_what_is_held_stands_still_and_then_goes_on(control: Control, way: int, rm: str) -> None:
     bench = control(way)
     job = start(bench, "run", 1, 3, LONG_US, rm=rm)
-    in_a_kernel(bench)
-    bench.page.hold()
-    assert bench.page.wait_held(20 * S)
+    hold_in_a_kernel(bench)
     assert not bench.page.drained()
     before = bench.stats()["executed"]
     beat_for(bench, 2 * LONG_US / 1e6)
@@ -78,9 +82,7 @@ def test_what_is_held_stands_still_and_then_goes_on(control: Control, way: int, 
 def test_what_is_released_behind_a_closed_gate_ends_and_nothing_follows(control: Control) -> None:
     bench = control(DISABLED)
     job = start(bench, "run", 1, 3, LONG_US)
-    in_a_kernel(bench)
-    bench.page.hold()
-    assert bench.page.wait_held(20 * S)
+    hold_in_a_kernel(bench)
     bench.page.release()
     assert bench.page.wait_drained(20 * S)
     executed = bench.stats()["executed"]
@@ -113,18 +115,14 @@ def test_a_driver_that_accepts_and_does_nothing_does_not_stop_a_kernel(control: 
     """Why a kernel of our own must be seen to stop before anybody relies on it."""
     bench = control(DISABLED)
     start(bench, "run", 1, 3, LONG_US, rm="inert")
-    in_a_kernel(bench)
-    bench.page.hold()
-    assert bench.page.wait_held(20 * S)
+    hold_in_a_kernel(bench)
     bench.until(lambda: not bench.stats()["running"])
 
 
 def test_a_node_that_dies_lets_go_of_what_it_held(control: Control) -> None:
     bench = control(DISABLED)
     job = start(bench, "run", 1, 3, LONG_US)
-    in_a_kernel(bench)
-    bench.page.hold()
-    assert bench.page.wait_held(20 * S)
+    hold_in_a_kernel(bench)
     out, _ = job.communicate(timeout=20)
     assert out.strip() == "3"
 
@@ -132,9 +130,7 @@ def test_a_node_that_dies_lets_go_of_what_it_held(control: Control) -> None:
 def test_a_node_that_comes_back_holds_again(control: Control) -> None:
     bench = control(DISABLED)
     job = start(bench, "run", 1, 8, LONG_US)
-    in_a_kernel(bench)
-    bench.page.hold()
-    assert bench.page.wait_held(20 * S)
+    hold_in_a_kernel(bench)
     executed = bench.stats()["executed"]
     end = time.monotonic() + 20
     while bench.stats()["executed"] == executed and time.monotonic() < end:
@@ -151,9 +147,7 @@ def test_a_node_that_comes_back_holds_again(control: Control) -> None:
 def test_what_cannot_be_let_go_at_once_is_tried_again(control: Control) -> None:
     bench = control(DISABLED)
     job = start(bench, "run", 1, 3, LONG_US, rm="stubborn")
-    in_a_kernel(bench)
-    bench.page.hold()
-    assert bench.page.wait_held(20 * S)
+    hold_in_a_kernel(bench)
     bench.page.open_gate()
     assert bench.finish(job) == "3"
 
@@ -161,9 +155,7 @@ def test_what_cannot_be_let_go_at_once_is_tried_again(control: Control) -> None:
 def test_a_job_that_is_killed_while_it_is_held_leaves_its_seat(control: Control) -> None:
     bench = control(DISABLED)
     job = start(bench, "forever", 2, 1, LONG_US)
-    in_a_kernel(bench)
-    bench.page.hold()
-    assert bench.page.wait_held(20 * S)
+    hold_in_a_kernel(bench)
     job.kill()
     job.wait()
     assert bench.page.seats() == []
@@ -196,9 +188,7 @@ def test_nothing_is_held_behind_an_open_gate(control: Control) -> None:
 def test_a_page_that_is_taken_over_can_be_released(control: Control) -> None:
     bench = control(DISABLED)
     job = start(bench, "run", 1, 3, LONG_US)
-    in_a_kernel(bench)
-    bench.page.hold()
-    assert bench.page.wait_held(20 * S)
+    hold_in_a_kernel(bench)
     bench.page = ControlPage(bench.page.path)
     bench.page.adopt()
     assert bench.page.channels == DISABLED

@@ -202,6 +202,12 @@ def nearest(known: Iterable[int], units: int) -> int:
     return max((n for n in counts if n <= units), default=counts[0])
 
 
+def first_line(error: Exception) -> str:
+    """What an engine's error says, without its details."""
+    text = str(error).strip()
+    return text.splitlines()[0][:500] if text else type(error).__name__
+
+
 FAILURES = (ModelError, ValueError, MemoryError)
 """What a model may raise on an input; anything else is a bug and ends the worker."""
 

@@ -24,6 +24,7 @@ from cotenant.engines.base import (
     EngineMeta,
     Opening,
     Room,
+    first_line,
     nearest,
 )
 
@@ -181,12 +182,6 @@ def _meta(node: ort.NodeArg) -> TensorMeta:
         raise ModelError(f"tensor {node.name} has the type {node.type}, which is not served")
     shape = tuple(d if isinstance(d, int) and d >= 0 else -1 for d in node.shape)
     return TensorMeta(node.name, _TYPES[node.type], shape)
-
-
-def first_line(error: Exception) -> str:
-    """What an error of ONNX Runtime says, without its details."""
-    text = str(error).strip()
-    return text.splitlines()[0][:500] if text else type(error).__name__
 
 
 class OnnxRuntime:

@@ -28,11 +28,11 @@ import onnxruntime
 
 from cotenant.domain.device import CUDA_SUBSETS
 from cotenant.domain.errors import DeviceError, ModelError
-from cotenant.engines.base import Array, EngineMeta, Target
+from cotenant.engines.base import Array, EngineMeta, Target, first_line
 from cotenant.engines.cuda.driver import Gpu
 from cotenant.engines.cuda.session import GRAPHS, NotCaptured, Session, Signature, signature_of
 from cotenant.engines.cuda.subsets import Lane, Subsets
-from cotenant.engines.onnx import axes_of, first_line
+from cotenant.engines.onnx import axes_of
 from cotenant.engines.usercache import user_cache
 
 CUDA_PROVIDER: Final = "CUDAExecutionProvider"

@@ -11,11 +11,11 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from cotenant.domain.port import TensorMeta
-from cotenant.engines.base import NUMPY, Array
+from cotenant.engines.base import NUMPY, Array, first_line
 from cotenant.engines.cuda.driver import Gpu
 from cotenant.engines.cuda.staging import Staging
 from cotenant.engines.cuda.subsets import Lane
-from cotenant.engines.onnx import described, first_line
+from cotenant.engines.onnx import described
 
 GRAPHS: Final = 8
 """Graphs of a session: each keeps buffers of its own. The trial of a model sees batches of 1, 2,

@@ -17,7 +17,7 @@ import torch
 
 from cotenant.domain.errors import ModelError
 from cotenant.domain.port import TensorMeta
-from cotenant.engines.base import NUMPY, Array, EngineMeta
+from cotenant.engines.base import NUMPY, Array, EngineMeta, first_line
 from cotenant.engines.exported.archive import DTYPES, Archive
 from cotenant.engines.exported.routine import changing, compile_graph
 from cotenant.engines.exported.schema import (
@@ -253,9 +253,3 @@ def _as_if_writeable(array: Array) -> Array:
     if any(stride < 0 for stride in array.strides):
         return array.copy()
     return np.asarray(_Writeable(array))
-
-
-def first_line(error: Exception) -> str:
-    """What an error of PyTorch says, without its details."""
-    text = str(error).strip()
-    return text.splitlines()[0][:500] if text else type(error).__name__

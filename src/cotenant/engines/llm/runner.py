@@ -16,7 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 from cotenant.domain.errors import ModelError
-from cotenant.engines.base import Array
+from cotenant.engines.base import Array, first_line
 from cotenant.engines.llm.blocks import Move, Offload, Release, Restore
 from cotenant.engines.llm.checkpoint import Checkpoint
 from cotenant.engines.llm.decoder import Decoder
@@ -25,7 +25,6 @@ from cotenant.engines.llm.graph import build_graph, session_of
 from cotenant.engines.llm.plan import Work
 from cotenant.engines.llm.tiles import row_of
 from cotenant.engines.llm.weights import Build
-from cotenant.engines.onnx import first_line
 
 SHORT: Final = 8
 """Blocks; sequences below it are computed with any."""

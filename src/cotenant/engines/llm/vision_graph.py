@@ -21,11 +21,11 @@ import onnxruntime as ort
 from onnx import TensorProto, helper
 
 from cotenant.domain.errors import ModelError
+from cotenant.engines.base import first_line
 from cotenant.engines.llm.checkpoint import Checkpoint
 from cotenant.engines.llm.families.base import Floats
 from cotenant.engines.llm.graph import MICROSOFT, Graph, Weights, finished, session_of
 from cotenant.engines.llm.vision import PREFIX, Vision
-from cotenant.engines.onnx import first_line
 
 
 class VisionRunner:
