@@ -175,10 +175,10 @@ def test_what_a_job_does_wrong_is_its_own_error_and_nobody_elses(
 @pytest.mark.skipif(
     importlib.util.find_spec("cuda") is None, reason="cuda-bindings is not installed"
 )
-def test_an_illegal_access_in_a_worker_costs_that_worker_and_no_request(
+def test_an_illegal_access_costs_a_worker_and_the_next_one_answers(
     boxes: Boxes, gpu: GpuMachine, tmp_path: Path
 ) -> None:
-    """By an engine of another package; its third kernel breaks the context."""
+    """By an engine of another package; the next thing that it runs breaks the context."""
     faults = tmp_path / "faults"
     path = f"{Path(__file__).parent / 'computes'}:{os.environ.get('PYTHONPATH', '')}"
     env = {**gpu.env(), "PYTHONPATH": path, "STANDIN_FAULT": str(faults)}
@@ -190,9 +190,9 @@ def test_an_illegal_access_in_a_worker_costs_that_worker_and_no_request(
     assert box.infer("model", x=np.ones(1, np.float32)).status == 200
     workers = box.workers()
     faults.write_text("run 0 700\n")
-    answers = [box.infer("model", x=np.ones(1, np.float32)) for _ in range(1)]
+    answer = box.infer("model", x=np.ones(1, np.float32))
     faults.unlink()
-    assert answers[0].status in (200, 503), answers[0].body
+    assert answer.status in (200, 503), answer.body
     box.until(lambda: box.workers() != workers)
     box.until(lambda: box.infer("model", x=np.ones(1, np.float32)).status == 200)
 

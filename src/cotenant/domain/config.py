@@ -27,8 +27,7 @@ from cotenant.domain.workload import (
 MEASURES: Final = ("exact", "argmax", "threshold", "r2")
 """Ways to compare check data; ``engines.accuracy`` says what they are."""
 AUTO: Final = "auto"
-"""What may serve a model: an engine of ours, by the kind of its file, vLLM, or ours for ONNX with
-what TensorRT can take of the model."""
+"""The engine is chosen, by the model's file and the device that it is served on."""
 
 
 class PolicyConfig(msgspec.Struct, frozen=True):
@@ -108,9 +107,8 @@ class ModelSettings(msgspec.Struct, frozen=True):
     """``model.yaml`` of a model directory: all optional. ``shapes`` fills free axes of inputs
     for the warm-up, ``ranges`` says which integers an input may hold (both ends included);
     ``keep_versions`` newest versions stay loaded; ``exactness`` is the floor of a language model's
-    builds; ``engine`` is the name of one, or
-    ``AUTO``; ``draft`` is where the draft model of a language model
-    lies, seen from the model's directory ("": there is none)."""
+    builds; ``engine`` is the name of one, or ``AUTO``; ``draft`` is where the draft model of a
+    language model lies, seen from the model's directory ("": there is none)."""
 
     slo: Slo | None = None
     batch: BatchSpec | None = None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 import numpy as np
 
@@ -50,6 +50,9 @@ _TYPES = {
 }
 
 
+_Output: TypeAlias = "tuple[tuple[int | str, ...], np.dtype[Any]]"
+
+
 class OnnxEngine:
     """A model file opened once per unit count."""
 
@@ -66,8 +69,8 @@ class OnnxEngine:
         self._names = [o.name for o in self._meta.outputs]
         self._axes = axes_of(first)
         self._bindings = {n: session.io_binding() for n, session in self._sessions.items()}
-        self._outputs = [_fixed_or_named(o) for o in first.get_outputs()]
-        self._binds = all(t.datatype != "BYTES" for t in (*self._meta.inputs, *self._meta.outputs))
+        self._outputs = _outputs(self._meta, self._axes)
+        self._binds = self._may_bind()
 
     @property
     def meta(self) -> EngineMeta:
@@ -109,6 +112,17 @@ class OnnxEngine:
             binding.clear_binding_outputs()
         return outputs
 
+    def _may_bind(self) -> bool:
+        """Whether some input tells the shapes of all outputs, and they may be large."""
+        if any(t.datatype == "BYTES" for t in (*self._meta.inputs, *self._meta.outputs)):
+            return False
+        free = {axis for axes, _ in self._outputs for axis in axes if isinstance(axis, str)}
+        if free:
+            told = {axis for t in self._meta.inputs for axis in self._axes[t.name]}
+            return free <= told - {""}
+        sizes = ((o.shape, NUMPY[o.datatype]) for o in self._meta.outputs)
+        return sum(prod(shape) * np.dtype(kind).itemsize for shape, kind in sizes) >= BOUND_FROM
+
     def _known(self, inputs: dict[str, Array]) -> list[tuple[tuple[int, ...], Any]] | None:
         """Shapes and types of the outputs, if the model says them and they are large."""
         sizes: dict[str, int] = {}
@@ -120,13 +134,12 @@ class OnnxEngine:
                     return None
         found: list[tuple[tuple[int, ...], Any]] = []
         total = 0
-        for shape, meta in zip(self._outputs, self._meta.outputs, strict=True):
-            known = [axis if isinstance(axis, int) else sizes.get(axis, -1) for axis in shape]
-            if "" in shape or -1 in known:
+        for axes, dtype in self._outputs:
+            shape = tuple(axis if isinstance(axis, int) else sizes.get(axis, -1) for axis in axes)
+            if -1 in shape:
                 return None
-            dtype = np.dtype(NUMPY[meta.datatype])
-            found.append((tuple(known), dtype))
-            total += prod(known) * dtype.itemsize
+            found.append((shape, dtype))
+            total += prod(shape) * dtype.itemsize
         return found if total >= BOUND_FROM else None
 
 
@@ -158,11 +171,15 @@ def described(session: Any) -> EngineMeta:
     return EngineMeta("onnxruntime_onnx", inputs, outputs, batchable)
 
 
-def _fixed_or_named(node: Any) -> tuple[int | str, ...]:
-    """Each axis as its size or, if it is free, its name; "" if it has none."""
-    return tuple(
-        d if isinstance(d, str) or (isinstance(d, int) and d >= 0) else "" for d in node.shape
-    )
+def _outputs(meta: EngineMeta, axes: dict[str, tuple[str, ...]]) -> list[_Output]:
+    """Of each output, every axis as its size or, if it is free, its name; and the type."""
+    return [
+        (
+            tuple(s if s >= 0 else name for s, name in zip(o.shape, axes[o.name], strict=True)),
+            np.dtype(NUMPY[o.datatype]),
+        )
+        for o in meta.outputs
+    ]
 
 
 def axes_of(session: Any) -> dict[str, tuple[str, ...]]:

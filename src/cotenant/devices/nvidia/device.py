@@ -130,6 +130,7 @@ class CudaDevice:
     def _open_gates(self) -> None:
         """Gates, unless they were seen not to work here."""
         self._limits, self._gates = [], None
+        self._tried, self._stopped_ns = False, 0
         if not self._room.takes_jobs:
             return
         if self._config.preempt is PreemptLevel.NONE:

@@ -54,7 +54,9 @@ SURE: Final = 2 * S
 EVICT_WITHIN: Final = 20 * S
 """How long memory may take to go."""
 REST: Final = 10 * S
+"""How long nothing is taken from a job that could not give what was asked of it."""
 MOST_REST: Final = 600 * S
+"""The longest of those times, which double."""
 _SHARED: Final = Path("/dev/shm")
 
 
