@@ -4,8 +4,8 @@
   node lives.
 * Who opens one removes the pages that no process has; likewise, with their folders, those of other
   nodes of this user that live no more.
-* Who takes a folder sees to it that it is still there once it is locked: another node may just have
-  removed it.
+* Who locks a folder sees to it that what is locked is what has the name: another node may just have
+  removed it, and its owner made it anew.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _remove(folder: Path) -> None:
         if about.st_uid != os.geteuid() or time.time() - about.st_mtime < SETTLED_S:
             return
         fd = os.open(folder, _FLAGS)
-        if _locked(fd) and not _prune(folder):
+        if _locked(fd) and _is_at(fd, folder) and not _prune(folder):
             folder.rmdir()
     except FileNotFoundError:
         pass  # somebody else has done it
