@@ -1,14 +1,17 @@
 """Model directories: ``models/NAME/VERSION/model.onnx``, optionally ``models/NAME/model.yaml``
 and ``models/NAME/VERSION/check.npz``. Versions are whole numbers; the largest is the newest.
+``models/NAME/VERSION/variants/VARIANT`` holds the version in another build (``domain.variant``).
 
 What else lies about is skipped: hidden entries, files, names that are no text. An entry that
 cannot be looked at is skipped too, and said once. A version's stamp covers all its files, since
-a model file may name others that hold its weights.
+a model file may name others that hold its weights; its variants have their own.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
+import hashlib
 import logging
 import math
 import os
@@ -20,6 +23,14 @@ import msgspec
 
 from cotenant.domain.config import ModelSettings, parse_model_settings
 from cotenant.domain.errors import ConfigError, CotenantError, ModelError, NotFound
+from cotenant.domain.variant import (
+    ORIGINAL,
+    VARIANT_FILE,
+    VARIANTS_DIR,
+    VariantRecord,
+    VariantState,
+    read_variant,
+)
 from cotenant.engines.registry import suffixes
 
 log = logging.getLogger("cotenant.models")
@@ -46,6 +57,17 @@ class ModelFiles(msgspec.Struct, frozen=True):
     path: Path
     check: Path | None
     stamp: Stamp
+
+
+class VariantFiles(msgspec.Struct, frozen=True):
+    """A variant of a version on disk. ``path``: its model file, None where there is none.
+    ``record``: None where it cannot be read. ``problem``: why it cannot serve; "" if it can."""
+
+    name: str
+    path: Path | None
+    record: VariantRecord | None
+    stamp: Stamp
+    problem: str = ""
 
 
 class Repository:
@@ -102,18 +124,27 @@ class Repository:
         try:
             if not directory.is_dir():
                 raise NotFound(f"model {name} has no version {version} in {self.root}")
-            for suffix in suffixes():
-                path = directory / f"model{suffix}"
-                if path.is_file():
-                    check = directory / CHECK_FILE
-                    checked = check if check.is_file() else None
-                    return ModelFiles(name, version, path, checked, stamp(path))
+            path = _model_in(directory)
+            if path is not None:
+                check = directory / CHECK_FILE
+                checked = check if check.is_file() else None
+                return ModelFiles(name, version, path, checked, stamp(path))
         except OSError as error:
             raise ModelError(
                 f"model {name} version {version} cannot be read: {error.strerror}"
             ) from error
         wanted = " or ".join(f"model{s}" for s in suffixes())
         raise ModelError(f"model {name} version {version} holds no {wanted}")
+
+    def variants(self, files: ModelFiles) -> list[VariantFiles]:
+        """All variants of a version, by name, those that cannot serve too."""
+        directory = files.path.parent / VARIANTS_DIR
+        try:
+            names = sorted(self._directories(directory))
+        except ModelError as error:
+            self._skip(directory, str(error))
+            return []
+        return [_variant(files, directory / name) for name in names]
 
     def there(self, name: str) -> Iterator[ModelFiles]:
         """The versions that hold a model, newest first.
@@ -196,6 +227,66 @@ class Repository:
             log.warning("model directory entry skipped", extra={"path": shown, "why": why})
 
 
+def _model_in(directory: Path) -> Path | None:
+    """The model file of a directory, if there is one."""
+    paths = (directory / f"model{suffix}" for suffix in suffixes())
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _variant(files: ModelFiles, directory: Path) -> VariantFiles:
+    """What a directory of a variant holds, and whether that can serve."""
+    path: Path | None = None
+    record: VariantRecord | None = None
+    found = Stamp(())
+    try:
+        path = _model_in(directory)
+        found = Stamp(tuple(sorted(_stamps(directory))))
+        record = read_variant((directory / VARIANT_FILE).read_text())
+        problem = _problem(files, directory.name, path, record)
+    except FileNotFoundError:
+        problem = f"has no {VARIANT_FILE}"
+    except (ConfigError, UnicodeDecodeError) as error:
+        problem = f"its {VARIANT_FILE}: {error}"
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror}"
+    except ModelError as error:
+        problem = str(error)
+    return VariantFiles(directory.name, path, record, found, problem)
+
+
+def _problem(files: ModelFiles, name: str, path: Path | None, record: VariantRecord) -> str:
+    """Why a variant cannot serve; "" if it can."""
+    if name == ORIGINAL:
+        return f"{ORIGINAL!r} is what the version itself is called; give it another name"
+    if record.state is VariantState.REFUSED:
+        return record.why or "it was refused"
+    if path is None:
+        return "has no model file"
+    if record.parent != digest(files):
+        return "was made from other files than this version has now; make it again"
+    return ""
+
+
+def digest(files: ModelFiles) -> str:
+    """``sha256:…`` of what a version computes with: its files but for ``check.npz``, variants and
+    hidden ones, with their names. Raises ModelError."""
+    return _digest(files.path.parent, files.stamp)
+
+
+@functools.lru_cache(maxsize=256)
+def _digest(directory: Path, found: Stamp) -> str:
+    total = hashlib.sha256()
+    try:
+        for name, *_ in found.files:
+            if name != CHECK_FILE:
+                with (directory / name).open("rb") as file:
+                    content = hashlib.file_digest(file, "sha256").digest()
+                total.update(name.encode() + b"\0" + content)
+    except OSError as error:
+        raise ModelError(f"{directory} cannot be read: {error.strerror}") from error
+    return f"sha256:{total.hexdigest()}"
+
+
 def stamp(path: Path) -> Stamp:
     """The present stamp of the version that holds the model file ``path``; raises ModelError if
     that is gone."""
@@ -208,7 +299,8 @@ def stamp(path: Path) -> Stamp:
 
 
 def _stamps(directory: Path) -> Iterator[tuple[str, int, int, int]]:
-    """Of every file in a directory and those below it; links to directories are not followed."""
+    """Of every file in a directory and those below it, variants aside; links to directories are
+    not followed."""
     left, below = STAMPED_ENTRIES, [directory]
     while below:
         for entry in sorted(os.scandir(below.pop()), key=lambda found: found.name):
@@ -219,7 +311,8 @@ def _stamps(directory: Path) -> Iterator[tuple[str, int, int, int]]:
                 continue
             try:
                 if entry.is_dir(follow_symlinks=False):
-                    below.append(Path(entry.path))
+                    if Path(entry.path) != directory / VARIANTS_DIR:
+                        below.append(Path(entry.path))
                     continue
                 found = entry.stat()
             except OSError:  # a link that leads nowhere: what it names is not there yet
