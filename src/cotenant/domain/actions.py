@@ -7,6 +7,7 @@ import msgspec
 
 from cotenant.domain.device import Partition
 from cotenant.domain.request import Batch, Lease, Refusal
+from cotenant.domain.workload import ORIGINAL
 
 
 class _Action(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -53,8 +54,8 @@ class Revoke(_Action, frozen=True):
 
 
 class Load(_Action, frozen=True):
-    """Make an instance of a version ready on ``device``, to be known as ``worker``; in
-    ``partition`` if the device binds processes to one."""
+    """Make an instance of a version ready on ``device``, to be known as ``worker``: of its
+    ``variant``; in ``partition`` if the device binds processes to one."""
 
     worker: str
     service: str
@@ -62,6 +63,7 @@ class Load(_Action, frozen=True):
     revision: int
     device: str
     partition: str = ""
+    variant: str = ORIGINAL
 
 
 class Unload(_Action, frozen=True):

@@ -8,7 +8,7 @@ from cotenant.domain.device import DeviceSpec, PreemptLevel
 from cotenant.domain.plan import Plan
 from cotenant.domain.request import Request
 from cotenant.domain.units import S
-from cotenant.domain.workload import JobSpec, ServiceSpec, Share
+from cotenant.domain.workload import JobSpec, ServiceSpec, Share, Variant
 
 
 class _Event(msgspec.Struct, frozen=True, tag=True, array_like=True):
@@ -109,6 +109,15 @@ class VersionGone(_Event, frozen=True):
 
     service: str
     version: str
+
+
+class VariantsKnown(_Event, frozen=True):
+    """The variants of a version beside the original, by kind of device: all that may serve there.
+    It comes before the version is offered, and whenever they change."""
+
+    service: str
+    version: str
+    variants: dict[str, tuple[Variant, ...]] = {}
 
 
 class LoadFailed(_Event, frozen=True):
@@ -268,6 +277,7 @@ Event = (
     | BatchFailed
     | VersionOffered
     | VersionGone
+    | VariantsKnown
     | LoadFailed
     | WorkerUp
     | Held

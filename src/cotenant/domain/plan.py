@@ -16,7 +16,8 @@ class Plan(msgspec.Struct, frozen=True):
     one). A service partition in ``lendable`` is lent to jobs while its services are idle.
     ``targets``: jobs take turns at what is lent so that what they hold in all comes to be in these
     proportions; those that are not named count by their weight. ``slice_min``/``slice_max`` bound
-    a grant (ns). ``unplaced``: services that no device can carry, and why. ``reasons`` says why, a
+    a grant (ns). ``unplaced``: services that no device can carry, and why. ``variants``: which
+    serves, by service and kind of device; the original where none is named. ``reasons`` says why, a
     line a change.
     """
 
@@ -29,6 +30,7 @@ class Plan(msgspec.Struct, frozen=True):
     slice_min: int = 1 * MS
     slice_max: int = 200 * MS
     unplaced: dict[str, str] = {}
+    variants: dict[str, dict[str, str]] = {}
     reasons: tuple[str, ...] = ()
 
 

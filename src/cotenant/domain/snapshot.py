@@ -53,7 +53,9 @@ class ServiceFacts(msgspec.Struct, frozen=True):
     refusals for want of capacity. ``rate_season`` is how many times the present rate is usual
     ``SEASON_AHEAD`` later. ``instances`` are those on each device that carries it.
     ``variants`` says what the model is on kinds of device; empty: it runs anywhere, or on any of
-    ``kinds``. ``memory``: bytes that an instance occupies, by kind of device, as far as is known.
+    ``kinds``. ``others``: variants that may take the place of that, by kind; ``serving``: the one
+    that ``exec_ns`` was measured of, the original where none is named. ``memory``: bytes that an
+    instance occupies, by kind of device, as far as is known.
     ``unfit``: devices that could not load it, and why. ``offer``: the revision that waits to be
     loaded, 0 if none does. ``unloads``: others may have their memory while they idle. ``load_ns``:
     what loading and warming an instance took last, 0 if none was. ``turns``: of a service whose
@@ -77,6 +79,8 @@ class ServiceFacts(msgspec.Struct, frozen=True):
     rate_season: float = 1.0
     accuracy_floor: float = 0.0
     variants: dict[str, Variant] = {}
+    others: dict[str, tuple[Variant, ...]] = {}
+    serving: dict[str, str] = {}
     kinds: tuple[str, ...] = ()
     memory: dict[str, int] = {}
     unfit: dict[str, str] = {}

@@ -20,8 +20,6 @@ from cotenant.domain.errors import ConfigError
 
 VARIANTS_DIR: Final = "variants"
 VARIANT_FILE: Final = "variant.yaml"
-ORIGINAL: Final = "original"
-"""What the version's own model file is called among its variants."""
 FORMAT: Final = 1
 
 

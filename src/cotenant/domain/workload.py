@@ -64,13 +64,20 @@ class KvSpec(msgspec.Struct, frozen=True):
     limit: int = 2**30
 
 
+ORIGINAL: Final = "original"
+"""What a version's own model file is called among its variants."""
+
+
 class Variant(msgspec.Struct, frozen=True):
     """What a model is on one kind of device: bytes that an instance holds there, accuracy (0..1)
-    as it runs there (quantized, perhaps), and what it is made of."""
+    as it runs there (quantized, perhaps), and what it is made of. An execution takes ``relative``
+    times as long as one of the original there."""
 
     memory: int = 0
     accuracy: float = 1.0
     operators: tuple[str, ...] = ()
+    name: str = ORIGINAL
+    relative: float = 1.0
 
 
 class ServiceSpec(msgspec.Struct, frozen=True):
@@ -111,6 +118,8 @@ class ServiceSpec(msgspec.Struct, frozen=True):
     they are expected to be wanted, or when they are."""
     variants: dict[str, Variant] = {}
     """What the model is on kinds of device; empty: the same anywhere."""
+    chooses: bool = True
+    """Whether other variants of its model may serve in place of the original."""
 
 
 class RestartPolicy(enum.Enum):

@@ -129,6 +129,7 @@ def cause_of(event: e.Event) -> str:
             | e.ServiceRemoved(service=service)
             | e.VersionOffered(service=service)
             | e.VersionGone(service=service)
+            | e.VariantsKnown(service=service)
         ):
             return f"{type(event).__name__}:{service}"
         case e.DeviceChanged(spec=spec):

@@ -25,7 +25,7 @@ Laws (docs/design.md says why):
 room        decides
 =========== ====================================================================
 `relayout`  when a device's layout gives way to that of a new plan
-`residency` which version is loaded on which device; what is unloaded
+`residency` which version is loaded on which device, in which variant; what is unloaded
 `roster`    which services and instances there are
 `turns`     which batch runs next, where; what follows from its end
 `tenancy`   which jobs run, on which devices; when one is stopped
@@ -84,6 +84,7 @@ class Dispatcher:
             e.ServiceRemoved: self._service_removed,
             e.VersionOffered: residency.offered,
             e.VersionGone: residency.gone,
+            e.VariantsKnown: residency.variants,
             e.WorkerUp: self._worker_up,
             e.LoadFailed: self._load_failed,
             e.WorkerDown: self._worker_down,

@@ -15,7 +15,10 @@ Laws (docs/design.md says why):
 5. A layout changes only when the wish for it has held for a while, one step at a time, and
    when what is gained over the horizon exceeds the cost of changing. A service or job that
    comes or goes is placed at once.
-6. Every change has a reason.
+6. Of several variants of a model the most accurate serves that holds the objective. While none of
+   the layouts of a device would do, a service takes one step down, within its floor, and up again
+   once the better one would hold with something to spare.
+7. Every change has a reason.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from cotenant.domain.device import DeviceSpec, Partition
 from cotenant.domain.plan import Plan
 from cotenant.domain.snapshot import JobFacts, ServiceFacts, Snapshot
 from cotenant.domain.units import S
+from cotenant.policy.choosing import Choosing
 from cotenant.policy.demand import Demand, scaled
 from cotenant.policy.judging import judge
 from cotenant.policy.leftover import share_out
@@ -46,11 +50,12 @@ class Planner:
         self.state = state or PlannerState()
         self._demand = Demand(self.tuning, self.state)
         self._wishes = self._make_wishes()
+        self._choosing = Choosing(self.tuning, self.state)
 
     def plan(self, snapshot: Snapshot) -> Plan | None:
         """A new plan, or None to keep the present one."""
         state = self.state
-        facts = self._demand.see(snapshot)
+        facts, reasons_of_variants = self._choosing.see(snapshot, self._demand.see(snapshot))
         self._forget_refused(snapshot)
         members = _members(snapshot)
         if members != state.members:
@@ -69,6 +74,7 @@ class Planner:
             reasons += why
             if memory.layout == before.get(view.device.id) and members == state.members:
                 reasons += self._wishes.rearrange(view, memory)
+        reasons += reasons_of_variants + self._choosing.step(views)
         if not reasons:
             reasons = self._demand.try_out(views)
         if members != state.members:
@@ -264,6 +270,7 @@ class Planner:
             slice_min=tuning.slice_min,
             slice_max=tuning.slice_max,
             unplaced=dict(state.nowhere),
+            variants=self._choosing.chosen(),
             reasons=(*reasons, *infeasible),
         )
 

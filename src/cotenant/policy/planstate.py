@@ -43,6 +43,8 @@ class Tuning(msgspec.Struct, frozen=True):
     """Whether devices that only serve are used."""
     move: bool = True
     """Whether services that have a place move between devices that train."""
+    vary: bool = True
+    """Whether variants take each other's place, or the most accurate always serves."""
     slice_min: int = 2 * MS
     slice_max: int = 200 * MS
 
@@ -69,6 +71,17 @@ class DeviceMemory(msgspec.Struct):
     """Pauses per request that could cause one, when they last were."""
 
 
+class Steps(msgspec.Struct):
+    """Of one service with several variants. ``down_since``, ``up_since``: since when a step has
+    been wished for (ns; 0: it is not). ``up_at``: when it last went up; ``patience``: how long the
+    wish to do so must hold."""
+
+    down_since: int = 0
+    up_since: int = 0
+    up_at: int = 0
+    patience: int = 0
+
+
 class PlannerState(msgspec.Struct):
     """What the planner remembers between snapshots."""
 
@@ -93,6 +106,10 @@ class PlannerState(msgspec.Struct):
     peaks_at: int = 0
     usual: dict[str, float] = {}
     """Rate of each service without its bursts, per second."""
+    variants: dict[str, dict[str, str]] = {}
+    """The variant that is to serve, by service and kind of device, of those that have several."""
+    steps: dict[str, Steps] = {}
+    """Of those services: when they last took a step, and how patient they are with the next."""
     pressure: dict[str, Pressure] = {}
     foreseen: dict[str, str] = {}
     """Services whose answers take turns that were predicted to miss their objectives, and why."""

@@ -11,6 +11,9 @@ service's partitions on it, its *sites*, with one instance at each: a partition 
 at a time. An instance is loaded once its partition is there; where the partition goes, so does the
 instance, when it has finished what it has begun.
 
+Of a version one variant serves on a device at a time (``cotenant.policy.builds``). Another takes
+its place once all its instances are up there.
+
 An instance is loaded once there is memory for it. One that idles may have to give that to others:
 then the service is asleep there, until a request comes or is expected to.
 """
@@ -24,7 +27,8 @@ from cotenant.domain import events as e
 from cotenant.domain.plan import Plan
 from cotenant.domain.request import Request
 from cotenant.domain.units import MS, S
-from cotenant.policy import returning
+from cotenant.domain.workload import ORIGINAL
+from cotenant.policy import builds, returning
 from cotenant.policy.desk import Desk
 from cotenant.policy.memory.budgets import Budgets
 from cotenant.policy.roster import Roster
@@ -56,6 +60,7 @@ class Residency:
         for service in self._state.services.values():
             there = plan.services.get(service.name, ())
             service.wanted = list(dict.fromkeys(device_of[p] for p in there))
+            service.chosen = dict(plan.variants.get(service.name, {}))
             service.places = {
                 device: [p for p in there if device_of[p] == device]
                 for device in service.wanted
@@ -90,6 +95,17 @@ class Residency:
         service.failures = service.retry_at = 0
         self.settle(service.name)
 
+    def variants(self, event: e.VariantsKnown) -> None:
+        """A version has other variants than before. What could not be loaded may be mended."""
+        service = self._state.services.get(event.service)
+        if service is None:
+            return
+        service.variants[event.version] = event.variants
+        revisions = (service.versions.get(event.version), service.offer_revision)
+        for revision in [r for r in service.spoilt if r in revisions]:
+            del service.spoilt[revision]
+        self.settle(service.name)
+
     def gone(self, event: e.VersionGone) -> None:
         """A version serves no longer."""
         service = self._state.services.get(event.service)
@@ -97,6 +113,7 @@ class Residency:
             return
         if service.offer == event.version:
             self._decline(service, "its files are gone")
+        service.variants.pop(event.version, None)
         revision = service.versions.pop(event.version, None)
         if revision is not None:
             service.version = next(reversed(service.versions), "")
@@ -130,7 +147,13 @@ class Residency:
             self._roster.forget_if_empty(service)
             return
         offered = (worker.version, worker.revision) == (service.offer, service.offer_revision)
-        if offered or event.final:
+        if self._has_another(service, worker, offered or event.final):
+            kind = self._desk.specs[worker.device].kind
+            builds.spoil(service, worker.revision, kind, worker.variant, event.reason)
+            for other in self._of(service, worker.version, worker.revision):
+                if other.variant == worker.variant and not other.up:
+                    self._retire(other)
+        elif offered or event.final:
             service.unfit.setdefault(worker.revision, {})[worker.site] = event.reason
             for other in self._of(service, worker.version, worker.revision):
                 if other.site == worker.site and (offered or not other.up):
@@ -143,6 +166,16 @@ class Residency:
         if offered and all((place or device) in failed for device, place in self._sites(service)):
             self._decline(service, event.reason)
         self.settle(service.name)
+
+    def _has_another(self, service: ServiceState, worker: WorkerState, lasting: bool) -> bool:
+        """Whether another variant can take the place of one that could not be loaded. The original
+        gives way only where its failure is ``lasting``."""
+        if worker.variant == ORIGINAL and not lasting:
+            return False
+        kind = self._desk.specs[worker.device].kind
+        spoilt = service.spoilt.get(worker.revision, {}).get(kind, {})
+        others = [v.name for v in service.variants.get(worker.version, {}).get(kind, ())]
+        return any(n != worker.variant and n not in spoilt for n in (ORIGINAL, *others))
 
     def lost(self, worker: WorkerState) -> None:
         """An instance that was up is gone."""
@@ -175,8 +208,21 @@ class Residency:
             version, revision = service.offer, service.offer_revision
             if self._keep_up(service, version, revision):
                 self._serve(service, version, revision)
+        self._predict(service)
         if service.queued and service.unloads:
             self._roster.refuse_orphans(service)
+
+    def _predict(self, service: ServiceState) -> None:
+        """Predict by the variants that serve."""
+        for worker in self._of(service, service.version, service.versions.get(service.version, 0)):
+            kind = self._desk.specs[worker.device].kind
+            if worker.up and worker.variant == self._variant(service, worker):
+                builds.serve(service, kind, worker.variant)
+
+    def _variant(self, service: ServiceState, worker: WorkerState) -> str:
+        """The variant that is to serve where an instance is."""
+        kind = self._desk.specs[worker.device].kind
+        return builds.wanted(service, worker.version, worker.revision, kind)
 
     def _keep_up(self, service: ServiceState, version: str, revision: int) -> bool:
         """See to the instances of a version; whether all that are wanted are up."""
@@ -187,7 +233,10 @@ class Residency:
         sites = self._sites(service)
         for device, place in sites:
             site = place or device
-            there = [w for w in mine if w.site == site]
+            kind = self._desk.specs[device].kind
+            variant = builds.wanted(service, version, revision, kind)
+            here = [w for w in mine if w.site == site]
+            there = [w for w in here if w.variant == variant]
             if site in failed:
                 continue
             able = True
@@ -200,11 +249,15 @@ class Residency:
                 complete = False
                 if service.retry_at > self._state.now:
                     break
-                why = self._load(service, version, revision, (device, place))
+                why = self._load(service, version, revision, (device, place), variant)
                 if why and (version, revision) == offered:
                     self._decline(service, why)
                     return False
-            complete = complete and all(w.up for w in there)
+            is_up = len(there) >= (1 if place else service.instances) and all(w.up for w in there)
+            complete = complete and is_up
+            for worker in here:
+                if worker.variant != variant and (is_up or not worker.up):
+                    self._retire(worker)
         known = {place or device for device, place in sites}
         for worker in mine:
             if worker.site not in known and ((complete and able) or not worker.up):
@@ -212,7 +265,12 @@ class Residency:
         return complete and able
 
     def _load(
-        self, service: ServiceState, version: str, revision: int, where: tuple[str, str]
+        self,
+        service: ServiceState,
+        version: str,
+        revision: int,
+        where: tuple[str, str],
+        variant: str,
     ) -> str:
         """Load an instance, as soon as there is memory for it; why that is not to be expected."""
         state, (device, place) = self._state, where
@@ -225,6 +283,7 @@ class Residency:
             version=version,
             device=device,
             revision=revision,
+            variant=variant,
             memory=memory,
             place=place,
             pending=True,
@@ -255,6 +314,7 @@ class Residency:
             worker.revision,
             worker.device,
             worker.place,
+            worker.variant,
         )
         self._desk.out.append(load)
 
@@ -276,6 +336,8 @@ class Residency:
             self._end(service, next(iter(service.versions)))
         kept = set(service.versions.values())
         service.unfit = {r: devices for r, devices in service.unfit.items() if r in kept}
+        service.spoilt = {r: kinds for r, kinds in service.spoilt.items() if r in kept}
+        service.variants = {v: k for v, k in service.variants.items() if v in service.versions}
         self._roster.version_changed(service)
 
     def _decline(self, service: ServiceState, reason: str) -> None:
@@ -283,6 +345,7 @@ class Residency:
         service.offer = ""
         self._drop(service, version, revision)
         service.unfit.pop(revision, None)
+        service.spoilt.pop(revision, None)
         decline = a.Decline(self._desk.cause, service.name, version, revision, reason)
         self._desk.out.append(decline)
 

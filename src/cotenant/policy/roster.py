@@ -7,7 +7,7 @@ from collections.abc import Callable
 from cotenant.domain import events as e
 from cotenant.domain.request import Refusal, Request
 from cotenant.domain.units import S
-from cotenant.policy import queues
+from cotenant.policy import builds, queues
 from cotenant.policy.desk import Desk
 from cotenant.policy.estimate import Costs, Median, Quantile, size_class
 from cotenant.policy.state import (
@@ -149,7 +149,9 @@ class Roster:
         kind = self._desk.specs[event.device].kind
         service.home = service.home or kind
         service.occupies[kind] = max(event.memory, service.occupies.get(kind, 0))
-        costs = service.exec.setdefault(kind, Costs())
+        if not any(w.up and w.id != worker.id for w in self._alike(worker, kind)):
+            builds.serve(service, kind, worker.variant)
+        costs = builds.costs(service, kind, worker.variant)
         for units, rows, ns in event.profile:
             costs.profile(units, rows, ns, size_class(event.size))
         enter_pool(service, worker)
@@ -157,6 +159,14 @@ class Roster:
         service.at[worker.site] = service.at.get(worker.site, 0) + 1
         if worker.place:
             self.link()
+
+    def _alike(self, worker: WorkerState, kind: str) -> list[WorkerState]:
+        """A worker and the others of its service on devices of its kind."""
+        return [
+            w
+            for w in self._state.workers.values()
+            if w.service == worker.service and self._desk.specs[w.device].kind == kind
+        ]
 
     def worker_down(self, worker: WorkerState) -> None:
         """An instance is gone. What it executed is tried once more elsewhere."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from cotenant.domain.device import PreemptLevel
 from cotenant.domain.plan import EMPTY_PLAN, Plan
 from cotenant.domain.request import Batch, Request
-from cotenant.domain.workload import PRIORITY_CLASSES, Share
+from cotenant.domain.workload import ORIGINAL, PRIORITY_CLASSES, Share, Variant
 from cotenant.policy.estimate import Costs, Median, Quantile
 from cotenant.policy.iterations import IterationCosts
 from cotenant.policy.memory.account import Account
@@ -108,7 +108,17 @@ class ServiceState:
     back: Median
     """Time (ns) from the end of an execution until the dispatcher knows."""
     exec: dict[str, Costs] = field(default_factory=dict)
-    """What executions cost, by kind of device."""
+    """What executions cost, by kind of device: of the variant that serves there."""
+    serving: dict[str, str] = field(default_factory=dict)
+    """That variant, where it is not the original."""
+    aside: dict[str, dict[str, Costs]] = field(default_factory=dict)
+    """What executions of others cost, by kind of device and variant."""
+    variants: dict[str, dict[str, tuple[Variant, ...]]] = field(default_factory=dict)
+    """Of each version, by kind of device: those that may take the place of the original."""
+    chosen: dict[str, str] = field(default_factory=dict)
+    """Which is to serve, by kind of device, where that is not the original."""
+    spoilt: dict[int, dict[str, dict[str, str]]] = field(default_factory=dict)
+    """Those that could not be loaded, by revision and kind of device, and why."""
     home: str = ""
     """The kind of device that the service is planned on first: it measures its queue."""
     instances: int = 1
@@ -186,6 +196,7 @@ class WorkerState:
     version: str
     device: str
     revision: int = 0
+    variant: str = ORIGINAL
     memory: int = 0
     """Bytes that it occupies there."""
     room: int = 0

@@ -16,7 +16,8 @@ from cotenant.domain import events as e
 from cotenant.domain.device import PreemptLevel
 from cotenant.domain.request import Batch, Lease, Refusal, Request
 from cotenant.domain.units import MS, S
-from cotenant.policy import admission, generation, lending, queues
+from cotenant.domain.workload import ORIGINAL
+from cotenant.policy import admission, builds, generation, lending, queues
 from cotenant.policy.desk import Desk
 from cotenant.policy.holds import Holds
 from cotenant.policy.iterations import Load
@@ -506,8 +507,13 @@ class Turns:
         if not partition.batch:
             service.back.add(max(0, self._state.now - running.started - held))
             held += service.back.value
-        costs = service.exec[partition.kind]
+        costs = builds.costs(service, partition.kind, self._variant(running, service, partition))
         costs.observe(partition.compute, running.batch.rows, held, running.size)
+
+    def _variant(self, running: Running, service: ServiceState, partition: PartitionState) -> str:
+        """The variant that executed a batch; the one that serves, if its worker is gone."""
+        worker = self._state.workers.get(running.worker)
+        return worker.variant if worker else service.serving.get(partition.kind, ORIGINAL)
 
     def batch_failed(self, event: e.BatchFailed) -> None:
         """Refuse the requests of a batch that the model failed on."""

@@ -24,13 +24,13 @@ import msgspec
 from cotenant.domain.config import ModelSettings, parse_model_settings
 from cotenant.domain.errors import ConfigError, CotenantError, ModelError, NotFound
 from cotenant.domain.variant import (
-    ORIGINAL,
     VARIANT_FILE,
     VARIANTS_DIR,
     VariantRecord,
     VariantState,
     read_variant,
 )
+from cotenant.domain.workload import ORIGINAL
 from cotenant.engines.registry import suffixes
 
 log = logging.getLogger("cotenant.models")

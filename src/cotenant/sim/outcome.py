@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from cotenant.domain.units import US, S
+from cotenant.domain.workload import ORIGINAL
 from cotenant.sim.moments import Moment, Span
 
 _STEP = math.log(1.02)
@@ -53,6 +54,8 @@ class ServiceTally(msgspec.Struct):
     refused: dict[str, int] = {}
     buckets: dict[int, int] = {}
     tokens: TokenTally | None = None
+    variants: dict[str, int] = {}
+    """Answers by the variant that gave them."""
 
     def answer(self, latency: int, in_time: bool | None = None) -> None:
         """Count an answer after ``latency`` ns; ``in_time``: if not that alone says it."""
@@ -81,6 +84,8 @@ class ServiceTally(msgspec.Struct):
             self.refused[why] = self.refused.get(why, 0) + count
         for index, count in other.buckets.items():
             self.buckets[index] = self.buckets.get(index, 0) + count
+        for variant, count in other.variants.items():
+            self.variants[variant] = self.variants.get(variant, 0) + count
         if self.tokens is not None and other.tokens is not None:
             self.tokens.add(other.tokens)
 
@@ -183,7 +188,16 @@ class Outcome(msgspec.Struct):
             "utilization": min(1.0, (self.served_ns + held) / (self.duration * self.units)),
             "repartitions": float(self.repartitions),
             "repartition_s": self.repartition_ns / S,
-        } | {**self._token_figures(), **self._memory_figures()}
+        } | {**self._token_figures(), **self._memory_figures(), **self._variant_figures()}
+
+    def _variant_figures(self) -> dict[str, float]:
+        """Of services with several variants, if there are any: the share (0..1) of their answers
+        that another than the original gave."""
+        several = [s.variants for s in self.services.values() if s.variants]
+        if not several:
+            return {}
+        answers = sum(sum(v.values()) for v in several)
+        return {"by_variants": 1.0 - sum(v.get(ORIGINAL, 0) for v in several) / answers}
 
     def _memory_figures(self) -> dict[str, float]:
         """Of jobs whose memory was taken, if there are any."""

@@ -259,6 +259,7 @@ POLICIES: dict[str, Policy] = {
         Policy("no_learning", "cotenant that takes jobs to scale without end", _tuned(learn=False)),
         Policy("no_feedback", "cotenant that trusts its predictions", _tuned(feedback=False)),
         Policy("split_kv", "cotenant whose memory for keys and values is not lent", _split),
+        Policy("no_variants", "cotenant that serves the most accurate alone", _tuned(vary=False)),
         Policy("no_npu", "cotenant that leaves serving devices idle", _tuned(offload=False)),
     )
 }

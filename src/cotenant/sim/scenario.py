@@ -21,6 +21,7 @@ from cotenant.domain.shares import promised
 from cotenant.domain.snapshot import ServiceFacts
 from cotenant.domain.units import MS, S, format_bytes
 from cotenant.domain.workload import (
+    ORIGINAL,
     BatchSpec,
     JobSpec,
     KvSpec,
@@ -29,6 +30,7 @@ from cotenant.domain.workload import (
     Variant,
     share_on,
 )
+from cotenant.policy.choosing import ladder
 from cotenant.policy.layouts import MIB, mig_fixed
 from cotenant.policy.placing import why_not
 from cotenant.sim.arrivals import Arrivals, Bursts, Diurnal, Poisson, Steps, read_trace, share
@@ -55,13 +57,26 @@ class SimDevice(msgspec.Struct, frozen=True):
 
 class SimService(msgspec.Struct, frozen=True):
     """A service, its execution times by kind of device, how long loading it takes (ns), and its
-    arrivals. ``generates``: of a language model, which has no such times."""
+    arrivals. ``generates``: of a language model, which has no such times. ``others``: variants that
+    may take the place of the original, by kind of device."""
 
     spec: ServiceSpec
     costs: dict[str, ExecCost]
     load: int
     arrivals: Arrivals
     generates: Generates | None = None
+    others: dict[str, tuple[Variant, ...]] = {}
+
+    def variant(self, kind: str, name: str) -> Variant:
+        """One by its name, as it is on a kind of device."""
+        there = {v.name: v for v in self.others.get(kind, ())}
+        return there.get(name) or self.spec.variants.get(kind, Variant())
+
+    def fastest(self, device: DeviceSpec) -> float:
+        """How long an execution takes there, relative to the original, in the fastest variant that
+        may serve."""
+        facts = msgspec.structs.replace(_as_facts(self.spec), others=self.others)
+        return ladder(facts, device.kind, (device,))[-1].relative
 
 
 class SimJob(msgspec.Struct, frozen=True):
@@ -251,7 +266,7 @@ def _check_feasible(service: SimService, devices: tuple[SimDevice, ...], at: str
         return
     percentile = service.spec.slo.percentile
     best, where = min(
-        (service.costs[d.kind].quantile(units, 1, percentile / 100), d.id)
+        (service.fastest(d) * service.costs[d.kind].quantile(units, 1, percentile / 100), d.id)
         for d in able
         for units in sizes(d)
         if not d.trains
@@ -467,7 +482,9 @@ def _service(section: reading.Section, folder: Path, devices: tuple[SimDevice, .
         max_queue_delay=batch.take("max_queue_delay", reading.duration_or_zero, 0),
     )
     batch.done()
+    others = _others(section, tuple(costs), variants)
     service = SimService(
+        others=others,
         spec=ServiceSpec(
             name=name,
             model=name,
@@ -575,6 +592,36 @@ def _variants(
         )
         own.done()
     return costs, variants
+
+
+def _others(
+    section: reading.Section, kinds: tuple[str, ...], originals: dict[str, Variant]
+) -> dict[str, tuple[Variant, ...]]:
+    """Further variants of a model, by kind of device: on each of its own, or on those named."""
+    named = section.section("variants")
+    found: dict[str, tuple[Variant, ...]] = {}
+    for name in named.names():
+        own = named.section(name)
+        if name == ORIGINAL:
+            raise ConfigError(f"{ORIGINAL} is what the service itself states", named.at(name))
+        there = own.take("kinds", reading.names, kinds)
+        for kind in there:
+            if kind not in kinds:
+                raise ConfigError(
+                    f"the service has no times on {kind}; it has on {', '.join(kinds) or 'none'}",
+                    own.at("kinds"),
+                )
+        relative = own.take("relative", reading.positive)
+        accuracy = own.take("accuracy", reading.share)
+        memory = own.take("memory", reading.size, 0)
+        operators = own.take("operators", _words, ())
+        own.done()
+        for kind in there:
+            size = memory or originals[kind].memory
+            variant = Variant(size, accuracy, operators, name, relative)
+            found[kind] = (*found.get(kind, ()), variant)
+    named.done()
+    return found
 
 
 def _measured(profile: ModelProfile) -> ExecCost:

@@ -21,6 +21,7 @@ from cotenant.domain.plan import Plan
 from cotenant.domain.request import Request
 from cotenant.domain.snapshot import Snapshot
 from cotenant.domain.units import S
+from cotenant.domain.workload import Variant
 from cotenant.policy.dispatcher import Dispatcher
 from cotenant.policy.planner import Planner
 from cotenant.sim.diary import Diary
@@ -180,6 +181,8 @@ class World:
         for service in self._scenario.services:
             spec = service.spec
             self._feed(e.service_added(spec))
+            if service.others:
+                self._feed(e.VariantsKnown(spec.name, "1", service.others))
             self._feed(e.VersionOffered(spec.name, "1"))
             self._schedule_arrival(self._sources[spec.name])
         for job in self._scenario.jobs:
@@ -246,14 +249,14 @@ class World:
 
     def _load(self, action: a.Load) -> None:
         service, spec = self._services[action.service], self._devices[action.device].spec
-        variant = service.spec.variants.get(spec.kind)
-        if variant is not None and spec.id == self._only_trainer:
+        variant = service.variant(spec.kind, action.variant)
+        if variant.memory and spec.id == self._only_trainer:
             self._memory.occupies(action.worker, variant.memory)
         if service.generates is not None:
             self._bring_up(action, self._talker(action, service, service.generates), service.load)
             return
         profile = tuple(
-            (units, rows, service.costs[spec.kind].mean(units, rows))
+            (units, rows, round(service.costs[spec.kind].mean(units, rows) * variant.relative))
             for units in sizes(spec)
             for rows in (1, service.spec.batch.max)
         )
@@ -420,6 +423,7 @@ class World:
             mean = self._means.get(key)
             if mean is None:
                 mean = self._means[key] = model.mean(units, rows)
+            mean = round(mean * self._variant(service, action).relative)
             took = round(mean * self._draws.factor(model.cv) * slowed)
         self._running[place.id] = units
         self._served[place.device] += units
@@ -427,6 +431,11 @@ class World:
         self._load_changed = True
         begun = Execution(action, place, self._now, start, took)
         self._at(self._now + start + took, _DONE, begun)
+
+    def _variant(self, service: SimService, action: a.Dispatch) -> Variant:
+        """What executes a batch."""
+        worker = self._dispatcher.state.workers[action.worker]
+        return service.variant(self._devices[worker.device].spec.kind, worker.variant)
 
     def _executed(self, execution: Execution) -> None:
         action, place, now = execution.action, execution.place, self._now
@@ -445,6 +454,10 @@ class World:
         if talker is not None:
             self._turn_over(execution, talker)
             return
+        if self._services[batch.service].others:
+            name = self._variant(self._services[batch.service], action).name
+            variants = self.outcome.services[batch.service].variants
+            variants[name] = variants.get(name, 0) + len(batch.requests)
         at_hand = self._at_hand.pop(batch.id, None)
         if at_hand is not None:
             self._execute(at_hand)

@@ -26,6 +26,7 @@ from cotenant.policy.memory.budgets import gives
 from cotenant.policy.state import DispatcherState, Phase, ServiceState, unfit
 from cotenant.telemetry.meters import JobMeter, PartitionMeter, ServiceMeter
 from cotenant.telemetry.turns import turns_of
+from cotenant.telemetry.variants import others_of
 
 _WANT_OF_CAPACITY = (Refusal.OVERLOADED, Refusal.QUEUE_FULL)
 DAY: Final = 24 * 3600 * S
@@ -404,6 +405,8 @@ class Monitor:
             rate_season=meter.season.factor(now, now + SEASON_AHEAD),
             accuracy_floor=spec.accuracy_floor,
             variants=spec.variants,
+            others=others_of(known) if spec.chooses else {},
+            serving=dict(known.serving),
             kinds=spec.kinds,
             memory=_occupied(spec, state, kinds),
             unloads=spec.unloads,

@@ -60,6 +60,9 @@ _TOKEN_COLUMNS = (
 """Where a service is a language model."""
 
 
+_VARIANT_COLUMNS = (("by_variants", "by variants", "{:.1%}"),)
+"""Where a service has several variants."""
+
 SEARCH_KEEPS = 3
 """Settings of a policy that are run with all seeds; the first seed alone chooses them."""
 
@@ -389,6 +392,8 @@ def _rows(
     columns = [c for c in _COLUMNS if not (alone and c[0] == "worst_attainment")]
     if any(service.generates is not None for service in scenario.services):
         columns += _TOKEN_COLUMNS
+    if any(service.others for service in scenario.services):
+        columns += _VARIANT_COLUMNS
     rows = [("policy", *(title for _, title, _ in columns))]
     for policy, setting in best.items():
         cells = []

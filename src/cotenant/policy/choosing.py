@@ -1,0 +1,283 @@
+"""Which of several variants of a model serves on a kind of device.
+
+The most accurate that holds the objective. While the load is more than any layout of the device
+could carry, one service takes one step to a less accurate variant that is faster there, never below
+its floor: the step that leaves the least load unanswered. It goes back up once the better variant
+would hold at more than the present load, and that has been so for a while; who came down again
+soon after is more patient each time, as in exponential back-off (Metcalfe and Boggs, CACM 1976).
+
+Times of a variant that does not serve are those of the one that does, in the proportion in which
+both were measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from cotenant.domain.device import DeviceSpec
+from cotenant.domain.snapshot import ServiceFacts, Snapshot
+from cotenant.domain.units import S
+from cotenant.domain.workload import ORIGINAL, Variant
+from cotenant.policy.demand import scaled
+from cotenant.policy.judging import judge
+from cotenant.policy.layouts import even_layouts, unit_layouts
+from cotenant.policy.planstate import PlannerState, Steps, Tuning
+from cotenant.policy.views import Layout, Verdict, View
+
+SPARE: Final = 1.25
+"""A better variant must hold at this much more than the present load."""
+GAIN: Final = 0.01
+"""A step down must leave so much less of the load (a part of it) unanswered."""
+PATIENCE_MOST: Final = 32
+"""Times the usual patience."""
+
+
+class Choosing:
+    """What must be remembered is in the planner's state."""
+
+    def __init__(self, tuning: Tuning, state: PlannerState) -> None:
+        self._tuning = tuning
+        self._state = state
+        self._moving: set[str] = set()
+        """Services of which another variant serves as yet than was chosen."""
+
+    def see(
+        self, snapshot: Snapshot, facts: Sequence[ServiceFacts]
+    ) -> tuple[tuple[ServiceFacts, ...], list[str]]:
+        """The services as they are, or will soon be, with the variants that were chosen; and what
+        had to be chosen anew."""
+        state = self._state
+        before, state.variants = state.variants, {}
+        self._moving.clear()
+        reasons: list[str] = []
+        found = []
+        for service in facts:
+            if not service.others:
+                found.append(service)
+                continue
+            mine = state.variants[service.name] = {}
+            for kind in dict.fromkeys(d.kind for d in snapshot.devices):
+                old = before.get(service.name, {}).get(kind, ORIGINAL)
+                able = ladder(service, kind, snapshot.devices)
+                names = [v.name for v in able]
+                mine[kind] = old if old in names else names[0]
+                if mine[kind] != old:
+                    reasons.append(f"{service.name}: {old} cannot serve on {kind}, {names[0]} can")
+            found.append(self._chosen_of(service, snapshot))
+        state.steps = {name: s for name, s in state.steps.items() if name in state.variants}
+        return tuple(found), reasons
+
+    def _chosen_of(self, service: ServiceFacts, snapshot: Snapshot) -> ServiceFacts:
+        """A service with what was chosen for it on each kind of device."""
+        kinds = dict.fromkeys(d.kind for d in snapshot.devices)
+        if not service.variants:
+            original = {kind: Variant() for kind in kinds}
+            service = msgspec.structs.replace(service, variants=original)
+        for kind, name in self._state.variants[service.name].items():
+            if kind in service.exec_ns and service.serving.get(kind, ORIGINAL) != name:
+                self._moving.add(service.name)
+            service = as_variant(service, kind, name)
+        return service
+
+    def chosen(self) -> dict[str, dict[str, str]]:
+        """What is not the original, by service and kind of device."""
+        found = {
+            name: {kind: variant for kind, variant in kinds.items() if variant != ORIGINAL}
+            for name, kinds in self._state.variants.items()
+        }
+        return {name: kinds for name, kinds in found.items() if kinds}
+
+    # --- steps ------------------------------------------------------------------------------
+
+    def step(self, views: Sequence[View]) -> list[str]:
+        """Take the steps that are due; why."""
+        reasons = []
+        for view in views:
+            several = [s for s in view.services if s.others.get(view.device.kind)]
+            if not several or not self._tuning.vary:
+                continue
+            if any(s.name in self._moving for s in several):
+                continue  # one step at a time
+            reasons += self._step(view, several)
+        return reasons
+
+    def _step(self, view: View, several: list[ServiceFacts]) -> list[str]:
+        layouts = self._layouts(view)
+        now = self._best(view, layouts)
+        if now.misses:
+            self._want_up(view, None)
+            return self._step_down(view, layouts, now, several)
+        for service in several:
+            self._steps(service.name).down_since = 0
+        return self._step_up(view, layouts, several)
+
+    def _step_down(
+        self,
+        view: View,
+        layouts: list[Layout],
+        now: Verdict,
+        several: list[ServiceFacts],
+    ) -> list[str]:
+        """Of the services that could take a step the one whose step helps most does, once it is
+        wished for long enough."""
+        best: tuple[float, float, str, Variant, Variant] | None = None
+        for service in several:
+            have, lesser, _ = self._around(view, service)
+            if lesser is None:
+                continue
+            there = self._best(with_variant(view, service.name, lesser.name), layouts)
+            found = (round(there.overload, 4), have.accuracy - lesser.accuracy)
+            if best is None or found < best[:2]:
+                best = (*found, service.name, have, lesser)
+        chosen = best[2] if best is not None and best[0] < now.overload - GAIN else ""
+        for service in several:
+            if service.name != chosen:
+                self._steps(service.name).down_since = 0
+        if best is None or not chosen:
+            return []
+        # What is missed until a variant serves that will do contradicts no prediction.
+        mine = {s.name for s in several}
+        self._state.foreseen |= {n: why for n, why in now.misses.items() if n in mine}
+        steps = self._steps(chosen)
+        steps.down_since = steps.down_since or view.now
+        if view.now - steps.down_since < self._tuning.grow_after:
+            return []
+        soon = steps.up_at and view.now - steps.up_at <= self._tuning.payback
+        usual = self._tuning.shrink_after
+        steps.patience = min(2 * steps.patience, PATIENCE_MOST * usual) if soon else usual
+        name, why = sorted(now.misses.items())[0]
+        return [self._take(view, chosen, best[3], best[4], f"{name}: {why}")]
+
+    def _step_up(self, view: View, layouts: list[Layout], several: list[ServiceFacts]) -> list[str]:
+        """Of the services that could do better the one that gains the most accuracy does, once all
+        would hold with that, with something to spare, for long enough."""
+        more = tuple(scaled(s, SPARE) for s in view.services)
+        spare = msgspec.structs.replace(view, services=more)
+        best: tuple[float, str, Variant, Variant] | None = None
+        for service in several:
+            have, _, better = self._around(view, service)
+            if better is None:
+                continue
+            if self._best(with_variant(spare, service.name, better.name), layouts).misses:
+                continue
+            gain = better.accuracy - have.accuracy
+            if best is None or (gain, service.name) > best[:2]:
+                best = (gain, service.name, have, better)
+        self._want_up(view, best[1] if best else None)
+        if best is None:
+            return []
+        steps = self._steps(best[1])
+        patience = max(steps.patience, self._tuning.shrink_after)
+        if view.now - steps.up_since < patience:
+            return []
+        steps.up_at = view.now
+        held = patience / S
+        return [self._take(view, best[1], best[2], best[3], f"it would hold (for {held:.0f}s)")]
+
+    def _want_up(self, view: View, chosen: str | None) -> None:
+        """Remember since when a service could do better; of the others, that they could not."""
+        for service in view.services:
+            steps = self._state.steps.get(service.name)
+            if steps is not None and service.name != chosen:
+                steps.up_since = 0
+        if chosen is not None:
+            steps = self._steps(chosen)
+            steps.up_since = steps.up_since or view.now
+
+    def _take(self, view: View, name: str, old: Variant, new: Variant, why: str) -> str:
+        kind, steps = view.device.kind, self._steps(name)
+        steps.down_since = steps.up_since = 0
+        self._state.variants[name][kind] = new.name
+        return f"{name} on {kind}: {old.name} -> {new.name}: {why}"
+
+    def _around(
+        self, view: View, service: ServiceFacts
+    ) -> tuple[Variant, Variant | None, Variant | None]:
+        """What serves on a device, the next less accurate that is faster, and the next better."""
+        kind = view.device.kind
+        able = ladder(service, kind, (view.device,))
+        names = [v.name for v in able]
+        chosen = self._state.variants[service.name][kind]
+        at = names.index(chosen) if chosen in names else 0
+        return (
+            able[at],
+            able[at + 1] if at + 1 < len(able) else None,
+            able[at - 1] if at else None,
+        )
+
+    def _steps(self, name: str) -> Steps:
+        return self._state.steps.setdefault(name, Steps())
+
+    def _layouts(self, view: View) -> list[Layout]:
+        """The layouts that give services most of a device; where instances are made one by one,
+        the one that it has."""
+        device, memory = view.device, self._state.devices[view.device.id]
+        if not device.trains:
+            return even_layouts(device)
+        fixed = self._tuning.split is not None or device.mig
+        if fixed and memory.layout is not None:
+            return [memory.layout]
+        return unit_layouts(device, device.compute)
+
+    def _best(self, view: View, layouts: list[Layout]) -> Verdict:
+        horizon_s = self._tuning.horizon / S
+        verdicts = [judge(view, layout, horizon_s) for layout in layouts]
+        return min(verdicts, key=lambda v: (round(v.overload, 4), len(v.misses)))
+
+
+def ladder(service: ServiceFacts, kind: str, devices: Sequence[DeviceSpec]) -> list[Variant]:
+    """The variants that may serve on a kind of device, most accurate first, each faster than the
+    one before it; the original, if none may."""
+    original = service.variants.get(kind, Variant())
+    all_of = [original, *service.others.get(kind, ())]
+    there = [d for d in devices if d.kind == kind]
+    able = [v for v in all_of if _may(service, v, there)]
+    able.sort(key=lambda v: (-v.accuracy, v.relative, v.name))
+    found: list[Variant] = []
+    for variant in able:
+        if not found or variant.relative < found[-1].relative:
+            found.append(variant)
+    return found or [original]
+
+
+def _may(service: ServiceFacts, variant: Variant, devices: Sequence[DeviceSpec]) -> bool:
+    """Whether a variant is good enough, and some of these devices can execute it. Of an original
+    whose accuracy nobody stated its instances find that out, from the check data."""
+    if variant.accuracy < service.accuracy_floor:
+        return False
+    return any(
+        (not d.memory or variant.memory <= d.memory)
+        and all(op in d.operators for op in variant.operators if d.operators)
+        for d in devices
+    )
+
+
+def as_variant(service: ServiceFacts, kind: str, name: str) -> ServiceFacts:
+    """A service as it would be with another variant on a kind of device."""
+    have = service.variants.get(kind)
+    if have is None:
+        return service
+    known = {v.name: v for v in (have, *service.others.get(kind, ()))}
+    new, old = known.get(name, have), known.get(service.serving.get(kind, ORIGINAL), have)
+    if new.name == have.name and new.name == service.serving.get(kind, ORIGINAL):
+        return service
+    times = service.exec_ns.get(kind, {})
+    ratio = new.relative / old.relative
+    others = tuple(v for v in known.values() if v.name != new.name)
+    return msgspec.structs.replace(
+        service,
+        variants=service.variants | {kind: new},
+        others=service.others | {kind: others},
+        serving=service.serving | {kind: new.name},
+        exec_ns=service.exec_ns | {kind: {size: round(ns * ratio) for size, ns in times.items()}},
+    )
+
+
+def with_variant(view: View, name: str, variant: str) -> View:
+    """A device as it would be if a service had another variant there."""
+    kind = view.device.kind
+    services = tuple(as_variant(s, kind, variant) if s.name == name else s for s in view.services)
+    return msgspec.structs.replace(view, services=services)
