@@ -264,6 +264,7 @@ def _service(section: reading.Section) -> ServiceSpec:
         instances=section.take("instances", reading.integer(1, 256), 1),
         threads=section.take("threads", reading.integer(0, 4096), 0),
         exec_timeout=section.take("exec_timeout", reading.duration, 30 * S),
+        chooses=section.take("variants", reading.one_of(("auto", "original")), "auto") == "auto",
     )
     section.done()
     return service

@@ -105,6 +105,7 @@ class InferCall(msgspec.Struct):
 
 class InferResult(msgspec.Struct):
     """The answer, or a piece of it: with ``more`` others follow. The last may have no outputs.
+    ``variant`` gave it; "" where the model has one alone.
 
     Call ``release`` exactly once when the bytes have been written out. Pieces that were not
     released add up: beyond a stated limit the request is withdrawn, and answered UNREAD.
@@ -115,6 +116,7 @@ class InferResult(msgspec.Struct):
     outputs: list[TensorOut]
     release: Callable[[], None]
     more: bool = False
+    variant: str = ""
 
 
 class Refused(msgspec.Struct, frozen=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import msgspec
@@ -47,7 +47,7 @@ class Pending:
     what is going on has been seen to: the next batch comes before the last one's answers."""
 
     __slots__ = ("arena", "block", "done", "id", "item", "key", "meta", "service", "unread",
-                 "version", "wanted", "worker")  # fmt: skip
+                 "variant", "version", "wanted", "worker")  # fmt: skip
 
     def __init__(
         self,
@@ -67,6 +67,8 @@ class Pending:
         """By which its result is kept, if it is."""
         self.worker = ""
         """Where it stays between its turns."""
+        self.variant = ""
+        """What gives the answer, where the model has several variants."""
         self.unread = 0
         """Bytes of pieces that were sent and not released."""
         self.wanted = call.outputs
@@ -87,7 +89,7 @@ class Pending:
         """Say what the same request was answered with before."""
         self.free()
         tensors = [TensorOut(t.name, t.datatype, t.shape, memoryview(t.data)) for t in kept]
-        self._say(InferResult(self.service, self.version, self._asked_for(tensors), _nothing))
+        self._say(self._result(self._asked_for(tensors), _nothing))
 
     def all_tensors(self, outputs: Outputs) -> list[TensorOut]:
         """What came out, asked for or not."""
@@ -107,7 +109,7 @@ class Pending:
     def answer(self, outputs: Outputs) -> None:
         """Say what came out; the result's ``release`` frees the memory."""
         tensors = self._tensors(outputs) if outputs.places else []
-        self._say(InferResult(self.service, self.version, tensors, self.free))
+        self._say(self._result(tensors, self.free))
 
     def emit(self, outputs: Outputs) -> None:
         """Say a piece of the answer."""
@@ -115,7 +117,12 @@ class Pending:
         size += sum(tensor.data.nbytes for tensor in tensors)
         self.unread += size
         release = partial(self._read, size)
-        self._say(InferResult(self.service, self.version, tensors, release, more=True))
+        self._say(self._result(tensors, release, more=True))
+
+    def _result(
+        self, tensors: list[TensorOut], release: Callable[[], None], more: bool = False
+    ) -> InferResult:
+        return InferResult(self.service, self.version, tensors, release, more, self.variant)
 
     def _read(self, size: int) -> None:
         self.unread -= size

@@ -67,6 +67,10 @@ class Effects:
         partitions = self.core.dispatcher.state.partitions.values()
         return tuple(p.units for p in partitions if p.device == device and p.services)
 
+    def kinds(self) -> tuple[str, ...]:
+        """See Shell."""
+        return tuple(dict.fromkeys(spec.kind for spec in self._fleet.specs))
+
     def kv_of(self, device: str) -> int:
         """See Shell."""
         return next(spec.kv for spec in self._fleet.specs if spec.id == device)

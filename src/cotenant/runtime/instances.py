@@ -21,7 +21,7 @@ from cotenant.domain.config import ModelSettings
 from cotenant.domain.device import Launch, Tenant, TenantKind
 from cotenant.domain.errors import DeviceError, EnvironmentProblem, ModelError
 from cotenant.domain.units import S, format_duration
-from cotenant.domain.workload import Joining, ServiceSpec
+from cotenant.domain.workload import ORIGINAL, Joining, ServiceSpec
 from cotenant.engines.accuracy import Accuracy
 from cotenant.engines.base import EngineMeta
 from cotenant.runtime.arena import Arena
@@ -39,7 +39,8 @@ from cotenant.runtime.messages import (
     Run,
 )
 from cotenant.runtime.process import WorkerProcess
-from cotenant.runtime.repository import ModelFiles, Stamp, stamp
+from cotenant.runtime.repository import ModelFiles, Stamp, VariantFiles, stamp
+from cotenant.runtime.variants import Variants
 
 log = logging.getLogger("cotenant.models")
 
@@ -75,6 +76,9 @@ class Shell(Protocol):
 
     def partitions_of(self, device: str) -> tuple[tuple[int, ...], ...]:
         """The units of a device's partitions on which services may run now."""
+
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of device that the box has."""
 
     def kv_of(self, device: str) -> int:
         """Bytes that the pools of language models may have on a device together; 0: no bound."""
@@ -138,6 +142,7 @@ class Instances:
         """Versions that serve, oldest first."""
         self.offers: dict[int, Offer] = {}
         """What was offered, by revision, as long as instances of it may be ordered."""
+        self.variants = Variants(spec.name, shell.kinds(), shell.feed)
         self.refused: dict[str, tuple[Stamp, str]] = {}
         """Versions that were declined: which file, and why."""
         self._log_path = logs / f"{spec.name}.log"
@@ -167,14 +172,18 @@ class Instances:
 
     # --- versions ---------------------------------------------------------------------------
 
-    def offer(self, files: ModelFiles, settings: ModelSettings) -> Offer:
-        """Offer a version to the dispatcher, which answers with ``serve`` or ``decline``."""
+    def offer(
+        self, files: ModelFiles, settings: ModelSettings, variants: list[VariantFiles]
+    ) -> Offer:
+        """Offer a version, which has these variants, to the dispatcher, which answers with
+        ``serve`` or ``decline``."""
         self._revisions += 1
         revision = self._revisions
         offer = self.offers[revision] = Offer(files, settings, revision)
         current = self.current
         joined = current is None or current.meta.shared
         self._announce_bounds(settings, joined, current.notes if current is not None else ())
+        self.variants.tell(files.version, variants)
         self._shell.feed(e.VersionOffered(self.spec.name, files.version, revision))
         return offer
 
@@ -216,12 +225,22 @@ class Instances:
         kept = [loaded.files for loaded in self.loaded.values()]
         last = max(self.offers, default=0)
         self.offers = {r: o for r, o in self.offers.items() if r == last or o.files in kept}
+        self.variants.keep([o.files.version for o in self.offers.values()])
 
-    def _check(self, offer: Offer, opened: Opened) -> None:
+    def _check(self, offer: Offer, opened: Opened, variant: VariantFiles | None) -> None:
         """Raise ModelError if an instance that was loaded must not serve."""
         files = offer.files
-        if stamp(files.path) != files.stamp:
-            raise ModelError(f"{files.path.name} was replaced while it was being loaded")
+        path, found_there = files.path, files.stamp
+        if variant is not None and variant.path is not None:
+            path, found_there = variant.path, variant.stamp
+        if stamp(path) != found_there:
+            raise ModelError(f"{path.name} was replaced while it was being loaded")
+        loaded = self.loaded.get(files.version)
+        if variant is not None and opened.unjoined and loaded and loaded.meta.batchable:
+            raise ModelError(
+                f"rows of requests can be joined in version {files.version}, and not in its "
+                f"variant {variant.name}: {opened.unjoined}"
+            )
         floor = max(self.spec.accuracy_floor, offer.settings.accuracy_floor)
         found = opened.accuracy
         if floor and found is not None and not found.value >= floor:
@@ -301,19 +320,22 @@ class Instances:
         if offer is None:
             self._failed(order, "the version was taken back", final=True)
             return
+        variant: VariantFiles | None = None
         try:
-            instance = await self._spawn(order, offer)
+            if order.variant != ORIGINAL:
+                variant = self.variants.files(order.version, order.variant)
+            instance = await self._spawn(order, offer, variant)
             async with asyncio.timeout(LOAD_TIMEOUT_S):
                 opened = await instance.opened
-            self._check(offer, opened)
+            self._check(offer, opened, variant)
             pid = instance.process.pid
             await self._shell.attach_worker(order.device, instance.tenant, pid)
         except TimeoutError:
-            offer.faulty = True
+            offer.faulty = offer.faulty or variant is None
             why = f"version {order.version} did not load in {LOAD_TIMEOUT_S:g} s"
             self._failed(order, why)
         except ModelError as error:
-            offer.faulty = True
+            offer.faulty = offer.faulty or order.variant == ORIGINAL
             self._failed(order, str(error), final=_replaced(offer.files))
         except (DeviceError, EnvironmentProblem) as error:
             self._failed(order, str(error))
@@ -325,6 +347,8 @@ class Instances:
         if instance is not None:
             instance.process.kill()
         extra = {"worker": order.worker, "version": order.version, "why": why}
+        if order.variant != ORIGINAL:
+            extra["variant"] = order.variant
         log.warning("instance not loaded", extra=extra)
         self._shell.feed(e.LoadFailed(order.worker, why, final))
 
@@ -355,8 +379,12 @@ class Instances:
             )
         )
 
-    async def _spawn(self, order: a.Load, offer: Offer) -> _Instance:
+    async def _spawn(self, order: a.Load, offer: Offer, variant: VariantFiles | None) -> _Instance:
         spec = self.spec
+        path, settings = offer.files.path, offer.settings
+        if variant is not None and variant.path is not None and variant.record is not None:
+            path = variant.path
+            settings = msgspec.structs.replace(settings, engine=variant.record.engine)
         tenant = Tenant(
             order.worker, TenantKind.WORKER, threads=spec.threads, exec_timeout=spec.exec_timeout
         )
@@ -378,11 +406,11 @@ class Instances:
         units, limit = self._shell.units_of(order.device, order.partition), spec.kv.limit
         process.send(
             Open(
-                path=str(offer.files.path),
+                path=str(path),
                 units=tuple(u for u in units if u <= (spec.threads or u)) or (1,),
                 max_batch=spec.batch.max,
                 check=str(offer.files.check) if offer.files.check is not None else "",
-                settings=offer.settings,
+                settings=settings,
                 joining=joining,
                 kv=min(limit, self._shell.kv_of(order.device) or limit),
                 partitions=self._shell.partitions_of(order.device),

@@ -82,7 +82,8 @@ class Models:
             if instances is None:
                 instances = self.services[name] = self._make(name, settings)
             try:
-                await instances.offer(files, settings).outcome
+                variants = await asyncio.to_thread(self.repository.variants, files)
+                await instances.offer(files, settings, variants).outcome
             except BaseException:
                 if instances.current is None and name not in self._declared:
                     await self._end(name, instances)
@@ -144,6 +145,9 @@ class Models:
             return
         if instances.loading or name in self.leaving:
             return
+        for loaded in list(instances.loaded.values()):
+            found = await asyncio.to_thread(self.repository.variants, loaded.files)
+            instances.variants.follow(loaded.files.version, found)
         try:
             there = self.repository.versions(instances.spec.model)
         except CotenantError:

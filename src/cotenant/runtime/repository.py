@@ -21,6 +21,7 @@ from pathlib import Path
 
 import msgspec
 
+from cotenant.domain import reading
 from cotenant.domain.config import ModelSettings, parse_model_settings
 from cotenant.domain.errors import ConfigError, CotenantError, ModelError, NotFound
 from cotenant.domain.variant import (
@@ -256,6 +257,10 @@ def _variant(files: ModelFiles, directory: Path) -> VariantFiles:
 
 def _problem(files: ModelFiles, name: str, path: Path | None, record: VariantRecord) -> str:
     """Why a variant cannot serve; "" if it can."""
+    try:
+        reading.name(name)
+    except ValueError as error:
+        return str(error)
     if name == ORIGINAL:
         return f"{ORIGINAL!r} is what the version itself is called; give it another name"
     if record.state is VariantState.REFUSED:

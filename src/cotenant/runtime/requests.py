@@ -19,7 +19,7 @@ from cotenant.domain.errors import InvalidRequest
 from cotenant.domain.port import InferCall, OnOutcome, Refused, Withdraw
 from cotenant.domain.request import Batch, Refusal, Request
 from cotenant.domain.units import MS
-from cotenant.domain.workload import PRIORITY_CLASSES
+from cotenant.domain.workload import ORIGINAL, PRIORITY_CLASSES
 from cotenant.engines.base import size_of
 from cotenant.policy.dispatcher import Dispatcher
 from cotenant.runtime import calls
@@ -144,7 +144,11 @@ class Requests:
         places = [p for p in pending.item.inputs if p.offset >= 0]
         memory = pending.arena.memory
         given += [memory[p.offset : p.offset + p.nbytes] for p in places]
-        pending.key = self.results.key(pending.service, limit, [pending.version.encode(), *given])
+        service = self._state.services[pending.service]
+        serving = service.serving.get(service.home, ORIGINAL)
+        pending.variant = self._variant(pending.service, pending.version, serving)
+        of = f"{pending.version} {pending.variant}".encode()
+        pending.key = self.results.key(pending.service, limit, [of, *given])
         kept = self.results.find(pending.service, pending.key)
         if kept is not None:
             pending.answer_kept(kept)
@@ -175,12 +179,20 @@ class Requests:
     def items(self, batch: Batch, worker: str) -> tuple[Item, ...]:
         """What a worker is told of a batch's requests."""
         requests = [self._pending[r] for r in batch.requests]
+        variant = self._variant(batch.service, batch.version, self._state.workers[worker].variant)
         for pending in requests:
             pending.version = batch.version  # a swap may have come since it was queued
+            if pending.variant != variant:  # what was asked of another is not kept as its answer
+                pending.variant, pending.key = variant, None
             if pending.meta.turns and pending.worker != worker:
                 self._forget(pending)
                 pending.worker = worker
         return tuple([pending.item for pending in requests])
+
+    def _variant(self, service: str, version: str, name: str) -> str:
+        """What answers say of the variant that gave them: nothing where there is one alone."""
+        several = self._state.services[service].variants.get(version)
+        return name if several or name != ORIGINAL else ""
 
     def on_result(self, message: Done | Failed) -> None:
         """A batch came back from a worker."""

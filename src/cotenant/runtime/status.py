@@ -11,7 +11,8 @@ import msgspec
 from cotenant import __version__
 from cotenant.domain.device import DeviceSpec
 from cotenant.domain.units import MS, US
-from cotenant.policy.state import PartitionState
+from cotenant.policy.state import PartitionState, ServiceState
+from cotenant.telemetry.variants import serving_on
 
 if TYPE_CHECKING:
     from cotenant.runtime.instances import Instances
@@ -107,6 +108,14 @@ def _kv(node: Node, name: str) -> dict[str, int] | None:
     }
 
 
+def _variants(service: ServiceState) -> dict[str, Any] | None:
+    """Which variant serves, by kind of device, and why others cannot; null where there is one."""
+    if not any(service.variants.values()):
+        return None
+    revision = service.versions.get(service.version, service.offer_revision)
+    return {"serving": serving_on(service), "failed": service.spoilt.get(revision, {})}
+
+
 def _service(node: Node, name: str, instances: Instances) -> dict[str, Any]:
     meter = node.monitor.service(name)
     known = node.core.dispatcher.state.services.get(name)
@@ -142,5 +151,6 @@ def _service(node: Node, name: str, instances: Instances) -> dict[str, Any]:
         "kv": _kv(node, name),
         "accuracy": msgspec.to_builtins(current.accuracy) if current else None,
         "joined": current.meta.batchable if current else None,
+        "variants": _variants(known) if known else None,
         "notes": list(current.notes) if current else [],
     }

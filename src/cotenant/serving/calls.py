@@ -10,7 +10,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from functools import partial
-from typing import NoReturn, Protocol
+from typing import Final, NoReturn, Protocol
 
 import msgspec
 
@@ -27,6 +27,8 @@ from cotenant.domain.port import (
 )
 from cotenant.serving.tensors import Limits, check_bytes, check_size, shown
 
+VARIANT: Final = "cotenant-variant"
+"""Header and parameter of answers: which variant of the model gave them, where it has several."""
 _MAX_TIMEOUT_US = 2**63 // 1000
 
 

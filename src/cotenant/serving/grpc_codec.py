@@ -266,6 +266,8 @@ def encode(result: InferResult, request: Decoded, regions: RegionIO) -> bytes:
     answer = protos.ModelInferResponse(
         model_name=result.model, model_version=result.version, id=request.call.id
     )
+    if result.variant:
+        answer.parameters[calls.VARIANT].string_param = result.variant
     raw: list[Any] = []
     for output in result.outputs:
         want = request.wanted.get(output.name)

@@ -21,6 +21,7 @@ import msgspec
 from cotenant.domain.errors import InvalidRequest, TooLarge
 from cotenant.domain.port import InferCall, InferResult, TensorIn, TensorMeta
 from cotenant.serving.calls import (
+    VARIANT,
     Decoded,
     RegionIO,
     Wanted,
@@ -118,6 +119,7 @@ class _ResponseJson(msgspec.Struct, omit_defaults=True):
     model_version: str
     outputs: list[_OutputJson]
     id: str = ""
+    parameters: dict[str, str] | None = None
 
 
 _decoder = msgspec.json.Decoder(_Request)
@@ -199,7 +201,10 @@ def encode(result: InferResult, request: Decoded, regions: RegionIO) -> tuple[by
                 count *= dim
             entry.data = bytes_to_json(output.name, output.datatype, count, output.data)
         tensors.append(entry)
-    head = _encoder.encode(_ResponseJson(result.model, result.version, tensors, request.call.id))
+    said = {VARIANT: result.variant} if result.variant else None
+    head = _encoder.encode(
+        _ResponseJson(result.model, result.version, tensors, request.call.id, said)
+    )
     if not blobs:
         return head, None
     return b"".join((head, *blobs)), len(head)

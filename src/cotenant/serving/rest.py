@@ -40,7 +40,7 @@ from cotenant.serving.bodies import (
     respond,
     respond_unread,
 )
-from cotenant.serving.calls import infer
+from cotenant.serving.calls import VARIANT, infer
 from cotenant.serving.intake import BodyRefused, Intake, authorised
 from cotenant.serving.long_lists import PIECE_BYTES
 from cotenant.serving.overdue import Overdue
@@ -263,10 +263,12 @@ class App:
             answer, json_length = oip.encode(outcome, request, self._regions)
         finally:
             outcome.release()
-        if json_length is None:
-            return 200, answer, (JSON_TYPE,)
-        length = (b"inference-header-content-length", b"%d" % json_length)
-        return 200, answer, (_BINARY_TYPE, length)
+        headers: tuple[Header, ...] = (JSON_TYPE,)
+        if json_length is not None:
+            headers = _BINARY_TYPE, (b"inference-header-content-length", b"%d" % json_length)
+        if outcome.variant:
+            headers += ((VARIANT.encode(), outcome.variant.encode()),)
+        return 200, answer, headers
 
     def whole(
         self, method: bytes, url: bytes, headers: Iterable[Header], body: bytes, exchange: Exchange

@@ -86,6 +86,8 @@ class ServiceMeter:
     def __init__(self, season: Season) -> None:
         self.arrived = 0
         self.answered = 0
+        self.by_variant: Counter[str] = Counter()
+        """Requests that were executed to their end, by variant."""
         self.failed = 0
         self.misses = 0
         self.refused: Counter[str] = Counter()

@@ -18,6 +18,7 @@ from cotenant.policy.memory.account import Line
 from cotenant.policy.state import DispatcherState
 from cotenant.telemetry.meters import Histogram
 from cotenant.telemetry.monitor import Monitor
+from cotenant.telemetry.variants import serving_on
 
 
 class _Once:
@@ -94,6 +95,16 @@ def _services(monitor: Monitor, state: DispatcherState) -> Iterator[Metric]:
     label = ["service"]
     arrived = CounterMetricFamily("cotenant_requests", "Requests that arrived", labels=label)
     answered = CounterMetricFamily("cotenant_answers", "Requests answered", labels=label)
+    by_variant = CounterMetricFamily(
+        "cotenant_variant_answers",
+        "Requests answered by each variant of the model",
+        labels=["service", "variant"],
+    )
+    serving = GaugeMetricFamily(
+        "cotenant_variant_serving",
+        "1 for the variant of the model that serves on a kind of device",
+        labels=["service", "kind", "variant"],
+    )
     misses = CounterMetricFamily(
         "cotenant_deadline_misses", "Answers after the deadline", labels=label
     )
@@ -137,8 +148,13 @@ def _services(monitor: Monitor, state: DispatcherState) -> Iterator[Metric]:
         if name in state.services:
             queue.add_metric([name], state.services[name].queued)
             objective.add_metric([name], state.services[name].objective / S)
+            if any(state.services[name].variants.values()):
+                for kind, variant in serving_on(state.services[name]).items():
+                    serving.add_metric([name, kind, variant], 1)
+                for variant, count in meter.by_variant.items():
+                    by_variant.add_metric([name, variant], count)
     yield from (arrived, answered, misses, refused, rate, trend, queue, objective)
-    yield from (latency, batches, first, pace, tokens)
+    yield from (latency, batches, first, pace, tokens, by_variant, serving)
 
 
 def _language_models(monitor: Monitor, state: DispatcherState) -> Iterator[Metric]:

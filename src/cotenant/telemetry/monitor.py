@@ -20,7 +20,7 @@ from cotenant.domain.snapshot import (
     Snapshot,
 )
 from cotenant.domain.units import S
-from cotenant.domain.workload import ServiceSpec, share_on
+from cotenant.domain.workload import ORIGINAL, ServiceSpec, share_on
 from cotenant.policy.forecast import Season
 from cotenant.policy.memory.budgets import gives
 from cotenant.policy.state import DispatcherState, Phase, ServiceState, unfit
@@ -72,6 +72,8 @@ class Monitor:
         """Of services: after how long (ns) each further piece of an answer is due."""
         self._resident: set[int] = set()
         """Those that have had a turn and are to have another: they wait in no queue."""
+        self._variants: dict[str, str] = {}
+        """Which one each instance is of."""
         self._running: dict[int, a.Dispatch] = {}
         self._at_hand: dict[int, a.Dispatch] = {}
         """Batches that workers have at hand, by the batch that they follow."""
@@ -88,8 +90,10 @@ class Monitor:
             e.ActionFailed: self._action_failed,
             e.JobExited: self._job_exited,
             e.WorkerDown: self._worker_down,
+            e.LoadFailed: self._load_failed,
         }
         self._seen: dict[type, Callable[[int, Any], None]] = {
+            a.Load: self._loading,
             a.Dispatch: self._dispatched,
             a.Complete: self._completed,
             a.Reject: self._rejected,
@@ -131,6 +135,7 @@ class Monitor:
         if event.more:
             self._turn_over(event)
         else:
+            self._count_variant(event)
             self._batch_over(now, event.batch, event.exec_ns, event.failed)
         self._resident.update(event.unfinished)
 
@@ -179,7 +184,22 @@ class Monitor:
         for held in [p for j, p in self._granted if j == event.job]:
             self._grant_over(now, event.job, held)
 
+    def _loading(self, _: int, action: a.Load) -> None:
+        self._variants[action.worker] = action.variant
+
+    def _load_failed(self, _: int, event: e.LoadFailed) -> None:
+        self._variants.pop(event.worker, None)
+
+    def _count_variant(self, event: e.BatchDone) -> None:
+        """Count what is answered by the variant that did it."""
+        dispatch = self._running.get(event.batch)
+        if dispatch is not None:
+            answered = len(dispatch.batch.requests) - len(event.failed) - len(event.unfinished)
+            variant = self._variants.get(dispatch.worker, ORIGINAL)
+            self.service(dispatch.batch.service).by_variant[variant] += answered
+
     def _worker_down(self, now: int, event: e.WorkerDown) -> None:
+        self._variants.pop(event.worker, None)
         lost = [x for x in self._running.values() if x.worker == event.worker]
         for dispatch in lost:
             self._at_hand.pop(dispatch.batch.id, None)

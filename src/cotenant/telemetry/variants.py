@@ -32,6 +32,11 @@ def others_of(service: ServiceState) -> dict[str, tuple[Variant, ...]]:
     return found
 
 
+def serving_on(service: ServiceState) -> dict[str, str]:
+    """Which variant serves, by kind of device."""
+    return {kind: service.serving.get(kind, ORIGINAL) for kind in service.exec}
+
+
 def _warm(service: ServiceState, kind: str, variant: str) -> dict[int, int]:
     """What one row took in the last warm-up of a variant (ns), by units."""
     if service.serving.get(kind, ORIGINAL) == variant:
