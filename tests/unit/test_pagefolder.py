@@ -6,11 +6,13 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from cotenant.devices import proctree
 from cotenant.devices.nvidia import pagefolder
 from cotenant.devices.nvidia.gates import Gates
 from cotenant.devices.nvidia.page import VARIABLE
@@ -83,6 +85,8 @@ def test_pages_that_processes_have_stay(make: Make, tmp_path: Path) -> None:
     page = left(tmp_path)
     job = subprocess.Popen(["sleep", "600"], env={VARIABLE: str(page)})
     try:
+        while not proctree.marked(VARIABLE, str(page)):
+            time.sleep(0.01)  # it is there before its environment is
         make("mine")
         assert page.exists()
     finally:

@@ -50,7 +50,13 @@ class Rig:
             version=lambda *_: loaded, services={"s": instances}, leaving=set()
         )
         self.running: dict[int, Any] = {}
-        state = SimpleNamespace(services={"s": SimpleNamespace(max_batch=8)}, running=self.running)
+        self.service = SimpleNamespace(max_batch=8, variants={}, serving={}, home="cpu")
+        worker = SimpleNamespace(variant="original")
+        state = SimpleNamespace(
+            services={"s": self.service},
+            running=self.running,
+            workers={"w": worker, "v": worker, "w2": worker, "other": worker},
+        )
         self.requests = Requests(
             models,  # type: ignore[arg-type]
             SimpleNamespace(turned_away=lambda *_: None),  # type: ignore[arg-type]
