@@ -35,6 +35,7 @@ APART = (
     "ten-boxes",
     "two-jobs",
     "three-gpus",
+    "smaller-build",
     "too-much",
     "gpu-beside-training",
     "three-llms-one-gpu",

@@ -3,8 +3,8 @@
 The most accurate that holds the objective. While the load is more than any layout of the device
 could carry, one service takes one step to a less accurate variant that is faster there, never below
 its floor: the step that leaves the least load unanswered. It goes back up once the better variant
-would hold at more than the present load, and that has been so for a while; who came down again
-soon after is more patient each time, as in exponential back-off (Metcalfe and Boggs, CACM 1976).
+would hold at more than the present load, and that has been so for a while. Devices of one kind have
+the same variant of a service.
 
 Times of a variant that does not serve are those of the one that does, in the proportion in which
 both were measured.
@@ -12,8 +12,8 @@ both were measured.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Final, NamedTuple
 
 import msgspec
 
@@ -25,14 +25,17 @@ from cotenant.policy.demand import scaled
 from cotenant.policy.judging import judge
 from cotenant.policy.layouts import even_layouts, unit_layouts
 from cotenant.policy.planstate import PlannerState, Steps, Tuning
-from cotenant.policy.views import Layout, Verdict, View
+from cotenant.policy.views import Layout, View
 
 SPARE: Final = 1.25
 """A better variant must hold at this much more than the present load."""
-GAIN: Final = 0.01
-"""A step down must leave so much less of the load (a part of it) unanswered."""
-PATIENCE_MOST: Final = 32
-"""Times the usual patience."""
+
+
+class _Outlook(NamedTuple):
+    """``overload`` as in ``Verdict``, and for services that would miss their objective why."""
+
+    overload: float
+    misses: dict[str, str]
 
 
 class Choosing:
@@ -93,112 +96,97 @@ class Choosing:
     # --- steps ------------------------------------------------------------------------------
 
     def step(self, views: Sequence[View]) -> list[str]:
-        """Take the steps that are due; why."""
+        """Take the steps that are due, one on each kind of device; why."""
         reasons = []
-        for view in views:
-            several = [s for s in view.services if s.others.get(view.device.kind)]
-            if not several or not self._tuning.vary:
-                continue
-            if any(s.name in self._moving for s in several):
-                continue  # one step at a time
-            reasons += self._step(view, several)
+        for kind in dict.fromkeys(v.device.kind for v in views):
+            there = [v for v in views if v.device.kind == kind]
+            several = {s.name: s for v in there for s in v.services if s.others.get(kind)}
+            if several and self._tuning.vary and self._moving.isdisjoint(several):
+                reasons += self._step(there, several)
         return reasons
 
-    def _step(self, view: View, several: list[ServiceFacts]) -> list[str]:
-        layouts = self._layouts(view)
-        now = self._best(view, layouts)
+    def _step(self, views: list[View], several: Mapping[str, ServiceFacts]) -> list[str]:
+        kind, now = views[0].device.kind, self._outlook(views)
         if now.misses:
-            self._want_up(view, None)
-            return self._step_down(view, layouts, now, several)
-        for service in several:
-            self._steps(service.name).down_since = 0
-        return self._step_up(view, layouts, several)
+            self._wish_up(kind, several, "")
+            return self._step_down(views, now, several)
+        self._wish_down(kind, several, "")
+        return self._step_up(views, several)
 
     def _step_down(
-        self,
-        view: View,
-        layouts: list[Layout],
-        now: Verdict,
-        several: list[ServiceFacts],
+        self, views: list[View], now: _Outlook, several: Mapping[str, ServiceFacts]
     ) -> list[str]:
         """Of the services that could take a step the one whose step helps most does, once it is
         wished for long enough."""
+        kind, at = views[0].device.kind, views[0].now
         best: tuple[float, float, str, Variant, Variant] | None = None
-        for service in several:
-            have, lesser, _ = self._around(view, service)
-            if lesser is None:
-                continue
-            there = self._best(with_variant(view, service.name, lesser.name), layouts)
-            found = (round(there.overload, 4), have.accuracy - lesser.accuracy)
-            if best is None or found < best[:2]:
-                best = (*found, service.name, have, lesser)
-        chosen = best[2] if best is not None and best[0] < now.overload - GAIN else ""
-        for service in several:
-            if service.name != chosen:
-                self._steps(service.name).down_since = 0
-        if best is None or not chosen:
-            return []
-        # What is missed until a variant serves that will do contradicts no prediction.
-        mine = {s.name for s in several}
-        self._state.foreseen |= {n: why for n, why in now.misses.items() if n in mine}
-        steps = self._steps(chosen)
-        steps.down_since = steps.down_since or view.now
-        if view.now - steps.down_since < self._tuning.grow_after:
-            return []
-        soon = steps.up_at and view.now - steps.up_at <= self._tuning.payback
-        usual = self._tuning.shrink_after
-        steps.patience = min(2 * steps.patience, PATIENCE_MOST * usual) if soon else usual
-        name, why = sorted(now.misses.items())[0]
-        return [self._take(view, chosen, best[3], best[4], f"{name}: {why}")]
-
-    def _step_up(self, view: View, layouts: list[Layout], several: list[ServiceFacts]) -> list[str]:
-        """Of the services that could do better the one that gains the most accuracy does, once all
-        would hold with that, with something to spare, for long enough."""
-        more = tuple(scaled(s, SPARE) for s in view.services)
-        spare = msgspec.structs.replace(view, services=more)
-        best: tuple[float, str, Variant, Variant] | None = None
-        for service in several:
-            have, _, better = self._around(view, service)
-            if better is None:
-                continue
-            if self._best(with_variant(spare, service.name, better.name), layouts).misses:
-                continue
-            gain = better.accuracy - have.accuracy
-            if best is None or (gain, service.name) > best[:2]:
-                best = (gain, service.name, have, better)
-        self._want_up(view, best[1] if best else None)
+        for name, service in several.items():
+            have, lesser, _ = self._around(views, service)
+            if lesser is not None:
+                there = self._outlook([with_variant(v, name, lesser.name) for v in views])
+                found = (there.overload, have.accuracy - lesser.accuracy, name)
+                if found[0] < now.overload and (best is None or found < best[:3]):
+                    best = (*found, have, lesser)
+        since = self._wish_down(kind, several, best[2] if best else "", at)
         if best is None:
             return []
-        steps = self._steps(best[1])
-        patience = max(steps.patience, self._tuning.shrink_after)
-        if view.now - steps.up_since < patience:
+        # What is missed until a variant serves that will do contradicts no prediction.
+        self._state.foreseen |= {n: why for n, why in now.misses.items() if n in several}
+        if at - since < self._tuning.grow_after:
             return []
-        steps.up_at = view.now
-        held = patience / S
-        return [self._take(view, best[1], best[2], best[3], f"it would hold (for {held:.0f}s)")]
+        name, why = min(now.misses.items())
+        return [self._take(kind, best[2], best[3], best[4], f"{name}: {why}")]
 
-    def _want_up(self, view: View, chosen: str | None) -> None:
-        """Remember since when a service could do better; of the others, that they could not."""
-        for service in view.services:
-            steps = self._state.steps.get(service.name)
-            if steps is not None and service.name != chosen:
-                steps.up_since = 0
-        if chosen is not None:
-            steps = self._steps(chosen)
-            steps.up_since = steps.up_since or view.now
+    def _step_up(self, views: list[View], several: Mapping[str, ServiceFacts]) -> list[str]:
+        """Of the services that could do better the one that gains the most accuracy does, once all
+        would hold with that, with something to spare, for long enough."""
+        kind, at = views[0].device.kind, views[0].now
+        spare = [
+            msgspec.structs.replace(v, services=tuple(scaled(s, SPARE) for s in v.services))
+            for v in views
+        ]
+        best: tuple[float, str, Variant, Variant] | None = None
+        for name, service in several.items():
+            have, _, better = self._around(views, service)
+            if better is None:
+                continue
+            gain = better.accuracy - have.accuracy
+            holds = not self._outlook([with_variant(v, name, better.name) for v in spare]).misses
+            if holds and (best is None or (gain, name) > best[:2]):
+                best = (gain, name, have, better)
+        since = self._wish_up(kind, several, best[1] if best else "", at)
+        if best is None or at - since < self._tuning.shrink_after:
+            return []
+        held = self._tuning.shrink_after / S
+        return [self._take(kind, best[1], best[2], best[3], f"it would hold (for {held:.0f}s)")]
 
-    def _take(self, view: View, name: str, old: Variant, new: Variant, why: str) -> str:
-        kind, steps = view.device.kind, self._steps(name)
-        steps.down_since = steps.up_since = 0
+    def _wish_down(self, kind: str, several: Iterable[str], chosen: str, at: int = 0) -> int:
+        """Remember since when (ns) a service is to take a step down, which is returned; of the
+        others, that they are not to."""
+        for name in several:
+            steps = self._steps(name, kind)
+            steps.down_since = (steps.down_since or at) if name == chosen else 0
+        return self._steps(chosen, kind).down_since if chosen else 0
+
+    def _wish_up(self, kind: str, several: Iterable[str], chosen: str, at: int = 0) -> int:
+        """The same of a step up."""
+        for name in several:
+            steps = self._steps(name, kind)
+            steps.up_since = (steps.up_since or at) if name == chosen else 0
+        return self._steps(chosen, kind).up_since if chosen else 0
+
+    def _take(self, kind: str, name: str, old: Variant, new: Variant, why: str) -> str:
+        self._state.steps[name][kind] = Steps()
         self._state.variants[name][kind] = new.name
         return f"{name} on {kind}: {old.name} -> {new.name}: {why}"
 
     def _around(
-        self, view: View, service: ServiceFacts
+        self, views: Sequence[View], service: ServiceFacts
     ) -> tuple[Variant, Variant | None, Variant | None]:
-        """What serves on a device, the next less accurate that is faster, and the next better."""
-        kind = view.device.kind
-        able = ladder(service, kind, (view.device,))
+        """What serves on a kind of device, the next less accurate that is faster, and the next
+        better."""
+        kind = views[0].device.kind
+        able = ladder(service, kind, [v.device for v in views])
         names = [v.name for v in able]
         chosen = self._state.variants[service.name][kind]
         at = names.index(chosen) if chosen in names else 0
@@ -208,8 +196,20 @@ class Choosing:
             able[at - 1] if at else None,
         )
 
-    def _steps(self, name: str) -> Steps:
-        return self._state.steps.setdefault(name, Steps())
+    def _steps(self, name: str, kind: str) -> Steps:
+        return self._state.steps.setdefault(name, {}).setdefault(kind, Steps())
+
+    def _outlook(self, views: Sequence[View]) -> _Outlook:
+        """How services would do on devices of a kind, each in the layout that is best for them."""
+        horizon_s = self._tuning.horizon / S
+        overload = 0.0
+        misses: dict[str, str] = {}
+        for view in views:
+            verdicts = [judge(view, layout, horizon_s) for layout in self._layouts(view)]
+            best = min(verdicts, key=lambda v: (round(v.overload, 4), len(v.misses)))
+            overload += round(best.overload, 4)
+            misses |= best.misses
+        return _Outlook(overload, misses)
 
     def _layouts(self, view: View) -> list[Layout]:
         """The layouts that give services most of a device; where instances are made one by one,
@@ -221,11 +221,6 @@ class Choosing:
         if fixed and memory.layout is not None:
             return [memory.layout]
         return unit_layouts(device, device.compute)
-
-    def _best(self, view: View, layouts: list[Layout]) -> Verdict:
-        horizon_s = self._tuning.horizon / S
-        verdicts = [judge(view, layout, horizon_s) for layout in layouts]
-        return min(verdicts, key=lambda v: (round(v.overload, 4), len(v.misses)))
 
 
 def ladder(service: ServiceFacts, kind: str, devices: Sequence[DeviceSpec]) -> list[Variant]:

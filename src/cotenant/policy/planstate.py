@@ -72,14 +72,11 @@ class DeviceMemory(msgspec.Struct):
 
 
 class Steps(msgspec.Struct):
-    """Of one service with several variants. ``down_since``, ``up_since``: since when a step has
-    been wished for (ns; 0: it is not). ``up_at``: when it last went up; ``patience``: how long the
-    wish to do so must hold."""
+    """Of one service with several variants, on a kind of device: since when a step has been wished
+    for (ns; 0: it is not)."""
 
     down_since: int = 0
     up_since: int = 0
-    up_at: int = 0
-    patience: int = 0
 
 
 class PlannerState(msgspec.Struct):
@@ -108,8 +105,8 @@ class PlannerState(msgspec.Struct):
     """Rate of each service without its bursts, per second."""
     variants: dict[str, dict[str, str]] = {}
     """The variant that is to serve, by service and kind of device, of those that have several."""
-    steps: dict[str, Steps] = {}
-    """Of those services: when they last took a step, and how patient they are with the next."""
+    steps: dict[str, dict[str, Steps]] = {}
+    """Of those services: which they wish to take."""
     pressure: dict[str, Pressure] = {}
     foreseen: dict[str, str] = {}
     """Services whose answers take turns that were predicted to miss their objectives, and why."""
