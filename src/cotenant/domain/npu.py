@@ -1,4 +1,4 @@
-"""An NPU that is emulated: what it has, and what it takes."""
+"""NPUs, emulated or there: what a model instance is told of them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import msgspec
 
 PREFIX: Final = "npu-emulated:"
 """How ``domain.device.PROCESSOR`` begins for it."""
+NAMED: Final = "npu:"
+"""How it begins for an NPU that is there."""
 FREE: Final = frozenset({"Parameter", "Constant", "Result"})
 """Operators that every device takes: they compute nothing."""
 _COMMON: Final = """
@@ -44,3 +46,23 @@ def emulated(processor: str) -> Emulated | None:
     if not processor.startswith(PREFIX):
         return None
     return msgspec.json.decode(processor.removeprefix(PREFIX), type=Emulated)
+
+
+class Present(msgspec.Struct, frozen=True):
+    """An NPU that is there: ``name`` as OpenVINO lists it. ``memory``: bytes that one model may
+    have there (0: any)."""
+
+    name: str
+    memory: int = 0
+
+    @property
+    def processor(self) -> str:
+        """As a model instance is told of it (``domain.device.PROCESSOR``)."""
+        return NAMED + msgspec.json.encode(self).decode()
+
+
+def present(processor: str) -> Present | None:
+    """What ``processor`` says of an NPU that is there; None if it is something else."""
+    if not processor.startswith(NAMED):
+        return None
+    return msgspec.json.decode(processor.removeprefix(NAMED), type=Present)

@@ -29,7 +29,7 @@ from typing import Any, Final
 import numpy as np
 
 from cotenant.domain.errors import ModelError
-from cotenant.domain.npu import FREE, Emulated, emulated
+from cotenant.domain.npu import FREE, Emulated, emulated, present
 from cotenant.domain.port import TensorMeta
 from cotenant.domain.units import format_bytes
 from cotenant.engines.base import Array, Engine, EngineKind, EngineMeta, Opening, Room, nearest
@@ -81,9 +81,7 @@ class OpenVinoEngine:
     """A model file compiled once per unit count; for an emulated NPU once, for its cores."""
 
     def __init__(self, path: Path, units: Sequence[int], npu: Emulated | None = None) -> None:
-        if path.suffix == IR and not path.with_suffix(".bin").is_file():
-            weights = path.with_suffix(".bin").name
-            raise ModelError(f"{path.name} has its weights in {weights}, which is not beside it")
+        check_beside(path)
         openvino = imported()
         self._tensor = openvino.Tensor
         core = openvino.Core()
@@ -91,7 +89,7 @@ class OpenVinoEngine:
             # A file that is mapped ends the process when somebody truncates it.
             core.set_property({"ENABLE_MMAP": False})
             model = core.read_model(path)
-            self._meta = _described(model, "ir" if path.suffix == IR else "onnx")
+            self._meta = described(model, path)
             threads = {n: n if npu is None else npu.cores for n in units}
             if npu is not None:
                 _check(model, npu)
@@ -151,12 +149,7 @@ class OpenVinoEngine:
                 return outputs
         else:
             bound.learn(arrays, found)
-        outputs = room.take([(array.shape, array.dtype) for array in found])
-        if outputs is None:
-            return [np.array(array) for array in found]
-        for array, output in zip(found, outputs, strict=True):
-            np.copyto(output, array)
-        return outputs
+        return copied(found, room)
 
     def _execute(self, units: int, arrays: list[Array]) -> list[Array]:
         """Outputs as views that are valid until the next execution."""
@@ -188,6 +181,16 @@ class OpenVinoEngine:
         return np.require(array, requirements=("C", "ALIGNED", "WRITEABLE"))
 
 
+def copied(found: Sequence[Array], room: Room) -> list[Array]:
+    """Copies of what is valid until the next execution, in ``room`` if they fit."""
+    outputs = room.take([(array.shape, array.dtype) for array in found])
+    if outputs is None:
+        return [np.array(array) for array in found]
+    for array, output in zip(found, outputs, strict=True):
+        np.copyto(output, array)
+    return outputs
+
+
 def imported() -> Any:
     """The module, made ready for a worker before anything of it is loaded."""
     if "openvino" not in sys.modules:
@@ -212,12 +215,19 @@ def _settings(threads: int) -> dict[str, Any]:
     }
 
 
+def check_beside(path: Path) -> None:
+    """Raises ModelError if a model's weights are not where they belong."""
+    if path.suffix == IR and not path.with_suffix(".bin").is_file():
+        weights = path.with_suffix(".bin").name
+        raise ModelError(f"{path.name} has its weights in {weights}, which is not beside it")
+
+
 def _check(model: Any, npu: Emulated) -> None:
     """Raises ModelError for what the NPU would not take."""
     ops = model.get_ops()
     if missing := {op.get_type_name() for op in ops} - FREE - set(npu.operators):
         raise ModelError(f"the emulated NPU does not support {', '.join(sorted(missing))}")
-    weights = sum(op.data.nbytes for op in ops if op.get_type_name() == "Constant")
+    weights = weigh(ops)
     if npu.memory and weights > npu.memory:
         raise ModelError(
             f"its weights are {format_bytes(weights)}, and the emulated NPU has "
@@ -225,7 +235,12 @@ def _check(model: Any, npu: Emulated) -> None:
         )
 
 
-def _described(model: Any, kind: str) -> EngineMeta:
+def weigh(ops: Sequence[Any]) -> int:
+    """Bytes of a model's constants."""
+    return sum(op.data.nbytes for op in ops if op.get_type_name() == "Constant")
+
+
+def described(model: Any, path: Path) -> EngineMeta:
     """What a model takes and gives; raises ModelError for what is not served."""
     if model.get_variables():
         raise ModelError(
@@ -239,6 +254,7 @@ def _described(model: Any, kind: str) -> EngineMeta:
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ModelError(f"two of its tensors are named {twice!r}")
     batchable = all(t.shape and t.shape[0] == -1 for t in (*inputs, *outputs))
+    kind = "ir" if path.suffix == IR else "onnx"
     return EngineMeta(f"openvino_{kind}", inputs, outputs, batchable)
 
 
@@ -291,16 +307,21 @@ class OpenVino:
     drafts = False
 
     def refuses(self, opening: Opening) -> str:
-        if not (opening.target.on_cpu or emulated(opening.target.processor)):
-            return "it runs on the CPU and on an emulated NPU alone"
+        processor = opening.target.processor
+        if not (opening.target.on_cpu or emulated(processor) or present(processor)):
+            return "it runs on the CPU and on NPUs alone"
         if importlib.util.find_spec("openvino") is None:
             return "it needs the extra openvino: pip install 'cotenant[openvino]'"
         return ""
 
     def open(self, opening: Opening) -> Engine:
         try:
-            npu = emulated(opening.target.processor)
-            return OpenVinoEngine(opening.path, opening.units, npu)
+            if (npu := present(opening.target.processor)) is not None:
+                from cotenant.engines.openvino_npu import OpenVinoNpuEngine
+
+                return OpenVinoNpuEngine(opening.path, opening.settings, npu)
+            emulation = emulated(opening.target.processor)
+            return OpenVinoEngine(opening.path, opening.units, emulation)
         except ImportError as error:
             raise ModelError(f"OpenVINO cannot be imported: {error}") from error
 
