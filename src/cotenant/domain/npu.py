@@ -15,8 +15,8 @@ FREE: Final = frozenset({"Parameter", "Constant", "Result"})
 _COMMON: Final = """
 Abs Add AvgPool BatchNormInference Broadcast Clamp Concat Convert ConvertLike Convolution
 ConvolutionBackpropData DepthToSpace Divide Elu Equal Erf Exp FakeQuantize Floor Gather Gelu
-Greater GroupConvolution GroupConvolutionBackpropData HSigmoid HSwish Interpolate Less Log MVN
-MatMul MaxPool Maximum Minimum Mish Mod Multiply Negative PRelu Pad Power ReduceMax ReduceMean
+Greater GroupConvolution GroupConvolutionBackpropData HSigmoid HSwish Identity Interpolate Less Log
+MVN MatMul MaxPool Maximum Minimum Mish Mod Multiply Negative PRelu Pad Power ReduceMax ReduceMean
 ReduceMin ReduceSum Relu Reshape Select ShapeOf Sigmoid Slice SoftPlus Softmax SpaceToDepth Split
 Sqrt SquaredDifference Squeeze StridedSlice Subtract Swish Tanh Tile Transpose Unsqueeze
 VariadicSplit
