@@ -8,7 +8,7 @@ import msgspec
 
 PREFIX: Final = "npu-emulated:"
 """How ``domain.device.PROCESSOR`` begins for it."""
-NAMED: Final = "npu:"
+NAMED: Final = "npu-openvino:"
 """How it begins for an NPU that is there."""
 FREE: Final = frozenset({"Parameter", "Constant", "Result"})
 """Operators that every device takes: they compute nothing."""
