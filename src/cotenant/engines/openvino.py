@@ -138,17 +138,18 @@ class OpenVinoEngine:
         bound = self._bound[nearest(self._bound, units)]
         wanted = bound.wanted(arrays)
         outputs = room.take(wanted) if wanted is not None else None
-        if outputs is not None and bound.compared and bound.run(arrays, outputs):
-            return outputs
-        found = self._execute(units, arrays)
-        if outputs is not None:
-            found = list(map(np.array, found))
-            if bound.compared or not bound.run(arrays, outputs):
-                bound.refuse(arrays)
-            elif bound.judge(found, outputs):
-                return outputs
-        else:
+        if outputs is None:
+            found = self._execute(units, arrays)
             bound.learn(arrays, found)
+            return copied(found, room)
+        if bound.compared and bound.run(arrays, outputs):
+            return outputs
+        # The first bound execution is compared, and where one fails another says why.
+        found = list(map(np.array, self._execute(units, arrays)))
+        if bound.compared or not bound.run(arrays, outputs):
+            bound.refuse(arrays)
+        elif bound.judge(found, outputs):
+            return outputs
         return copied(found, room)
 
     def _execute(self, units: int, arrays: list[Array]) -> list[Array]:
