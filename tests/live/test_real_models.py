@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+import tritonclient.grpc
 
 if TYPE_CHECKING:
     from tests.live.conftest import Box, Boxes
@@ -60,7 +61,7 @@ def box(module_boxes: Boxes) -> Box:
     shutil.copyfile(found("silero-vad", SPOKEN), raw)
     names = [f"{name}-{engine}" for name in prepare.MODELS for engine in ENGINES]
     services = [{"name": name, "batch": {"max": 4}} for name in (*names, RAW)]
-    return box.configure(services).start()
+    return box.configure(services, node={"grpc": "127.0.0.1:0"}).start()
 
 
 @pytest.fixture
@@ -186,8 +187,17 @@ def test_a_model_with_an_input_without_axes_is_served(box: Box, server: Server) 
         "state": np.zeros((2, 1, 128), np.float32),
         "sr": np.array(speech.RATE, np.int64),
     }
-    assert close(server.ask(RAW, **inputs), Direct(box, RAW).ask("", **inputs))
+    wanted = Direct(box, RAW).ask("", **inputs)
+    assert close(server.ask(RAW, **inputs), wanted)
     assert not box.service(RAW)["joined"]
+    given = []
+    for name, array in inputs.items():
+        kind = "INT64" if name == "sr" else "FP32"
+        given.append(tritonclient.grpc.InferInput(name, list(array.shape), kind))
+        given[-1].set_data_from_numpy(array)
+    with tritonclient.grpc.InferenceServerClient(box.status()["grpc"]) as client:
+        answer = client.infer(RAW, given)
+    assert close({name: answer.as_numpy(name) for name in wanted}, wanted)
 
 
 @pytest.mark.parametrize("engine", ENGINES)
