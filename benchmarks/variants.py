@@ -28,7 +28,7 @@ from sklearn.datasets import load_digits
 from cotenant.cli.bench.arrivals import poisson
 from cotenant.cli.bench.figures import quantile
 from cotenant.cli.bench.model import INPUT, request, write_model_of
-from cotenant.cli.bench.rigs import NodeRig, drive
+from cotenant.cli.bench.rigs import NodeRig, generate
 from cotenant.engines.onnx import OnnxEngine
 
 ARMS = {"auto": "may vary", "original": "original only"}
@@ -102,18 +102,7 @@ def run(rig: NodeRig, phases: list[list[float]], objective_ms: float) -> dict[st
     rig.start()
     try:
         times = [t for phase in phases for t in phase]
-        answer = drive(
-            "loadgen",
-            {
-                "port": rig.port,
-                "request": request("bench", rig.port).hex(),
-                "times": times,
-                "drain_s": 5.0,
-                "core": None,
-                "warm_connections": 8,
-            },
-            times[-1] + 60,
-        )
+        answer = generate(rig.port, request("bench", rig.port), times, None)
         url = f"http://127.0.0.1:{rig.port}/metrics"
         with urllib.request.urlopen(url, timeout=10) as said:
             lines = said.read().decode().splitlines()
@@ -181,9 +170,8 @@ def main() -> None:
 
 def report(rounds: list[dict[str, Any]]) -> None:
     """Medians over the rounds, with the least and the most."""
-    print(
-        f"\n{'':14} {'crowd attained':>22} {'crowd refused':>22} {'all attained':>22}  by variants"
-    )
+    heads = ("crowd attained", "crowd refused", "all attained")
+    print(f"\n{'':14} {' '.join(head.rjust(22) for head in heads)}  by variants")
     for arm, name in ARMS.items():
         cells = []
         for phase, key in (("crowd", "attained"), ("crowd", "refused"), ("all", "attained")):

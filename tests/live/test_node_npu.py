@@ -1,7 +1,9 @@
-"""A node serves on an emulated NPU, and says why it does not serve what that refuses."""
+"""A node serves on an NPU, emulated or behind a stand-in for OpenVINO, and says why it does not
+serve what that refuses."""
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 from pathlib import Path
@@ -11,6 +13,10 @@ import numpy as np
 import pytest
 
 from cotenant.devices import proctree
+from cotenant.devices.cpu import CpuDevice
+from cotenant.devices.npu import NpuDevice
+from cotenant.devices.npu_look import Npu, Npus
+from cotenant.domain.device_config import NpuConfig
 
 if TYPE_CHECKING:
     from tests.live.conftest import Box, Boxes
@@ -70,3 +76,56 @@ def test_the_same_model_is_served_where_it_may_run_on_the_cpu(box: Box) -> None:
     box.until(lambda: box.infer("finding", x=X).status == 200)
     assert box.infer("finding", x=X).values == [1, 1, 1, 1]
     assert box.ask("GET", "/v2/models/finding").json["platform"] != "openvino_onnx"
+
+
+def test_a_service_that_one_device_cannot_carry_is_on_both(boxes: Boxes) -> None:
+    box = boxes()
+    box.model("work", "work", layers=90)
+    service = {"name": "work", "kinds": ["npu", "cpu"], "batch": {"max": 1}}
+    box.configure([service | {"objective": {"latency": "100ms"}}], devices=DEVICES).start()
+    x = np.ones((1, 256), np.float32)
+    with box.under_load("work", 450, x=x) as load:
+        box.until(lambda: device(box, "npu")["tenants"] and device(box, "cpu")["tenants"])
+    assert load.count(200)
+
+
+STANDIN = f"""
+import sys
+
+if "cotenant.runtime.worker" in sys.orig_argv:
+    sys.path.append({str(Path(__file__).parents[2])!r})
+    from cotenant.engines import openvino, openvino_npu
+    from tests.npu_standin import StandIn
+
+    openvino_npu.imported = lambda: StandIn(openvino.imported())
+"""
+
+
+def test_a_node_serves_on_an_npu_that_openvino_lists(
+    boxes: Boxes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sitecustomize.py").write_text(STANDIN)
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    box = boxes()
+    box.model("scale", "scale")
+    box.model("finding", "finding")
+    services = [{"name": "scale", "kinds": "npu"}, {"name": "finding", "kinds": "npu"}]
+    box.configure(services, devices=DEVICES)
+    there = Npus((Npu("NPU", "Stand-in NPU", memory=1 << 30),), ("/dev/accel/accel0",))
+    devices = [
+        CpuDevice("cpu", CORES[:1], realtime="never"),
+        NpuDevice(NpuConfig(device="NPU"), lambda: there),
+    ]
+
+    async def live() -> None:
+        async with box.here(devices=devices):
+            ask = asyncio.to_thread
+            await ask(box.until, lambda: box.infer("scale", x=X).status == 200)
+            assert (await ask(box.infer, "scale", x=X)).values == [2, 2, 2, 2]
+            wide = np.ones((2, 4), np.float32)
+            assert (await ask(box.infer, "scale", x=wide)).status == 400, "its shapes are fixed"
+            index = await ask(box.index)
+            assert "NonZero" in index["finding", "1"].get("reason", "")
+
+    asyncio.run(live())

@@ -129,6 +129,12 @@ jobs:
         ),
         ("devices: [{kind: cpu, memory: 1GiB, kv: 2GiB}]", "devices[0].kv", "more than"),
         ("devices: [{kind: npu}]", "devices[0].emulate", "is required"),
+        ("devices: [{kind: npu, device: CPU}]", "devices[0].device", "such as NPU"),
+        (
+            "devices: [{kind: npu, device: NPU, emulate: [1]}]",
+            "devices[0].emulate",
+            "leave one out",
+        ),
         ("devices: [{kind: npu, emulate: all}]", "devices[0].emulate", "such as [3]"),
         ("devices: [{kind: cpu}, {kind: npu, emulate: [1]}]", "devices", "name the cores of each"),
         (

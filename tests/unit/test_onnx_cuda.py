@@ -10,7 +10,7 @@ import pytest
 
 from cotenant.domain.config import ModelSettings
 from cotenant.domain.errors import DeviceError, ModelError
-from cotenant.engines.base import Array, Opening, Placeable, Target
+from cotenant.engines.base import Array, InPlace, Opening, Placeable, Target
 from cotenant.engines.cuda.driver import Gpu
 from cotenant.engines.cuda.session import GRAPHS
 from cotenant.engines.onnx_cuda import SESSIONS, OnnxCudaEngine
@@ -56,6 +56,30 @@ def test_answers_are_not_overwritten_by_later_ones() -> None:
     first = [made.run(2, rows(2))[0] for _ in range(3)]
     made.run(2, {"x": np.zeros((2, 3), np.float32)})
     assert all((found == 2 * rows(2)["x"]).all() for found in first)
+
+
+class Room:
+    """Room for outputs of so many bytes."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self.given: list[Array] | None = None
+
+    def take(self, outputs: Any) -> list[Array] | None:
+        made = [np.zeros(shape, dtype) for shape, dtype in outputs]
+        self.given = made if sum(array.nbytes for array in made) <= self._size else None
+        return self.given
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_outputs_come_from_pinned_memory_to_where_they_are_wanted(fits: bool) -> None:
+    made = engine(Runtime(doubled()))
+    assert isinstance(made, InPlace)
+    for count in (1, 2, 2, 2, 0):  # the third one of a shape is a graph
+        room = Room(12 * count if fits else -1)
+        found = made.run_into(2, rows(count), room)
+        assert (found is room.given) == fits
+        assert np.array_equal(found[0], 2 * rows(count)["x"])
 
 
 def test_shapes_that_the_inputs_do_not_tell_are_asked_for() -> None:

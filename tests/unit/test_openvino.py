@@ -235,6 +235,24 @@ def test_what_is_computed_in_less_is_noted(tmp_path: Path) -> None:
     assert opened_by_worker(path).notes == tuple(ours.notes), "its owner is told"
 
 
+def test_a_condition_is_no_computation_in_less(tmp_path: Path) -> None:
+    """A branch that is taken by a boolean, which OpenVINO keeps in 8 bits."""
+    branches = {
+        f"{name}_branch": helper.make_graph(
+            [node(kind, "x", f"y_{name}")], name, [], [tensor(f"y_{name}", ["n", 4])]
+        )
+        for name, kind in (("then", "Relu"), ("else", "Neg"))
+    }
+    inputs = [tensor("x", ["n", 4]), tensor("if", [], Kind.BOOL)]
+    path = tmp_path / "model.onnx"
+    graph(path, inputs, [tensor("y", ["n", 4])], [node("If", "if", "y", **branches)])
+    engine, reference = both(path)
+    for taken in (True, False):
+        given = {"x": np.ones((2, 4), np.float32), "if": np.array(taken)}
+        assert close(engine.run(1, given), reference.run(1, given))
+    assert isinstance(engine, Noted) and not engine.notes
+
+
 def test_fp64_that_is_computed_in_less_is_noted(tmp_path: Path) -> None:
     assert OpenVinoEngine(unary(tmp_path / "model.onnx", of=Kind.DOUBLE), (1,)).notes
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,3 +114,28 @@ def test_an_engine_learns_where_it_is_before_it_executes(
     assert engine.log == [(4, 5), 2]
     ours.close()
     theirs.close()
+
+
+def test_a_model_whose_input_has_no_axes_is_opened(tmp_path: Path) -> None:
+    """Such as a rate beside a signal: there is no first axis whose name could be compared."""
+    onnx = pytest.importorskip("onnx")
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        [helper.make_node("Mul", ["x", "rate"], ["y"])],
+        "g",
+        [
+            helper.make_tensor_value_info("x", kind, ["n", 4]),
+            helper.make_tensor_value_info("rate", kind, []),
+        ],
+        [helper.make_tensor_value_info("y", kind, ["n", 4])],
+    )
+    path = tmp_path / "model.onnx"
+    opsets = [helper.make_opsetid("", 17)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=9), path)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        opened = Worker(theirs, memoryview(bytearray(4096)))._open(
+            Open(str(path), units=(1,), max_batch=4)
+        )
+    assert isinstance(opened, Opened), opened
+    assert not opened.meta.batchable

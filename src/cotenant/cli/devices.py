@@ -17,8 +17,9 @@ from rich.text import Text
 
 from cotenant.cli.output import as_json, command, show
 from cotenant.cli.views import plain
-from cotenant.devices import processor
+from cotenant.devices import npu_look, processor
 from cotenant.devices.features import Feature, Missing, Standing
+from cotenant.devices.npu_look import Npu, Npus
 from cotenant.devices.nvidia.facts import Cause, Found, Gpu, Mig
 from cotenant.devices.nvidia.survey import survey
 from cotenant.devices.processor import ProcessorFacts
@@ -26,7 +27,8 @@ from cotenant.domain.units import format_bytes
 
 CPU: Final = "cpu"
 CUDA: Final = "cuda"
-KINDS: Final = (CPU, CUDA)
+NPU: Final = "npu"
+KINDS: Final = (CPU, CUDA, NPU)
 INDENT: Final = (0, 0, 0, 2)
 
 
@@ -53,28 +55,38 @@ def cmd_devices(args: argparse.Namespace) -> int:
     """Exits with ``USABLE`` if any device asked for can be used, else with why GPUs cannot."""
     cpu = processor.look() if args.kind in (None, CPU) else None
     gpus = survey(channels=args.channels) if args.kind in (None, CUDA) else None
+    npus = npu_look.look() if args.kind in (None, NPU) else None
     if args.json:
-        as_json(document(cpu, gpus))
+        as_json(document(cpu, gpus, npus))
     else:
-        show(devices_view(cpu, gpus))
-    return exit_code(cpu, gpus)
+        show(devices_view(cpu, gpus, npus))
+    return exit_code(cpu, gpus, npus)
 
 
-def exit_code(cpu: ProcessorFacts | None, gpus: Found | None) -> Exit:
+def exit_code(cpu: ProcessorFacts | None, gpus: Found | None, npus: Npus | None = None) -> Exit:
     """None: not asked for. A processor can always be used."""
+    if cpu is None and gpus is None and npus is not None:
+        return Exit.USABLE if npus.cause is None else _EXITS[npus.cause]
     if cpu is not None or gpus is None or gpus.trouble is None:
         return Exit.USABLE
     return _EXITS[gpus.trouble.cause]
 
 
-def document(cpu: ProcessorFacts | None, gpus: Found | None) -> dict[str, Any]:
+def document(
+    cpu: ProcessorFacts | None, gpus: Found | None, npus: Npus | None = None
+) -> dict[str, Any]:
     """For machines: ``devices``, each with its ``kind``; the ``driver`` of GPUs; ``trouble`` that
-    keeps all of them from being used; ``lost``, those that could not be read."""
+    keeps all of them from being used; ``lost``, those that could not be read. ``npu``: what keeps
+    NPUs from being used, and what the kernel shows of them."""
     devices = [{"kind": CPU, **_plain(cpu)}] if cpu is not None else []
-    if gpus is None:
-        return {"devices": devices}
-    devices += [{"kind": CUDA, **_plain(gpu)} for gpu in gpus.gpus]
-    return {"devices": devices, **{k: v for k, v in _plain(gpus).items() if k != "gpus"}}
+    found: dict[str, Any] = {"devices": devices}
+    if gpus is not None:
+        devices += [{"kind": CUDA, **_plain(gpu)} for gpu in gpus.gpus]
+        found |= {k: v for k, v in _plain(gpus).items() if k != "gpus"}
+    if npus is not None:
+        devices += [{"kind": NPU, **_plain(npu)} for npu in npus.npus]
+        found["npu"] = {k: v for k, v in _plain(npus).items() if k != "npus"}
+    return found
 
 
 def _plain(facts: msgspec.Struct) -> dict[str, Any]:
@@ -89,7 +101,9 @@ def _plain(facts: msgspec.Struct) -> dict[str, Any]:
 # --- for people -------------------------------------------------------------------------------
 
 
-def devices_view(cpu: ProcessorFacts | None, gpus: Found | None) -> RenderableType:
+def devices_view(
+    cpu: ProcessorFacts | None, gpus: Found | None, npus: Npus | None = None
+) -> RenderableType:
     """A paragraph for each device."""
     parts: list[RenderableType] = []
     if cpu is not None:
@@ -99,7 +113,32 @@ def devices_view(cpu: ProcessorFacts | None, gpus: Found | None) -> RenderableTy
         parts += [_gpu(gpu), *_lines(_details(gpu)), *_features(gpu.features)]
     if gpus is not None:
         parts += _rest(gpus, bool(parts))
+    if npus is not None:
+        parts += _npus(npus, bool(parts))
     return Group(*parts)
+
+
+def _npus(npus: Npus, more: bool) -> list[RenderableType]:
+    parts: list[RenderableType] = []
+    for npu in npus.npus:
+        parts += [Text()] if parts or more else []
+        parts += [_npu(npu), *_lines(f"could not be read: {key}" for key in npu.unread)]
+        parts += _lines(["a model is compiled for it by OpenVINO; untested on hardware"])
+    if npus.trouble is not None:
+        parts += [Text()] if more else []
+        quiet = npus.cause is Cause.ABSENT
+        parts.append(plain(f"{NPU}: {npus.trouble.what}", "" if quiet else "red"))
+        parts += [] if quiet else [plain(f"  {npus.trouble.how}")]
+    return parts
+
+
+def _npu(npu: Npu) -> Text:
+    parts = [npu.name or npu.id]
+    if npu.memory:
+        parts.append(f"{format_bytes(npu.memory)} ({format_bytes(npu.used)} used)")
+    parts += [f"driver {npu.driver}"] if npu.driver else []
+    parts += [", ".join(npu.computes)] if npu.computes else []
+    return _title(f"{NPU} {npu.id}", ", ".join(parts))
 
 
 def _rest(gpus: Found, more: bool) -> list[RenderableType]:

@@ -4,7 +4,7 @@ own. To add a kind, add its class and reader here, and make it in ``cli/wiring.p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Final
+from typing import ClassVar, Final, TypeGuard
 
 import msgspec
 
@@ -70,16 +70,18 @@ class CudaConfig(msgspec.Struct, frozen=True):
 
 
 class NpuConfig(msgspec.Struct, frozen=True):
-    """An NPU, emulated on the cores ``emulate``. ``memory``: bytes for its model instances (0: all
-    that the machine has). ``operators``: what it takes, as OpenVINO names them."""
+    """An NPU: ``device``, as OpenVINO lists it, or else emulated on the cores ``emulate``.
+    ``memory``: bytes for its model instances (0: all that there are). ``operators``: what an
+    emulated one takes, as OpenVINO names them."""
 
     kind: ClassVar[str] = "npu"
     kv: ClassVar[int] = 0
     """No engine serves language models on one."""
-    emulate: tuple[int, ...]
+    emulate: tuple[int, ...] = ()
     id: str = "npu"
     memory: int = 0
     operators: tuple[str, ...] = OPERATORS
+    device: str = ""
 
 
 DeviceConfig = CpuConfig | NullConfig | CudaConfig | NpuConfig
@@ -102,7 +104,7 @@ def read_devices(sections: Sequence[reading.Section]) -> tuple[DeviceConfig, ...
         if ids.count(id) > 1:
             raise ConfigError(f"the id {id!r} stands twice; give each device its own", "devices")
     _tell_apart([device for device in devices if isinstance(device, CudaConfig)])
-    _separate([device for device in devices if isinstance(device, CpuConfig | NpuConfig)])
+    _separate([device for device in devices if _has_cores(device)])
     return devices
 
 
@@ -166,12 +168,30 @@ def _cuda(section: reading.Section) -> CudaConfig:
 
 
 def _npu(section: reading.Section) -> NpuConfig:
+    if device := section.take("device", _listed, ""):
+        for key in ("emulate", "operators"):
+            if key in section.names():
+                raise ConfigError(
+                    "is about an emulated NPU, and device names one that is there; leave one out",
+                    section.at(key),
+                )
+        return NpuConfig(
+            id=section.take("id", reading.name, "npu"),
+            memory=section.take("memory", reading.size, 0),
+            device=device,
+        )
     return NpuConfig(
         emulate=section.take("emulate", _emulating),
         id=section.take("id", reading.name, "npu"),
         memory=section.take("memory", reading.size, 0),
         operators=section.take("operators", reading.names, OPERATORS),
     )
+
+
+def _listed(value: object) -> str:
+    if isinstance(value, str) and value.partition(".")[0] == "NPU":
+        return value
+    raise ValueError("is an NPU as OpenVINO lists it, such as NPU; see cotenant devices")
 
 
 def _emulating(value: object) -> tuple[int, ...]:
@@ -222,6 +242,10 @@ def _tell_apart(gpus: Sequence[CudaConfig]) -> None:
             "let all of a node's GPUs have them or none, or run a node for each",
             "devices",
         )
+
+
+def _has_cores(device: DeviceConfig) -> TypeGuard[CpuConfig | NpuConfig]:
+    return isinstance(device, CpuConfig) or (isinstance(device, NpuConfig) and not device.device)
 
 
 def _separate(devices: Sequence[CpuConfig | NpuConfig]) -> None:

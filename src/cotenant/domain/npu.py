@@ -1,4 +1,4 @@
-"""An NPU that is emulated: what it has, and what it takes."""
+"""NPUs, emulated or there: what a model instance is told of them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ import msgspec
 
 PREFIX: Final = "npu-emulated:"
 """How ``domain.device.PROCESSOR`` begins for it."""
+NAMED: Final = "npu-openvino:"
+"""How it begins for an NPU that is there."""
 FREE: Final = frozenset({"Parameter", "Constant", "Result"})
 """Operators that every device takes: they compute nothing."""
 _COMMON: Final = """
 Abs Add AvgPool BatchNormInference Broadcast Clamp Concat Convert ConvertLike Convolution
 ConvolutionBackpropData DepthToSpace Divide Elu Equal Erf Exp FakeQuantize Floor Gather Gelu
-Greater GroupConvolution GroupConvolutionBackpropData HSigmoid HSwish Interpolate Less Log MVN
-MatMul MaxPool Maximum Minimum Mish Mod Multiply Negative PRelu Pad Power ReduceMax ReduceMean
+Greater GroupConvolution GroupConvolutionBackpropData HSigmoid HSwish Identity Interpolate Less Log
+MVN MatMul MaxPool Maximum Minimum Mish Mod Multiply Negative PRelu Pad Power ReduceMax ReduceMean
 ReduceMin ReduceSum Relu Reshape Select ShapeOf Sigmoid Slice SoftPlus Softmax SpaceToDepth Split
 Sqrt SquaredDifference Squeeze StridedSlice Subtract Swish Tanh Tile Transpose Unsqueeze
 VariadicSplit
@@ -44,3 +46,23 @@ def emulated(processor: str) -> Emulated | None:
     if not processor.startswith(PREFIX):
         return None
     return msgspec.json.decode(processor.removeprefix(PREFIX), type=Emulated)
+
+
+class Present(msgspec.Struct, frozen=True):
+    """An NPU that is there: ``name`` as OpenVINO lists it. ``memory``: bytes that one model may
+    have there (0: any)."""
+
+    name: str
+    memory: int = 0
+
+    @property
+    def processor(self) -> str:
+        """As a model instance is told of it (``domain.device.PROCESSOR``)."""
+        return NAMED + msgspec.json.encode(self).decode()
+
+
+def present(processor: str) -> Present | None:
+    """What ``processor`` says of an NPU that is there; None if it is something else."""
+    if not processor.startswith(NAMED):
+        return None
+    return msgspec.json.decode(processor.removeprefix(NAMED), type=Present)

@@ -23,6 +23,9 @@ from cotenant.policy.memory.account import PoolUse
 
 Array = npt.NDArray[Any]
 USUAL: Final = ModelSettings()
+BOUND_FROM: Final = 256 << 10
+"""Bytes of outputs together from which to have them written where they are wanted costs less than
+the copy that it saves."""
 
 NUMPY: dict[str, npt.DTypeLike] = {
     "BOOL": np.bool_,

@@ -114,8 +114,8 @@ def same(a: Array, b: Array) -> bool:
 def named_alike(engine: Engine) -> bool:
     """Whether all inputs and outputs have one name for their first axis."""
     tensors = (*engine.meta.inputs, *engine.meta.outputs)
-    names = {engine.axes[t.name][0] for t in tensors}
-    return len(names) == 1 and "" not in names
+    names = {engine.axes[t.name][:1] for t in tensors}
+    return len(names) == 1 and not names & {(), ("",)}
 
 
 def _groups(count: int, limit: int) -> list[list[int]]:

@@ -17,6 +17,7 @@ import numpy as np
 from cotenant.domain.errors import ModelError
 from cotenant.domain.port import TensorMeta
 from cotenant.engines.base import (
+    BOUND_FROM,
     NUMPY,
     Array,
     Engine,
@@ -31,8 +32,6 @@ from cotenant.engines.base import (
 if TYPE_CHECKING:
     import onnxruntime as ort
 
-BOUND_FROM: Final = 256 << 10
-"""Bytes of outputs together from which binding them costs less than the copy that it saves."""
 _TYPES = {
     "tensor(bool)": "BOOL",
     "tensor(uint8)": "UINT8",

@@ -4,7 +4,7 @@
    session has the weights once more. At most ``SESSIONS`` are kept; the one not used for longest
    makes way.
 2. A request goes through pinned memory, in the order of the session's stream: copies in,
-   execution, copies out, one wait.
+   execution, copies out, one wait. From there outputs are copied to where they are wanted.
 3. Where the shapes of inputs say those of outputs, every address is fixed and an execution can be
    captured: a CUDA graph for each of the first ``GRAPHS`` signatures that were seen twice before
    ``settle``, which has every partition see what the trial has executed. Others run without.
@@ -28,7 +28,7 @@ import onnxruntime
 
 from cotenant.domain.device import CUDA_SUBSETS
 from cotenant.domain.errors import DeviceError, ModelError
-from cotenant.engines.base import Array, EngineMeta, Target, first_line
+from cotenant.engines.base import Array, EngineMeta, Room, Target, first_line
 from cotenant.engines.cuda.driver import Gpu
 from cotenant.engines.cuda.session import GRAPHS, NotCaptured, Session, Signature, signature_of
 from cotenant.engines.cuda.subsets import Lane, Subsets
@@ -131,12 +131,18 @@ class OnnxCudaEngine:
         self._settled = True
 
     def run(self, units: int, inputs: Inputs) -> list[Array]:
+        return self._run(units, inputs, None)
+
+    def run_into(self, units: int, inputs: Inputs, room: Room) -> list[Array]:
+        return self._run(units, inputs, room)
+
+    def _run(self, units: int, inputs: Inputs, room: Room | None) -> list[Array]:
         if not self._settled and len(self._tried) < GRAPHS:
             self._tried.setdefault(signature_of(inputs), inputs)
         subset = self._subset(units)
         session = self._session(subset)
         try:
-            return session.run(inputs, capture=not self._settled)
+            return session.run(inputs, not self._settled, room)
         except Exception as error:  # ONNX Runtime raises a dozen kinds of its own
             if not self._gpu.works(session.lane.stream):
                 # Nothing more can be done in this process; the worker is to end.
@@ -144,7 +150,7 @@ class OnnxCudaEngine:
             if not isinstance(error, NotCaptured):
                 raise ModelError(first_line(error)) from error
             self._give_up_graphs(str(error))
-        return self.run(units, inputs)
+        return self._run(units, inputs, room)
 
     def close(self) -> None:
         """Give everything back, in reverse order."""

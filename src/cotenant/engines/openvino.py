@@ -29,10 +29,11 @@ from typing import Any, Final
 import numpy as np
 
 from cotenant.domain.errors import ModelError
-from cotenant.domain.npu import FREE, Emulated, emulated
+from cotenant.domain.npu import FREE, Emulated, emulated, present
 from cotenant.domain.port import TensorMeta
 from cotenant.domain.units import format_bytes
 from cotenant.engines.base import Array, Engine, EngineKind, EngineMeta, Opening, Room, nearest
+from cotenant.engines.openvino_bound import Bound
 
 IR: Final = ".xml"
 PRECISION: Final = "f32"
@@ -57,7 +58,17 @@ _WIDE: Final = ("UINT32", "UINT64", "INT64")
 _LEAST, _MOST = -(2**31), 2**31 - 1
 _COMPUTED: Final = ("f16", "bf16", "i8", "u8")
 """Precisions of an execution that are worth a word. Integers of 32 bits count shapes."""
-_MOVES: Final = ("Const", "Input", "Output", "Reorder", "Convert", "Reshape", "Transpose", "Concat")
+_MOVES: Final = (
+    "Const",
+    "Input",
+    "Output",
+    "Reorder",
+    "Convert",
+    "Reshape",
+    "Transpose",
+    "Concat",
+    "If",
+)
 """Kinds of operators that compute nothing."""
 _FRAME: Final = re.compile(
     r"(Caught exception: )?Exception from .*|Check '.*|FrontEnd API failed.*"
@@ -70,9 +81,7 @@ class OpenVinoEngine:
     """A model file compiled once per unit count; for an emulated NPU once, for its cores."""
 
     def __init__(self, path: Path, units: Sequence[int], npu: Emulated | None = None) -> None:
-        if path.suffix == IR and not path.with_suffix(".bin").is_file():
-            weights = path.with_suffix(".bin").name
-            raise ModelError(f"{path.name} has its weights in {weights}, which is not beside it")
+        check_beside(path)
         openvino = imported()
         self._tensor = openvino.Tensor
         core = openvino.Core()
@@ -80,7 +89,7 @@ class OpenVinoEngine:
             # A file that is mapped ends the process when somebody truncates it.
             core.set_property({"ENABLE_MMAP": False})
             model = core.read_model(path)
-            self._meta = _described(model, "ir" if path.suffix == IR else "onnx")
+            self._meta = described(model, path)
             threads = {n: n if npu is None else npu.cores for n in units}
             if npu is not None:
                 _check(model, npu)
@@ -89,6 +98,7 @@ class OpenVinoEngine:
                 for n, count in threads.items()
             }
             self._requests = {n: made.create_infer_request() for n, made in self._compiled.items()}
+            self._bound = {n: Bound(made, self._tensor) for n, made in self._compiled.items()}
         except ModelError:
             raise
         except Exception as error:  # OpenVINO raises whatever its parts do
@@ -120,22 +130,31 @@ class OpenVinoEngine:
         return [note for note in found if note]
 
     def run(self, units: int, inputs: dict[str, Array]) -> list[Array]:
-        return [np.array(output) for output in self._execute(units, inputs)]
+        arrays = self._arrays(inputs)
+        return [np.array(output) for output in self._execute(units, arrays)]
 
     def run_into(self, units: int, inputs: dict[str, Array], room: Room) -> list[Array]:
-        found = self._execute(units, inputs)
-        outputs = room.take([(array.shape, array.dtype) for array in found])
+        arrays = self._arrays(inputs)
+        bound = self._bound[nearest(self._bound, units)]
+        wanted = bound.wanted(arrays)
+        outputs = room.take(wanted) if wanted is not None else None
         if outputs is None:
-            return [np.array(array) for array in found]
-        for array, output in zip(found, outputs, strict=True):
-            np.copyto(output, array)
-        return outputs
+            found = self._execute(units, arrays)
+            bound.learn(arrays, found)
+            return copied(found, room)
+        if bound.compared and bound.run(arrays, outputs):
+            return outputs
+        # The first bound execution is compared, and where one fails another says why.
+        found = list(map(np.array, self._execute(units, arrays)))
+        if bound.compared or not bound.run(arrays, outputs):
+            bound.refuse(arrays)
+        elif bound.judge(found, outputs):
+            return outputs
+        return copied(found, room)
 
-    def _execute(self, units: int, inputs: dict[str, Array]) -> list[Array]:
-        """Outputs as views that are valid until the next execution. (Tensors of ours as outputs are
-        not written where an input is passed on, or two outputs are one.)"""
+    def _execute(self, units: int, arrays: list[Array]) -> list[Array]:
+        """Outputs as views that are valid until the next execution."""
         request = self._requests[nearest(self._requests, units)]
-        arrays = [self._array(inputs, tensor) for tensor in self._meta.inputs]
         try:
             for index, array in enumerate(arrays):
                 request.set_input_tensor(index, self._tensor(array, shared_memory=True))
@@ -144,6 +163,9 @@ class OpenVinoEngine:
             return [request.get_output_tensor(i).data for i in range(len(self._meta.outputs))]
         except Exception as error:
             raise ModelError(said(error)) from error
+
+    def _arrays(self, inputs: dict[str, Array]) -> list[Array]:
+        return [self._array(inputs, tensor) for tensor in self._meta.inputs]
 
     def _array(self, inputs: dict[str, Array], tensor: TensorMeta) -> Array:
         """An input as OpenVINO takes it, copied only where it has to be; raises ModelError."""
@@ -158,6 +180,16 @@ class OpenVinoEngine:
                         f"bits, so it must be from {_LEAST} to {_MOST}"
                     )
         return np.require(array, requirements=("C", "ALIGNED", "WRITEABLE"))
+
+
+def copied(found: Sequence[Array], room: Room) -> list[Array]:
+    """Copies of what is valid until the next execution, in ``room`` if they fit."""
+    outputs = room.take([(array.shape, array.dtype) for array in found])
+    if outputs is None:
+        return [np.array(array) for array in found]
+    for array, output in zip(found, outputs, strict=True):
+        np.copyto(output, array)
+    return outputs
 
 
 def imported() -> Any:
@@ -184,12 +216,19 @@ def _settings(threads: int) -> dict[str, Any]:
     }
 
 
+def check_beside(path: Path) -> None:
+    """Raises ModelError if a model's weights are not where they belong."""
+    if path.suffix == IR and not path.with_suffix(".bin").is_file():
+        weights = path.with_suffix(".bin").name
+        raise ModelError(f"{path.name} has its weights in {weights}, which is not beside it")
+
+
 def _check(model: Any, npu: Emulated) -> None:
     """Raises ModelError for what the NPU would not take."""
     ops = model.get_ops()
     if missing := {op.get_type_name() for op in ops} - FREE - set(npu.operators):
         raise ModelError(f"the emulated NPU does not support {', '.join(sorted(missing))}")
-    weights = sum(op.data.nbytes for op in ops if op.get_type_name() == "Constant")
+    weights = weigh(ops)
     if npu.memory and weights > npu.memory:
         raise ModelError(
             f"its weights are {format_bytes(weights)}, and the emulated NPU has "
@@ -197,7 +236,12 @@ def _check(model: Any, npu: Emulated) -> None:
         )
 
 
-def _described(model: Any, kind: str) -> EngineMeta:
+def weigh(ops: Sequence[Any]) -> int:
+    """Bytes of a model's constants."""
+    return sum(op.data.nbytes for op in ops if op.get_type_name() == "Constant")
+
+
+def described(model: Any, path: Path) -> EngineMeta:
     """What a model takes and gives; raises ModelError for what is not served."""
     if model.get_variables():
         raise ModelError(
@@ -211,6 +255,7 @@ def _described(model: Any, kind: str) -> EngineMeta:
         if twice := next((name for name in names if names.count(name) > 1), None):
             raise ModelError(f"two of its tensors are named {twice!r}")
     batchable = all(t.shape and t.shape[0] == -1 for t in (*inputs, *outputs))
+    kind = "ir" if path.suffix == IR else "onnx"
     return EngineMeta(f"openvino_{kind}", inputs, outputs, batchable)
 
 
@@ -263,16 +308,21 @@ class OpenVino:
     drafts = False
 
     def refuses(self, opening: Opening) -> str:
-        if not (opening.target.on_cpu or emulated(opening.target.processor)):
-            return "it runs on the CPU and on an emulated NPU alone"
+        processor = opening.target.processor
+        if not (opening.target.on_cpu or emulated(processor) or present(processor)):
+            return "it runs on the CPU and on NPUs alone"
         if importlib.util.find_spec("openvino") is None:
             return "it needs the extra openvino: pip install 'cotenant[openvino]'"
         return ""
 
     def open(self, opening: Opening) -> Engine:
         try:
-            npu = emulated(opening.target.processor)
-            return OpenVinoEngine(opening.path, opening.units, npu)
+            if (npu := present(opening.target.processor)) is not None:
+                from cotenant.engines.openvino_npu import OpenVinoNpuEngine
+
+                return OpenVinoNpuEngine(opening.path, opening.settings, npu)
+            emulation = emulated(opening.target.processor)
+            return OpenVinoEngine(opening.path, opening.units, emulation)
         except ImportError as error:
             raise ModelError(f"OpenVINO cannot be imported: {error}") from error
 

@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 import numpy as np
 
 from cotenant.domain.port import TensorMeta
-from cotenant.engines.base import NUMPY, Array, first_line
+from cotenant.engines.base import NUMPY, Array, Room, first_line
 from cotenant.engines.cuda.driver import Gpu
 from cotenant.engines.cuda.staging import Staging
 from cotenant.engines.cuda.subsets import Lane
@@ -69,18 +69,19 @@ class Session:
         self._captured: dict[Signature, tuple[str, _Bound]] = {}
         self._loose = (self._stagings(self.meta.inputs), self._stagings(self.meta.outputs))
 
-    def run(self, inputs: Inputs, capture: bool) -> list[Array]:
-        """Outputs in order; raises what ONNX Runtime raises, and NotCaptured."""
+    def run(self, inputs: Inputs, capture: bool, room: Room | None = None) -> list[Array]:
+        """Outputs in order, in ``room`` if they fit; raises what ONNX Runtime raises, and
+        NotCaptured."""
         if self._plain:  # strings live in host memory alone
             outputs: list[Array] = self.session.run(self._names, inputs, self._options(NO_GRAPH))
             return outputs
         signature = signature_of(inputs)
         if signature in self._captured:
             number, bound = self._captured[signature]
-            return self._execute(bound, inputs, number)
+            return self._execute(bound, inputs, number, room)
         if capture and self._new_options and self._may_capture(signature, inputs):
-            return self._capture(signature, inputs)
-        return self._once(inputs)
+            return self._capture(signature, inputs, room)
+        return self._once(inputs, room)
 
     def close(self) -> None:
         """Give its buffers back; the session goes first, since it may still use them."""
@@ -99,7 +100,7 @@ class Session:
             return False
         return len(self._captured) < GRAPHS and self._shapes(inputs) is not None
 
-    def _capture(self, signature: Signature, inputs: Inputs) -> list[Array]:
+    def _capture(self, signature: Signature, inputs: Inputs, room: Room | None) -> list[Array]:
         own = self._stagings(self.meta.inputs), self._stagings(self.meta.outputs)
         try:
             bound = self._bind(inputs, *own)
@@ -110,23 +111,23 @@ class Session:
         self._captured[signature] = (number, bound)
         try:
             # Within the runtime these are executions without a graph, a capture, and a replay.
-            return self._execute(bound, inputs, number)
+            return self._execute(bound, inputs, number, room)
         except Exception as error:
             raise NotCaptured(first_line(error)) from error
 
     # --- without ----------------------------------------------------------------------------
 
-    def _once(self, inputs: Inputs) -> list[Array]:
+    def _once(self, inputs: Inputs, room: Room | None) -> list[Array]:
         bound = self._bind(inputs, *self._loose)
         try:
-            return self._execute(bound, inputs, NO_GRAPH)
+            return self._execute(bound, inputs, NO_GRAPH, room)
         except Exception:
             if bound.shapes is None:
                 raise
         # Perhaps the model's axes are not what their names say; if so it works without.
         self._known = False
         try:
-            return self._execute(self._bind(inputs, *self._loose), inputs, NO_GRAPH)
+            return self._execute(self._bind(inputs, *self._loose), inputs, NO_GRAPH, room)
         except Exception:
             self._known = True
             raise
@@ -152,7 +153,7 @@ class Session:
             binding.bind_output(tensor.name, *gpu, dtype.type, shapes[index], staging.device)
         return _Bound(binding, ins, outs, shapes)
 
-    def _execute(self, bound: _Bound, inputs: Inputs, graph: str) -> list[Array]:
+    def _execute(self, bound: _Bound, inputs: Inputs, graph: str, room: Room | None) -> list[Array]:
         stream = self.lane.stream
         for name, given in inputs.items():
             bound.ins[name].put(given, stream)
@@ -170,7 +171,12 @@ class Session:
             staging.fetch(size, stream, source)
             found.append((staging, dtype, shape))
         self._gpu.synchronize(stream)
-        return [staging.taken(dtype, shape) for staging, dtype, shape in found]
+        places = room.take([(shape, dtype) for _, dtype, shape in found]) if room else None
+        if places is None:
+            places = [np.empty(shape, dtype) for _, dtype, shape in found]
+        for (staging, _, _), place in zip(found, places, strict=True):
+            staging.take(place)
+        return places
 
     def _options(self, graph: str) -> Any:
         if self._new_options is None:

@@ -49,11 +49,10 @@ class Staging:
         if size:
             self._gpu.download(self._host, source or self.device, size, stream)
 
-    def taken(self, dtype: npt.DTypeLike, shape: tuple[int, ...]) -> Array:
-        """A copy of what was fetched; the stream must have been waited for."""
-        kind = np.dtype(dtype)
-        size = kind.itemsize * int(np.prod(shape, dtype=np.int64))
-        return self._bytes[:size].view(kind).reshape(shape).copy()
+    def take(self, place: Array) -> None:
+        """Copy what was fetched to a contiguous array; the stream must have been waited for."""
+        fetched = self._bytes[: place.nbytes].view(place.dtype)
+        np.copyto(place, fetched.reshape(place.shape))
 
     def close(self) -> None:
         """Give it back; nothing may copy from or to it any more."""

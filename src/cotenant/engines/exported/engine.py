@@ -17,7 +17,7 @@ import torch
 
 from cotenant.domain.errors import ModelError
 from cotenant.domain.port import TensorMeta
-from cotenant.engines.base import NUMPY, Array, EngineMeta, first_line
+from cotenant.engines.base import NUMPY, Array, EngineMeta, Room, first_line
 from cotenant.engines.exported.archive import DTYPES, Archive
 from cotenant.engines.exported.routine import changing, compile_graph
 from cotenant.engines.exported.schema import (
@@ -118,6 +118,15 @@ class ExportedEngine:
         for tensor, array, dtype in zip(self._meta.outputs, outputs, self._dtypes, strict=True):
             if array.dtype != dtype:
                 raise ModelError(f"output {tensor.name!r} came as {array.dtype}, not {dtype}")
+        return outputs
+
+    def run_into(self, units: int, inputs: dict[str, Array], room: Room) -> list[Array]:
+        found = self.run(units, inputs)
+        outputs = room.take([(array.shape, array.dtype) for array in found])
+        if outputs is None:
+            return found
+        for output, array in zip(outputs, found, strict=True):
+            np.copyto(output, array)  # whatever the order of its axes in memory is
         return outputs
 
     def _tensor(self, array: Array) -> torch.Tensor:
