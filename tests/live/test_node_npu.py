@@ -33,12 +33,14 @@ DEVICES = [{"kind": "cpu", "cores": CORES[:1]}, {"kind": "npu", "emulate": CORES
 @pytest.fixture(scope="module")
 def box(module_boxes: Boxes) -> Box:
     box = module_boxes()
-    for kind, name in (("scale", "scale"), ("finding", "refused"), ("finding", "finding")):
+    for kind, name in (("scale", "scale"), ("finding", "refused"), ("finding", "finding"),
+                       ("finding", "either")):  # fmt: skip
         box.model(kind, name)
     services = [
         {"name": "scale", "kinds": ["npu", "cpu"]},
         {"name": "refused", "kinds": "npu"},
         {"name": "finding", "kinds": "cpu"},
+        {"name": "either", "kinds": ["npu", "cpu"]},
     ]
     return box.configure(services, devices=DEVICES).start(ready=False)
 
@@ -70,6 +72,12 @@ def test_status_says_that_it_is_emulated_and_that_it_only_serves(box: Box) -> No
 def test_what_it_does_not_support_is_named_and_not_computed_some_other_way(box: Box) -> None:
     box.until(lambda: "NonZero" in box.index().get(("refused", "1"), {}).get("reason", ""))
     assert box.infer("refused", x=X).status != 200
+
+
+def test_a_model_that_the_npu_refuses_is_served_by_the_cpu_if_it_may_be(box: Box) -> None:
+    box.until(lambda: box.infer("either", x=X).status == 200)
+    assert box.infer("either", x=X).values == [1, 1, 1, 1]
+    assert any(tenant.startswith("either#") for tenant in device(box, "cpu")["tenants"])
 
 
 def test_the_same_model_is_served_where_it_may_run_on_the_cpu(box: Box) -> None:

@@ -112,7 +112,10 @@ class Planner:
         state, tuning = self.state, self.tuning
         devices = self._devices(snapshot)
         horizon_s = tuning.horizon / S
-        asked = {s.name: s.offer for s in facts if s.offer and not state.parts.get(s.name)}
+        fit = {s.name: set(state.parts.get(s.name, ())) - set(s.unfit) for s in facts}
+        asked = {
+            s.name: (s.offer, tuple(sorted(s.unfit))) for s in facts if s.offer and not fit[s.name]
+        }
         again = [name for name, offer in asked.items() if state.asked.get(name) != offer]
         state.asked = asked
         changed = members[0] != state.members[0] or not state.version

@@ -89,7 +89,7 @@ class PlannerState(msgspec.Struct):
     """Where services are."""
     nowhere: dict[str, str] = {}
     """Services that are not, and why."""
-    asked: dict[str, int] = {}
+    asked: dict[str, tuple[int, tuple[str, ...]]] = {}
     """What was offered of services without a place, when they were last looked at."""
     elsewhere_since: int = 0
     """Since when they should be somewhere else (ns)."""

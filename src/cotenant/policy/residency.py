@@ -71,7 +71,8 @@ class Residency:
                 for site in [s for s in asleep if s not in sites]:
                     del asleep[site]
             if service.name in plan.unplaced and service.offer:
-                self._decline(service, plan.unplaced[service.name])
+                whys = dict.fromkeys([*unfit(service).values(), plan.unplaced[service.name]])
+                self._decline(service, "; ".join(whys))
             self.settle(service.name)
 
     @staticmethod
@@ -163,7 +164,9 @@ class Residency:
         if not service.workers:
             self._roster.refuse_orphans(service)
         failed = service.unfit.get(worker.revision, {})
-        if offered and all((place or device) in failed for device, place in self._sites(service)):
+        everywhere = all((place or device) in failed for device, place in self._sites(service))
+        # Another device may take it: the next plan says which, or that none does.
+        if offered and everywhere and set(service.wanted) >= set(self._desk.specs):
             self._decline(service, event.reason)
         self.settle(service.name)
 
