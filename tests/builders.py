@@ -11,9 +11,16 @@ from cotenant.domain.plan import Plan
 from cotenant.domain.profile import FORMAT, Figures, ModelProfile
 from cotenant.domain.request import Request
 from cotenant.domain.units import MS, S
+from cotenant.engines.base import Engine, Opening, TurnEngine
+from cotenant.engines.registry import choose
 from cotenant.policy.dispatcher import Dispatcher
 from cotenant.policy.invariants import check
 from cotenant.policy.state import DispatcherState, WorkerState
+
+
+def open_engine(opening: Opening) -> Engine | TurnEngine:
+    """The engine that a worker would open; raises ModelError."""
+    return choose(opening).open(opening)
 
 
 def cpu(

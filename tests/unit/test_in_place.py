@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cotenant.engines.base import InPlace, Opening
-from cotenant.engines.registry import open_engine
 from cotenant.runtime.messages import Done, Item, Open, Opened, Place, Run
 from cotenant.runtime.worker import Room, Worker
+from tests.builders import open_engine
 
 onnx = pytest.importorskip("onnx")
 LARGE = 300_000

@@ -13,10 +13,10 @@ import pytest
 
 from cotenant.domain.config import ModelSettings
 from cotenant.engines.base import Array, InPlace, Opening
-from cotenant.engines.registry import open_engine
 from cotenant.runtime.messages import Done, Item, Opened, Place, Run
 from cotenant.runtime.messages import Open as Order
 from cotenant.runtime.worker import Worker
+from tests.builders import open_engine
 from tests.unit.test_in_place import LARGE, graph, values
 
 onnx = pytest.importorskip("onnx")

@@ -15,8 +15,8 @@ from onnx import numpy_helper as nh
 from cotenant.domain.errors import ModelError
 from cotenant.engines.base import Array, Opening, size_of
 from cotenant.engines.joining import judge, same
-from cotenant.engines.registry import open_engine
 from cotenant.engines.samples import Samples, make_samples
+from tests.builders import open_engine
 
 Io = tuple[str, int, list[int | str | None]]
 X: Io = ("x", T.FLOAT, ["n", 4])

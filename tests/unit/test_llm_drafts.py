@@ -32,9 +32,9 @@ from cotenant.engines.llm.sampler import Sampling
 from cotenant.engines.llm.sequence import Sequence
 from cotenant.engines.llm.text import Text
 from cotenant.engines.llm.weights import Build
-from cotenant.engines.registry import open_engine
 from cotenant.policy.iterations import IterationCosts as Costs
 from cotenant.policy.iterations import Load
+from tests.builders import open_engine
 from tests.unit.llm_files import TYPES, write, write_tokenizer
 
 SIZE: Final = 4

@@ -18,8 +18,8 @@ from cotenant.engines.base import Array, Opening, Target, TurnEngine
 from cotenant.engines.llm.asking import Details
 from cotenant.engines.llm.text import Text
 from cotenant.engines.llm.vllm import SMALLEST, VERSION, Balloon, VllmEngine
-from cotenant.engines.registry import open_engine
 from cotenant.policy.iterations import load
+from tests.builders import open_engine
 from tests.unit.llm_files import END, write_tokenizer
 from tests.unit.vllm_standin import (
     BLOCK,

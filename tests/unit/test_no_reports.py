@@ -15,8 +15,9 @@ OPENS = """
 import sys
 from pathlib import Path
 from cotenant.engines.base import Opening
-from cotenant.engines.registry import open_engine
-open_engine(Opening(Path(sys.argv[1]), (1,)))
+from cotenant.engines.registry import choose
+opening = Opening(Path(sys.argv[1]), (1,))
+choose(opening).open(opening)
 """
 
 

@@ -10,9 +10,9 @@ import pytest
 from cotenant.domain.errors import ModelError
 from cotenant.engines.base import Array, EngineMeta, Opening
 from cotenant.engines.pieces import PiecesEngine
-from cotenant.engines.registry import open_engine
 from cotenant.runtime.messages import Item, Open, Outputs, Place, Run
 from cotenant.runtime.sequences import Sequences
+from tests.builders import open_engine
 
 PIECES = 3
 

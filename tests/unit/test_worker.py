@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -98,7 +99,8 @@ def test_an_engine_learns_where_it_is_before_it_executes(
         targets.append(opening.target)
         return engine
 
-    monkeypatch.setattr(worker_module, "open_engine", opened)
+    kind = SimpleNamespace(name="located", open=opened)
+    monkeypatch.setattr(worker_module, "choose", lambda _: kind)
     monkeypatch.setattr(worker_module.gc, "freeze", lambda: None)
     monkeypatch.setenv(PROCESSOR, processor)
     ours, theirs = socket.socketpair()

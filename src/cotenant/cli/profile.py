@@ -97,6 +97,7 @@ def profile_view(found: ModelProfile) -> RenderableType:
         f"{format_bytes(found.memory_peak)} at most"
     )
     parts: list[RenderableType] = [plain(head), plain(f"on {found.processor or 'the processor'}")]
+    parts += [plain(f"executed by {line}") for line in found.executed]
     if found.unjoined:
         parts.append(plain(f"rows are not joined: {found.unjoined}", "yellow"))
     return Group(*parts, Text(), made)

@@ -31,7 +31,8 @@ class ModelProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``load_ns``: from the start of a worker until it could serve, its own trial of the model
     included. ``memory_loaded`` and ``memory_peak``: resident bytes of the worker after that, and at
     most. ``files``: path, size, time of change (ns) and inode of each file of the version.
-    ``cores``: as many could be used. ``unjoined``: why rows are not joined; "" if they are."""
+    ``cores``: as many could be used. ``unjoined``: why rows are not joined; "" if they are.
+    ``executed``: which operators the engine executed where, in words."""
 
     format: int
     model: str
@@ -48,6 +49,7 @@ class ModelProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     memory_peak: int
     unjoined: str
     figures: tuple[Figures, ...]
+    executed: tuple[str, ...] = ()
 
     @property
     def table(self) -> tuple[tuple[int, int, int], ...]:

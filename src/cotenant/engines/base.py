@@ -19,6 +19,7 @@ from cotenant.domain.config import ModelSettings
 from cotenant.domain.device import CPU, CUDA, CUDA_SUBSETS
 from cotenant.domain.errors import ModelError
 from cotenant.domain.port import Language, TensorMeta
+from cotenant.engines.placement import Executed
 from cotenant.policy.memory.account import PoolUse
 
 Array = npt.NDArray[Any]
@@ -113,6 +114,14 @@ class Noted(Protocol):
     @property
     def notes(self) -> Sequence[str]:
         """What the model's owner should know, once it was tried."""
+
+
+@runtime_checkable
+class Tells(Protocol):
+    """An engine that can say which operators it executes where."""
+
+    def executed(self) -> tuple[Executed, ...]:
+        """Those of the model as it was rewritten; some engines know once it was tried."""
 
 
 @runtime_checkable

@@ -28,6 +28,7 @@ from cotenant.engines.base import (
     first_line,
     nearest,
 )
+from cotenant.engines.placement import RECORDS, Executed, by_provider
 
 if TYPE_CHECKING:
     import onnxruntime as ort
@@ -111,6 +112,9 @@ class OnnxEngine:
             binding.clear_binding_outputs()
         return outputs
 
+    def executed(self) -> tuple[Executed, ...]:
+        return by_provider(next(iter(self._sessions.values())))
+
     def _may_bind(self) -> bool:
         """Whether some input tells the shapes of all outputs, and they may be large."""
         if any(t.datatype == "BYTES" for t in (*self._meta.inputs, *self._meta.outputs)):
@@ -151,6 +155,7 @@ def session_options(threads: int) -> ort.SessionOptions:
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.log_severity_level = 4
+    options.add_session_config_entry(*RECORDS)
     return options
 
 

@@ -33,6 +33,7 @@ from cotenant.engines.cuda.driver import Gpu
 from cotenant.engines.cuda.session import GRAPHS, NotCaptured, Session, Signature, signature_of
 from cotenant.engines.cuda.subsets import Lane, Subsets
 from cotenant.engines.onnx import axes_of
+from cotenant.engines.placement import RECORDS, Executed
 from cotenant.engines.usercache import user_cache
 
 CUDA_PROVIDER: Final = "CUDAExecutionProvider"
@@ -111,10 +112,9 @@ class OnnxCudaEngine:
         """What its sessions run on: how many multiprocessors is as the driver says."""
         return tuple(session.lane for session in self._sessions.values())
 
-    @property
-    def assignment(self) -> dict[str, tuple[str, ...]]:
-        """Kinds of operators by provider, as far as ONNX Runtime tells (from 1.24 on)."""
-        return next(iter(self._sessions.values())).assignment
+    def executed(self) -> tuple[Executed, ...]:
+        """See ``Tells``; ONNX Runtime tells from 1.24 on."""
+        return next(iter(self._sessions.values())).executed
 
     def place(self, units: Sequence[int]) -> None:
         self._placed = tuple(units)
@@ -188,7 +188,7 @@ class OnnxCudaEngine:
 
     def _open(self, lane: Lane) -> Session:
         opened = self._with_graphs(lane) if self._graphs else self._on(lane, graphs=False)
-        if left := opened.assignment.get(CPU_PROVIDER, ()):
+        if left := [e.kind for e in opened.executed if e.where == CPU_PROVIDER]:
             self._note(f"operators that are not on the GPU: {', '.join(left)}")
         return opened
 
@@ -213,7 +213,7 @@ class OnnxCudaEngine:
         options.intra_op_num_threads = 1
         options.inter_op_num_threads = 1
         options.log_severity_level = 4
-        options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        options.add_session_config_entry(*RECORDS)
         common = {"device_id": str(self._gpu.ordinal), "user_compute_stream": str(lane.stream)}
         cuda = {
             "arena_extend_strategy": "kSameAsRequested",

@@ -22,6 +22,7 @@ import importlib.util
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +35,7 @@ from cotenant.domain.port import TensorMeta
 from cotenant.domain.units import format_bytes
 from cotenant.engines.base import Array, Engine, EngineKind, EngineMeta, Opening, Room, nearest
 from cotenant.engines.openvino_bound import Bound
+from cotenant.engines.placement import Executed
 
 IR: Final = ".xml"
 PRECISION: Final = "f32"
@@ -128,6 +130,17 @@ class OpenVinoEngine:
         if self._emulated:
             found.append("EMULATED NPU: computed by the CPU")
         return [note for note in found if note]
+
+    def executed(self) -> tuple[Executed, ...]:
+        """As the compiled model says; kernels are chosen at the first execution."""
+        told = next(iter(self._compiled.values())).get_runtime_model().get_ops()
+        info = (op.get_rt_info() for op in told)
+        found = Counter((i["layerType"].value, i["runtimePrecision"].value) for i in info)
+        where = "NPU, emulated" if self._emulated else "CPU"
+        return tuple(
+            Executed(where, kind, count, str(precision).upper())
+            for (kind, precision), count in sorted(found.items())
+        )
 
     def run(self, units: int, inputs: dict[str, Array]) -> list[Array]:
         arrays = self._arrays(inputs)

@@ -15,7 +15,7 @@ from typing import Final, NoReturn
 from cotenant.domain.config import AUTO
 from cotenant.domain.errors import ModelError
 from cotenant.domain.port import Language
-from cotenant.engines.base import Engine, EngineKind, Opening, Speaking, TurnEngine
+from cotenant.engines.base import EngineKind, Opening, Speaking
 
 log = logging.getLogger("cotenant.engines")
 GROUP: Final = "cotenant.engines"
@@ -71,11 +71,6 @@ def _not_by(wanted: str, name: str) -> NoReturn:
     near = difflib.get_close_matches(wanted, names, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {AUTO}, {', '.join(names)}"
     raise ModelError(f"{name}: there is no engine {wanted!r}; {hint}")
-
-
-def open_engine(opening: Opening) -> Engine | TurnEngine:
-    """Load a model; raises ModelError."""
-    return choose(opening).open(opening)
 
 
 def open_language(path: Path) -> Language:

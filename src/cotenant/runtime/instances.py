@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -24,6 +24,7 @@ from cotenant.domain.units import S, format_duration
 from cotenant.domain.workload import ORIGINAL, Joining, ServiceSpec
 from cotenant.engines.accuracy import Accuracy
 from cotenant.engines.base import EngineMeta
+from cotenant.engines.placement import told
 from cotenant.runtime.arena import Arena
 from cotenant.runtime.messages import (
     Done,
@@ -504,6 +505,23 @@ class Instances:
                     },
                 )
                 instance.process.kill()
+
+    def engines(self) -> list[dict[str, Any]]:
+        """What opened each instance that is up, and what that says of the model's operators."""
+        found: list[dict[str, Any]] = []
+        for name, instance in self._live.items():
+            if instance.announced:
+                opened, order = instance.opened.result(), instance.order
+                found.append(
+                    {
+                        "instance": name,
+                        "device": order.device,
+                        "variant": order.variant,
+                        "engine": opened.engine,
+                        "executed": told(opened.executed),
+                    }
+                )
+        return found
 
     def pids(self) -> list[int]:
         """Process ids of all live instances."""

@@ -16,6 +16,7 @@ from cotenant.domain.request import Lease
 from cotenant.domain.workload import Joining
 from cotenant.engines.accuracy import Accuracy
 from cotenant.engines.base import EngineMeta
+from cotenant.engines.placement import Executed
 
 LENGTH = struct.Struct("<I")
 
@@ -108,7 +109,8 @@ class Opened(_Message, frozen=True):
     """The model is warm. ``profile``: (units, rows, ns) for rows of ``size`` (see ``size_of``);
     ``accuracy`` on the check data; ``memory`` in bytes, as much as the process ever had resident;
     ``unjoined`` says why rows are not joined, "" if they are; ``notes``: what its owner should know
-    of how it executes."""
+    of how it executes. ``engine`` is the name of the one that opened it, ``executed`` what that
+    says of operators."""
 
     meta: EngineMeta
     profile: tuple[tuple[int, int, int], ...]
@@ -117,6 +119,8 @@ class Opened(_Message, frozen=True):
     unjoined: str = ""
     memory: int = 0
     notes: tuple[str, ...] = ()
+    engine: str = ""
+    executed: tuple[Executed, ...] = ()
 
 
 class OpenFailed(_Message, frozen=True):

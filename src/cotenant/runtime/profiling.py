@@ -29,6 +29,7 @@ from cotenant.domain.profile import FORMAT, PROFILE_FILE, Figures, ModelProfile
 from cotenant.domain.units import S
 from cotenant.domain.workload import BatchSpec
 from cotenant.engines.base import Opening
+from cotenant.engines.placement import told
 from cotenant.engines.registry import choose
 from cotenant.runtime.arena import Arena
 from cotenant.runtime.messages import Failed, FromWorker, Measure, Measured, Open, Opened
@@ -165,6 +166,7 @@ async def profile(
         memory_loaded=memory,
         memory_peak=peak,
         unjoined=opened.unjoined,
+        executed=tuple(told(opened.executed)),
         figures=tuple(figures(*size, found) for size, found in sorted(times.items())),
     )
 

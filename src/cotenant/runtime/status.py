@@ -151,6 +151,7 @@ def _service(node: Node, name: str, instances: Instances) -> dict[str, Any]:
         "kv": _kv(node, name),
         "accuracy": msgspec.to_builtins(current.accuracy) if current else None,
         "joined": current.meta.batchable if current else None,
+        "engines": instances.engines(),
         "variants": _variants(known) if known else None,
         "notes": list(current.notes) if current else [],
     }

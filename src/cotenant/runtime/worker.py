@@ -41,11 +41,12 @@ from cotenant.engines.base import (
     Opening,
     Placeable,
     Target,
+    Tells,
     TurnEngine,
 )
 from cotenant.engines.checkdata import CheckData, read_check
 from cotenant.engines.joining import ONE_ROW, judge, named_alike, same
-from cotenant.engines.registry import open_engine
+from cotenant.engines.registry import choose
 from cotenant.engines.samples import Samples, check_samples, make_samples
 from cotenant.runtime.arena import map_arena
 from cotenant.runtime.messages import (
@@ -164,12 +165,13 @@ class Worker:
     def _open(self, order: Open) -> Opened | OpenFailed:
         try:
             target = Target(os.environ.get(PROCESSOR) or CPU, order.partitions)
-            engine = open_engine(
-                Opening(Path(order.path), order.units, order.settings, order.kv, target)
-            )
+            opening = Opening(Path(order.path), order.units, order.settings, order.kv, target)
+            kind = choose(opening)
+            engine = kind.open(opening)
             if isinstance(engine, TurnEngine):
                 self._sequences = Sequences(engine, self._gather, self._store)
-                return self._sequences.open(order)
+                opened = self._sequences.open(order)
+                return msgspec.structs.replace(opened, engine=kind.name)
             self._engine = engine
             self._placeable = engine if isinstance(engine, Placeable) else None
             self._in_place = engine if isinstance(engine, InPlace) else None
@@ -198,7 +200,17 @@ class Worker:
         gc.freeze()  # a pass over all that the engine's imports brought would delay a batch
         meta = msgspec.structs.replace(engine.meta, batchable=not self._unjoined)
         size = samples.size(meta)
-        return Opened(meta, profile, size, accuracy, self._unjoined, notes=notes)
+        executed = engine.executed() if isinstance(engine, Tells) else ()
+        return Opened(
+            meta,
+            profile,
+            size,
+            accuracy,
+            self._unjoined,
+            notes=notes,
+            engine=kind.name,
+            executed=executed,
+        )
 
     def _profile(
         self, engine: Engine, order: Open, samples: Samples

@@ -16,6 +16,7 @@ from cotenant.engines.cuda.driver import Gpu
 from cotenant.engines.cuda.staging import Staging
 from cotenant.engines.cuda.subsets import Lane
 from cotenant.engines.onnx import described
+from cotenant.engines.placement import by_provider
 
 GRAPHS: Final = 8
 """Graphs of a session: each keeps buffers of its own. The trial of a model sees batches of 1, 2,
@@ -56,7 +57,7 @@ class Session:
         self.lane = lane
         self.session = session
         self.meta = described(session)
-        self.assignment = _assignment(session)
+        self.executed = by_provider(session)
         self._axes = [tuple(node.shape) for node in session.get_inputs()]
         self._out_axes = [tuple(node.shape) for node in session.get_outputs()]
         self._names = [tensor.name for tensor in self.meta.outputs]
@@ -213,15 +214,3 @@ def _close(*stagings: dict[str, Staging]) -> None:
 
 def _size(dtype: np.dtype[Any], shape: Sequence[int]) -> int:
     return dtype.itemsize * int(np.prod(shape, dtype=np.int64))
-
-
-def _assignment(session: Any) -> dict[str, tuple[str, ...]]:
-    """Kinds of operators by provider; empty where this ONNX Runtime does not tell."""
-    try:
-        parts = session.get_provider_graph_assignment_info()
-    except Exception:  # not there, or not built in
-        return {}
-    found: dict[str, set[str]] = {}
-    for part in parts:
-        found.setdefault(part.ep_name, set()).update(n.op_type for n in part.get_nodes())
-    return {name: tuple(sorted(kinds)) for name, kinds in found.items()}
