@@ -103,6 +103,14 @@ class Exactness(msgspec.Struct, frozen=True):
     perplexity: float = 1.005
 
 
+class Plugin(msgspec.Struct, frozen=True):
+    """Of a model for ``onnxruntime-plugin``: the execution provider ("": the only one that there
+    is), and what it is told."""
+
+    provider: str = ""
+    options: dict[str, str] = {}
+
+
 class ModelSettings(msgspec.Struct, frozen=True):
     """``model.yaml`` of a model directory: all optional. ``shapes`` fills free axes of inputs
     for the warm-up, ``ranges`` says which integers an input may hold (both ends included);
@@ -120,6 +128,7 @@ class ModelSettings(msgspec.Struct, frozen=True):
     exactness: Exactness = Exactness()
     engine: str = AUTO
     draft: str = ""
+    plugin: Plugin = Plugin()
 
 
 def parse_config(text: str) -> NodeConfig:
@@ -192,6 +201,7 @@ def parse_model_settings(text: str) -> ModelSettings:
         exactness=_exactness(root.section("exactness")),
         engine=root.take("engine", reading.name, AUTO),
         draft=root.take("draft", reading.text, ""),
+        plugin=_plugin(root.section("plugin")),
     )
     root.done()
     return settings
@@ -289,6 +299,16 @@ def _exactness(section: reading.Section) -> Exactness:
     )
     section.done()
     return floor
+
+
+def _plugin(section: reading.Section) -> Plugin:
+    options = section.section("options")
+    found = Plugin(
+        provider=section.take("provider", reading.name, ""),
+        options={name: options.take(name, reading.text) for name in options.names()},
+    )
+    section.done()
+    return found
 
 
 def _kv(section: reading.Section) -> KvSpec:

@@ -7,7 +7,7 @@ model's own names of axes tell from those of its inputs are written where they a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeAlias
@@ -33,6 +33,7 @@ from cotenant.engines.placement import RECORDS, Executed, by_provider
 if TYPE_CHECKING:
     import onnxruntime as ort
 
+CPU_PROVIDER: Final = "CPUExecutionProvider"
 _TYPES = {
     "tensor(bool)": "BOOL",
     "tensor(uint8)": "UINT8",
@@ -54,14 +55,21 @@ _Output: TypeAlias = "tuple[tuple[int | str, ...], np.dtype[Any]]"
 
 
 class OnnxEngine:
-    """A model file opened once per unit count."""
+    """A model file opened once per unit count; ``session``: how, if not on the CPU alone."""
 
-    def __init__(self, path: Path, units: Sequence[int]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        units: Sequence[int],
+        session: Callable[[Path, int], ort.InferenceSession] | None = None,
+    ) -> None:
         import onnxruntime as ort
 
         ort.set_default_logger_severity(4)
         try:
-            self._sessions = {n: _session(path, n) for n in units}
+            self._sessions = {n: (session or _session)(path, n) for n in units}
+        except ModelError:
+            raise
         except Exception as error:  # ONNX Runtime raises a dozen kinds of its own
             raise ModelError(f"{path.name} cannot be loaded: {first_line(error)}") from error
         first = next(iter(self._sessions.values()))
@@ -163,7 +171,7 @@ def _session(path: Path, threads: int) -> ort.InferenceSession:
     import onnxruntime as ort
 
     options = session_options(threads)
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return ort.InferenceSession(str(path), options, providers=[CPU_PROVIDER])
 
 
 def described(session: Any) -> EngineMeta:

@@ -32,13 +32,12 @@ from cotenant.engines.base import Array, EngineMeta, Room, Target, first_line
 from cotenant.engines.cuda.driver import Gpu
 from cotenant.engines.cuda.session import GRAPHS, NotCaptured, Session, Signature, signature_of
 from cotenant.engines.cuda.subsets import Lane, Subsets
-from cotenant.engines.onnx import axes_of
+from cotenant.engines.onnx import CPU_PROVIDER, axes_of
 from cotenant.engines.placement import RECORDS, Executed
 from cotenant.engines.usercache import user_cache
 
 CUDA_PROVIDER: Final = "CUDAExecutionProvider"
 TENSORRT_PROVIDER: Final = "TensorrtExecutionProvider"
-CPU_PROVIDER: Final = "CPUExecutionProvider"
 SESSIONS: Final = 8
 """Sessions of a model that are kept at once: bounds what its weights take."""
 
