@@ -309,6 +309,8 @@ class Chaos:
         for _ in range(1000):
             if not self.d.state.changes:
                 break
+            for job in JOBS:  # one that was stopped may have come back
+                self.exit_job(job)
             self.make_layout()
         assert not self.d.state.changes, "a layout that is never made"
         for name in SERVICES:

@@ -178,3 +178,16 @@ def test_a_job_whose_partition_goes_to_others_starts_again_elsewhere() -> None:
     assert one(plan(2, "g1"), a.Stop).again
     world.send(e.JobExited("j"))
     assert one(world.send(e.JobQueued("j")), a.Start).partition == "g1"
+
+
+def test_what_is_foretold_of_a_version_counts_until_an_instance_shows_more() -> None:
+    world = placed()
+    known = e.Foretold("cpu", ((1, 1, 7 * MS),), 50, 2 * S)
+    load = one(world.send(e.VersionOffered("s", "1", 0, known)), a.Load)
+    state = world.d.state.services["s"]
+    assert state.exec["cpu"].expected() == {1: {1: 7 * MS}} and state.load_ns == 2 * S
+    assert world.d.state.workers[load.worker].memory == 50
+    up(world, load)
+    assert state.exec["cpu"].expected()[1][1] == MS
+    world.send(e.VersionOffered("s", "2", 1, known))
+    assert state.exec["cpu"].expected()[1][1] == MS

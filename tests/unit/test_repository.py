@@ -8,10 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from cotenant.domain.errors import ModelError, NotFound
+from cotenant.runtime.profiling import write_profile
 from cotenant.runtime.repository import Repository, stamp
+from tests.builders import profiled
 
 
 @pytest.fixture
@@ -223,3 +226,16 @@ def test_a_versions_stamp_covers_all_its_files(
     assert stamp(version / "model.onnx") == before
     change(version)
     assert stamp(version / "model.onnx") != before
+
+
+def test_a_profile_is_of_the_files_that_it_was_measured_with(models: Path) -> None:
+    write(models / "m" / "1" / "model.onnx")
+    repository = Repository(models)
+    files = repository.files("m", "1")
+    assert repository.profile(files) is None
+    write_profile(msgspec.structs.replace(profiled(), files=files.stamp.files), files.path.parent)
+    assert repository.profile(files) is not None
+    write(models / "m" / "1" / "model.onnx", "another")
+    assert repository.profile(repository.files("m", "1")) is None
+    (files.path.parent / ".profile.json").write_text("{")
+    assert repository.profile(files) is None

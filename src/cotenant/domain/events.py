@@ -95,13 +95,25 @@ class BatchFailed(_Event, frozen=True):
     reason: str
 
 
+class Foretold(msgspec.Struct, frozen=True, array_like=True):
+    """What was measured of a version before it is loaded, on a ``kind`` of device: as in
+    ``WorkerUp``."""
+
+    kind: str
+    profile: tuple[tuple[int, int, int], ...]
+    memory: int
+    load_ns: int
+
+
 class VersionOffered(_Event, frozen=True):
     """A version of a service's model is there to be loaded. ``revision`` tells files that bear the
-    same version apart: a greater one takes the place of what was offered or serves under it."""
+    same version apart: a greater one takes the place of what was offered or serves under it.
+    ``foretold``: what is known of it."""
 
     service: str
     version: str
     revision: int = 0
+    foretold: Foretold | None = None
 
 
 class VersionGone(_Event, frozen=True):

@@ -6,6 +6,7 @@ loaded either, any other.
 
 from __future__ import annotations
 
+from cotenant.domain.events import Foretold
 from cotenant.domain.workload import ORIGINAL
 from cotenant.policy.estimate import Costs
 from cotenant.policy.state import ServiceState
@@ -31,6 +32,26 @@ def costs(service: ServiceState, kind: str, variant: str) -> Costs:
     if service.serving.get(kind, ORIGINAL) == variant:
         return service.exec.setdefault(kind, Costs())
     return service.aside.setdefault(kind, {}).setdefault(variant, Costs())
+
+
+def foretell(service: ServiceState, known: Foretold) -> None:
+    """Take what was measured elsewhere for true until an instance shows it, where nothing is known
+    of the service yet."""
+    if known.kind in service.exec and service.exec[known.kind].tables:
+        return
+    table = service.exec[known.kind] = Costs()
+    for units, rows, ns in known.profile:
+        table.profile(units, rows, ns)
+    service.foretold[known.kind] = None
+    service.occupies[known.kind] = max(known.memory, service.occupies.get(known.kind, 0))
+    service.load_ns = service.load_ns or known.load_ns
+
+
+def shown(service: ServiceState, kind: str) -> None:
+    """An instance shows what is true there: what was foretold is forgotten."""
+    if kind in service.foretold:
+        del service.foretold[kind]
+        service.exec[kind] = Costs()
 
 
 def serve(service: ServiceState, kind: str, variant: str) -> None:

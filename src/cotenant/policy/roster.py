@@ -149,6 +149,7 @@ class Roster:
         kind = self._desk.specs[event.device].kind
         service.home = service.home or kind
         service.occupies[kind] = max(event.memory, service.occupies.get(kind, 0))
+        builds.shown(service, kind)
         if not any(w.up and w.id != worker.id for w in self._alike(worker, kind)):
             builds.serve(service, kind, worker.variant)
         costs = builds.costs(service, kind, worker.variant)

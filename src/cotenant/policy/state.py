@@ -111,6 +111,8 @@ class ServiceState:
     """What executions cost, by kind of device: of the variant that serves there."""
     serving: dict[str, str] = field(default_factory=dict)
     """That variant, where it is not the original."""
+    foretold: dict[str, None] = field(default_factory=dict)
+    """Kinds of device where that was measured by others, and no instance was loaded since."""
     aside: dict[str, dict[str, Costs]] = field(default_factory=dict)
     """What executions of others cost, by kind of device and variant."""
     variants: dict[str, dict[str, tuple[Variant, ...]]] = field(default_factory=dict)

@@ -174,10 +174,14 @@ class Instances:
     # --- versions ---------------------------------------------------------------------------
 
     def offer(
-        self, files: ModelFiles, settings: ModelSettings, variants: list[VariantFiles]
+        self,
+        files: ModelFiles,
+        settings: ModelSettings,
+        variants: list[VariantFiles],
+        foretold: e.Foretold | None,
     ) -> Offer:
-        """Offer a version, which has these variants, to the dispatcher, which answers with
-        ``serve`` or ``decline``."""
+        """Offer a version, which has these variants and of which so much is known, to the
+        dispatcher, which answers with ``serve`` or ``decline``."""
         self._revisions += 1
         revision = self._revisions
         offer = self.offers[revision] = Offer(files, settings, revision)
@@ -185,7 +189,7 @@ class Instances:
         joined = current is None or current.meta.shared
         self._announce_bounds(settings, joined, current.notes if current is not None else ())
         self.variants.tell(files.version, variants)
-        self._shell.feed(e.VersionOffered(self.spec.name, files.version, revision))
+        self._shell.feed(e.VersionOffered(self.spec.name, files.version, revision, foretold))
         return offer
 
     def serve(self, action: a.Serve) -> None:

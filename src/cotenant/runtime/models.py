@@ -6,6 +6,7 @@ import asyncio
 import logging
 from pathlib import Path
 
+from cotenant.devices import processor
 from cotenant.domain import events as e
 from cotenant.domain.config import ModelSettings
 from cotenant.domain.errors import CotenantError, InvalidRequest, NotFound, NotReady
@@ -83,11 +84,19 @@ class Models:
                 instances = self.services[name] = self._make(name, settings)
             try:
                 variants = await asyncio.to_thread(self.repository.variants, files)
-                await instances.offer(files, settings, variants).outcome
+                foretold = await asyncio.to_thread(self._foretold, files)
+                await instances.offer(files, settings, variants, foretold).outcome
             except BaseException:
                 if instances.current is None and name not in self._declared:
                     await self._end(name, instances)
                 raise
+
+    def _foretold(self, files: ModelFiles) -> e.Foretold | None:
+        """What ``cotenant profile`` measured of a version on such a machine."""
+        found = self.repository.profile(files)
+        if found is None or found.processor != processor.model_name():
+            return None
+        return e.Foretold(found.kind, found.table, found.memory_peak, found.load_ns)
 
     def _model(self, name: str) -> str:
         """The directory of a service's model."""
