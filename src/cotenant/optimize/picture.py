@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from cotenant.optimize.running import Result
 
@@ -32,7 +33,7 @@ def draw(result: Result, path: Path) -> str:
         axes.plot([speed, speed], [drop, bound], color=colour, linewidth=1.5)
         axes.plot([speed], [bound], marker="_", color=colour, markersize=9)
         axes.plot([speed], [drop], marker="o", color=colour, markersize=5 + row.size**0.5 / 400)
-        label = {"xytext": (6, -3), "textcoords": "offset points", "fontsize": 8}
+        label: dict[str, Any] = {"xytext": (6, -3), "textcoords": "offset points", "fontsize": 8}
         axes.annotate(row.name, (speed, drop), **label)
     low = min([0.0, *(100 * row.accuracy.drop for row in shown if row.accuracy)])
     high = max([2 * result.max_drop, *(row.accuracy.bound for row in shown if row.accuracy)])

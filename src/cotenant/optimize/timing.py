@@ -1,24 +1,25 @@
 """How long a variant takes on this box, in turns with its original.
 
-What an execution waited for a core does not count, and one during which this process was stopped
-is made again: as a job it is stopped whenever a request needs its cores.
+An execution during which this process was stopped is made again: as a job it is stopped whenever a
+request needs its cores. What else disturbs disturbs all that take turns, and medians pass over it.
+What threads waited for a core is not taken off, as a node does that looks at one engine: how much of
+it held an execution up differs between engines, and they are compared.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import statistics
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from types import FrameType
 from typing import Final
 
 import msgspec
 
-from cotenant.devices import proctree
 from cotenant.domain.device import CPU
 from cotenant.domain.units import S
 from cotenant.domain.variant import Timing
@@ -26,6 +27,8 @@ from cotenant.engines.base import Array, Engine
 
 LEAST_ROUNDS: Final = 7
 MOST_ROUNDS: Final = 200
+SETTLE_S: Final = 0.002
+"""Until threads of the engine before have gone to sleep."""
 _TRIES: Final = 20
 """After so many stops one after another an execution counts as it is."""
 
@@ -40,7 +43,7 @@ class Stops:
         del number, frame
         self.count += 1
 
-    @contextmanager
+    @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """While it is entered; only the main thread can."""
         if threading.current_thread() is not threading.main_thread():
@@ -94,6 +97,7 @@ def race(
             for setting in settings:
                 for key in order:
                     given = inputs[setting.rows]
+                    time.sleep(SETTLE_S)
                     runners[key].run(setting.units, given)  # caches hold another's
                     times[key, setting].append(_timed(runners[key], setting.units, given, stops))
             number += 1
@@ -143,16 +147,13 @@ def _rank(rounds: int, confidence: float = 0.95) -> int:
 
 
 def _timed(engine: Engine, units: int, inputs: dict[str, Array], stops: Stops) -> int:
-    """Ns of one execution, less what it waited for a core."""
+    """Ns of one execution in which this process was not stopped."""
     took = 1
     for _ in range(_TRIES):
         stopped = stops.count
-        before = proctree.run_delays()
         began = time.monotonic_ns()
         engine.run(units, inputs)
         took = time.monotonic_ns() - began
-        waits = (ns - before.get(tid, 0) for tid, ns in proctree.run_delays().items())
-        took = max(1, took - max(waits, default=0))
         if stops.count == stopped:
             break
     return took

@@ -11,8 +11,10 @@ from cotenant.domain.errors import EnvironmentProblem, InvalidRequest
 from cotenant.optimize.recipes.base import Recipe
 from cotenant.optimize.recipes.int8 import Int8
 from cotenant.optimize.recipes.mixed import Mixed
+from cotenant.optimize.recipes.nncf import Nncf
+from cotenant.optimize.recipes.sparse import Sparse
 
-RECIPES: Final[tuple[Recipe, ...]] = (Int8(), Mixed())
+RECIPES: Final[tuple[Recipe, ...]] = (Int8(), Mixed(), Nncf(), Sparse())
 
 
 def chosen(names: Sequence[str]) -> tuple[Recipe, ...]:
