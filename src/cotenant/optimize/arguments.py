@@ -22,13 +22,13 @@ def add(parser: argparse.ArgumentParser) -> None:
                              "(a third of check.npz)")  # fmt: skip
     parser.add_argument("--max-drop", type=share, default=0.01, metavar="D",
                         help="accuracy that may be lost, with 95%% confidence (0.01)")  # fmt: skip
-    recipes = ", ".join(recipe.name for recipe in RECIPES)
+    recipes, engines = ", ".join(r.name for r in RECIPES), ", ".join(ENGINES)
     parser.add_argument("--recipes", type=_names, default=(), metavar="R,R",
                         help=f"of {recipes} (all)")  # fmt: skip
     parser.add_argument("--engines", type=_names, default=(), metavar="E,E",
-                        help=f"of {', '.join(ENGINES)} (those installed)")  # fmt: skip
+                        help=f"of {engines} (all)")  # fmt: skip
     parser.add_argument("--units", type=_counts, default=(), metavar="N,N",
-                        help="numbers of cores to measure on (1 and all of this process)")  # fmt: skip
+                        help="numbers of cores to measure on (1 and all it may use)")  # fmt: skip
     parser.add_argument("--seconds", type=_positive, default=300.0, metavar="S",
                         help="CPU time a core for training, in all (300)")  # fmt: skip
     parser.add_argument("--promote", action="store_true",

@@ -2,8 +2,8 @@
 
 An execution during which this process was stopped is made again: as a job it is stopped whenever a
 request needs its cores. What else disturbs disturbs all that take turns, and medians pass over it.
-What threads waited for a core is not taken off, as a node does that looks at one engine: how much of
-it held an execution up differs between engines, and they are compared.
+What threads waited for a core is not taken off, as a node does, which looks at one engine: how much
+of it held an execution up differs between engines, which are compared here.
 """
 
 from __future__ import annotations

@@ -68,24 +68,31 @@ class Quantizer:
 
     def write(self, path: Path, only: Sequence[str] = (), without: Sequence[str] = ()) -> Path:
         """Quantize all layers, or ``only`` these, ``without`` those. Raises ModelError."""
-        from onnxruntime import quantization
-
         wanted = [name for name in (only or self.nodes) if name not in set(without)]
         try:
-            quantization.quantize_static(
-                str(self._graph),
-                str(path),
-                _Reader(self._rows),
-                op_types_to_quantize=list(OPERATORS),
-                nodes_to_quantize=wanted,
-                per_channel=True,
-                activation_type=quantization.QuantType.QUInt8,
-                weight_type=quantization.QuantType.QInt8,
-                calibration_cache_path=self._ranges,
-            )
-        except Exception as error:  # the quantizer raises whatever its parts do
-            raise ModelError(f"it cannot be quantized: {first_line(error)}") from error
+            self._quantize(path, wanted, {})
+        except Exception:  # the quantizer raises whatever its parts do; some fails at biases alone
+            try:
+                self._quantize(path, wanted, {"QDQDisableWeightAdjustForInt32Bias": True})
+            except Exception as error:
+                raise ModelError(f"it cannot be quantized: {first_line(error)}") from error
         return path
+
+    def _quantize(self, path: Path, nodes: list[str], options: dict[str, Any]) -> None:
+        from onnxruntime import quantization
+
+        quantization.quantize_static(
+            str(self._graph),
+            str(path),
+            _Reader(self._rows),
+            op_types_to_quantize=list(OPERATORS),
+            nodes_to_quantize=nodes,
+            per_channel=True,
+            activation_type=quantization.QuantType.QUInt8,
+            weight_type=quantization.QuantType.QInt8,
+            calibration_cache_path=self._ranges,
+            extra_options=options,
+        )
 
 
 class _Reader:

@@ -12,9 +12,20 @@ from cotenant.optimize.recipes.base import Recipe
 from cotenant.optimize.recipes.int8 import Int8
 from cotenant.optimize.recipes.mixed import Mixed
 from cotenant.optimize.recipes.nncf import Nncf
+from cotenant.optimize.recipes.pruned import Pruned
+from cotenant.optimize.recipes.qat import Qat
 from cotenant.optimize.recipes.sparse import Sparse
+from cotenant.optimize.recipes.student import Student
 
-RECIPES: Final[tuple[Recipe, ...]] = (Int8(), Mixed(), Nncf(), Sparse())
+RECIPES: Final[tuple[Recipe, ...]] = (
+    Int8(),
+    Mixed(),
+    Nncf(),
+    Sparse(),
+    Pruned(),
+    Qat(),
+    Student(),
+)
 
 
 def chosen(names: Sequence[str]) -> tuple[Recipe, ...]:
