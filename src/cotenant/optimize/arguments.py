@@ -30,9 +30,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--units", type=_counts, default=(), metavar="N,N",
                         help="numbers of cores to measure on (1 and all it may use)")  # fmt: skip
     parser.add_argument("--seconds", type=_positive, default=300.0, metavar="S",
-                        help="CPU time a core for training, in all (300)")  # fmt: skip
+                        help="CPU time a core for training (300)")  # fmt: skip
     parser.add_argument("--promote", action="store_true",
-                        help="let those that are kept serve, without being asked again")  # fmt: skip
+                        help="let those that are kept serve at once")  # fmt: skip
 
 
 def asked(args: argparse.Namespace) -> Asked:

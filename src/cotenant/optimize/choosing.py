@@ -55,16 +55,24 @@ def slow(ratio: float, surely: float) -> str:
 
 
 def dominated(marks: Sequence[Marks]) -> dict[str, str]:
-    """By name, those that another one beats or equals in everything, and is better in something;
-    and the name of that one. Of equal ones the first stays."""
-    found: dict[str, str] = {}
-    for number, mine in enumerate(marks):
-        for other_number, other in enumerate(marks):
-            if number == other_number or other.name in found:
-                continue
-            own, its = ((m.drop, m.ratio, m.size) for m in (mine, other))
-            no_worse = all(b <= a for a, b in zip(own, its, strict=True))
-            if no_worse and (own != its or other_number < number):
-                found[mine.name] = other.name
-                break
-    return found
+    """By name, those that another one beats or equals in everything; and the name of one that does
+    and stays. Of equal ones the first stays."""
+    stay = [
+        mine
+        for number, mine in enumerate(marks)
+        if not any(
+            _covers(other, mine) and (not _covers(mine, other) or before < number)
+            for before, other in enumerate(marks)
+            if before != number
+        )
+    ]
+    return {
+        mine.name: next(other.name for other in stay if _covers(other, mine))
+        for mine in marks
+        if mine not in stay
+    }
+
+
+def _covers(one: Marks, other: Marks) -> bool:
+    """Whether it is no worse in anything."""
+    return one.drop <= other.drop and one.ratio <= other.ratio and one.size <= other.size

@@ -245,9 +245,7 @@ def _refuse(tried: list[_Tried], parent: Parent) -> None:
     beaten = dominated(marks)
     for one in tried:
         if one.name in beaten:
-            one.why = (
-                f"{beaten[one.name]} is no worse in accuracy, time and size, and better in one"
-            )
+            one.why = f"{beaten[one.name]} is no worse in accuracy, time and size"
 
 
 def _written(parent: Parent, one: _Tried, digested: str, repository: Repository) -> Row:

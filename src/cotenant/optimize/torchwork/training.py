@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
@@ -74,11 +73,10 @@ def train(
     seconds: float,
     told: Told,
     labels: Array | None = None,
-    before: Callable[[int], None] | None = None,
 ) -> float:
     """Train in place for so many seconds of CPU time a core; returns the last loss (the mean over
-    some steps). With ``labels`` those are learned in place of the parent's scores. ``before`` is
-    called before each step with its number. Raises ModelError if it comes to no numbers."""
+    some steps). With ``labels`` those are learned in place of the parent's scores. Raises
+    ModelError if it comes to no numbers."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     steps = torch.optim.AdamW(parameters, lr=RATE, weight_decay=1e-4)
     budget = Budget(seconds, torch.get_num_threads())
@@ -87,14 +85,12 @@ def train(
     while budget.spent < 1:
         for group in steps.param_groups:
             group["lr"] = RATE * max(0.01, math.cos(budget.spent * math.pi / 2))
-        if before is not None:
-            before(number)
         loss = _loss(module, given, random, labels)
         steps.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, 1.0)
         steps.step()
-        value = float(loss)
+        value = float(loss.detach())
         if not math.isfinite(value):
             raise ModelError("training came to no numbers")
         loss_mean = value if number == 0 else 0.98 * loss_mean + 0.02 * value
