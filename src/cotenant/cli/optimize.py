@@ -31,7 +31,7 @@ def cmd_optimize(args: argparse.Namespace) -> int:
     spec = JobSpec(
         id="",
         name=f"optimize-{args.model}",
-        command=(sys.executable, "-m", "cotenant.optimize", *words),
+        command=(sys.executable, "-P", "-m", "cotenant.optimize", *words),
         cwd=directory("."),
         env=env,
         restart=RestartPolicy.NEVER,

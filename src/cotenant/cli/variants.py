@@ -14,7 +14,7 @@ from cotenant.domain.errors import InvalidRequest
 from cotenant.domain.variant import ORIGINAL, Timing, VariantState
 from cotenant.optimize import promoting
 from cotenant.optimize.arguments import share
-from cotenant.optimize.running import Row, ratio_of, the_version
+from cotenant.optimize.running import Row, original_size, ratio_of, the_version
 from cotenant.optimize.showing import table
 from cotenant.runtime.repository import ModelFiles, Repository, VariantFiles
 
@@ -48,7 +48,7 @@ def variants_view(files: ModelFiles, found: list[VariantFiles]) -> RenderableTyp
     """The original, then a line for each variant, and reasons below."""
     profile = _original_times(found)
     original = Row(name=ORIGINAL, state=ORIGINAL, ratio=1.0 if profile else 0.0, profile=profile,
-                   size=files.path.stat().st_size)  # fmt: skip
+                   size=original_size(files))  # fmt: skip
     return table([original, *map(_row, found)])
 
 
@@ -84,7 +84,7 @@ def _plain_original(files: ModelFiles, found: list[VariantFiles]) -> dict[str, A
     return {
         "name": ORIGINAL,
         "state": ORIGINAL,
-        "size": files.path.stat().st_size,
+        "size": original_size(files),
         "profile": msgspec.to_builtins(_original_times(found)),
     }
 

@@ -22,11 +22,13 @@ _CLASSES: Final = 1000
 
 
 class Seen(msgspec.Struct):
-    """What a parent says to some rows, and what is right: its answers, if there are no labels."""
+    """What a parent says to some rows, and what is right: its answers, if there are no labels.
+    ``finite``: of each output, whether it holds neither NaN nor infinity."""
 
     data: CheckData
     judged: Judged
     labelled: bool
+    finite: tuple[bool, ...] = ()
 
 
 def look(engine: Engine, units: int, data: CheckData, labelled: bool) -> Seen:
@@ -34,7 +36,11 @@ def look(engine: Engine, units: int, data: CheckData, labelled: bool) -> Seen:
     found = answers(engine, units, data, STEP)
     if not labelled:
         data = _as_labels(data, found)
-    return Seen(data, judge(engine, data, found), labelled)
+    return Seen(data, judge(engine, data, found), labelled, tuple(map(_finite, found)))
+
+
+def _finite(parts: list[Array]) -> bool:
+    return all(p.dtype.kind != "f" or bool(np.isfinite(p).all()) for p in parts)
 
 
 def _as_labels(data: CheckData, found: list[list[Array]]) -> CheckData:
@@ -44,7 +50,7 @@ def _as_labels(data: CheckData, found: list[list[Array]]) -> CheckData:
             output = np.concatenate(parts)
         except ValueError:
             continue
-        if output.dtype.kind in "biu":
+        if output.dtype.kind in "biuOUS":
             return msgspec.structs.replace(data, labels=output, measure="exact")
         if output.dtype.kind == "f" and output.ndim == 2 and output.shape[1] > 1:
             return msgspec.structs.replace(data, labels=output.argmax(axis=1), measure="argmax")
@@ -77,8 +83,8 @@ def compare(seen: Seen, engine: Engine, units: int, confidence: float = 0.95) ->
     """Run the variant on what the parent saw. Raises ModelError if its answers are no numbers, or
     cannot be compared."""
     found = answers(engine, units, seen.data, STEP)
-    for tensor, parts in zip(engine.meta.outputs, found, strict=True):
-        if any(p.dtype.kind == "f" and not np.isfinite(p).all() for p in parts):
+    for tensor, parts, finite in zip(engine.meta.outputs, found, seen.finite, strict=True):
+        if finite and not _finite(parts):
             raise ModelError(f"its output {tensor.name!r} holds NaN or infinity")
     after = judge(engine, seen.data, found)
     before = seen.judged

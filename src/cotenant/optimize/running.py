@@ -36,7 +36,7 @@ from cotenant.optimize.recipes.base import Made, Recipe
 from cotenant.optimize.recipes.known import check_asked, chosen, known_name, lacking
 from cotenant.optimize.rows import picked, read_rows
 from cotenant.optimize.timing import Raced, race
-from cotenant.runtime.repository import ModelFiles, Repository, digest
+from cotenant.runtime.repository import CHECK_FILE, ModelFiles, Repository, digest
 
 SKIPPED: Final = "skipped"
 RACE_S: Final = 3.0
@@ -316,7 +316,7 @@ def _result(
         accuracy=own,
         ratio=1.0 if raced else 0.0,
         profile=raced.originals if raced else (),
-        size=files.path.stat().st_size,
+        size=original_size(files),
     )
     return Result(
         model=files.name,
@@ -346,6 +346,11 @@ def libraries() -> dict[str, str]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
+
+
+def original_size(files: ModelFiles) -> int:
+    """Bytes of what a version computes with."""
+    return sum(size for name, size, *_ in files.stamp.files if name != CHECK_FILE)
 
 
 def the_version(repository: Repository, name: str, version: str) -> ModelFiles:

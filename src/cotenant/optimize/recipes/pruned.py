@@ -42,7 +42,8 @@ class Pruned:
             told(f"structured pruning of {share:.0%}")
             module = copy.deepcopy(whole)
             _prune(module, given, share)
-            loss = training.train(module, given, seconds / len(SHARES), told)
+            time = seconds / len(SHARES)
+            loss = training.train(module, given, time, told, rate=training.TUNING_RATE)
             name = f"{self.name}-{share * 100:.0f}"
             folder = work / name
             folder.mkdir()

@@ -30,7 +30,7 @@ class Qat:
         given = training.lesson(parent)
         model, module = imported(parent, given, work)
         with rounding.rounded(module, given.rows):
-            loss = training.train(module, given, seconds, told)
+            loss = training.train(module, given, seconds, told, rate=training.TUNING_RATE)
         trained = exporting.write(model, module, work / "trained.onnx")
         graph = work / "prepared.onnx"
         prepare(onnx.load(str(trained)), graph)
