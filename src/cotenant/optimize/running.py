@@ -234,9 +234,14 @@ def _refuse(tried: list[_Tried], parent: Parent) -> None:
     """Say of each that is not kept why."""
     for one in tried:
         if not one.why and one.compared and one.raced:
-            one.why = inaccurate(
-                one.compared, parent.asked.max_drop, parent.settings.accuracy_floor
-            ) or slow(one.raced.ratio, one.raced.surely)
+            floor = parent.settings.accuracy_floor
+            reasons = (
+                inaccurate(one.compared, parent.asked.max_drop, floor),
+                slow(one.raced.ratio, one.raced.surely),
+            )
+            one.why = "; ".join(filter(None, reasons))
+            if one.why and one.made.note:
+                one.why += f" ({one.made.note})"
     marks = [
         Marks(one.name, one.compared.drop, one.raced.ratio, one.made.size)
         for one in tried
@@ -254,13 +259,12 @@ def _written(parent: Parent, one: _Tried, digested: str, repository: Repository)
     if not one.why and parent.asked.promote:
         state = VariantState.PROMOTED
     name = _free_name(one.name, parent.files, repository)
-    why = f"{one.why} ({one.made.note})" if one.why and one.made.note else one.why
     record = VariantRecord(
         recipe=one.made.recipe,
         parent=digested,
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         state=state,
-        why=why,
+        why=one.why,
         engine=one.engine,
         kinds=(CPU,),
         libraries=libraries(),
@@ -274,7 +278,7 @@ def _written(parent: Parent, one: _Tried, digested: str, repository: Repository)
         name=name,
         state=state.value,
         recipe=record.recipe,
-        why=why,
+        why=one.why,
         engine=one.engine,
         accuracy=one.compared,
         ratio=one.raced.ratio if one.raced else 0.0,

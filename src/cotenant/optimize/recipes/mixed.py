@@ -25,7 +25,7 @@ from cotenant.optimize.recipes.int8 import Quantizer
 GROUPS: Final = 24
 """Trials of a group alone, at most."""
 LEFT_OUT: Final = (1, 2, 4, 8)
-"""Groups that are left in float, in turn; never more than half of them."""
+"""Groups that are left in float, in turn; at most half of them, or two."""
 _ENGINE: Final = "onnxruntime"
 
 
@@ -45,7 +45,7 @@ class Mixed:
         if _drop(parent, quantizer.write(trial)) <= 0:
             raise ModelError("int8 of all layers loses nothing on the rows for making")
         order = _by_error(parent, quantizer, trial, told)
-        for count in (n for n in LEFT_OUT if n <= max(1, len(order) // 2)):
+        for count in (n for n in LEFT_OUT if n < min(len(order), 1 + max(2, len(order) // 2))):
             left = [name for group in order[:count] for name in group]
             if len(left) >= len(quantizer.nodes):
                 break

@@ -15,7 +15,7 @@ from cotenant.domain.units import format_bytes
 from cotenant.optimize.parent import Parent, Told
 from cotenant.optimize.recipes.base import Made
 
-SHARE: Final = 0.5
+SHARE: Final = 0.3
 """Of the weights of each layer that becomes 0."""
 LEAST: Final = 64
 """Smaller tensors are left alone."""
