@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import msgspec
 
-from cotenant.domain.config import AUTO, ModelSettings
+from cotenant.domain.config import ModelSettings
 from cotenant.domain.errors import ModelError
 from cotenant.engines.base import Engine, EngineMeta, Opening, Speaking, TurnEngine
 from cotenant.engines.registry import choose, kinds
@@ -112,7 +112,7 @@ def open_all(
         raise _in_turns(files)
     found = {first.name: engine}
     for name in wanted:
-        if name in found or settings.engine not in (AUTO, first.name):
+        if name in found:
             continue
         other = Opening(files.path, units, msgspec.structs.replace(settings, engine=name))
         try:
