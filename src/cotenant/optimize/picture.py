@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from cotenant.optimize.running import Result
+from cotenant.domain.variant import ORIGINAL
+from cotenant.optimize.running import Result, Row
 
-_COLOURS = {"candidate": "#2a7f3f", "promoted": "#2a7f3f", "refused": "#b5651d"}
+_KEPT: Final = "#2a7f3f"
+_REFUSED: Final = "#b5651d"
+_SHOWN: Final = 5
+"""Times the drop that is allowed: what loses more stands at the upper edge."""
 
 
 def draw(result: Result, path: Path) -> str:
@@ -20,28 +24,52 @@ def draw(result: Result, path: Path) -> str:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    shown = [row for row in result.rows if row.accuracy and row.ratio and row.name != "original"]
-    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
-    axes.axhspan(-1, 100 * result.max_drop, color="#2a7f3f", alpha=0.08)
-    axes.axhline(100 * result.max_drop, color="#2a7f3f", linewidth=0.8)
+    rows = [row for row in result.rows if row.accuracy and row.ratio and row.name != ORIGINAL]
+    lows = [100 * row.accuracy.drop for row in rows if row.accuracy]
+    allowed = 100 * result.max_drop
+    top, low = _SHOWN * max(allowed, 0.2), min([0.0, *lows])
+    figure, axes = plt.subplots(figsize=(9, 5.4), layout="constrained")
+    axes.set_ylim(low - 0.1 * (top - low), top * 1.12)
+    axes.axhspan(-200, allowed, color=_KEPT, alpha=0.08)
+    axes.axhline(allowed, color=_KEPT, linewidth=0.8)
     axes.axvline(1.0, color="#555555", linewidth=0.8)
-    axes.plot([1.0], [0.0], "k*", markersize=12, label="original")
-    for row in shown:
-        assert row.accuracy is not None
-        drop, bound = 100 * row.accuracy.drop, 100 * row.accuracy.bound
-        speed, colour = 1 / row.ratio, _COLOURS.get(row.state, "#555555")
-        axes.plot([speed, speed], [drop, bound], color=colour, linewidth=1.5)
-        axes.plot([speed], [bound], marker="_", color=colour, markersize=9)
-        axes.plot([speed], [drop], marker="o", color=colour, markersize=5 + row.size**0.5 / 400)
-        label: dict[str, Any] = {"xytext": (6, -3), "textcoords": "offset points", "fontsize": 8}
-        axes.annotate(row.name, (speed, drop), **label)
-    low = min([0.0, *(100 * row.accuracy.drop for row in shown if row.accuracy)])
-    high = max([2 * result.max_drop, *(row.accuracy.bound for row in shown if row.accuracy)])
-    axes.set_ylim(low - 0.5, min(100.0, 105 * high))
-    axes.set_xlabel("speed, the original's best here = 1")
-    axes.set_ylabel("accuracy lost, and its upper bound (points)")
-    title = f"{result.model} version {result.version}: green is kept, brown refused"
-    axes.set_title(title, fontsize=10)
+    axes.plot([1.0], [0.0], "k*", markersize=12)
+    for number, row in enumerate(sorted(rows, key=lambda row: -row.ratio)):
+        _point(axes, row, top, number)
+    axes.set_xlabel("speed (the original's best here is 1)")
+    axes.set_ylabel("accuracy lost, and what may be lost, in points")
+    axes.set_title(
+        f"{result.model} version {result.version}: kept in green, refused in brown; "
+        f"triangles lose more than {top:g} points",
+        fontsize=9,
+    )
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return ""
+
+
+def _point(axes: Any, row: Row, top: float, number: int) -> None:
+    """A candidate: what it lost and, above, the bound."""
+    assert row.accuracy is not None
+    kept = row.state in ("candidate", "promoted")
+    colour, speed = (_KEPT if kept else _REFUSED), 1 / row.ratio
+    drop, bound = 100 * row.accuracy.drop, 100 * row.accuracy.bound
+    over = drop > top
+    if over:
+        drop = top
+        axes.plot([speed], [drop], marker="^", color=colour, markersize=6)
+    else:
+        axes.plot([speed, speed], [drop, min(bound, top)], color=colour, linewidth=1.5)
+        axes.plot([speed], [min(bound, top)], marker="_", color=colour, markersize=9)
+        axes.plot([speed], [drop], marker="o", color=colour, markersize=6)
+    axes.annotate(
+        row.name,
+        (speed, drop),
+        xytext=(4, -4 if over else (-9, 5)[number % 2]),
+        textcoords="offset points",
+        fontsize=8 if kept else 6,
+        color=colour,
+        weight="bold" if kept else "normal",
+        rotation=0 if kept else -30 if over else 25,
+        rotation_mode="anchor",
+    )

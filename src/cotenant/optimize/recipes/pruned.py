@@ -42,8 +42,7 @@ class Pruned:
             told(f"structured pruning of {share:.0%}")
             module = copy.deepcopy(whole)
             _prune(module, given, share)
-            time = seconds / len(SHARES)
-            loss = training.train(module, given, time, told, rate=training.TUNING_RATE)
+            loss = training.train(module, given, seconds / len(SHARES), told)
             name = f"{self.name}-{share * 100:.0f}"
             folder = work / name
             folder.mkdir()
