@@ -54,7 +54,10 @@ def read_arrays(path: Path) -> dict[str, Array]:
         with np.load(path, allow_pickle=False) as data:
             return {name: data[name] for name in data.files}
     except Exception as error:  # zip, pickle, key and value errors alike
-        raise ModelError(f"{path.name} cannot be read: {error}") from error
+        why = str(error)
+        if "pickle" in why:  # NumPy would go on to say how to
+            why = "it holds pickled objects, which are never read; write arrays by numpy.savez"
+        raise ModelError(f"{path.name} cannot be read: {why}") from error
 
 
 def checked(

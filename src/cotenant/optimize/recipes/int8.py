@@ -6,6 +6,7 @@ Activations are unsigned, weights signed, 8 bits each, as Q and DQ operators aro
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -81,18 +82,19 @@ class Quantizer:
     def _quantize(self, path: Path, nodes: list[str], options: dict[str, Any]) -> None:
         from onnxruntime import quantization
 
-        quantization.quantize_static(
-            str(self._graph),
-            str(path),
-            _Reader(self._rows),
-            op_types_to_quantize=list(OPERATORS),
-            nodes_to_quantize=nodes,
-            per_channel=True,
-            activation_type=quantization.QuantType.QUInt8,
-            weight_type=quantization.QuantType.QInt8,
-            calibration_cache_path=self._ranges,
-            extra_options=options,
-        )
+        with _without_advice():
+            quantization.quantize_static(
+                str(self._graph),
+                str(path),
+                _Reader(self._rows),
+                op_types_to_quantize=list(OPERATORS),
+                nodes_to_quantize=nodes,
+                per_channel=True,
+                activation_type=quantization.QuantType.QUInt8,
+                weight_type=quantization.QuantType.QInt8,
+                calibration_cache_path=self._ranges,
+                extra_options=options,
+            )
 
 
 class _Reader:
@@ -105,17 +107,29 @@ class _Reader:
         return next(self._left, None)
 
 
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """The quantizer gives advice on the root logger."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
 def prepare(model: Any, path: Path) -> None:
     """Write the graph with shapes and folded layers, as the quantizer wants it; where that cannot
     be, as it is. Every node gets a name."""
     import onnx
     from onnxruntime.quantization import shape_inference
 
-    logging.getLogger().setLevel(logging.ERROR)  # the quantizer gives advice on the root logger
     given = path.with_name("given.onnx")
     onnx.save(model, str(given))
     try:
-        shape_inference.quant_pre_process(str(given), str(path), skip_symbolic_shape=True)
+        with _without_advice():
+            shape_inference.quant_pre_process(str(given), str(path), skip_symbolic_shape=True)
     except Exception:  # whatever the optimizer does not know
         onnx.save(model, str(path))
     made = onnx.load(str(path))
