@@ -100,6 +100,12 @@ def test_what_a_killed_run_left_is_removed_and_put_back(files: ModelFiles) -> No
     assert os.listdir(files.path.parent / ".optimize") == ["lock"]
 
 
+def test_a_disk_that_is_full_while_variants_are_made_is_said(files: ModelFiles) -> None:
+    with pytest.raises(EnvironmentProblem), writing.workplace(files.path.parent):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert os.listdir(files.path.parent / ".optimize") == ["lock"]
+
+
 def test_two_do_not_work_on_one_version(files: ModelFiles) -> None:
     with writing.workplace(files.path.parent):
         with pytest.raises(InvalidRequest), writing.workplace(files.path.parent):

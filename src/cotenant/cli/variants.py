@@ -14,7 +14,7 @@ from cotenant.domain.errors import InvalidRequest
 from cotenant.domain.variant import ORIGINAL, Timing, VariantState
 from cotenant.optimize import promoting
 from cotenant.optimize.arguments import share
-from cotenant.optimize.running import Row, original_size, ratio_of, the_version
+from cotenant.optimize.running import Row, of_original, original_size, ratio_of, the_version
 from cotenant.optimize.showing import table
 from cotenant.runtime.repository import ModelFiles, Repository, VariantFiles
 
@@ -47,8 +47,15 @@ def cmd_variants(args: argparse.Namespace) -> int:
 def variants_view(files: ModelFiles, found: list[VariantFiles]) -> RenderableType:
     """The original, then a line for each variant, and reasons below."""
     profile = _original_times(found)
-    original = Row(name=ORIGINAL, state=ORIGINAL, ratio=1.0 if profile else 0.0, profile=profile,
-                   size=original_size(files))  # fmt: skip
+    compared = next((f.record.accuracy for f in found if f.record and f.record.accuracy), None)
+    original = Row(
+        name=ORIGINAL,
+        state=ORIGINAL,
+        accuracy=of_original(compared),
+        ratio=1.0 if profile else 0.0,
+        profile=profile,
+        size=original_size(files),
+    )
     return table([original, *map(_row, found)])
 
 

@@ -307,17 +307,11 @@ def _result(
     files, seen = parent.files, parent.seen
     raced = next((one.raced for one in tried if one.raced), None)
     compared = next((one.compared for one in tried if one.compared), None)
-    own = None
-    if compared is not None:
-        own = msgspec.structs.replace(
-            compared, value=compared.original, lost=0, won=0, drop=0.0, bound=0.0, worst="",
-            worst_drop=0.0,
-        )  # fmt: skip
     original = Row(
         name=ORIGINAL,
         state=ORIGINAL,
         engine=next(iter(parent.engines)),
-        accuracy=own,
+        accuracy=of_original(compared),
         ratio=1.0 if raced else 0.0,
         profile=raced.originals if raced else (),
         size=original_size(files),
@@ -334,6 +328,22 @@ def _result(
         making=parent.rows.making.samples,
         judging=seen.data.samples,
         rows=(original, *rows),
+    )
+
+
+def of_original(compared: Compared | None) -> Compared | None:
+    """The original beside itself, on the rows on which a variant was compared with it."""
+    if compared is None:
+        return None
+    return Compared(
+        measure=compared.measure,
+        rows=compared.rows,
+        original=compared.original,
+        value=compared.original,
+        lost=0,
+        won=0,
+        drop=0.0,
+        bound=0.0,
     )
 
 

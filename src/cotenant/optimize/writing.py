@@ -47,6 +47,11 @@ def workplace(version: Path) -> Iterator[Path]:
             work = Path(tempfile.mkdtemp(prefix=_WORK, dir=folder))
         try:
             yield work
+        except OSError as error:
+            raise EnvironmentProblem(
+                f"{error.filename or work} cannot be used: {error.strerror or error}; no variant "
+                "is half there. Run it again"
+            ) from error
         finally:
             shutil.rmtree(work, ignore_errors=True)
     finally:
