@@ -281,3 +281,14 @@ def test_files_of_other_kinds_are_not_unpickled(tmp_path: Path) -> None:
 def test_files_are_those_of_the_version(repository: Repository) -> None:
     found = running.the_version(repository, "small", "1")
     assert isinstance(found, ModelFiles) and found.version == "1"
+
+
+def test_without_labels_the_output_that_is_named_is_compared(repository: Repository) -> None:
+    files = repository.newest("small")
+    engine = open_variant(files.path, "onnxruntime", (1,))
+    data = read_rows(files.check, None, engine.meta.inputs, repository.settings("small").check)
+    data.judging.output = "y"
+    assert look(engine, 1, data.judging, labelled=False).judged.name == "y"
+    data.judging.output = "z"
+    with pytest.raises(ModelError):
+        look(engine, 1, data.judging, labelled=False)

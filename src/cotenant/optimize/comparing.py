@@ -35,7 +35,7 @@ def look(engine: Engine, units: int, data: CheckData, labelled: bool) -> Seen:
     """Run the parent. Raises ModelError if it cannot be compared with anything."""
     found = answers(engine, units, data, STEP)
     if not labelled:
-        data = _as_labels(data, found)
+        data = _as_labels(engine, data, found)
     return Seen(data, judge(engine, data, found), labelled, tuple(map(_finite, found)))
 
 
@@ -43,19 +43,24 @@ def _finite(parts: list[Array]) -> bool:
     return all(p.dtype.kind != "f" or bool(np.isfinite(p).all()) for p in parts)
 
 
-def _as_labels(data: CheckData, found: list[list[Array]]) -> CheckData:
-    """The data, with what the parent says as labels: classes where an output looks like scores."""
-    for parts in found:
+def _as_labels(engine: Engine, data: CheckData, found: list[list[Array]]) -> CheckData:
+    """The data, with what the parent says as labels: classes where an output looks like scores. Of
+    several outputs the one that the data name, else the first that can be compared."""
+    for tensor, parts in zip(engine.meta.outputs, found, strict=True):
+        if data.output not in ("", tensor.name):
+            continue
         try:
             output = np.concatenate(parts)
         except ValueError:
             continue
-        if output.dtype.kind in "biuOUS":
-            return msgspec.structs.replace(data, labels=output, measure="exact")
-        if output.dtype.kind == "f" and output.ndim == 2 and output.shape[1] > 1:
-            return msgspec.structs.replace(data, labels=output.argmax(axis=1), measure="argmax")
-        if output.dtype.kind == "f" and np.isfinite(output).all():
-            return msgspec.structs.replace(data, labels=output, measure="r2")
+        measure = "exact"
+        if output.dtype.kind == "f":
+            if not np.isfinite(output).all():
+                continue
+            scores = output.ndim == 2 and output.shape[1] > 1
+            measure = "argmax" if scores else "r2"
+            output = output.argmax(axis=1) if scores else output
+        return msgspec.structs.replace(data, labels=output, measure=measure, output=tensor.name)
     raise ModelError("no output of the model can be compared without labels; add labels")
 
 
