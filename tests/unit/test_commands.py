@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ from cotenant.domain.events import Event
 from cotenant.domain.port import JobStatus
 from cotenant.domain.units import S
 from cotenant.domain.workload import JobSpec, RestartPolicy
+from cotenant.optimize import arguments
+from cotenant.optimize.recipes.known import chosen, lacking
 from cotenant.policy.dispatcher import Dispatcher
 from cotenant.policy.state import DispatcherState
 from cotenant.serving.control import ControlServer
@@ -195,6 +197,32 @@ def test_run_has_the_defaults_of_a_job_and_this_shells_environment_and_directory
     ]
 
 
+def test_optimize_submits_a_job_that_asks_for_the_same(
+    node: StubNode, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    version = tmp_path / "models" / "m" / "1"
+    version.mkdir(parents=True)
+    (version / "model.onnx").write_text("a model")
+    options = ["--recipes", "int8,nncf", "--units", "1", "--max-drop", "0.02", "--promote"]
+    parsed = arguments_of(["m", "--models", str(tmp_path / "models"), *options])
+    needed = chosen(parsed.recipes)
+    if any(map(lacking, needed)):
+        pytest.skip("a recipe lacks what it needs")
+    assert cotenant("optimize", "m", "--models", str(tmp_path / "models"), *options) == 0
+    assert capsys.readouterr().out == "a1b2c3d4\n"
+    (spec,) = node.submitted
+    assert spec.restart is RestartPolicy.NEVER
+    module = spec.command.index("cotenant.optimize")
+    assert spec.command[module - 1] == "-m"
+    assert vars(arguments_of(spec.command[module + 1 :])) == vars(parsed)
+
+
+def arguments_of(words: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    arguments.add(parser)
+    return parser.parse_args(list(words))
+
+
 def test_a_job_inherits_all_but_what_is_a_nodes_or_no_text() -> None:
     environ = {
         b"PATH": b"/opt/venv/bin:/bin",
@@ -298,7 +326,7 @@ def test_help_of_every_command_can_be_printed(capsys: pytest.CaptureFixture[str]
     parser = argparse.ArgumentParser()
     subparsers = parser.add_subparsers()
     commands.add_commands(subparsers)
-    assert len(subparsers.choices) == 13
+    assert len(subparsers.choices) == 15
     for name in subparsers.choices:
         with pytest.raises(SystemExit) as exit:
             cotenant(name, "--help")

@@ -20,9 +20,11 @@ from cotenant import __version__
 from cotenant.cli import options
 from cotenant.cli.devices import KINDS, cmd_devices
 from cotenant.cli.joblog import JobLog
+from cotenant.cli.optimize import add_optimize, cmd_optimize
 from cotenant.cli.output import Command, as_json, command, console, note, show
 from cotenant.cli.profile import add_profile, cmd_profile
 from cotenant.cli.submitting import directory, has_input, inherited
+from cotenant.cli.variants import add_variants, cmd_variants
 from cotenant.domain.errors import CotenantError, EnvironmentProblem, JournalError, NotFound
 from cotenant.domain.port import JobStatus
 from cotenant.domain.workload import JOB_ENDED, JobSpec, JobState, RestartPolicy
@@ -331,6 +333,8 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         "is missing or fails, 5: it cannot be reached from here, 6: a Python package is missing."
     )
     add_profile(add("profile", cmd_profile, "measure how long a model takes", machine))
+    add_optimize(add("optimize", cmd_optimize, "make variants of a model", node, machine))
+    add_variants(add("variants", cmd_variants, "show variants, and say which serve", machine))
     _add_run(add("run", cmd_run, "submit a training or other batch job", node))
     logs = add("logs", cmd_logs, "print a job's output", node)
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the job ends")

@@ -33,11 +33,40 @@ class Accuracy(msgspec.Struct, frozen=True):
     how: str
 
 
+class Judged(msgspec.Struct):
+    """What an output is beside the labels, by a ``measure``. ``right``: of each label whether it
+    was met, in the labels' shape; None for ``r2``, which is of ``output`` as a whole. ``output``
+    has the labels' shape, or that of scores of classes."""
+
+    name: str
+    measure: str
+    output: Array
+    right: Array | None
+
+
 def measure(engine: Engine, units: int, data: CheckData, step: int) -> Accuracy:
     """Run the check data, ``step`` samples at a time, and compare; raises ModelError."""
+    found = judge(engine, data, answers(engine, units, data, step))
+    value, how = _accuracy(found, data.labels)
+    return Accuracy(value, f"{how} of output {found.name!r}")
+
+
+def answers(engine: Engine, units: int, data: CheckData, step: int) -> list[list[Array]]:
+    """By output, what the engine says to the check data, in parts; raises ModelError."""
     inputs = engine.meta.inputs
     rows = engine.meta.batchable and not data.whole(inputs)
     step = step if rows else 1
+    found: list[list[Array]] = [[] for _ in engine.meta.outputs]
+    for start in range(0, data.samples, step):
+        stop = min(start + step, data.samples)
+        outputs = engine.run(units, data.part(inputs, start, stop))
+        for kept, output in zip(found, outputs, strict=True):
+            kept.append(output if rows else np.asarray(output)[np.newaxis])
+    return found
+
+
+def judge(engine: Engine, data: CheckData, answered: list[list[Array]]) -> Judged:
+    """Compare what it said (see ``answers``) with the labels; raises ModelError."""
     names = [t.name for t in engine.meta.outputs]
     if data.output and data.output not in names:
         known = ", ".join(names)
@@ -45,18 +74,12 @@ def measure(engine: Engine, units: int, data: CheckData, step: int) -> Accuracy:
     if data.measure and data.measure not in MEASURES:
         known = ", ".join(MEASURES)
         raise ModelError(f"{data.name} names the measure {data.measure!r}; there are: {known}")
-    answers: list[list[Array]] = [[] for _ in names]
-    for start in range(0, data.samples, step):
-        stop = min(start + step, data.samples)
-        outputs = engine.run(units, data.part(inputs, start, stop))
-        for kept, output in zip(answers, outputs, strict=True):
-            kept.append(output if rows else np.asarray(output)[np.newaxis])
     refusals = []
-    for name, parts in zip(names, answers, strict=True):
+    for name, parts in zip(names, answered, strict=True):
         if data.output in ("", name):
-            found = _score(data, parts)
-            if isinstance(found, Accuracy):
-                return Accuracy(found.value, f"{found.how} of output {name!r}")
+            found = _judge(name, data, parts)
+            if isinstance(found, Judged):
+                return found
             refusals.append(f"{name!r} {found}")
     raise ModelError(
         f"{data.name}: no output can be compared with labels of {_kind(data.labels)}, shape "
@@ -64,8 +87,8 @@ def measure(engine: Engine, units: int, data: CheckData, step: int) -> Accuracy:
     )
 
 
-def _score(data: CheckData, parts: list[Array]) -> Accuracy | str:
-    """Accuracy of one output; or why it is none to compare."""
+def _judge(name: str, data: CheckData, parts: list[Array]) -> Judged | str:
+    """One output beside the labels; or why it is none to compare."""
     labels = data.labels
     try:
         output = np.concatenate(parts)
@@ -75,35 +98,44 @@ def _score(data: CheckData, parts: list[Array]) -> Accuracy | str:
         return f"has {len(output)} entries for {len(labels)} samples"
     chosen = data.measure or _fitting(output, labels)
     if chosen == "argmax":
-        return _argmax(output, labels)
+        right = _argmax(output, labels)
+        return right if isinstance(right, str) else Judged(name, chosen, output, right)
     if not chosen:
         return f"holds {_kind(output)}"
     if _without_ones(output) != _without_ones(labels):
         return f"has the shape {list(output.shape)}"
     output = output.reshape(labels.shape)
-    count = f"{len(labels)} samples"
     if chosen == "exact":
         if output.dtype.kind not in "biuOUS":
             return f"holds {_kind(output)}, which are never equal to labels but by chance"
-        right = float((_comparable(output) == _comparable(labels)).mean())
-        return Accuracy(right, f"{count}, equal labels")
+        return Judged(name, chosen, output, _comparable(output) == _comparable(labels))
     if output.dtype.kind not in "biuf" or labels.dtype.kind not in "biuf":
         return f"holds {_kind(output)}, and labels are {_kind(labels)}: {chosen} is of numbers"
     if chosen == "threshold":
-        return Accuracy(
-            float(((output > 0.5) == (labels > 0.5)).mean()), f"{count}, above one half"
-        )
-    return _r2(output.astype(np.float64), labels.astype(np.float64), count)
-
-
-def _r2(output: Array, labels: Array, count: str) -> Accuracy | str:
-    if not np.isfinite(output).all():
+        return Judged(name, chosen, output, (output > 0.5) == (labels > 0.5))
+    if not np.isfinite(output.astype(np.float64)).all():
         return "holds NaN or infinity"
+    return Judged(name, chosen, output.astype(np.float64), None)
+
+
+_HOW: Final = {"argmax": "largest score", "exact": "equal labels", "threshold": "above one half"}
+
+
+def _accuracy(found: Judged, labels: Array) -> tuple[float, str]:
+    """The share of labels that were met, or r2; and what was compared."""
+    count = f"{len(labels)} samples"
+    if found.right is not None:
+        return float(found.right.mean()), f"{count}, {_HOW[found.measure]}"
+    truth = labels.astype(np.float64)
+    mean = float(np.abs(found.output - truth).mean())
+    return r2(found.output, truth), f"{count}, r2 (mean absolute error {mean:.4g})"
+
+
+def r2(output: Array, labels: Array) -> float:
+    """1 less the squared error over the variance of the labels, both FP64 of one shape."""
     spread = float(((labels - labels.mean()) ** 2).sum())
     wrong = float(((output - labels) ** 2).sum())
-    mean = float(np.abs(output - labels).mean())
-    value = 1.0 - wrong / spread if spread else float(wrong == 0.0)
-    return Accuracy(value, f"{count}, r2 (mean absolute error {mean:.4g})")
+    return 1.0 - wrong / spread if spread else float(wrong == 0.0)
 
 
 def _without_ones(array: Array) -> list[int]:
@@ -121,7 +153,7 @@ def _fitting(output: Array, labels: Array) -> str:
     return "argmax" if output.dtype.kind == "f" and output.size > labels.size else ""
 
 
-def _argmax(output: Array, labels: Array) -> Accuracy | str:
+def _argmax(output: Array, labels: Array) -> Array | str:
     """Scores of classes along the one axis that labels lack: the second, or the last."""
     if labels.dtype.kind not in "biu" or output.dtype.kind not in "biuf":
         return f"holds {_kind(output)}, and labels must be class numbers"
@@ -136,9 +168,9 @@ def _argmax(output: Array, labels: Array) -> Accuracy | str:
             rest = list(squeezed.shape)
             del rest[axis]
             if tuple(rest) == shape and squeezed.shape[axis] > 1:
-                found = squeezed.argmax(axis=axis) == labels.reshape(shape)
+                found: Array = squeezed.argmax(axis=axis) == labels.reshape(shape)
                 found &= ~np.isnan(squeezed).any(axis=axis)
-                return Accuracy(float(found.mean()), f"{len(labels)} samples, largest score")
+                return found
     return f"has the shape {list(output.shape)}"
 
 

@@ -45,11 +45,28 @@ class CheckData(msgspec.Struct):
 
 def read_check(path: Path, inputs: tuple[TensorMeta, ...], settings: CheckSettings) -> CheckData:
     """Read and check a ``check.npz``; raises ModelError that says what is wrong with it."""
+    return checked(path, read_arrays(path), inputs, settings)
+
+
+def read_arrays(path: Path) -> dict[str, Array]:
+    """The arrays of a ``.npz`` file, by name; nothing is unpickled. Raises ModelError."""
     try:
         with np.load(path, allow_pickle=False) as data:
-            arrays = {name: data[name] for name in data.files}
+            return {name: data[name] for name in data.files}
     except Exception as error:  # zip, pickle, key and value errors alike
-        raise ModelError(f"{path.name} cannot be read: {error}") from error
+        why = str(error)
+        if "pickle" in why:  # NumPy would go on to say how to
+            why = "it holds pickled objects, which are never read; write arrays by numpy.savez"
+        raise ModelError(f"{path.name} cannot be read: {why}") from error
+
+
+def checked(
+    path: Path,
+    arrays: dict[str, Array],
+    inputs: tuple[TensorMeta, ...],
+    settings: CheckSettings,
+) -> CheckData:
+    """The arrays of ``path`` as check data; raises ModelError that says what is wrong with them."""
     for name in (*(t.name for t in inputs), "labels"):
         if name not in arrays:
             have = ", ".join(arrays) or "nothing"
