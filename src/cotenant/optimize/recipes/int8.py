@@ -19,6 +19,7 @@ from cotenant.optimize.parent import Parent, Told
 from cotenant.optimize.recipes.base import Made
 
 OPERATORS: Final = ("Conv", "MatMul", "Gemm")
+_BIASES_IN_FLOAT: Final = {"QuantizeBias": False, "QDQDisableWeightAdjustForInt32Bias": True}
 
 
 class Int8:
@@ -74,7 +75,7 @@ class Quantizer:
             self._quantize(path, wanted, {})
         except Exception:  # the quantizer raises whatever its parts do; some fails at biases alone
             try:
-                self._quantize(path, wanted, {"QDQDisableWeightAdjustForInt32Bias": True})
+                self._quantize(path, wanted, _BIASES_IN_FLOAT)
             except Exception as error:
                 raise ModelError(f"it cannot be quantized: {first_line(error)}") from error
         return path
