@@ -17,6 +17,7 @@ from cotenant.domain.variant import (
     write_variant,
 )
 from cotenant.runtime.repository import ModelFiles, Repository, digest
+from cotenant.runtime.variants import as_variant
 
 COMPARED = Compared(
     measure="argmax", rows=500, original=0.96, value=0.95, lost=9, won=4, drop=0.01, bound=0.022
@@ -125,3 +126,13 @@ def test_what_a_version_computes_with_makes_its_digest(version: ModelFiles) -> N
     assert digest(repository.files("m", "1")) == before
     version.path.with_name("weights.bin").write_text("weights")
     assert digest(repository.files("m", "1")) != before
+
+
+@pytest.mark.parametrize(("bound", "better"), [(-0.01, True), (0.0, False), (0.02, False)])
+def test_the_planner_counts_what_a_variant_keeps_at_least(
+    version: ModelFiles, bound: float, better: bool
+) -> None:
+    compared = msgspec.structs.replace(COMPARED, drop=-0.03, bound=bound)
+    known = as_variant("v", msgspec.structs.replace(record(version), accuracy=compared), "cpu")
+    assert (known.accuracy > 1.0) == better
+    assert known.relative == pytest.approx(100 / 250)

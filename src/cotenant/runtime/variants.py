@@ -75,8 +75,9 @@ def _serves(variant: VariantFiles) -> bool:
 
 
 def as_variant(name: str, record: VariantRecord, kind: str) -> Variant:
-    """What the planner is to know of a variant on a kind of device. The original counts as 1, so no
-    variant is more accurate. Without times of both it is taken to be as fast."""
+    """What the planner is to know of a variant on a kind of device. The original's accuracy counts
+    as 1, and of that a variant has what it keeps at least: one that surely gains has more. Without
+    times of both it is taken to be as fast."""
     times = [
         t.ns / t.original_ns
         for t in record.profile
@@ -85,7 +86,7 @@ def as_variant(name: str, record: VariantRecord, kind: str) -> Variant:
     compared = record.accuracy
     return Variant(
         memory=record.memory,
-        accuracy=max(0.0, compared.value) if compared is not None else 1.0,
+        accuracy=1.0 - compared.bound if compared is not None else 1.0,
         name=name,
         relative=median(times) if times else 1.0,
     )
