@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import statistics
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Final
 
@@ -36,6 +34,7 @@ from cotenant.optimize.recipes.base import Made, Recipe
 from cotenant.optimize.recipes.known import check_asked, chosen, known_name, lacking
 from cotenant.optimize.rows import picked, read_rows
 from cotenant.optimize.timing import Raced, race
+from cotenant.runtime.profiling import versions
 from cotenant.runtime.repository import CHECK_FILE, ModelFiles, Repository, digest
 
 SKIPPED: Final = "skipped"
@@ -267,7 +266,7 @@ def _written(parent: Parent, one: _Tried, digested: str, repository: Repository)
         why=one.why,
         engine=one.engine,
         kinds=(CPU,),
-        libraries=libraries(),
+        libraries=versions(LIBRARIES),
         accuracy=one.compared,
         size=one.made.size,
         profile=one.raced.profile if one.raced else (),
@@ -322,7 +321,7 @@ def _result(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         parent=digested,
         processor=processor.look().name,
-        libraries=libraries(),
+        libraries=versions(LIBRARIES),
         max_drop=parent.asked.max_drop,
         floor=parent.settings.accuracy_floor,
         making=parent.rows.making.samples,
@@ -351,15 +350,6 @@ def ratio_of(profile: Sequence[Timing]) -> float:
     """A variant's time over its original's, the geometric mean over settings; 0 if not measured."""
     known = [t.ns / t.original_ns for t in profile if t.original_ns]
     return statistics.geometric_mean(known) if known else 0.0
-
-
-def libraries() -> dict[str, str]:
-    """Versions of what variants are made with, as far as it is installed."""
-    found = {}
-    for name in LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
 
 
 def original_size(files: ModelFiles) -> int:

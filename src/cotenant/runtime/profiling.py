@@ -160,7 +160,7 @@ async def profile(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         processor=box.name,
         cores=len(box.cores),
-        libraries=_libraries(),
+        libraries=versions(LIBRARIES),
         files=files.stamp.files,
         load_ns=load,
         memory_loaded=memory,
@@ -236,9 +236,10 @@ def write_profile(found: ModelProfile, directory: Path) -> Path:
     return path
 
 
-def _libraries() -> dict[str, str]:
+def versions(names: Sequence[str]) -> dict[str, str]:
+    """Of these distributions, as far as they are installed."""
     found = {}
-    for name in LIBRARIES:
+    for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
