@@ -47,7 +47,8 @@ class VariedBound(Bound):
 def with_variants(world: Chaos, plan: Plan) -> Plan:
     r = world.random
     chosen = {s: {k: r.choice(NAMES) for k in KINDS if r.random() < 0.6} for s in SERVICES}
-    return msgspec.structs.replace(plan, variants=chosen)
+    ready = {s: {k: r.choice(NAMES) for k in KINDS if r.random() < 0.4} for s in SERVICES}
+    return msgspec.structs.replace(plan, variants=chosen, ready=ready)
 
 
 def some_variants(world: Chaos) -> None:
@@ -88,7 +89,11 @@ def test_a_box_that_falls_idle_serves_each_service_in_one_variant_a_site(
         variants: dict[str, set[str]] = {}
         for worker in world.d.state.workers.values():
             serves = (worker.version, worker.revision) in service.versions.items()
-            here = worker.service == service.name and worker.up and not worker.retiring
+            here = (
+                worker.service == service.name
+                and worker.up
+                and not (worker.retiring or worker.standby)
+            )
             if serves and here:
                 site = f"{worker.version} {worker.site}"
                 variants.setdefault(site, set()).add(worker.variant)

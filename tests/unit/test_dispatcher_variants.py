@@ -29,6 +29,11 @@ def choose(world: World, variant: str, version: int = 2) -> list[a.Action]:
     return world.send(e.Planned(chosen))
 
 
+def stand_by(world: World, variant: str, version: int = 2) -> list[a.Action]:
+    chosen = plan({"s": (0, 1)}, version=version, ready={"s": {"cpu": variant}})
+    return world.send(e.Planned(chosen))
+
+
 def up(world: World, load: a.Load, took: int = MS) -> list[a.Action]:
     profile = ((1, 1, took), (1, 8, took))
     return world.send(e.WorkerUp(load.worker, load.service, load.version, load.device, profile))
@@ -159,3 +164,41 @@ def test_a_checkpoint_goes_on_as_the_dispatcher_would() -> None:
     other = Dispatcher(world.d.devices, kept)
     event = e.VariantsKnown("s", "1", {})
     assert other.handle(world.now, event) == world.d.handle(world.now, event)
+
+
+def test_what_stands_by_is_given_nothing_and_takes_over_at_once() -> None:
+    world = serving(FAST)
+    load = one(stand_by(world, "fast"), a.Load)
+    assert not only(up(world, load), a.Unload)
+    first = one(world.arrive(), a.Dispatch)
+    assert variant_of(world, first) == "original"
+    world.send(e.BatchDone(first.batch.id, MS))
+    assert not only(choose(world, "fast", 3), a.Load)
+    assert variant_of(world, one(world.arrive(), a.Dispatch)) == "fast"
+
+
+def test_what_served_may_stand_by_once_another_does() -> None:
+    world = serving(FAST)
+    up(world, one(stand_by(world, "fast"), a.Load))
+    running = one(world.arrive(), a.Dispatch)
+    both = plan(
+        {"s": (0, 1)},
+        version=3,
+        variants={"s": {"cpu": "fast"}},
+        ready={"s": {"cpu": "original"}},
+    )
+    assert not only(world.send(e.Planned(both)), a.Unload)
+    world.send(e.BatchDone(running.batch.id, MS))
+    assert variant_of(world, one(world.arrive(), a.Dispatch)) == "fast"
+    assert not only(stand_by(world, "fast", 4), a.Load)
+    (running,) = world.d.state.running
+    world.send(e.BatchDone(running, MS))
+    assert variant_of(world, one(world.arrive(), a.Dispatch)) == "original"
+
+
+def test_what_is_to_stand_by_no_more_goes() -> None:
+    world = serving(FAST)
+    load = one(stand_by(world, "fast"), a.Load)
+    up(world, load)
+    gone = one(world.send(e.Planned(plan({"s": (0, 1)}, version=3))), a.Unload)
+    assert gone.worker == load.worker

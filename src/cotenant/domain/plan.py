@@ -17,8 +17,8 @@ class Plan(msgspec.Struct, frozen=True):
     ``targets``: jobs take turns at what is lent so that what they hold in all comes to be in these
     proportions; those that are not named count by their weight. ``slice_min``/``slice_max`` bound
     a grant (ns). ``unplaced``: services that no device can carry, and why. ``variants``: which
-    serves, by service and kind of device; the original where none is named. ``reasons`` says why, a
-    line a change.
+    serves, by service and kind of device; the original where none is named; ``ready``: those that
+    are loaded too, to take over at once. ``reasons`` says why, a line a change.
     """
 
     version: int
@@ -31,6 +31,7 @@ class Plan(msgspec.Struct, frozen=True):
     slice_max: int = 200 * MS
     unplaced: dict[str, str] = {}
     variants: dict[str, dict[str, str]] = {}
+    ready: dict[str, dict[str, str]] = {}
     reasons: tuple[str, ...] = ()
 
 

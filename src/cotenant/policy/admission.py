@@ -230,7 +230,7 @@ def _best_turn(
             free_in = max(0, busy_for(state, partition, now))
         free_in += _others_ahead(state, service, partition, request)
         for worker in workers:
-            if worker.site != partition.site or worker.retiring:
+            if worker.site != partition.site or worker.rests:
                 continue
             others = ahead[worker.version]
             wait, own = generation.wait_and_own(state, service, partition, worker, others, request)

@@ -22,7 +22,7 @@ from cotenant.domain.snapshot import ServiceFacts, Snapshot
 from cotenant.domain.units import S
 from cotenant.domain.workload import ORIGINAL, Variant
 from cotenant.policy.demand import scaled
-from cotenant.policy.judging import judge
+from cotenant.policy.judging import judge, memory_of
 from cotenant.policy.layouts import even_layouts, unit_layouts
 from cotenant.policy.planstate import PlannerState, Steps, Tuning
 from cotenant.policy.views import Layout, View
@@ -93,16 +93,38 @@ class Choosing:
         }
         return {name: kinds for name, kinds in found.items() if kinds}
 
+    def ready(self, views: Sequence[View]) -> dict[str, dict[str, str]]:
+        """What is to be loaded beside what serves: the next step down, since a box that has more to
+        do than it can has no time for loading. Where instances are bound to partitions, or it would
+        fill the memory, none is."""
+        found: dict[str, dict[str, str]] = {}
+        for view in views if self._tuning.vary else ():
+            kind = view.device.kind
+            if view.device.pins_workers or not _has_room(view):
+                continue
+            for service in view.services:
+                if service.others.get(kind) and service.turns is None:
+                    _, lesser, _ = self._around([view], service)
+                    if lesser is not None:
+                        found.setdefault(service.name, {})[kind] = lesser.name
+        return found
+
     # --- steps ------------------------------------------------------------------------------
 
     def step(self, views: Sequence[View]) -> list[str]:
-        """Take the steps that are due, one on each kind of device; why."""
+        """Take the steps that are due, one on each kind of device, and say what is to stand by;
+        why."""
         reasons = []
         for kind in dict.fromkeys(v.device.kind for v in views):
             there = [v for v in views if v.device.kind == kind]
             several = {s.name: s for v in there for s in v.services if s.others.get(kind)}
             if several and self._tuning.vary and self._moving.isdisjoint(several):
                 reasons += self._step(there, several)
+        ready = self.ready(views)
+        if ready != self._state.ready:
+            told = (f"{n}: {v} stands by" for n, kinds in ready.items() for v in kinds.values())
+            reasons.append("; ".join(told) or "no variant stands by any more")
+            self._state.ready = ready
         return reasons
 
     def _step(self, views: list[View], several: Mapping[str, ServiceFacts]) -> list[str]:
@@ -221,6 +243,13 @@ class Choosing:
         if fixed and memory.layout is not None:
             return [memory.layout]
         return unit_layouts(device, device.compute)
+
+
+def _has_room(view: View) -> bool:
+    """Whether each service could be there twice."""
+    taken = sum(2 * s.instances * memory_of(s, view.device) for s in view.services)
+    theirs = sum(j.memory for j in view.jobs)
+    return not view.device.memory or taken + theirs <= view.device.memory
 
 
 def ladder(service: ServiceFacts, kind: str, devices: Sequence[DeviceSpec]) -> list[Variant]:

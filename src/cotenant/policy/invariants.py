@@ -95,7 +95,12 @@ def _workers(state: DispatcherState) -> None:
         for name in idle:
             assert state.workers[name].batch == 0, f"{name}: idle and busy"
             assert not state.workers[name].retiring, f"{name}: idle and retiring"
-        mine = [w for w in state.workers.values() if w.service == service.name and w.up]
+            assert not state.workers[name].standby, f"{name}: idle and only stands by"
+        mine = [
+            w
+            for w in state.workers.values()
+            if w.service == service.name and w.up and not w.standby
+        ]
         assert service.workers == sum(not w.retiring for w in mine), f"{service.name}: count"
         for site, count in service.at.items():
             there = sum(w.site == site and not w.retiring for w in mine)

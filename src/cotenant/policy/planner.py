@@ -274,6 +274,7 @@ class Planner:
             slice_max=tuning.slice_max,
             unplaced=dict(state.nowhere),
             variants=self._choosing.chosen(),
+            ready=self.state.ready,
             reasons=(*reasons, *infeasible),
         )
 

@@ -105,6 +105,8 @@ class PlannerState(msgspec.Struct):
     """Rate of each service without its bursts, per second."""
     variants: dict[str, dict[str, str]] = {}
     """The variant that is to serve, by service and kind of device, of those that have several."""
+    ready: dict[str, dict[str, str]] = {}
+    """And those that are to be loaded beside them."""
     steps: dict[str, dict[str, Steps]] = {}
     """Of those services: which they wish to take."""
     pressure: dict[str, Pressure] = {}

@@ -134,7 +134,7 @@ def able_count(state: DispatcherState, service: ServiceState, site: str) -> int:
     found = idle_count(service, site)
     if state.residents:
         for lane in service.lanes.values():
-            if lane.worker and state.workers[lane.worker].retiring:
+            if lane.worker and state.workers[lane.worker].rests:
                 found += has_worker(state, service, lane, site)
     return found
 
@@ -254,7 +254,7 @@ def take_turn(state: DispatcherState, service: ServiceState, worker: WorkerState
     own = f"@{worker.id}"
     while own in service.lanes:
         taken.append(_take_first(state, service, own))
-    while not worker.retiring:
+    while not worker.rests:
         heads = [(head(state, lane), key) for key, lane in first_lanes(service, worker)]
         first, key = min(heads, default=(_FAR, ""))
         if first == _FAR:

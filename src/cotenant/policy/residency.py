@@ -61,6 +61,7 @@ class Residency:
             there = plan.services.get(service.name, ())
             service.wanted = list(dict.fromkeys(device_of[p] for p in there))
             service.chosen = dict(plan.variants.get(service.name, {}))
+            service.ready = dict(plan.ready.get(service.name, {}))
             service.places = {
                 device: [p for p in there if device_of[p] == device]
                 for device in service.wanted
@@ -221,7 +222,8 @@ class Residency:
         """Predict by the variants that serve."""
         for worker in self._of(service, service.version, service.versions.get(service.version, 0)):
             kind = self._desk.specs[worker.device].kind
-            if worker.up and worker.variant == self._variant(service, worker):
+            serves = worker.up and not worker.standby
+            if serves and worker.variant == self._variant(service, worker):
                 builds.serve(service, kind, worker.variant)
 
     def _variant(self, service: ServiceState, worker: WorkerState) -> str:
@@ -260,14 +262,51 @@ class Residency:
                     return False
             is_up = len(there) >= (1 if place else service.instances) and all(w.up for w in there)
             complete = complete and is_up
-            for worker in here:
-                if worker.variant != variant and (is_up or not worker.up):
-                    self._retire(worker)
+            self._hand_over(service, here, variant, is_up)
+            if is_up and not place and (version, revision) != offered:
+                self._make_ready(service, here, device)
         known = {place or device for device, place in sites}
         for worker in mine:
             if worker.site not in known and ((complete and able) or not worker.up):
                 self._retire(worker)
         return complete and able
+
+    def _hand_over(
+        self, service: ServiceState, here: list[WorkerState], variant: str, is_up: bool
+    ) -> None:
+        """Have the instances of a variant at a site serve, once all are up, and others no more."""
+        called = [w for w in here if is_up and w.variant == variant and w.standby]
+        for worker in called:
+            self._roster.call(worker)
+        for worker in here:
+            kept = worker.variant == self._ready(service, worker)
+            if worker.variant == variant or (kept and worker.standby):
+                continue
+            if is_up and kept and worker.up and not service.turns:
+                self._roster.stand_by(worker)
+            elif is_up or not worker.up:
+                self._retire(worker)
+        if called:
+            self._roster.version_changed(service)
+
+    def _ready(self, service: ServiceState, worker: WorkerState) -> str:
+        """The variant that is to stand by where an instance is; "" if none."""
+        kind = self._desk.specs[worker.device].kind
+        ready = service.ready.get(kind, "")
+        others = [v.name for v in service.variants.get(worker.version, {}).get(kind, ())]
+        spoilt = service.spoilt.get(worker.revision, {}).get(kind, {})
+        return ready if ready in (ORIGINAL, *others) and ready not in spoilt else ""
+
+    def _make_ready(self, service: ServiceState, here: list[WorkerState], device: str) -> None:
+        """Load what is to stand by at a site, if there is memory for it now."""
+        first = here[0]
+        variant = self._ready(service, first)
+        there = sum(w.variant == variant for w in here)
+        if not variant or service.turns or service.retry_at > self._state.now:
+            return
+        where = (device, "")
+        for _ in range(service.instances - there):
+            self._load(service, first.version, first.revision, where, variant, standby=True)
 
     def _load(
         self,
@@ -276,8 +315,10 @@ class Residency:
         revision: int,
         where: tuple[str, str],
         variant: str,
+        standby: bool = False,
     ) -> str:
-        """Load an instance, as soon as there is memory for it; why that is not to be expected."""
+        """Load an instance, as soon as there is memory for it; why that is not to be expected. One
+        that is to stand by waits for none."""
         state, (device, place) = self._state, where
         name = f"{service.name}#{state.next_worker}"
         state.next_worker += 1
@@ -289,6 +330,7 @@ class Residency:
             device=device,
             revision=revision,
             variant=variant,
+            standby=standby,
             memory=memory,
             place=place,
             pending=True,
@@ -296,6 +338,9 @@ class Residency:
         )
         if self._budgets.load(worker):
             self.begin(worker)
+            return ""
+        if standby:
+            self._forget(worker)
             return ""
         return self._budgets.hopeless(worker)
 
@@ -386,6 +431,9 @@ class Residency:
         """An idle instance gives its memory to others: its service is there again when it is
         wanted."""
         service, site = self._state.services[worker.service], worker.site
+        if worker.standby:
+            self._retire(worker)
+            return
         service.asleep.setdefault(worker.revision, {})[site] = None
         for other in self._of(service, worker.version, worker.revision):
             if other.site == site:
@@ -441,7 +489,7 @@ class Residency:
         """Whether an instance serves on a device."""
         workers = self._state.workers.values()
         mine = (w for w in workers if w.service == service.name and w.device == device)
-        return any(w.up and not w.retiring for w in mine)
+        return any(w.up and not w.rests for w in mine)
 
     def _is_awaited(self, service: ServiceState, device: str, goes: list[tuple[str, str]]) -> bool:
         """Whether a service will be up on a device and is not yet. Partitions that are yet to be

@@ -57,7 +57,7 @@ def loaded_in(state: DispatcherState, service: ServiceState, now: int) -> int:
     for worker in state.workers.values():
         if worker.pending and not worker.coming:
             continue
-        if worker.service == service.name and not worker.up and not worker.retiring:
+        if worker.service == service.name and not (worker.up or worker.rests):
             begun = now + worker.waits_ns if worker.pending else worker.since
             left = max(0, begun + service.load_ns - now)
             soonest = left if soonest < 0 else min(soonest, left)

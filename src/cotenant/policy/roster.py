@@ -85,7 +85,7 @@ class Roster:
             self.link()
 
     def version_changed(self, service: ServiceState) -> None:
-        """Requests that name no version go to another one: what is queued may run now."""
+        """Requests go to other instances than before: what is queued may run now."""
         self._turns.place(service)
 
     def link(self) -> None:
@@ -151,15 +151,34 @@ class Roster:
         service.occupies[kind] = max(event.memory, service.occupies.get(kind, 0))
         builds.shown(service, kind)
         if not any(w.up and w.id != worker.id for w in self._alike(worker, kind)):
+            worker.standby = False
             builds.serve(service, kind, worker.variant)
         costs = builds.costs(service, kind, worker.variant)
         for units, rows, ns in event.profile:
             costs.profile(units, rows, ns, size_class(event.size))
-        enter_pool(service, worker)
+        if not worker.standby:
+            self._enter(service, worker)
+
+    def _enter(self, service: ServiceState, worker: WorkerState) -> None:
+        """An instance is given batches from now on."""
         service.workers += 1
         service.at[worker.site] = service.at.get(worker.site, 0) + 1
+        if not worker.batch:
+            enter_pool(service, worker)
         if worker.place:
             self.link()
+
+    def call(self, worker: WorkerState) -> None:
+        """An instance that stood by serves."""
+        worker.standby = False
+        if worker.up:
+            self._enter(self._state.services[worker.service], worker)
+
+    def stand_by(self, worker: WorkerState) -> None:
+        """An instance that served is kept, and given nothing new."""
+        worker.standby = True
+        if worker.up:
+            leave_pool(self._state.services[worker.service], worker)
 
     def _alike(self, worker: WorkerState, kind: str) -> list[WorkerState]:
         """A worker and the others of its service on devices of its kind."""
@@ -181,7 +200,7 @@ class Roster:
         if lost:
             state.partitions[lost[0].partition].at_hand = 0
         partition = self._turns.free(lost[0]) if lost else None
-        if not worker.retiring:
+        if not worker.rests:
             leave_pool(service, worker)
         for running in lost:
             begun = running.batch.id == worker.batch
@@ -200,7 +219,7 @@ class Roster:
         """An instance is given nothing new."""
         worker.retiring = True
         service = self._state.services[worker.service]
-        if worker.up:
+        if worker.up and not worker.standby:
             leave_pool(service, worker)
             self.refuse_orphans(service)
             if worker.place:

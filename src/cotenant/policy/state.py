@@ -119,6 +119,8 @@ class ServiceState:
     """Of each version, by kind of device: those that may take the place of the original."""
     chosen: dict[str, str] = field(default_factory=dict)
     """Which is to serve, by kind of device, where that is not the original."""
+    ready: dict[str, str] = field(default_factory=dict)
+    """Which is to be loaded beside it, by kind of device, to take over at once."""
     spoilt: dict[int, dict[str, dict[str, str]]] = field(default_factory=dict)
     """Those that could not be loaded, by revision and kind of device, and why."""
     home: str = ""
@@ -230,10 +232,17 @@ class WorkerState:
     partition: str = ""
     place: str = ""
     retiring: bool = False
+    standby: bool = False
+    """Whether it is given nothing as yet: it is of a variant that may be chosen."""
     stalled: bool = False
     """Whether its pool is too small for anything that it has; until it tells of a change."""
     told: bool = False
     """Whether it has told of one since its last turn."""
+
+    @property
+    def rests(self) -> bool:
+        """Whether it is given nothing new."""
+        return self.retiring or self.standby
 
     @property
     def site(self) -> str:
@@ -487,10 +496,11 @@ def unfit(service: ServiceState) -> dict[str, str]:
 def coming(state: DispatcherState, service: ServiceState) -> set[str]:
     """Versions that requests may wait for: instances that were asleep are loaded again."""
     workers = (w for w in state.workers.values() if w.service == service.name and service.unloads)
-    return {w.version for w in workers if not w.up and not w.retiring}
+    return {w.version for w in workers if not (w.up or w.rests)}
 
 
 def served(state: DispatcherState, service: ServiceState) -> set[str]:
     """Versions that some instance takes requests for."""
     workers = (w for w in state.workers.values() if w.service == service.name)
-    return {w.version for w in workers if w.up and not w.retiring and w.version in service.versions}
+    serving = (w for w in workers if w.up and not w.rests)
+    return {w.version for w in serving if w.version in service.versions}

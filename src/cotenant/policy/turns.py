@@ -162,7 +162,7 @@ class Turns:
         if running.batch.service == service.name:
             worker = state.workers[running.worker]
             lanes = generation.first_lanes(service, worker)
-            wanted = not worker.retiring and any(
+            wanted = not worker.rests and any(
                 queues.has_room(state, service, worker, lane) for _, lane in lanes
             )
         else:
@@ -237,7 +237,7 @@ class Turns:
         workers, index = self._state.workers, -1
         if lane.worker:
             worker = workers[lane.worker]
-            if not worker.retiring:
+            if not worker.rests:
                 service.idle[worker.site][worker.version].remove(worker.id)
             return worker
         idle = service.idle[partition.site][lane.version or service.version]
@@ -329,7 +329,7 @@ class Turns:
         running = state.running[partition.batch]
         worker = state.workers[running.worker]
         service = state.services[worker.service]
-        if worker.retiring or service.turns or partition.services != [service.name]:
+        if worker.rests or service.turns or partition.services != [service.name]:
             return
         if running.expected_end < state.now:
             return
@@ -571,7 +571,7 @@ class Turns:
         if worker is not None:
             worker.batch = 0
             service = state.services.get(worker.service)
-            if service is not None and not worker.retiring:
+            if service is not None and not worker.rests:
                 enter_pool(service, worker)
         if partition is not None:
             partition.batch = 0
