@@ -162,6 +162,16 @@ def positive_model(path: Path) -> None:
     )
 
 
+def free_model(path: Path) -> None:
+    """y = x where that is above 0, else 0; x FP32 [n, m], m as the client likes."""
+    _save(
+        path,
+        [helper.make_node("Relu", ["x"], ["y"])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", "m"])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["n", "m"])],
+    )
+
+
 def running_sum_model(path: Path) -> None:
     """Sums over the first axis, which is time: each entry holds all before it."""
     _save(

@@ -1,6 +1,9 @@
-"""``cotenant plan`` on a node that runs."""
+"""``cotenant plan`` and ``explain`` on a node that runs."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
 
 from tests.live.conftest import Boxes
 
@@ -25,3 +28,16 @@ def test_a_dry_run_shows_what_would_come_and_changes_nothing(boxes: Boxes) -> No
         assert {p["id"] for p in there} == {p["id"] for p in box.status()["partitions"]}
         assert [d["id"] for d in found["devices"]] == ["other", "cpu"]
         assert all(d["steps"] == [] and not d["problem"] for d in found["devices"])
+
+
+def test_explain_says_which_engine_executes_what(boxes: Boxes) -> None:
+    box = boxes()
+    box.model("work", "m", layers=2)
+    box.configure([{"name": "m"}]).start()
+    told = subprocess.run(
+        [sys.executable, "-m", "cotenant", "explain", "--state-dir", str(box.state)],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert "onnxruntime" in told and "MatMul" in told

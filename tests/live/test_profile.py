@@ -15,7 +15,7 @@ import pytest
 from cotenant.devices import proctree
 from cotenant.domain.profile import PROFILE_FILE, read_profile
 from cotenant.sim.scenario import parse_scenario
-from tests.live.conftest import PATIENCE_S, scale_model, until
+from tests.live.conftest import PATIENCE_S, free_model, scale_model, until
 
 CORES = len(os.sched_getaffinity(0))
 
@@ -65,6 +65,28 @@ def test_the_settings_of_the_model_say_the_largest_batch(models: Path) -> None:
     (models / "scale" / "model.yaml").write_text("batch: {max: 2}\n")
     found = json.loads(profile(models, "scale", "--units", "1", "--json", "--dry-run").stdout)
     assert [f["rows"] for f in found["figures"]] == [1, 2]
+
+
+def test_other_sizes_are_measured_where_they_are_asked_for(models: Path) -> None:
+    free_model(models / "free" / "1" / "model.onnx")
+    words = ("--units", "1", "--max-batch", "1", "--shape", "x=1x9", "--shape", "x=1x30")
+    done = profile(models, "free", *words)
+    assert done.returncode == 0, done.stderr
+    found = read_profile((models / "free" / "1" / PROFILE_FILE).read_bytes())
+    assert {f.size for f in found.figures} == {found.size, 9, 30}
+    assert len(found.table) == 1, "the simulator takes the size of the warm-up"
+
+
+@pytest.mark.parametrize("shape", ["x", "x=", "=1", "x=1xa", "x=0x4"])
+def test_what_is_no_shape_is_refused(models: Path, shape: str) -> None:
+    done = profile(models, "scale", "--shape", shape)
+    assert done.returncode == 2 and shape in done.stderr
+
+
+def test_a_shape_that_the_model_does_not_take_is_refused(models: Path) -> None:
+    for shape in ("y=1x4", "x=1x5"):
+        done = profile(models, "scale", "--units", "1", "--shape", shape)
+        assert done.returncode == 1 and not (models / "scale" / "2" / PROFILE_FILE).exists()
 
 
 def test_a_person_gets_a_table(models: Path) -> None:

@@ -182,7 +182,7 @@ def test_a_job_whose_partition_goes_to_others_starts_again_elsewhere() -> None:
 
 def test_what_is_foretold_of_a_version_counts_until_an_instance_shows_more() -> None:
     world = placed()
-    known = e.Foretold("cpu", ((1, 1, 7 * MS),), 50, 2 * S)
+    known = e.Foretold("cpu", ((1, 1, 1, 7 * MS),), 50, 2 * S)
     load = one(world.send(e.VersionOffered("s", "1", 0, known)), a.Load)
     state = world.d.state.services["s"]
     assert state.exec["cpu"].expected() == {1: {1: 7 * MS}} and state.load_ns == 2 * S

@@ -15,7 +15,7 @@ from tests.builders import profiled
 
 
 def test_figures_are_of_all_runs() -> None:
-    found = figures(2, 4, [*range(1, 20), 1000])
+    found = figures(1, 2, 4, [*range(1, 20), 1000])
     assert (found.units, found.rows, found.runs) == (2, 4, 20)
     assert found.median_ns == 10
     assert found.p95_ns == 19
@@ -23,7 +23,7 @@ def test_figures_are_of_all_runs() -> None:
 
 
 def test_one_run_has_no_spread() -> None:
-    assert figures(1, 1, [7]) == Figures(1, 1, 1, 7, 7, 0.0)
+    assert figures(1, 1, 1, [7]) == Figures(1, 1, 1, 7, 7, 0.0)
 
 
 @pytest.mark.parametrize(

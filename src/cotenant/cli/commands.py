@@ -229,11 +229,23 @@ def _find(client: ControlClient, ref: str) -> JobStatus:
 @command
 def cmd_explain(args: argparse.Namespace) -> int:
     """``cotenant explain``: why the node did what it did, from its journal."""
-    from cotenant.cli.views import explain_view
+    from cotenant.cli.views import engines_view, explain_view
 
     directory = args.journal or _journal_directory(args)
     told = explain(_recent(directory), time.time(), args.last)
-    return as_json(msgspec.to_builtins(told)) if args.json else show(explain_view(told))
+    engines = {} if args.journal else _engines(args)
+    if args.json:
+        return as_json({**msgspec.to_builtins(told), "engines": engines})
+    show(explain_view(told))
+    return show(engines_view(engines)) if engines else 0
+
+
+def _engines(args: argparse.Namespace) -> dict[str, Any]:
+    """By service, what opened each of its instances, if the node runs."""
+    with contextlib.suppress(CotenantError):
+        services = _client(args).status().get("services", ())
+        return {s["name"]: s["engines"] for s in services if s.get("engines")}
+    return {}
 
 
 @command

@@ -36,6 +36,18 @@ def shares(text: str) -> Share:
     return found
 
 
+def shapes(text: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of inputs, ``image=1x3x64x64``, several with commas."""
+    found = {}
+    for part in text.split(","):
+        name, _, lengths = part.partition("=")
+        axes = lengths.split("x")
+        if not name or not all(axis.isascii() and axis.isdigit() and int(axis) for axis in axes):
+            raise argparse.ArgumentTypeError(f"{text!r} is not like image=1x3x64x64")
+        found[name] = tuple(map(int, axes))
+    return found
+
+
 def share(text: str) -> float:
     """``0.25`` or ``25%``."""
     try:

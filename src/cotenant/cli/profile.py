@@ -43,7 +43,8 @@ def cmd_profile(args: argparse.Namespace) -> int:
     settings = repository.settings(args.model)
     if args.engine:
         settings = msgspec.structs.replace(settings, engine=args.engine)
-    ask = Ask(_units(args.units, len(box.cores)), _rows(args.max_batch, settings), args.seconds)
+    units, rows = _units(args.units, len(box.cores)), _rows(args.max_batch, settings)
+    ask = Ask(units, rows, args.seconds, tuple(args.shape))
     with _bar(f"{files.name} version {files.version}") as tell:
         found = asyncio.run(profile(files, settings, ask, box, tell))
     if args.json:
@@ -79,10 +80,11 @@ def _bar(text: str) -> Iterator[Progress]:
 
 def profile_view(found: ModelProfile) -> RenderableType:
     """A line on the whole, and a row for each size."""
-    columns = ("UNITS", "ROWS", "MEDIAN", "P95", "SPREAD", "ROWS/S", "RUNS")
+    columns = ("SIZE", "UNITS", "ROWS", "MEDIAN", "P95", "SPREAD", "ROWS/S", "RUNS")
     made = new_table(*columns, right=columns)
     for f in found.figures:
         made.add_row(
+            str(f.size),
             str(f.units),
             str(f.rows),
             f"{f.median_ns / MS:.3g} ms",
@@ -120,5 +122,8 @@ def add_profile(parser: argparse.ArgumentParser) -> None:
                         help="most rows; powers of two up to it (batch.max)")  # fmt: skip
     parser.add_argument("--seconds", type=options.positive, default=10.0, metavar="S",
                         help="for measuring; each size runs 6 times even so (10)")  # fmt: skip
+    parser.add_argument("--shape", type=options.shapes, action="append", default=[],
+                        metavar="NAME=AxB",
+                        help="also with an input of this shape; as often as wanted")  # fmt: skip
     parser.add_argument("--engine", default="", metavar="E", help="default: as model.yaml says")
     parser.add_argument("--dry-run", action="store_true", help="write no file")

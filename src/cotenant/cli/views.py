@@ -334,6 +334,18 @@ def _share(share: float | dict[str, float]) -> str:
 # --- explain and replay -----------------------------------------------------------------------
 
 
+def engines_view(engines: dict[str, list[dict[str, Any]]]) -> RenderableType:
+    """By service, what opened each of its instances, and which operators that executes where."""
+    out: list[RenderableType] = []
+    lines: list[str] = []
+    for service, opened in engines.items():
+        for one in opened:
+            lines.append(f"{service}: {one['variant']} on {one['device']} by {one['engine']}")
+            lines += [f"    {line}" for line in one["executed"]]
+    _section(out, "Engines of this moment", list(dict.fromkeys(lines)))
+    return Group(*out)
+
+
 def explain_view(told: Explanation) -> RenderableType:
     """The answers under a heading each; headings without an answer are left out."""
     asked = told.asked

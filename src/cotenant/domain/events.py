@@ -97,10 +97,10 @@ class BatchFailed(_Event, frozen=True):
 
 class Foretold(msgspec.Struct, frozen=True, array_like=True):
     """What was measured of a version before it is loaded, on a ``kind`` of device: as in
-    ``WorkerUp``."""
+    ``WorkerUp``. ``profile``: ``(size, units, rows, ns)``."""
 
     kind: str
-    profile: tuple[tuple[int, int, int], ...]
+    profile: tuple[tuple[int, int, int, int], ...]
     memory: int
     load_ns: int
 

@@ -17,7 +17,8 @@ FORMAT: Final = 1
 
 class Figures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Executions of ``rows`` rows on ``units`` units: how many ``runs``, median and 95th
-    percentile in ns, and ``cv``, their standard deviation as a part of their mean."""
+    percentile in ns, and ``cv``, their standard deviation as a part of their mean. ``size``: of a
+    row, where axes are free (``engines.base.size_of``)."""
 
     units: int
     rows: int
@@ -25,6 +26,7 @@ class Figures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     median_ns: int
     p95_ns: int
     cv: float
+    size: int = 1
 
 
 class ModelProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -32,7 +34,8 @@ class ModelProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     included. ``memory_loaded`` and ``memory_peak``: resident bytes of the worker after that, and at
     most. ``files``: path, size, time of change (ns) and inode of each file of the version.
     ``cores``: as many could be used. ``unjoined``: why rows are not joined; "" if they are.
-    ``executed``: which operators the engine executed where, in words."""
+    ``executed``: which operators the engine executed where, in words. ``size``: that of the rows
+    that a warm-up takes; figures of other sizes were asked for."""
 
     format: int
     model: str
@@ -50,11 +53,12 @@ class ModelProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unjoined: str
     figures: tuple[Figures, ...]
     executed: tuple[str, ...] = ()
+    size: int = 1
 
     @property
     def table(self) -> tuple[tuple[int, int, int], ...]:
-        """``(units, rows, median ns)`` of each."""
-        return tuple((f.units, f.rows, f.median_ns) for f in self.figures)
+        """``(units, rows, median ns)`` of each figure of the size of a warm-up."""
+        return tuple((f.units, f.rows, f.median_ns) for f in self.figures if f.size == self.size)
 
 
 def read_profile(data: bytes) -> ModelProfile:
@@ -66,7 +70,7 @@ def read_profile(data: bytes) -> ModelProfile:
         raise ConfigError(f"is no whole profile ({error}); {again}") from None
     if found.format != FORMAT:
         raise ConfigError(f"has the format {found.format}, this version reads {FORMAT}; {again}")
-    wrong = [f for f in found.figures if min(f.units, f.rows, f.median_ns) < 1 or f.cv < 0]
-    if wrong or not found.figures or found.load_ns < 0:
+    wrong = [f for f in found.figures if min(f.units, f.rows, f.median_ns, f.size) < 1 or f.cv < 0]
+    if wrong or not found.table or found.load_ns < 0:
         raise ConfigError(f"holds no figures, or impossible ones; {again}")
     return found

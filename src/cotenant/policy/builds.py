@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from cotenant.domain.events import Foretold
 from cotenant.domain.workload import ORIGINAL
-from cotenant.policy.estimate import Costs
+from cotenant.policy.estimate import Costs, size_class
 from cotenant.policy.state import ServiceState
 
 
@@ -40,8 +40,8 @@ def foretell(service: ServiceState, known: Foretold) -> None:
     if known.kind in service.exec and service.exec[known.kind].tables:
         return
     table = service.exec[known.kind] = Costs()
-    for units, rows, ns in known.profile:
-        table.profile(units, rows, ns)
+    for size, units, rows, ns in known.profile:
+        table.profile(units, rows, ns, size_class(size))
     service.foretold[known.kind] = None
     service.occupies[known.kind] = max(known.memory, service.occupies.get(known.kind, 0))
     service.load_ns = service.load_ns or known.load_ns

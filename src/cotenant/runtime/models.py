@@ -96,7 +96,8 @@ class Models:
         found = self.repository.profile(files)
         if found is None or found.processor != processor.model_name():
             return None
-        return e.Foretold(found.kind, found.table, found.memory_peak, found.load_ns)
+        times = tuple((f.size, f.units, f.rows, f.median_ns) for f in found.figures)
+        return e.Foretold(found.kind, times, found.memory_peak, found.load_ns)
 
     def _model(self, name: str) -> str:
         """The directory of a service's model."""

@@ -50,11 +50,23 @@ Progress = Callable[[float], None]
 
 class Ask(msgspec.Struct, frozen=True):
     """What to measure: on so many ``units`` each, up to ``max_batch`` rows, for about so many
-    ``seconds`` once the model is loaded."""
+    ``seconds`` in all while the model is loaded; ``shapes``: beside those of the warm-up, of inputs
+    by name."""
 
     units: tuple[int, ...]
     max_batch: int
     seconds: float
+    shapes: tuple[dict[str, tuple[int, ...]], ...] = ()
+
+
+class _Found(msgspec.Struct):
+    """What one worker showed."""
+
+    opened: Opened
+    load_ns: int
+    memory: int
+    peak: int
+    figures: list[Figures]
 
 
 class _Trial:
@@ -120,8 +132,48 @@ async def profile(
 ) -> ModelProfile:
     """Measure one version on the processor. Raises ModelError where it cannot be opened or
     executed, is a model that answers in turns, or changes meanwhile."""
-    opening = Opening(files.path, ask.units, settings)
-    engine = choose(opening).name
+    engine = choose(Opening(files.path, ask.units, settings)).name
+    parts = 1 + len(ask.shapes)
+    each = msgspec.structs.replace(ask, seconds=ask.seconds / parts)
+    first = await _trial(files, settings, each, box, lambda done: progress(done / parts))
+    further = []
+    for number, shapes in enumerate(ask.shapes, 1):
+        other = msgspec.structs.replace(settings, shapes=settings.shapes | shapes)
+        unchecked = msgspec.structs.replace(files, check=None)
+
+        def tell(done: float, number: int = number) -> None:
+            progress((number + done) / parts)
+
+        further.append(await _trial(unchecked, other, each, box, tell))
+    if stamp(files.path) != files.stamp:
+        raise ModelError(f"{files.path.parent} changed while it was measured; measure again")
+    every = [first, *further]
+    known = {(f.size, f.units, f.rows): f for found in reversed(every) for f in found.figures}
+    return ModelProfile(
+        format=FORMAT,
+        model=files.name,
+        version=files.version,
+        kind=CPU,
+        engine=engine,
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        processor=box.name,
+        cores=len(box.cores),
+        libraries=versions(LIBRARIES),
+        files=files.stamp.files,
+        load_ns=first.load_ns,
+        memory_loaded=first.memory,
+        memory_peak=max(found.peak for found in every),
+        unjoined=first.opened.unjoined,
+        executed=tuple(told(first.opened.executed)),
+        size=first.opened.size,
+        figures=tuple(known[key] for key in sorted(known)),
+    )
+
+
+async def _trial(
+    files: ModelFiles, settings: ModelSettings, ask: Ask, box: ProcessorFacts, progress: Progress
+) -> _Found:
+    """Measure rows of one size; raises ModelError."""
     batch = settings.batch or BatchSpec()
     order = Open(
         path=str(files.path),
@@ -149,26 +201,8 @@ async def profile(
         sizes = [1] if opened.unjoined else batches(ask.max_batch)
         times = await _measure(trial, box.cores, ask, sizes, progress)
         peak = max(_peak(trial.process.pid), memory, opened.memory)
-    if stamp(files.path) != files.stamp:
-        raise ModelError(f"{files.path.parent} changed while it was measured; measure again")
-    return ModelProfile(
-        format=FORMAT,
-        model=files.name,
-        version=files.version,
-        kind=CPU,
-        engine=engine,
-        date=datetime.now(UTC).isoformat(timespec="seconds"),
-        processor=box.name,
-        cores=len(box.cores),
-        libraries=versions(LIBRARIES),
-        files=files.stamp.files,
-        load_ns=load,
-        memory_loaded=memory,
-        memory_peak=peak,
-        unjoined=opened.unjoined,
-        executed=tuple(told(opened.executed)),
-        figures=tuple(figures(*size, found) for size, found in sorted(times.items())),
-    )
+    found = [figures(opened.size, *key, taken) for key, taken in sorted(times.items())]
+    return _Found(opened, load, memory, peak, found)
 
 
 async def _measure(
@@ -202,7 +236,7 @@ def batches(most: int) -> list[int]:
     return found
 
 
-def figures(units: int, rows: int, times: Sequence[int]) -> Figures:
+def figures(size: int, units: int, rows: int, times: Sequence[int]) -> Figures:
     """Of some executions (ns, at least one); the percentile is that of the nearest rank."""
     ordered = sorted(times)
     return Figures(
@@ -212,6 +246,7 @@ def figures(units: int, rows: int, times: Sequence[int]) -> Figures:
         median_ns=round(statistics.median(ordered)),
         p95_ns=ordered[math.ceil(0.95 * len(ordered)) - 1],
         cv=statistics.pstdev(ordered) / statistics.fmean(ordered),
+        size=size,
     )
 
 

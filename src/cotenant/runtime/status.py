@@ -116,6 +116,14 @@ def _variants(service: ServiceState) -> dict[str, Any] | None:
     return {"serving": serving_on(service), "failed": service.spoilt.get(revision, {})}
 
 
+def _serving(node: Node, name: str) -> int:
+    """Instances that take requests which name no version."""
+    state = node.core.dispatcher.state
+    current = state.services[name].version
+    workers = (w for w in state.workers.values() if w.service == name and w.version == current)
+    return sum(w.up and not w.rests for w in workers)
+
+
 def _service(node: Node, name: str, instances: Instances) -> dict[str, Any]:
     meter = node.monitor.service(name)
     known = node.core.dispatcher.state.services.get(name)
@@ -147,7 +155,7 @@ def _service(node: Node, name: str, instances: Instances) -> dict[str, Any]:
         "misses": meter.misses,
         "refused": dict(meter.refused),
         "answered": meter.answered,
-        "workers": instances.live,
+        "workers": _serving(node, name) if known else 0,
         "kv": _kv(node, name),
         "accuracy": msgspec.to_builtins(current.accuracy) if current else None,
         "joined": current.meta.batchable if current else None,
