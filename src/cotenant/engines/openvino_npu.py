@@ -16,6 +16,7 @@ not list are left out. **Untested on hardware.**
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -34,6 +35,7 @@ from cotenant.engines.openvino import (
     said,
     weigh,
 )
+from cotenant.engines.placement import Executed
 
 SETTINGS: Final = {
     "PERFORMANCE_HINT": "LATENCY",
@@ -60,6 +62,7 @@ class OpenVinoNpuEngine(OpenVinoEngine):
             self._fixed = fix(model, settings)
             self._meta = described(model, path)
             refuse(core, model, npu)
+            self._operators = Counter(op.get_type_name() for op in model.get_ops())
             self._compiled = {1: self._compile(core, model, npu)}
             self._requests = {1: self._compiled[1].create_infer_request()}
         except ModelError:
@@ -89,6 +92,11 @@ class OpenVinoNpuEngine(OpenVinoEngine):
         """Where it is executed, and which axes were fixed."""
         fixed = f"; free axes are fixed (warmup_shapes): {self._fixed}" if self._fixed else ""
         return [f"executed on {self._name} in what that computes in, in general FP16{fixed}"]
+
+    def executed(self) -> tuple[Executed, ...]:
+        """Those of the model, which it takes as a whole or not at all (``query_model``)."""
+        found = sorted(self._operators.items())
+        return tuple(Executed(self._name, kind, count) for kind, count in found)
 
     def run_into(self, units: int, inputs: dict[str, Array], room: Room) -> list[Array]:
         return copied(self._execute(units, self._arrays(inputs)), room)

@@ -191,6 +191,7 @@ class Worker:
             if self._placeable is not None:
                 self._placeable.settle()
             notes = tuple(engine.notes) if isinstance(engine, Noted) else ()
+            executed = engine.executed() if isinstance(engine, Tells) else ()
         except ModelError as error:
             return OpenFailed(str(error))
         except Exception as error:  # whatever a model or its check data bring about
@@ -200,7 +201,6 @@ class Worker:
         gc.freeze()  # a pass over all that the engine's imports brought would delay a batch
         meta = msgspec.structs.replace(engine.meta, batchable=not self._unjoined)
         size = samples.size(meta)
-        executed = engine.executed() if isinstance(engine, Tells) else ()
         return Opened(
             meta,
             profile,
