@@ -40,4 +40,4 @@ def test_explain_says_which_engine_executes_what(boxes: Boxes) -> None:
         text=True,
         check=True,
     ).stdout
-    assert "onnxruntime" in told and "MatMul" in told
+    assert "onnxruntime" in told and "MatMul" in told and "rows on units" in told

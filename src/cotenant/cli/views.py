@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cotenant.domain.units import format_bytes
+from cotenant.domain.units import MS, format_bytes
 from cotenant.sim.replay import Report
 from cotenant.telemetry.explain import Explanation, moment
 
@@ -335,13 +335,16 @@ def _share(share: float | dict[str, float]) -> str:
 
 
 def engines_view(engines: dict[str, list[dict[str, Any]]]) -> RenderableType:
-    """By service, what opened each of its instances, and which operators that executes where."""
+    """By service, what opened each of its instances, which operators that executes where, and what
+    its warm-up measured."""
     out: list[RenderableType] = []
     lines: list[str] = []
     for service, opened in engines.items():
         for one in opened:
             lines.append(f"{service}: {one['variant']} on {one['device']} by {one['engine']}")
             lines += [f"    {line}" for line in one["executed"]]
+            times = [f"{rows} on {units}: {ns / MS:.3g} ms" for units, rows, ns in one["measured"]]
+            lines += [f"    rows on units: {', '.join(times)}"] if times else []
     _section(out, "Engines of this moment", list(dict.fromkeys(lines)))
     return Group(*out)
 

@@ -511,7 +511,8 @@ class Instances:
                 instance.process.kill()
 
     def engines(self) -> list[dict[str, Any]]:
-        """What opened each instance that is up, and what that says of the model's operators."""
+        """What opened each instance that is up, what that says of the model's operators, and the
+        times (ns) that its warm-up measured, by units and rows."""
         found: list[dict[str, Any]] = []
         for name, instance in self._live.items():
             if instance.announced:
@@ -523,6 +524,7 @@ class Instances:
                         "variant": order.variant,
                         "engine": opened.engine,
                         "executed": told(opened.executed),
+                        "measured": list(opened.profile),
                     }
                 )
         return found
