@@ -227,7 +227,7 @@ class JobSupervisor:
                 self._tell_exited(id)
         return id
 
-    def release(self, ref: str) -> str:
+    def resume(self, ref: str) -> str:
         """Undo ``hold``; returns the id. A running job goes on once it is started again."""
         self._require_open()
         id = self.resolve(ref)

@@ -390,9 +390,9 @@ class Node:
         """See NodePort."""
         return self.jobs_supervisor.hold(ref)
 
-    def release_job(self, ref: str) -> str:
+    def resume_job(self, ref: str) -> str:
         """See NodePort."""
-        return self.jobs_supervisor.release(ref)
+        return self.jobs_supervisor.resume(ref)
 
     def job_log_path(self, ref: str) -> str:
         """See NodePort."""
