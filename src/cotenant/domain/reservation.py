@@ -19,9 +19,9 @@ class Reservation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Of ``device`` either a ``share`` of its time (0..1; the rest of the device may be borrowed up
     to ``limit``), or so many ``units`` of its own (cores, groups of multiprocessors, compute slices
-    of a MIG instance), on which no service is planned. ``memory`` in bytes is guaranteed with it (0:
-    none is). ``within``: the longest (ns) that its processes may be kept from what is theirs; 0: as
-    long as guarantees are paid within. ``name`` is for people.
+    of a MIG instance; all of a device that only serves), on which no service is planned. ``memory``
+    in bytes is guaranteed with it (0: none is). ``within``: the longest (ns) that its processes may
+    be kept from what is theirs; 0: as long as guarantees are paid within. ``name`` is for people.
     """
 
     id: str

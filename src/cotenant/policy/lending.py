@@ -93,6 +93,8 @@ def choose_job(
     for job in candidates:
         if job.kind != partition.kind or job.stopping or job.place not in ("", partition.id):
             continue
+        if job.device not in ("", partition.device):
+            continue
         if partition.services and partition.device in job.apart:
             continue
         if job.blocked_until > now or job.units + size > job.limit:
