@@ -120,7 +120,9 @@ def test_guarantees_together_are_no_more_than_there_is() -> None:
     idle = service(rate=0.0, guaranteed=0.25)
     world.see(idle)
     mine: list[JobFacts] = []
-    for number, (share, fits) in enumerate([(0.5, True), (0.3, False), (0.25, True), (0.01, False)]):
+    for number, (share, fits) in enumerate(
+        [(0.5, True), (0.3, False), (0.25, True), (0.01, False)]
+    ):
         wanted = asks(f"r{number}", share=share)
         assert bool(room(world, wanted, idle, *mine).refusal) is not fits
         if fits:

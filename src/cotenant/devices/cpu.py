@@ -57,6 +57,7 @@ from cotenant.domain.device import (
     TenantKind,
 )
 from cotenant.domain.errors import DeviceError, EnvironmentProblem
+from cotenant.domain.reservation import Adopted
 from cotenant.domain.units import MS, US, S, format_bytes
 
 NODE_PRIORITY = 10
@@ -87,6 +88,8 @@ class _Job(msgspec.Struct):
     root: int
     footprint: Footprint = msgspec.field(default_factory=Footprint)
     granted: dict[str, tuple[int, ...]] = {}
+    adopted: dict[int, int] = {}
+    """Processes that do not descend from the root, and when they started (ticks)."""
     pids: list[int] = []
     """Parents first."""
     watching: set[int] = set()
@@ -250,6 +253,11 @@ class CpuDevice:
             self._look_at_worker(found)
         return self._level
 
+    def adopt(self, job: str, process: Adopted) -> None:
+        found = self._find(job)
+        found.adopted[process.pid] = process.start
+        self._look_at_job(found, proctree.scan())
+
     def detach(self, tenant: str) -> None:
         self._workers.pop(tenant, None)
         found = self._jobs.pop(tenant, None)
@@ -276,7 +284,7 @@ class CpuDevice:
     def _attach_job(self, job: str, pid: int) -> None:
         found = self._jobs[job] = _Job(root=pid, stopped=True)
         # So far it ran on any core; what it forks just after a single look would go on doing so.
-        proctree.freeze(pid)
+        proctree.freeze(pid, found.adopted)
         self._look_at_job(found, proctree.scan())
 
     def grant(self, job: str, partition: Partition) -> None:
@@ -325,7 +333,7 @@ class CpuDevice:
 
     def _look_at_job(self, job: _Job, table: dict[int, proctree.Stat]) -> None:
         """See what became of a job: newcomers and strays are brought into line."""
-        pids = proctree.descendants(job.root, table)
+        pids = proctree.family(job.root, job.adopted, table)
         watching = proctree.watchers(pids, table)
         seen = [_Thread(tid, _thread_ticks(tid)) for tid in proctree.threads(pids)]
         confined = job.cores

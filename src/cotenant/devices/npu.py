@@ -25,6 +25,7 @@ from cotenant.domain.device import (
 from cotenant.domain.device_config import NpuConfig
 from cotenant.domain.errors import DeviceError, EnvironmentProblem
 from cotenant.domain.npu import Emulated, Present
+from cotenant.domain.reservation import Adopted
 from cotenant.domain.units import MS, format_bytes
 
 
@@ -117,6 +118,9 @@ class NpuDevice:
         if tenant.kind is TenantKind.WORKER:
             self._cores.bind(tenant.id, self._whole)
         return PreemptLevel.NONE
+
+    def adopt(self, job: str, process: Adopted) -> None:
+        self._cores.adopt(job, process)
 
     def detach(self, tenant: str) -> None:
         self._cores.detach(tenant)

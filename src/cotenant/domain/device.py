@@ -70,7 +70,9 @@ class Launch(msgspec.Struct, frozen=True):
     paths (joined by ":"), before what the owner has there. ``limits`` (``RLIMIT_x``: soft, hard);
     a hard limit that is lower already stays. ``cgroup``: the directory of the control group that a
     job is to be in; "" if it is the same to the device. ``own_memory``: what a job may have is
-    memory of the device, which is not counted as its processes'; on the host it has no limit."""
+    memory of the device, which is not counted as its processes'; on the host it has no limit.
+    ``mounts``: paths of this host that the variables speak of, for a process that sees another
+    file system."""
 
     env: dict[str, str] = {}
     limits: dict[int, tuple[int, int]] = {}
@@ -78,6 +80,7 @@ class Launch(msgspec.Struct, frozen=True):
     fixed: dict[str, str] = {}
     prepend: dict[str, str] = {}
     own_memory: bool = False
+    mounts: tuple[str, ...] = ()
 
     def applied(self, owned: Mapping[str, str]) -> dict[str, str]:
         """The whole environment of a process whose owner wants these variables."""

@@ -52,8 +52,8 @@ class Adopted(msgspec.Struct, frozen=True):
 
 
 class ReservationStatus(msgspec.Struct, frozen=True):
-    """A reservation as it stands: ``waiting`` for its space, ``ready`` for processes, or ``held``
-    by a user; ``reason`` says what it waits for. ``partitions`` are those that it has now.
+    """A reservation as it stands: ``waiting`` for its space (``reason`` says for what), or
+    ``ready`` for processes. ``partitions`` are those that are its own.
 
     Once it is ready, a process needs ``env`` in its environment, what ``prepend`` says at the front
     of its lists of paths (joined by ":"), and the host's ``mounts`` at the same paths, to be

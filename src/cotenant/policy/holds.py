@@ -214,6 +214,7 @@ class Holds:
             levels=dict(levels),
             apart=tenant.apart,
             device=tenant.device,
+            own=tenant.own,
             vtime=min(others, default=0),
             since=state.now,
             target=lending.target(state.plan, tenant.id),

@@ -37,8 +37,21 @@ def find_room(planner: Planner, snapshot: Snapshot, wanted: Reservation) -> Room
     device = next(d for d in snapshot.devices if d.id == wanted.device)
     if why := _impossible(device, wanted) or _promised(device, snapshot, wanted):
         return Room(why)
-    job = JobFacts(
-        id=wanted.id,
+    job = facts_of(wanted.id, wanted, device)
+    settled = msgspec.structs.replace(snapshot, changing=())
+    now, then = copy.deepcopy(planner), copy.deepcopy(planner)
+    now.plan(settled)
+    after = msgspec.structs.replace(settled, jobs=(*snapshot.jobs, job))
+    plan = then.plan(after)
+    before, prospects = now.prospects(settled), then.prospects(after)
+    why = _lost(before, prospects, then.state.nowhere) or _crowded(prospects, device)
+    return Room(why) if why else Room(would=plan.reasons if plan is not None else ())
+
+
+def facts_of(job: str, wanted: Reservation, device: DeviceSpec) -> JobFacts:
+    """The job that stands for a reservation, before anything is seen of it."""
+    return JobFacts(
+        id=job,
         weight=1.0,
         guaranteed=share_of(wanted, device),
         limit=wanted.limit,
@@ -49,14 +62,6 @@ def find_room(planner: Planner, snapshot: Snapshot, wanted: Reservation) -> Room
         device=device.id,
         own=wanted.units,
     )
-    settled = msgspec.structs.replace(snapshot, changing=())
-    now, then = copy.deepcopy(planner), copy.deepcopy(planner)
-    now.plan(settled)
-    after = msgspec.structs.replace(settled, jobs=(*snapshot.jobs, job))
-    plan = then.plan(after)
-    before, prospects = now.prospects(settled), then.prospects(after)
-    why = _lost(before, prospects, then.state.nowhere) or _crowded(prospects, device)
-    return Room(why) if why else Room(would=plan.reasons if plan is not None else ())
 
 
 def share_of(wanted: Reservation, device: DeviceSpec) -> float:

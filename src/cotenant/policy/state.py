@@ -398,6 +398,8 @@ class JobShare:
     """See ``Tenant``."""
     device: str = ""
     """The one device that it may be on; any of its kind if empty."""
+    own: int = 0
+    """Units of that which are its own."""
     stopping: bool = False
     vtime: int = 0
     held: list[str] = field(default_factory=list)

@@ -47,6 +47,7 @@ from cotenant.domain.device import (
 )
 from cotenant.domain.device_config import SERVES_ONLY, CudaConfig
 from cotenant.domain.errors import DeviceError, EnvironmentProblem
+from cotenant.domain.reservation import Adopted
 from cotenant.domain.units import format_bytes
 
 log = logging.getLogger("cotenant.devices")
@@ -61,6 +62,8 @@ class _Tenant:
     pids: list[int] = field(default_factory=list)
     level: PreemptLevel = PreemptLevel.NONE
     granted: set[str] = field(default_factory=set)
+    adopted: dict[int, int] = field(default_factory=dict)
+    """Processes from elsewhere, and when they started (ticks)."""
 
 
 class CudaDevice:
@@ -237,7 +240,7 @@ class CudaDevice:
             return Launch(fixed=shown, own_memory=True)
         found = self._gates.launch(tenant.id, tenant.memory)
         fixed = {**shown, **found.fixed}
-        return Launch(fixed=fixed, prepend=found.prepend, own_memory=True)
+        return Launch(fixed=fixed, prepend=found.prepend, own_memory=True, mounts=found.mounts)
 
     def _check_takes_jobs(self, job: str) -> None:
         if not self._room.takes_jobs:
@@ -256,6 +259,10 @@ class CudaDevice:
                 found.level = PreemptLevel.PAUSE if stops else PreemptLevel.GATE
         self._tenants[tenant.id] = found
         return found.level
+
+    def adopt(self, job: str, process: Adopted) -> None:
+        """Its page it has by its environment; the next look sees what it occupies."""
+        self._job(job).adopted[process.pid] = process.start
 
     def detach(self, tenant: str) -> None:
         found = self._tenants.pop(tenant, None)
@@ -301,7 +308,7 @@ class CudaDevice:
         jobs = {name: t for name, t in list(self._tenants.items()) if t.is_job}
         table = proctree.scan() if jobs else {}
         for tenant in jobs.values():
-            tenant.pids = proctree.descendants(tenant.pid, table)
+            tenant.pids = proctree.family(tenant.pid, tenant.adopted, table)
             for tid in proctree.threads(tenant.pids):
                 with contextlib.suppress(OSError):
                     if os.getpriority(os.PRIO_PROCESS, tid) < JOB_NICE:
