@@ -114,6 +114,13 @@ def test_of_an_npu_that_is_another_nothing_is_foretold(box: Box) -> None:
     assert not list(foretold(box))
 
 
+def test_of_an_engine_that_is_not_chosen_nothing_is_foretold(box: Box) -> None:
+    assert profiled(box, "--engine", "openvino").returncode == 0
+    assert of(box)["cpu"].engine == "openvino"
+    box.start()
+    assert not list(foretold(box))
+
+
 def test_the_simulator_has_the_npu_take_its_own_times(box: Box) -> None:
     assert profiled(box, "--device", "all").returncode == 0
     scenario = {

@@ -61,6 +61,13 @@ def test_a_file_that_cannot_be_read_gives_way(tmp_path: Path, there: bytes) -> N
     assert read_profiles(path.read_bytes()) == (profiled(),)
 
 
+def test_a_profile_is_of_the_engine_that_was_named_or_chosen() -> None:
+    chosen = profiled()
+    assert chosen.holds("auto") and chosen.holds(chosen.engine) and not chosen.holds("other")
+    named = msgspec.structs.replace(chosen, asked="other", engine="other")
+    assert named.holds("other") and not named.holds("auto")
+
+
 def test_a_profile_does_not_make_its_version_another(tmp_path: Path) -> None:
     model = tmp_path / "model.onnx"
     model.write_text("x")

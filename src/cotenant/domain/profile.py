@@ -9,6 +9,7 @@ from typing import Final
 
 import msgspec
 
+from cotenant.domain.config import AUTO
 from cotenant.domain.errors import ConfigError
 
 PROFILE_FILE: Final = ".profile.json"
@@ -40,7 +41,8 @@ class ModelProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     inode of each file of the version. ``unjoined``: why rows are not joined; "" if they are.
     ``executed``: which operators the engine executed where, in words. ``size``: that of the rows
     that a warm-up takes; figures of other sizes were asked for. ``emulated``: no such device
-    computed. ``subsets``: units are subsets of a GPU's multiprocessors, not GPUs."""
+    computed. ``subsets``: units are subsets of a GPU's multiprocessors, not GPUs. ``asked``: the
+    ``engine`` of ``model.yaml`` or of the command, by which the engine was chosen."""
 
     model: str
     version: str
@@ -61,6 +63,11 @@ class ModelProfile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     size: int = 1
     emulated: bool = False
     subsets: bool = False
+    asked: str = AUTO
+
+    def holds(self, engine: str) -> bool:
+        """Whether it is of the engine that this ``engine`` of ``model.yaml`` stands for."""
+        return engine in (self.asked, self.engine)
 
     @property
     def table(self) -> tuple[tuple[int, int, int], ...]:

@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from cotenant.domain import events as e
-from cotenant.domain.config import AUTO, ModelSettings
+from cotenant.domain.config import ModelSettings
 from cotenant.domain.errors import CotenantError, InvalidRequest, NotFound, NotReady
 from cotenant.domain.port import IndexEntry, Language, ModelMeta
 from cotenant.domain.profile import ModelProfile
@@ -92,13 +92,13 @@ class Models:
                 raise
 
     def _profiles(self, files: ModelFiles, settings: ModelSettings) -> tuple[ModelProfile, ...]:
-        """What ``cotenant profile`` measured of a version on such devices as are here, by an engine
-        that may open it."""
+        """What ``cotenant profile`` measured of a version on such devices as are here, by the
+        engine that is to open it."""
         here = {(spec.kind, spec.model) for spec in self._shell.specs()}
         return tuple(
             profile
             for profile in self.repository.profiles(files)
-            if (profile.kind, profile.device) in here and settings.engine in (AUTO, profile.engine)
+            if (profile.kind, profile.device) in here and profile.holds(settings.engine)
         )
 
     def _model(self, name: str) -> str:

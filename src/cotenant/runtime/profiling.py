@@ -221,6 +221,7 @@ async def profile(
         executed=tuple(told(first.opened.executed)),
         size=first.opened.size,
         figures=tuple(known[key] for key in sorted(known)),
+        asked=settings.engine,
         emulated=emulated(place.processor) is not None,
         subsets=place.processor.startswith(CUDA_SUBSETS),
     )
