@@ -182,10 +182,12 @@ def test_a_job_whose_partition_goes_to_others_starts_again_elsewhere() -> None:
 
 def test_what_is_foretold_of_a_version_counts_until_an_instance_shows_more() -> None:
     world = placed()
-    known = e.Foretold("cpu", ((1, 1, 1, 7 * MS),), 50, 2 * S)
+    npu = e.Foretold("npu", ((1, 1, 1, 3 * MS),), 40, 1 * S)
+    known = (e.Foretold("cpu", ((1, 1, 1, 7 * MS),), 50, 2 * S), npu)
     load = one(world.send(e.VersionOffered("s", "1", 0, known)), a.Load)
     state = world.d.state.services["s"]
     assert state.exec["cpu"].expected() == {1: {1: 7 * MS}} and state.load_ns == 2 * S
+    assert state.exec["npu"].expected() == {1: {1: 3 * MS}} and state.occupies["npu"] == 40
     assert world.d.state.workers[load.worker].memory == 50
     up(world, load)
     assert state.exec["cpu"].expected()[1][1] == MS

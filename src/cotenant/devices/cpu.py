@@ -37,6 +37,7 @@ import resource
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -124,7 +125,8 @@ class CpuDevice:
     ``cores``: the cores to use (None: all this process may run on). ``realtime``: "auto" uses
     SCHED_FIFO where allowed, "never" does not, "require" raises EnvironmentProblem without.
     ``pin``: whether workers are bound to their partition's cores. ``memory``: bytes for tenants (0:
-    all that the machine has), and those of them for pools of keys and values.
+    all that the machine has), and those of them for pools of keys and values. ``reclaims``: whether
+    to look for a way to take memory from jobs, which may make control groups.
     """
 
     blocking = False
@@ -136,15 +138,18 @@ class CpuDevice:
         realtime: str = "auto",
         pin: bool = True,
         memory: tuple[int, int] = (0, 0),
+        reclaims: bool = True,
     ) -> None:
         self._id = device_id
         self._wanted = cores
         self._realtime_mode = realtime
         self._pin = pin
         self._memory, self._kv = memory
+        self._reclaims = reclaims
         self._reclaim: Reclaim | None = None
         self._realtime = False
         self._cores: tuple[int, ...] = ()
+        self._model = ""
         self._limits: list[str] = []
         self._jobs: dict[str, _Job] = {}
         self._workers: dict[str, _Worker] = {}
@@ -171,6 +176,7 @@ class CpuDevice:
                 f"has, {format_bytes(physical_memory())}"
             )
         self._cores = tuple(sorted(wanted))
+        self._model = model_name()
         self._limits = []
         self._realtime = self._realtime_mode != "never" and try_realtime()
         if self._realtime_mode == "require" and not self._realtime:
@@ -178,8 +184,8 @@ class CpuDevice:
                 f"device {self._id}: real-time priority is required but not allowed; grant "
                 "CAP_SYS_NICE (or an rtprio limit of at least 20), or set realtime: auto"
             )
-        self._reclaim, why = reclaim.find()
-        if self._reclaim is None:
+        self._reclaim, why = reclaim.find() if self._reclaims else (None, "")
+        if why:
             self._limits.append(f"jobs give memory back only if they can be asked: {why}")
         if not self._pin:
             self._limits.append("workers are not pinned: partitions bind jobs only")
@@ -218,6 +224,7 @@ class CpuDevice:
             evicts=self._reclaim is not None,
             eviction=PAGING,
             kv=self._kv,
+            model=self._model,
         )
 
     def repartition(self, partitions: tuple[Partition, ...]) -> None:
@@ -428,6 +435,15 @@ def try_realtime() -> bool:
         return False
     os.sched_setscheduler(0, *before)
     return True
+
+
+def model_name(proc: Path = Path("/proc")) -> str:
+    """The processor's; "" where the kernel does not say (it does on x86)."""
+    for line in (proc / "cpuinfo").read_text(errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return ""
 
 
 def physical_memory() -> int:

@@ -55,8 +55,8 @@ PROCESSOR = "COTENANT_PROCESSOR"
 """Environment variable of a model instance, for ``Launch``: what it executes on. ``cpu`` (also if
 it is not set), or ``cuda:`` and a GPU: its UUID, or its ordinal among those that the process sees.
 With ``cuda-subsets:`` before the GPU the units of partitions are its groups of multiprocessors, as
-``cotenant.engines.cuda.subsets`` numbers them; otherwise an execution has all of it. An emulated
-NPU is as ``cotenant.domain.npu`` writes it."""
+``cotenant.engines.cuda.subsets`` numbers them; otherwise an execution has all of it. NPUs are as
+``cotenant.domain.npu`` writes them."""
 CPU = "cpu"
 CUDA = "cuda:"
 CUDA_SUBSETS = "cuda-subsets:"
@@ -169,6 +169,9 @@ class DeviceSpec(msgspec.Struct, frozen=True):
     them; 0: each may have its limit."""
     hardware: str = ""
     """What it is in the machine, where that can be named (a GPU's UUID): no two devices are one."""
+    model: str = ""
+    """What sort of device it is: its maker's name, and how it is divided. What is emulated says so.
+    Times that were measured on one device hold for others of its kind and model."""
 
     @property
     def compute(self) -> int:

@@ -108,12 +108,12 @@ class Foretold(msgspec.Struct, frozen=True, array_like=True):
 class VersionOffered(_Event, frozen=True):
     """A version of a service's model is there to be loaded. ``revision`` tells files that bear the
     same version apart: a greater one takes the place of what was offered or serves under it.
-    ``foretold``: what is known of it."""
+    ``foretold``: what is known of it, by kind of device."""
 
     service: str
     version: str
     revision: int = 0
-    foretold: Foretold | None = None
+    foretold: tuple[Foretold, ...] = ()
 
 
 class VersionGone(_Event, frozen=True):

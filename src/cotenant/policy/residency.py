@@ -94,8 +94,8 @@ class Residency:
         if service.offer:
             self._decline(service, "another was offered since")
         service.offer, service.offer_revision = event.version, event.revision
-        if event.foretold is not None:
-            builds.foretell(service, event.foretold)
+        for known in event.foretold:
+            builds.foretell(service, known)
         service.failures = service.retry_at = 0
         self.settle(service.name)
 

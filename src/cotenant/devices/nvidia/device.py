@@ -83,7 +83,7 @@ class CudaDevice:
         self._stopped_ns = 0
         """How long it took to take a kernel off in its middle; 0: that was not seen."""
         self._memory = 0
-        self._uuid = ""
+        self._uuid = self._model = ""
         self._limits: list[str] = []
         self._tenants: dict[str, _Tenant] = {}
         self._used: dict[int, int] = {}
@@ -112,7 +112,7 @@ class CudaDevice:
                 f"than the GPU has, {format_bytes(usable)}"
             )
         self._memory = self._config.memory or usable
-        self._uuid = gpu.uuid()
+        self._uuid, self._model = gpu.uuid(), gpu.name()
         self._space = self._space_of(gpu)
         self._space.open()
 
@@ -210,6 +210,7 @@ class CudaDevice:
                 eviction=self._gates.eviction if self._gates is not None else Eviction(),
                 kv=self._config.kv,
                 hardware=self._uuid,
+                model=self._model,
             )
         )
 
