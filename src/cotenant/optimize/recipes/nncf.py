@@ -63,5 +63,12 @@ def _quantize(parent: Parent, nncf: Any, path: Path) -> None:
     with contextlib.redirect_stdout(io.StringIO()):  # bars of progress
         rows = batches_of(parent)
         model = openvino.Core().read_model(parent.files.path)
-        made = nncf.quantize(model, nncf.Dataset(rows), subset_size=len(rows))
+        kind = nncf.ModelType.TRANSFORMER if _normalizes(model) else None
+        made = nncf.quantize(model, nncf.Dataset(rows), subset_size=len(rows), model_type=kind)
         openvino.save_model(made, path, compress_to_fp16=False)
+
+
+def _normalizes(model: Any) -> bool:
+    """Whether it has layer norms, of one operator or of many. A variance in 8 bits may be 0, and is
+    divided by: NNCF leaves norms in float only where it is told of a transformer."""
+    return any(op.get_type_name() in ("MVN", "Sqrt") for op in model.get_ops())

@@ -1,5 +1,5 @@
-"""Quantization-aware training by NNCF: while it is trained the module rounds as its int8 build does,
-and gradients pass by the rounding (B. Jacob and others, "Quantization and training of neural
+"""Quantization-aware training by NNCF: while it is trained the module rounds as its int8 build
+does, and gradients pass by the rounding (B. Jacob and others, "Quantization and training of neural
 networks for efficient integer-arithmetic-only inference", CVPR 2018). Ranges are trained too. Batch
 norms are folded before. One file is written, for ONNX Runtime and OpenVINO."""
 
