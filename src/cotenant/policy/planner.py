@@ -87,7 +87,11 @@ class Planner:
 
     def preview(self, snapshot: Snapshot) -> Plan | None:
         """What ``plan`` would return. Nothing is remembered of it."""
-        return copy.deepcopy(self).plan(snapshot)
+        return self.copy().plan(snapshot)
+
+    def copy(self) -> Planner:
+        """Another that remembers the same."""
+        return Planner(self.tuning, copy.deepcopy(self.state))
 
     def prospects(self, snapshot: Snapshot) -> list[tuple[View, Verdict]]:
         """How services would do at their recent peaks on the layouts that were planned last."""
