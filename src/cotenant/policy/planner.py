@@ -195,7 +195,7 @@ class Planner:
             if not (device.trains or self.tuning.offload):
                 continue
             theirs = sum(
-                j.memory if j.device else j.memory // alike[device.kind]
+                j.memory if j.device else j.memory // max(1, alike[device.kind])
                 for j in snapshot.jobs
                 if j.kind == device.kind and j.device in ("", device.id)
             )
