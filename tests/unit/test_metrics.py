@@ -56,6 +56,17 @@ def test_services_partitions_and_jobs_are_shown() -> None:
     assert found["cotenant_job_state", ("1", "train", "running")] == 1
 
 
+def test_units_of_a_device_are_lent_or_not() -> None:
+    world = ready()
+    world.planned({"s": (0,)}, {"1": (1,)}, version=2)
+    before = samples(world)
+    world.job("1")
+    world.send(e.Granted("1", "p0"))
+    found = samples(world)
+    assert [before["cotenant_device_units", ("cpu", use)] for use in metrics.USES] == [1, 0, 0, 1]
+    assert [found["cotenant_device_units", ("cpu", use)] for use in metrics.USES] == [0, 1, 1, 0]
+
+
 def test_histograms_are_cumulative_and_end_at_infinity() -> None:
     world = ready()
     for took in (1 * MS, 3 * MS, 40 * MS):
@@ -111,7 +122,7 @@ def executed(world: Watched, *, start: int = 0, took: int = 2 * MS, **done: obje
     """All that waits or is under way is executed, batch after batch."""
     while world.d.state.running:
         batch = next(iter(world.d.state.running))
-        world.send(e.BatchDone(batch, took, start, **done), after=start + took)  # type: ignore[arg-type]
+        world.send(e.BatchDone(batch, took, start, **done), after=start + took)
 
 
 def test_counters_bear_the_plain_names_that_triton_gives_them() -> None:

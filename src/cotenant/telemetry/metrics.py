@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from prometheus_client import Metric
 
@@ -27,6 +27,11 @@ _SERVICE = ("service",)
 _PARTITION = ("device", "partition")
 _JOB = ("job", "name")
 _LINES = ("held", "guaranteed", "limit", "wanted", "asked", "waiting", "over")
+
+
+USES: Final = ("services", "lent", "owned", "free")
+"""Of units: a service has them; they are a service's and lent to a job; a job's own, and it has
+them; a job's own, and it has not."""
 
 
 class Memory(NamedTuple):
@@ -53,6 +58,7 @@ def exposition(
         *_scaling(state, stands, loads),
         *_latencies(monitor),
         *_variants(monitor, state),
+        *_units(state),
         *_partitions(monitor),
         *_jobs(monitor, jobs),
         *_memory(memory),
@@ -185,6 +191,23 @@ def _variants(monitor: Monitor, state: DispatcherState) -> Iterator[Metric]:
             for n, known in several.items()
             for kind, variant in serving_on(known).items()
         ),
+    )
+
+
+def _units(state: DispatcherState) -> Iterator[Metric]:
+    counts: dict[tuple[str, str], int] = {}
+    for partition in state.partitions.values():
+        use = "owned" if partition.job else "free"
+        if partition.services or partition.lendable:
+            use = "lent" if partition.job else "services"
+        for each in USES:
+            counts.setdefault((partition.device, each), 0)
+        counts[partition.device, use] += partition.compute
+    yield gauge(
+        "cotenant_device_units",
+        "Compute units of a device, by who has them now",
+        ("device", "use"),
+        counts.items(),
     )
 
 
