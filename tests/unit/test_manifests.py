@@ -1,4 +1,4 @@
-"""The manifests under deploy/: each is as the schema of its kind allows, and names what is there."""
+"""The manifests under deploy/: as the schema of each kind allows, and naming what is there."""
 
 from __future__ import annotations
 

@@ -275,7 +275,9 @@ class Monitor:
         meter.batches += 1
         meter.batched_rows += batch.rows
         meter.rows[batch.rows] += 1
-        meter.executed_rows += batch.rows - len(self._resident.intersection(batch.requests))
+        meter.executed_rows += batch.rows
+        if self._resident:  # a row each
+            meter.executed_rows -= len(self._resident.intersection(batch.requests))
         for request in batch.requests:
             if request not in self._resident:
                 meter.queue_ns += now - self._open[request].arrived
