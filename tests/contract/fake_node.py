@@ -217,7 +217,7 @@ class FakeNode:
             raise NotFound(f"no job {ref!r}; see cotenant jobs")
         return "j1"
 
-    hold_job = release_job = cancel_job
+    hold_job = resume_job = cancel_job
 
     def job_log_path(self, ref: str) -> str:
         self.cancel_job(ref)

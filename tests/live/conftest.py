@@ -40,7 +40,7 @@ from cotenant.domain.errors import CotenantError
 from cotenant.domain.port import JobStatus
 from cotenant.domain.workload import JobSpec
 from cotenant.runtime.node import Node
-from cotenant.serving.control import ControlClient
+from cotenant.serving.control_client import ControlClient
 from cotenant.serving.http_front import HttpFront
 from cotenant.serving.intake import Intake
 from cotenant.serving.rest import build_app

@@ -525,7 +525,7 @@ def test_who_watches_a_job_goes_on_with_it_after_a_hold(
                     lambda shim=shim: all(map(proctree.is_stopped, proctree.descendants(shim)))
                 )
                 beats = len(n.lines("beats"))
-                n.jobs.release(id)
+                n.jobs.resume(id)
                 await until(lambda beats=beats: len(n.lines("beats")) > beats)
             assert n.status(id).state == "running"
             n.jobs.cancel(id)
@@ -624,7 +624,7 @@ def test_a_job_that_is_held_while_it_starts_makes_room_and_runs_once_released(
             n.jobs.hold(id)
             await n.state(id, "held")
             await n.state(n.submit("true", name="second"), "succeeded")
-            n.jobs.release(id)
+            n.jobs.resume(id)
             await until(lambda: ("ready", id) in n.calls and n.lines("beats"))
             beats = len(n.lines("beats"))
             await until(lambda: len(n.lines("beats")) > beats)
@@ -653,7 +653,7 @@ def test_hold_stops_a_job_and_release_continues_it(tmp_path: Path) -> None:
             await asyncio.sleep(0.1)
             assert len(n.lines("beats")) == beats
 
-            n.jobs.release(id)
+            n.jobs.resume(id)
             await until(lambda: n.calls[2:] == [("ready", id)])
             await until(lambda: len(n.lines("beats")) > beats)
             assert n.status(id).state == "running"
@@ -663,7 +663,7 @@ def test_hold_stops_a_job_and_release_continues_it(tmp_path: Path) -> None:
             await n.state(id, "cancelled")
             assert n.status(waiting).state == "queued"
             assert "held" in n.status(waiting).reason
-            n.jobs.release("second")
+            n.jobs.resume("second")
             await n.state(waiting, "succeeded")
             with pytest.raises(InvalidRequest, match="cancelled"):
                 n.jobs.hold(id)
@@ -908,7 +908,7 @@ def test_an_adopted_job_keeps_its_process_and_outlives_a_second_crash(tmp_path: 
             assert n.pids == {"j0": pids.pop()}
             assert n.calls == [("ready", "j0")]
             n.jobs.hold("j0")
-            n.jobs.release("j0")
+            n.jobs.resume("j0")
             (tmp_path / "end").touch()
             status = await n.state("j0", "succeeded")
             assert status.exit_code == 0

@@ -242,7 +242,7 @@ def test_a_job_that_is_held_goes_on_where_it_was(box: Box, gpu: GpuMachine) -> N
     box.control.hold(job)
     box.until(lambda: box.job(job).state == "held")
     assert asked(box) == 200
-    box.control.release(job)
+    box.control.resume(job)
     box.until(lambda: box.job(job).partitions)
     assert (program(box), tenants(box)[job]["level"]) == (pid, "GATE")
 

@@ -257,5 +257,5 @@ def test_a_held_job_has_no_partition_until_it_is_released(boxes: Boxes) -> None:
     box.control.hold("job")
     box.until(lambda: is_stopped(box))
     assert box.job("job").partitions == ()
-    box.control.release("job")
+    box.control.resume("job")
     box.until(lambda: box.job("job").partitions and not is_stopped(box))

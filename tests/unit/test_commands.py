@@ -83,8 +83,8 @@ class StubNode:
     def hold_job(self, ref: str) -> str:
         return self._ask("hold", ref)
 
-    def release_job(self, ref: str) -> str:
-        return self._ask("release", ref)
+    def resume_job(self, ref: str) -> str:
+        return self._ask("resume", ref)
 
     def job_log_path(self, ref: str) -> str:
         self._ask("log", ref)
@@ -340,7 +340,7 @@ def test_jobs_are_cancelled_held_and_released(
     for name, said in (("cancel", "cancelled"), ("hold", "held"), ("release", "released")):
         assert cotenant(name, "train") == 0
         assert capsys.readouterr().out == f"{said} a1b2c3d4\n"
-    assert node.asked == [("cancel", "train"), ("hold", "train"), ("release", "train")]
+    assert node.asked == [("cancel", "train"), ("hold", "train"), ("resume", "train")]
     with pytest.raises(NotFound):
         cotenant("cancel", "other")
 

@@ -16,7 +16,8 @@ import pytest
 from cotenant.domain.errors import CotenantError, EnvironmentProblem, InvalidRequest, NotFound
 from cotenant.domain.workload import JobSpec, RestartPolicy
 from cotenant.serving import control
-from cotenant.serving.control import LINE_BYTES, ControlClient, ControlServer
+from cotenant.serving.control import ControlServer
+from cotenant.serving.control_client import LINE_BYTES, ControlClient
 from tests.contract.fake_node import FakeNode
 
 
@@ -65,7 +66,7 @@ def test_every_operation_reaches_the_node(tmp_path: Path) -> None:
         assert (job.name, job.command, job.created) == ("train", ("python", "t.py"), 12.5)
         assert client.cancel("train") == "j1"
         assert client.hold("j1") == "j1"
-        assert client.release("j1") == "j1"
+        assert client.resume("j1") == "j1"
         assert client.log_path("j1").endswith("log")
 
     assert with_server(tmp_path, use, node) == (None, False)

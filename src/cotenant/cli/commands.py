@@ -28,7 +28,7 @@ from cotenant.cli.variants import add_variants, cmd_variants
 from cotenant.domain.errors import CotenantError, EnvironmentProblem, JournalError, NotFound
 from cotenant.domain.port import JobStatus
 from cotenant.domain.workload import JOB_ENDED, JobSpec, JobState, RestartPolicy
-from cotenant.serving.control import ControlClient
+from cotenant.serving.control_client import ControlClient
 from cotenant.sim.replay import replay
 from cotenant.telemetry.explain import explain
 from cotenant.telemetry.records import Entry, Gap, Header, PlanRecord, read, segments
@@ -182,7 +182,7 @@ def cmd_hold(args: argparse.Namespace) -> int:
 @command
 def cmd_release(args: argparse.Namespace) -> int:
     """``cotenant release``: let a held job run again."""
-    print(f"released {_client(args).release(args.job)}")
+    print(f"released {_client(args).resume(args.job)}")
     return 0
 
 

@@ -14,7 +14,7 @@ from cotenant.optimize.__main__ import main as run_here
 from cotenant.optimize.recipes.known import check_asked, chosen
 from cotenant.optimize.running import the_version
 from cotenant.runtime.repository import Repository
-from cotenant.serving.control import ControlClient
+from cotenant.serving.control_client import ControlClient
 
 
 @command

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import msgspec
 
 from cotenant.domain.request import Refusal
+from cotenant.domain.reservation import Answer, Reservation, ReservationStatus
 from cotenant.domain.workload import JobSpec, Share
 
 DATATYPES: dict[str, int] = {
@@ -287,10 +288,26 @@ class NodePort(Protocol):
         """Cancel by id, unique id prefix or name; returns the id; raises NotFound."""
 
     def hold_job(self, ref: str) -> str:
-        """Keep a running job from any partition until released; returns the id."""
+        """Keep a running job from any partition until it is resumed; returns the id."""
 
-    def release_job(self, ref: str) -> str:
+    def resume_job(self, ref: str) -> str:
         """Let a held job run again; returns the id."""
 
     def job_log_path(self, ref: str) -> str:
         """Path of the job's log file; raises NotFound."""
+
+    def reserve(self, reservation: Reservation, dry_run: bool) -> Answer:
+        """Ask the planner for room and, unless it is a ``dry_run``, keep it, durably. The same
+        again is answered by what there is. Raises InvalidRequest for what can never be reserved
+        here, and for another reservation under an id that is taken."""
+
+    def release(self, id: str) -> None:
+        """Give a reservation up: its processes run on, unconfined. No effect if there is none."""
+
+    def adopt(self, id: str, pid: int) -> None:
+        """Have a process on this host, with all that descends from it, be a reservation's; the
+        same again changes nothing. Raises NotFound, NotReady before the reservation has its space,
+        InvalidRequest if there is no such process or it is another's."""
+
+    def reservations(self) -> list[ReservationStatus]:
+        """All reservations, oldest first."""

@@ -14,8 +14,13 @@ carry any number of them, in turn.
     submit     those of JobSpec       the new job's id; ``env`` is all of its environment
     cancel     ref                    the job's id
     hold       ref                    the job's id
-    release    ref                    the job's id
+    resume     ref                    the job's id
     log_path   ref                    path of the job's log
+    reserve    those of Reservation,  an Answer: whether there is room, or why not
+               dry_run (bool)
+    release    id                     null
+    adopt      id, pid                null
+    reservations                      list of ReservationStatus
     shutdown                          null; the node then stops
 """
 
@@ -33,18 +38,14 @@ from typing import Any
 
 import msgspec
 
-from cotenant.domain import errors
 from cotenant.domain.errors import CotenantError, EnvironmentProblem, InvalidRequest
-from cotenant.domain.port import JobStatus, NodePort
+from cotenant.domain.port import NodePort
+from cotenant.domain.reservation import Reservation
 from cotenant.domain.workload import JobSpec
+from cotenant.serving.control_client import LINE_BYTES, check_length
 
 log = logging.getLogger("cotenant.serving")
 
-LINE_BYTES = 2**20
-PATH_BYTES = 107
-"""Longest path of a Unix socket on Linux (108 bytes with the closing zero)."""
-
-_ANSWER_BYTES = 64 * 2**20
 _PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
@@ -65,14 +66,20 @@ class ControlServer:
             "submit": lambda fields: node.submit_job(_job_spec(fields)),
             "cancel": lambda fields: node.cancel_job(_ref(fields)),
             "hold": lambda fields: node.hold_job(_ref(fields)),
-            "release": lambda fields: node.release_job(_ref(fields)),
+            "resume": lambda fields: node.resume_job(_ref(fields)),
             "log_path": lambda fields: node.job_log_path(_ref(fields)),
+            "reserve": lambda fields: node.reserve(
+                _reservation(fields), fields.get("dry_run") is True
+            ),
+            "release": lambda fields: node.release(_outside(fields)),
+            "adopt": lambda fields: node.adopt(_outside(fields), _pid(fields)),
+            "reservations": lambda _: node.reservations(),
             "shutdown": lambda _: None,
         }
 
     async def start(self) -> None:
         """Listen; raises EnvironmentProblem if the path is too long, taken or not writable."""
-        _check_length(self._path)
+        check_length(self._path)
         _remove_stale(self._path)
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
         try:
@@ -153,107 +160,6 @@ class ControlServer:
             return _failure("CotenantError", "the node failed; its log says how"), False
 
 
-class ControlClient:
-    """A synchronous client, for the command line. ``timeout`` in seconds, per request.
-
-    Every method raises EnvironmentProblem if no node answers, and otherwise the error that
-    the node raised.
-    """
-
-    def __init__(self, path: str | Path, timeout: float = 10.0) -> None:
-        self._path = Path(path)
-        self._timeout = timeout
-
-    def status(self) -> dict[str, Any]:
-        """What the node says of itself; see NodePort.status."""
-        return msgspec.convert(self._call("status"), dict[str, Any])
-
-    def plan(self, dry_run: bool = False) -> dict[str, Any]:
-        """The plan in force, and what would be planned now; see NodePort.plan."""
-        return msgspec.convert(self._call("plan", dry_run=dry_run), dict[str, Any])
-
-    def jobs(self) -> list[JobStatus]:
-        """All jobs, oldest first."""
-        return msgspec.convert(self._call("jobs"), list[JobStatus])
-
-    def submit(self, spec: JobSpec) -> str:
-        """Queue a job; returns its id."""
-        return str(self._call("submit", **msgspec.to_builtins(spec)))
-
-    def cancel(self, ref: str) -> str:
-        """Cancel a job by id, unique prefix or name; returns its id."""
-        return str(self._call("cancel", ref=ref))
-
-    def hold(self, ref: str) -> str:
-        """Keep a job from running until released; returns its id."""
-        return str(self._call("hold", ref=ref))
-
-    def release(self, ref: str) -> str:
-        """Let a held job run again; returns its id."""
-        return str(self._call("release", ref=ref))
-
-    def log_path(self, ref: str) -> str:
-        """Path of the job's log file."""
-        return str(self._call("log_path", ref=ref))
-
-    def shutdown(self) -> None:
-        """Ask the node to stop; returns once it has agreed."""
-        self._call("shutdown")
-
-    def _call(self, op: str, **fields: Any) -> Any:
-        _check_length(self._path)
-        try:
-            line = msgspec.json.encode({"op": op, **fields}) + b"\n"
-        except UnicodeEncodeError:
-            raise InvalidRequest(
-                "command, names and directories must be UTF-8 text; rename what is not"
-            ) from None
-        if len(line) > LINE_BYTES:
-            raise InvalidRequest(
-                f"the request is {len(line)} bytes; the node accepts {LINE_BYTES}"
-                " (is a command or environment too long?)"
-            )
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-                sock.settimeout(self._timeout)
-                sock.connect(str(self._path))
-                # A node that refuses us closes without reading; its answer says why.
-                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-                    sock.sendall(line)
-                with sock.makefile("rb") as stream:
-                    answer = stream.readline(_ANSWER_BYTES)
-        except (FileNotFoundError, ConnectionRefusedError):
-            raise EnvironmentProblem(
-                f"no node is running in {self._path.parent}; "
-                "start one with: cotenant serve cotenant.yaml"
-            ) from None
-        except PermissionError:
-            raise EnvironmentProblem(
-                f"the node in {self._path.parent} belongs to another user; run this as that user"
-            ) from None
-        except TimeoutError:
-            raise EnvironmentProblem(
-                f"the node in {self._path.parent} did not answer within {self._timeout:g} s"
-            ) from None
-        except OSError as exc:
-            raise EnvironmentProblem(
-                f"cannot talk to the node in {self._path.parent}: {exc.strerror or exc}"
-            ) from None
-        return self._result(answer)
-
-    def _result(self, answer: bytes) -> Any:
-        if not answer.endswith(b"\n"):
-            raise EnvironmentProblem(
-                f"the node in {self._path.parent} closed the connection without an answer;"
-                " it may be stopping"
-            )
-        reply = msgspec.json.decode(answer, type=dict[str, Any])
-        if reply.get("ok"):
-            return reply.get("result")
-        kind = getattr(errors, str(reply.get("kind")), CotenantError)
-        raise kind(reply.get("error", "the node refused without saying why"))
-
-
 def _fields(line: bytes) -> dict[str, Any]:
     try:
         return msgspec.json.decode(line, type=dict[str, Any])
@@ -278,6 +184,28 @@ def _ref(fields: dict[str, Any]) -> str:
     return ref
 
 
+def _reservation(fields: dict[str, Any]) -> Reservation:
+    given = {name: value for name, value in fields.items() if name != "dry_run"}
+    try:
+        return msgspec.convert(given, Reservation)
+    except msgspec.ValidationError as exc:
+        raise InvalidRequest(f"this cannot be reserved: {exc}") from None
+
+
+def _outside(fields: dict[str, Any]) -> str:
+    id = fields.get("id")
+    if not isinstance(id, str) or not id:
+        raise InvalidRequest("id is missing; give the id that the reservation was made under")
+    return id
+
+
+def _pid(fields: dict[str, Any]) -> int:
+    pid = fields.get("pid")
+    if not isinstance(pid, int) or isinstance(pid, bool) or pid < 1:
+        raise InvalidRequest("pid is missing; give that of a process, as this host numbers them")
+    return pid
+
+
 def _failure(kind: str, message: str) -> dict[str, Any]:
     return {"ok": False, "kind": kind, "error": message}
 
@@ -291,15 +219,6 @@ def _peer_uid(writer: asyncio.StreamWriter) -> int:
     sock = writer.get_extra_info("socket")
     uid: int = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))[1]
     return uid
-
-
-def _check_length(path: Path) -> None:
-    length = len(os.fsencode(path))
-    if length > PATH_BYTES:
-        raise EnvironmentProblem(
-            f"the control socket's path has {length} bytes, but Linux allows {PATH_BYTES}:"
-            f" {path}; choose a shorter state directory"
-        )
 
 
 def _remove_stale(path: Path) -> None:

@@ -17,7 +17,7 @@ from cotenant.cli.submitting import inherited
 from cotenant.devices import proctree
 from cotenant.domain.errors import CotenantError, EnvironmentProblem
 from cotenant.domain.workload import JobSpec
-from cotenant.serving.control import ControlClient
+from cotenant.serving.control_client import ControlClient
 
 JOB_START_S = 120.0
 
@@ -172,7 +172,7 @@ class CotenantJob:
 
     def resume(self) -> None:
         """Let it run where the node lets it."""
-        self._node.control.release(self._id)
+        self._node.control.resume(self._id)
 
     def suspend(self) -> None:
         """Keep it from running."""

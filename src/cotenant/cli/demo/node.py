@@ -24,7 +24,7 @@ from cotenant.domain.errors import CotenantError, EnvironmentProblem
 from cotenant.domain.port import JobStatus
 from cotenant.domain.units import S
 from cotenant.domain.workload import JOB_ENDED, JobSpec, JobState
-from cotenant.serving.control import ControlClient
+from cotenant.serving.control_client import ControlClient
 
 OBJECTIVE: Final = {"ttft": "1s", "tpot": "150ms", "percentile": 95}
 POLL_S: Final = 0.2
@@ -175,7 +175,7 @@ class DemoNode:
     def train(self) -> None:
         """Start the job, or let it go on."""
         if self._job:
-            self._control.release(self._job)
+            self._control.resume(self._job)
             return
         assert self._directory is not None
         env = inherited()[0] | dict.fromkeys(_ONE_THREAD, "1") | {"TMPDIR": str(self._directory)}
