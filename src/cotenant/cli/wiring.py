@@ -7,6 +7,7 @@ import ctypes
 import gc
 import resource
 import signal
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -92,8 +93,9 @@ def make_bare(config: DeviceConfig, state: Path) -> Device:
             return make_device(config, state)
 
 
-async def serve(config: NodeConfig) -> None:
-    """Run a node until SIGTERM, SIGINT or ``cotenant`` tells it to stop; then drain and stop it."""
+async def serve(config: NodeConfig, tell: Callable[[Node], None] | None = None) -> None:
+    """Run a node until SIGTERM, SIGINT or ``cotenant`` tells it to stop; then drain and stop it.
+    ``tell`` is called once its models are loaded; what it raises stops the node, too."""
     _tune_process()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -124,6 +126,8 @@ async def serve(config: NodeConfig) -> None:
             starting.result()
             _settle_heap()
             _announce(node)
+            if tell is not None:
+                tell(node)
             await stopped
         else:
             starting.cancel()
