@@ -11,6 +11,8 @@ from cotenant import __version__
 from cotenant.cli.bench.colocate import add_bench
 from cotenant.cli.commands import add_commands
 from cotenant.cli.demo.command import add_demo
+from cotenant.cli.doctor import add_doctor
+from cotenant.cli.initial import add_init
 from cotenant.cli.serving import add_serve
 from cotenant.cli.simulate.command import add_simulate
 from cotenant.domain.errors import CotenantError
@@ -40,6 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"cotenant {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     add_serve(commands)
+    add_init(commands)
+    add_doctor(commands)
     add_commands(commands)
     add_bench(commands)
     add_simulate(commands)

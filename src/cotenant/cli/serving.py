@@ -22,6 +22,7 @@ OF_MODELS = ("latency", "percentile", "http", "token_file", "shape", "state_dir"
 def cmd_serve(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT."""
     from cotenant.cli import modelfile
+    from cotenant.engines.registry import suffixes
 
     if modelfile.is_model(args.what):
         return _serve_model(args)
@@ -36,7 +37,7 @@ def cmd_serve(args: argparse.Namespace) -> int:
     except ConfigError as error:
         if args.what.name.endswith(modelfile.CONFIGS):
             raise
-        ends = ", ".join(modelfile.suffixes())
+        ends = ", ".join(suffixes())
         raise ConfigError(f"{error}; a model's file would end in {ends}") from None
     if args.check:
         print(f"{args.what}: in order ({len(config.services)} services, {len(config.jobs)} jobs)")
