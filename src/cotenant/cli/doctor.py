@@ -1,7 +1,7 @@
 """``cotenant doctor``: what this machine gives Cotenant, what it lacks, and the command for it.
 
-Each check is a function of what it was told; ``look`` asks the machine. Nothing is changed but for a
-moment of real-time priority, and of listening on the ports.
+Each check is a function of what it was told; ``look`` asks the machine. Nothing is changed, but
+for a moment of real-time priority, and of listening on the ports.
 """
 
 from __future__ import annotations

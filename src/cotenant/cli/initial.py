@@ -1,4 +1,4 @@
-"""``cotenant init``: a configuration file with comments, for the devices and models of this machine."""
+"""``cotenant init``: a commented configuration file for the devices and models of this machine."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def document(box: Box) -> str:
             "# Every key and its default: docs/configuration.md. Paths are relative to this file.",
             "",
             "node:",
-            f"  models: ./{MODELS}            # NAME/VERSION/model.onnx; versions are whole numbers",
+            f"  models: ./{MODELS}            # NAME/VERSION/model.onnx; versions are numbers",
             "  http: 127.0.0.1:8000        # Open Inference Protocol, OpenAI's API, metrics",
             "  grpc: 127.0.0.1:8001        # null switches it off",
             "  # token_file: ./token       # needed for any address that is not loopback",

@@ -1,4 +1,5 @@
-"""``cotenant demo llm``: a chat with a small language model while a job trains on the same box."""
+"""``cotenant demo llm``: a chat with a small language model while a job trains on the same box. The
+``cotenant demo`` without a name is ``first``."""
 
 from __future__ import annotations
 
@@ -8,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+from cotenant.cli import options
 from cotenant.cli.demo import model
 from cotenant.cli.demo.chat import Chat
 from cotenant.cli.demo.client import ChatClient
 from cotenant.cli.demo.ending import Ended, Signals
+from cotenant.cli.demo.first import cmd_first
 from cotenant.cli.demo.node import OBJECTIVE, DemoNode, Gone
 from cotenant.cli.demo.screen import Screen
 from cotenant.domain.errors import EnvironmentProblem
@@ -72,8 +75,28 @@ def _chat(node: DemoNode, train: bool) -> None:
 
 def add_demo(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register ``cotenant demo``."""
-    demo = subparsers.add_parser("demo", help="see it work on this machine")
-    kinds = demo.add_subparsers(title="demos", metavar="NAME", required=True)
+    demo = subparsers.add_parser(
+        "demo",
+        help="see it work on this machine",
+        description=(
+            "Serve a small built-in model while a job trains on the same box. Show which cores are "
+            "lent, how fast answers are and how fast training is. The key s switches scheduling "
+            "off and on. In a pipe lines are printed, and it switches once and ends by itself."
+        ),
+    )
+    demo.add_argument("--off", action="store_true", help="begin with scheduling off")
+    demo.add_argument(
+        "--seconds",
+        type=options.positive,
+        metavar="S",
+        help="end after so many (until Ctrl-C; in a pipe 24)",
+    )
+    demo.add_argument("--port", type=_port, default=0, metavar="N", help="HTTP port (a free one)")
+    demo.add_argument(
+        "--plot", type=Path, metavar="FILE", help="also draw a PNG at the end (needs matplotlib)"
+    )
+    demo.set_defaults(func=cmd_first)
+    kinds = demo.add_subparsers(title="other demos", metavar="NAME")
     llm = kinds.add_parser(
         "llm",
         help="chat with a small language model while a job trains on the same box",

@@ -31,9 +31,10 @@ POLL_S: Final = 0.2
 STOP_S: Final = 20.0
 TRAIN_S: Final = 30.0
 """How long training may take to begin."""
+TRAINING: Final = (sys.executable, "-m", "cotenant.cli.demo.train")
 _PR_SET_CHILD_SUBREAPER: Final = 36
 _TAIL: Final = 1500
-_ONE_THREAD: Final = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+ONE_THREAD: Final = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """The job has a thread for each core already."""
 
 
@@ -52,28 +53,22 @@ class DemoNode:
         self._directory: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._job = ""
+        self._training: tuple[str, ...] = ()
+        """Arguments of the job."""
 
     # life
 
     def open(self) -> None:
         """Make the directory and start the process. Raises EnvironmentProblem."""
         self._directory = directory = self._make()
-        place = directory / "models" / self.model.name
-        if self.model.path.is_dir():
-            place.mkdir(parents=True)
-            (place / "1").symlink_to(self.model.path)
-        else:
-            (place / "1").mkdir(parents=True)
-            (place / "1" / "model.gguf").symlink_to(self.model.path)
-        config = {
-            "node": {
-                "state_dir": "./state",
-                "models": "./models",
-                "http": f"127.0.0.1:{self.port}",
-                "grpc": None,
-            },
-            "services": [{"name": self.model.name, "objective": OBJECTIVE}],
+        self._lay(directory / "models" / self.model.name)
+        node = {
+            "state_dir": "./state",
+            "models": "./models",
+            "http": f"127.0.0.1:{self.port}",
+            "grpc": None,
         }
+        config = {"node": node, **self._rest()}
         # JSON is YAML, too.
         (directory / "cotenant.yaml").write_text(json.dumps(config, indent=2) + "\n")
         # What loses its parent becomes a child of this process, which then finds it at the end.
@@ -89,6 +84,19 @@ class DemoNode:
                 start_new_session=True,  # Ctrl-C is for the chat alone
                 preexec_fn=_end_with_us,
             )
+
+    def _lay(self, place: Path) -> None:
+        """Lay the model where the repository has it."""
+        if self.model.path.is_dir():
+            place.mkdir(parents=True)
+            (place / "1").symlink_to(self.model.path)
+        else:
+            (place / "1").mkdir(parents=True)
+            (place / "1" / "model.gguf").symlink_to(self.model.path)
+
+    def _rest(self) -> dict[str, Any]:
+        """What the configuration says beside ``node``."""
+        return {"services": [{"name": self.model.name, "objective": OBJECTIVE}]}
 
     def _make(self) -> Path:
         if self._keep is None:
@@ -146,15 +154,25 @@ class DemoNode:
             return ""
         return f". It said last:\n{said}" if said else ""
 
-    def close(self) -> None:
-        """End all there is, and remove the directory unless it is to stay."""
+    def end(self) -> None:
+        """Ask the process to end, and do not wait for it."""
         if self._process is not None:
             self._process.terminate()
+
+    def wait_ended(self) -> None:
+        """Wait until the process has ended as it was asked to, and kill it if it does not."""
+        if self._process is not None:
             try:
                 self._process.wait(STOP_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+
+    def close(self) -> None:
+        """End all there is, and remove the directory unless it is to stay."""
+        self.end()
+        self.wait_ended()
+        if self._process is not None:
             proctree.kill(lambda: proctree.descendants(os.getpid()))
         if self._directory is not None and self._keep is None:
             shutil.rmtree(self._directory, ignore_errors=True)
@@ -178,8 +196,8 @@ class DemoNode:
             self._control.resume(self._job)
             return
         assert self._directory is not None
-        env = inherited()[0] | dict.fromkeys(_ONE_THREAD, "1") | {"TMPDIR": str(self._directory)}
-        command = (sys.executable, "-m", "cotenant.cli.demo.train")
+        env = inherited()[0] | dict.fromkeys(ONE_THREAD, "1") | {"TMPDIR": str(self._directory)}
+        command = (*TRAINING, *self._training)
         self._job = self._control.submit(
             JobSpec("", "train", command, str(self._directory), env, grace=1 * S)
         )

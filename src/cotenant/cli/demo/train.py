@@ -7,8 +7,12 @@ Niu et al., NeurIPS 2011): none waits for another, so a core that is taken away 
 
 from __future__ import annotations
 
+import argparse
+import mmap
 import os
+import struct
 import threading
+from pathlib import Path
 
 import numpy as np
 
@@ -17,12 +21,15 @@ import cotenant
 INPUTS, HIDDEN, CLASSES, BATCH = 64, 512, 10, 256
 RATE = 0.1
 MOST_THREADS = 16
+COUNTER = struct.Struct("<q")
+"""What the file of ``--counter`` holds: steps made so far."""
 
 
 class Training:
     """Weights that several threads learn at."""
 
-    def __init__(self) -> None:
+    def __init__(self, counter: Path | None = None) -> None:
+        self._counter = None if counter is None else _counter(counter)
         rng = np.random.default_rng(0)
         self.teacher = rng.normal(0, 1, (INPUTS, CLASSES)).astype(np.float32)
         self.first = rng.normal(0, INPUTS**-0.5, (INPUTS, HIDDEN)).astype(np.float32)
@@ -47,12 +54,30 @@ class Training:
             self.second -= RATE / BATCH * (hidden.T @ chances)
             self.first -= RATE / BATCH * (points.T @ error)
             self.steps[thread] += 1
+            if self._counter is not None:
+                self._counter[:] = COUNTER.pack(sum(self.steps))
             cotenant.report(step=sum(self.steps), loss=float(loss), accuracy=float(accuracy))
+
+
+def _counter(path: Path) -> mmap.mmap:
+    path.write_bytes(COUNTER.pack(0))
+    with path.open("r+b") as file:
+        return mmap.mmap(file.fileno(), COUNTER.size)
+
+
+def read_counter(path: Path) -> int:
+    """Steps of the job that counts there; 0 before it began."""
+    try:
+        return int(COUNTER.unpack(path.read_bytes())[0])
+    except (OSError, struct.error):
+        return 0
 
 
 def main() -> None:
     """Train until stopped."""
-    training = Training()
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--counter", type=Path, help="count steps into this file")
+    training = Training(parser.parse_args().counter)
     for thread in range(1, len(training.steps)):
         threading.Thread(target=training.learn, args=(thread,), daemon=True).start()
     training.learn(0)
