@@ -8,6 +8,7 @@ import contextlib
 import math
 import os
 import select
+import shutil
 import sys
 import termios
 import time
@@ -139,7 +140,8 @@ class Show:
     def _tell(self, panel: Any, address: str) -> None:
         last = self._moments[-1]
         if panel is not None:
-            panel.update(picture.picture(self._moments, address), refresh=True)
+            width = shutil.get_terminal_size().columns
+            panel.update(picture.picture(self._moments, address, width), refresh=True)
         elif last.at - self._said >= LINE_S - LOOK_S / 2:
             self._said = last.at
             self.screen.say(picture.line(last, last.at))

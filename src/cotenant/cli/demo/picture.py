@@ -18,12 +18,14 @@ from cotenant.cli.demo.tally import MOMENTS, Figures, Moment, Tally, spark
 from cotenant.cli.views import DASH, number, percent, plain
 
 STATES = {True: "on", False: "off"}
-_WIDTH = MOMENTS + 48
+_BESIDE = 56
+"""Columns that the picture takes beside its blocks."""
 
 
-def picture(moments: Sequence[Moment], address: str) -> RenderableType:
-    """The last minute of both ways, and the figures of now."""
-    last, shown = moments[-1], moments[-MOMENTS:]
+def picture(moments: Sequence[Moment], address: str, width: int) -> RenderableType:
+    """The last minute of both ways, and the figures of now; ``width`` in columns."""
+    blocks = max(8, min(MOMENTS, width - _BESIDE))
+    last, shown = moments[-1], moments[-blocks:]
     found, late = last.figures, last.figures.p99_ms > OBJECTIVE_MS
     grid = Table(box=None, show_header=False, pad_edge=False)
     for _ in range(3):
@@ -52,7 +54,7 @@ def picture(moments: Sequence[Moment], address: str) -> RenderableType:
     return Panel(
         Group(grid, Text(), Text(f"dashboard: http://{address}/", "cyan"), keys),
         title=Text.assemble("cotenant demo · ", state),
-        width=_WIDTH,
+        width=min(width, blocks + _BESIDE),
     )
 
 
