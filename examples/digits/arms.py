@@ -41,7 +41,9 @@ MODEL = "digits"
 ARMS = {"cotenant": "Cotenant", "unscheduled": "no scheduling", "split": "fixed split"}
 OBJECTIVE_MS = 25.0
 PLAIN_OBJECTIVE_MS = 10_000.0
-ACCURACY_FLOOR = 0.5
+ACCURACY_FLOOR = 0.3
+"""Of ten digits a guess gets 0.1: this is against versions that are broken. That one is better than
+the one before is the job's business."""
 LABEL_DELAY_S = 1.0
 """A label is known this long after its image was seen."""
 SAMPLES_S = 2.5

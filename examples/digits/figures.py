@@ -70,6 +70,7 @@ def summary(run: Run, stream: Stream, digits: Digits, cores: int) -> dict[str, f
     done = answered(run)
     latency = run.answers["latency_ms"]
     correct, test = right(run, stream, digits), judged(run, stream, digits)
+    in_time = done & correct & (latency <= OBJECTIVE_MS)
     last = between(run, BEGINS[-1] * run.seconds, run.seconds)
     whole = shares(run.samples[0], run.samples[-1], cores)
     return {
@@ -79,7 +80,8 @@ def summary(run: Run, stream: Stream, digits: Digits, cores: int) -> dict[str, f
         "p99_ms": percentile(latency[done], 0.99),
         "attainment": float((latency[done] <= OBJECTIVE_MS).sum()) / max(1, len(run.due)),
         "refused": float((~done).sum()),
-        "accuracy": mean(correct[test]),
+        "accuracy": _by_stage(correct, test, stream),
+        "right_in_time": mean(in_time[digits.groups[stream.digit] == TEST]),
         "accuracy_last_stage": mean(correct[test & last]),
         "published": len(run.published),
         "swapped_in": len(swaps(run)),
@@ -87,6 +89,13 @@ def summary(run: Run, stream: Stream, digits: Digits, cores: int) -> dict[str, f
         "client_lag_p99_ms": percentile(run.answers["lag_ms"][done], 0.99),
         **whole,
     }
+
+
+def _by_stage(correct: Mask, test: Mask, stream: Stream) -> float:
+    """The mean of the stages' accuracies: who answers most while it is easy gains nothing by it. In
+    a stage without an answer nothing was right."""
+    found = [correct[test & (stream.stage == stage)] for stage in np.unique(stream.stage)]
+    return mean(np.array([mean(stage) if len(stage) else 0.0 for stage in found]))
 
 
 def _delay(run: Run) -> float:

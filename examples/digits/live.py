@@ -73,12 +73,12 @@ def summary_table(summaries: dict[str, dict[str, float]]) -> str:
     """The arms side by side."""
     lines = [
         f"{'arm':<15}{'p50 ms':>8}{'p99 ms':>8}{'in objective':>14}{'refused':>9}{'accuracy':>10}"
-        f"{'last stage':>12}{'versions':>10}{'steps/s':>9}"
+        f"{'last stage':>12}{'right in time':>15}{'versions':>10}{'steps/s':>9}"
     ]
     for arm, own in summaries.items():
         lines.append(
             f"{ARMS[arm]:<15}{own['p50_ms']:>8.2f}{own['p99_ms']:>8.2f}{own['attainment']:>14.2%}"
             f"{own['refused']:>9.0f}{own['accuracy']:>10.1%}{own['accuracy_last_stage']:>12.1%}"
-            f"{own['swapped_in']:>10.0f}{own['steps_per_s']:>9.1f}"
+            f"{own['right_in_time']:>15.1%}{own['swapped_in']:>10.0f}{own['steps_per_s']:>9.1f}"
         )
     return without_nan("\n".join(lines))

@@ -4,7 +4,7 @@ Any PyTorch program could stand here. It knows nothing of Cotenant but ``cotenan
 does nothing outside Cotenant, and the layout of a model directory: a version is a directory with a
 number for its name, ``model.onnx`` and, for the node's own check of accuracy, ``check.npz``.
 
-    train.py --models DIR --samples FILE --first 160       make version 1 and end
+    train.py --models DIR --samples FILE --first 480       make version 1 and end
     train.py --models DIR --samples FILE --counter FILE    go on from the newest version for ever
 """
 
@@ -21,13 +21,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import onnx
+import onnx.numpy_helper
 import torch
 from counter import Counter
 from torch import Tensor, nn
 
 import cotenant
 
-BATCH = 128
+BATCH = 32
+"""Few images a step, for many steps: each step costs a slow box less, and the next one knows what
+this one has learned."""
 PIECES = 4
 LEARNING_RATE = 3e-3
 LEAST_CHECK = 20
@@ -100,7 +104,8 @@ def accuracy(network: nn.Module, samples: Samples) -> float:
 
 
 class Publisher:
-    """Version directories of one model."""
+    """Version directories of one model. All versions have the graph of the first, so that only
+    weights are to be written: to export it anew costs as much as several steps."""
 
     def __init__(self, models: Path) -> None:
         self._models = models
@@ -108,12 +113,15 @@ class Publisher:
         self.newest = max(numbers, default=0)
         self.at = -math.inf
         """When it was published (monotonic seconds); long ago if not by us."""
+        self._graph = onnx.load(self._file("model.onnx")) if self.newest else None
 
     def weights(self) -> dict[str, Tensor]:
         """Those of the newest version."""
-        path = self._models / str(self.newest) / "weights.pt"
-        found: dict[str, Tensor] = torch.load(path, weights_only=True)
+        found: dict[str, Tensor] = torch.load(self._file("weights.pt"), weights_only=True)
         return found
+
+    def _file(self, name: str) -> Path:
+        return self._models / str(self.newest) / name
 
     def publish(self, network: nn.Module, samples: Samples) -> None:
         """Write the next version beside the others, then let it appear under its number."""
@@ -122,7 +130,12 @@ class Publisher:
         shutil.rmtree(new, ignore_errors=True)  # of a run that was ended in the middle
         new.mkdir()
         torch.save(network.state_dict(), new / "weights.pt")
-        export(network, new / "model.onnx")
+        if self._graph is None:
+            export(network, new / "model.onnx")
+            self._graph = onnx.load(new / "model.onnx")
+        else:
+            put_weights(self._graph, network)
+            onnx.save(self._graph, new / "model.onnx")
         np.savez(
             new / "check.npz",
             image=samples.check_images.numpy(),
@@ -149,6 +162,14 @@ def export(network: nn.Module, path: Path) -> None:
             dynamic_axes=axes,
         )
     network.train()
+
+
+def put_weights(graph: onnx.ModelProto, network: nn.Module) -> None:
+    """Replace the weights in a graph that ``export`` wrote."""
+    weights = {f"network.{name}": value.numpy() for name, value in network.state_dict().items()}
+    held = {tensor.name: tensor for tensor in graph.graph.initializer}
+    for name, value in weights.items():
+        held[name].CopyFrom(onnx.numpy_helper.from_array(value, name))
 
 
 class Trainer:
@@ -194,10 +215,13 @@ class Trainer:
 def make_first(args: argparse.Namespace) -> None:
     """Train from nothing and publish version 1."""
     trainer, samples = Trainer(args.threads, args.seed), read_samples(args.samples)
+    began = time.monotonic()
     for _ in range(args.first):
         trainer.step(samples)
+    rate = args.first / (time.monotonic() - began)
     Publisher(args.models).publish(trainer.network, samples)
-    print(f"version 1: accuracy {accuracy(trainer.network, samples):.3f} on held-out images")
+    found = accuracy(trainer.network, samples)
+    print(f"version 1: accuracy {found:.3f} on held-out images, {rate:.0f} steps/s")
 
 
 def go_on(args: argparse.Namespace) -> None:
@@ -225,6 +249,9 @@ def go_on(args: argparse.Namespace) -> None:
         rested = time.monotonic() - publisher.at >= args.pause
         if rested and candidate >= max(args.floor, current + args.margin):
             publisher.publish(trainer.network, samples)
+            # Until it serves, the box has a second of computing to do for it. What takes longer
+            # then helps nobody: the drift goes on, and steps beside it are slow.
+            time.sleep(args.rest)
             served.load_state_dict(trainer.network.state_dict())
             print(
                 f"step {counter.steps}: published version {publisher.newest}, "
@@ -244,6 +271,7 @@ def main() -> None:
     parser.add_argument("--floor", type=float, default=0.0, help="publish nothing below")
     parser.add_argument("--margin", type=float, default=0.05, help="publish if better by this")
     parser.add_argument("--pause", type=float, default=2.0, help="seconds between versions")
+    parser.add_argument("--rest", type=float, default=1.0, help="seconds left to each version")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)  # of each of ours

@@ -49,7 +49,6 @@ SPARE: Final = 256 << 20
 may have as many."""
 LEAST_SHM: Final = 64 << 20
 FIFO_PRIORITY: Final = cpu.WORKER_PRIORITY
-PYTHON: Final = "$(readlink -f $(command -v python3))"
 
 
 class State(enum.Enum):
@@ -105,7 +104,7 @@ def check_realtime(allowed: bool, limit: int, container: bool) -> Check:
         fix = (
             f"in this shell: sudo prlimit --pid $$ --rtprio={FIFO_PRIORITY}; "
             f"for a unit of systemd: LimitRTPRIO={FIFO_PRIORITY}; "
-            f"for good: sudo setcap cap_sys_nice+ep {PYTHON}"
+            f"for good: sudo setcap cap_sys_nice+ep {Path(sys.executable).resolve()}"
         )
     return Check("real-time right", State.WARN, what, fix)
 
