@@ -14,7 +14,7 @@ COMPILED := $(addprefix cotenant/,$(addsuffix .py, \
 	compiled-modules uncompile native clean
 
 help:
-	@echo "make demo         the story in about two minutes: serve, drift, retrain, swap; draws a picture"
+	@echo "make demo         the story in some minutes: serve, drift, retrain, swap; draws a picture"
 	@echo "make test         all tests (15 to 25 minutes on 2 cores)"
 	@echo "make lint         ruff, mypy, import contracts, generated docs"
 	@echo "make attack       every attack on a node of its own while a client that behaves is watched (about half an hour)"

@@ -13,7 +13,7 @@ from cotenant.cli.commands import add_commands
 from cotenant.cli.demo.command import add_demo
 from cotenant.cli.doctor import add_doctor
 from cotenant.cli.initial import add_init
-from cotenant.cli.serving import add_serve
+from cotenant.cli.serve import add_serve
 from cotenant.cli.simulate.command import add_simulate
 from cotenant.domain.errors import CotenantError
 
