@@ -87,6 +87,8 @@ class Run:
         """When each version appeared on the disk, seconds into the stream."""
         self.refusals: dict[str, int] = {}
         """By reason, as the node counted them."""
+        self.served_right: NDArray[np.bool_] = np.zeros(0, bool)
+        """See ``judge``."""
         self.start_ns = 0
         self.seconds = 0.0
 
@@ -188,7 +190,7 @@ class Arm:
         self.node = NodeRig(name, box.directory, _config(device, objective_ms), own)
         directory = self.node.directory
         self.journal = directory / "state" / "journal"
-        self._models = directory / "models" / MODEL
+        self.models = directory / "models" / MODEL
         self._samples = directory / "samples.npz"
         self._counter = directory / "steps"
         job_cores = rest if name == "split" else box.cores
@@ -203,7 +205,7 @@ class Arm:
 
     def _arguments(self, threads: int) -> list[str]:
         return [
-            f"--models={self._models}",
+            f"--models={self.models}",
             f"--samples={self._samples}",
             f"--counter={self._counter}",
             f"--threads={threads}",
@@ -212,7 +214,7 @@ class Arm:
 
     def start(self) -> None:
         """Start node and job; returns when the model is warm and the job makes steps."""
-        shutil.copytree(self._box.first, self._models)
+        shutil.copytree(self._box.first, self.models)
         shutil.copy(self._box.first.parent / "samples.npz", self._samples)
         self.node.start()
         self.job.start()
@@ -306,7 +308,7 @@ class Arm:
 
     def _published(self, wall: float) -> dict[int, float]:
         found = {}
-        for directory in self._models.iterdir():
+        for directory in self.models.iterdir():
             if directory.name.isdigit() and directory.name != "1":
                 # Its check data are the last thing written before it gets its name.
                 found[int(directory.name)] = (directory / "check.npz").stat().st_mtime - wall

@@ -136,6 +136,7 @@ def _run_arm(name: str, box: Any, seconds: float) -> tuple[Any, list[Any]]:
     """One arm from start to end: what was seen, and (Cotenant only) who had the cores."""
     from arms import Arm
     from cores import read_spans
+    from judge import served_right
 
     from live import HEAD, Live
 
@@ -146,6 +147,7 @@ def _run_arm(name: str, box: Any, seconds: float) -> tuple[Any, list[Any]]:
         run = arm.run(seconds, Live(box.stream, box.digits, len(box.cores)).watch)
     finally:
         arm.stop()
+    run.served_right = served_right(run, arm.models, box.stream, box.digits)
     spans = read_spans(arm.journal, run.start_ns, seconds) if name == "cotenant" else []
     return run, spans
 

@@ -54,14 +54,15 @@ def shares(before: Sample, after: Sample, cores: int) -> dict[str, float]:
 
 
 def swaps(run: Run) -> dict[int, float]:
-    """When each version after the first answered first (seconds), in order."""
+    """When each version after the first gave its first answer (seconds), in order."""
     found: dict[int, float] = {}
     best = 1
     done = answered(run)
-    for at, version in zip(run.due[done], run.answers["version"][done], strict=True):
-        if version > best:
-            best = int(version)
-            found[best] = float(at)
+    at, version = run.due + run.answers["latency_ms"] / 1e3, run.answers["version"]
+    for index in np.flatnonzero(done)[np.argsort(at[done], kind="stable")]:
+        if version[index] > best:
+            best = int(version[index])
+            found[best] = float(at[index])
     return found
 
 
@@ -80,7 +81,8 @@ def summary(run: Run, stream: Stream, digits: Digits, cores: int) -> dict[str, f
         "p99_ms": percentile(latency[done], 0.99),
         "attainment": float((latency[done] <= OBJECTIVE_MS).sum()) / max(1, len(run.due)),
         "refused": float((~done).sum()),
-        "accuracy": _by_stage(correct, test, stream),
+        "accuracy": mean(run.served_right),
+        "accuracy_answered": mean(correct[test]),
         "right_in_time": mean(in_time[digits.groups[stream.digit] == TEST]),
         "accuracy_last_stage": mean(correct[test & last]),
         "published": len(run.published),
@@ -89,13 +91,6 @@ def summary(run: Run, stream: Stream, digits: Digits, cores: int) -> dict[str, f
         "client_lag_p99_ms": percentile(run.answers["lag_ms"][done], 0.99),
         **whole,
     }
-
-
-def _by_stage(correct: Mask, test: Mask, stream: Stream) -> float:
-    """The mean of the stages' accuracies: who answers most while it is easy gains nothing by it. In
-    a stage without an answer nothing was right."""
-    found = [correct[test & (stream.stage == stage)] for stage in np.unique(stream.stage)]
-    return mean(np.array([mean(stage) if len(stage) else 0.0 for stage in found]))
 
 
 def _delay(run: Run) -> float:

@@ -1,4 +1,4 @@
-"""The training job: keeps learning from recent labelled images and publishes what is better.
+"""The training job: keeps learning from recent labelled images and publishes what is surely better.
 
 Any PyTorch program could stand here. It knows nothing of Cotenant but ``cotenant.report``, which
 does nothing outside Cotenant, and the layout of a model directory: a version is a directory with a
@@ -95,12 +95,25 @@ def read_samples(path: Path) -> Samples:
     return Samples(images[~check], labels[~check], images[check], labels[check])
 
 
-def accuracy(network: nn.Module, samples: Samples) -> float:
-    """Share of the held-out images that the network gets right, without the shifted views: they
-    add a little accuracy, but would cost more time here than the training itself."""
+def right(network: nn.Module, samples: Samples) -> Tensor:
+    """Which of the held-out images the network gets right, without the shifted views: they add a
+    little accuracy, but would cost more time here than the training itself."""
     with torch.inference_mode():
-        found = network(samples.check_images).argmax(1)
-    return float((found == samples.check_labels).float().mean())
+        return network(samples.check_images).argmax(1) == samples.check_labels
+
+
+def accuracy(found: Tensor) -> float:
+    """Share of images that were right."""
+    return float(found.float().mean())
+
+
+def surely_better(candidate: Tensor, current: Tensor) -> bool:
+    """Whether one network gets more of the same images right than chance explains: only those count
+    that one of both gets right (McNemar, Psychometrika 12, 1947), and two standard deviations. A
+    version costs the box some seconds, which are lost where it is no better."""
+    gained = int((candidate & ~current).sum())
+    lost = int((current & ~candidate).sum())
+    return gained - lost >= 2 * math.sqrt(gained + lost) > 0
 
 
 class Publisher:
@@ -220,7 +233,7 @@ def make_first(args: argparse.Namespace) -> None:
         trainer.step(samples)
     rate = args.first / (time.monotonic() - began)
     Publisher(args.models).publish(trainer.network, samples)
-    found = accuracy(trainer.network, samples)
+    found = accuracy(right(trainer.network, samples))
     print(f"version 1: accuracy {found:.3f} on held-out images, {rate:.0f} steps/s")
 
 
@@ -242,12 +255,11 @@ def go_on(args: argparse.Namespace) -> None:
         samples = read_samples(args.samples)
         if len(samples.check_labels) < LEAST_CHECK:
             continue
-        candidate, current = accuracy(trainer.network, samples), accuracy(served, samples)
+        ours, theirs = right(trainer.network, samples), right(served, samples)
+        candidate, current = accuracy(ours), accuracy(theirs)
         cotenant.report(step=counter.steps, candidate=candidate, current=current)
-        # Few images are held out: a small difference is no difference. And a new version costs
-        # the box a second of computing until it serves, so not one after the other.
         rested = time.monotonic() - publisher.at >= args.pause
-        if rested and candidate >= max(args.floor, current + args.margin):
+        if rested and candidate >= args.floor and surely_better(ours, theirs):
             publisher.publish(trainer.network, samples)
             # Until it serves, the box has a second of computing to do for it. What takes longer
             # then helps nobody: the drift goes on, and steps beside it are slow.
@@ -269,7 +281,6 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="steps to make version 1 with")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--floor", type=float, default=0.0, help="publish nothing below")
-    parser.add_argument("--margin", type=float, default=0.05, help="publish if better by this")
     parser.add_argument("--pause", type=float, default=2.0, help="seconds between versions")
     parser.add_argument("--rest", type=float, default=1.0, help="seconds left to each version")
     parser.add_argument("--seed", type=int, default=0)
