@@ -87,7 +87,7 @@ class Run:
         """When each version appeared on the disk, seconds into the stream."""
         self.refusals: dict[str, int] = {}
         """By reason, as the node counted them."""
-        self.served_right: NDArray[np.bool_] = np.zeros(0, bool)
+        self.served_right: NDArray[np.float32] = np.zeros(0, np.float32)
         """See ``judge``."""
         self.start_ns = 0
         self.seconds = 0.0

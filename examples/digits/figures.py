@@ -73,6 +73,7 @@ def summary(run: Run, stream: Stream, digits: Digits, cores: int) -> dict[str, f
     correct, test = right(run, stream, digits), judged(run, stream, digits)
     in_time = done & correct & (latency <= OBJECTIVE_MS)
     last = between(run, BEGINS[-1] * run.seconds, run.seconds)
+    known = ~np.isnan(run.served_right)
     whole = shares(run.samples[0], run.samples[-1], cores)
     return {
         "requests": len(run.due),
@@ -81,10 +82,10 @@ def summary(run: Run, stream: Stream, digits: Digits, cores: int) -> dict[str, f
         "p99_ms": percentile(latency[done], 0.99),
         "attainment": float((latency[done] <= OBJECTIVE_MS).sum()) / max(1, len(run.due)),
         "refused": float((~done).sum()),
-        "accuracy": mean(run.served_right),
+        "accuracy": mean(run.served_right[known]),
         "accuracy_answered": mean(correct[test]),
         "right_in_time": mean(in_time[digits.groups[stream.digit] == TEST]),
-        "accuracy_last_stage": mean(correct[test & last]),
+        "accuracy_last_stage": mean(run.served_right[known & last]),
         "published": len(run.published),
         "swapped_in": len(swaps(run)),
         "publish_to_serve_s": _delay(run),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 from arms import Run
-from figures import Mask, swaps
+from figures import swaps
 from numpy.typing import NDArray
 from stream import TEST, Digits, Stream
 
@@ -24,19 +24,19 @@ def sample(stream: Stream, digits: Digits) -> NDArray[np.int64]:
     return found[:: max(1, -(-len(found) // MOST))]
 
 
-def served_right(run: Run, models: Path, stream: Stream, digits: Digits) -> Mask:
-    """For each request of ``sample``: whether the version that served when it was due reads it."""
+def served_right(run: Run, models: Path, stream: Stream, digits: Digits) -> NDArray[np.float32]:
+    """For each request: 1 if the version that served when it was due reads it, 0 if not, nan if it
+    is not one of the ``sample``."""
     chosen = sample(stream, digits)
     times = {1: 0.0, **swaps(run)}
     versions, begins = np.array(list(times)), np.array(list(times.values()))
     served = versions[np.searchsorted(begins, run.due[chosen], side="right") - 1]
-    right = np.zeros(len(chosen), bool)
+    right = np.full(len(run.due), np.nan, np.float32)
     for version in np.unique(served):
         engine = OnnxEngine(models / str(version) / "model.onnx", (1,))
-        mine = np.flatnonzero(served == version)
-        for part in np.array_split(mine, -(-len(mine) // BATCH)):
-            requests = chosen[part]
+        mine = chosen[served == version]
+        for requests in np.array_split(mine, -(-len(mine) // BATCH)):
             digit = stream.digit[requests]
             (scores,) = engine.run(1, {"image": digits.images[stream.stage[requests], digit]})
-            right[part] = scores.argmax(1) == digits.labels[digit]
+            right[requests] = scores.argmax(1) == digits.labels[digit]
     return right
