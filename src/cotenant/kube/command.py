@@ -132,6 +132,7 @@ def _plugin(args: argparse.Namespace, socket: Path, node: NodeClient, cluster: C
             cdi=args.cdi_dir,
             python=args.host_python,
         ),
+        args.node_name,
     )
     return found
 
