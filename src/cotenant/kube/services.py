@@ -175,11 +175,11 @@ class Services:
         return grpc.method_handlers_generic_handler(service, {"NodeWatchResources": handler})
 
     def _watch(self, _asked: Any, context: Any) -> Iterator[tuple[DeviceHealth, ...]]:
-        """What is judged: at once, at every change, and from time to time."""
+        """What is judged: at once if anything is, at every change, and from time to time."""
         if not self._streams.acquire(blocking=False):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"there are {_STREAMS} already")
         try:
-            seen, told = -1, 0.0
+            seen, told = 0, time.monotonic()
             while context.is_active() and not self._leaving.is_set():
                 version, devices = self.board.look(seen, _LOOK_S)
                 if version != seen or time.monotonic() - told >= _AGAIN_S:
