@@ -45,8 +45,9 @@ def main(argv: list[str]) -> int:
 
 
 def _pid(state: bytes) -> int:
-    pid = json.loads(state).get("pid")
-    if not isinstance(pid, int) or pid <= 0:
+    found = json.loads(state)
+    pid = found.get("pid") if isinstance(found, dict) else None
+    if type(pid) is not int or pid <= 0:
         raise _Refused("the container runtime named no process; createRuntime hooks get one")
     return pid
 
