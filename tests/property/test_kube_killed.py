@@ -261,7 +261,7 @@ EVENTS = st.one_of(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.lists(EVENTS, max_size=25))
 def test_nothing_leaks_and_nothing_is_booked_twice(history: list[tuple[str, str, int]]) -> None:
     with host() as found:

@@ -106,6 +106,8 @@ class Plugin:
         self._stopping.set()
         self._wake.set()
         self._services.leave()
+        if self._preparer is not None:
+            self._preparer.leave()
         self._registration.close()
         self._service.close(_GRACE_S)
         if self._keeper is not None:
@@ -169,7 +171,6 @@ class Plugin:
                 self._listen_again(listener)
         if not self._recovered:
             self._recover()
-        self._look()
         try:
             self._ready().reconcile()
         except CotenantError as exc:

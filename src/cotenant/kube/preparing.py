@@ -7,7 +7,8 @@ The laws:
 * One call at a time works on a claim. Calls for different claims do not wait for each other, and
   none waits for what is published to the cluster.
 * Every step may be done again. Whoever dies between two leaves a file that says what to take back.
-* What a claim holds is given up by ``unprepare`` alone, or because its preparing failed.
+* What a claim holds is given up by ``unprepare``, or because its preparing failed, or because it
+  is ``forgotten``. Nothing else, such as that it is gone from the API server, is a reason.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, NamedTuple, ParamSpec, TypeVar
 
 import msgspec
@@ -33,9 +34,11 @@ from cotenant.domain.reservation import ReservationStatus
 from cotenant.kube import booking, cdi, claims
 from cotenant.kube.cdi import Specs
 from cotenant.kube.checkpoint import PREPARED, Allocated, Checkpoint, Edits, Entry, Promise
+from cotenant.kube.forgotten import Forgotten
 from cotenant.kube.inventory import inventory
 from cotenant.kube.names import RESERVED
 from cotenant.kube.ports import Cluster, NodeClient, Object
+from cotenant.kube.turns import Turn, Turns
 
 log = logging.getLogger("cotenant.kube")
 
@@ -76,46 +79,6 @@ class Site(NamedTuple):
     boot: str
 
 
-class Turn:
-    """A claim's lock, as long as somebody wants it."""
-
-    def __init__(self) -> None:
-        self.lock = threading.Lock()
-        self.wanted = 0
-        self.leaving = 0
-        """Calls that want it unprepared: who waits for its readiness gives up."""
-
-
-class Turns:
-    """Lets one call at a time work on a claim."""
-
-    def __init__(self) -> None:
-        self._guard = threading.Lock()
-        self._turns: dict[str, Turn] = {}
-
-    @contextlib.contextmanager
-    def of(self, uid: str, deadline: float, leaving: bool = False) -> Iterator[Turn]:
-        """Raises NotReady if another call still works on the claim at ``deadline`` (monotonic
-        seconds)."""
-        with self._guard:
-            turn = self._turns.setdefault(uid, Turn())
-            turn.wanted += 1
-            turn.leaving += leaving
-        try:
-            if not turn.lock.acquire(timeout=max(0.0, deadline - time.monotonic())):
-                raise NotReady(f"claim {uid} is still being worked on by an earlier call")
-            try:
-                yield turn
-            finally:
-                turn.lock.release()
-        finally:
-            with self._guard:
-                turn.wanted -= 1
-                turn.leaving -= leaving
-                if not turn.wanted:
-                    del self._turns[uid]
-
-
 class Preparer:
     """Does the work, for several calls at a time."""
 
@@ -135,12 +98,18 @@ class Preparer:
         self._turns = Turns()
         self._booking = threading.Lock()
         self._unfinished: set[str] = set()
+        self._forgotten = Forgotten(cluster)
+        self._leaving = threading.Event()
         self.problems: dict[str, str] = {}
         """Of prepared claims: why they do not have what they were promised, by uid."""
 
     def entries(self) -> list[Entry]:
         """The claims that hold something, or are about to."""
         return self._checkpoint.entries()
+
+    def leave(self) -> None:
+        """Whoever waits for a claim's readiness gives up: the driver stops."""
+        self._leaving.set()
 
     # -- for the kubelet
 
@@ -174,14 +143,14 @@ class Preparer:
         _check(ref)
         with self._turns.of(ref.uid, deadline, leaving=True):
             entry = self._checkpoint.get(ref.uid)
-            self._specs.remove(ref.uid)
-            ids = entry.ids if entry else ()
             if ref.uid in self._checkpoint.lost:
-                ids = (*ids, *self._reserved(ref.uid))
-            self._release(ids)
-            self._checkpoint.drop(ref.uid)
+                self._release(self._reserved(ref.uid))
+            if entry is not None:
+                self._take_back(entry)
+            else:
+                self._specs.remove(ref.uid)
+                self._checkpoint.drop(ref.uid)
             self._unfinished.discard(ref.uid)
-            self.problems.pop(ref.uid, None)
 
     # -- at start, and from time to time
 
@@ -206,7 +175,7 @@ class Preparer:
         for entry in self._checkpoint.entries():
             with self._free(entry.uid) as current:
                 if current is not None and current.prepared:
-                    self._restore(current, there)
+                    self._keep(current, there)
         for uid in sorted(self._unfinished):
             with self._free(uid) as current:
                 if current is None or current.prepared:
@@ -226,8 +195,17 @@ class Preparer:
             else:
                 yield self._checkpoint.get(uid)
 
-    def _restore(self, entry: Entry, there: dict[str, ReservationStatus]) -> None:
+    def _keep(self, entry: Entry, there: dict[str, ReservationStatus]) -> None:
         statuses = [there[id] for id in entry.ids if id in there]
+        used = len(statuses) < len(entry.promises) or any(s.adopted for s in statuses)
+        if self._forgotten.look(entry, used, time.monotonic()):
+            log.warning("claim %s/%s is gone and unused", entry.namespace, entry.name)
+            self._take_back(entry)
+        else:
+            self._restore(entry, statuses)
+
+    def _restore(self, entry: Entry, statuses: list[ReservationStatus]) -> None:
+        """Reserve what is missing of ``statuses``, or describe what has changed."""
         try:
             if len(statuses) < len(entry.promises):
                 self._reserve(entry)
@@ -319,6 +297,8 @@ class Preparer:
             reason = late[0].reason or late[0].state if late else "the node has lost it"
             if turn.leaving:
                 raise NotReady("the claim is being unprepared")
+            if self._leaving.is_set():
+                raise NotReady("the driver is stopping; the kubelet asks again")
             if time.monotonic() + pause > deadline:
                 raise NotReady(f"its space is not there yet: {reason}; the kubelet asks again")
             time.sleep(pause)
@@ -346,11 +326,17 @@ class Preparer:
             self._unfinished.add(entry.uid)
 
     def _take_back(self, entry: Entry) -> None:
-        self._specs.remove(entry.uid)
+        """Where the node is away, all stays as it was: a spec with what is prepared, and with
+        nothing else."""
+        if not entry.prepared:
+            self._specs.remove(entry.uid)
         self._release(entry.ids)
+        self._specs.remove(entry.uid)
         self._checkpoint.drop(entry.uid)
+        self._forgotten.drop(entry.uid)
+        self.problems.pop(entry.uid, None)
 
-    def _release(self, ids: tuple[str, ...]) -> None:
+    def _release(self, ids: Iterable[str]) -> None:
         for id in ids:
             _asked(self._node.release, id)
 

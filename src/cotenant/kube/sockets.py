@@ -68,11 +68,14 @@ class Listener:
 
 
 def _try(path: Path) -> None:
-    """gRPC does not say what is wrong with a place; the operating system does."""
+    """gRPC does not say what is wrong with a place; the operating system does. The kubelet looks
+    at no name that starts with a dot."""
+    trial = path.with_name(".try")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         try:
+            trial.unlink(missing_ok=True)
+            sock.bind(str(trial))
+            trial.unlink()
             path.unlink(missing_ok=True)
-            sock.bind(str(path))
-            path.unlink()
         except OSError as exc:
             raise files.problem(path, exc) from None

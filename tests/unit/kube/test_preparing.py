@@ -21,6 +21,7 @@ from cotenant.domain.errors import (
 )
 from cotenant.kube.cdi import Specs
 from cotenant.kube.checkpoint import Checkpoint
+from cotenant.kube.forgotten import Forgotten
 from cotenant.kube.preparing import ClaimRef, Preparer, Site
 from tests.kube_standins import POOL, StandinClaims, StandinNode, claim, device, share, unit
 
@@ -200,6 +201,7 @@ def test_without_the_node_nothing_is_lost(box: Box) -> None:
         with pytest.raises(EnvironmentProblem):
             call()
     assert box.checkpoint.get("a").prepared
+    assert box.specs.claims() == {"a"}
     box.node.away = False
     box.prepare(late)
     box.unprepare(given)
@@ -389,6 +391,42 @@ def test_what_cannot_be_reserved_again_is_a_problem_of_the_claim(box: Box) -> No
     box.preparer.reconcile()
     box.preparer.reconcile()
     assert not box.preparer.problems and box.node.held
+
+
+# -- claims that nobody will have unprepared
+
+
+def test_what_is_gone_and_unused_for_long_is_given_up(box: Box) -> None:
+    for uid, index in (("used", 0), ("there", 1), ("forgotten", 2)):
+        box.prepare(box.allocate(uid, unit(index)))
+    (used,) = box.checkpoint.get("used").ids
+    box.node.adopt(used, 4711)
+    for uid in ("used", "forgotten"):
+        box.cluster.drop(f"claim-{uid}")
+    box.preparer._forgotten = Forgotten(box.cluster, forget_s=3600)
+    box.preparer.reconcile()
+    assert len(box.node.held) == 3
+    box.preparer._forgotten = Forgotten(box.cluster, forget_s=0)
+    box.cluster.away = True
+    box.preparer.reconcile()
+    assert len(box.node.held) == 3
+    box.cluster.away = False
+    box.preparer.reconcile()
+    assert {entry.uid for entry in box.checkpoint.entries()} == {"used", "there"}
+    assert len(box.node.held) == 2
+    assert box.specs.claims() == {"used", "there"}
+
+
+def test_what_was_seen_again_is_not_forgotten(box: Box) -> None:
+    box.prepare(box.allocate("a", unit(0)))
+    entry = box.checkpoint.get("a")
+    watched = Forgotten(box.cluster, forget_s=100)
+    given = box.cluster.claim("team", "claim-a")
+    assert given is not None
+    for now, there in ((0, False), (90, True), (180, False), (270, False)):
+        box.cluster.put(given) if there else box.cluster.drop("claim-a")
+        assert not watched.look(entry, used=False, now=now)
+    assert watched.look(entry, used=False, now=281)
 
 
 # -- the disk

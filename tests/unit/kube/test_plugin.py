@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import threading
@@ -150,6 +151,30 @@ def test_a_kubelet_that_goes_in_the_middle_may_ask_again(host: Host) -> None:
     assert failed
     host.node.stuck = False
     host.kubelet.start()
+    until(lambda: not host.kubelet.prepare(given)["a"][1])
+    assert [kind for kind, _ in host.node.events] == ["reserve"]
+
+
+def test_a_driver_that_is_stopped_does_not_wait_for_the_node(host: Host) -> None:
+    first = host.driver()
+    host.kubelet.start()
+    host.node.stuck = True
+    given = claim("a", unit(0))
+    host.cluster.put(given)
+    answers: list[str] = []
+
+    def call() -> None:
+        with contextlib.suppress(grpc.RpcError):
+            answers.append(host.kubelet.prepare(given)["a"][1])
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    until(lambda: host.node.held)
+    first.stop()
+    thread.join()
+    assert all(answers), "no claim was said to be prepared"
+    host.node.stuck = False
+    host.driver()
     until(lambda: not host.kubelet.prepare(given)["a"][1])
     assert [kind for kind, _ in host.node.events] == ["reserve"]
 

@@ -54,8 +54,10 @@ class Podman:
         # A sandbox may not raise the limits that podman would by default.
         conf.write_text("[containers]\ndefault_ulimits = []\n")
         self._environment = {**os.environ, "CONTAINERS_CONF": str(conf)}
-        storage = ["--root", str(folder / "storage"), "--runroot", str(folder / "run")]
-        self._command = ["podman", *storage, "--runtime", "runc", "--cgroup-manager", "cgroupfs"]
+        # vfs mounts nothing over its folder, so nothing is left when that is removed.
+        storage = ["--storage-driver", "vfs", "--root", str(folder / "s"), "--runroot"]
+        runtime = ["--runtime", "runc", "--cgroup-manager", "cgroupfs"]
+        self._command = ["podman", *storage, str(folder / "run"), *runtime]
 
     def run(self, script: str, *devices: str) -> subprocess.CompletedProcess[str]:
         options = [word for name in devices for word in ("--device", name)]
