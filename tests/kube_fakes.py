@@ -142,6 +142,9 @@ class FakeCluster:
         self._answer()
         yield from ()
 
+    def end_watches(self) -> None:
+        pass
+
     def claim(self, namespace: str, name: str) -> Object | None:
         self._answer()
         return copy.deepcopy(self.objects.get(f"{namespace}/{name}"))
