@@ -5,8 +5,9 @@ devices are ``planned``, and the scheduler binds the pod; or they are ``refused`
 reason, and it gives them back. Conditions are written for each share by its id. All devices of a
 claim say the same, since schedulers up to 1.37 read only the first share of a device in a claim.
 
-Reservations live as long as the allocation. Before one is released the claim is read afresh: while
-the API server cannot be read, nothing is released.
+Reservations live as long as the allocation, and as long as they are ``kept``: until the kubelet has
+had the claim unprepared. Before one is released the claim is read afresh: while the API server
+cannot be read, nothing is released.
 """
 
 from __future__ import annotations
@@ -56,6 +57,8 @@ class Binding:
         self._watch = watch
         self._period = period
         self._now = now
+        self.kept: Callable[[], frozenset[str]] = frozenset
+        """Ids of reservations that are not to be released, whatever becomes of their claims."""
         self._heard = watch.listen()
         self._turned_down: set[str] = set()
         self._stop = threading.Event()
@@ -171,6 +174,7 @@ class Binding:
                 wanted.update(claims.reservation_ids(claim, self._name))
         known = {id for claim in found for id in claims.reservation_ids(claim, self._name)}
         self._turned_down &= known
+        wanted |= self.kept()  # after what it is compared with was read
         for status in there:
             reservation = status.reservation
             if reservation.id.startswith(RESERVED) and reservation.id not in wanted:

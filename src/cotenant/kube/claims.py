@@ -68,6 +68,11 @@ def reservations(claim: Object, node: str, parts: Mapping[str, Part]) -> list[Re
     ]
 
 
+def grouped(claim: Object, node: str) -> dict[str, list[Result]]:
+    """Which results each of ``reservations`` is for, by its id."""
+    return _groups(claim, node)
+
+
 def _devices(claim: Object) -> dict[str, Any]:
     allocation = (claim.get("status") or {}).get("allocation") or {}
     return allocation.get("devices") or {}

@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +32,12 @@ class Started(Protocol):
     def start(self) -> None: ...
 
     def stop(self) -> None: ...
+
+
+class Kubelet(Started, Protocol):
+    """The half that serves the kubelet; ``cotenant.kube.plugin.Plugin`` is one."""
+
+    def kept(self) -> frozenset[str]: ...
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -95,17 +101,27 @@ def _serve(args: argparse.Namespace, stop: threading.Event) -> None:
     with ExitStack() as stack:
         cluster = HttpCluster.connect(args.kubeconfig)
         stack.callback(cluster.close)
-        stack.enter_context(running(controllers(node, cluster, args.node_name)))
-        stack.enter_context(running([_plugin(args, socket, node, cluster)]))
+        plugin = _plugin(args, socket, node, cluster)
+        # First: what is kept is known once it has started.
+        stack.enter_context(running([plugin]))
+        stack.enter_context(running(controllers(node, cluster, args.node_name, plugin.kept)))
         log.info("started", extra={"node": args.node_name})
         stop.wait()
 
 
-def controllers(node: NodeClient, cluster: Cluster, name: str) -> list[Started]:
-    """What keeps node and API server in step, in the order in which it is started."""
+def controllers(
+    node: NodeClient,
+    cluster: Cluster,
+    name: str,
+    kept: Callable[[], frozenset[str]] = frozenset,
+) -> list[Started]:
+    """What keeps node and API server in step, in the order in which it is started. ``kept`` are ids
+    of reservations that are not to be released."""
     watch = ClaimWatch(cluster, name)
     publisher = Publisher(node, cluster, name, watch.allocated)
-    return [Binding(node, cluster, name, watch), publisher, watch]
+    binding = Binding(node, cluster, name, watch)
+    binding.kept = kept
+    return [binding, publisher, watch]
 
 
 @contextmanager
@@ -118,11 +134,11 @@ def running(parts: Sequence[Started]) -> Iterator[None]:
         yield
 
 
-def _plugin(args: argparse.Namespace, socket: Path, node: NodeClient, cluster: Cluster) -> Started:
+def _plugin(args: argparse.Namespace, socket: Path, node: NodeClient, cluster: Cluster) -> Kubelet:
     """The kubelet's half."""
     paths = importlib.import_module("cotenant.kube.paths")
     plugin = importlib.import_module("cotenant.kube.plugin")
-    found: Started = plugin.Plugin(
+    found: Kubelet = plugin.Plugin(
         node,
         cluster,
         paths.Paths(
@@ -132,6 +148,7 @@ def _plugin(args: argparse.Namespace, socket: Path, node: NodeClient, cluster: C
             cdi=args.cdi_dir,
             python=args.host_python,
         ),
+        args.node_name,
     )
     return found
 
