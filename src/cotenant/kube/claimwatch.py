@@ -43,8 +43,8 @@ class ClaimWatch:
         self._thread.start()
 
     def stop(self) -> None:
-        """A watch that hangs is left to end with the process."""
         self._stop.set()
+        self._cluster.end_watches()
         self._thread.join(timeout=2)
 
     def claims(self) -> list[Object] | None:

@@ -6,12 +6,17 @@ server knows and they do not.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import socket
+import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+from yaml import YAMLError
 
 from cotenant.domain.errors import ConfigError
 from cotenant.kube.names import DRIVER
@@ -43,6 +48,9 @@ class HttpCluster:
     def __init__(self, client: httpx.Client, watch_s: int = WATCH_S) -> None:
         self._client = client
         self._watch_s = watch_s
+        self._lock = threading.Lock()
+        self._watches: set[socket.socket] = set()
+        self._ended = False
 
     @classmethod
     def connect(cls, kubeconfig: Path | None = None, watch_s: int = WATCH_S) -> HttpCluster:
@@ -59,12 +67,27 @@ class HttpCluster:
             if single is None:
                 raise ConfigError("the kubeconfig has no current context; choose one in it")
             return cls(Client(single, ConnectionParams(timeout=httpx.Timeout(TIMEOUT_S))), watch_s)
-        except (LightkubeError, OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"cannot read how to reach the cluster: {error}") from None
+        except OSError as error:
+            raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from None
+        except (LightkubeError, YAMLError, ValueError, LookupError, TypeError, AttributeError) as e:
+            # Without its text, which may quote what is secret.
+            raise ConfigError(
+                f"{kubeconfig or 'what says how to reach the cluster'} is no kubeconfig"
+                f" ({type(e).__name__}); check it with: kubectl config view"
+            ) from None
 
     def close(self) -> None:
         """End connections, those of watches too."""
+        self.end_watches()
         self._client.close()
+
+    def end_watches(self) -> None:
+        with self._lock:
+            self._ended = True
+            for connection in self._watches:
+                with contextlib.suppress(OSError):
+                    # Not the method of a TLS socket, which would take its state from the reader.
+                    socket.socket.shutdown(connection, socket.SHUT_RDWR)
 
     def claims(self) -> tuple[list[Object], str]:
         return self._list(f"{GROUP}/resourceclaims", {})
@@ -83,10 +106,24 @@ class HttpCluster:
                 if response.status_code != httpx.codes.OK:
                     response.read()
                     _raise(response.status_code, _message(response))
-                for line in response.iter_lines():
-                    yield _event(line)
+                with self._watching(response.extensions["network_stream"]):
+                    for line in response.iter_lines():
+                        yield _event(line)
         except (httpx.HTTPError, LightkubeError) as error:
             raise _away(error) from None
+
+    @contextlib.contextmanager
+    def _watching(self, stream: Any) -> Iterator[None]:
+        connection = stream.get_extra_info("socket")
+        with self._lock:
+            if self._ended:
+                raise ClusterAway("this driver is ending")
+            self._watches.add(connection)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._watches.discard(connection)
 
     def claim(self, namespace: str, name: str) -> Object | None:
         return self._maybe("GET", f"{GROUP}/namespaces/{namespace}/resourceclaims/{name}")

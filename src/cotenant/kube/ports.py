@@ -64,6 +64,10 @@ class Cluster(Protocol):
         after some minutes, to be called again. Raises Expired."""
         ...
 
+    def end_watches(self) -> None:
+        """End watches that wait, for good: the driver ends."""
+        ...
+
     def claim(self, namespace: str, name: str) -> Object | None:
         """One claim as it is now; None if there is none."""
         ...
