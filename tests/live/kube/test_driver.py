@@ -260,6 +260,7 @@ def test_the_command_runs_until_it_is_told_to_end(
     stop, seen = threading.Event(), []
     plugin: Any = type("Plugin", (), {})()
     plugin.start, plugin.stop = lambda: seen.append("start"), lambda: seen.append("stop")
+    plugin.kept = frozenset
     monkeypatch.setattr(command, "_plugin", lambda *_: plugin)
     monkeypatch.setattr(command, "ControlClient", lambda _: FakeNode(cpu(2)))
     args = command._parser().parse_args(
