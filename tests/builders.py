@@ -8,7 +8,7 @@ from cotenant.domain import actions as a
 from cotenant.domain import events as e
 from cotenant.domain.device import DeviceSpec, Partition, PreemptLevel
 from cotenant.domain.plan import Plan
-from cotenant.domain.profile import FORMAT, Figures, ModelProfile
+from cotenant.domain.profile import Figures, ModelProfile
 from cotenant.domain.request import Request
 from cotenant.domain.units import MS, S
 from cotenant.engines.base import Engine, Opening, TurnEngine
@@ -145,23 +145,24 @@ def load(
     served.version = served.version or version
 
 
-def profiled() -> ModelProfile:
-    """What ``cotenant profile`` could have found: 10 ms for a row, less on more cores."""
-    sizes = [(units, rows) for units in (1, 2, 4) for rows in (1, 2, 4, 8)]
+def profiled(kind: str = "cpu", most_units: int = 4) -> ModelProfile:
+    """What ``cotenant profile`` could have found: 10 ms for a row, less on more units."""
+    counts = [units for units in (1, 2, 4) if units <= most_units]
+    sizes = [(units, rows) for units in counts for rows in (1, 2, 4, 8)]
     return ModelProfile(
-        format=FORMAT,
         model="a",
         version="1",
-        kind="cpu",
+        kind=kind,
+        device="",
         engine="onnxruntime",
         date="2026-01-01T00:00:00+00:00",
-        processor="",
-        cores=4,
+        units=most_units,
         libraries={},
         files=(),
         load_ns=2 * S,
         memory_loaded=50 * 2**20,
         memory_peak=60 * 2**20,
+        host_peak=60 * 2**20,
         unjoined="",
         figures=tuple(
             Figures(u, r, 9, (8 + 2 * r) * MS // u, (9 + 2 * r) * MS // u, 0.1) for u, r in sizes

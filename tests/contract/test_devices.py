@@ -33,6 +33,7 @@ from cotenant.domain.device import (
 )
 from cotenant.domain.device_config import NpuConfig
 from cotenant.domain.errors import DeviceError, EnvironmentProblem
+from cotenant.domain.reservation import Adopted
 from cotenant.domain.units import S
 from cotenant.runtime.rlimits import limit
 
@@ -259,6 +260,20 @@ def test_who_was_never_attached_is_refused(device: Device) -> None:
         device.revoke("nobody", partition)
     with pytest.raises(DeviceError, match="nobody"):
         device.bind("nobody", partition)
+    with pytest.raises(DeviceError, match="nobody"):
+        device.adopt("nobody", Adopted(os.getpid(), 1))
+
+
+def test_who_was_adopted_may_be_gone_by_now(device: Device, trees: Callable[..., Tree]) -> None:
+    tree, other = trees("sleep", "1000"), trees("sleep", "1000")
+    device.attach(JOB, tree.root.pid)
+    pid = other.pids[0]
+    device.adopt("j", Adopted(pid, proctree.start_time(pid)))
+    other.end()
+    device.grant("j", parts(device)[0])
+    device.refresh()
+    device.revoke("j", parts(device)[0])
+    device.detach("j")
 
 
 def test_forgetting_twice_is_harmless(device: Device, trees: Callable[..., Tree]) -> None:
@@ -504,6 +519,35 @@ def test_a_detached_job_runs_freely(device_cpu: CpuDevice, trees: Callable[..., 
     assert tree.masks() == {CORES}
 
 
+def test_an_adopted_tree_does_as_the_job_does(
+    device_cpu: CpuDevice, trees: Callable[..., Tree]
+) -> None:
+    tree, other = trees("sleep", "1000"), trees("sh", "-c", BUSY, processes=2)
+    device_cpu.attach(JOB, tree.root.pid)
+    for pid in other.pids:
+        device_cpu.adopt("j", Adopted(pid, proctree.start_time(pid)))
+    until(other.is_stopped)
+    device_cpu.grant("j", parts(device_cpu)[0])
+    until(lambda: b"T" not in other.states())
+    assert other.masks() == {CORES[:1]}
+    device_cpu.revoke("j", parts(device_cpu)[0])
+    until(other.is_stopped)
+    device_cpu.detach("j")
+    until(lambda: b"T" not in other.states())
+    assert other.masks() == {CORES}
+
+
+def test_who_has_the_pid_of_one_that_was_adopted_is_left_alone(
+    device_cpu: CpuDevice, trees: Callable[..., Tree]
+) -> None:
+    tree, stranger = trees("sleep", "1000"), trees("sh", "-c", BUSY)
+    device_cpu.attach(JOB, tree.root.pid)
+    pid = stranger.pids[0]
+    device_cpu.adopt("j", Adopted(pid, proctree.start_time(pid) - 1))
+    device_cpu.refresh()
+    assert not stranger.is_stopped() and stranger.masks() == {CORES}
+
+
 def test_closing_gives_jobs_back(trees: Callable[..., Tree]) -> None:
     device = CpuDevice(cores=CORES, realtime="never")
     device.open()
@@ -633,12 +677,12 @@ def test_without_real_time_a_worker_needs_no_rest(device_cpu: CpuDevice) -> None
 def test_what_a_jobs_processes_occupy_is_added_up(
     device_cpu: CpuDevice, trees: Callable[..., Tree]
 ) -> None:
-    tree = trees(sys.executable, "-c", "import time; x = bytearray(64 << 20); time.sleep(1000)")
-    until(lambda: proctree.resident_bytes(tree.pids) > 64 << 20)
+    tree = trees(sys.executable, "-c", "import time; x = bytearray(72 << 20); time.sleep(1000)")
+    until(lambda: proctree.resident_bytes(tree.pids) > 72 << 20)
     device_cpu.attach(JOB, tree.root.pid)
     assert device_cpu.facts()["j"].memory > 64 << 20
     tree.another()
-    until(lambda: proctree.resident_bytes(tree.pids) > 128 << 20)
+    until(lambda: all(proctree.resident_bytes([pid]) > 72 << 20 for pid in tree.pids))
     device_cpu.refresh()
     until(lambda: device_cpu.facts()["j"].memory > 128 << 20)
 

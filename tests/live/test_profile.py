@@ -8,16 +8,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cotenant.devices import proctree
-from cotenant.domain.profile import PROFILE_FILE, read_profile
+from cotenant.devices import npu_look, proctree
+from cotenant.devices.nvidia.survey import survey
+from cotenant.domain.profile import PROFILE_FILE, ModelProfile, read_profiles
 from cotenant.sim.scenario import parse_scenario
 from tests.live.conftest import PATIENCE_S, free_model, scale_model, until
 
 CORES = len(os.sched_getaffinity(0))
+CORE = min(os.sched_getaffinity(0))
+THERE: dict[str, Callable[[], object]] = {
+    "npu": lambda: npu_look.look().npus,
+    "cuda": lambda: survey().gpus,
+}
 
 
 @pytest.fixture
@@ -38,12 +45,19 @@ def profile(models: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def read(path: Path) -> ModelProfile:
+    """The only profile of a version."""
+    (found,) = read_profiles((path / PROFILE_FILE).read_bytes())
+    return found
+
+
 def test_the_newest_version_is_measured_in_all_sizes(models: Path) -> None:
     done = profile(models, "scale", "--units", "1", "--max-batch", "6", "--json")
     assert done.returncode == 0, done.stderr
     written = (models / "scale" / "2" / PROFILE_FILE).read_bytes()
     assert json.loads(done.stdout) == json.loads(written)
-    found = read_profile(written)
+    found = read(models / "scale" / "2")
+    assert (found.kind, found.emulated, found.units) == ("cpu", False, CORES)
     assert (found.model, found.version, found.engine) == ("scale", "2", "onnxruntime")
     assert [(f.units, f.rows) for f in found.figures] == [(1, 1), (1, 2), (1, 4), (1, 6)]
     assert len({f.runs for f in found.figures}) == 1, "sizes take turns"
@@ -56,14 +70,15 @@ def test_the_newest_version_is_measured_in_all_sizes(models: Path) -> None:
 def test_usual_units_are_one_core_and_all(models: Path) -> None:
     done = profile(models, "scale", "--version", "1", "--max-batch", "1", "--json", "--dry-run")
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    (found,) = json.loads(done.stdout)["profiles"]
     assert sorted({f["units"] for f in found["figures"]}) == sorted({1, CORES})
     assert not (models / "scale" / "1" / PROFILE_FILE).exists(), "a dry run writes nothing"
 
 
 def test_the_settings_of_the_model_say_the_largest_batch(models: Path) -> None:
     (models / "scale" / "model.yaml").write_text("batch: {max: 2}\n")
-    found = json.loads(profile(models, "scale", "--units", "1", "--json", "--dry-run").stdout)
+    done = profile(models, "scale", "--units", "1", "--json", "--dry-run")
+    (found,) = json.loads(done.stdout)["profiles"]
     assert [f["rows"] for f in found["figures"]] == [1, 2]
 
 
@@ -72,7 +87,7 @@ def test_other_sizes_are_measured_where_they_are_asked_for(models: Path) -> None
     words = ("--units", "1", "--max-batch", "1", "--shape", "x=1x9", "--shape", "x=1x30")
     done = profile(models, "free", *words)
     assert done.returncode == 0, done.stderr
-    found = read_profile((models / "free" / "1" / PROFILE_FILE).read_bytes())
+    found = read(models / "free" / "1")
     assert {f.size for f in found.figures} == {found.size, 9, 30}
     assert len(found.table) == 1, "the simulator takes the size of the warm-up"
 
@@ -109,8 +124,38 @@ services:
     arrivals: {{kind: poisson, rate: 1}}
 """
     (service,) = parse_scenario(text, models).services
-    written = read_profile((models / "scale" / "2" / PROFILE_FILE).read_bytes())
-    assert service.costs["cpu"].profile == written.table
+    assert service.costs["cpu"].profile == read(models / "scale" / "2").table
+
+
+def test_what_a_configuration_leaves_a_device_is_what_it_is_measured_on(models: Path) -> None:
+    config = models / "cotenant.yaml"
+    config.write_text(f"devices: [{{kind: cpu, cores: [{CORE}]}}]\n")
+    assert profile(models, "scale", "--config", str(config)).returncode == 0
+    found = read(models / "scale" / "2")
+    assert found.units == 1 and {f.units for f in found.figures} == {1}
+    for words in (("--device", "npu"), ("--units", "2")):
+        done = profile(models, "scale", "--config", str(config), *words)
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert read(models / "scale" / "2") == found
+
+
+def test_a_kind_that_there_is_not_is_no_kind(models: Path) -> None:
+    done = profile(models, "scale", "--device", "abacus")
+    assert done.returncode == 2 and "abacus" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ["npu", "cuda"])
+def test_a_device_that_is_not_there_is_said_and_the_others_are_measured(
+    models: Path, kind: str
+) -> None:
+    if THERE[kind]():
+        pytest.skip(f"{kind} is there")
+    done = profile(models, "scale", "--device", kind)
+    assert done.returncode == 1 and f"cotenant devices --kind {kind}" in done.stderr
+    assert not list(models.glob(f"**/{PROFILE_FILE}*"))
+    done = profile(models, "scale", "--device", "all", "--units", "1", "--max-batch", "1")
+    assert done.returncode == 0 and kind in done.stderr
+    assert read(models / "scale" / "2").kind == "cpu"
 
 
 @pytest.mark.parametrize(

@@ -218,7 +218,13 @@ class Chaos:
         weight, guaranteed, limit = r.choice([0.5, 1, 2]), r.choice([0, 0, 0.2]), r.random()
         kinds = r.choice([(), (), ("cpu",), ("gpu", "cpu"), ("tpu",)])
         apart = tuple(d.id for d in self.devices if r.random() < 0.05)
-        self.send(e.JobQueued(job, weight, guaranteed, limit, kinds, grace=S, apart=apart))
+        device = r.choice(self.devices) if r.random() < 0.2 else None
+        event = e.JobQueued(job, weight, guaranteed, limit, kinds, grace=S, apart=apart)
+        if device is not None:  # it stands for a reservation
+            event = msgspec.structs.replace(
+                event, kinds=(device.kind,), device=device.id, own=r.choice([0, 1])
+            )
+        self.send(event)
 
     def exit_job(self, job: str) -> None:
         if job in self.jobs:

@@ -124,6 +124,38 @@ def test_no_more_jobs_run_than_may_and_the_next_starts_when_one_has_ended() -> N
     assert one(world.send(e.JobExited("first")), a.Start).job == "second"
 
 
+def test_a_reservation_is_on_its_device_alone_and_does_not_count_as_a_job() -> None:
+    world = World()
+    world.d = Dispatcher((cpu(2, id="a"), cpu(2, id="b")))
+    world.d.state.most_jobs = 1
+    world.job("first")
+    assert one(world.send(e.JobQueued("r", device="b", own=1)), a.Start).devices == ("b",)
+    parts = tuple(Partition(f"{d}:{n}", d, (n,)) for d in "ab" for n in (0, 1))
+    plan = Plan(1, parts, {}, {"r": ("b:1",)}, ())
+    for action in only(world.send(e.Planned(plan)), a.Repartition):
+        world.send(e.Repartitioned(action.device, 1))
+    world.send(e.JobExited("first"))
+    given = only(world.send(e.JobReady("r")), a.Grant)
+    assert {g.partition for g in given} <= {"b:0", "b:1"} and "b:1" in {g.partition for g in given}
+
+
+def test_a_reservation_borrows_nothing_that_it_needs_to_have_its_own() -> None:
+    world = World().service()
+    world.planned({"s": (0,)})
+    world.send(e.JobQueued("r", limit=0.5, device="cpu", own=1))
+    assert not only(world.send(e.JobReady("r")), a.Grant), "its own is not there yet"
+    given = world.planned({"s": (0,)}, {"r": (1,)}, version=2)
+    assert one(given, a.Grant).partition == "p1"
+
+
+def test_a_reservation_of_a_device_that_only_serves_starts_and_is_lent_nothing() -> None:
+    world = World()
+    world.d = Dispatcher((cpu(2), cpu(1, id="npu", kind="npu", trains=False)))
+    start = one(world.send(e.JobQueued("r", kinds=("npu",), device="npu", own=1)), a.Start)
+    assert start.devices == ()
+    assert not only(world.send(e.JobReady("r")), a.Grant)
+
+
 def test_a_job_waits_for_memory_and_goes_where_it_can_run() -> None:
     world = World()
     world.d = Dispatcher((cpu(8, memory=100), cpu(2, id="gpu", kind="gpu", memory=1000)))
@@ -182,10 +214,12 @@ def test_a_job_whose_partition_goes_to_others_starts_again_elsewhere() -> None:
 
 def test_what_is_foretold_of_a_version_counts_until_an_instance_shows_more() -> None:
     world = placed()
-    known = e.Foretold("cpu", ((1, 1, 1, 7 * MS),), 50, 2 * S)
+    npu = e.Foretold("npu", ((1, 1, 1, 3 * MS),), 40, 1 * S)
+    known = (e.Foretold("cpu", ((1, 1, 1, 7 * MS),), 50, 2 * S), npu)
     load = one(world.send(e.VersionOffered("s", "1", 0, known)), a.Load)
     state = world.d.state.services["s"]
     assert state.exec["cpu"].expected() == {1: {1: 7 * MS}} and state.load_ns == 2 * S
+    assert state.exec["npu"].expected() == {1: {1: 3 * MS}} and state.occupies["npu"] == 40
     assert world.d.state.workers[load.worker].memory == 50
     up(world, load)
     assert state.exec["cpu"].expected()[1][1] == MS

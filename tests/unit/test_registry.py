@@ -13,7 +13,7 @@ from cotenant.domain.device import CUDA
 from cotenant.domain.errors import ModelError
 from cotenant.engines import registry
 from cotenant.engines.base import ON_CPU, Engine, Opening, Target
-from cotenant.engines.registry import choose, kinds, open_language, suffixes
+from cotenant.engines.registry import candidates, choose, kinds, open_language, suffixes
 
 GPU = Target(f"{CUDA}GPU-1")
 
@@ -113,6 +113,27 @@ def test_engines_from_elsewhere_are_as_good(installed: None) -> None:
 def test_one_that_is_broken_is_left_out(installed: None) -> None:
     assert "theirs" in [kind.name for kind in kinds()]
     assert choose(opening("model.gguf")).name == "llm"
+
+
+def test_each_engine_for_such_files_says_whether_it_could_open_one_if_it_were_named() -> None:
+    on_cpu = {c.name: c.refusal for c in candidates(opening("model.onnx", "openvino"))}
+    assert list(dict.fromkeys(k.name for k in kinds() if ".onnx" in k.suffixes)) == list(on_cpu)
+    assert not on_cpu["onnxruntime"] and not on_cpu["openvino"], "of kinds with one name one can"
+    assert on_cpu["tensorrt"] and on_cpu["onnxruntime-plugin"]
+    on_gpu = {c.name: c.refusal for c in candidates(opening("model.onnx", target=GPU))}
+    assert not on_gpu["onnxruntime"] and not on_gpu["tensorrt"] and on_gpu["openvino"]
+    assert not candidates(opening("model.xyz"))
+
+
+def test_an_engine_that_cannot_even_refuse_keeps_nobody_from_opening(
+    installed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(opening: Opening) -> str:
+        raise KeyError("broken")
+
+    monkeypatch.setattr(THEIRS, "refuses", breaks)
+    assert choose(opening("model.onnx")).name == "onnxruntime"
+    assert {c.name: c.refusal for c in candidates(opening("model.onnx"))}["theirs"]
 
 
 def test_only_language_models_have_a_language() -> None:

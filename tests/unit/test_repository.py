@@ -232,10 +232,10 @@ def test_a_profile_is_of_the_files_that_it_was_measured_with(models: Path) -> No
     write(models / "m" / "1" / "model.onnx")
     repository = Repository(models)
     files = repository.files("m", "1")
-    assert repository.profile(files) is None
+    assert not repository.profiles(files)
     write_profile(msgspec.structs.replace(profiled(), files=files.stamp.files), files.path.parent)
-    assert repository.profile(files) is not None
+    assert repository.profiles(files)
     write(models / "m" / "1" / "model.onnx", "another")
-    assert repository.profile(repository.files("m", "1")) is None
+    assert not repository.profiles(repository.files("m", "1"))
     (files.path.parent / ".profile.json").write_text("{")
-    assert repository.profile(files) is None
+    assert not repository.profiles(files)

@@ -10,6 +10,7 @@ from rich.console import Console, RenderableType
 
 from cotenant.cli.views import (
     busy_bar,
+    engines_view,
     explain_view,
     jobs_view,
     number,
@@ -206,3 +207,32 @@ def test_a_replay_says_what_differed() -> None:
     for part in ("first difference (actions) at 5 ns: Woke()", "journal: A()", "replay:  nothing"):
         assert part in text
     assert "written by Cotenant 0.0.9, replayed by 0.1.0" in text and "gap: 3 records: torn" in text
+
+
+def engine(**changes: Any) -> dict[str, Any]:
+    return {
+        "instance": "digits#1", "device": "cpu", "variant": "original", "engine": "onnxruntime",
+        "executed": ["CPUExecutionProvider: 1 Mul"], "measured": [(1, 1, 2_000_000)],
+        "profile": None, "others": [], **changes,
+    }  # fmt: skip
+
+
+def test_engines_say_which_others_could_open_a_model_and_how_to_choose() -> None:
+    others = [
+        {"engine": "openvino", "refusal": ""},
+        {"engine": "tensorrt", "refusal": "it runs elsewhere"},
+    ]
+    profile = {
+        "kind": "cpu", "engine": "openvino", "device": "A Processor", "emulated": False,
+        "date": "", "measured": [(2, 4, 3_000_000)],
+    }  # fmt: skip
+    said = show(engines_view({"digits": [engine(others=others, profile=profile)]}))
+    for what in ("openvino", "engine:", "model.yaml", "tensorrt", "it runs elsewhere"):
+        assert what in said
+    assert "A Processor" in said and "4 on 2: 3 ms" in said
+
+
+def test_instances_that_say_the_same_say_it_once_and_each_service_says_all() -> None:
+    same = {"instance": "digits#2"}
+    said = show(engines_view({"digits": [engine(), engine(**same)], "other": [engine()]}))
+    assert said.count("1 Mul") == 2

@@ -7,7 +7,7 @@ None and shown as a dash.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -335,18 +335,35 @@ def _share(share: float | dict[str, float]) -> str:
 
 
 def engines_view(engines: dict[str, list[dict[str, Any]]]) -> RenderableType:
-    """By service, what opened each of its instances, which operators that executes where, and what
-    its warm-up measured."""
+    """By service, what opened each of its instances, which operators that executes where, what its
+    warm-up and ``cotenant profile`` measured, and which engines there are beside it."""
     out: list[RenderableType] = []
-    lines: list[str] = []
-    for service, opened in engines.items():
-        for one in opened:
-            lines.append(f"{service}: {one['variant']} on {one['device']} by {one['engine']}")
-            lines += [f"    {line}" for line in one["executed"]]
-            times = [f"{rows} on {units}: {ns / MS:.3g} ms" for units, rows, ns in one["measured"]]
-            lines += [f"    rows on units: {', '.join(times)}"] if times else []
-    _section(out, "Engines of this moment", list(dict.fromkeys(lines)))
+    told = [
+        tuple(_engine_lines(service, one)) for service, opened in engines.items() for one in opened
+    ]
+    alike = dict.fromkeys(told)  # instances that say the same say it once
+    _section(out, "Engines of this moment", [line for lines in alike for line in lines])
     return Group(*out)
+
+
+def _engine_lines(service: str, one: dict[str, Any]) -> Iterator[str]:
+    yield f"{service}: {one['variant']} on {one['device']} by {one['engine']}"
+    yield from (f"    {line}" for line in one["executed"])
+    if one["measured"]:
+        yield f"    rows on units: {_times(one['measured'])}"
+    if profile := one["profile"]:
+        where = profile["device"] or profile["kind"]
+        yield f"    profiled by {profile['engine']} on {where}: {_times(profile['measured'])}"
+    able = [other["engine"] for other in one["others"] if not other["refusal"]]
+    if able:
+        yield f"    {', '.join(able)} could open it too: say engine: NAME in its model.yaml"
+    for other in one["others"]:
+        if other["refusal"]:
+            yield f"    {other['engine']} could not: {other['refusal']}"
+
+
+def _times(measured: list[tuple[int, int, int]]) -> str:
+    return ", ".join(f"{rows} on {units}: {ns / MS:.3g} ms" for units, rows, ns in measured)
 
 
 def explain_view(told: Explanation) -> RenderableType:

@@ -18,6 +18,7 @@ from cotenant.devices.npu import NpuDevice
 from cotenant.devices.null import NullDevice
 from cotenant.devices.nvidia.device import CudaDevice
 from cotenant.domain.config import NodeConfig, parse_config
+from cotenant.domain.device import PreemptLevel
 from cotenant.domain.device_config import (
     CpuConfig,
     CudaConfig,
@@ -76,6 +77,19 @@ def make_device(config: DeviceConfig, state: Path) -> Device:
             return CudaDevice(config, state)
         case NpuConfig():
             return NpuDevice(config)
+
+
+def make_bare(config: DeviceConfig, state: Path) -> Device:
+    """As ``make_device``, for models alone: nothing is prepared for jobs, and nothing is made more
+    urgent than what else runs here."""
+    match config:
+        case CpuConfig():
+            memory = config.memory, config.kv
+            return CpuDevice(config.id, config.cores, "never", config.pin, memory, reclaims=False)
+        case CudaConfig():
+            return CudaDevice(msgspec.structs.replace(config, preempt=PreemptLevel.NONE), state)
+        case _:
+            return make_device(config, state)
 
 
 async def serve(config: NodeConfig) -> None:

@@ -1,9 +1,9 @@
 """The contract between a node and a device kind. To add one, see docs/howto-device.md.
 
 A tenant (a model instance or a job) passes through ``launch``, before it has a process, ``attach``,
-``bind`` or ``grant`` and ``revoke`` any number of times, and ``detach``. Calls return when the
-thing is done, raise ``DeviceError`` when it cannot be, and may be made only between ``open`` and
-``close``. ``tests/contract/test_devices.py`` runs against every device.
+perhaps ``adopt``, ``bind`` or ``grant`` and ``revoke`` any number of times, and ``detach``. Calls
+return when the thing is done, raise ``DeviceError`` when it cannot be, and may be made only between
+``open`` and ``close``. ``tests/contract/test_devices.py`` runs against every device.
 
 Who calls, and when (``cotenant.runtime.fleet``):
 
@@ -30,6 +30,7 @@ from cotenant.domain.device import (
     Tenant,
     TenantFacts,
 )
+from cotenant.domain.reservation import Adopted
 
 
 class Device(Protocol):
@@ -66,6 +67,10 @@ class Device(Protocol):
         ``pid`` is the process of a model instance, which is prepared for urgent work. For a job
         it is the process above it: what descends from that is the job, and runs nowhere until it
         is granted space."""
+
+    def adopt(self, job: str, process: Adopted) -> None:
+        """Take a process that does not descend from that of ``attach``, with all that descends from
+        it, for a part of the job. Raises DeviceError for a job that was never attached."""
 
     def detach(self, tenant: str) -> None:
         """Forget a tenant: its processes are gone, or are to run freely. No effect on one that

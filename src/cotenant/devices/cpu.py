@@ -37,6 +37,7 @@ import resource
 import signal
 import threading
 import time
+from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
@@ -57,6 +58,7 @@ from cotenant.domain.device import (
     TenantKind,
 )
 from cotenant.domain.errors import DeviceError, EnvironmentProblem
+from cotenant.domain.reservation import Adopted
 from cotenant.domain.units import MS, US, S, format_bytes
 
 NODE_PRIORITY = 10
@@ -87,6 +89,8 @@ class _Job(msgspec.Struct):
     root: int
     footprint: Footprint = msgspec.field(default_factory=Footprint)
     granted: dict[str, tuple[int, ...]] = {}
+    adopted: dict[int, int] = {}
+    """Processes that do not descend from the root, and when they started (ticks)."""
     pids: list[int] = []
     """Parents first."""
     watching: set[int] = set()
@@ -121,7 +125,8 @@ class CpuDevice:
     ``cores``: the cores to use (None: all this process may run on). ``realtime``: "auto" uses
     SCHED_FIFO where allowed, "never" does not, "require" raises EnvironmentProblem without.
     ``pin``: whether workers are bound to their partition's cores. ``memory``: bytes for tenants (0:
-    all that the machine has), and those of them for pools of keys and values.
+    all that the machine has), and those of them for pools of keys and values. ``reclaims``: whether
+    to look for a way to take memory from jobs, which may make control groups.
     """
 
     blocking = False
@@ -133,15 +138,18 @@ class CpuDevice:
         realtime: str = "auto",
         pin: bool = True,
         memory: tuple[int, int] = (0, 0),
+        reclaims: bool = True,
     ) -> None:
         self._id = device_id
         self._wanted = cores
         self._realtime_mode = realtime
         self._pin = pin
         self._memory, self._kv = memory
+        self._reclaims = reclaims
         self._reclaim: Reclaim | None = None
         self._realtime = False
         self._cores: tuple[int, ...] = ()
+        self._model = ""
         self._limits: list[str] = []
         self._jobs: dict[str, _Job] = {}
         self._workers: dict[str, _Worker] = {}
@@ -168,6 +176,7 @@ class CpuDevice:
                 f"has, {format_bytes(physical_memory())}"
             )
         self._cores = tuple(sorted(wanted))
+        self._model = model_name()
         self._limits = []
         self._realtime = self._realtime_mode != "never" and try_realtime()
         if self._realtime_mode == "require" and not self._realtime:
@@ -175,8 +184,8 @@ class CpuDevice:
                 f"device {self._id}: real-time priority is required but not allowed; grant "
                 "CAP_SYS_NICE (or an rtprio limit of at least 20), or set realtime: auto"
             )
-        self._reclaim, why = reclaim.find()
-        if self._reclaim is None:
+        self._reclaim, why = reclaim.find() if self._reclaims else (None, "")
+        if why:
             self._limits.append(f"jobs give memory back only if they can be asked: {why}")
         if not self._pin:
             self._limits.append("workers are not pinned: partitions bind jobs only")
@@ -215,6 +224,7 @@ class CpuDevice:
             evicts=self._reclaim is not None,
             eviction=PAGING,
             kv=self._kv,
+            model=self._model,
         )
 
     def repartition(self, partitions: tuple[Partition, ...]) -> None:
@@ -250,6 +260,11 @@ class CpuDevice:
             self._look_at_worker(found)
         return self._level
 
+    def adopt(self, job: str, process: Adopted) -> None:
+        found = self._find(job)
+        found.adopted[process.pid] = process.start
+        self._look_at_job(found, proctree.scan())
+
     def detach(self, tenant: str) -> None:
         self._workers.pop(tenant, None)
         found = self._jobs.pop(tenant, None)
@@ -276,7 +291,7 @@ class CpuDevice:
     def _attach_job(self, job: str, pid: int) -> None:
         found = self._jobs[job] = _Job(root=pid, stopped=True)
         # So far it ran on any core; what it forks just after a single look would go on doing so.
-        proctree.freeze(pid)
+        proctree.freeze(pid, found.adopted)
         self._look_at_job(found, proctree.scan())
 
     def grant(self, job: str, partition: Partition) -> None:
@@ -325,7 +340,7 @@ class CpuDevice:
 
     def _look_at_job(self, job: _Job, table: dict[int, proctree.Stat]) -> None:
         """See what became of a job: newcomers and strays are brought into line."""
-        pids = proctree.descendants(job.root, table)
+        pids = proctree.family(job.root, job.adopted, table)
         watching = proctree.watchers(pids, table)
         seen = [_Thread(tid, _thread_ticks(tid)) for tid in proctree.threads(pids)]
         confined = job.cores
@@ -420,6 +435,15 @@ def try_realtime() -> bool:
         return False
     os.sched_setscheduler(0, *before)
     return True
+
+
+def model_name(proc: Path = Path("/proc")) -> str:
+    """The processor's; "" where the kernel does not say (it does on x86)."""
+    for line in (proc / "cpuinfo").read_text(errors="replace").splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return ""
 
 
 def physical_memory() -> int:

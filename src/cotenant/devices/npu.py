@@ -25,6 +25,7 @@ from cotenant.domain.device import (
 from cotenant.domain.device_config import NpuConfig
 from cotenant.domain.errors import DeviceError, EnvironmentProblem
 from cotenant.domain.npu import Emulated, Present
+from cotenant.domain.reservation import Adopted
 from cotenant.domain.units import MS, format_bytes
 
 
@@ -38,7 +39,9 @@ class NpuDevice:
         self._find = find
         self._there: Npu | None = None
         pinned = bool(config.emulate)
-        self._cores = CpuDevice(config.id, config.emulate or None, realtime="never", pin=pinned)
+        self._cores = CpuDevice(
+            config.id, config.emulate or None, realtime="never", pin=pinned, reclaims=False
+        )
         self._whole = Partition(f"{config.id}:emulated", config.id, config.emulate)
         self._emulated = Emulated(len(config.emulate), config.memory, config.operators)
         self.blocking = not pinned
@@ -58,16 +61,23 @@ class NpuDevice:
             limits=(self._said(),),
             trains=False,
             operators=() if self._config.device else self._emulated.operators,
+            model=self._model,
         )
 
     @property
     def _memory(self) -> int:
         return self._config.memory or (self._there.memory if self._there is not None else 0)
 
+    @property
+    def _model(self) -> str:
+        if self._config.device:
+            return (self._there.name if self._there is not None else "") or self._config.device
+        cores = self._emulated.cores
+        return f"EMULATED NPU: {cores} core{'s' * (cores > 1)} of {self._cores.spec.model}"
+
     def _said(self) -> str:
         if self._config.device:
-            name = self._there.name if self._there is not None else ""
-            return f"{name or self._config.device}: driven through OpenVINO, untested on hardware"
+            return f"{self._model}: driven through OpenVINO, untested on hardware"
         listed = ", ".join(map(str, self._config.emulate))
         return f"EMULATED: no NPU, but the CPU's cores {listed}; its times say nothing of one"
 
@@ -117,6 +127,9 @@ class NpuDevice:
         if tenant.kind is TenantKind.WORKER:
             self._cores.bind(tenant.id, self._whole)
         return PreemptLevel.NONE
+
+    def adopt(self, job: str, process: Adopted) -> None:
+        self._cores.adopt(job, process)
 
     def detach(self, tenant: str) -> None:
         self._cores.detach(tenant)

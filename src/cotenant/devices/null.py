@@ -16,6 +16,7 @@ from cotenant.domain.device import (
     TenantKind,
 )
 from cotenant.domain.errors import DeviceError
+from cotenant.domain.reservation import Adopted
 
 STAND_IN = (
     "a stand-in: models and jobs on it run on this machine's processor, and nothing confines them"
@@ -83,6 +84,9 @@ class NullDevice:
         else:
             self._workers.add(tenant.id)
         return self._spec.preempt
+
+    def adopt(self, job: str, process: Adopted) -> None:
+        self._held(job)
 
     def detach(self, tenant: str) -> None:
         self._grants.pop(tenant, None)

@@ -30,7 +30,7 @@ def look(proc: Path = Path("/proc"), cgroups: Path = reclaim.CGROUPS) -> Process
     """What is there now. Tries real-time priority on this thread for a moment."""
     way, why = reclaim.way(proc, cgroups)
     return ProcessorFacts(
-        name=model_name(proc),
+        name=cpu.model_name(proc),
         cores=tuple(sorted(os.sched_getaffinity(0))),
         online=os.sysconf("SC_NPROCESSORS_ONLN"),
         memory=cpu.physical_memory(),
@@ -70,12 +70,3 @@ def memory(way: str, why: str) -> Feature:
             ),
         ),
     )
-
-
-def model_name(proc: Path = Path("/proc")) -> str:
-    """The model's name; "" where the kernel does not say (it does on x86)."""
-    for line in (proc / "cpuinfo").read_text(errors="replace").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            return value.strip()
-    return ""

@@ -142,6 +142,21 @@ def descendants(root: int, table: Mapping[int, Stat] | None = None) -> list[int]
     return [pid for pid in tree[1:] if not table[pid].is_dead]
 
 
+def family(
+    root: int, adopted: Mapping[int, int], table: Mapping[int, Stat] | None = None
+) -> list[int]:
+    """``descendants`` of ``root``, and those processes that were ``adopted`` with all that descends
+    from them: pid and ``start_time`` of each; who has such a pid since is left alone."""
+    table = scan() if table is None else table
+    found = dict.fromkeys(descendants(root, table))
+    for pid, start in adopted.items():
+        there = table.get(pid)
+        if there is not None and there.start == start and not there.is_dead:
+            found[pid] = None
+            found.update(dict.fromkeys(descendants(pid, table)))
+    return list(found)
+
+
 def threads(pids: Iterable[int]) -> list[int]:
     """Thread ids of these processes; scheduling and affinity are per thread."""
     ids: list[int] = []
@@ -164,15 +179,17 @@ def run_delays() -> dict[int, int]:
     return delays
 
 
-def cpu_seconds(root: int, table: Mapping[int, Stat] | None = None) -> float:
-    """CPU seconds used by everything below ``root``, the dead that were waited for included.
+def cpu_seconds(
+    root: int, adopted: Mapping[int, int], table: Mapping[int, Stat] | None = None
+) -> float:
+    """CPU seconds used by a ``family``, the dead that were waited for included.
 
     The root's own time is left out. Processes whose parent ignores SIGCHLD are lost from the
     sum when they end: the kernel adds them to nobody.
     """
     table = scan() if table is None else table
     ticks = table[root].reaped_ticks if root in table else 0
-    for pid in descendants(root, table):
+    for pid in family(root, adopted, table):
         ticks += table[pid].cpu_ticks + table[pid].reaped_ticks
     return ticks / TICKS_PER_SECOND
 
@@ -285,12 +302,12 @@ def continue_again(pids: Iterable[int]) -> None:
         send([pid], signal.SIGCONT)
 
 
-def freeze(root: int) -> None:
-    """Stop all that is below ``root``, again until nobody new turns up."""
+def freeze(root: int, adopted: Mapping[int, int]) -> None:
+    """Stop a ``family``, again until nobody new turns up."""
     stopped: set[int] = set()
     for _ in range(_PASSES):
         table = scan()
-        tree = descendants(root, table)
+        tree = family(root, adopted, table)
         new = [pid for pid in tree if pid not in stopped]
         if not new:
             break

@@ -55,8 +55,8 @@ PROCESSOR = "COTENANT_PROCESSOR"
 """Environment variable of a model instance, for ``Launch``: what it executes on. ``cpu`` (also if
 it is not set), or ``cuda:`` and a GPU: its UUID, or its ordinal among those that the process sees.
 With ``cuda-subsets:`` before the GPU the units of partitions are its groups of multiprocessors, as
-``cotenant.engines.cuda.subsets`` numbers them; otherwise an execution has all of it. An emulated
-NPU is as ``cotenant.domain.npu`` writes it."""
+``cotenant.engines.cuda.subsets`` numbers them; otherwise an execution has all of it. NPUs are as
+``cotenant.domain.npu`` writes them."""
 CPU = "cpu"
 CUDA = "cuda:"
 CUDA_SUBSETS = "cuda-subsets:"
@@ -70,7 +70,9 @@ class Launch(msgspec.Struct, frozen=True):
     paths (joined by ":"), before what the owner has there. ``limits`` (``RLIMIT_x``: soft, hard);
     a hard limit that is lower already stays. ``cgroup``: the directory of the control group that a
     job is to be in; "" if it is the same to the device. ``own_memory``: what a job may have is
-    memory of the device, which is not counted as its processes'; on the host it has no limit."""
+    memory of the device, which is not counted as its processes'; on the host it has no limit.
+    ``mounts``: paths of this host that the variables speak of, for a process that sees another
+    file system."""
 
     env: dict[str, str] = {}
     limits: dict[int, tuple[int, int]] = {}
@@ -78,6 +80,7 @@ class Launch(msgspec.Struct, frozen=True):
     fixed: dict[str, str] = {}
     prepend: dict[str, str] = {}
     own_memory: bool = False
+    mounts: tuple[str, ...] = ()
 
     def applied(self, owned: Mapping[str, str]) -> dict[str, str]:
         """The whole environment of a process whose owner wants these variables."""
@@ -166,6 +169,9 @@ class DeviceSpec(msgspec.Struct, frozen=True):
     them; 0: each may have its limit."""
     hardware: str = ""
     """What it is in the machine, where that can be named (a GPU's UUID): no two devices are one."""
+    model: str = ""
+    """What sort of device it is: its maker's name, and how it is divided. What is emulated says so.
+    Times that were measured on one device hold for others of its kind and model."""
 
     @property
     def compute(self) -> int:

@@ -108,12 +108,12 @@ class Foretold(msgspec.Struct, frozen=True, array_like=True):
 class VersionOffered(_Event, frozen=True):
     """A version of a service's model is there to be loaded. ``revision`` tells files that bear the
     same version apart: a greater one takes the place of what was offered or serves under it.
-    ``foretold``: what is known of it."""
+    ``foretold``: what is known of it, by kind of device."""
 
     service: str
     version: str
     revision: int = 0
-    foretold: Foretold | None = None
+    foretold: tuple[Foretold, ...] = ()
 
 
 class VersionGone(_Event, frozen=True):
@@ -188,7 +188,8 @@ class JobQueued(_Event, frozen=True):
     ``guaranteed`` and ``limit`` are shares of the compute of that kind. Of ``memory`` bytes, which
     it may have, it is guaranteed ``kept`` (-1: all) if it can be made to give the rest, else all.
     When it is to stop it may take ``grace`` ns. On devices of ``apart`` it was seen not to yield,
-    or no job does: it shares no space with services there."""
+    or no job does: it shares no space with services there. One that stands for a reservation names
+    its ``device``, and has ``own`` units of that for itself."""
 
     job: str
     weight: float = 1.0
@@ -200,6 +201,8 @@ class JobQueued(_Event, frozen=True):
     kept: int = -1
     gives: bool = False
     apart: tuple[str, ...] = ()
+    device: str = ""
+    own: int = 0
 
 
 class JobReady(_Event, frozen=True):
@@ -337,6 +340,7 @@ def service_added(
 def job_queued(spec: JobSpec, gives: bool = False, apart: tuple[str, ...] = ()) -> JobQueued:
     """The event of a job that wants to run; ``gives``: it runs already, and can be asked for
     memory; ``apart``: devices on which it does not yield."""
+    reserved = spec.reservation
     return JobQueued(
         job=spec.id,
         weight=spec.weight,
@@ -348,4 +352,6 @@ def job_queued(spec: JobSpec, gives: bool = False, apart: tuple[str, ...] = ()) 
         kept=spec.memory if spec.memory_guaranteed is None else spec.memory_guaranteed,
         gives=gives,
         apart=apart,
+        device=reserved.device if reserved is not None else "",
+        own=reserved.units if reserved is not None else 0,
     )

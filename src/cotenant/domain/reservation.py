@@ -19,9 +19,9 @@ class Reservation(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     Of ``device`` either a ``share`` of its time (0..1; the rest of the device may be borrowed up
     to ``limit``), or so many ``units`` of its own (cores, groups of multiprocessors, compute slices
-    of a MIG instance), on which no service is planned. ``memory`` in bytes is guaranteed with it (0:
-    none is). ``within``: the longest (ns) that its processes may be kept from what is theirs; 0: as
-    long as guarantees are paid within. ``name`` is for people.
+    of a MIG instance; all of a device that only serves), on which no service is planned. ``memory``
+    in bytes is guaranteed with it (0: none is). ``within``: the longest (ns) that its processes may
+    be kept from what is theirs; 0: as long as guarantees are paid within. ``name`` is for people.
     """
 
     id: str
@@ -52,8 +52,8 @@ class Adopted(msgspec.Struct, frozen=True):
 
 
 class ReservationStatus(msgspec.Struct, frozen=True):
-    """A reservation as it stands: ``waiting`` for its space, ``ready`` for processes, or ``held``
-    by a user; ``reason`` says what it waits for. ``partitions`` are those that it has now.
+    """A reservation as it stands: ``waiting`` for its space (``reason`` says for what), or
+    ``ready`` for processes. ``partitions`` are those that are its own.
 
     Once it is ready, a process needs ``env`` in its environment, what ``prepend`` says at the front
     of its lists of paths (joined by ":"), and the host's ``mounts`` at the same paths, to be

@@ -98,6 +98,9 @@ class JobFacts(msgspec.Struct, frozen=True):
     """One job, on a ``kind`` of device, of whose compute the shares are; ``memory``: bytes
     that it cannot be made to give. On devices of ``apart`` it runs only where no service does.
 
+    One that stands for a reservation is on its ``device`` alone (the shares are then of that), and
+    has ``own`` units there for itself.
+
     ``rate`` is its progress per second over ``RATE_WINDOW``, in which it held so many units for the
     shares of the time that ``units`` tells; ``grants`` is how often per second it was given space,
     each time counted as the part that it was of what the job then held. ``held_ns``:
@@ -115,6 +118,8 @@ class JobFacts(msgspec.Struct, frozen=True):
     units: dict[int, float] = {}
     grants: float = 0.0
     apart: tuple[str, ...] = ()
+    device: str = ""
+    own: int = 0
 
 
 class Snapshot(msgspec.Struct, frozen=True):

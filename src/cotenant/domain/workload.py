@@ -7,6 +7,7 @@ from typing import Final
 
 import msgspec
 
+from cotenant.domain.reservation import Reservation
 from cotenant.domain.units import MS, S
 
 PRIORITY_CLASSES: Final = 3
@@ -158,6 +159,8 @@ class JobSpec(msgspec.Struct, frozen=True):
     """Nanoseconds between SIGTERM and SIGKILL when the job is stopped."""
     log_limit: int = 64 * 2**20
     """Bytes of log kept per job (the newest)."""
+    reservation: Reservation | None = None
+    """What it was made for: it has no command then, and its processes are adopted."""
 
 
 class JobState(enum.Enum):

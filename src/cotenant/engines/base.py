@@ -256,6 +256,14 @@ class Opening(NamedTuple):
     target: Target = ON_CPU
 
 
+class Candidate(msgspec.Struct, frozen=True, array_like=True):
+    """An engine by name, as one that could open a model. ``refusal``: why it cannot, "" if it can
+    as far as that is known before it is tried."""
+
+    name: str
+    refusal: str = ""
+
+
 class EngineKind(Protocol):
     """An engine as one that could be opened: what an entry point of the group ``cotenant.engines``
     names (``engines.registry``). To import it is cheap: libraries are imported when it opens."""

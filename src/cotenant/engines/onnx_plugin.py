@@ -108,7 +108,13 @@ class OnnxRuntimePlugin:
     def refuses(self, opening: Opening) -> str:
         if opening.settings.engine != self.name:
             return "it is taken where model.yaml names it"
-        return "" if opening.target.on_cpu else "it is for services on the CPU's cores"
+        if not opening.target.on_cpu:
+            return "it is for services on the CPU's cores"
+        try:
+            _provider(opening.settings.plugin)
+        except ModelError as error:
+            return str(error)
+        return ""
 
     def open(self, opening: Opening) -> Engine:
         return PluginEngine(opening.path, opening.units, opening.settings.plugin)

@@ -1,4 +1,4 @@
-"""Which engines there are, and which of them opens a model.
+"""Which engines there are, which of them could open a model, and which does.
 
 They are entry points of the group ``cotenant.engines``, this package's own and others' alike.
 """
@@ -8,14 +8,17 @@ from __future__ import annotations
 import difflib
 import functools
 import logging
+from collections.abc import Iterable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Final, NoReturn
 
+import msgspec
+
 from cotenant.domain.config import AUTO
 from cotenant.domain.errors import ModelError
 from cotenant.domain.port import Language
-from cotenant.engines.base import EngineKind, Opening, Speaking
+from cotenant.engines.base import Candidate, EngineKind, Opening, Speaking
 
 log = logging.getLogger("cotenant.engines")
 GROUP: Final = "cotenant.engines"
@@ -43,22 +46,51 @@ def choose(opening: Opening) -> EngineKind:
     """The engine for a model: the one that its settings name, else the first that does not refuse.
     Raises ModelError, which says why each of those that could be meant does."""
     name, wanted = opening.path.name, opening.settings.engine
-    known = kinds()
-    able = [kind for kind in known if name.endswith(kind.suffixes)]
+    able = _of_file(name)
     if not able:
         ends = ", ".join(suffixes()) or "none: is cotenant installed?"
         raise ModelError(f"{name}: no engine for this kind of file; known: {ends}")
     if wanted != AUTO:
         able = [kind for kind in able if kind.name == wanted] or _not_by(wanted, name)
     reasons: dict[str, None] = {}
-    for kind in able:
-        why = kind.refuses(opening)
-        if not why and opening.settings.draft and not kind.drafts:
-            why = "it takes no draft model; leave out draft"
+    for kind, why in _asked(able, opening, wanted):
         if not why:
             return kind
         reasons[f"{kind.name}: {why}"] = None
     raise ModelError(f"{name}: {'; '.join(reasons)}")
+
+
+def candidates(opening: Opening) -> tuple[Candidate, ...]:
+    """Every engine that opens files of this kind, by preference, and whether it would open this one
+    if ``engine`` named it."""
+    found: dict[str, dict[str, None]] = {}
+    for kind in _of_file(opening.path.name):
+        for _, why in _asked((kind,), opening, kind.name):
+            found.setdefault(kind.name, {})[why] = None
+    # Kinds for different processors share a name: one that can is enough.
+    return tuple(
+        Candidate(name, "" if "" in reasons else "; ".join(reasons))
+        for name, reasons in found.items()
+    )
+
+
+def _of_file(name: str) -> list[EngineKind]:
+    return [kind for kind in kinds() if name.endswith(kind.suffixes)]
+
+
+def _asked(
+    able: Iterable[EngineKind], opening: Opening, engine: str
+) -> Iterator[tuple[EngineKind, str]]:
+    """Each of these with why it refuses the model where its settings name this ``engine``."""
+    settings = msgspec.structs.replace(opening.settings, engine=engine)
+    for kind in able:
+        try:
+            why = kind.refuses(opening._replace(settings=settings))
+        except Exception as error:  # somebody else's code, which may raise anything
+            why = f"it fails: {type(error).__name__}: {error}"
+        if not why and settings.draft and not kind.drafts:
+            why = "it takes no draft model; leave out draft"
+        yield kind, why
 
 
 def _not_by(wanted: str, name: str) -> NoReturn:

@@ -127,6 +127,7 @@ class Specs:
     def open(self) -> None:
         """Raises EnvironmentProblem if the folder cannot be used."""
         files.make_folder(self._folder)
+        files.clean(self._folder, DRIVER)
 
     def write(self, uid: str, content: dict[str, Any]) -> bool:
         """Whether anything had to be written. Raises EnvironmentProblem."""

@@ -91,6 +91,7 @@ class Checkpoint:
     def open(self) -> None:
         """Read everything. Raises EnvironmentProblem if the folder cannot be used."""
         files.make_folder(self._folder, 0o700)
+        files.clean(self._folder)
         try:
             found = sorted(self._folder.iterdir())
             contents = {path: path.read_bytes() for path in found if path.suffix == _KEPT}

@@ -27,14 +27,21 @@ def problem(path: Path, exc: OSError) -> EnvironmentProblem:
 
 
 def make_folder(path: Path, mode: int = 0o755) -> None:
-    """Make a folder, if it is not there, and drop what an interrupted ``write`` left in it.
-    Raises EnvironmentProblem."""
+    """Make a folder, if it is not there. Raises EnvironmentProblem."""
     try:
         path.mkdir(mode=mode, parents=True, exist_ok=True)
-        for part in path.glob(f".*{_PART}"):
-            part.unlink(missing_ok=True)
     except OSError as exc:
         raise problem(path, exc) from None
+
+
+def clean(folder: Path, prefix: str = "") -> None:
+    """Drop what interrupted writes of files of these names have left. Nobody may be writing them.
+    Raises EnvironmentProblem."""
+    try:
+        for part in folder.glob(f".{prefix}*{_PART}"):
+            part.unlink(missing_ok=True)
+    except OSError as exc:
+        raise problem(folder, exc) from None
 
 
 def write(path: Path, data: bytes, mode: int = 0o600) -> None:

@@ -2,7 +2,8 @@
 
 ``pluginregistration`` v1, ``dra`` v1 and ``dra-health`` v1alpha1 with its like v1, as in
 kubernetes/kubelet ``pkg/apis``. Kubernetes 1.36 has v1alpha1 of the health service, 1.37 both, and
-1.40 is to have v1 alone (kubernetes/kubernetes#139477). Field names and numbers are the wire format. The messages live in a descriptor pool of their own.
+1.40 is to have v1 alone (kubernetes/kubernetes#139477). Field names and numbers are the wire
+format. The messages live in a descriptor pool of their own.
 
 A line of a table is ``number name type``; ``type`` is a scalar or a message or enum of the table,
 ``repeated``, ``optional`` or ``map`` (whose keys are strings) before it. ``Name = A B`` is an enum

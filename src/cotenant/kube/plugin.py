@@ -86,12 +86,17 @@ class Plugin:
         files.write(self._paths.hook, source, 0o644)
         checkpoint = Checkpoint(self._paths.checkpoint)
         checkpoint.open()
+        specs = Specs(self._paths.cdi)
+        try:
+            specs.open()
+        except EnvironmentProblem as exc:
+            log.error("%s", exc)  # claims that need it say so too
         command = (str(self._paths.python), "-I", "-S", str(self._paths.hook))
         self._preparer = Preparer(
             self._node,
             self._cluster,
             checkpoint,
-            Specs(self._paths.cdi),
+            specs,
             Site(self._pool, (*command, str(self._paths.control)), self._paths.boot()),
         )
         self._recover()

@@ -97,7 +97,6 @@ class Preparer:
         self._pool, self._hook, self._boot = site
         self._turns = Turns()
         self._booking = threading.Lock()
-        self._unfinished: set[str] = set()
         self._forgotten = Forgotten(cluster)
         self._leaving = threading.Event()
         self.problems: dict[str, str] = {}
@@ -123,7 +122,6 @@ class Preparer:
         _check(ref)
         with self._turns.of(ref.uid, deadline) as turn:
             entry = self._entered(ref)
-            self._unfinished.discard(ref.uid)
             try:
                 self._reserve(entry)
                 edits = _edits(entry, self._ready(entry, turn, deadline))
@@ -150,50 +148,52 @@ class Preparer:
             else:
                 self._specs.remove(ref.uid)
                 self._checkpoint.drop(ref.uid)
-            self._unfinished.discard(ref.uid)
 
     # -- at start, and from time to time
 
     def recover(self) -> None:
-        """What a start owes to the claims of former runs, without the node: CDI specs of what is
+        """What is owed to the claims of former runs, without the node: CDI specs of what is
         prepared (a boot has removed them), none of anything else. Raises EnvironmentProblem."""
-        for entry in self._checkpoint.entries():
-            if not entry.prepared:
-                self._unfinished.add(entry.uid)
-                self._specs.remove(entry.uid)
-            elif self._write_spec(entry.uid, entry.edits):
-                log.info("wrote the CDI spec of claim %s/%s anew", entry.namespace, entry.name)
-        known = {entry.uid for entry in self._checkpoint.entries()} | self._checkpoint.lost
-        for uid in self._specs.claims() - known:
-            self._specs.remove(uid)
+        known = {entry.uid for entry in self._checkpoint.entries()}
+        for uid in known | self._specs.claims():
+            with self._free(uid) as free:
+                entry = self._checkpoint.get(uid)
+                if not free or uid in self._checkpoint.lost:
+                    continue
+                if entry is None or not entry.prepared:
+                    self._specs.remove(uid)
+                elif self._write_spec(uid, entry.edits):
+                    log.info("wrote the CDI spec of claim %s/%s anew", entry.namespace, entry.name)
 
     def reconcile(self) -> None:
         """Bring node and disk in step with what was promised: reserve again what the node has
         lost, describe anew what has changed, take back what was never finished and is no longer
         wanted. Raises EnvironmentProblem; the next call goes on."""
         there = {s.reservation.id: s for s in _asked(self._node.reservations)}
-        for entry in self._checkpoint.entries():
-            with self._free(entry.uid) as current:
-                if current is not None and current.prepared:
-                    self._keep(current, there)
-        for uid in sorted(self._unfinished):
-            with self._free(uid) as current:
-                if current is None or current.prepared:
-                    self._unfinished.discard(uid)
-                elif not self._wanted(current):
-                    self._take_back(current)
-                    self._unfinished.discard(uid)
+        unfinished = []
+        for each in self._checkpoint.entries():
+            with self._free(each.uid) as free:
+                entry = self._checkpoint.get(each.uid)
+                if free and entry is not None and entry.prepared:
+                    self._keep(entry, there)
+                elif free and entry is not None:
+                    unfinished.append(entry.uid)
+        for uid in unfinished:
+            with self._free(uid) as free:
+                entry = self._checkpoint.get(uid)
+                if free and entry is not None and not entry.prepared and not self._wanted(entry):
+                    self._take_back(entry)
 
     @contextlib.contextmanager
-    def _free(self, uid: str) -> Iterator[Entry | None]:
-        """The claim's entry, with its turn; None also where another call has that."""
+    def _free(self, uid: str) -> Iterator[bool]:
+        """The claim's turn, if no other call has it; whether that is so."""
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(self._turns.of(uid, 0.0))
             except NotReady:
-                yield None
+                yield False
             else:
-                yield self._checkpoint.get(uid)
+                yield True
 
     def _keep(self, entry: Entry, there: dict[str, ReservationStatus]) -> None:
         statuses = [there[id] for id in entry.ids if id in there]
@@ -323,7 +323,6 @@ class Preparer:
             self._take_back(entry)
         except CotenantError as exc:
             log.warning("claim %s/%s is taken back later: %s", entry.namespace, entry.name, exc)
-            self._unfinished.add(entry.uid)
 
     def _take_back(self, entry: Entry) -> None:
         """Where the node is away, all stays as it was: a spec with what is prepared, and with

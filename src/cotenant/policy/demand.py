@@ -14,6 +14,7 @@ from cotenant.domain.snapshot import ServiceFacts, Snapshot
 from cotenant.domain.units import S
 from cotenant.policy.planstate import PlannerState, Tuning
 from cotenant.policy.pressure import WINDOW, Pressure, note_pressure
+from cotenant.policy.reserved import own_units
 from cotenant.policy.sharing import divide
 from cotenant.policy.utility import Curve
 from cotenant.policy.views import Layout, Verdict, View
@@ -154,15 +155,20 @@ class Demand:
             return []
         layout = state.devices[shared[0].device.id].layout
         shares = self.divide(shared[0], layout) if layout is not None else {}
+        reserved = {j.id for j in shared[0].jobs if j.own}
+        shares = {job: units for job, units in shares.items() if job not in reserved}
         return state.trials.more(shared[0].now, shares, state.curves)
 
     def divide(self, view: View, layout: Layout) -> dict[str, int]:
-        """Whole units of what is left for each job; none if there are more jobs than units."""
-        units = len(layout.free)
-        if len(view.jobs) > units:
-            return {}
-        shares = divide(units, view.jobs, view.device.compute, view.speed_ups)
-        return self._state.trials.applied(shares, view)
+        """Whole units of what is left: for each reservation its own, and of the others for each job
+        some; none for these if they are more than that."""
+        own = own_units(view, layout)
+        units = len(layout.free) - sum(own.values())
+        others = [j for j in view.jobs if j.id not in own]
+        if not others or len(others) > units:
+            return own
+        shares = divide(units, others, view.device.compute, view.speed_ups)
+        return own | self._state.trials.applied(shares, view)
 
     def with_targets(self, view: View) -> View:
         """The view with what jobs are to hold in all: as if all units were divided among them. A

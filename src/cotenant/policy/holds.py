@@ -200,7 +200,7 @@ class Holds:
 
     def open(self, tenant: Tenant, levels: dict[str, PreemptLevel]) -> None:
         """A job may be lent space from now on."""
-        state, compute = self._state, self._desk.compute[tenant.kind]
+        state, compute = self._state, self._desk.compute.get(tenant.kind, 0)
         # What others hold right now counts: a newcomer has no claim on the time before it came.
         beside = [j for j in state.jobs.values() if j.kind == tenant.kind]
         others = (lending.virtual_time(state, j, state.now) for j in beside)
@@ -213,6 +213,8 @@ class Holds:
             place=tenant.place,
             levels=dict(levels),
             apart=tenant.apart,
+            device=tenant.device,
+            own=tenant.own,
             vtime=min(others, default=0),
             since=state.now,
             target=lending.target(state.plan, tenant.id),
@@ -241,6 +243,6 @@ class Holds:
     def below_limit(self) -> list[PartitionState]:
         """Free partitions that a job that is below its limit again may take now."""
         state, compute = self._state, self._desk.compute
-        if all(job.limit >= compute[job.kind] for job in state.jobs.values()):
+        if all(job.limit >= compute.get(job.kind, 0) for job in state.jobs.values()):
             return []
         return [p for p in state.partitions.values() if p.hold == Hold.NONE]

@@ -166,7 +166,8 @@ def _residents(state: DispatcherState) -> None:
 
 def _tenants(state: DispatcherState) -> None:
     running = [t for t in state.tenants.values() if t.phase != Phase.QUEUED]
-    assert not state.most_jobs or len(running) <= state.most_jobs, "too many jobs"
+    counted = sum(not t.device for t in running)
+    assert not state.most_jobs or counted <= state.most_jobs, "too many jobs"
     assert set(state.jobs) <= {t.id for t in running}, "a job that was never started is lent space"
     places = [t.place for t in running if t.place]
     assert len(places) == len(set(places)), "two jobs are bound to one partition"
@@ -182,9 +183,11 @@ def _jobs(state: DispatcherState, compute: dict[str, int]) -> None:
     for job in state.jobs.values():
         assert all(state.partitions[p].kind == job.kind for p in job.held), f"{job.id}: kinds"
         assert all(job.place in ("", p) for p in job.held), f"{job.id}: not where it is bound"
+        there = {state.partitions[p].device for p in job.held}
+        assert not job.device or there <= {job.device}, f"{job.id}: not on its device"
         held = [p for p in state.partitions.values() if p.job == job.id]
         assert sorted(job.held) == sorted(p.id for p in held), f"{job.id}: holds {job.held}"
-        assert job.units == sum(p.compute for p in held) <= compute[job.kind]
+        assert job.units == sum(p.compute for p in held) <= compute.get(job.kind, 0)
         assert job.units <= max(job.limit, 0) or not held, f"{job.id}: over its limit"
     for p in state.partitions.values():
         assert not p.job or p.job in state.jobs, f"{p.id}: held by the unknown job {p.job}"

@@ -42,6 +42,13 @@ def without_services(device: DeviceSpec) -> Layout:
     return unit_layout(device, 0, 1)
 
 
+def job_layouts(device: DeviceSpec) -> list[Layout]:
+    """Layouts of a device without services to which no instance can be added."""
+    if not device.mig:
+        return [without_services(device)]
+    return [_mig_layout(device, (), placed) for placed in _full(table(device.mig))]
+
+
 def _whole(device: DeviceSpec) -> Partition:
     return Partition(f"{device.id}:all", device.id, device.units, device.memory, device.slices)
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Final
 
+from cotenant.policy.reserved import own_instances
 from cotenant.policy.utility import DEAR, LOST
 from cotenant.policy.views import Verdict, View
 
@@ -25,19 +26,22 @@ def share_out(
     what the service leaves, less what each request that finds it idle costs; where that is not
     known it is taken to be much, because to find out it would have to move. Heavier jobs choose
     first; several may share one. A job stays where it is (``present``) if it would not gain more
-    than ``stay`` times. One that is apart here gets a partition without services, or none."""
+    than ``stay`` times. One that is apart here gets a partition without services, or none.
+    Reservations have their own, which nobody shares."""
     layout = verdict.layout
-    own = {p.id: (p.compute, 1.0, 0.0) for p in layout.free}
+    bound = own_instances(view, layout)
+    taken = set(bound.values())
+    own = {p.id: (p.compute, 1.0, 0.0) for p in layout.free if p.id not in taken}
     slots = dict(own)
     if lend:
         for partition, used, asked in zip(layout.mine, verdict.busy, verdict.asked, strict=True):
             slots[partition.id] = partition.compute, max(0.0, 1.0 - used), asked
     if not slots:
-        return 0.0, {}
+        return 0.0, bound
     weights = dict.fromkeys(slots, 0.0)
-    bound: dict[str, str] = {}
     total = 0.0
-    for job in sorted(view.jobs, key=lambda j: (-j.weight, j.id)):
+    free = (j for j in view.jobs if not j.own)
+    for job in sorted(free, key=lambda j: (-j.weight, j.id)):
         speeds, lost = view.speed_ups.get(job.id), view.lost.get(job.id, DEAR)
         values = {
             name: (speeds[compute] if speeds else compute)

@@ -93,15 +93,27 @@ def choose_job(
     for job in candidates:
         if job.kind != partition.kind or job.stopping or job.place not in ("", partition.id):
             continue
+        if job.device not in ("", partition.device):
+            continue
         if partition.services and partition.device in job.apart:
             continue
-        if job.blocked_until > now or job.units + size > job.limit:
+        if job.blocked_until > now or job.units + size > _room(state, job, partition):
             continue
         owed = debt(state, job, now, total_units) if in_debt(state, job, now, total_units) else 0
         key = (-owed, virtual_time(state, job, now), job.id)
         if best_key is None or key < best_key:
             best, best_key = job, key
     return best
+
+
+def _room(state: DispatcherState, job: JobShare, partition: PartitionState) -> int:
+    """Units that a job may hold if it has a partition: what is its own is kept free of its limit
+    until it has that."""
+    if not job.own or job.id in partition.owners:
+        return job.limit
+    held = (state.partitions[name] for name in job.held)
+    own = sum(p.compute for p in held if job.id in p.owners)
+    return job.limit - max(0, job.own - own)
 
 
 def virtual_time(state: DispatcherState, job: JobShare, now: int) -> int:

@@ -89,6 +89,16 @@ class Planner:
         """What ``plan`` would return. Nothing is remembered of it."""
         return copy.deepcopy(self).plan(snapshot)
 
+    def prospects(self, snapshot: Snapshot) -> list[tuple[View, Verdict]]:
+        """How services would do at their recent peaks on the layouts that were planned last."""
+        found = []
+        for view in self._views(snapshot, snapshot.services, Placing(self.state.parts)):
+            memory = self.state.devices.get(view.device.id)
+            if memory is not None and memory.layout is not None:
+                peak = self._demand.at_peak(view)
+                found.append((peak, judge(peak, memory.layout, 0.0)))
+        return found
+
     def _forget_refused(self, snapshot: Snapshot) -> None:
         """Begin anew where a device has not the layout that it was to have."""
         for name, memory in self.state.devices.items():
@@ -110,7 +120,7 @@ class Planner:
         serving devices have too much or the others uneven loads, late (and only if it would hold
         at peak rates) back to serving devices. While some wait to go back, uneven loads wait."""
         state, tuning = self.state, self.tuning
-        devices = self._devices(snapshot)
+        devices, closed = self._for_services(snapshot)
         horizon_s = tuning.horizon / S
         fit = {s.name: set(state.parts.get(s.name, ())) - set(s.unfit) for s in facts}
         asked = {
@@ -118,7 +128,8 @@ class Planner:
         }
         again = [name for name, offer in asked.items() if state.asked.get(name) != offer]
         state.asked = asked
-        changed = members[0] != state.members[0] or not state.version
+        changed = members[0] != state.members[0] or closed != state.closed or not state.version
+        state.closed = closed
         came = changed or bool(again)
         improve = came and tuning.move
         wish = place(facts, devices, state.parts, horizon_s, state.usual, improve)
@@ -144,7 +155,7 @@ class Planner:
     def _patient(self, snapshot: Snapshot, facts: tuple[ServiceFacts, ...], wish: Placing) -> bool:
         """Whether services have been to go elsewhere for long enough."""
         state, tuning = self.state, self.tuning
-        devices = self._devices(snapshot)
+        devices, _ = self._for_services(snapshot)
         homes, present = wish.homes(), Placing(state.parts).homes()
         state.elsewhere_since = state.elsewhere_since or snapshot.now
         patience = tuning.grow_after
@@ -179,13 +190,24 @@ class Planner:
         for device in snapshot.devices:
             if not (device.trains or self.tuning.offload):
                 continue
-            theirs = sum(j.memory for j in snapshot.jobs if j.kind == device.kind)
+            theirs = sum(
+                j.memory if j.device else j.memory // alike[device.kind]
+                for j in snapshot.jobs
+                if j.kind == device.kind and j.device in ("", device.id)
+            )
             if theirs and device.memory and not device.mig:
-                left = max(1, device.memory - theirs // alike[device.kind])
+                left = max(1, device.memory - theirs)
                 found.append(msgspec.structs.replace(device, memory=left))
             else:
                 found.append(device)
         return sorted(found, key=lambda d: d.trains)
+
+    def _for_services(self, snapshot: Snapshot) -> tuple[list[DeviceSpec], tuple[str, ...]]:
+        """The devices that services may be placed on, and those that are closed to them: of a
+        device that only serves a reservation has all, and nothing is lent there."""
+        taken = {j.device for j in snapshot.jobs if j.own}
+        closed = tuple(d.id for d in snapshot.devices if d.id in taken and not d.trains)
+        return [d for d in self._devices(snapshot) if d.id not in closed], closed
 
     def _views(
         self, snapshot: Snapshot, facts: tuple[ServiceFacts, ...], placing: Placing
@@ -219,9 +241,7 @@ class Planner:
         """Which jobs can run on which device: all on all, unless one binds them; then each is
         where it was, or where the fewest are."""
         if not any(d.pins_jobs for d in devices):
-            return {
-                d.id: tuple(j for j in snapshot.jobs if j.kind in ("", d.kind)) for d in devices
-            }
+            return {d.id: tuple(j for j in snapshot.jobs if _able(j, d)) for d in devices}
         there: dict[str, list[JobFacts]] = {d.id: [] for d in devices}
         owner = {p.id: p.device for p in snapshot.plan.partitions}
         homeless: list[JobFacts] = []
@@ -229,7 +249,7 @@ class Planner:
             home = owner.get(self.state.bound.get(job.id, ""), "")
             there.get(home, homeless).append(job)
         for job in homeless:
-            able = [d.id for d in devices if job.kind in ("", d.kind)]
+            able = [d.id for d in devices if _able(job, d)]
             if able:
                 there[min(able, key=lambda d: (len(there[d]), d))].append(job)
         return {device: tuple(jobs) for device, jobs in there.items()}
@@ -294,6 +314,11 @@ class Planner:
         for job, units in shares.items():
             owned[job], rest = tuple(rest[:units]), rest[units:]
         return owned
+
+
+def _able(job: JobFacts, device: DeviceSpec) -> bool:
+    """Whether a job can be on a device."""
+    return job.kind in ("", device.kind) and job.device in ("", device.id)
 
 
 def _members(snapshot: Snapshot) -> Members:

@@ -91,6 +91,8 @@ class PlannerState(msgspec.Struct):
     """Services that are not, and why."""
     asked: dict[str, tuple[int, tuple[str, ...]]] = {}
     """What was offered of services without a place, when they were last looked at."""
+    closed: tuple[str, ...] = ()
+    """Devices that are closed to services, since a reservation has all of them."""
     elsewhere_since: int = 0
     """Since when they should be somewhere else (ns)."""
     uneven_since: int = 0

@@ -94,8 +94,8 @@ class Residency:
         if service.offer:
             self._decline(service, "another was offered since")
         service.offer, service.offer_revision = event.version, event.revision
-        if event.foretold is not None:
-            builds.foretell(service, event.foretold)
+        for known in event.foretold:
+            builds.foretell(service, known)
         service.failures = service.retry_at = 0
         self.settle(service.name)
 
@@ -295,7 +295,8 @@ class Residency:
         ready = service.ready.get(kind, "")
         others = [v.name for v in service.variants.get(worker.version, {}).get(kind, ())]
         spoilt = service.spoilt.get(worker.revision, {}).get(kind, {})
-        return ready if ready in (ORIGINAL, *others) and ready not in spoilt else ""
+        known = ready == ORIGINAL or ready in others  # a starred tuple is not compiled
+        return ready if known and ready not in spoilt else ""
 
     def _make_ready(self, service: ServiceState, here: list[WorkerState], device: str) -> None:
         """Load what is to stand by at a site, if there is memory for it now."""

@@ -372,6 +372,10 @@ class Tenant:
     """Bytes that it was told to have at most; -1: as many as it may."""
     stop_by: int = 0
     """When (ns) it must be gone, else it is killed; 0: it is not being stopped, or was killed."""
+    device: str = ""
+    """The one device that it may be on, where it stands for a reservation."""
+    own: int = 0
+    """Units of that which are its own."""
 
 
 @dataclass
@@ -392,6 +396,10 @@ class JobShare:
     """How it can be made to yield, by device, where that is not what the device says."""
     apart: tuple[str, ...] = ()
     """See ``Tenant``."""
+    device: str = ""
+    """The one device that it may be on; any of its kind if empty."""
+    own: int = 0
+    """Units of that which are its own."""
     stopping: bool = False
     vtime: int = 0
     held: list[str] = field(default_factory=list)

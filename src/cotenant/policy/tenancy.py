@@ -61,6 +61,8 @@ class Tenancy:
                 gives=event.gives,
                 apart=event.apart,
                 grace=event.grace,
+                device=event.device,
+                own=event.own,
             )
             self._choose_kind(tenants[event.job])
         self.settle()
@@ -137,8 +139,8 @@ class Tenancy:
         for tenant in state.tenants.values():
             if tenant.phase != Phase.QUEUED:
                 continue
-            running = sum(t.phase != Phase.QUEUED for t in state.tenants.values())
-            if state.most_jobs and running >= state.most_jobs:
+            running = sum(t.phase != Phase.QUEUED and not t.device for t in state.tenants.values())
+            if state.most_jobs and running >= state.most_jobs and not tenant.device:
                 tenant.waits = f"{running} jobs run, as many as may"
                 continue
             self._start(tenant)
@@ -148,9 +150,13 @@ class Tenancy:
         if not kind:
             self._budgets.exited(tenant.id)  # what it was given while it waited
             return
-        devices = tuple(d for d in self._desk.devices if d.kind == kind and d.trains)
+        devices = tuple(
+            d
+            for d in self._desk.devices
+            if d.kind == kind and d.trains and tenant.device in ("", d.id)
+        )
         place = ""
-        if devices[0].pins_jobs:
+        if devices and devices[0].pins_jobs:
             partition = self._place_of(tenant, kind)
             if partition is None or partition.retiring:
                 tenant.waits = ALONE if tenant.apart else "its partition is not there yet"
@@ -189,19 +195,24 @@ class Tenancy:
     def _choose_kind(self, tenant: Tenant) -> str:
         """Choose the kind of device for a job that is to start; "" if there is no room for it now,
         and then why."""
+        if tenant.device and not self._desk.specs[tenant.device].trains:
+            tenant.kind = self._desk.specs[tenant.device].kind  # nothing runs there that is ours
+            return tenant.kind
         able = [k for k in self._desk.compute if not tenant.kinds or k in tenant.kinds]
         if not able:
             names = " or ".join(tenant.kinds)
             tenant.waits = f"no device of kind {names} trains here"
             return ""
         need = {kind: self._budgets.guaranteed(tenant, kind) for kind in able}
-        roomy = [k for k in able if need[k] <= self._budgets.left(k, tenant.id)]
-        most = self._desk.compute
-        tenant.kind = max(roomy or able, key=lambda k: most[k] / (1 + self._others_on(k, tenant)))
+        left = {kind: self._budgets.left(kind, tenant.id, tenant.device) for kind in able}
+        roomy = [k for k in able if need[k] <= left[k]]
+        compute = self._desk.compute
+        tenant.kind = max(
+            roomy or able, key=lambda k: compute[k] / (1 + self._others_on(k, tenant))
+        )
         if not roomy:
-            left = format_bytes(max(0, *(self._budgets.left(kind, tenant.id) for kind in able)))
-            least = format_bytes(min(need.values()))
-            tenant.waits = f"it needs {least} of memory, others leave {left}"
+            most, least = format_bytes(max(0, *left.values())), format_bytes(min(need.values()))
+            tenant.waits = f"it needs {least} of memory, others leave {most}"
             return ""
         return tenant.kind
 

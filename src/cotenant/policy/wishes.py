@@ -15,6 +15,7 @@ from cotenant.policy.demand import Demand
 from cotenant.policy.judging import RHO_MAX, judge, utilization
 from cotenant.policy.layouts import (
     even_layouts,
+    job_layouts,
     mig_fixed,
     mig_layouts,
     unit_layout,
@@ -24,6 +25,7 @@ from cotenant.policy.layouts import (
 from cotenant.policy.leftover import pauses_of, share_out, worth
 from cotenant.policy.moving import unanswered
 from cotenant.policy.planstate import DeviceMemory, PlannerState, Tuning
+from cotenant.policy.reserved import leaves, most_for_services
 from cotenant.policy.views import Layout, Verdict, View
 
 SPARE: Final = 1.25
@@ -67,6 +69,12 @@ class Wishes:
             return layout, [f"first layout of {device.id}: {_describe(layout)}"]
         if self._is_fixed(device):
             return current, []
+        if device.trains and not leaves(view, current):
+            layout = self._make_room(self._demand.at_peak(view), current, least)
+            if layout != current:
+                memory.wish = None
+                step = f"{_describe(current)} -> {_describe(layout)}"
+                return layout, [f"{step}: space there is reserved"]
         if not device.trains:
             wish = self._wish_even(view, current, came)
         elif not view.services:
@@ -103,15 +111,33 @@ class Wishes:
             return without_services(device)
         if device.mig:
             if tuning.instances is not None:
-                options = mig_fixed(device, tuning.instances)
-            else:
-                options = [x for x in mig_layouts(device, None) if x.compute >= least]
-            verdicts = _judge_all(view, options, 0.0)
-            return min(verdicts, key=lambda v: (v.overload, -self._worth(view, v))).layout
+                return self._best_mig(view, mig_fixed(device, tuning.instances))
+            options = mig_layouts(device, None)
+            return self._best_mig(view, [x for x in options if x.compute >= least])
         if tuning.split is not None:
             return unit_layout(device, *tuning.split)
         usable = sum(s.instances for s in view.services) if tuning.lend else 1
-        return self._fit(view, max(1, least, min(device.compute, usable)))
+        most = max(1, most_for_services(view))
+        return self._fit(view, max(1, least, min(most, usable)))
+
+    def _best_mig(self, view: View, options: list[Layout]) -> Layout:
+        """Of several layouts, the one by which services miss least, and then jobs gain most."""
+        verdicts = _judge_all(view, _leaving(view, options) or options, 0.0)
+        return min(verdicts, key=lambda v: (v.overload, -self._worth(view, v))).layout
+
+    def _make_room(self, view: View, current: Layout, least: int) -> Layout:
+        """The best layout that leaves reservations what is their own; the present one if none
+        does."""
+        device = view.device
+        if not view.services:
+            options = _leaving(view, job_layouts(device))
+        elif device.mig:
+            options = _leaving(view, mig_layouts(device, None))
+            options = [x for x in options if x.compute >= least] or options
+        else:
+            most = min(current.compute, most_for_services(view))
+            return self._fit(view, most) if most > 0 else current
+        return self._best_mig(view, options) if options else current
 
     def _fit(self, view: View, units: int) -> Layout:
         """The best layout with this many units: fewest misses, then smallest partitions."""
@@ -154,7 +180,7 @@ class Wishes:
             elif unknown and tuning.lend and trials.may_own(view.now):
                 why = f"what pauses cost {', '.join(unknown)} is not known; it is tried without"
                 return Wish(fewest, why, tuning.shrink_after, trial=True)
-        usable = min(view.device.compute, sum(s.instances for s in view.services))
+        usable = min(most_for_services(view), sum(s.instances for s in view.services))
         if not tuning.lend or current.compute >= usable or trials.owning(view.now):
             return Wish(current)
         if self._ratio(view, here, self._fit(view, usable)) < LOSE_NOTHING:
@@ -214,7 +240,7 @@ class Wishes:
         """The best layout with as many units, or with the fewest more that bring the overload
         below this; None if there is none."""
         horizon_s = self.tuning.horizon / S
-        for units in range(current.compute, view.device.compute + 1):
+        for units in range(current.compute, most_for_services(view) + 1):
             verdicts = _judge_all(view, unit_layouts(view.device, units), horizon_s)
             best = min(verdicts, key=lambda v: round(v.overload, 4))
             if best.overload < below:
@@ -230,7 +256,8 @@ class Wishes:
         pressing, _ = self._demand.pressing(view)
         here = judge(pressing, current, horizon_s)
         self._demand.foresee(view, here)
-        options = [x for x in mig_layouts(view.device, current) if x.compute >= least]
+        options = _leaving(view, mig_layouts(view.device, current))
+        options = [x for x in options if x.compute >= least]
         if not options:
             return Wish(current)
         if not here.misses:
@@ -406,6 +433,11 @@ def _worth_waiting(moving: int, lost: int, overload: float) -> int:
     return min(most, round((moving / OUTAGE + lost) / overload)) if overload else most
 
 
+def _leaving(view: View, layouts: list[Layout]) -> list[Layout]:
+    """Those of several layouts that leave reservations what is their own."""
+    return [layout for layout in layouts if leaves(view, layout)]
+
+
 def _judge_all(view: View, layouts: list[Layout], horizon_s: float) -> list[Verdict]:
     """A verdict on each; layouts whose partitions for services are equally large share one."""
     known: dict[tuple[tuple[int, int], ...], Verdict] = {}
@@ -440,9 +472,9 @@ def _least(view: View) -> int:
     """Compute that services are owed on a device."""
     if not view.services:
         return 0
-    kind, compute = view.device.kind, view.device.compute
-    owed = sum(share_on(s.guaranteed, kind) for s in view.services) * compute
-    return min(compute, max(1, round(owed + 0.499)))
+    kind = view.device.kind
+    owed = sum(share_on(s.guaranteed, kind) for s in view.services) * view.device.compute
+    return min(max(1, most_for_services(view)), max(1, round(owed + 0.499)))
 
 
 def _describe(layout: Layout) -> str:

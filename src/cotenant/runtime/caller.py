@@ -45,6 +45,7 @@ TIMEOUT_S: Final[Mapping[str, float]] = {
     "repartition": 60.0,
     "launch": 10.0,
     "attach": 30.0,
+    "adopt": 10.0,
     "grant": 5.0,
     "revoke": 10.0,
     "bind": 5.0,

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
-from cotenant.domain.device import Launch, Partition, Tenant
+from cotenant.domain.device import DeviceSpec, Launch, Partition, Tenant
 from cotenant.runtime.core import Clock, Core
 from cotenant.runtime.fleet import Fleet
 from cotenant.runtime.jobtenants import JobTenants
@@ -67,9 +67,9 @@ class Effects:
         partitions = self.core.dispatcher.state.partitions.values()
         return tuple(p.units for p in partitions if p.device == device and p.services)
 
-    def kinds(self) -> tuple[str, ...]:
+    def specs(self) -> tuple[DeviceSpec, ...]:
         """See Shell."""
-        return tuple(dict.fromkeys(spec.kind for spec in self._fleet.specs))
+        return self._fleet.specs
 
     def kv_of(self, device: str) -> int:
         """See Shell."""

@@ -22,6 +22,7 @@ from cotenant.domain.device import (
     Tenant,
 )
 from cotenant.domain.errors import DeviceError, EnvironmentProblem
+from cotenant.domain.reservation import Adopted
 from cotenant.runtime.caller import TIMEOUT_S, Caller, fulfil, refuse
 from cotenant.runtime.rlimits import lower
 
@@ -154,6 +155,8 @@ class Fleet:
         failure. In the end the caller detaches it from all, also after a failure."""
         levels: dict[str, PreemptLevel] = {}
         over = False
+        if not devices:  # of a reservation that keeps services off, and nothing else
+            done(tag, levels)
 
         def attached(device: str, level: PreemptLevel) -> None:
             self._callers[device].levels[tenant.id] = levels[device] = level
@@ -178,6 +181,19 @@ class Fleet:
         future = asyncio.get_running_loop().create_future()
         self.attach(devices, tenant, pid, future, fulfil, refuse)
         return await future
+
+    def adopt(
+        self,
+        devices: Sequence[str],
+        job: str,
+        process: Adopted,
+        tag: T,
+        failed: Failed[T],
+    ) -> None:
+        """See ``Device.adopt``: on all these devices."""
+        for device in devices:
+            reply = (tag, lambda *_: None, failed)
+            self._callers[device].call("adopt", (job, process), (job, ""), reply)
 
     def detach(self, devices: Sequence[str], tenant: str) -> None:
         """Have these devices forget a tenant, once all that was ordered for it is over."""
@@ -292,4 +308,5 @@ def _merged(launches: Sequence[Launch]) -> Launch:
             first, second = limits.get(number, (soft, hard))
             limits[number] = (lower(soft, first), lower(hard, second))
     own_memory = bool(launches) and all(launch.own_memory for launch in launches)
-    return Launch(env, limits, cgroup, fixed, prepend, own_memory)
+    mounts = tuple(dict.fromkeys(path for launch in launches for path in launch.mounts))
+    return Launch(env, limits, cgroup, fixed, prepend, own_memory, mounts)

@@ -18,8 +18,9 @@ import msgspec
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
 from cotenant.domain.config import ModelSettings
-from cotenant.domain.device import Launch, Tenant, TenantKind
+from cotenant.domain.device import DeviceSpec, Launch, Tenant, TenantKind
 from cotenant.domain.errors import DeviceError, EnvironmentProblem, ModelError
+from cotenant.domain.profile import ModelProfile
 from cotenant.domain.units import S, format_duration
 from cotenant.domain.workload import ORIGINAL, Joining, ServiceSpec
 from cotenant.engines.accuracy import Accuracy
@@ -78,8 +79,8 @@ class Shell(Protocol):
     def partitions_of(self, device: str) -> tuple[tuple[int, ...], ...]:
         """The units of a device's partitions on which services may run now."""
 
-    def kinds(self) -> tuple[str, ...]:
-        """Kinds of device that the box has."""
+    def specs(self) -> tuple[DeviceSpec, ...]:
+        """The devices that the box has."""
 
     def kv_of(self, device: str) -> int:
         """Bytes that the pools of language models may have on a device together; 0: no bound."""
@@ -109,6 +110,8 @@ class Offer(msgspec.Struct):
     files: ModelFiles
     settings: ModelSettings
     revision: int
+    profiles: tuple[ModelProfile, ...] = ()
+    """What was measured of it before, by kind of device."""
     opened: Opened | None = None
     faulty: bool = False
     """Whether an instance failed by the file's fault: else it is tried again."""
@@ -143,7 +146,8 @@ class Instances:
         """Versions that serve, oldest first."""
         self.offers: dict[int, Offer] = {}
         """What was offered, by revision, as long as instances of it may be ordered."""
-        self.variants = Variants(spec.name, shell.kinds(), shell.feed)
+        kinds = tuple(dict.fromkeys(device.kind for device in shell.specs()))
+        self.variants = Variants(spec.name, kinds, shell.feed)
         self.refused: dict[str, tuple[Stamp, str]] = {}
         """Versions that were declined: which file, and why."""
         self._log_path = logs / f"{spec.name}.log"
@@ -178,17 +182,18 @@ class Instances:
         files: ModelFiles,
         settings: ModelSettings,
         variants: list[VariantFiles],
-        foretold: e.Foretold | None,
+        profiles: tuple[ModelProfile, ...] = (),
     ) -> Offer:
-        """Offer a version, which has these variants and of which so much is known, to the
-        dispatcher, which answers with ``serve`` or ``decline``."""
+        """Offer a version, which has these variants and of which so much was measured before, to
+        the dispatcher, which answers with ``serve`` or ``decline``."""
         self._revisions += 1
         revision = self._revisions
-        offer = self.offers[revision] = Offer(files, settings, revision)
+        offer = self.offers[revision] = Offer(files, settings, revision, profiles)
         current = self.current
         joined = current is None or current.meta.shared
         self._announce_bounds(settings, joined, current.notes if current is not None else ())
         self.variants.tell(files.version, variants)
+        foretold = tuple(map(_foretold, profiles))
         self._shell.feed(e.VersionOffered(self.spec.name, files.version, revision, foretold))
         return offer
 
@@ -511,9 +516,11 @@ class Instances:
                 instance.process.kill()
 
     def engines(self) -> list[dict[str, Any]]:
-        """What opened each instance that is up, what that says of the model's operators, and the
-        times (ns) that its warm-up measured, by units and rows."""
+        """What opened each instance that is up, what that says of the model's operators, the times
+        (ns) that its warm-up measured, by units and rows, what was measured before on such a
+        device, and which other engines there are for such files."""
         found: list[dict[str, Any]] = []
+        kinds = {spec.id: spec.kind for spec in self._shell.specs()}
         for name, instance in self._live.items():
             if instance.announced:
                 opened, order = instance.opened.result(), instance.order
@@ -525,9 +532,32 @@ class Instances:
                         "engine": opened.engine,
                         "executed": told(opened.executed),
                         "measured": list(opened.profile),
+                        "profile": self._profiled(order, kinds[order.device]),
+                        "others": [
+                            {"engine": other.name, "refusal": other.refusal}
+                            for other in opened.candidates
+                            if other.name != opened.engine
+                        ],
                     }
                 )
         return found
+
+    def _profiled(self, order: a.Load, kind: str) -> dict[str, Any] | None:
+        """What ``cotenant profile`` had found of the original on a kind of device when this version
+        was offered."""
+        offer = self.offers.get(order.revision)
+        there = () if offer is None or order.variant != ORIGINAL else offer.profiles
+        known = next((profile for profile in there if profile.kind == kind), None)
+        if known is None:
+            return None
+        return {
+            "kind": known.kind,
+            "engine": known.engine,
+            "device": known.device,
+            "emulated": known.emulated,
+            "date": known.date,
+            "measured": list(known.table),
+        }
 
     def pids(self) -> list[int]:
         """Process ids of all live instances."""
@@ -551,6 +581,11 @@ class Instances:
                 instance.process.kill()
         await waiting
         self.arena.close()
+
+
+def _foretold(profile: ModelProfile) -> e.Foretold:
+    times = tuple((f.size, f.units, f.rows, f.median_ns) for f in profile.figures)
+    return e.Foretold(profile.kind, times, profile.memory_peak, profile.load_ns)
 
 
 def _replaced(files: ModelFiles) -> bool:

@@ -29,6 +29,8 @@ class LiveJob:
         self.givers: dict[Address, None] = {}
         """Its programs that can be asked for memory."""
         self.force: asyncio.TimerHandle | None = None
+        self.task: asyncio.Task[None] | None = None
+        """Sees the run through."""
 
     def stop(self, within_s: float) -> None:
         """Ask the shim to stop the job; kill the shim if it has not obeyed by then."""

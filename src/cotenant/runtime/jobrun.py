@@ -8,6 +8,7 @@ Directory of a run (``jobs/<job>/run-<run>``, gone once its end is recorded):
     exit.tmp      room for the next one; there since before the command was
     exit.json     how the run ended
     gives         there once a program of the job could be asked for memory
+    adopted       processes from elsewhere that belong to it, a pid and a start time a line
     shim.err      what the shim itself complained about; empty unless Cotenant has a bug
 """
 
@@ -25,7 +26,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import TypeVar
@@ -35,11 +36,14 @@ import msgspec
 from cotenant.devices import proctree
 from cotenant.domain.device import Launch
 from cotenant.domain.errors import EnvironmentProblem
+from cotenant.domain.reservation import Adopted
 from cotenant.domain.units import S, format_bytes
 from cotenant.domain.workload import JobSpec
 
 RUN_MARKER = "COTENANT_JOB_RUN"
 SHIM_MARKER = "COTENANT_SHIM_RUN"
+KEEPER = ("sleep", "infinity")
+"""What stands for a reservation's processes, from before they come until it is given up."""
 ADOPT_WITHIN_S = 10.0
 LOCK_WITHIN_S = 2.0
 _SOURCE_ROOT = str(Path(__file__).resolve().parents[2])
@@ -125,6 +129,8 @@ class JobRun:
         self.run = run
         self.shim_pid = 0
         self.pid = 0
+        self.adopted: dict[int, int] = {}
+        """Processes from elsewhere, and when they started (ticks)."""
         self._job_directory = job_directory
         self._directory = job_directory / f"run-{run}"
         self._pool = pool
@@ -200,12 +206,25 @@ class JobRun:
     def freeze(self) -> None:
         """Stop the job's processes (blocking: reads /proc)."""
         if self.shim_pid:
-            proctree.freeze(self.shim_pid)
+            proctree.freeze(self.shim_pid, self.adopted)
 
     def thaw(self) -> None:
         """Continue them, children first: their parents then find them running."""
         if self.shim_pid:
-            proctree.send(reversed(proctree.descendants(self.shim_pid)), signal.SIGCONT)
+            family = proctree.family(self.shim_pid, self.adopted)
+            proctree.send(reversed(family), signal.SIGCONT)
+
+    def take_in(self, adopted: Iterable[Adopted]) -> None:
+        """These processes from elsewhere belong to it. The shim sets them free, too, if the daemon
+        goes away, as far as the disk takes it down."""
+        before, self.adopted = self.adopted, {p.pid: p.start for p in adopted}
+        if before == self.adopted:
+            return
+        text = "".join(f"{pid} {start}\n" for pid, start in self.adopted.items())
+        with contextlib.suppress(OSError):
+            new = self._directory / "adopted.tmp"
+            new.write_text(text)
+            new.rename(self._directory / "adopted")
 
     def note_giver(self) -> None:
         """Remember that a program of the job can be asked for memory."""
@@ -236,7 +255,7 @@ class JobRun:
         os.mkfifo(fifo, 0o600)
         self._alive = _hold_open(fifo)
         order = {
-            "command": list(spec.command),
+            "command": list(spec.command if spec.reservation is None else KEEPER),
             "cwd": spec.cwd,
             "env": dict(env),
             "limits": dict(launch.limits),

@@ -10,7 +10,7 @@ Its laws:
    ``on_job_exited``. It is ``start``ed in between, or not: when is not decided here.
 4. ``close`` leaves no process: running jobs are stopped and go back to the queue, where the
    next daemon takes them up. A daemon that is killed leaves them running, and the next one
-   adopts them.
+   adopts them; so does every daemon with reservations, whose processes are not its own to end.
 
 Longer than most files here: recovery, holding, stopping and ending meet in the same few states,
 and are easier to check next to each other.
@@ -34,10 +34,12 @@ import msgspec
 
 from cotenant.devices import proctree
 from cotenant.domain.device import Launch
-from cotenant.domain.errors import DeviceError, EnvironmentProblem, InvalidRequest
+from cotenant.domain.errors import DeviceError, EnvironmentProblem, InvalidRequest, NotReady
 from cotenant.domain.port import JobStatus
+from cotenant.domain.reservation import Adopted
 from cotenant.domain.units import S
 from cotenant.domain.workload import JOB_TRANSITIONS, JobSpec, JobState
+from cotenant.runtime.jobadopting import living, not_adoptable
 from cotenant.runtime.jobledger import JobLedger
 from cotenant.runtime.joblive import LiveJob, status_of
 from cotenant.runtime.jobreports import Address, Report, ReportSocket
@@ -83,6 +85,9 @@ class JobShell(Protocol):
 
     def on_job_listens(self, job: str) -> None:
         """One of its programs can be asked for memory."""
+
+    def on_job_adopts(self, job: str, process: Adopted) -> None:
+        """A process from elsewhere belongs to it from now on."""
 
     def on_job_exited(self, job: str) -> None:
         """They are gone, or the job is held and must lose its partitions, or wants to run no
@@ -162,8 +167,11 @@ class JobSupervisor:
         graces = [self._ledger.records[id].spec.grace / S for id in self._live]
         # What is being frozen at this moment could not hear the SIGTERM: let that end first.
         await asyncio.get_running_loop().run_in_executor(self._freezer, lambda: None)
-        for live in self._live.values():
-            live.run.stop()
+        for id, live in list(self._live.items()):
+            if self._ledger.records[id].spec.reservation is None:
+                live.run.stop()
+            elif live.task is not None:
+                live.task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=max(graces, default=0.0) + FORCE_AFTER_S)
         for live in self._live.values():
@@ -217,6 +225,8 @@ class JobSupervisor:
         record = self._ledger.records[id]
         if record.ended or record.state is JobState.STOPPING:
             raise InvalidRequest(f"job {id} is {record.state.value}; only a live job can be held")
+        if record.spec.reservation is not None:
+            raise InvalidRequest(f"job {id} is a reservation: its space is promised to others")
         if record.state is JobState.RUNNING:
             self._ledger.step(id, JobState.HELD, held=True)
             self._background(self._apply_hold(id, self._live[id]))
@@ -239,6 +249,40 @@ class JobSupervisor:
             self._ledger.step(id, record.state, held=False)
             self._schedule()
         return id
+
+    def reservations(self) -> dict[str, JobRecord]:
+        """The jobs that stand for reservations and have not ended, by the outside id."""
+        found = {}
+        for record in self._ledger.records.values():
+            if record.spec.reservation is not None and not record.ended:
+                found[record.spec.reservation.id] = record
+        return found
+
+    def adopt(self, id: str, pid: int) -> None:
+        """Have a process of this host be a reservation's job's, with all that descends from it.
+        Raises ``NotReady`` before that runs, ``InvalidRequest`` for a process that is not there or
+        is the node's own."""
+        self._require_open()
+        record, live = self._ledger.records[id], self._live.get(id)
+        if live is None or not live.run.shim_pid:
+            raise NotReady(f"job {id} is {record.state.value}; wait until its space is there")
+        process = Adopted(pid, proctree.start_time(pid))
+        if process in record.adopted:
+            return
+        if why := not_adoptable(process):
+            raise InvalidRequest(f"process {pid} cannot be adopted: {why}")
+        for other in self._ledger.records.values():
+            if process in other.adopted and not other.ended:
+                raise InvalidRequest(f"process {pid} belongs to job {other.spec.id} already")
+        adopted = (*living(record.adopted), process)
+        self._ledger.step(id, record.state, adopted=adopted)
+        live.run.take_in(adopted)
+        if live.told:
+            self._shell.on_job_adopts(id, process)
+
+    def adopted(self, id: str) -> tuple[Adopted, ...]:
+        """The processes from elsewhere that belong to a job and live."""
+        return living(self._ledger.records[id].adopted)
 
     def statuses(self) -> list[JobStatus]:
         """All jobs, oldest first. ``partitions``, ``pauses`` and ``held_s`` are the node's to
@@ -317,7 +361,7 @@ class JobSupervisor:
             self._tell_exited(id)
             return
         live = self._live[id] = LiveJob(JobRun(self._job_directory(id), run, self._pool))
-        self._background(self._see_through(id, live, adopted=False))
+        live.task = self._background(self._see_through(id, live, adopted=False))
 
     async def _recover(self, record: JobRecord) -> None:
         """Take up one job where the last daemon left it."""
@@ -329,7 +373,7 @@ class JobSupervisor:
             run = JobRun(self._job_directory(id), record.run, self._pool)
             live = self._live[id] = LiveJob(run)
             if run.shim_lives():
-                self._background(self._see_through(id, live, adopted=True))
+                live.task = self._background(self._see_through(id, live, adopted=True))
                 await live.settled.wait()
             else:
                 await self._finish(id, live, await run.outcome(), recovering=True)
@@ -344,6 +388,8 @@ class JobSupervisor:
                     self._stop(id)
             else:
                 launch = await self._shell.launch_job(spec)
+                if spec.reservation is not None:
+                    self._ledger.step(id, self._ledger.records[id].state, launch=launch)
                 env = environment(spec, launch)
                 env["COTENANT_JOB_ID"], env[RUN_MARKER] = id, live.run.run
                 env["COTENANT_REPORT_SOCKET"] = str(self._reports.path)
@@ -361,12 +407,18 @@ class JobSupervisor:
         except DeviceError as error:
             log.warning("job not started: %s", error, extra={"job": id})
             outcome = Outcome(failed="spawn", detail=str(error), begun=False)
+        except asyncio.CancelledError:  # the next daemon is to look after it
+            self._live.pop(id, None)
+            self._tell_exited(id)
+            live.run.release()
+            raise
         finally:
             live.settled.set()
         await self._finish(id, live, outcome, recovering=adopted)
 
     def _on_running(self, id: str, live: LiveJob, pid: int) -> None:
         record = self._ledger.records[id]
+        live.run.take_in(living(record.adopted))
         pids = {"pid": pid, "shim_pid": live.run.shim_pid}
         if record.state is JobState.STARTING:
             record = self._ledger.step(id, JobState.RUNNING, **pids)
@@ -553,7 +605,10 @@ class JobSupervisor:
 
         def look() -> list[float]:
             table = proctree.scan()
-            return [proctree.cpu_seconds(live.run.shim_pid, table) for _, live in looked]
+            return [
+                proctree.cpu_seconds(live.run.shim_pid, live.run.adopted, table)
+                for _, live in looked
+            ]
 
         used = await asyncio.get_running_loop().run_in_executor(self._pool, look)
         now = time.monotonic()
@@ -583,10 +638,11 @@ class JobSupervisor:
                 "Cotenant takes no orders for jobs: it is starting or stopping"
             )
 
-    def _background(self, work: Coroutine[Any, Any, None]) -> None:
+    def _background(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._on_task_done)
+        return task
 
     def _on_task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)

@@ -330,11 +330,20 @@ class Shim:
     def _set_free(self) -> None:
         """The daemon is gone and nobody else would continue what it had stopped or squeezed."""
         self._attend()
+        adopted = self._adopted()
         for _ in range(2):  # again for what was forked in between
-            for thread in proctree.threads(self._tree()):
+            family = proctree.family(os.getpid(), adopted)
+            for thread in proctree.threads(family):
                 with contextlib.suppress(OSError):
                     os.sched_setaffinity(thread, self._cpus)
+            proctree.send(reversed(family), signal.SIGCONT)
             self._continue(time.monotonic())
+
+    def _adopted(self) -> dict[int, int]:
+        """Processes from elsewhere that belong to the job, and when they started."""
+        with contextlib.suppress(OSError, ValueError), open(self._path("adopted")) as file:
+            return {int(pid): int(start) for pid, start in map(str.split, file)}
+        return {}
 
     def _record(self, failed: str = "", errno: int = 0, left: int = 0, behind: int = 0) -> None:
         """Write ``exit.json``, atomically and to the disk, into the room reserved for it."""

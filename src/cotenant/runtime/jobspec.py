@@ -30,11 +30,11 @@ def checked(spec: JobSpec, taken: Container[str]) -> JobSpec:
     Raises ``InvalidRequest`` for what can never run and ``TooLarge`` over ``MAX_SPEC_BYTES``.
     Whether command and directory exist is seen when the job starts: they may yet appear.
     """
-    if not spec.command or not spec.command[0]:
+    if spec.reservation is None and not (spec.command and spec.command[0]):
         raise InvalidRequest("a job needs a command, such as: cotenant run -- python train.py")
     if spec.id and not _ID.fullmatch(spec.id):
         raise InvalidRequest(f"job id {spec.id!r}: use up to 64 letters, digits, '_' and '-'")
-    name = spec.name or Path(spec.command[0]).name or "job"
+    name = spec.name or Path(*spec.command[:1]).name or "job"
     if len(name) > MAX_NAME or not name.isprintable() or name != name.strip():
         raise InvalidRequest(f"job name: at most {MAX_NAME} printable characters, no outer spaces")
     texts = (*spec.command, spec.cwd, *spec.env, *spec.env.values())

@@ -20,7 +20,9 @@ from typing import Any
 
 import msgspec
 
+from cotenant.domain.device import Launch
 from cotenant.domain.errors import EnvironmentProblem, InvalidRequest, NotFound
+from cotenant.domain.reservation import Adopted
 from cotenant.domain.workload import JOB_ENDED, JOB_TRANSITIONS, JobSpec, JobState
 
 SCHEMA_VERSION = 1
@@ -63,6 +65,10 @@ class JobRecord(msgspec.Struct, frozen=True):
     """CPU seconds used by the runs that have ended."""
     apart: tuple[str, ...] = ()
     """Devices on which it was seen to compute where they cannot hold it back."""
+    adopted: tuple[Adopted, ...] = ()
+    """Processes that somebody else started for it."""
+    launch: Launch | None = None
+    """What its devices want of those."""
 
     @property
     def ended(self) -> bool:

@@ -11,6 +11,7 @@ import msgspec
 from cotenant.domain import actions as a
 from cotenant.domain import events as e
 from cotenant.domain.device import Launch, PreemptLevel, Tenant, TenantKind
+from cotenant.domain.reservation import Adopted
 from cotenant.domain.workload import JobSpec
 from cotenant.runtime.fleet import Fleet
 from cotenant.runtime.jobgiving import JobGiving
@@ -88,6 +89,11 @@ class JobTenants:
         run.launched = True
         return await self._fleet.launch(run.devices, _tenant(spec), partition)
 
+    def attached(self, job: str) -> bool:
+        """Whether its devices have a job's processes."""
+        run = self._runs.get(job)
+        return run is not None and run.attached
+
     def on_job_ready(self, spec: JobSpec, pid: int) -> None:
         """See JobShell."""
         run = self._runs[spec.id]
@@ -100,6 +106,8 @@ class JobTenants:
         job = run.spec.id
         if self._runs.get(job) is not run:
             return  # it ended meanwhile
+        for process in self.supervisor.adopted(job):
+            self._adopt(run, process)
         levels = {device: self._fleet.levels(device)[job] for device in run.devices}
         self._feed(e.JobReady(job, levels))
         self._plan_soon()
@@ -122,6 +130,15 @@ class JobTenants:
         if self._runs.get(job) is run:
             log.error("job not attached, stopping it", extra={"job": job, "why": why})
             self.supervisor.stop(job, f"its device would not take it: {why}")
+
+    def on_job_adopts(self, job: str, process: Adopted) -> None:
+        """See JobShell."""
+        run = self._runs.get(job)
+        if run is not None and run.attached:
+            self._adopt(run, process)
+
+    def _adopt(self, run: _Run, process: Adopted) -> None:
+        self._fleet.adopt(run.devices, run.spec.id, process, run, self._job_refused)
 
     def on_job_listens(self, job: str) -> None:
         """See JobShell."""

@@ -15,7 +15,7 @@ from cotenant.domain.config import ModelSettings
 from cotenant.domain.request import Lease
 from cotenant.domain.workload import Joining
 from cotenant.engines.accuracy import Accuracy
-from cotenant.engines.base import EngineMeta
+from cotenant.engines.base import Candidate, EngineMeta
 from cotenant.engines.placement import Executed
 
 LENGTH = struct.Struct("<I")
@@ -110,7 +110,7 @@ class Opened(_Message, frozen=True):
     ``accuracy`` on the check data; ``memory`` in bytes, as much as the process ever had resident;
     ``unjoined`` says why rows are not joined, "" if they are; ``notes``: what its owner should know
     of how it executes. ``engine`` is the name of the one that opened it, ``executed`` what that
-    says of operators."""
+    says of operators; ``candidates``: which engines open such files, it among them."""
 
     meta: EngineMeta
     profile: tuple[tuple[int, int, int], ...]
@@ -121,6 +121,7 @@ class Opened(_Message, frozen=True):
     notes: tuple[str, ...] = ()
     engine: str = ""
     executed: tuple[Executed, ...] = ()
+    candidates: tuple[Candidate, ...] = ()
 
 
 class OpenFailed(_Message, frozen=True):

@@ -6,11 +6,11 @@ import asyncio
 import logging
 from pathlib import Path
 
-from cotenant.devices import processor
 from cotenant.domain import events as e
 from cotenant.domain.config import ModelSettings
 from cotenant.domain.errors import CotenantError, InvalidRequest, NotFound, NotReady
 from cotenant.domain.port import IndexEntry, Language, ModelMeta
+from cotenant.domain.profile import ModelProfile
 from cotenant.domain.workload import DEFAULT_SLO, BatchSpec, ServiceSpec
 from cotenant.engines.registry import open_language
 from cotenant.runtime.arena import Arena
@@ -84,20 +84,22 @@ class Models:
                 instances = self.services[name] = self._make(name, settings)
             try:
                 variants = await asyncio.to_thread(self.repository.variants, files)
-                foretold = await asyncio.to_thread(self._foretold, files)
-                await instances.offer(files, settings, variants, foretold).outcome
+                profiles = await asyncio.to_thread(self._profiles, files, settings)
+                await instances.offer(files, settings, variants, profiles).outcome
             except BaseException:
                 if instances.current is None and name not in self._declared:
                     await self._end(name, instances)
                 raise
 
-    def _foretold(self, files: ModelFiles) -> e.Foretold | None:
-        """What ``cotenant profile`` measured of a version on such a machine."""
-        found = self.repository.profile(files)
-        if found is None or found.processor != processor.model_name():
-            return None
-        times = tuple((f.size, f.units, f.rows, f.median_ns) for f in found.figures)
-        return e.Foretold(found.kind, times, found.memory_peak, found.load_ns)
+    def _profiles(self, files: ModelFiles, settings: ModelSettings) -> tuple[ModelProfile, ...]:
+        """What ``cotenant profile`` measured of a version on such devices as are here, by the
+        engine that is to open it."""
+        here = {(spec.kind, spec.model) for spec in self._shell.specs()}
+        return tuple(
+            profile
+            for profile in self.repository.profiles(files)
+            if (profile.kind, profile.device) in here and profile.holds(settings.engine)
+        )
 
     def _model(self, name: str) -> str:
         """The directory of a service's model."""

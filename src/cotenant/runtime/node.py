@@ -30,6 +30,7 @@ from cotenant.domain.port import (
     Refused,
     Withdraw,
 )
+from cotenant.domain.reservation import Answer, Reservation, ReservationStatus
 from cotenant.domain.snapshot import Snapshot
 from cotenant.domain.units import MS, S, format_bytes
 from cotenant.domain.workload import JobSpec
@@ -49,6 +50,7 @@ from cotenant.runtime.models import Models
 from cotenant.runtime.preview import plan_view
 from cotenant.runtime.repository import Repository
 from cotenant.runtime.requests import Requests
+from cotenant.runtime.reservations import Reservations
 from cotenant.runtime.status import node_status
 from cotenant.telemetry import metrics
 from cotenant.telemetry.journal import Journal, checkpoint
@@ -181,6 +183,7 @@ class Node:
         self.jobs_supervisor = tenants.supervisor = JobSupervisor(
             JobStore(self._state_dir / "jobs.sqlite"), self._state_dir, tenants
         )
+        self.reserved = Reservations(self)
         tenants.giving = JobGiving(self.fleet, self.core.feed, self.jobs_supervisor.ask_memory)
 
     def _make_journal(
@@ -397,6 +400,24 @@ class Node:
     def job_log_path(self, ref: str) -> str:
         """See NodePort."""
         return self.jobs_supervisor.log_path(ref)
+
+    # --- reservations -----------------------------------------------------------------------
+
+    def reserve(self, reservation: Reservation, dry_run: bool) -> Answer:
+        """See NodePort."""
+        return self.reserved.reserve(reservation, dry_run)
+
+    def release(self, id: str) -> None:
+        """See NodePort."""
+        self.reserved.release(id)
+
+    def adopt(self, id: str, pid: int) -> None:
+        """See NodePort."""
+        self.reserved.adopt(id, pid)
+
+    def reservations(self) -> list[ReservationStatus]:
+        """See NodePort."""
+        return self.reserved.all()
 
     # --- views ------------------------------------------------------------------------------
 

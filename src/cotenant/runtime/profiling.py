@@ -1,5 +1,6 @@
-"""A version of a model measured without a node: in a worker like those of a node, one execution at
-a time, sizes in turn, so that what disturbs the machine for a while disturbs all sizes alike.
+"""A version of a model measured without a node: on a device that launches and binds a worker as it
+does for a node, one execution at a time, sizes in turn, so that what disturbs the machine for a
+while disturbs all sizes alike.
 """
 
 from __future__ import annotations
@@ -7,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-import os
 import statistics
 import tempfile
 import time
@@ -20,15 +20,29 @@ from typing import Final
 
 import msgspec
 
-from cotenant.devices import proctree
-from cotenant.devices.processor import ProcessorFacts
+from cotenant.devices.base import Device
 from cotenant.domain.config import ModelSettings
-from cotenant.domain.device import CPU, PROCESSOR, Launch
-from cotenant.domain.errors import EnvironmentProblem, ModelError
-from cotenant.domain.profile import FORMAT, PROFILE_FILE, Figures, ModelProfile
+from cotenant.domain.device import (
+    CPU,
+    CUDA_SUBSETS,
+    PROCESSOR,
+    DeviceSpec,
+    Partition,
+    Tenant,
+    TenantKind,
+)
+from cotenant.domain.errors import ConfigError, DeviceError, EnvironmentProblem, ModelError
+from cotenant.domain.npu import emulated
+from cotenant.domain.profile import (
+    PROFILE_FILE,
+    Figures,
+    ModelProfile,
+    read_profiles,
+    with_profile,
+)
 from cotenant.domain.units import S
 from cotenant.domain.workload import BatchSpec
-from cotenant.engines.base import Opening
+from cotenant.engines.base import Opening, Target
 from cotenant.engines.placement import told
 from cotenant.engines.registry import choose
 from cotenant.runtime.arena import Arena
@@ -43,6 +57,8 @@ COUNTED: Final = 2
 """Executions of a size in a round that count."""
 LIBRARIES: Final = ("cotenant", "numpy", "onnxruntime", "openvino", "torch")
 """Distributions whose versions a profile names, as far as they are installed."""
+
+WORKER: Final = Tenant("profile", TenantKind.WORKER)
 
 Progress = Callable[[float], None]
 """Told how much is done, from 0 to 1."""
@@ -60,34 +76,59 @@ class Ask(msgspec.Struct, frozen=True):
 
 
 class _Found(msgspec.Struct):
-    """What one worker showed."""
+    """What one worker showed. ``memory`` and ``peak``: see ``ModelProfile``."""
 
     opened: Opened
     load_ns: int
     memory: int
     peak: int
+    host_peak: int
     figures: list[Figures]
 
 
-class _Trial:
-    """One worker, while it is needed: ``async with``. What it answers is raised or returned."""
+class _Place(msgspec.Struct, frozen=True):
+    """A device that is open, and what it tells a worker to compute on."""
 
-    def __init__(self) -> None:
+    device: Device
+    processor: str
+
+    @property
+    def spec(self) -> DeviceSpec:
+        return self.device.spec
+
+    def part(self, units: int) -> Partition:
+        """A partition of so many units, the first ones."""
+        spec = self.spec
+        return Partition(f"{spec.id}:{units}", spec.id, spec.units[:units])
+
+    def target(self, units: Sequence[int]) -> Target:
+        """What a model is opened for."""
+        return Target(self.processor, tuple(self.part(count).units for count in units))
+
+
+class _Trial:
+    """One worker on a device, while it is needed: ``async with``. What it answers is raised or
+    returned."""
+
+    def __init__(self, place: _Place) -> None:
+        self._place = place
         self._answers: asyncio.Queue[FromWorker | int] = asyncio.Queue()
         self._folder = tempfile.TemporaryDirectory(prefix="cotenant-profile-")
         self._log = Path(self._folder.name) / "worker.log"
-        self._arena = Arena("profile", 1)
+        self._arena = Arena(WORKER.id, 1)
         put = self._answers.put_nowait
-        self.process = WorkerProcess("profile", self._arena, self._log, put, put)
+        self.process = WorkerProcess(WORKER.id, self._arena, self._log, put, put)
         self._started = False
 
     async def __aenter__(self) -> _Trial:
+        device = self._place.device
         try:
-            self.process.start(Launch(fixed={PROCESSOR: CPU}))
-        except EnvironmentProblem:
-            self._tidy()
+            self.process.start(device.launch(WORKER, None))
+            self._started = True
+            device.attach(WORKER, self.process.pid)
+        except BaseException:
+            await self._end()
             raise
-        self._started = True
         return self
 
     async def __aexit__(
@@ -96,12 +137,13 @@ class _Trial:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        await self._end()
+
+    async def _end(self) -> None:
         self.process.kill()
         while self._started:
             self._started = not isinstance(await self._answers.get(), int)
-        self._tidy()
-
-    def _tidy(self) -> None:
+        self._place.device.detach(WORKER.id)
         self._arena.close()
         self._folder.cleanup()
 
@@ -120,22 +162,34 @@ class _Trial:
             if isinstance(answer, Opened | Measured):
                 return answer
 
-    def pin(self, cores: Sequence[int]) -> None:
-        """Let its threads run on these cores only."""
-        for tid in proctree.threads([self.process.pid]):
-            with contextlib.suppress(ProcessLookupError):
-                os.sched_setaffinity(tid, cores)
+    def bind(self, units: int) -> None:
+        """Have its threads run on so many units."""
+        self._place.device.refresh()  # threads that it has started since
+        self._place.device.bind(WORKER.id, self._place.part(units))
+
+    def memory(self) -> int:
+        """Bytes of the device that it has, as the device says."""
+        self._place.device.refresh()
+        found = self._place.device.facts().get(WORKER.id)
+        return found.memory if found is not None else 0
 
 
 async def profile(
-    files: ModelFiles, settings: ModelSettings, ask: Ask, box: ProcessorFacts, progress: Progress
+    files: ModelFiles, settings: ModelSettings, ask: Ask, device: Device, progress: Progress
 ) -> ModelProfile:
-    """Measure one version on the processor. Raises ModelError where it cannot be opened or
-    executed, is a model that answers in turns, or changes meanwhile."""
-    engine = choose(Opening(files.path, ask.units, settings)).name
+    """Measure one version on a device that is open. Raises ModelError where it cannot be opened or
+    executed, is a model that answers in turns, or changes meanwhile; DeviceError, where the device
+    cannot carry a worker without a node."""
+    if device.spec.pins_workers:
+        raise DeviceError(
+            f"device {device.spec.id} is divided (MIG is on): what a model takes there depends on "
+            "the instance, which a node makes; measured are whole GPUs and subsets of one"
+        )
+    place = _Place(device, device.launch(WORKER, None).fixed.get(PROCESSOR, CPU))
+    choose(Opening(files.path, ask.units, settings, target=place.target(ask.units)))
     parts = 1 + len(ask.shapes)
     each = msgspec.structs.replace(ask, seconds=ask.seconds / parts)
-    first = await _trial(files, settings, each, box, lambda done: progress(done / parts))
+    first = await _trial(files, settings, each, place, lambda done: progress(done / parts))
     further = []
     for number, shapes in enumerate(ask.shapes, 1):
         other = msgspec.structs.replace(settings, shapes=settings.shapes | shapes)
@@ -144,37 +198,40 @@ async def profile(
         def tell(done: float, number: int = number) -> None:
             progress((number + done) / parts)
 
-        further.append(await _trial(unchecked, other, each, box, tell))
+        further.append(await _trial(unchecked, other, each, place, tell))
     if stamp(files.path) != files.stamp:
         raise ModelError(f"{files.path.parent} changed while it was measured; measure again")
     every = [first, *further]
     known = {(f.size, f.units, f.rows): f for found in reversed(every) for f in found.figures}
     return ModelProfile(
-        format=FORMAT,
         model=files.name,
         version=files.version,
-        kind=CPU,
-        engine=engine,
+        kind=place.spec.kind,
+        device=place.spec.model,
+        engine=first.opened.engine,
         date=datetime.now(UTC).isoformat(timespec="seconds"),
-        processor=box.name,
-        cores=len(box.cores),
+        units=place.spec.compute,
         libraries=versions(LIBRARIES),
         files=files.stamp.files,
         load_ns=first.load_ns,
         memory_loaded=first.memory,
         memory_peak=max(found.peak for found in every),
+        host_peak=max(found.host_peak for found in every),
         unjoined=first.opened.unjoined,
         executed=tuple(told(first.opened.executed)),
         size=first.opened.size,
         figures=tuple(known[key] for key in sorted(known)),
+        asked=settings.engine,
+        emulated=emulated(place.processor) is not None,
+        subsets=place.processor.startswith(CUDA_SUBSETS),
     )
 
 
 async def _trial(
-    files: ModelFiles, settings: ModelSettings, ask: Ask, box: ProcessorFacts, progress: Progress
+    files: ModelFiles, settings: ModelSettings, ask: Ask, place: _Place, progress: Progress
 ) -> _Found:
     """Measure rows of one size; raises ModelError."""
-    batch = settings.batch or BatchSpec()
+    batch, target = settings.batch or BatchSpec(), place.target(ask.units)
     order = Open(
         path=str(files.path),
         units=ask.units,
@@ -182,11 +239,12 @@ async def _trial(
         check=str(files.check) if files.check is not None else "",
         settings=settings,
         joining=batch.joining,
+        partitions=target.partitions,
         measures=True,
     )
-    async with _Trial() as trial:
+    async with _Trial(place) as trial:
         began = time.monotonic_ns()
-        trial.pin(box.cores[: max(ask.units)])
+        trial.bind(max(ask.units))
         opened = await trial.ask(order)
         load = time.monotonic_ns() - began
         assert isinstance(opened, Opened)
@@ -197,16 +255,17 @@ async def _trial(
             )
         if not opened.profile:
             raise ModelError(f"{files.name} cannot be tried: {opened.unjoined}")
-        memory = proctree.resident_bytes([trial.process.pid])
+        memory = trial.memory()
         sizes = [1] if opened.unjoined else batches(ask.max_batch)
-        times = await _measure(trial, box.cores, ask, sizes, progress)
-        peak = max(_peak(trial.process.pid), memory, opened.memory)
+        times = await _measure(trial, ask, sizes, progress)
+        host_peak = max(_peak(trial.process.pid), opened.memory)
+        peak = max(memory, trial.memory() if target.on_cuda else host_peak)
     found = [figures(opened.size, *key, taken) for key, taken in sorted(times.items())]
-    return _Found(opened, load, memory, peak, found)
+    return _Found(opened, load, memory, peak, host_peak, found)
 
 
 async def _measure(
-    trial: _Trial, cores: Sequence[int], ask: Ask, sizes: Sequence[int], progress: Progress
+    trial: _Trial, ask: Ask, sizes: Sequence[int], progress: Progress
 ) -> dict[tuple[int, int], list[int]]:
     """Ns of executions by units and rows, warm as a node's own figures are."""
     times: dict[tuple[int, int], list[int]] = {(u, r): [] for u in ask.units for r in sizes}
@@ -217,7 +276,7 @@ async def _measure(
             break
         progress(min(1.0, number / LEAST_ROUNDS, spent / budget))
         for units in ask.units:
-            trial.pin(cores[:units])
+            trial.bind(units)
             for rows in sizes:
                 await trial.ask(Measure(units, rows))  # uncounted: caches hold another size's
                 for _ in range(COUNTED):
@@ -251,10 +310,15 @@ def figures(size: int, units: int, rows: int, times: Sequence[int]) -> Figures:
 
 
 def write_profile(found: ModelProfile, directory: Path) -> Path:
-    """Put it into the directory of its version, in place of one that is there; whole or not at
-    all. Raises EnvironmentProblem."""
+    """Put it into the file in the directory of its version, in place of what was measured on that
+    kind of device or of other files; whole or not at all. Raises EnvironmentProblem."""
     path = directory / PROFILE_FILE
-    data = msgspec.json.format(msgspec.json.encode(found), indent=2) + b"\n"
+    try:
+        known = read_profiles(path.read_bytes())
+    except (OSError, ConfigError):  # nothing that could be kept
+        known = ()
+    kept = with_profile(known, found)
+    data = msgspec.json.format(msgspec.json.encode(kept), indent=2) + b"\n"
     temporary = ""
     try:
         with tempfile.NamedTemporaryFile(dir=directory, prefix=PROFILE_FILE, delete=False) as file:

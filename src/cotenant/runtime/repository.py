@@ -24,7 +24,7 @@ import msgspec
 from cotenant.domain import reading
 from cotenant.domain.config import ModelSettings, parse_model_settings
 from cotenant.domain.errors import ConfigError, CotenantError, ModelError, NotFound
-from cotenant.domain.profile import PROFILE_FILE, ModelProfile, read_profile
+from cotenant.domain.profile import PROFILE_FILE, ModelProfile, read_profiles
 from cotenant.domain.variant import (
     VARIANT_FILE,
     VARIANTS_DIR,
@@ -148,18 +148,18 @@ class Repository:
             return []
         return [_variant(files, directory / name) for name in names]
 
-    def profile(self, files: ModelFiles) -> ModelProfile | None:
-        """What ``cotenant profile`` measured of a version; None if that is not there, cannot be
-        read (which is said once), or is of other files."""
+    def profiles(self, files: ModelFiles) -> tuple[ModelProfile, ...]:
+        """What ``cotenant profile`` measured of a version, by kind of device; nothing if that is
+        not there, cannot be read (which is said once), or is of other files."""
         path = files.path.parent / PROFILE_FILE
         try:
-            found = read_profile(path.read_bytes())
+            found = read_profiles(path.read_bytes())
         except FileNotFoundError:
-            return None
+            return ()
         except (OSError, ConfigError) as error:
             self._skip(path, str(error))
-            return None
-        return found if found.files == files.stamp.files else None
+            return ()
+        return tuple(profile for profile in found if profile.files == files.stamp.files)
 
     def there(self, name: str) -> Iterator[ModelFiles]:
         """The versions that hold a model, newest first.

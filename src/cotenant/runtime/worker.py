@@ -46,7 +46,7 @@ from cotenant.engines.base import (
 )
 from cotenant.engines.checkdata import CheckData, read_check
 from cotenant.engines.joining import ONE_ROW, judge, named_alike, same
-from cotenant.engines.registry import choose
+from cotenant.engines.registry import candidates, choose
 from cotenant.engines.samples import Samples, check_samples, make_samples
 from cotenant.runtime.arena import map_arena
 from cotenant.runtime.messages import (
@@ -171,7 +171,9 @@ class Worker:
             if isinstance(engine, TurnEngine):
                 self._sequences = Sequences(engine, self._gather, self._store)
                 opened = self._sequences.open(order)
-                return msgspec.structs.replace(opened, engine=kind.name)
+                return msgspec.structs.replace(
+                    opened, engine=kind.name, candidates=candidates(opening)
+                )
             self._engine = engine
             self._placeable = engine if isinstance(engine, Placeable) else None
             self._in_place = engine if isinstance(engine, InPlace) else None
@@ -210,6 +212,7 @@ class Worker:
             notes=notes,
             engine=kind.name,
             executed=executed,
+            candidates=candidates(opening),
         )
 
     def _profile(

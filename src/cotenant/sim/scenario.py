@@ -16,7 +16,7 @@ from cotenant.domain.costs import COPYING, GATE_BOUND, SUBSET_SESSION, Copy, Evi
 from cotenant.domain.device import DeviceSpec, PreemptLevel, even_sizes
 from cotenant.domain.errors import ConfigError
 from cotenant.domain.mig import table, tables
-from cotenant.domain.profile import ModelProfile, read_profile
+from cotenant.domain.profile import ModelProfile, read_profiles
 from cotenant.domain.shares import promised
 from cotenant.domain.snapshot import ServiceFacts
 from cotenant.domain.units import MS, S, format_bytes
@@ -473,8 +473,9 @@ def _service(section: reading.Section, folder: Path, devices: tuple[SimDevice, .
     name = section.take("name", reading.name)
     talks = section.section("generates")
     generates = read_generates(talks) if talks.names() else None
-    profile = _profile(section, folder, devices) if generates is None else None
-    costs, variants = _variants(section, devices, generates is not None, profile)
+    profiles = _profiles(section, folder, devices) if generates is None else {}
+    costs, variants = _variants(section, devices, generates is not None, profiles)
+    loading = max((profile.load_ns for profile in profiles.values()), default=1 * S)
     slo = _slo(section.section("objective", required=True), generates is not None)
     batch = section.section("batch")
     batching = BatchSpec(
@@ -500,7 +501,7 @@ def _service(section: reading.Section, folder: Path, devices: tuple[SimDevice, .
             variants=variants,
         ),
         costs=costs,
-        load=section.take("load", reading.duration_or_zero, profile.load_ns if profile else 1 * S),
+        load=section.take("load", reading.duration_or_zero, loading),
         arrivals=_arrivals(section.section("arrivals", required=True), folder),
         generates=generates,
     )
@@ -532,62 +533,74 @@ def _kv(section: reading.Section) -> KvSpec:
     return found
 
 
-def _profile(
+def _profiles(
     section: reading.Section, folder: Path, devices: tuple[SimDevice, ...]
-) -> ModelProfile | None:
-    """What ``cotenant profile`` measured, if that stands in place of ``cost``."""
+) -> dict[str, ModelProfile]:
+    """What ``cotenant profile`` measured, by kind of device, if that stands in place of ``cost``:
+    of each that trains, and of those that only serve what there is."""
     name = section.take("profile", reading.text, "")
     if not name:
-        return None
+        return {}
     at, path = section.at("profile"), folder / name
     if section.section("cost").names():
         raise ConfigError("says what cost says too; leave one of them out", at)
     try:
-        found = read_profile(path.read_bytes())
+        known = read_profiles(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", at) from None
     except ConfigError as error:
         raise ConfigError(f"{path} {error}", at) from None
-    others = sorted({d.spec.kind for d in devices if d.spec.trains} - {found.kind})
-    if others:
+    found = {_kind_here(profile): profile for profile in known}
+    here = {d.spec.kind for d in devices}
+    needed = {d.spec.kind for d in devices if d.spec.trains} or here
+    if others := sorted(needed - found.keys()):
         raise ConfigError(
-            f"was measured on a device of the kind {found.kind}; here are {', '.join(others)}: "
-            "state the times under cost",
+            f"was measured on devices of the kinds {', '.join(found)}; here are "
+            f"{', '.join(others)}: measure there too (cotenant profile --device), or state the "
+            "times under cost",
             at,
         )
-    return found
+    return {kind: profile for kind, profile in found.items() if kind in here}
+
+
+def _kind_here(profile: ModelProfile) -> str:
+    """The kind of device of a scenario on which a profile holds."""
+    return "sm" if profile.subsets else profile.kind
 
 
 def _variants(
     section: reading.Section,
     devices: tuple[SimDevice, ...],
     generates: bool,
-    profile: ModelProfile | None,
+    profiles: dict[str, ModelProfile],
 ) -> tuple[dict[str, ExecCost], dict[str, Variant]]:
     """Execution times and builds by kind of device. Those that train share ``cost``; one that
-    only serves has a section of its own, named by its kind, without which there is no build for
-    it. A language model has no ``cost``: its turns have. A ``profile`` stands for ``cost`` and
-    ``memory``."""
-    cost = _measured(profile) if profile is not None else None
-    if cost is None and not generates:
-        cost = _exec(section.section("cost", required=True))
-    common = Variant(
-        memory=section.take("memory", reading.size, profile.memory_peak if profile else 0),
-        accuracy=section.take("accuracy", reading.share, 1.0),
-    )
+    only serves has a section of its own, named by its kind, without which, and without a profile,
+    there is no build for it. A language model has no ``cost``: its turns have. ``profiles`` stand
+    for ``cost`` and ``memory``, kind by kind."""
+    costs = {kind: _measured(profile) for kind, profile in profiles.items()}
     able = [d.spec.kind for d in devices if d.spec.trains]
-    costs, variants = (
-        dict.fromkeys(able, cost) if cost is not None else {},
-        dict.fromkeys(able, common),
-    )
+    if not profiles and not generates:
+        costs = dict.fromkeys(able, _exec(section.section("cost", required=True)))
+    stated = section.take("memory", reading.size, None)
+    accuracy = section.take("accuracy", reading.share, 1.0)
+
+    def memory(kind: str) -> int:
+        there = [profiles[kind]] if kind in profiles else profiles.values()
+        peak = max((profile.memory_peak for profile in there), default=0)
+        return peak if stated is None else stated
+
+    variants = {kind: Variant(memory(kind), accuracy) for kind in (*able, *profiles)}
     for kind in () if generates else SERVING:
         own = section.section(kind)
         if not own.names():
             continue
-        costs[kind] = _exec(own.section("cost", required=True))
+        cost = own.section("cost", required=kind not in profiles)
+        if cost.names():
+            costs[kind] = _exec(cost)
         variants[kind] = Variant(
-            memory=own.take("memory", reading.size, common.memory),
-            accuracy=own.take("accuracy", reading.share, common.accuracy),
+            memory=own.take("memory", reading.size, memory(kind)),
+            accuracy=own.take("accuracy", reading.share, accuracy),
             operators=own.take("operators", _words, ()),
         )
         own.done()

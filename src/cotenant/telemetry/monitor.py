@@ -20,10 +20,10 @@ from cotenant.domain.snapshot import (
     Snapshot,
 )
 from cotenant.domain.units import S
-from cotenant.domain.workload import ORIGINAL, ServiceSpec, share_on
+from cotenant.domain.workload import ORIGINAL, ServiceSpec, Share, share_on
 from cotenant.policy.forecast import Season
 from cotenant.policy.memory.budgets import gives
-from cotenant.policy.state import DispatcherState, Phase, ServiceState, unfit
+from cotenant.policy.state import DispatcherState, Phase, ServiceState, Tenant, unfit
 from cotenant.telemetry.meters import JobMeter, PartitionMeter, ServiceMeter
 from cotenant.telemetry.turns import turns_of
 from cotenant.telemetry.variants import others_of
@@ -372,8 +372,8 @@ class Monitor:
                 JobFacts(
                     id=job.id,
                     weight=job.weight,
-                    guaranteed=share_on(job.guaranteed, job.kind),
-                    limit=share_on(job.limit, job.kind),
+                    guaranteed=_of_its_devices(job, job.guaranteed, devices),
+                    limit=_of_its_devices(job, job.limit, devices),
                     rate=rates.get(job.id, 0.0),
                     held_ns=self.held_ns(job.id, now),
                     kind=job.kind,
@@ -383,9 +383,10 @@ class Monitor:
                     units=self.job(job.id).shares(),
                     grants=self.job(job.id).grant_rate(),
                     apart=job.apart,
+                    device=job.device,
+                    own=job.own,
                 )
-                for job in list(state.tenants.values())[: state.most_jobs or None]
-                if job.kind and job.phase != Phase.STOPPING
+                for job in _counted(state)
             ),
             changing=tuple(state.changes),
         )
@@ -435,6 +436,27 @@ class Monitor:
             unfit=_unfit(known),
             turns=turns_of(state, known, meter),
         )
+
+
+def _counted(state: DispatcherState) -> list[Tenant]:
+    """The jobs that are planned for: those that may run at one time, and all reservations."""
+    free = [t for t in state.tenants.values() if not t.device][: state.most_jobs or None]
+    there = {t.id for t in free}
+    return [
+        t
+        for t in state.tenants.values()
+        if t.kind and t.phase != Phase.STOPPING and (t.device or t.id in there)
+    ]
+
+
+def _of_its_devices(job: Tenant, share: Share, devices: tuple[DeviceSpec, ...]) -> float:
+    """A share of the compute of a job's kind of device, as one of those that it may be on."""
+    found = share_on(share, job.kind)
+    alike = [d for d in devices if d.kind == job.kind]
+    mine = [d for d in alike if d.id == job.device]
+    if not mine:
+        return found
+    return min(1.0, found * sum(d.compute for d in alike) / mine[0].compute)
 
 
 def _unfit(known: ServiceState) -> dict[str, str]:

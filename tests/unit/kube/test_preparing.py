@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class Box:
         self.checkpoint = Checkpoint(self.folder / "claims")
         self.checkpoint.open()
         self.specs = Specs(self.folder / "cdi")
+        self.specs.open()
         site = Site(POOL, ("/usr/bin/python3", "/hook.py", "/control.sock"), self.boot)
         self.preparer = Preparer(self.node, self.cluster, self.checkpoint, self.specs, site)
         self.preparer.recover()
@@ -278,6 +280,19 @@ def test_unpreparing_does_not_wait_for_a_claim_to_become_ready(box: Box) -> None
     assert failed and not box.node.held and not box.checkpoint.entries()
 
 
+def test_many_claims_at_once_are_all_prepared(box: Box) -> None:
+    box.node.devices = [device("cpu0", 40)]
+    given = [box.allocate(f"c{index}", unit(index)) for index in range(40)]
+    with ThreadPoolExecutor(20) as pool:
+        for _ in range(3):
+            list(pool.map(lambda each: box.prepare(each, patience_s=60), given))
+            assert len(box.specs.claims()) == len(box.node.held) == 40
+            looking = pool.submit(box.preparer.reconcile)
+            list(pool.map(lambda each: box.unprepare(each, patience_s=60), given))
+            looking.result()
+            assert not box.specs.claims() and not box.node.held
+
+
 def test_claims_do_not_wait_for_each_other(box: Box) -> None:
     box.prepare(box.allocate("quick", unit(1)))
     box.node.stuck = True
@@ -323,12 +338,12 @@ def test_what_a_container_needs_is_described_anew_when_it_changes(box: Box) -> N
 def test_specs_of_ours_that_nobody_holds_are_removed_and_no_others(box: Box) -> None:
     box.prepare(box.allocate("a", unit(0)))
     folder = box.folder / "cdi"
-    ours = folder / "cotenant.dev-claim_gone.json"
-    theirs = [folder / "vendor.com-gpu.json", folder / "cotenant.dev-other.json"]
-    for path in (ours, *theirs):
+    ours = [folder / "cotenant.dev-claim_gone.json", folder / ".cotenant.dev-claim_a.json.part"]
+    theirs = [folder / n for n in ("vendor.com-gpu.json", "cotenant.dev-other.json", ".x.part")]
+    for path in (*ours, *theirs):
         path.write_text("{}")
     box.restart()
-    assert not ours.exists() and box.specs.path("a").exists()
+    assert not any(path.exists() for path in ours) and box.specs.path("a").exists()
     assert all(path.exists() for path in theirs)
 
 

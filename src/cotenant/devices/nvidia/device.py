@@ -47,6 +47,7 @@ from cotenant.domain.device import (
 )
 from cotenant.domain.device_config import SERVES_ONLY, CudaConfig
 from cotenant.domain.errors import DeviceError, EnvironmentProblem
+from cotenant.domain.reservation import Adopted
 from cotenant.domain.units import format_bytes
 
 log = logging.getLogger("cotenant.devices")
@@ -61,6 +62,8 @@ class _Tenant:
     pids: list[int] = field(default_factory=list)
     level: PreemptLevel = PreemptLevel.NONE
     granted: set[str] = field(default_factory=set)
+    adopted: dict[int, int] = field(default_factory=dict)
+    """Processes from elsewhere, and when they started (ticks)."""
 
 
 class CudaDevice:
@@ -80,7 +83,7 @@ class CudaDevice:
         self._stopped_ns = 0
         """How long it took to take a kernel off in its middle; 0: that was not seen."""
         self._memory = 0
-        self._uuid = ""
+        self._uuid = self._model = ""
         self._limits: list[str] = []
         self._tenants: dict[str, _Tenant] = {}
         self._used: dict[int, int] = {}
@@ -109,7 +112,7 @@ class CudaDevice:
                 f"than the GPU has, {format_bytes(usable)}"
             )
         self._memory = self._config.memory or usable
-        self._uuid = gpu.uuid()
+        self._uuid, self._model = gpu.uuid(), gpu.name()
         self._space = self._space_of(gpu)
         self._space.open()
 
@@ -207,6 +210,7 @@ class CudaDevice:
                 eviction=self._gates.eviction if self._gates is not None else Eviction(),
                 kv=self._config.kv,
                 hardware=self._uuid,
+                model=self._model,
             )
         )
 
@@ -237,7 +241,7 @@ class CudaDevice:
             return Launch(fixed=shown, own_memory=True)
         found = self._gates.launch(tenant.id, tenant.memory)
         fixed = {**shown, **found.fixed}
-        return Launch(fixed=fixed, prepend=found.prepend, own_memory=True)
+        return Launch(fixed=fixed, prepend=found.prepend, own_memory=True, mounts=found.mounts)
 
     def _check_takes_jobs(self, job: str) -> None:
         if not self._room.takes_jobs:
@@ -256,6 +260,10 @@ class CudaDevice:
                 found.level = PreemptLevel.PAUSE if stops else PreemptLevel.GATE
         self._tenants[tenant.id] = found
         return found.level
+
+    def adopt(self, job: str, process: Adopted) -> None:
+        """Its page it has by its environment; the next look sees what it occupies."""
+        self._job(job).adopted[process.pid] = process.start
 
     def detach(self, tenant: str) -> None:
         found = self._tenants.pop(tenant, None)
@@ -301,7 +309,7 @@ class CudaDevice:
         jobs = {name: t for name, t in list(self._tenants.items()) if t.is_job}
         table = proctree.scan() if jobs else {}
         for tenant in jobs.values():
-            tenant.pids = proctree.descendants(tenant.pid, table)
+            tenant.pids = proctree.family(tenant.pid, tenant.adopted, table)
             for tid in proctree.threads(tenant.pids):
                 with contextlib.suppress(OSError):
                     if os.getpriority(os.PRIO_PROCESS, tid) < JOB_NICE:

@@ -130,6 +130,7 @@ class MigSpace:
             units=units,
             slices=table.compute_slices,
             mig=self._word,
+            model=f"{spec.model} in MIG instances",
             shapes=tuple(sorted({p.compute for p in table.profiles if p.starts})),
             memory=spec.memory * len(units) // table.memory_slices,
             pins_jobs=True,

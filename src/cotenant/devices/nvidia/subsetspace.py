@@ -119,6 +119,7 @@ class SubsetSpace:
             shapes=even_sizes(count),
             repartition_ns=SUBSET_SESSION,
             trains=False,
+            model=f"{spec.model} in subsets of {self._found.unit_sms} SMs",
             limits=(*spec.limits, SERVES_ONLY),
         )
 

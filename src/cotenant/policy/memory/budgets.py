@@ -108,16 +108,17 @@ class Budgets:
 
     # --- jobs -------------------------------------------------------------------------------
 
-    def left(self, kind: str, job: str) -> int:
-        """Bytes that may be guaranteed to a job on devices of a kind; a very large number where
-        memory is no constraint."""
+    def left(self, kind: str, job: str, only: str = "") -> int:
+        """Bytes that may be guaranteed to a job on devices of a kind, or on one of them ``only``; a
+        very large number where memory is no constraint."""
+        devices = [d for d in self._training(kind) if only in ("", d.id)]
         found = []
-        for device in self._training(kind):
+        for device in devices:
             ledger = self._books.devices.get(device.id)
             if ledger is None:
                 return 1 << 62
             found.append(ledger.usable - self._promised(device.id, ledger, job))
-        pins = any(d.pins_jobs for d in self._training(kind))
+        pins = any(d.pins_jobs for d in devices)
         return max(0, max(found) if pins else len(found) * min(found))
 
     def guaranteed(self, tenant: Tenant, kind: str) -> int:
