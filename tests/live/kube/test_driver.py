@@ -188,12 +188,12 @@ def test_an_allocated_device_is_never_withdrawn(bench: Bench) -> None:
     bench.schedule("c", ask("n", "all", selector=NPU))
     eventually(lambda: bench.state("c") == "binds")
     bench.node.devices = [cpu(70)]
-    eventually(lambda: bench.published() and bench.taints().get("npu-unit-0") == {GONE})
+    eventually(lambda: bench.published() and bench.taints().get("npu-whole") == {GONE})
     eventually(
-        lambda: bench.published() and set(bench.taints()) - {"npu-unit-0"} == set(cpu_names())
+        lambda: bench.published() and set(bench.taints()) - {"npu-whole"} == set(cpu_names())
     )
     bench.server.remove("resourceclaims", "ns/c")
-    eventually(lambda: bench.published() and "npu-unit-0" not in bench.taints())
+    eventually(lambda: bench.published() and "npu-whole" not in bench.taints())
 
 
 def cpu_names() -> Iterator[str]:
