@@ -13,9 +13,17 @@ import msgspec
 
 from cotenant.domain import mig
 from cotenant.domain.errors import EnvironmentProblem, InvalidRequest, NotFound
-from cotenant.domain.reservation import Adopted, Answer, Reservation, ReservationStatus
+from cotenant.domain.reservation import (
+    MOST_ID,
+    Adopted,
+    Answer,
+    Reservation,
+    ReservationStatus,
+)
+from cotenant.domain.units import MS
 from cotenant.kube.names import API, DRIVER, PARAMETERS
 from cotenant.kube.ports import ClusterAway, Conflict, Object
+from cotenant.policy.lending import DEBT_WINDOW
 
 GIB = 2**30
 
@@ -55,8 +63,9 @@ class FakeNode:
         self.away = False
         self.kept: dict[str, Reservation] = {}
         self.asked = 0
-        self.shortest = 1_000_000
-        """An objective (ns) that no layout can hold is one below this."""
+        self.shortest = MS
+        """An objective (ns) that no layout holds is one below this; for shares of time, one below
+        ``DEBT_WINDOW``."""
 
     def status(self) -> Object:
         self._answer()
@@ -77,7 +86,11 @@ class FakeNode:
             raise InvalidRequest(f"there is no device {reservation.device}")
         if bool(reservation.share) == bool(reservation.units):
             raise InvalidRequest("a share or units")
-        if 0 < reservation.within < self.shortest:
+        if max(len(reservation.id), len(reservation.name)) > MOST_ID:
+            raise InvalidRequest("too long")
+        if not device["trains"] and reservation.units < device["compute"]:
+            return Answer(False, f"{device['id']} only serves")
+        if 0 < reservation.within < (DEBT_WINDOW if reservation.share else self.shortest):
             return Answer(False, "no layout holds this objective")
         if self.load(device, reservation) > 1 + 1e-9:
             return Answer(False, f"{device['id']} has no room for this")

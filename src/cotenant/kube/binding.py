@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Mapping
 
 from cotenant.domain.errors import CotenantError, EnvironmentProblem, InvalidRequest
-from cotenant.domain.reservation import Reservation, ReservationStatus
+from cotenant.domain.reservation import MOST_ID, Reservation, ReservationStatus
 from cotenant.kube import claims
 from cotenant.kube.claimwatch import ClaimWatch
 from cotenant.kube.inventory import Part, inventory
@@ -181,11 +181,10 @@ class Binding:
                 self._release(reservation)
 
     def _release(self, reservation: Reservation) -> None:
-        namespace, slash, name = reservation.name.partition("/")
-        if not slash:
+        if "/" not in reservation.name:
             return  # Not made here, whatever its id begins with.
         try:
-            fresh = self._cluster.claim(namespace, name)
+            fresh = self._fresh(reservation)
         except ClusterAway:
             log.warning(
                 "a reservation is kept until its claim can be read", extra=_named(reservation)
@@ -199,6 +198,15 @@ class Binding:
             return
         self._node.release(reservation.id)
         log.info("released", extra=_named(reservation))
+
+    def _fresh(self, reservation: Reservation) -> Object | None:
+        """The claim that it was made for, as it is now."""
+        namespace, _, name = reservation.name.partition("/")
+        if len(reservation.name) < MOST_ID:
+            return self._cluster.claim(namespace, name)
+        found, _ = self._cluster.claims()  # The name was cut off.
+        ids = claims.reservation_ids
+        return next((c for c in found if reservation.id in ids(c, self._name)), None)
 
 
 def said(claim: Object, node: str, condition: str) -> bool:

@@ -13,7 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from cotenant.domain.errors import InvalidRequest
-from cotenant.domain.reservation import Reservation
+from cotenant.domain.reservation import MOST_ID, Reservation
 from cotenant.kube import parameters
 from cotenant.kube.inventory import MIG, TIME, Part, together
 from cotenant.kube.names import DRIVER, RESERVED, SHARE
@@ -61,7 +61,7 @@ def reservations(claim: Object, node: str, parts: Mapping[str, Part]) -> list[Re
     Empty if nothing of the node's is allocated to it. Raises InvalidRequest for what cannot be."""
     config = _devices(claim).get("config") or []
     meta = claim["metadata"]
-    name = f"{meta['namespace']}/{meta['name']}"
+    name = f"{meta['namespace']}/{meta['name']}"[:MOST_ID]
     return [
         msgspec.structs.replace(_reservation(group, config, parts), id=id, name=name)
         for id, group in _groups(claim, node).items()

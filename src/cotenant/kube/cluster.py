@@ -16,21 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
+import httpx2 as httpx
+from lightkube.config.client_adapter import Client, ConnectionParams
+from lightkube.config.kubeconfig import KubeConfig
+from lightkube.core.exceptions import ConfigError as LightkubeError
 from yaml import YAMLError
 
 from cotenant.domain.errors import ConfigError
 from cotenant.kube.names import DRIVER
 from cotenant.kube.ports import ClusterAway, ClusterRefused, Conflict, Expired, Object
-
-try:
-    import httpx2 as httpx
-    from lightkube.config.client_adapter import Client, ConnectionParams
-    from lightkube.config.kubeconfig import KubeConfig
-    from lightkube.core.exceptions import ConfigError as LightkubeError
-except ImportError as error:  # pragma: no cover
-    raise ConfigError(
-        f"{error.name} is not installed; install it with: pip install 'cotenant[kubernetes]'"
-    ) from None
 
 GROUP: Final = "apis/resource.k8s.io/v1"
 TIMEOUT_S: Final = 10.0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import logging
 import os
 import signal
@@ -19,6 +18,8 @@ import msgspec
 from cotenant.domain.errors import ConfigError, CotenantError
 from cotenant.kube.binding import Binding
 from cotenant.kube.claimwatch import ClaimWatch
+from cotenant.kube.names import DRIVER
+from cotenant.kube.paths import Paths
 from cotenant.kube.ports import Cluster, NodeClient
 from cotenant.kube.publisher import Publisher
 from cotenant.serving.control_client import ControlClient
@@ -94,7 +95,10 @@ def _parser() -> argparse.ArgumentParser:
 def _serve(args: argparse.Namespace, stop: threading.Event) -> None:
     if not args.node_name:
         raise ConfigError("say what the cluster calls this machine, with --node-name or NODE_NAME")
-    from cotenant.kube.cluster import HttpCluster
+    try:
+        from cotenant.kube.cluster import HttpCluster
+    except ImportError as error:
+        raise missing(error) from None
 
     socket = args.socket or args.state_dir / "control.sock"
     node = ControlClient(socket)
@@ -107,6 +111,13 @@ def _serve(args: argparse.Namespace, stop: threading.Event) -> None:
         stack.enter_context(running(controllers(node, cluster, args.node_name, plugin.kept)))
         log.info("started", extra={"node": args.node_name})
         stop.wait()
+
+
+def missing(error: ImportError) -> ConfigError:
+    """What to do about a library that is not there."""
+    return ConfigError(
+        f"{error.name} is not installed; install it with: pip install 'cotenant[kubernetes]'"
+    )
 
 
 def controllers(
@@ -136,21 +147,19 @@ def running(parts: Sequence[Started]) -> Iterator[None]:
 
 def _plugin(args: argparse.Namespace, socket: Path, node: NodeClient, cluster: Cluster) -> Kubelet:
     """The kubelet's half."""
-    paths = importlib.import_module("cotenant.kube.paths")
-    plugin = importlib.import_module("cotenant.kube.plugin")
-    found: Kubelet = plugin.Plugin(
-        node,
-        cluster,
-        paths.Paths(
-            control=socket.absolute(),
-            registry=args.kubelet_dir / "plugins_registry",
-            plugin=args.kubelet_dir / "plugins" / paths.DRIVER,
-            cdi=args.cdi_dir,
-            python=args.host_python,
-        ),
-        args.node_name,
+    try:
+        from cotenant.kube.plugin import Plugin
+    except ImportError as error:
+        raise missing(error) from None
+
+    paths = Paths(
+        control=socket.absolute(),
+        registry=args.kubelet_dir / "plugins_registry",
+        plugin=args.kubelet_dir / "plugins" / DRIVER,
+        cdi=args.cdi_dir,
+        python=args.host_python,
     )
-    return found
+    return Plugin(node, cluster, paths, args.node_name)
 
 
 class _JsonLines(logging.Formatter):

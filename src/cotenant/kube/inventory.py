@@ -3,8 +3,9 @@
 Of each device of the node there is a counter set, and everything that can be had of the silicon
 consumes from it: so whole units, instances of MIG and shares of time exclude each other.
 
-* **space**: a unit (core, group of multiprocessors, the one unit of an NPU). A claim takes several.
-  Where a claim could not take all (it has at most 32 devices), there are blocks of units too.
+* **space**: a unit (core, group of multiprocessors). A claim takes several. Where it could not take
+  all, since it has at most 32 devices, there are blocks of units too. What only serves (an NPU, a
+  GPU in subsets) is reserved as a whole, or not: it is one device.
 * **mig**: a profile at a place. It consumes its memory slices, its compute slices, and one of the
   instances that its profile may have.
 * **time**: one device, allocated many times, by whole per cents. It consumes all there is, once, as
@@ -101,6 +102,7 @@ class _Device:
         self.compute = int(status["compute"])
         self.memory = int(status.get("memory") or 0)
         self._status = status
+        self._trains = bool(status.get("trains"))
         self._trouble = bool(status.get("trouble"))
         self.counters = self._counters()
 
@@ -121,12 +123,14 @@ class _Device:
         return [s for s in profile.starts if units.issuperset(range(s, s + profile.size))]
 
     def parts(self) -> Iterable[Part]:
+        if not self._trains:
+            yield self._part("whole", SPACE, self.compute, self.counters, self.memory)
+            return
         if self.table is None:
             yield from self._spaces()
         else:
             yield from self._instances(self.table)
-        if self._status.get("trains"):
-            yield self._part("time", TIME, self.compute, self.counters, self.memory)
+        yield self._part("time", TIME, self.compute, self.counters, self.memory)
 
     def _spaces(self) -> Iterable[Part]:
         count = len(self.units)
@@ -175,7 +179,7 @@ class _Device:
                 **{key: value[:_STRING] for key, value in text.items()},
                 "units": units,
                 "memory": memory,
-                "trains": bool(self._status.get("trains")),
+                "trains": self._trains,
             },
             trouble=self._trouble,
         )

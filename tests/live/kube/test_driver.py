@@ -188,12 +188,12 @@ def test_an_allocated_device_is_never_withdrawn(bench: Bench) -> None:
     bench.schedule("c", ask("n", "all", selector=NPU))
     eventually(lambda: bench.state("c") == "binds")
     bench.node.devices = [cpu(70)]
-    eventually(lambda: bench.published() and bench.taints().get("npu-unit-0") == {GONE})
+    eventually(lambda: bench.published() and bench.taints().get("npu-whole") == {GONE})
     eventually(
-        lambda: bench.published() and set(bench.taints()) - {"npu-unit-0"} == set(cpu_names())
+        lambda: bench.published() and set(bench.taints()) - {"npu-whole"} == set(cpu_names())
     )
     bench.server.remove("resourceclaims", "ns/c")
-    eventually(lambda: bench.published() and "npu-unit-0" not in bench.taints())
+    eventually(lambda: bench.published() and "npu-whole" not in bench.taints())
 
 
 def cpu_names() -> Iterator[str]:
@@ -260,6 +260,7 @@ def test_the_command_runs_until_it_is_told_to_end(
     stop, seen = threading.Event(), []
     plugin: Any = type("Plugin", (), {})()
     plugin.start, plugin.stop = lambda: seen.append("start"), lambda: seen.append("stop")
+    plugin.kept = frozenset
     monkeypatch.setattr(command, "_plugin", lambda *_: plugin)
     monkeypatch.setattr(command, "ControlClient", lambda _: FakeNode(cpu(2)))
     args = command._parser().parse_args(

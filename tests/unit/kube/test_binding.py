@@ -213,6 +213,18 @@ def test_what_others_reserved_is_theirs(bench: Bench) -> None:
     assert len(bench.node.kept) == 2
 
 
+def test_a_name_that_is_too_long_for_the_node_is_still_found(bench: Bench) -> None:
+    held = bench.schedule("c" * 253, share("40"))
+    bench.settle()
+    assert len(bench.node.kept) == 1
+    bench.watch.seen = []
+    bench.binding.settle()
+    assert len(bench.node.kept) == 1
+    bench.cluster.drop(held)
+    bench.settle()
+    assert bench.node.kept == {}
+
+
 def test_nothing_is_released_while_the_cluster_cannot_be_read(bench: Bench) -> None:
     held = bench.schedule("c", share("40"))
     bench.settle()

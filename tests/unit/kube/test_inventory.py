@@ -160,10 +160,17 @@ def test_instances_of_mig_lie_as_the_gpu_can_form_them() -> None:
     assert oracle.allocate("t", [ask("a", "all", share="1", selector=of("time"))]) is None
 
 
-def test_what_does_not_train_has_no_shares_of_time() -> None:
-    for device in (npu(), gpu_subsets()):
-        modes = {part.mode for part in inventory([device]).parts.values()}
-        assert modes == {"space"}
+def test_what_only_serves_is_had_as_a_whole() -> None:
+    for device in (npu(), gpu_subsets(), {**gpu_mig(), "trains": False}):
+        (part,) = inventory([device]).parts.values()
+        assert (part.mode, part.units) == ("space", device["compute"])
+
+
+def test_subsets_that_jobs_can_have_are_had_by_the_unit() -> None:
+    oracle = whole([{**gpu_subsets(8), "trains": True}])
+    assert oracle.allocate("c", [ask("a", "all", 3, selector=of("space"))])
+    assert oracle.allocate("d", [ask("a", "all", 6, selector=of("space"))]) is None
+    assert oracle.allocate("d", [ask("a", "all", 5, selector=of("space"))])
 
 
 def test_a_gpu_of_which_others_have_a_part_offers_the_rest() -> None:
@@ -195,7 +202,7 @@ REQUESTS = st.tuples(
 def test_whatever_is_allocated_never_exceeds_the_silicon(
     history: list[tuple[list[tuple[str, int, str]], bool]],
 ) -> None:
-    devices = [cpu(5), gpu_subsets(3), gpu_mig(), npu()]
+    devices = [cpu(5), {**gpu_subsets(3), "trains": True}, gpu_mig(), npu()]
     box, oracle = inventory(devices), whole(devices)
     for number, (wishes, frees) in enumerate(history):
         requests = [

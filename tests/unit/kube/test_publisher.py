@@ -67,7 +67,7 @@ def test_a_change_is_a_generation_of_all_slices() -> None:
     bench.node.devices.append(npu())
     bench.publish()
     assert bench.generation > before
-    assert "npu-unit-0" in bench.devices
+    assert "npu-whole" in bench.devices
 
 
 def test_slices_that_are_no_longer_needed_are_deleted() -> None:
@@ -77,21 +77,21 @@ def test_slices_that_are_no_longer_needed_are_deleted() -> None:
     bench.node.devices = [npu()]
     bench.publish(3)
     assert len(bench.cluster.written) < many
-    assert set(bench.devices) == {"npu-unit-0"}
+    assert set(bench.devices) == {"npu-whole"}
 
 
 def test_what_vanishes_is_withdrawn_unless_it_is_allocated() -> None:
     bench = Bench(cpu(4), npu())
     bench.publish()
-    bench.allocated = {"npu-unit-0"}
+    bench.allocated = {"npu-whole"}
     bench.node.devices = [cpu(3)]
     bench.publish(5)
-    assert bench.taints("npu-unit-0") == {GONE}
+    assert bench.taints("npu-whole") == {GONE}
     assert "cpu-unit-3" not in bench.devices
     Oracle(list(bench.cluster.written.values()), EVERY)
     bench.allocated = set()
     bench.publish(2)
-    assert "npu-unit-0" not in bench.devices
+    assert "npu-whole" not in bench.devices
 
 
 def test_what_is_allocated_while_it_vanishes_stays() -> None:
@@ -99,9 +99,9 @@ def test_what_is_allocated_while_it_vanishes_stays() -> None:
     bench.publish()
     bench.node.devices = [cpu(4)]
     bench.publish()
-    bench.allocated = {"npu-unit-0"}
+    bench.allocated = {"npu-whole"}
     bench.publish(3)
-    assert bench.taints("npu-unit-0") == {GONE}
+    assert bench.taints("npu-whole") == {GONE}
 
 
 def test_nothing_is_withdrawn_while_claims_are_not_known() -> None:
@@ -110,18 +110,18 @@ def test_nothing_is_withdrawn_while_claims_are_not_known() -> None:
     bench.allocated = None
     bench.node.devices = [cpu(4)]
     bench.publish(5)
-    assert bench.taints("npu-unit-0") == {GONE}
+    assert bench.taints("npu-whole") == {GONE}
 
 
 def test_a_device_that_comes_back_can_be_had_again() -> None:
     bench = Bench(cpu(4), npu())
     bench.publish()
-    bench.allocated = {"npu-unit-0"}
+    bench.allocated = {"npu-whole"}
     bench.node.devices = [cpu(4)]
     bench.publish(2)
     bench.node.devices = [cpu(4), npu()]
     bench.publish()
-    assert bench.taints("npu-unit-0") == set()
+    assert bench.taints("npu-whole") == set()
 
 
 def test_a_node_that_is_away_is_tainted_and_not_withdrawn() -> None:
@@ -176,7 +176,7 @@ def test_a_pass_that_was_broken_off_is_made_good() -> None:
         bench.publisher.publish()
     bench.publisher = bench.again()
     bench.publish()
-    assert "npu-unit-0" in bench.devices
+    assert "npu-whole" in bench.devices
 
 
 def test_slices_that_somebody_changed_are_put_right() -> None:
@@ -205,17 +205,17 @@ def test_a_conflict_is_for_the_next_pass() -> None:
         bench.publisher.publish()
     bench.cluster.slices = read  # type: ignore[method-assign]
     bench.publish()
-    assert "npu-unit-0" in bench.devices
+    assert "npu-whole" in bench.devices
 
 
 def test_the_times_of_taints_are_kept() -> None:
     bench = Bench(cpu(4), npu())
     bench.publish()
-    bench.allocated = {"npu-unit-0"}
+    bench.allocated = {"npu-whole"}
     bench.node.devices = [cpu(4)]
     bench.publish()
-    (before,) = bench.devices["npu-unit-0"]["taints"]
+    (before,) = bench.devices["npu-whole"]["taints"]
     bench.node.devices = [cpu(3)]
     bench.publish(3)
-    (after,) = bench.devices["npu-unit-0"]["taints"]
+    (after,) = bench.devices["npu-whole"]["taints"]
     assert after == before
