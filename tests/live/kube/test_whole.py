@@ -162,6 +162,16 @@ def test_preparing_does_not_wait_for_what_is_published(host: Host) -> None:
 
 
 @TWO_CORES
+def test_what_was_given_up_can_be_had_again_at_once(host: Host) -> None:
+    given = host.allocate("c", unit(0))
+    for _ in range(3):
+        host.prepare(given)
+        (status,) = _all(host)
+        assert status.state == "ready"
+        assert host.kubelet.unprepare(given) == {given["metadata"]["uid"]: ""}
+
+
+@TWO_CORES
 def test_a_force_deleted_pod_keeps_what_it_has_through_a_kill(host: Host) -> None:
     given = host.allocate("c", share(60))
     host.prepare(given)

@@ -3,7 +3,9 @@ and the API server."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -456,7 +458,7 @@ def test_a_folder_that_cannot_be_written_is_named_and_nothing_leaks(
 
     def full(self: Path, target: Any) -> Path:
         if self.parent.name == folder:
-            raise OSError(28, "No space left on device")
+            raise OSError(errno.ENOSPC, "No space left on device")
         return real(self, target)
 
     with monkeypatch.context() as patch:
@@ -466,3 +468,23 @@ def test_a_folder_that_cannot_be_written_is_named_and_nothing_leaks(
     assert not box.node.held and not box.checkpoint.entries() and not box.specs.claims()
     assert [path for name in ("claims", "cdi") for path in (box.folder / name).glob("*")] == []
     box.prepare(given)
+
+
+def test_a_full_disk_keeps_no_claim_from_being_given_up(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = box.allocate("a", unit(0))
+    box.prepare(given)
+    real = os.open
+
+    def full(path: Any, flags: int, *more: Any, **named: Any) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, flags, *more, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", full)
+        with pytest.raises(EnvironmentProblem):
+            box.prepare(box.allocate("b", unit(1)))
+        box.unprepare(given)
+    assert not box.node.held and not box.checkpoint.entries() and not box.specs.claims()
