@@ -6,4 +6,5 @@ A process of its own beside the node, which it reaches by the control socket alo
   asks for. These are pure.
 * ``publisher`` and ``binding`` keep cluster and node in step. Each pass compares what is with what
   should be, so a pass that failed is only made again.
+* ``plugin`` serves the kubelet: ``preparing`` has the steps and their laws.
 """

@@ -136,10 +136,9 @@ class Plugin:
 
     def kept(self) -> frozenset[str]:
         """Ids of the reservations of claims that the kubelet has not had unprepared. They are not
-        to be released, whatever the API server says of the claims: pods may run on them."""
-        if self._preparer is None:
-            return frozenset()
-        return frozenset(id for entry in self._preparer.entries() for id in entry.ids)
+        to be released, whatever the API server says of the claims: pods may run on them. Raises
+        EnvironmentProblem."""
+        return self._preparer.kept() if self._preparer else frozenset()
 
     def _take_lock(self) -> None:
         try:

@@ -106,6 +106,12 @@ class Preparer:
         """The claims that hold something, or are about to."""
         return self._checkpoint.entries()
 
+    def kept(self) -> frozenset[str]:
+        """Ids of the reservations that these have, and that claims with a damaged record may have.
+        Raises EnvironmentProblem."""
+        known = {id for entry in self.entries() for id in entry.ids}
+        return frozenset(known.union(*map(self._reserved, sorted(self._checkpoint.lost))))
+
     def leave(self) -> None:
         """Whoever waits for a claim's readiness gives up: the driver stops."""
         self._leaving.set()
@@ -158,8 +164,8 @@ class Preparer:
         for uid in known | self._specs.claims():
             with self._free(uid) as free:
                 entry = self._checkpoint.get(uid)
-                if not free or uid in self._checkpoint.lost:
-                    continue
+                if not free or (entry is None and uid in self._checkpoint.lost):
+                    continue  # its spec may be all that a running pod's containers have
                 if entry is None or not entry.prepared:
                     self._specs.remove(uid)
                 elif self._write_spec(uid, entry.edits):
@@ -196,18 +202,14 @@ class Preparer:
                 yield True
 
     def _keep(self, entry: Entry, there: dict[str, ReservationStatus]) -> None:
+        """Raises NodeAway; anything else is a problem of this claim alone."""
         statuses = [there[id] for id in entry.ids if id in there]
         used = len(statuses) < len(entry.promises) or any(s.adopted for s in statuses)
-        if self._forgotten.look(entry, used, time.monotonic()):
-            log.warning("claim %s/%s is gone and unused", entry.namespace, entry.name)
-            self._take_back(entry)
-        else:
-            self._restore(entry, statuses)
-
-    def _restore(self, entry: Entry, statuses: list[ReservationStatus]) -> None:
-        """Reserve what is missing of ``statuses``, or describe what has changed."""
         try:
-            if len(statuses) < len(entry.promises):
+            if self._forgotten.look(entry, used, time.monotonic()):
+                log.warning("claim %s/%s is gone and unused", entry.namespace, entry.name)
+                self._take_back(entry)
+            elif len(statuses) < len(entry.promises):
                 self._reserve(entry)
             elif all(status.state == "ready" for status in statuses):
                 self._finish(entry, _edits(entry, statuses))

@@ -1,14 +1,8 @@
-"""Containers that use a claim, started by podman and runc from the CDI spec that the driver wrote.
-
-Both come from the distribution, as does the static busybox that is all there is in the container
-(``.ci/run`` installs them). Where they are not, or cannot start any container, this is skipped.
-"""
+"""Containers that use a claim, started by podman and runc from the driver's CDI spec."""
 
 from __future__ import annotations
 
 import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -21,9 +15,7 @@ from cotenant.kube.paths import Paths
 from cotenant.kube.plugin import Plugin
 from tests.fake_kubelet import FakeKubelet
 from tests.kube_standins import POOL, NodeSocket, StandinClaims, StandinNode, claim, unit
-
-SPECS = Path("/var/run/cdi")
-NEEDED = ("podman", "runc", "busybox")
+from tests.live.kube.conftest import Podman, shown
 
 
 class Watching(StandinNode):
@@ -40,36 +32,6 @@ class Watching(StandinNode):
         self.ran_before.append((Path(self.pages) / "ran").exists())
         self.on_host.append(Path(f"/proc/{pid}").exists() and pid != os.getpid())
         super().adopt(id, pid)
-
-
-class Podman:
-    def __init__(self, folder: Path) -> None:
-        self.root = folder / "rootfs"
-        (self.root / "bin").mkdir(parents=True)
-        busybox = shutil.which("busybox")
-        assert busybox is not None
-        shutil.copy(busybox, self.root / "bin" / "busybox")
-        (self.root / "bin" / "sh").symlink_to("busybox")
-        conf = folder / "containers.conf"
-        # A sandbox may not raise the limits that podman would by default.
-        conf.write_text("[containers]\ndefault_ulimits = []\n")
-        self._environment = {**os.environ, "CONTAINERS_CONF": str(conf)}
-        # vfs mounts nothing over its folder, so nothing is left when that is removed.
-        storage = ["--storage-driver", "vfs", "--root", str(folder / "s"), "--runroot"]
-        runtime = ["--runtime", "runc", "--cgroup-manager", "cgroupfs"]
-        self._command = ["podman", *storage, str(folder / "run"), *runtime]
-
-    def run(self, script: str, *devices: str) -> subprocess.CompletedProcess[str]:
-        options = [word for name in devices for word in ("--device", name)]
-        run = ["run", "--rm", "--network=none", *options, "--rootfs", str(self.root)]
-        return subprocess.run(
-            [*self._command, *run, "/bin/sh", "-c", script],
-            env=self._environment,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
 
 
 class Host:
@@ -104,25 +66,8 @@ class Host:
         self.cluster.put(given)
         devices, error = self.kubelet.prepare(given)[uid]
         assert not error
-        SPECS.mkdir(parents=True, exist_ok=True)
-        (ours,) = self._cdi.glob(f"*{uid}*")
-        there = SPECS / ours.name
-        self._stack.callback(there.unlink, missing_ok=True)
-        shutil.copy(ours, there)
+        self._stack.enter_context(shown(self._cdi, uid))
         return [name for each in devices for name in each.cdi]
-
-
-@pytest.fixture(scope="module")
-def podman(tmp_path_factory: pytest.TempPathFactory) -> Podman:
-    if missing := [name for name in NEEDED if shutil.which(name) is None]:
-        pytest.skip(f"not installed: {', '.join(missing)}")
-    if os.geteuid() != 0:
-        pytest.skip("only root may describe devices to podman")
-    found = Podman(tmp_path_factory.mktemp("podman"))
-    tried = found.run("echo works")
-    if tried.stdout.strip() != "works":
-        pytest.skip(f"podman starts no container here: {tried.stderr.strip()[-300:]}")
-    return found
 
 
 @pytest.fixture

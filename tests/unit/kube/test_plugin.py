@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 import threading
@@ -223,7 +224,7 @@ def test_a_full_folder_for_sockets_is_named(host: Host, monkeypatch: pytest.Monk
     import socket
 
     def full(self: socket.socket, address: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     class Full(socket.socket):
         bind = full

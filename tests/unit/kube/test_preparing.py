@@ -3,7 +3,9 @@ and the API server."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -356,7 +358,8 @@ def test_a_damaged_record_is_kept_aside_and_its_claim_can_still_be_given_up(box:
     box.restart()
     assert [entry.uid for entry in box.checkpoint.entries()] == ["b"]
     assert any("a." in path.name for path in record.parent.iterdir())
-    assert len(box.node.held) == 2, "its pod may run"
+    assert box.preparer.kept() == set(box.node.held), "its pod may run"
+    assert box.specs.claims() == {"a", "b"}
     box.unprepare(given)
     assert len(box.node.held) == 1
     assert [path.name for path in record.parent.iterdir()] == ["b.json"]
@@ -368,6 +371,8 @@ def test_a_damaged_record_can_be_made_anew(box: Box) -> None:
     (box.folder / "claims" / "a.json").write_bytes(b"")
     box.restart()
     box.prepare(given)
+    box.reboot()
+    assert box.specs.claims() == {"a"}
     assert [kind for kind, _ in box.node.events] == ["reserve"]
 
 
@@ -456,7 +461,7 @@ def test_a_folder_that_cannot_be_written_is_named_and_nothing_leaks(
 
     def full(self: Path, target: Any) -> Path:
         if self.parent.name == folder:
-            raise OSError(28, "No space left on device")
+            raise OSError(errno.ENOSPC, "No space left on device")
         return real(self, target)
 
     with monkeypatch.context() as patch:
@@ -466,3 +471,23 @@ def test_a_folder_that_cannot_be_written_is_named_and_nothing_leaks(
     assert not box.node.held and not box.checkpoint.entries() and not box.specs.claims()
     assert [path for name in ("claims", "cdi") for path in (box.folder / name).glob("*")] == []
     box.prepare(given)
+
+
+def test_a_full_disk_keeps_no_claim_from_being_given_up(
+    box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = box.allocate("a", unit(0))
+    box.prepare(given)
+    real = os.open
+
+    def full(path: Any, flags: int, *more: Any, **named: Any) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(path, flags, *more, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", full)
+        with pytest.raises(EnvironmentProblem):
+            box.prepare(box.allocate("b", unit(1)))
+        box.unprepare(given)
+    assert not box.node.held and not box.checkpoint.entries() and not box.specs.claims()
