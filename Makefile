@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The pure modules that gain from being compiled: no struct classes with options in them.
 COMPILED := $(addprefix cotenant/,$(addsuffix .py, \
 	$(addprefix policy/,dispatcher builds choosing generation iterations desk tail roster turns holds relayout residency tenancy admission lending queues state estimate pressure \
-		planner wishes moving demand judging continuous leftover trials layouts reserved reserving placing sharing queueing forecast utility \
+		planner wishes moving demand judging prospects saturation continuous leftover trials layouts reserved reserving placing sharing queueing forecast utility \
 		memory/account memory/fairness memory/ledger memory/books memory/budgets memory/pools returning) \
 	sim/world sim/physics sim/outcome sim/reactive telemetry/meters telemetry/monitor))
 
