@@ -44,7 +44,7 @@ from cotenant.runtime.jobledger import JobLedger
 from cotenant.runtime.joblive import LiveJob, status_of
 from cotenant.runtime.jobreports import Address, Report, ReportSocket
 from cotenant.runtime.jobrun import RUN_MARKER, JobRun, Outcome, lock_directory
-from cotenant.runtime.jobspec import checked, environment
+from cotenant.runtime.jobspec import CHECKPOINT, checked, environment
 from cotenant.runtime.jobstore import JobRecord, JobStore
 from cotenant.runtime.jobverdict import RestartRules, verdict
 
@@ -393,6 +393,8 @@ class JobSupervisor:
                 env = environment(spec, launch)
                 env["COTENANT_JOB_ID"], env[RUN_MARKER] = id, live.run.run
                 env["COTENANT_REPORT_SOCKET"] = str(self._reports.path)
+                if checkpoint := self._ledger.records[id].checkpoint:
+                    env[CHECKPOINT] = checkpoint
                 pid = await live.run.start(spec, env, launch)
             if pid:
                 self._on_running(id, live, pid)
@@ -436,6 +438,7 @@ class JobSupervisor:
 
     async def _finish(self, id: str, live: LiveJob, outcome: Outcome, recovering: bool) -> None:
         """Record the end of a run and what follows from it."""
+        self._reports.drain()  # it may have said that it saved its work, and gone
         if live.force is not None:
             live.force.cancel()
         self._live.pop(id, None)
@@ -464,6 +467,7 @@ class JobSupervisor:
             finished=outcome.ended or time.time(),
             cpu_s=record.cpu_s + (outcome.cpu_s or live.cpu_s),
             **live.progress_fields(),
+            **live.checkpoint_fields(),
         )
         if outcome.left or outcome.log_dropped:
             extra = {"job": id, "left": outcome.left, "log_dropped": outcome.log_dropped}
@@ -547,6 +551,9 @@ class JobSupervisor:
             return False
         if not report.memory:
             live.progress.note(time.monotonic(), report)
+            if report.checkpoint is not None:
+                live.note_checkpoint(report.checkpoint)
+                self._save_checkpoint(report.job, live)
         elif sender:
             new = live.givers.pop(sender, False) is False
             live.givers[sender] = None
@@ -556,6 +563,13 @@ class JobSupervisor:
             if new:
                 self._shell.on_job_listens(report.job)
         return True
+
+    def _save_checkpoint(self, id: str, live: LiveJob) -> None:
+        record = self._ledger.records[id]
+        if not self._ledger.saved:
+            return  # the disk is full: it is not to be owed a step a second
+        if fields := live.unsaved_checkpoint(record, time.monotonic()):
+            self._ledger.step(id, record.state, **fields)
 
     def gave(self, id: str) -> bool:
         """Whether a program of the job's run could be asked for memory, perhaps by an earlier
@@ -617,6 +631,7 @@ class JobSupervisor:
             if self._live.get(id) is not live:
                 continue
             live.note_cpu(seconds)
+            self._save_checkpoint(id, live)
             state = self._ledger.records[id].state
             if state is JobState.HELD:  # again: somebody may have continued it
                 self._background(self._apply_hold(id, live))
