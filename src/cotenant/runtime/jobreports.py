@@ -116,8 +116,11 @@ class ReportSocket:
     long names. Whether job and run exist is the receiver's to say: it returns False if not.
     """
 
-    def __init__(self, path: Path, receive: Callable[[Report, Address], bool]) -> None:
+    def __init__(
+        self, path: Path, receive: Callable[[Report, Address], bool], mode: int = 0o600
+    ) -> None:
         self.path = path
+        self._mode = mode
         self.invalid = 0
         self._receive = receive
         self._decoder = msgspec.json.Decoder(Report)
@@ -141,7 +144,7 @@ class ReportSocket:
             with contextlib.suppress(FileNotFoundError):
                 self.path.unlink()
             sock.bind(str(self.path))
-            self.path.chmod(0o600)
+            self.path.chmod(self._mode)
         except OSError as error:
             sock.close()
             raise EnvironmentProblem(f"cannot listen on {self.path}: {error}") from error
