@@ -20,7 +20,7 @@ import pytest
 import yaml
 
 from cotenant.cli import wiring
-from tests.manifests import check, documents
+from tests.manifests import KUBERNETES, check, documents
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -177,6 +177,7 @@ def render(
 ) -> subprocess.CompletedProcess[str]:
     options = [text for key, value in values.items() for text in ("--set", f"{key}={value}")]
     command = [helm, "template", "cotenant", str(CHART), "--namespace", "cotenant-system"]
+    command += ["--kube-version", f"{KUBERNETES}.0"]
     env = {"HOME": str(home), "PATH": "/usr/bin:/bin"}
     kwargs = {"check": True, "capture_output": True, "text": True, "timeout": 60, **kwargs}
     return subprocess.run([*command, *options], env=env, **kwargs)  # noqa: PLW1510
