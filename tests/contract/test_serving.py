@@ -429,6 +429,13 @@ def test_a_token_guards_every_route_but_health(narrow: Any) -> None:
     client.close()
 
 
+def test_metrics_can_be_opened_to_who_has_no_token() -> None:
+    with serving(token="s3cret", open_metrics=True) as served:
+        assert ask(served, "GET", "/metrics")[0] == 200
+        assert ask(served, "GET", "/v2")[0] == 401
+        assert ask(served, "POST", ROUTE, GOOD)[0] == 401
+
+
 def test_a_stated_length_over_the_limit_is_refused_at_once(narrow: Any) -> None:
     sock = raw(narrow, post(5000, more=AUTH))  # not one byte of the body
     answer = read_all(sock)

@@ -20,7 +20,7 @@ from cotenant.policy.assigning import (
     settle,
     uneven,
 )
-from cotenant.policy.judging import RHO_MAX
+from cotenant.policy.prospects import RHO_MAX
 
 GIB = 2**30
 

@@ -14,8 +14,9 @@ from cotenant.domain.snapshot import ServiceFacts, TurnCost, TurnFacts
 from cotenant.domain.units import MS, S
 from cotenant.policy.continuous import Turning, turning
 from cotenant.policy.iterations import IterationCosts, Load
-from cotenant.policy.judging import judge, load
+from cotenant.policy.judging import judge
 from cotenant.policy.layouts import unit_layout
+from cotenant.policy.prospects import load
 from cotenant.policy.views import Verdict, View
 from tests.builders import cpu
 from tests.unit.test_planner import Planning, job, service

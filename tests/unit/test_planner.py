@@ -15,10 +15,11 @@ from cotenant.domain.plan import EMPTY_PLAN, Plan
 from cotenant.domain.snapshot import JobFacts, ServiceFacts, Snapshot
 from cotenant.domain.units import MS, S
 from cotenant.policy.estimate import ExecTable
-from cotenant.policy.judging import judge, load
+from cotenant.policy.judging import judge
 from cotenant.policy.layouts import unit_layout
 from cotenant.policy.planner import Planner
 from cotenant.policy.planstate import Tuning
+from cotenant.policy.prospects import load
 from cotenant.policy.views import View
 from tests.builders import cpu
 

@@ -109,7 +109,7 @@ async def serve(config: NodeConfig) -> None:
         stack.push_async_callback(control.stop)
         if config.http:
             host, port = split_address(config.http)
-            http = HttpFront(build_app(node, intake, token), host, port)
+            http = HttpFront(build_app(node, intake, token, config.open_metrics), host, port)
             node.addresses["http"] = f"{host}:{await http.start()}"
             stack.push_async_callback(http.stop, STOP_GRACE_S)
         if config.grpc:

@@ -62,7 +62,8 @@ class JournalConfig(msgspec.Struct, frozen=True):
 
 class NodeConfig(msgspec.Struct, frozen=True):
     """Everything ``cotenant serve`` reads from its file. ``token_file`` names a file that holds the
-    bearer token clients must send; needed when an address is not loopback."""
+    bearer token clients must send; needed when an address is not loopback. With ``open_metrics``
+    metrics can be read without it."""
 
     state_dir: str
     models: str
@@ -77,6 +78,7 @@ class NodeConfig(msgspec.Struct, frozen=True):
     policy: PolicyConfig
     services: tuple[ServiceSpec, ...]
     jobs: tuple[JobSpec, ...]
+    open_metrics: bool = False
 
 
 class CheckSettings(msgspec.Struct, frozen=True):
@@ -172,6 +174,7 @@ def parse_config(text: str) -> NodeConfig:
         policy=policy,
         services=services,
         jobs=jobs,
+        open_metrics=node.take("open_metrics", reading.boolean, False),
     )
     node.done()
     for key, address in (("http", config.http), ("grpc", config.grpc)):

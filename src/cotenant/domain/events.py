@@ -75,6 +75,8 @@ class BatchDone(_Event, frozen=True):
 
     With ``more`` its lease goes on: the next turn of the unfinished is under way. ``work``: tokens
     that were computed, and pairs of those with the ones that they look at; 0 where unknown.
+    ``moved``: ns of ``exec_ns`` in which inputs were read and joined, and in which outputs were
+    divided and written; 0 where the engine does that within its execution.
     """
 
     batch: int
@@ -86,6 +88,7 @@ class BatchDone(_Event, frozen=True):
     said: tuple[tuple[int, int], ...] = ()
     more: bool = False
     work: tuple[int, int] = (0, 0)
+    moved: tuple[int, int] = (0, 0)
 
 
 class BatchFailed(_Event, frozen=True):

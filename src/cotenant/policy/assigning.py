@@ -26,7 +26,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from cotenant.policy.judging import RHO_MAX
+from cotenant.policy.prospects import RHO_MAX
 
 LEAST_PART = 0.1
 """A device is not used for less than this part of a service."""

@@ -14,15 +14,11 @@ from cotenant.domain.device import DeviceSpec, Partition
 from cotenant.domain.snapshot import ServiceFacts
 from cotenant.domain.units import format_bytes
 from cotenant.domain.workload import share_on
-from cotenant.policy.continuous import Expected, turning
-from cotenant.policy.generation import AHEAD
-from cotenant.policy.queueing import HEADROOM, batch_delay, lost, wait_quantile
+from cotenant.policy.continuous import Expected
+from cotenant.policy.prospects import RHO_MAX, Spread, asked_of, exec_ns, expect, load, turns_of
+from cotenant.policy.queueing import HEADROOM, lost
 from cotenant.policy.views import Layout, Verdict, View
 
-RHO_MAX: Final = 0.85
-"""Highest planned utilization of a service partition."""
-BATCHING: Final = 0.5
-"""Utilization by single requests from which on they find company in the queue."""
 NO_PLACE: Final = 10.0
 """What a service that fits into no partition counts as overload."""
 
@@ -55,6 +51,7 @@ def judge(view: View, layout: Layout, horizon_s: float) -> Verdict:
         placed[name], shares[name] = chosen, share
     _fill(view, mine, placed, shares, rho, horizon_s)
     verdict = Verdict(layout, placed, rho, list(rho), [0.0] * len(mine), {})
+    spread = Spread(sizes, placed, shares, rho, guests, slowest, times)
     queues: list[list[tuple[float, float]]] = []
     for service in view.services:
         where = placed[service.name]
@@ -65,25 +62,19 @@ def judge(view: View, layout: Layout, horizon_s: float) -> Verdict:
             )
             verdict.overload += NO_PLACE
             continue
-        there = [sizes[i] for i in where]
-        rates = _spread(view, service, there, horizon_s)
-        for index, rate in zip(where, rates, strict=True):
+        asked = asked_of(view, service, spread, horizon_s)
+        for index, rate in asked:
             verdict.asked[index] += rate
         if service.turns is not None:
-            _judge_turns(view, service, verdict, list(zip(where, rates, strict=True)), shares)
+            _judge_turns(view, service, verdict, spread, asked)
             continue
-        busiest, other = max(rho[i] for i in where), max(slowest[i] for i in where)
-        longest = max(times[service.name][size] for size in there)
-        wait = wait_quantile(max(longest, other), busiest, service.percentile, len(where))
-        expected = longest + wait + _turn_ahead(view, service, placed, sizes)
-        if all(guests[i] == 1 for i in where):
-            expected = min(expected, _batched(view, service, there, rates))
-        if expected > HEADROOM * service.objective or busiest > RHO_MAX:
-            verdict.misses[service.name] = _why(service, expected, busiest)
-            queues = queues or _queues(view, placed, shares, times, sizes)
+        found = expect(view, service, spread, asked)
+        if not found.holds(service):
+            verdict.misses[service.name] = _why(service, found.delay, found.busiest)
+            queues = queues or _queues(view, spread)
             crowded = max((queues[i] for i in where), key=lambda q: sum(load for _, load in q))
             verdict.overload += _overload(
-                service, longest, max(longest, other), crowded, len(where)
+                service, found.longest, max(found.longest, found.other), crowded, len(where)
             )
     return verdict
 
@@ -92,26 +83,17 @@ def _judge_turns(
     view: View,
     service: ServiceFacts,
     verdict: Verdict,
+    spread: Spread,
     asked: list[tuple[int, float]],
-    shares: dict[str, float],
 ) -> None:
     """Of a service whose answers take turns: what it leaves idle, and whether it would miss its
     objective. ``asked``: its partitions, and requests per second that come to each."""
-    kind, share, mine = view.device.kind, shares[service.name], verdict.layout.mine
-    busiest = max(verdict.rho[index] for index, _ in asked)
+    share = spread.shares[service.name]
+    busiest = spread.busiest(service)
     overload = 1.0 - RHO_MAX / busiest if busiest > RHO_MAX else 0.0
     worst, worst_stress = Expected(0.0, 0.0, 0.0), 0.0
-    for index, rate in asked:
-        beside = [
-            s.objective
-            for s in view.services
-            if s is not service and index in verdict.services[s.name]
-        ]
-        within = min(beside, default=math.inf) / AHEAD
-        turns = turning(kind, service, mine[index].compute, within)
-        if turns is None or not rate:
-            continue
-        others = max(0.0, verdict.rho[index] - share)
+    for turns, index, rate in turns_of(view, service, spread, asked):
+        others = max(0.0, spread.rho[index] - share)
         expected = turns.expect(rate, others)
         verdict.busy[index] += max(0.0, expected.busy - share)
         stress = turns.stress(expected)
@@ -124,35 +106,14 @@ def _judge_turns(
         verdict.overload += overload
 
 
-def _turn_ahead(
-    view: View, service: ServiceFacts, placed: dict[str, tuple[int, ...]], sizes: list[int]
-) -> float:
-    """Ns that the turn of another service may take which is under way when a request comes."""
-    longest = 0.0
-    for other in view.services:
-        if other.turns is None:
-            continue
-        for index in set(placed[other.name]).intersection(placed[service.name]):
-            turns = turning(view.device.kind, other, sizes[index])
-            if turns is not None:
-                longest = max(longest, turns.longest(service.objective / AHEAD))
-    return longest
-
-
-def _queues(
-    view: View,
-    placed: dict[str, tuple[int, ...]],
-    shares: dict[str, float],
-    times: dict[str, dict[int, int]],
-    sizes: list[int],
-) -> list[list[tuple[float, float]]]:
+def _queues(view: View, spread: Spread) -> list[list[tuple[float, float]]]:
     """For each partition: how long (ns) the requests of each of its services can wait, and the
     utilization that it brings."""
-    queues: list[list[tuple[float, float]]] = [[] for _ in sizes]
+    queues: list[list[tuple[float, float]]] = [[] for _ in spread.sizes]
     for service in view.services:
-        for index in placed[service.name]:
-            patience = _patience(service, times[service.name][sizes[index]])
-            queues[index].append((patience, shares[service.name]))
+        for index in spread.placed[service.name]:
+            patience = _patience(service, spread.times[service.name][spread.sizes[index]])
+            queues[index].append((patience, spread.shares[service.name]))
     return queues
 
 
@@ -218,35 +179,6 @@ class _Crowd:
         for index, heap in self._out:
             heappush(heap, (self.rho[index], self.guests[index], index))
         self._out.clear()
-
-
-def _spread(view: View, service: ServiceFacts, sizes: list[int], horizon_s: float) -> list[float]:
-    """Rows per second that come to each of its partitions: in proportion to their speed."""
-    kind, rate = view.device.kind, _rate(service, horizon_s)
-    if len(set(sizes)) == 1:
-        return [rate / len(sizes)] * len(sizes)
-    speeds = [1.0 / max(1e-12, load(kind, service, size, horizon_s)) for size in sizes]
-    total = sum(speeds)
-    return [rate * speed / total for speed in speeds]
-
-
-def _batched(view: View, service: ServiceFacts, sizes: list[int], rates: list[float]) -> float:
-    """Ns from arrival to answer if it batches, on the slowest of the partitions that it has to
-    itself; infinity if batches fill up, or if their times are not known."""
-    largest = service.max_batch
-    known = service.exec_ns.get(view.device.kind, {})
-    slowest = 0.0
-    for size, rate in zip(sizes, rates, strict=True):
-        single, full = known.get(f"{size}x1"), known.get(f"{size}x{largest}")
-        if not single or not full:
-            return math.inf
-        slowest = max(slowest, batch_delay(single, full, largest, rate, service.percentile))
-    return slowest
-
-
-def _rate(service: ServiceFacts, horizon_s: float) -> float:
-    """Rows per second expected ``horizon_s`` seconds ahead."""
-    return max(0.0, service.rate + max(0.0, service.rate_trend) * horizon_s)
 
 
 def memory_of(service: ServiceFacts, device: DeviceSpec) -> int:
@@ -337,37 +269,6 @@ def utilization(view: View, layout: Layout, horizon_s: float) -> float:
         for partition in where:
             rho[partition] = rho.get(partition, 0.0) + share
     return max(rho.values(), default=0.0)
-
-
-def load(kind: str, service: ServiceFacts, size: int, horizon_s: float) -> float:
-    """Partitions of ``size`` units that the service would keep busy: rate x time per row, of single
-    requests up to half of one, of full batches beyond. Never less for a higher rate or a smaller
-    size: else a layout that is too small at one rate would seem to do at a higher one. Of answers
-    in turns what they ask for where as many as can be share each turn."""
-    rate = _rate(service, horizon_s)
-    if service.turns is not None:
-        turns = turning(kind, service, size)
-        return rate * turns.demand / 1e9 if turns is not None else 0.0
-    single = rate * exec_ns(kind, service, size, 1) / 1e9
-    if single < BATCHING:
-        return single
-    full = rate * exec_ns(kind, service, size, service.max_batch) / service.max_batch / 1e9
-    return max(BATCHING, full)
-
-
-def exec_ns(kind: str, service: ServiceFacts, size: int, rows: int) -> int:
-    """Measured time of ``rows`` rows on ``size`` units, else the nearest guess; 0 if none. Of
-    answers in turns that until the first token of one alone."""
-    turns = turning(kind, service, size) if service.turns is not None else None
-    if turns is not None:
-        return round(turns.alone.first)
-    known = service.exec_ns.get(kind)
-    if not known:
-        return 0
-    exact = known.get(f"{size}x{rows}")
-    if exact is not None:
-        return exact
-    return known.get(f"{size}x1") or known.get(f"1x{rows}") or known.get("1x1") or 0
 
 
 def _why(service: ServiceFacts, expected: float, busiest: float) -> str:

@@ -17,7 +17,8 @@ from cotenant.domain.snapshot import ServiceFacts
 from cotenant.domain.units import format_bytes
 from cotenant.policy import assigning
 from cotenant.policy.assigning import LEAST_PART
-from cotenant.policy.judging import RHO_MAX, exec_ns, load, memory_of
+from cotenant.policy.judging import memory_of
+from cotenant.policy.prospects import RHO_MAX, exec_ns, load
 from cotenant.policy.queueing import HEADROOM, highest_load
 from cotenant.policy.views import Parts, Placing
 

@@ -38,6 +38,7 @@ from cotenant.policy.judging import judge
 from cotenant.policy.leftover import share_out
 from cotenant.policy.placing import place
 from cotenant.policy.planstate import DeviceMemory, Members, PlannerState, Tuning
+from cotenant.policy.saturation import loads
 from cotenant.policy.views import Layout, Placing, Verdict, View
 from cotenant.policy.wishes import Wishes
 
@@ -48,6 +49,8 @@ class Planner:
     def __init__(self, tuning: Tuning | None = None, state: PlannerState | None = None) -> None:
         self.tuning = tuning or Tuning()
         self.state = state or PlannerState()
+        self.loads: dict[str, float] = {}
+        """The load of each service at the last look (``cotenant.policy.saturation``)."""
         self._demand = Demand(self.tuning, self.state)
         self._wishes = self._make_wishes()
         self._choosing = Choosing(self.tuning, self.state)
@@ -56,6 +59,8 @@ class Planner:
         """A new plan, or None to keep the present one."""
         state = self.state
         facts, reasons_of_variants = self._choosing.see(snapshot, self._demand.see(snapshot))
+        boosts = {name: pressure.boost for name, pressure in state.pressure.items()}
+        self.loads = loads(snapshot, state.parts, boosts)
         self._forget_refused(snapshot)
         members = _members(snapshot)
         if members != state.members:
@@ -87,7 +92,11 @@ class Planner:
 
     def preview(self, snapshot: Snapshot) -> Plan | None:
         """What ``plan`` would return. Nothing is remembered of it."""
-        return copy.deepcopy(self).plan(snapshot)
+        return self.copy().plan(snapshot)
+
+    def copy(self) -> Planner:
+        """Another that remembers the same."""
+        return Planner(self.tuning, copy.deepcopy(self.state))
 
     def prospects(self, snapshot: Snapshot) -> list[tuple[View, Verdict]]:
         """How services would do at their recent peaks on the layouts that were planned last."""
@@ -191,7 +200,7 @@ class Planner:
             if not (device.trains or self.tuning.offload):
                 continue
             theirs = sum(
-                j.memory if j.device else j.memory // alike[device.kind]
+                j.memory if j.device else j.memory // max(1, alike[device.kind])
                 for j in snapshot.jobs
                 if j.kind == device.kind and j.device in ("", device.id)
             )

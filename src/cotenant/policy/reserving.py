@@ -8,7 +8,6 @@ guaranteed share of time is paid within that, and not sooner.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import msgspec
@@ -39,7 +38,7 @@ def find_room(planner: Planner, snapshot: Snapshot, wanted: Reservation) -> Room
         return Room(why)
     job = facts_of(wanted.id, wanted, device)
     settled = msgspec.structs.replace(snapshot, changing=())
-    now, then = copy.deepcopy(planner), copy.deepcopy(planner)
+    now, then = planner.copy(), planner.copy()
     now.plan(settled)
     after = msgspec.structs.replace(settled, jobs=(*snapshot.jobs, job))
     plan = then.plan(after)

@@ -12,7 +12,7 @@ from cotenant.domain.snapshot import RATE_WINDOW
 from cotenant.domain.units import S
 from cotenant.domain.workload import share_on
 from cotenant.policy.demand import Demand
-from cotenant.policy.judging import RHO_MAX, judge, utilization
+from cotenant.policy.judging import judge, utilization
 from cotenant.policy.layouts import (
     even_layouts,
     job_layouts,
@@ -25,6 +25,7 @@ from cotenant.policy.layouts import (
 from cotenant.policy.leftover import pauses_of, share_out, worth
 from cotenant.policy.moving import unanswered
 from cotenant.policy.planstate import DeviceMemory, PlannerState, Tuning
+from cotenant.policy.prospects import RHO_MAX
 from cotenant.policy.reserved import leaves, most_for_services
 from cotenant.policy.views import Layout, Verdict, View
 

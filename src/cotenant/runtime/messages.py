@@ -147,7 +147,7 @@ class Outputs(msgspec.Struct, frozen=True, array_like=True):
 class Done(_Message, frozen=True):
     """A batch executed: times in ns, outputs by request in the order of ``Run.items`` or, of a
     turn, with their ``id``. ``unjoined`` says why this worker joins no rows from now on, should it
-    have found out. ``more`` and ``work``: see ``events.BatchDone``."""
+    have found out. ``more``, ``work`` and ``moved``: see ``events.BatchDone``."""
 
     batch: int
     start_ns: int
@@ -156,6 +156,7 @@ class Done(_Message, frozen=True):
     unjoined: str = ""
     more: bool = False
     work: tuple[int, int] = (0, 0)
+    moved: tuple[int, int] = (0, 0)
 
 
 class Measured(_Message, frozen=True):

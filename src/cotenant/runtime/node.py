@@ -429,7 +429,8 @@ class Node:
             {spec.id: dispatcher.budgets.lines(spec.id) for spec in self.specs},
             self.requests.results.counts(),
         )
-        return metrics.exposition(self.monitor, dispatcher.state, self._job_statuses(), memory)
+        jobs, loads = self._job_statuses(), self.planner.loads
+        return metrics.exposition(self.monitor, dispatcher.state, jobs, memory, loads)
 
     def status(self) -> dict[str, Any]:
         """See NodePort."""

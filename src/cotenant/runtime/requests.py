@@ -231,6 +231,7 @@ class Requests:
                 tuple(said),
                 message.more,
                 message.work,
+                message.moved,
             )
         )
         del self._results[message.batch]

@@ -101,6 +101,8 @@ class Worker:
         self._until_check = -1
         """Batches until one whose requests are also run alone, to compare; below 0: none is."""
         self._checked = 0
+        self._moved = [0, 0]
+        """Ns that a batch took to read its inputs, and to write its outputs."""
         self._ahead: collections.deque[ToWorker] = collections.deque()
         """Messages that came during a lease."""
         self._rest_every = int(os.environ.get(REST_EVERY, "0"))
@@ -255,6 +257,7 @@ class Worker:
     def _run(self, order: Run) -> Done | Failed:
         started = time.monotonic_ns()
         was, together = self._unjoined, ""
+        self._moved = [0, 0]
         items = None
         if self._placeable is not None:
             self._placeable.place(order.units)
@@ -272,7 +275,9 @@ class Worker:
                 self._unjoined = f"requests that it answers alone failed together: {together}"
         ended = time.monotonic_ns()
         found = self._unjoined if self._unjoined != was else ""
-        return Done(order.batch, max(0, started - order.sent), ended - started, items, found)
+        waited, took = max(0, started - order.sent), ended - started
+        moved = self._moved[0], self._moved[1]
+        return Done(order.batch, waited, took, items, found, moved=moved)
 
     def _lease(self, sequences: Sequences, order: Run) -> None:
         """Turn after turn of a batch, each with a message, until its lease ends or nothing is left
@@ -324,7 +329,9 @@ class Worker:
         """Outputs of requests run as one; None, and no joining from then on, if an output is not
         row by row: then whose is whose cannot be told."""
         assert self._engine is not None
+        began = time.monotonic_ns()
         inputs, room = self._gather(self._engine.meta, items), None
+        self._moved[0] += time.monotonic_ns() - began
         if len(items) == 1 and self._in_place is not None:
             room = Room(self._arena, items[0].out_offset, items[0].out_bytes)
             outputs = self._in_place.run_into(units, inputs, room)
@@ -345,9 +352,13 @@ class Worker:
             self._until_check -= 1
         if len(items) > 1 and self._unjoined:
             return None
+        began = time.monotonic_ns()
         if room is not None and outputs is room.given:
-            return (self._store(items[0], outputs, placed=True),)
-        return self._scatter(items, outputs)
+            stored: tuple[Outputs, ...] = (self._store(items[0], outputs, placed=True),)
+        else:
+            stored = self._scatter(items, outputs)
+        self._moved[1] += time.monotonic_ns() - began
+        return stored
 
     def _compare(self, units: int, items: tuple[Item, ...], outputs: list[Array]) -> None:
         """End joining if the outputs of a batch are not those of its requests alone."""

@@ -74,12 +74,15 @@ _HANGUP_DELAY_S = 0.05
 class App:
     """The ASGI application. Build it with ``build_app``."""
 
-    def __init__(self, node: NodePort, intake: Intake, token: str | None) -> None:
+    def __init__(
+        self, node: NodePort, intake: Intake, token: str | None, open_metrics: bool = False
+    ) -> None:
         self._node = node
         self._limits = intake.limits
         self._budget = intake.budget
         self._regions = intake.regions
         self._token = token.encode() if token else None
+        self._open_paths = _OPEN_PATHS | {"/metrics"} if open_metrics else _OPEN_PATHS
         self._bodies = BodyReader(intake.limits, intake.budget)
         self._waiting = Overdue(_HANGUP_DELAY_S)
         self._admin = build_admin(node, intake, self._bodies)
@@ -98,7 +101,7 @@ class App:
         head = parse_head(scope["headers"])
         if (
             self._token is not None
-            and path not in _OPEN_PATHS
+            and path not in self._open_paths
             and not authorised(head.authorization, self._token)
         ):
             await respond_unread(
@@ -340,12 +343,13 @@ class App:
             watch.stop()
 
 
-def build_app(node: NodePort, intake: Intake, token: str | None) -> App:
+def build_app(node: NodePort, intake: Intake, token: str | None, open_metrics: bool = False) -> App:
     """The REST application over ``node``.
 
-    ``token``: if set, every route but health needs it as a bearer token.
+    ``token``: if set, every route but health needs it as a bearer token, and ``/metrics`` unless
+    there are ``open_metrics``.
     """
-    return App(node, intake, token)
+    return App(node, intake, token, open_metrics)
 
 
 def _is_long(head: Head, total: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections import Counter, deque
-from typing import Final
+from typing import Final, NamedTuple
 
 from cotenant.domain.snapshot import RATE_WINDOW
 from cotenant.domain.units import S
@@ -80,6 +80,40 @@ class Mean:
         return math.sqrt(self._variance)
 
 
+class Totals(NamedTuple):
+    """What a service did. Times in ns, each summed over requests: of a batch once for each of them.
+
+    ``latency``: arrival to result; ``queue``: arrival to dispatch; ``input``: from there until the
+    inputs lie before the engine; ``infer``: execution; ``output``: outputs divided and written.
+    """
+
+    answered: int = 0
+    refused: tuple[tuple[str, int], ...] = ()
+    rows: int = 0
+    executions: int = 0
+    latency: int = 0
+    queue: int = 0
+    input: int = 0
+    infer: int = 0
+    output: int = 0
+
+    def since(self, before: Totals) -> Totals:
+        """What was done after that."""
+        had = dict(before.refused)
+        refused = tuple((reason, count - had.get(reason, 0)) for reason, count in self.refused)
+        return Totals(
+            self.answered - before.answered,
+            refused,
+            self.rows - before.rows,
+            self.executions - before.executions,
+            self.latency - before.latency,
+            self.queue - before.queue,
+            self.input - before.input,
+            self.infer - before.infer,
+            self.output - before.output,
+        )
+
+
 class ServiceMeter:
     """Counters of one service since the node started."""
 
@@ -110,11 +144,52 @@ class ServiceMeter:
         self.queue_ns = 0
         self.exec_ns = 0
         self.latency_ns = 0
+        self.executed_rows = 0
+        """Rows of requests that were dispatched for the first time."""
+        self.executions = 0
+        self.input_ns = 0
+        """Of this and the next two see ``Totals``."""
+        self.infer_ns = 0
+        self.output_ns = 0
+        self.version = ""
+        """The one that took over last."""
+        self._before = Totals()
+        """What was done when it began to."""
         self.rate = Holt()
         self.season = season
         self.last_answer = 0
         self._rows = 0
         self._counted = 0
+
+    def serve(self, version: str) -> None:
+        """A version takes over, or ("") the one that serves goes."""
+        if version != self.version:
+            self.version = version
+            self._before = self._totals()
+
+    def of_version(self) -> Totals:
+        """What was done since then."""
+        return self._totals().since(self._before)
+
+    def _totals(self) -> Totals:
+        return Totals(
+            self.answered,
+            tuple(self.refused.items()),
+            self.executed_rows,
+            self.executions,
+            self.latency_ns,
+            self.queue_ns,
+            self.input_ns,
+            self.infer_ns,
+            self.output_ns,
+        )
+
+    def execute(self, requests: int, input_ns: int, infer_ns: int, output_ns: int) -> None:
+        """So many requests were executed together, once."""
+        self.executions += 1
+        self.input_ns += requests * input_ns
+        self.infer_ns += requests * infer_ns
+        self.output_ns += requests * output_ns
 
     def arrive(self, rows: int) -> None:
         """A request came."""

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Final, NamedTuple
 
-from prometheus_client import CollectorRegistry, Metric, generate_latest
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-)
+from prometheus_client import Metric
 
 from cotenant.domain.port import JobStatus
 from cotenant.domain.units import S
 from cotenant.policy.memory.account import Line
 from cotenant.policy.state import DispatcherState
-from cotenant.telemetry.meters import Histogram
+from cotenant.telemetry.families import (
+    bare_text,
+    counter,
+    gauge,
+    histogram,
+    histogram_of_sizes,
+    text,
+)
 from cotenant.telemetry.monitor import Monitor
+from cotenant.telemetry.othernames import Standing, standing, triton, vllm
 from cotenant.telemetry.variants import serving_on
 
+_SERVICE = ("service",)
+_PARTITION = ("device", "partition")
+_JOB = ("job", "name")
+_LINES = ("held", "guaranteed", "limit", "wanted", "asked", "waiting", "over")
 
-class _Once:
-    """A collector over metric families that exist already."""
 
-    def __init__(self, families: Iterable[Metric]) -> None:
-        self._families = families
-
-    def collect(self) -> Iterable[Metric]:
-        return self._families
+USES: Final = ("services", "lent", "owned", "free")
+"""Of units: a service has them; they are a service's and lent to a job; a job's own, and it has
+them; a job's own, and it has not."""
 
 
 class Memory(NamedTuple):
@@ -45,236 +48,256 @@ def exposition(
     state: DispatcherState,
     jobs: Sequence[JobStatus],
     memory: Memory,
+    loads: Mapping[str, float],
 ) -> bytes:
-    """The text that ``/metrics`` answers with. Times in seconds, memory in bytes."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Once([*_families(monitor, state, jobs), *_memory(memory)]))
-    return generate_latest(registry)
+    """The text that ``/metrics`` answers with. Times in seconds, memory in bytes; Triton's times
+    in microseconds. ``loads``: see ``cotenant.policy.saturation``."""
+    stands = standing(state)
+    ours = (
+        *_traffic(monitor, state),
+        *_scaling(state, stands, loads),
+        *_latencies(monitor),
+        *_variants(monitor, state),
+        *_units(state),
+        *_partitions(monitor),
+        *_jobs(monitor, jobs),
+        *_memory(memory),
+    )
+    theirs = vllm(monitor, state, stands)
+    return text((*ours, *theirs)) + bare_text(triton(monitor, state, stands))
 
 
-def _families(
-    monitor: Monitor, state: DispatcherState, jobs: Sequence[JobStatus]
+def _traffic(monitor: Monitor, state: DispatcherState) -> Iterator[Metric]:
+    meters, services = monitor.services.items(), state.services.items()
+    yield counter(
+        "cotenant_requests",
+        "Requests that arrived",
+        _SERVICE,
+        (((n,), m.arrived) for n, m in meters),
+    )
+    yield counter(
+        "cotenant_answers", "Requests answered", _SERVICE, (((n,), m.answered) for n, m in meters)
+    )
+    yield counter(
+        "cotenant_deadline_misses",
+        "Answers after the deadline",
+        _SERVICE,
+        (((n,), m.misses) for n, m in meters),
+    )
+    yield counter(
+        "cotenant_refusals",
+        "Requests refused, by reason",
+        (*_SERVICE, "reason"),
+        (((n, why), count) for n, m in meters for why, count in m.refused.items()),
+    )
+    yield gauge(
+        "cotenant_request_rate",
+        "Rows that arrive per second, smoothed",
+        _SERVICE,
+        (((n,), m.rate.level) for n, m in meters),
+    )
+    yield gauge(
+        "cotenant_request_rate_trend",
+        "Change of the arrival rate per second",
+        _SERVICE,
+        (((n,), m.rate.trend) for n, m in meters),
+    )
+    yield gauge(
+        "cotenant_queue_length",
+        "Requests waiting",
+        _SERVICE,
+        (((n,), known.queued) for n, known in services),
+    )
+    yield gauge(
+        "cotenant_objective_seconds",
+        "Latency objective",
+        _SERVICE,
+        (((n,), known.objective / S) for n, known in services),
+    )
+    yield counter(
+        "cotenant_tokens",
+        "Tokens, read and said",
+        (*_SERVICE, "kind"),
+        (
+            ((n, kind), count)
+            for n, m in meters
+            if m.tokens
+            for kind, count in (("prompt", m.prompt_tokens), ("answer", m.tokens))
+        ),
+    )
+
+
+def _scaling(
+    state: DispatcherState, stands: Mapping[str, Standing], loads: Mapping[str, float]
 ) -> Iterator[Metric]:
-    yield from _services(monitor, state)
-    yield from _language_models(monitor, state)
-    yield from _partitions(monitor)
-    yield from _jobs(monitor, jobs)
+    yield gauge(
+        "cotenant_running_requests",
+        "Requests that instances have: those under way, and those between two turns",
+        _SERVICE,
+        (((n,), stands[n].running) for n in state.services),
+    )
+    yield gauge(
+        "cotenant_service_load",
+        "Arrival rate over the highest at which the objective is predicted to hold",
+        _SERVICE,
+        (((n,), loads[n]) for n in state.services if n in loads),
+    )
 
 
-def _memory(memory: Memory) -> Iterator[Metric]:
-    resident = GaugeMetricFamily(
-        "cotenant_tenant_memory_bytes",
-        "Resident memory of a model instance or a job on a device",
-        labels=["device", "tenant"],
+def _latencies(monitor: Monitor) -> Iterator[Metric]:
+    meters = monitor.services.items()
+    talking = [(n, m) for n, m in meters if m.tokens]
+    yield histogram(
+        "cotenant_latency_seconds",
+        "Arrival to result, in the node",
+        _SERVICE,
+        (((n,), m.latency) for n, m in meters),
     )
-    for device, tenants in memory.resident.items():
-        for tenant, occupied in tenants.items():
-            resident.add_metric([device, tenant], occupied)
-    booked = GaugeMetricFamily(
-        "cotenant_memory_bytes",
-        "What the ledger of a device's memory says of a holder",
-        labels=["device", "holder", "kind", "what"],
+    yield histogram(
+        "cotenant_first_piece_seconds",
+        "Arrival to the first piece of an answer",
+        _SERVICE,
+        (((n,), m.first) for n, m in talking),
     )
-    for device, lines in memory.booked.items():
-        for line in lines:
-            for what in ("held", "guaranteed", "limit", "wanted", "asked", "waiting", "over"):
-                booked.add_metric([device, line.name, line.kind, what], getattr(line, what))
-    lookups = CounterMetricFamily(
-        "cotenant_result_lookups", "Requests looked up among kept results", labels=["service"]
+    yield histogram(
+        "cotenant_token_seconds",
+        "Mean time per token after the first, by answer",
+        _SERVICE,
+        (((n,), m.pace) for n, m in talking),
     )
-    hits = CounterMetricFamily(
-        "cotenant_result_hits", "Requests answered with a kept result", labels=["service"]
+    yield histogram_of_sizes(
+        "cotenant_batch_rows", "Rows per batch", _SERVICE, (((n,), m.rows) for n, m in meters)
     )
-    for service, (asked, found, _) in memory.kept.items():
-        lookups.add_metric([service], asked)
-        hits.add_metric([service], found)
-    yield from (resident, booked, lookups, hits)
 
 
-def _services(monitor: Monitor, state: DispatcherState) -> Iterator[Metric]:
-    label = ["service"]
-    arrived = CounterMetricFamily("cotenant_requests", "Requests that arrived", labels=label)
-    answered = CounterMetricFamily("cotenant_answers", "Requests answered", labels=label)
-    by_variant = CounterMetricFamily(
+def _variants(monitor: Monitor, state: DispatcherState) -> Iterator[Metric]:
+    several = {n: s for n, s in state.services.items() if any(s.variants.values())}
+    yield counter(
         "cotenant_variant_answers",
         "Requests answered by each variant of the model",
-        labels=["service", "variant"],
+        (*_SERVICE, "variant"),
+        (
+            ((n, variant), count)
+            for n in several
+            for variant, count in monitor.service(n).by_variant.items()
+        ),
     )
-    serving = GaugeMetricFamily(
+    yield gauge(
         "cotenant_variant_serving",
         "1 for the variant of the model that serves on a kind of device",
-        labels=["service", "kind", "variant"],
+        (*_SERVICE, "kind", "variant"),
+        (
+            ((n, kind, variant), 1)
+            for n, known in several.items()
+            for kind, variant in serving_on(known).items()
+        ),
     )
-    misses = CounterMetricFamily(
-        "cotenant_deadline_misses", "Answers after the deadline", labels=label
-    )
-    refused = CounterMetricFamily(
-        "cotenant_refusals", "Requests refused, by reason", labels=["service", "reason"]
-    )
-    rate = GaugeMetricFamily("cotenant_request_rate", "Arrivals per second, smoothed", labels=label)
-    trend = GaugeMetricFamily(
-        "cotenant_request_rate_trend", "Change of the arrival rate per second", labels=label
-    )
-    queue = GaugeMetricFamily("cotenant_queue_length", "Requests waiting", labels=label)
-    objective = GaugeMetricFamily("cotenant_objective_seconds", "Latency objective", labels=label)
-    latency = HistogramMetricFamily(
-        "cotenant_latency_seconds", "Arrival to result, in the node", labels=label
-    )
-    first = HistogramMetricFamily(
-        "cotenant_first_piece_seconds", "Arrival to the first piece of an answer", labels=label
-    )
-    pace = HistogramMetricFamily(
-        "cotenant_token_seconds", "Mean time per token after the first, by answer", labels=label
-    )
-    tokens = CounterMetricFamily(
-        "cotenant_tokens", "Tokens, read and said", labels=["service", "kind"]
-    )
-    batches = HistogramMetricFamily("cotenant_batch_rows", "Rows per batch", labels=label)
-    for name, meter in monitor.services.items():
-        arrived.add_metric([name], meter.arrived)
-        answered.add_metric([name], meter.answered)
-        misses.add_metric([name], meter.misses)
-        for reason, count in meter.refused.items():
-            refused.add_metric([name, reason], count)
-        rate.add_metric([name], meter.rate.level)
-        trend.add_metric([name], meter.rate.trend)
-        _add_histogram(latency, [name], meter.latency)
-        if meter.tokens:
-            _add_histogram(first, [name], meter.first)
-            _add_histogram(pace, [name], meter.pace)
-            tokens.add_metric([name, "prompt"], meter.prompt_tokens)
-            tokens.add_metric([name, "answer"], meter.tokens)
-        _add_sizes(batches, [name], meter.rows)
-        if name in state.services:
-            queue.add_metric([name], state.services[name].queued)
-            objective.add_metric([name], state.services[name].objective / S)
-            if any(state.services[name].variants.values()):
-                for kind, variant in serving_on(state.services[name]).items():
-                    serving.add_metric([name, kind, variant], 1)
-                for variant, count in meter.by_variant.items():
-                    by_variant.add_metric([name, variant], count)
-    yield from (arrived, answered, misses, refused, rate, trend, queue, objective)
-    yield from (latency, batches, first, pace, tokens, by_variant, serving)
 
 
-def _language_models(monitor: Monitor, state: DispatcherState) -> Iterator[Metric]:
-    """By the names that routers and dashboards made for vLLM read
-    (https://docs.vllm.ai/en/latest/usage/metrics.html)."""
-    label = ["model_name"]
-    running = GaugeMetricFamily(
-        "vllm:num_requests_running", "Requests that have turns", labels=label
+def _units(state: DispatcherState) -> Iterator[Metric]:
+    counts: dict[tuple[str, str], int] = {}
+    for partition in state.partitions.values():
+        use = "owned" if partition.job else "free"
+        if partition.services or partition.lendable:
+            use = "lent" if partition.job else "services"
+        for each in USES:
+            counts.setdefault((partition.device, each), 0)
+        counts[partition.device, use] += partition.compute
+    yield gauge(
+        "cotenant_device_units",
+        "Compute units of a device, by who has them now",
+        ("device", "use"),
+        counts.items(),
     )
-    waiting = GaugeMetricFamily(
-        "vllm:num_requests_waiting", "Requests that wait for their first turn", labels=label
-    )
-    usage = GaugeMetricFamily(
-        "vllm:kv_cache_usage_perc",
-        "Part (0..1) of the memory for keys and values that is in use",
-        labels=label,
-    )
-    read = CounterMetricFamily("vllm:prompt_tokens", "Tokens of prompts", labels=label)
-    said = CounterMetricFamily("vllm:generation_tokens", "Tokens of answers", labels=label)
-    first = HistogramMetricFamily(
-        "vllm:time_to_first_token_seconds", "Arrival to the first token", labels=label
-    )
-    pace = HistogramMetricFamily(
-        "vllm:request_time_per_output_token_seconds",
-        "Mean time per token after the first, by answer",
-        labels=label,
-    )
-    whole = HistogramMetricFamily(
-        "vllm:e2e_request_latency_seconds", "Arrival to the last token", labels=label
-    )
-    for name in state.services:
-        pools = [w for w in state.workers.values() if w.service == name and w.up and w.pool]
-        if not pools:
-            continue
-        mine = {r.id for r in state.queued.values() if r.service == name}
-        resident = mine & state.residents.keys()
-        batches = [run.batch for run in state.running.values() if run.batch.service == name]
-        turns = sum(len(batch.requests) for batch in batches)
-        running.add_metric([name], turns + len(resident))
-        waiting.add_metric([name], len(mine) - len(resident))
-        size = sum(w.pool_now for w in pools)
-        used = sum(max(0, w.held - w.evictable) for w in pools)
-        usage.add_metric([name], used / size if size else 0.0)
-        meter = monitor.service(name)
-        read.add_metric([name], meter.prompt_tokens)
-        said.add_metric([name], meter.tokens)
-        _add_histogram(first, [name], meter.first)
-        _add_histogram(pace, [name], meter.pace)
-        _add_histogram(whole, [name], meter.latency)
-    found = (running, waiting, usage, read, said, first, pace, whole)
-    if running.samples:
-        yield from found
 
 
 def _partitions(monitor: Monitor) -> Iterator[Metric]:
-    busy = CounterMetricFamily(
+    meters = monitor.partitions.items()
+    yield counter(
         "cotenant_partition_busy_seconds",
         "Time a partition was held, by workload",
-        labels=["device", "partition", "workload"],
+        (*_PARTITION, "workload"),
+        (((m.device, n, who), ns / S) for n, m in meters for who, ns in m.busy.items()),
     )
-    switches = CounterMetricFamily(
+    yield counter(
         "cotenant_partition_switches",
         "Changes of the workload on a partition",
-        labels=["device", "partition"],
+        _PARTITION,
+        (((m.device, n), m.switches) for n, m in meters),
     )
-    revoke = HistogramMetricFamily(
+    yield histogram(
         "cotenant_preemption_seconds",
         "Taking a partition back from a job",
-        labels=["device", "partition"],
+        _PARTITION,
+        (((m.device, n), m.revoke) for n, m in meters),
     )
-    for name, meter in monitor.partitions.items():
-        for workload, ns in meter.busy.items():
-            busy.add_metric([meter.device, name, workload], ns / S)
-        switches.add_metric([meter.device, name], meter.switches)
-        _add_histogram(revoke, [meter.device, name], meter.revoke)
-    yield from (busy, switches, revoke)
 
 
 def _jobs(monitor: Monitor, jobs: Sequence[JobStatus]) -> Iterator[Metric]:
-    labels = ["job", "name"]
-    progress = GaugeMetricFamily(
-        "cotenant_job_progress", "Steps reported by the job", labels=labels
+    yield gauge(
+        "cotenant_job_progress",
+        "Steps reported by the job",
+        _JOB,
+        (((j.id, j.name), j.progress) for j in jobs),
     )
-    rate = GaugeMetricFamily(
+    yield gauge(
         "cotenant_job_rate",
         "Progress per second (CPU seconds where none is reported)",
-        labels=labels,
+        _JOB,
+        (((j.id, j.name), j.rate) for j in jobs),
     )
-    share = CounterMetricFamily(
-        "cotenant_job_held_seconds", "Partition time granted to the job", labels=labels
+    yield counter(
+        "cotenant_job_held_seconds",
+        "Partition time granted to the job",
+        _JOB,
+        (((j.id, j.name), j.held_s) for j in jobs),
     )
-    pauses = CounterMetricFamily(
-        "cotenant_job_pauses", "Times the job lost its last partition", labels=labels
+    yield counter(
+        "cotenant_job_pauses",
+        "Times the job lost its last partition",
+        _JOB,
+        (((j.id, j.name), monitor.job(j.id).pauses) for j in jobs),
     )
-    state = GaugeMetricFamily(
-        "cotenant_job_state", "1 for the present state", labels=[*labels, "state"]
+    yield gauge(
+        "cotenant_job_state",
+        "1 for the present state",
+        (*_JOB, "state"),
+        (((j.id, j.name, j.state), 1) for j in jobs),
     )
-    for job in jobs:
-        key = [job.id, job.name]
-        progress.add_metric(key, job.progress)
-        rate.add_metric(key, job.rate)
-        share.add_metric(key, job.held_s)
-        pauses.add_metric(key, monitor.job(job.id).pauses)
-        state.add_metric([*key, job.state], 1)
-    yield from (progress, rate, share, pauses, state)
 
 
-def _add_histogram(
-    family: HistogramMetricFamily, labels: Sequence[str], histogram: Histogram
-) -> None:
-    buckets, total = [], 0
-    for bound, count in zip(histogram.bounds, histogram.counts, strict=False):
-        total += count
-        buckets.append((f"{bound:g}", total))
-    buckets.append(("+Inf", total + histogram.counts[-1]))
-    family.add_metric(labels, buckets, histogram.sum)
-
-
-def _add_sizes(family: HistogramMetricFamily, labels: Sequence[str], rows: dict[int, int]) -> None:
-    bounds = [1, 2, 4, 8, 16, 32, 64, 128]
-    buckets = [(str(b), sum(n for r, n in rows.items() if r <= b)) for b in bounds]
-    buckets.append(("+Inf", sum(rows.values())))
-    family.add_metric(labels, buckets, sum(r * n for r, n in rows.items()))
+def _memory(memory: Memory) -> Iterator[Metric]:
+    yield gauge(
+        "cotenant_tenant_memory_bytes",
+        "Resident memory of a model instance or a job on a device",
+        ("device", "tenant"),
+        (
+            ((device, tenant), occupied)
+            for device, tenants in memory.resident.items()
+            for tenant, occupied in tenants.items()
+        ),
+    )
+    yield gauge(
+        "cotenant_memory_bytes",
+        "What the ledger of a device's memory says of a holder",
+        ("device", "holder", "kind", "what"),
+        (
+            ((device, line.name, line.kind, what), getattr(line, what))
+            for device, lines in memory.booked.items()
+            for line in lines
+            for what in _LINES
+        ),
+    )
+    kept = memory.kept.items()
+    yield counter(
+        "cotenant_result_lookups",
+        "Requests looked up among kept results",
+        _SERVICE,
+        (((n,), asked) for n, (asked, _, _) in kept),
+    )
+    yield counter(
+        "cotenant_result_hits",
+        "Requests answered with a kept result",
+        _SERVICE,
+        (((n,), found) for n, (_, found, _) in kept),
+    )

@@ -57,6 +57,22 @@ class _Talk:
         return bool(pace) and now > self.due - pace
 
 
+class _UnderWay:
+    """A batch that executes since ``begun`` (ns): of so many ``requests``, in its present turn."""
+
+    __slots__ = ("begun", "dispatch", "requests")
+
+    def __init__(self, dispatch: a.Dispatch, begun: int) -> None:
+        self.dispatch = dispatch
+        self.begun = begun
+        self.requests = len(dispatch.batch.requests)
+
+    def way_there(self, now: int, event: e.BatchDone) -> int:
+        """Ns until its worker began. What one at hand waited there for the batch before it is not
+        counted twice: that is time in the queue."""
+        return min(event.start_ns, max(0, now - self.begun - event.exec_ns))
+
+
 class Monitor:
     """Keeps every meter; see the module's docstring. ``season``: the period of demand, ns."""
 
@@ -74,7 +90,7 @@ class Monitor:
         """Those that have had a turn and are to have another: they wait in no queue."""
         self._variants: dict[str, str] = {}
         """Which one each instance is of."""
-        self._running: dict[int, a.Dispatch] = {}
+        self._running: dict[int, _UnderWay] = {}
         self._at_hand: dict[int, a.Dispatch] = {}
         """Batches that workers have at hand, by the batch that they follow."""
         self._granted: dict[tuple[str, str], int] = {}
@@ -90,10 +106,12 @@ class Monitor:
             e.ActionFailed: self._action_failed,
             e.JobExited: self._job_exited,
             e.WorkerDown: self._worker_down,
+            e.VersionGone: self._version_gone,
             e.LoadFailed: self._load_failed,
         }
         self._seen: dict[type, Callable[[int, Any], None]] = {
             a.Load: self._loading,
+            a.Serve: self._serving,
             a.Dispatch: self._dispatched,
             a.Complete: self._completed,
             a.Reject: self._rejected,
@@ -132,6 +150,7 @@ class Monitor:
     def _batch_done(self, now: int, event: e.BatchDone) -> None:
         for request, tokens in event.said:
             self._spoke(now, request, tokens)
+        self._executed(now, event)
         if event.more:
             self._turn_over(event)
         else:
@@ -161,9 +180,21 @@ class Monitor:
     def _turn_over(self, event: e.BatchDone) -> None:
         for request in event.failed:
             self._refused(request, Refusal.FAILED)
-        dispatch = self._running.get(event.batch)
-        if dispatch is not None:
-            self.service(dispatch.batch.service).exec_ns += event.exec_ns
+        under_way = self._running.get(event.batch)
+        if under_way is not None:
+            self.service(under_way.dispatch.batch.service).exec_ns += event.exec_ns
+
+    def _executed(self, now: int, event: e.BatchDone) -> None:
+        """Count an execution for each request that had part in it and did not fail."""
+        under_way = self._running.get(event.batch)
+        if under_way is None:
+            return
+        read, written = event.moved
+        count = under_way.requests - len(event.failed)
+        there = read + under_way.way_there(now, event)
+        meter = self.service(under_way.dispatch.batch.service)
+        meter.execute(count, there, event.exec_ns - read - written, written)
+        under_way.requests, under_way.begun = len(event.unfinished), now
 
     def _batch_failed(self, now: int, event: e.BatchFailed) -> None:
         self._batch_over(now, event.batch, 0)
@@ -187,20 +218,30 @@ class Monitor:
     def _loading(self, _: int, action: a.Load) -> None:
         self._variants[action.worker] = action.variant
 
+    def _serving(self, _: int, action: a.Serve) -> None:
+        self.service(action.service).serve(action.version)
+
+    def _version_gone(self, _: int, event: e.VersionGone) -> None:
+        meter = self.service(event.service)
+        if meter.version == event.version:
+            meter.serve("")
+
     def _load_failed(self, _: int, event: e.LoadFailed) -> None:
         self._variants.pop(event.worker, None)
 
     def _count_variant(self, event: e.BatchDone) -> None:
         """Count what is answered by the variant that did it."""
-        dispatch = self._running.get(event.batch)
-        if dispatch is not None:
+        under_way = self._running.get(event.batch)
+        if under_way is not None:
+            dispatch = under_way.dispatch
             answered = len(dispatch.batch.requests) - len(event.failed) - len(event.unfinished)
             variant = self._variants.get(dispatch.worker, ORIGINAL)
             self.service(dispatch.batch.service).by_variant[variant] += answered
 
     def _worker_down(self, now: int, event: e.WorkerDown) -> None:
         self._variants.pop(event.worker, None)
-        lost = [x for x in self._running.values() if x.worker == event.worker]
+        running = [under_way.dispatch for under_way in self._running.values()]
+        lost = [dispatch for dispatch in running if dispatch.worker == event.worker]
         for dispatch in lost:
             self._at_hand.pop(dispatch.batch.id, None)
             self._resident.difference_update(dispatch.batch.requests)
@@ -228,12 +269,15 @@ class Monitor:
 
     def _begin(self, now: int, dispatch: a.Dispatch) -> None:
         batch = dispatch.batch
-        self._running[batch.id] = dispatch
+        self._running[batch.id] = _UnderWay(dispatch, now)
         self.partition(dispatch.partition).hold(f"service:{batch.service}", now)
         meter = self.service(batch.service)
         meter.batches += 1
         meter.batched_rows += batch.rows
         meter.rows[batch.rows] += 1
+        meter.executed_rows += batch.rows
+        if self._resident:  # a row each
+            meter.executed_rows -= len(self._resident.intersection(batch.requests))
         for request in batch.requests:
             if request not in self._resident:
                 meter.queue_ns += now - self._open[request].arrived
@@ -275,9 +319,10 @@ class Monitor:
     def _batch_over(self, now: int, batch: int, exec_ns: int, failed: tuple[int, ...] = ()) -> None:
         for request in failed:
             self._refused(request, Refusal.FAILED)
-        dispatch = self._running.pop(batch, None)
-        if dispatch is None:
+        under_way = self._running.pop(batch, None)
+        if under_way is None:
             return
+        dispatch = under_way.dispatch
         self.service(dispatch.batch.service).exec_ns += exec_ns
         self.partition(dispatch.partition).hold("", now)
         at_hand = self._at_hand.pop(batch, None)

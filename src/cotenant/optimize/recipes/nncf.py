@@ -7,8 +7,10 @@ import contextlib
 import io
 import logging
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from cotenant.domain.errors import ModelError
 from cotenant.engines.base import first_line
@@ -30,23 +32,43 @@ class Nncf:
         if parent.files.path.suffix not in (".onnx", ".xml"):
             raise ModelError(f"OpenVINO does not read {parent.files.path.name}")
         told("NNCF post-training quantization")
-        # What it compiles goes here: a lock that a killed process left elsewhere would hold it up.
-        os.environ["TORCH_EXTENSIONS_DIR"] = str(work / "extensions")
         path = work / "model.xml"
         try:
-            _quantize(parent, path)
+            _quantize(parent, library(work), path)
         except Exception as error:  # NNCF raises whatever its parts do
             raise ModelError(f"NNCF cannot quantize it: {first_line(error)}") from error
         yield Made(self.name, "int8 by NNCF after training, for OpenVINO", path)
 
 
-def _quantize(parent: Parent, path: Path) -> None:
+def library(work: Path) -> Any:
+    """NNCF, to be used in this directory. It reports nothing to its maker.
+
+    With torch it compiles functions in C++ at their first use, and waits for the lock of whoever
+    compiles in the same directory, also where that one was killed. So each job has its own. It may
+    take its time, since a job is stopped now and then. Without a compiler or ninja NNCF computes
+    with torch alone."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(work / "extensions")
+    os.environ.setdefault("NNCF_EXTENSION_LOAD_TIMEOUT", "0")
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    with contextlib.suppress(ImportError):  # before NNCF does, which makes nothing ready
+        imported()
+    import nncf
+
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    return nncf
+
+
+def _quantize(parent: Parent, nncf: Any, path: Path) -> None:
     openvino = imported()
     with contextlib.redirect_stdout(io.StringIO()):  # bars of progress
-        import nncf
-
-        logging.getLogger("nncf").setLevel(logging.ERROR)
         rows = batches_of(parent)
         model = openvino.Core().read_model(parent.files.path)
-        made = nncf.quantize(model, nncf.Dataset(rows), subset_size=len(rows))
+        kind = nncf.ModelType.TRANSFORMER if _normalizes(model) else None
+        made = nncf.quantize(model, nncf.Dataset(rows), subset_size=len(rows), model_type=kind)
         openvino.save_model(made, path, compress_to_fp16=False)
+
+
+def _normalizes(model: Any) -> bool:
+    """Whether it has layer norms, of one operator or of many. A variance in 8 bits may be 0, and is
+    divided by: NNCF leaves norms in float only where it is told of a transformer."""
+    return any(op.get_type_name() in ("MVN", "Sqrt") for op in model.get_ops())

@@ -1,16 +1,19 @@
-"""Quantization-aware training: while it is trained the module rounds as its int8 build will, and
-gradients pass by the rounding (B. Jacob and others, "Quantization and training of neural networks
-for efficient integer-arithmetic-only inference", CVPR 2018). Batch norms are folded before, and the
-weights then go through the quantizer of ``int8``, so engines run it as they run that."""
+"""Quantization-aware training by NNCF: while it is trained the module rounds as its int8 build
+does, and gradients pass by the rounding (B. Jacob and others, "Quantization and training of neural
+networks for efficient integer-arithmetic-only inference", CVPR 2018). Ranges are trained too. Batch
+norms are folded before. One file is written, for ONNX Runtime and OpenVINO."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
 
+from cotenant.domain.errors import ModelError
+from cotenant.engines.base import first_line
 from cotenant.optimize.parent import Parent, Told
 from cotenant.optimize.recipes.base import Made
-from cotenant.optimize.recipes.int8 import Quantizer, batches_of, prepare
+from cotenant.optimize.recipes.int8 import batches_of
+from cotenant.optimize.recipes.nncf import library
 from cotenant.optimize.recipes.trained import NEEDS, imported
 
 
@@ -18,22 +21,24 @@ class Qat:
     """See the module's text."""
 
     name = "qat"
-    needs = NEEDS
+    needs = (*NEEDS, "nncf")
     trains = True
 
     def make(self, parent: Parent, work: Path, seconds: float, told: Told) -> Iterator[Made]:
-        import onnx
-
-        from cotenant.optimize.torchwork import exporting, rounding, training
+        from cotenant.optimize.torchwork import quantizing, training
 
         told("quantization-aware training")
         given = training.lesson(parent)
-        model, module = imported(parent, given, work)
-        with rounding.rounded(module, given.rows):
-            loss = training.train(module, given, seconds, told, rate=training.TUNING_RATE)
-        trained = exporting.write(model, module, work / "trained.onnx")
-        graph = work / "prepared.onnx"
-        prepare(onnx.load(str(trained)), graph)
-        path = Quantizer(graph, batches_of(parent)).write(work / "model.onnx")
-        said = f"trained for {seconds:.0f} s to be rounded (loss {loss:.4f}), then static int8"
+        _, module = imported(parent, given, work)
+        requests = batches_of(parent)
+        nncf = library(work)
+        try:
+            rounds = quantizing.rounded(nncf, module, requests)
+            loss = training.train(rounds, given, seconds, told, rate=training.TUNING_RATE)
+            path = quantizing.write(rounds, module, requests[0], work / "model.onnx")
+        except ModelError:
+            raise
+        except Exception as error:  # NNCF and the exporter raise whatever their parts do
+            raise ModelError(f"NNCF cannot train it: {first_line(error)}") from error
+        said = f"int8 by NNCF, trained for {seconds:.0f} s while it rounds (loss {loss:.4f})"
         yield Made(self.name, said, path)
