@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import logging
-import os
 import re
 import signal
 import sys
@@ -30,7 +29,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol
 
-from cotenant.domain.errors import ConfigError, CotenantError, EnvironmentProblem
+from cotenant.domain.errors import CotenantError, EnvironmentProblem
 from cotenant.domain.port import JobStatus
 from cotenant.domain.reservation import ReservationStatus
 from cotenant.domain.units import S, parse_duration
@@ -54,7 +53,6 @@ _RESERVED: Final = "k8s:"
 """What the ids of reservations begin with that are a claim's; its uid follows."""
 _LABEL: Final = 63
 """Characters that the value of a label may have."""
-TIMEOUT_S: Final = 10.0
 
 
 class Rules(NamedTuple):
@@ -207,31 +205,10 @@ class HttpQueue:
 
     @classmethod
     def connect(cls, kubeconfig: Path | None = None) -> HttpQueue:
-        """By a kubeconfig; without one by KUBECONFIG, or as a pod's service account. Raises
-        ConfigError."""
-        try:
-            import httpx2
-            from lightkube.config.client_adapter import Client, ConnectionParams
-            from lightkube.config.kubeconfig import KubeConfig
-            from lightkube.core.exceptions import ConfigError as LightkubeError
-        except ImportError as error:
-            raise ConfigError(
-                f"{error.name} is not installed; install it with:"
-                " pip install 'cotenant[kubernetes]'"
-            ) from None
-        try:
-            if kubeconfig is not None:
-                config = KubeConfig.from_file(kubeconfig)
-            elif "KUBECONFIG" in os.environ:
-                config = KubeConfig.from_env()
-            else:
-                config = KubeConfig.from_service_account()
-            single = config.get()
-            if single is None:
-                raise ConfigError("the kubeconfig has no current context; choose one in it")
-            return cls(Client(single, ConnectionParams(timeout=httpx2.Timeout(TIMEOUT_S))))
-        except (LightkubeError, OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"cannot read how to reach the cluster: {error}") from None
+        """By what ``cluster.connected`` finds. Raises ConfigError."""
+        from cotenant.kube.cluster import connected
+
+        return cls(connected(kubeconfig))
 
     def claim(self, namespace: str, name: str) -> Object | None:
         path = f"apis/resource.k8s.io/v1/namespaces/{namespace}/resourceclaims/{name}"
