@@ -86,6 +86,7 @@ class Reservations:
             state="ready" if ready else "waiting",
             reason="" if ready else record.reason or (tenant.waits if tenant is not None else ""),
             partitions=plan.jobs.get(job, ()),
+            reports=self._node.jobs_supervisor.reports(job),
             adopted=self._node.jobs_supervisor.adopted(job),
         )
         if not ready or launch is None:
