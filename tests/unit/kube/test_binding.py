@@ -181,6 +181,34 @@ def test_what_is_refused_stays_so_until_it_is_given_back(bench: Bench) -> None:
     assert bench.state("c") == "binds"
 
 
+def test_what_was_refused_is_not_planned_by_who_has_not_seen_it(bench: Bench) -> None:
+    bench.node.kept["service"] = Reservation("service", "cpu", share=0.8)
+    bench.schedule("c", share("40"))
+    bench.watch.read()
+    before = bench.watch.seen
+    bench.settle()
+    bench.node.kept.clear()
+    bench.start()
+    bench.watch.seen = before
+    bench.binding.settle()
+    assert bench.state("c") == "fails"
+    bench.settle()
+    assert bench.held("c") == 0
+
+
+@pytest.mark.parametrize("value", ["\ud800", float("inf"), [[[]]], "x" * 9000, {"\ud800": 1}])
+def test_what_anybody_writes_holds_up_nobody(bench: Bench, value: object) -> None:
+    bench.schedule("odd", share("40"), config=[says(objective=value)])
+    bench.schedule("odder", share("20"), config=[says(**{"\ud800": value})])
+    bench.schedule("c", share("30"))
+    bench.settle()
+    assert (bench.state("odd"), bench.state("odder")) == ("fails", "fails")
+    assert bench.state("c") == "binds"
+    for found in bench.cluster.objects.values():
+        for device in found["status"]["devices"]:
+            assert all(c["message"].encode() for c in device["conditions"])
+
+
 @pytest.mark.parametrize("ends", ["deleted", "deallocated", "allocated elsewhere"])
 def test_what_no_claim_has_any_more_is_released(bench: Bench, ends: str) -> None:
     held = bench.schedule("c", share("40"))
