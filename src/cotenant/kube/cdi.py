@@ -25,6 +25,8 @@ from cotenant.kube.names import DRIVER
 
 KIND: Final = f"{DRIVER}/claim"
 VERSION: Final = "0.5.0"
+REPORT_SOCKET: Final = "COTENANT_REPORT_SOCKET"
+"""Where ``cotenant.report`` in the container says how far it is."""
 HOOK_S: Final = 10
 """After which the runtime ends a hook. The hook gives up by itself before."""
 _OURS = re.compile(rf"{re.escape(DRIVER)}-claim_([A-Za-z0-9-]+)\.json")
@@ -38,7 +40,7 @@ def device_id(uid: str, request: str) -> str:
 
 def merged(request: str, statuses: Sequence[ReservationStatus]) -> Edits:
     """What a container needs for all reservations of a request. Raises InvalidRequest where two
-    need a variable to be different things."""
+    need a variable to be different things. It reports as the first of them."""
     env: dict[str, str] = {}
     lists: dict[str, list[str]] = {}
     for status in statuses:
@@ -50,11 +52,15 @@ def merged(request: str, statuses: Sequence[ReservationStatus]) -> Edits:
                 )
         for name, value in status.prepend.items():
             lists.setdefault(name, []).extend(value.split(":"))
+    mounts = [mount for status in statuses for mount in status.mounts]
+    if reports := next((status.reports for status in statuses if status.reports), ""):
+        env[REPORT_SOCKET] = f"{reports}/sock"
+        mounts.append(reports)
     return Edits(
         ids=tuple(status.reservation.id for status in statuses),
         env=env,
         prepend={name: ":".join(dict.fromkeys(paths)) for name, paths in lists.items()},
-        mounts=tuple(dict.fromkeys(mount for status in statuses for mount in status.mounts)),
+        mounts=tuple(dict.fromkeys(mounts)),
     )
 
 

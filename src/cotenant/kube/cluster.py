@@ -41,6 +41,30 @@ for _noisy in ("httpx2", "httpcore2"):
     logging.getLogger(_noisy).setLevel(logging.WARNING)
 
 
+def connected(kubeconfig: Path | None = None) -> httpx.Client:
+    """By a kubeconfig; without one by KUBECONFIG, or as a pod's service account. Raises
+    ConfigError."""
+    try:
+        if kubeconfig is not None:
+            config = KubeConfig.from_file(kubeconfig)
+        elif "KUBECONFIG" in os.environ:
+            config = KubeConfig.from_env()
+        else:
+            config = KubeConfig.from_service_account()
+        single = config.get()
+        if single is None:
+            raise ConfigError("the kubeconfig has no current context; choose one in it")
+        return Client(single, ConnectionParams(timeout=httpx.Timeout(TIMEOUT_S)))
+    except OSError as error:
+        raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from None
+    except (LightkubeError, YAMLError, ValueError, LookupError, TypeError, AttributeError) as e:
+        # Without its text, which may quote what is secret.
+        raise ConfigError(
+            f"{kubeconfig or 'what says how to reach the cluster'} is no kubeconfig"
+            f" ({type(e).__name__}); check it with: kubectl config view"
+        ) from None
+
+
 class HttpCluster:
     """A Cluster. Safe to use from several threads."""
 
@@ -53,27 +77,8 @@ class HttpCluster:
 
     @classmethod
     def connect(cls, kubeconfig: Path | None = None, watch_s: int = WATCH_S) -> HttpCluster:
-        """By a kubeconfig; without one by KUBECONFIG, or as a pod's service account. Raises
-        ConfigError."""
-        try:
-            if kubeconfig is not None:
-                config = KubeConfig.from_file(kubeconfig)
-            elif "KUBECONFIG" in os.environ:
-                config = KubeConfig.from_env()
-            else:
-                config = KubeConfig.from_service_account()
-            single = config.get()
-            if single is None:
-                raise ConfigError("the kubeconfig has no current context; choose one in it")
-            return cls(Client(single, ConnectionParams(timeout=httpx.Timeout(TIMEOUT_S))), watch_s)
-        except OSError as error:
-            raise ConfigError(f"cannot read {error.filename}: {error.strerror}") from None
-        except (LightkubeError, YAMLError, ValueError, LookupError, TypeError, AttributeError) as e:
-            # Without its text, which may quote what is secret.
-            raise ConfigError(
-                f"{kubeconfig or 'what says how to reach the cluster'} is no kubeconfig"
-                f" ({type(e).__name__}); check it with: kubectl config view"
-            ) from None
+        """By what ``connected`` finds. Raises ConfigError."""
+        return cls(connected(kubeconfig), watch_s)
 
     def close(self) -> None:
         """End connections, those of watches too."""

@@ -65,6 +65,14 @@ def test_reservations_of_a_request_are_merged() -> None:
     assert found == Edits(("a", "b"), {"X": "1", "Y": "2"}, {"P": "/a:/b:/c"}, ("/m", "/n"))
 
 
+def test_a_container_can_report_to_its_node_and_reaches_no_more_of_it() -> None:
+    found = cdi.merged("work", [status("a", reports="/state/reports/1"), status("b", reports="/x")])
+    assert found.env == {"COTENANT_REPORT_SOCKET": "/state/reports/1/sock"}
+    (mount,) = edits_of(found)["mounts"]
+    assert mount["hostPath"] == mount["containerPath"] == "/state/reports/1"
+    assert "rw" in mount["options"], "a socket that cannot be written to takes no reports"
+
+
 def test_what_one_process_cannot_have_is_refused() -> None:
     with pytest.raises(InvalidRequest):
         cdi.merged("work", [status("a", env={"X": "1"}), status("b", env={"X": "2"})])
