@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cotenant.domain.errors import CotenantError, EnvironmentProblem
 from cotenant.domain.reservation import Reservation
-from cotenant.kube import slices
+from cotenant.kube import command, slices
 from cotenant.kube.binding import Binding
 from cotenant.kube.claims import reservation_ids
 from cotenant.kube.claimwatch import ClaimWatch
@@ -222,6 +222,27 @@ def test_what_no_claim_has_any_more_is_released(bench: Bench, ends: str) -> None
         bench.cluster.put({**held, "status": status})
     bench.settle()
     assert bench.held("c") == 0
+
+
+def test_what_the_kubelet_has_prepared_is_kept_whatever_becomes_of_its_claim(bench: Bench) -> None:
+    held = bench.schedule("c", share("40"))
+    bench.settle()
+    prepared = frozenset(bench.node.kept)
+    bench.binding.kept = lambda: prepared
+    bench.cluster.drop(held)
+    bench.settle()
+    assert bench.held("c") == 1
+    bench.binding.kept = frozenset
+    bench.settle()
+    assert bench.held("c") == 0
+
+
+def test_the_command_keeps_what_its_plugin_keeps() -> None:
+    node, cluster = FakeNode(cpu(4)), FakeCluster()
+    keeps = lambda: frozenset({"k8s:a"})  # noqa: E731
+    found, *_ = command.controllers(node, cluster, "n1", keeps)
+    assert isinstance(found, Binding)
+    assert found.kept is keeps
 
 
 def test_orphans_of_before_a_start_are_released(bench: Bench) -> None:
