@@ -200,7 +200,7 @@ _NAMED = {
 }
 
 
-def keys() -> list[Key]:
+def known_keys() -> list[Key]:
     """Every key that the parser of the configuration asks for, seen while it reads."""
     found = []
     for section, text in _SECTIONS.items():
@@ -289,7 +289,7 @@ def configuration() -> Iterator[str]:
     yield "have two forms: a latency or a time to the first token; an NPU that is there, or an"
     yield "emulated one."
     yield ""
-    every = keys()
+    every = known_keys()
     for section in _SECTIONS:
         yield from (f"## `{section}`", "")
         rows = [(f"`{k.name}`", k.value, k.default) for k in every if k.section == section]
