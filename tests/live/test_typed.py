@@ -21,6 +21,7 @@ from tests import pages
 from tests.pages import ROOT
 
 PATIENCE_S = 60.0
+pytestmark = pytest.mark.timeout(300)
 BIN = Path(sys.executable).parent
 CANNOT = {
     "make demo": "makes an environment and takes minutes; tests/live/test_demo.py runs the demo",
