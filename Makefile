@@ -54,6 +54,7 @@ $(VENV)/docs.stamp: $(VENV)/test.stamp
 docs: $(VENV)/docs.stamp
 	$(BIN)/python docs/generate.py --check
 	$(BIN)/zensical build --strict --clean
+	rm -rf site/generate.py site/__pycache__
 
 attack: $(VENV)/test.stamp
 	mkdir -p bench-out

@@ -18,7 +18,6 @@ SHELL = ("", "bash", "console", "sh", "shell")
 _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<says>\w*)[^\n]*\n(?P<body>.*?)^(?P=indent)```", re.M | re.S
 )
-_INDENTED = re.compile(r"(?:(?<=\n\n)|\A)(?: {4}(?! *[-*|\d])[^\n]*\n)+", re.M)
 _HEADING = re.compile(r"^#{1,6} +(.+?)(?: +#+)? *$", re.M)
 _INLINE = re.compile(r"\[(?:[^\[\]]|\[[^\]]*\])*\]\(([^)\s]+)\)")
 _REFERRED = re.compile(r"\[[^\[\]]+\]\[([^\[\]]+)\]")
@@ -38,8 +37,18 @@ def blocks(page: Path) -> Iterator[Block]:
     text = page.read_text()
     for found in _FENCE.finditer(text):
         yield Block(page, found["says"], found["body"])
-    for found in _INDENTED.finditer(_FENCE.sub("", text)):
-        yield Block(page, "", found[0])
+    for body in _indented(_FENCE.sub("", text)):
+        yield Block(page, "", body)
+
+
+def _indented(text: str) -> Iterator[str]:
+    """Paragraphs indented by four, but for those that belong to an item of a list."""
+    listed = False
+    for paragraph in re.split(r"\n{2,}", text):
+        if not paragraph.startswith(" "):
+            listed = bool(re.search(r"^([-*]|\d+\.) ", paragraph, re.M))
+        elif paragraph.startswith("    ") and not listed:
+            yield f"{paragraph}\n"
 
 
 def commands(page: Path) -> list[list[str]]:

@@ -53,6 +53,15 @@ def test_a_broken_link_is_found(tmp_path: Path) -> None:
     assert pages.broken(page) == ["#two", "gone.md", "http://plain.example"]
 
 
+def test_commands_are_found_however_they_are_written(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(
+        "1. An item\n\n    that goes on.\n\nText:\n\n    make one  # why\n\nMore:\n\n"
+        "```bash\n$ make two \\\n  --more\n```\n\n```yaml\nmake: none\n```\n"
+    )
+    assert sorted(pages.commands(page)) == [["make one"], ["make two --more"]]
+
+
 def test_every_page_is_in_the_menu() -> None:
     def listed(entries: object) -> list[str]:
         if isinstance(entries, str):
