@@ -47,6 +47,7 @@ from cotenant.runtime.jobspec import minimal
 from cotenant.runtime.jobstore import JobStore
 from cotenant.runtime.jobtenants import JobTenants
 from cotenant.runtime.models import Models
+from cotenant.runtime.pins import Pins
 from cotenant.runtime.preview import plan_view
 from cotenant.runtime.repository import Repository
 from cotenant.runtime.requests import Requests
@@ -171,6 +172,7 @@ class Node:
             self._state_dir / "workers",
             effects,
         )
+        self.models.pins = Pins(self._state_dir / "pins.json")
         self.requests = effects.requests = Requests(
             self.models,
             self.monitor,
@@ -323,7 +325,11 @@ class Node:
 
     async def load(self, name: str) -> None:
         """See NodePort."""
-        await self.models.load(name)
+        await self.models.load_newest(name)
+
+    async def rollback(self, name: str) -> str:
+        """See NodePort."""
+        return await self.models.rollback(name)
 
     async def unload(self, name: str) -> None:
         """See NodePort."""
@@ -401,6 +407,10 @@ class Node:
     def job_log_path(self, ref: str) -> str:
         """See NodePort."""
         return self.jobs_supervisor.log_path(ref)
+
+    async def checkpoint_job(self, ref: str, within_s: float) -> str:
+        """See NodePort."""
+        return await self.jobs_supervisor.checkpoint(ref, within_s)
 
     # --- reservations -----------------------------------------------------------------------
 
