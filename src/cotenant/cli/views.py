@@ -74,7 +74,7 @@ def new_table(*columns: str, right: Iterable[str] = ()) -> Table:
     return made
 
 
-def _state(value: Any) -> Text:
+def state_text(value: Any) -> Text:
     colour = "red" if value in _BAD_STATES else "green" if value in _GOOD_STATES else ""
     return plain(value, colour)
 
@@ -234,7 +234,7 @@ def _services(status: dict[str, Any]) -> RenderableType:
         objective = s.get("objective_ms")
         name = f"{s.get('name')} v{s['version']}" if s.get("version") else s.get("name")
         wanted = f"p{s.get('percentile') or 99:g} {number(objective, 0)}ms"
-        state = _state(s.get("state"))
+        state = state_text(s.get("state"))
         if s.get("reason"):
             state.append_text(plain(f": {s['reason']}", "red"))
         table.add_row(
@@ -302,7 +302,7 @@ def jobs_view(jobs: list[dict[str, Any]]) -> RenderableType:
         table.add_row(
             plain(job.get("id")),
             plain(job.get("name")),
-            _state(job.get("state")),
+            state_text(job.get("state")),
             plain(" ".join(job.get("partitions") or ()) or DASH),
             plain(shown.strip()),
             plain(number(job.get("rate"), 2)),
