@@ -6,12 +6,13 @@ import argparse
 import asyncio
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -583,4 +584,59 @@ def test_top_is_drawn_on_a_terminal_and_survives_a_restart(node: StubNode) -> No
             break
     assert process.wait(20) == 0
     assert b"Traceback" not in shown and b"\x1b[?1049l" in shown, "the screen is given back"
+    os.close(main)
+
+
+def test_top_takes_keys_on_a_terminal_and_gives_it_back(node: StubNode) -> None:
+    import pty
+    import termios
+
+    (node.directory / "log").write_bytes(b"what the job printed\n")
+    main, side = pty.openpty()
+    before = termios.tcgetattr(side)
+    command = [sys.executable, "-c", PROGRAM, "top", "--interval", "0.05"]
+    process = subprocess.Popen(
+        command, stdin=side, stdout=side, stderr=side, env={**os.environ, "TERM": "xterm"}
+    )
+    shown = b""
+
+    def until(true: Callable[[], bool]) -> None:
+        nonlocal shown
+        end = time.monotonic() + 30
+        while not true():
+            assert time.monotonic() < end, shown[-2000:]
+            if select.select([main], [], [], 0.05)[0]:
+                shown += os.read(main, 65536)
+
+    def says(text: bytes) -> Callable[[], bool]:
+        return lambda: text in shown
+
+    def press(keys: bytes) -> None:
+        nonlocal shown
+        shown = b""
+        os.write(main, keys)
+
+    until(says(b"quit"))
+    press(b"\x1b[Bh")
+    until(lambda: node.asked == [("hold", "a1b2c3d4")])
+    press(b"c")
+    until(says(b"y/n"))
+    press(b"n")
+    until(says(b"quit"))
+    press(b"cy")
+    until(lambda: node.asked[-1] == ("cancel", "a1b2c3d4"))
+    press(b"l")
+    until(says(b"what the job printed"))
+    press(b"q\r")
+    until(says(b"why train"))
+    press(b"q/none")
+    until(says(b"filter: none"))
+    press(b"\x1b")
+    until(says(b"quit"))
+    press(b"q")
+    until(lambda: process.poll() is not None)
+    assert process.returncode == 0
+    assert b"Traceback" not in shown and ("cancel", "a1b2c3d4") in node.asked
+    assert termios.tcgetattr(side) == before, "the terminal is as it was"
+    os.close(side)
     os.close(main)

@@ -22,14 +22,15 @@ from cotenant.cli.infer import add_infer, cmd_infer
 from cotenant.cli.joblog import JobLog
 from cotenant.cli.models import add_models, cmd_models
 from cotenant.cli.optimize import add_optimize, cmd_optimize
-from cotenant.cli.output import Command, as_json, command, console, note, show
+from cotenant.cli.output import Command, as_json, command, note, show
 from cotenant.cli.profile import add_profile, cmd_profile
 from cotenant.cli.running import add_checkpoint, add_limits, cmd_checkpoint, exit_code, limits
 from cotenant.cli.servicelog import service_log, show_service_log
 from cotenant.cli.stopping import add_stop, cmd_stop
 from cotenant.cli.submitting import directory, has_input, inherited
+from cotenant.cli.top.command import add_top, make_command
 from cotenant.cli.variants import add_variants, cmd_variants
-from cotenant.domain.errors import CotenantError, EnvironmentProblem, JournalError, NotFound
+from cotenant.domain.errors import CotenantError, JournalError, NotFound
 from cotenant.domain.port import JobStatus
 from cotenant.domain.workload import JOB_ENDED, JobSpec, JobState
 from cotenant.serving.control_client import ControlClient
@@ -74,35 +75,6 @@ def cmd_jobs(args: argparse.Namespace) -> int:
 
     jobs = [msgspec.to_builtins(job) for job in _client(args).jobs()]
     return as_json(jobs) if args.json else show(jobs_view(jobs))
-
-
-@command
-def cmd_top(args: argparse.Namespace) -> int:
-    """``cotenant top``: a live view until Ctrl-C."""
-    from rich.live import Live
-
-    from cotenant.cli.views import top_view
-
-    client, screen = _client(args), console()
-    status, problem = client.status(), ""
-    if args.once:
-        return show(top_view(status))
-    with contextlib.suppress(KeyboardInterrupt):
-        if not screen.is_terminal:
-            while True:
-                screen.print(top_view(status))
-                sys.stdout.flush()
-                time.sleep(args.interval)
-                status = client.status()
-        with Live(console=screen, screen=True, auto_refresh=False) as live:
-            while True:
-                live.update(top_view(status, problem), refresh=True)
-                time.sleep(args.interval)
-                try:
-                    status, problem = client.status(), ""
-                except EnvironmentProblem as error:
-                    problem = str(error)  # it may be restarting: keep the last figures
-    return 0
 
 
 # --- jobs -------------------------------------------------------------------------------------
@@ -318,11 +290,7 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
     add("nodes", finding.cmd_nodes, "list the nodes that run on this machine", machine)
     add("status", cmd_status, "show what a node serves and runs", node, machine)
-    top = add("top", cmd_top, "watch partitions, services and jobs", node)
-    top.add_argument(
-        "--interval", type=options.positive, default=1.0, metavar="S", help="seconds (1)"
-    )
-    top.add_argument("--once", action="store_true", help="print one picture and stop")
+    add_top(add("top", make_command(_recent), "watch partitions, services and jobs", node))
     plan = add("plan", cmd_plan, "show who has which partition, and why", node, machine)
     plan.add_argument(
         "--dry-run",

@@ -167,6 +167,8 @@ class JobStatus(msgspec.Struct, frozen=True):
     checkpoint_step: float | None = None
     checkpoint_at: float = 0.0
     """When it said so, in wall-clock seconds since 1970."""
+    held: bool = False
+    """Somebody keeps it from running."""
 
 
 class Picture(Protocol):

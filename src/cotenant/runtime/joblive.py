@@ -123,6 +123,7 @@ def status_of(record: JobRecord, live: LiveJob | None) -> JobStatus:
         checkpoint=newest.path if newest else record.checkpoint,
         checkpoint_step=newest.step if newest else record.checkpoint_step,
         checkpoint_at=newest.at if newest else record.checkpoint_at,
+        held=record.held and not record.ended,
     )
 
 
