@@ -276,7 +276,9 @@ class Models:
         if name in self._absent:
             raise NotFound(f"model {name!r} is not served: {self._absent[name]}")
         if name in self.repository.listing():
-            raise NotFound(f"model {name!r} is not loaded; load it first")
+            raise NotFound(
+                f"model {name!r} is not loaded; load it first: cotenant models load {name}"
+            )
         known = ", ".join(sorted(self.services)) or "none"
         raise NotFound(f"no model named {name!r}; loaded models: {known}")
 
