@@ -22,6 +22,7 @@ from cotenant.cli.top.state import (
     Order,
     Row,
     Top,
+    rows_of,
 )
 from cotenant.telemetry.explain import Explanation, Incident, RefusalGroup
 from tests.unit.test_views import nulls, status
@@ -225,3 +226,6 @@ def test_what_is_explained_is_about_the_row() -> None:
     job = view.concerning(told, Row("job", "id1", "train", {}))
     assert [j.subject for j in job.jobs] == ["id1"]
     assert job.refusals == []
+    row = rows_of(box())[-1]
+    lines = drawn(view.page("why", view.explanation(row, told)))
+    assert "started" in "".join(lines) and "loss=" in "".join(lines)

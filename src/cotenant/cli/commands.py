@@ -30,7 +30,7 @@ from cotenant.cli.stopping import add_stop, cmd_stop
 from cotenant.cli.submitting import directory, has_input, inherited
 from cotenant.cli.top.command import add_top, make_command
 from cotenant.cli.variants import add_variants, cmd_variants
-from cotenant.domain.errors import CotenantError, JournalError, NotFound
+from cotenant.domain.errors import CotenantError, EnvironmentProblem, JournalError, NotFound
 from cotenant.domain.port import JobStatus
 from cotenant.domain.workload import JOB_ENDED, JobSpec, JobState
 from cotenant.serving.control_client import ControlClient
@@ -236,7 +236,7 @@ def cmd_replay(args: argparse.Namespace) -> int:
 
 def _journal_directory(args: argparse.Namespace) -> Path:
     """Where the running node keeps its journal, or where one in this directory would."""
-    with contextlib.suppress(CotenantError):
+    with contextlib.suppress(EnvironmentProblem):
         directory = (_client(args).status().get("journal") or {}).get("directory")
         if directory:
             return Path(directory)

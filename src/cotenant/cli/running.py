@@ -24,8 +24,8 @@ def add_limits(run: argparse.ArgumentParser) -> None:
     run.add_argument("--retry", type=options.count, default=None, metavar="N",
                      help="as --restart on-failure --max-restarts N; 0: never")  # fmt: skip
     run.add_argument("--time-limit", type=options.duration, default=0, metavar="TIME",
-                     help="it is stopped, and has failed, once it ran for so long: 8h is 480m "
-                          "(no limit)")  # fmt: skip
+                     help="it is stopped, and has failed, once it ran for so long, such as "
+                          "8h (no limit)")  # fmt: skip
     run.add_argument("--after", action="append", default=[], metavar="JOB",
                      help="start it once that job has succeeded; if that does not, it is "
                           "cancelled; again for more")  # fmt: skip

@@ -20,18 +20,19 @@ FOLLOW_S = 0.2
 def service_log(client: ControlClient, ref: str) -> Path | None:
     """The log that ``ref`` means if it is that of a service, None for a job's: ``service:NAME``
     always, ``NAME`` where no job is called so. Raises NotFound."""
+    no_job: NotFound | None = None
+    if not ref.startswith(PREFIX):
+        try:
+            client.log_path(ref)
+            return None
+        except NotFound as error:
+            no_job = error
     status = client.status()
     services = [str(s["name"]) for s in status.get("services") or ()]
     name = ref.removeprefix(PREFIX)
-    if not ref.startswith(PREFIX):
-        with contextlib.suppress(NotFound):
-            client.log_path(ref)
-            return None
     if name in services:
         return Path(status["state_dir"]) / "workers" / f"{name}.log"
-    if not ref.startswith(PREFIX):
-        client.log_path(ref)  # which says what is near
-    raise NotFound(f"no service {name!r}; there are: {', '.join(services) or 'none'}")
+    raise no_job or NotFound(f"no service {name!r}; there are: {', '.join(services) or 'none'}")
 
 
 def show_service_log(args: argparse.Namespace, path: Path) -> int:

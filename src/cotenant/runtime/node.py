@@ -144,7 +144,8 @@ class Node:
             owner = os.pread(fd, 32, 0).decode(errors="replace").strip()
             raise EnvironmentProblem(
                 f"the state directory {self._state_dir} is in use by another node (pid {owner}); "
-                "stop it, or set another node.state_dir"
+                f"stop it (cotenant stop --state-dir {self._state_dir}), or set another "
+                "node.state_dir"
             ) from None
         os.ftruncate(fd, 0)
         os.pwrite(fd, str(os.getpid()).encode(), 0)

@@ -269,5 +269,6 @@ def _remove_stale(path: Path) -> None:
                 f"cannot use {path} for the control socket: {exc.strerror or exc}"
             ) from None
     raise EnvironmentProblem(
-        f"another node is running in {path.parent}; stop it, or choose another state directory"
+        f"another node is running in {path.parent}; stop it (cotenant stop --state-dir "
+        f"{path.parent}), or choose another state directory"
     )

@@ -174,16 +174,15 @@ class _Explaining:
 
     def _read(self, directory: Path) -> None:
         try:
-            told = explain(self._journal(directory), time.time(), EXPLAINED)
-            self._told = view.concerning(told, self._row)
-        except CotenantError as error:
+            self._told = explain(self._journal(directory), time.time(), EXPLAINED)
+        except (CotenantError, OSError) as error:
             self._why_not = str(error)
 
     def page(self) -> view.Picture:
         """What is known by now."""
         title = f"why {self._row.name} is as it is"
         if self._told is not None:
-            return view.page(title, views.explain_view(self._told))
+            return view.page(title, view.explanation(self._row, self._told))
         return view.page(title, views.plain(self._why_not or "reading the journal …", "dim"))
 
 

@@ -22,6 +22,8 @@ BARS: Final = "▁▂▃▄▅▆▇█"
 PARTITIONS: Final = 8
 """Lines of partitions at most."""
 FOOTER: Final = 2
+PLANS: Final = 2
+"""In an explanation of one row."""
 _KEYS: Final = "↑↓  s sort: {}  / filter  h hold  c cancel  l log  ⏎ explain  q quit"
 _BACK: Final = "q back"
 
@@ -56,8 +58,11 @@ def picture(
     shown = top.rows
     services = [row for row in shown if row.kind == "service"]
     jobs = [row for row in shown if row.kind == "job"]
-    head: list[RenderableType] = [views.headline(status), _partitions(status, width), Text()]
-    head += [_services(top, services, now, width)] if services else [plain("no services", "dim")]
+    headline = views.headline(status)
+    if top.filter:
+        headline.append_text(plain(f"  filter: {top.filter}", "yellow"))
+    head: list[RenderableType] = [headline, _partitions(status, width), Text()]
+    head += [_services(top, services, now, width)] if services else [_none(top, "services")]
     for row in services:
         if row.figures.get("state") not in ("READY", None):
             text = f"  {row.name} is {row.figures['state']}: {row.figures.get('reason') or ''}"
@@ -66,7 +71,7 @@ def picture(
     room = max(3, height - taken - FOOTER - 3)
     body = [*head, Text(), _jobs(top, _around(jobs, top.selected, room), now, width)]
     if not jobs:
-        body[-1] = plain("no jobs", "dim")
+        body[-1] = _none(top, "jobs")
     body += [Text(), views.plan_line(status), *views.journal_lines(status)]
     return Picture(Group(*body), [_detail(top, problem), _keys(top)])
 
@@ -83,7 +88,7 @@ def log_text(data: bytes) -> Text:
 
 
 def concerning(told: Explanation, row: Row) -> Explanation:
-    """What of an explanation is about a row, and the plans."""
+    """What of an explanation is about a row, and the last plans: the rest would not be seen."""
 
     def about(subject: str) -> bool:
         return subject in (row.id, row.name) or subject.startswith((f"{row.name}#", f"{row.id} "))
@@ -94,6 +99,7 @@ def concerning(told: Explanation, row: Row) -> Explanation:
     mine = row.kind == "service"
     return msgspec.structs.replace(
         told,
+        plans=told.plans[-PLANS:],
         refusals=[r for r in told.refusals if mine and r.service == row.name],
         slowest=[s for s in told.slowest if mine and s.service == row.name],
         pauses=[p for p in told.pauses if mine and row.name in p.services],
@@ -103,6 +109,17 @@ def concerning(told: Explanation, row: Row) -> Explanation:
         devices=[],
         layouts=[],
     )
+
+
+def explanation(row: Row, told: Explanation) -> RenderableType:
+    """Why a row is as it is: what it says of itself, then what the journal says of it."""
+    figures = row.figures
+    notes = [views.job_note(figures)] if row.kind == "job" else list(figures.get("notes") or ())
+    if row.kind != "job" and figures.get("reason"):
+        notes.insert(0, str(figures["reason"]))
+    state = plain(f"{row.kind} {row.name} is {figures.get('state')}", "bold")
+    lines = [plain(f"  {note}") for note in notes if note]
+    return Group(state, *lines, views.explain_view(concerning(told, row)))
 
 
 def sparkline(cells: Sequence[float | None], objective: float | None = None) -> Text:
@@ -250,5 +267,8 @@ def _detail(top: Top, problem: str) -> Text:
 def _keys(top: Top) -> Text:
     if top.mode is Mode.FILTER:
         return _line("⏎ keep  Esc clear", "dim")
-    kept = f"  (filter: {top.filter})" if top.filter else ""
-    return _line(_KEYS.format(top.sort) + kept, "dim")
+    return _line(_KEYS.format(top.sort), "dim")
+
+
+def _none(top: Top, what: str) -> Text:
+    return plain(f"no {what}" + (" that the filter leaves" if top.filter else ""), "dim")
