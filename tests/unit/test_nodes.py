@@ -42,6 +42,7 @@ def test_a_node_is_found_while_it_runs(registry: Path) -> None:
             os.getpid(),
         )
         assert (registry / "box.json").stat().st_mode & 0o777 == 0o644
+        assert registry.stat().st_mode & 0o777 == 0o755
         assert found() == "/a/state"
     assert nodes.running() == []
     assert list(registry.iterdir()) == []

@@ -100,7 +100,7 @@ def running() -> list[NodeEntry]:
 
 
 def _write(directory: Path, entry: NodeEntry) -> tuple[Path, NodeEntry]:
-    directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    _make(directory)
     for number in range(1, MOST_NAMES):
         name = entry.name if number == 1 else f"{entry.name}-{number}"
         named = msgspec.structs.replace(entry, name=name)
@@ -122,6 +122,14 @@ def _write(directory: Path, entry: NodeEntry) -> tuple[Path, NodeEntry]:
         finally:
             temporary.unlink()
     raise FileExistsError(f"{MOST_NAMES} nodes are called {entry.name}")
+
+
+def _make(directory: Path) -> None:
+    """Create a directory that others can look into, whatever the umask."""
+    missing = [d for d in (directory, directory.parent) if not d.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        made.chmod(0o755)
 
 
 def _read(path: Path) -> NodeEntry | None:
