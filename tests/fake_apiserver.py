@@ -165,6 +165,8 @@ class ApiServer:
             if method == "DELETE":
                 self.remove(plural, name or "")
                 return _status(200, "deleted")
+            if method == "PATCH":
+                body = _merged(self.objects[plural, name or ""], body or {})
             return self._replace(plural, name or "", subresource, body or {})
 
     def _list(self, plural: str, query: dict[str, str]) -> Object:
@@ -183,7 +185,7 @@ class ApiServer:
 
     def _replace(self, plural: str, name: str, subresource: str, item: Object) -> Object:
         old = self.objects[plural, name]
-        if item["metadata"].get("resourceVersion") != old["metadata"]["resourceVersion"]:
+        if any(item["metadata"].get(k) != old["metadata"][k] for k in ("resourceVersion", "uid")):
             raise Status(409, f"{name} was modified; read it again")
         if subresource == "status":
             item = {**old, "status": copy.deepcopy(item.get("status", {}))}
@@ -236,6 +238,19 @@ class ApiServer:
         finally:
             with self.lock:
                 self.watches = [other for other in self.watches if other is not entry]
+
+
+def _merged(item: Any, patch: Any) -> Any:
+    """RFC 7396."""
+    if not isinstance(patch, dict):
+        return copy.deepcopy(patch)
+    found = dict(item) if isinstance(item, dict) else {}
+    for name, value in patch.items():
+        if value is None:
+            found.pop(name, None)
+        else:
+            found[name] = _merged(found.get(name), value)
+    return found
 
 
 def _parse(path: str) -> tuple[str, str | None, str]:
@@ -334,7 +349,7 @@ class _Handler(BaseHTTPRequestHandler):
             answer, code = _status(status.code, str(status)), status.code
         self._answer(code, answer)
 
-    do_GET = do_PUT = do_POST = do_DELETE = _do  # noqa: N815
+    do_GET = do_PUT = do_POST = do_DELETE = do_PATCH = _do  # noqa: N815
 
     def _answer(self, code: int, answer: Object) -> None:
         data = json.dumps(answer).encode()

@@ -171,7 +171,7 @@ class FakeCluster:
         if stored is None or stored["metadata"] != claim["metadata"]:
             raise Conflict("changed since it was read")
         self.writes += 1
-        return self.put({**stored, "status": claim["status"]})
+        return self.put({**stored, "status": {**stored["status"], **_devices(claim)}})
 
     def slices(self, pool: str) -> list[Object]:
         self._answer()
@@ -211,6 +211,10 @@ class FakeCluster:
     def _answer(self) -> None:
         if self.away:
             raise ClusterAway("connection refused")
+
+
+def _devices(claim: Object) -> Object:
+    return {"devices": claim["status"]["devices"]}
 
 
 def _key(claim: Object) -> str:

@@ -102,6 +102,10 @@ class Binding:
                 self._settle(claim, held, parts)
             except (ClusterAway, ClusterRefused, Conflict) as error:
                 trouble = error
+            except EnvironmentProblem:
+                raise
+            except Exception:  # A claim is what somebody wrote; it must not hold up the others.
+                log.exception("a claim cannot be settled", extra=_of(claim))
         self._sweep(found, there)
         if trouble is not None:
             raise trouble
@@ -157,7 +161,7 @@ class Binding:
                 return
             if said(fresh, self._name, REFUSED) or said(fresh, self._name, condition):
                 return
-            say(fresh, self._name, condition, message[:_MESSAGE], self._now())
+            say(fresh, self._name, condition, _printable(message), self._now())
             try:
                 self._cluster.update_claim_status(fresh)
             except Conflict:
@@ -273,6 +277,10 @@ def _holds(entry: Object, condition: str) -> bool:
         c.get("type") == condition and c.get("status") == "True"
         for c in entry.get("conditions") or []
     )
+
+
+def _printable(message: str) -> str:
+    return message.encode("utf-8", "replace").decode()[:_MESSAGE]
 
 
 def _of(claim: Object) -> dict[str, str]:

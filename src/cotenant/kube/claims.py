@@ -7,6 +7,7 @@ MIG. Their ids follow from the claim alone, so they can be told when the node, o
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any, Final
 
@@ -21,6 +22,7 @@ from cotenant.kube.parameters import Parameters
 from cotenant.kube.ports import Object
 
 _DIGITS: Final = 12
+_LEVELS: Final = 16
 
 
 class Result(msgspec.Struct, frozen=True):
@@ -99,8 +101,17 @@ def _digest(group: list[Result], config: list[Any]) -> str:
     """Another allocation, or other parameters, are another reservation. What the node says of its
     devices has no part in it: a reservation does not change under the pod that has it."""
     keys = sorted((r.request, r.device, r.share_id, r.consumed) for r in group)
-    text = msgspec.json.encode([keys, config], order="sorted")
-    return hashlib.sha256(text).hexdigest()[:_DIGITS]
+    # Parameters are whatever somebody wrote: letters that are none, levels without end.
+    text = json.dumps([keys, _clipped(config, _LEVELS)], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:_DIGITS]
+
+
+def _clipped(value: Any, levels: int) -> Any:
+    if isinstance(value, dict):
+        return {k: _clipped(v, levels - 1) for k, v in value.items()} if levels else None
+    if isinstance(value, list):
+        return [_clipped(v, levels - 1) for v in value] if levels else None
+    return value
 
 
 def _reservation(

@@ -10,6 +10,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import socket
 import threading
 from collections.abc import Iterator
@@ -31,6 +32,10 @@ TIMEOUT_S: Final = 10.0
 WATCH_S: Final = 240
 """How long a watch lasts before it is asked for again. One that says nothing for longer is dead."""
 _PAGE: Final = 500
+_DEEP: Final = 100
+"""Levels of JSON that are read; the API's own objects have a fraction of that."""
+_DIGITS: Final = 400
+_TOKEN: Final = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 for _noisy in ("httpx2", "httpcore2"):
     logging.getLogger(_noisy).setLevel(logging.WARNING)
@@ -105,7 +110,7 @@ class HttpCluster:
                 if response.status_code != httpx.codes.OK:
                     response.read()
                     _raise(response.status_code, _message(response))
-                with self._watching(response.extensions["network_stream"]):
+                with self._watching(response.extensions.get("network_stream")):
                     for line in response.iter_lines():
                         yield _event(line)
         except (httpx.HTTPError, LightkubeError) as error:
@@ -113,11 +118,12 @@ class HttpCluster:
 
     @contextlib.contextmanager
     def _watching(self, stream: Any) -> Iterator[None]:
-        connection = stream.get_extra_info("socket")
+        connection = stream.get_extra_info("socket") if stream is not None else None
         with self._lock:
             if self._ended:
                 raise ClusterAway("this driver is ending")
-            self._watches.add(connection)
+            if connection is not None:
+                self._watches.add(connection)
         try:
             yield
         finally:
@@ -128,9 +134,13 @@ class HttpCluster:
         return self._maybe("GET", f"{GROUP}/namespaces/{namespace}/resourceclaims/{name}")
 
     def update_claim_status(self, claim: Object) -> Object:
+        # A patch: the rest of a status has parameters of all drivers, which may not change by a
+        # byte, and we would write their numbers and letters in our way.
         meta = claim["metadata"]
         path = f"{GROUP}/namespaces/{meta['namespace']}/resourceclaims/{meta['name']}/status"
-        return self._object("PUT", path, claim)
+        version = {"uid": meta["uid"], "resourceVersion": meta["resourceVersion"]}
+        patch = {"metadata": version, "status": {"devices": claim["status"].get("devices") or []}}
+        return self._object("PATCH", path, patch)
 
     def slices(self, pool: str) -> list[Object]:
         # Pools are named after their node, and only a node's own slices may be read by its driver.
@@ -175,13 +185,19 @@ class HttpCluster:
         params: dict[str, str] | None = None,
     ) -> Object:
         try:
-            response = self._client.request(method, path, json=body, params=params)
+            response = self._client.request(
+                method,
+                path,
+                content=None if body is None else json.dumps(body).encode(),
+                headers=None if body is None else {"Content-Type": _written_as(method)},
+                params=params,
+            )
         except (httpx.HTTPError, LightkubeError) as error:
             raise _away(error) from None
         if not response.is_success:
             _raise(response.status_code, _message(response))
         try:
-            found: Object = response.json()
+            found = _decoded(response.content)
         except ValueError:
             raise ClusterAway("what answers is not an API server: no JSON") from None
         return found
@@ -193,13 +209,47 @@ class _Missing(Conflict):
 
 def _event(line: str) -> tuple[str, Object]:
     try:
-        event = json.loads(line)
+        event = _decoded(line.encode())
         kind, found = event["type"], event["object"]
     except (ValueError, KeyError, TypeError):
         raise ClusterAway("a watch was cut off in the middle of an event") from None
     if kind == "ERROR":
         _raise(int(found.get("code") or 0), str(found.get("message")))
     return kind, found
+
+
+def _written_as(method: str) -> str:
+    return "application/merge-patch+json" if method == "PATCH" else "application/json"
+
+
+def _decoded(data: bytes) -> Object:
+    """JSON as anybody may have it stored: parameters of a claim are whatever its maker likes. What
+    is too deep becomes null, and a number of thousands of digits a float. Raises ValueError."""
+    try:
+        found: Object = json.loads(data, parse_int=_int)
+    except RecursionError:
+        found = json.loads(_shallow(data), parse_int=_int)
+    return found
+
+
+def _int(digits: str) -> int | float:
+    return int(digits) if len(digits) < _DIGITS else float(digits)
+
+
+def _shallow(data: bytes) -> bytes:
+    """JSON with null for what is deeper than ``_DEEP``."""
+    kept, depth, start = bytearray(), 0, 0
+    for token in _TOKEN.finditer(data):
+        bracket = token[0]
+        if bracket in b"[{":
+            depth += 1
+            if depth == _DEEP + 1:
+                kept += data[start : token.start()] + b"null"
+        elif bracket in b"]}":
+            if depth == _DEEP + 1:
+                start = token.end()
+            depth -= 1
+    return bytes(kept + data[start:])
 
 
 def _raise(code: int, message: str) -> None:

@@ -69,7 +69,7 @@ def read(raw: object) -> Parameters:
     is wrong and what would be right."""
     try:
         written = msgspec.convert(raw, _Written)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeError) as error:
         raise InvalidRequest(f"parameters: {error}; there are {', '.join(_OWN)}") from None
     if (written.apiVersion, written.kind) != (API, PARAMETERS):
         raise InvalidRequest(

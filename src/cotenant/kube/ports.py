@@ -73,7 +73,7 @@ class Cluster(Protocol):
         ...
 
     def update_claim_status(self, claim: Object) -> Object:
-        """Write a claim's status, as it was read but for what is changed. Raises Conflict."""
+        """Write ``status.devices`` of a claim that was read. Raises Conflict."""
         ...
 
     def slices(self, pool: str) -> list[Object]:

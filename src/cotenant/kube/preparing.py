@@ -169,7 +169,9 @@ class Preparer:
                 if entry is None or not entry.prepared:
                     self._specs.remove(uid)
                 elif self._write_spec(uid, entry.edits):
-                    log.info("wrote the CDI spec of claim %s/%s anew", entry.namespace, entry.name)
+                    why = "it was lost" if entry.boot == self._boot else "the machine was booted"
+                    shown = f"{entry.namespace}/{entry.name}"
+                    log.info("wrote the CDI spec of claim %s anew: %s", shown, why)
 
     def reconcile(self) -> None:
         """Bring node and disk in step with what was promised: reserve again what the node has

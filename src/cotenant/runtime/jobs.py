@@ -262,10 +262,11 @@ class JobSupervisor:
         return id
 
     def reservations(self) -> dict[str, JobRecord]:
-        """The jobs that stand for reservations and have not ended, by the outside id."""
+        """The jobs that stand for reservations and are not being ended, by the outside id."""
         found = {}
         for record in self._ledger.records.values():
-            if record.spec.reservation is not None and not record.ended:
+            ends = record.ended or record.state is JobState.STOPPING
+            if record.spec.reservation is not None and not ends:
                 found[record.spec.reservation.id] = record
         return found
 

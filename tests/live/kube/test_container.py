@@ -11,6 +11,7 @@ from uuid import uuid4
 
 import pytest
 
+from cotenant.domain.errors import NotFound
 from cotenant.kube.paths import Paths
 from cotenant.kube.plugin import Plugin
 from tests.fake_kubelet import FakeKubelet
@@ -27,8 +28,11 @@ class Watching(StandinNode):
         self.pages, self.library = str(pages), str(library)
         self.ran_before: list[bool] = []
         self.on_host: list[bool] = []
+        self.takes = True
 
     def adopt(self, id: str, pid: int) -> None:
+        if not self.takes:
+            raise NotFound(f"nothing is reserved under {id}")
         self.ran_before.append((Path(self.pages) / "ran").exists())
         self.on_host.append(Path(f"/proc/{pid}").exists() and pid != os.getpid())
         super().adopt(id, pid)
@@ -103,7 +107,7 @@ def test_a_container_with_two_requests_is_adopted_for_both(host: Host) -> None:
 
 def test_a_container_that_the_node_does_not_take_is_not_started(host: Host) -> None:
     devices = host.prepare(unit(0))
-    host.node.lose()
+    host.node.takes = False
     done = host.podman.run(f"/bin/busybox touch {host.pages}/ran", *devices)
     assert done.returncode != 0
     assert "cotenant:" in done.stderr

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import pytest
 
 from cotenant.domain.errors import ConfigError
@@ -241,6 +242,48 @@ def test_what_errors_mean(server: ApiServer, cluster: HttpCluster) -> None:
         cluster.claims()
     with pytest.raises(ClusterAway):
         list(cluster.watch_claims("1"))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        b"[" * 4000 + b"]" * 4000,
+        b'{"a":' * 2000 + b"1" + b"}" * 2000,
+        b"9" * 9000,
+        b'"\\ud800"',
+        b"1e999",
+    ],
+)
+def test_claims_are_read_whatever_somebody_stored(parameters: bytes) -> None:
+    odd = b'{"metadata":{"resourceVersion":"7"},"spec":{"p":{"a":"[\\"{","x":%s}}}' % parameters
+    event = b'{"type":"ADDED","object":%s}' % odd
+    page = b'{"metadata":{"resourceVersion":"8"},"items":[%s,{"metadata":{}}]}' % odd
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, content=event if b"watch=" in request.url.query else page)
+
+    transport = httpx.MockTransport(answer)
+    cluster = HttpCluster(httpx.Client(transport=transport, base_url="http://here"))
+    found, _ = cluster.claims()
+    assert len(found) == 2
+    assert found[0]["spec"]["p"]["a"] == '["{'
+    ((kind, item),) = cluster.watch_claims("7")
+    assert (kind, item["metadata"]) == ("ADDED", found[0]["metadata"])
+    cluster.close()
+
+
+def test_a_status_is_written_without_the_rest_of_it(
+    server: ApiServer, cluster: HttpCluster
+) -> None:
+    """The server compares parameters by the byte."""
+    held = claim("c", {"devices": {"results": [], "config": []}})
+    stored = server.put("resourceclaims", held)
+    read = cluster.claim("ns", "c")
+    assert read is not None
+    read["status"]["allocation"]["devices"]["config"] = "in our own way"
+    cluster.update_claim_status(read)
+    status = server.get("resourceclaims", "ns/c")["status"]
+    assert status["allocation"] == stored["status"]["allocation"]
 
 
 def test_what_cannot_be_a_kubeconfig_is_said(tmp_path: Path) -> None:

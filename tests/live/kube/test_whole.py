@@ -88,6 +88,7 @@ class Host:
 def host(boxes: Boxes, directory: Path) -> Iterator[Host]:
     box = boxes().configure([], devices=[{"kind": "cpu", "cores": list(CORES)}]).start()
     with ExitStack() as stack:
+        stack.callback(_release_all, box)
         api = ApiServer()
         api.start()
         stack.callback(api.stop)
@@ -98,9 +99,14 @@ def host(boxes: Boxes, directory: Path) -> Iterator[Host]:
         made.kubelet.start()
         stack.callback(made.kubelet.stop)
         yield made
-        for status in box.control.reservations():
-            box.control.release(status.reservation.id)
-        until(lambda: not any(job.pid for job in box.control.jobs()))
+
+
+def _release_all(box: Box) -> None:
+    """What stands for pods that have not come outlives the node. No driver runs any more that would
+    reserve it again."""
+    for status in box.control.reservations():
+        box.control.release(status.reservation.id)
+    until(lambda: not any(job.pid for job in box.control.jobs()))
 
 
 def unit(index: int) -> dict[str, Any]:

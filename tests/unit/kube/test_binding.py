@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from cotenant.domain.errors import CotenantError, EnvironmentProblem
 from cotenant.domain.reservation import Reservation
-from cotenant.kube import slices
+from cotenant.kube import command, slices
 from cotenant.kube.binding import Binding
 from cotenant.kube.claims import reservation_ids
 from cotenant.kube.claimwatch import ClaimWatch
@@ -181,6 +181,34 @@ def test_what_is_refused_stays_so_until_it_is_given_back(bench: Bench) -> None:
     assert bench.state("c") == "binds"
 
 
+def test_what_was_refused_is_not_planned_by_who_has_not_seen_it(bench: Bench) -> None:
+    bench.node.kept["service"] = Reservation("service", "cpu", share=0.8)
+    bench.schedule("c", share("40"))
+    bench.watch.read()
+    before = bench.watch.seen
+    bench.settle()
+    bench.node.kept.clear()
+    bench.start()
+    bench.watch.seen = before
+    bench.binding.settle()
+    assert bench.state("c") == "fails"
+    bench.settle()
+    assert bench.held("c") == 0
+
+
+@pytest.mark.parametrize("value", ["\ud800", float("inf"), [[[]]], "x" * 9000, {"\ud800": 1}])
+def test_what_anybody_writes_holds_up_nobody(bench: Bench, value: object) -> None:
+    bench.schedule("odd", share("40"), config=[says(objective=value)])
+    bench.schedule("odder", share("20"), config=[says(**{"\ud800": value})])
+    bench.schedule("c", share("30"))
+    bench.settle()
+    assert (bench.state("odd"), bench.state("odder")) == ("fails", "fails")
+    assert bench.state("c") == "binds"
+    for found in bench.cluster.objects.values():
+        for device in found["status"]["devices"]:
+            assert all(c["message"].encode() for c in device["conditions"])
+
+
 @pytest.mark.parametrize("ends", ["deleted", "deallocated", "allocated elsewhere"])
 def test_what_no_claim_has_any_more_is_released(bench: Bench, ends: str) -> None:
     held = bench.schedule("c", share("40"))
@@ -194,6 +222,27 @@ def test_what_no_claim_has_any_more_is_released(bench: Bench, ends: str) -> None
         bench.cluster.put({**held, "status": status})
     bench.settle()
     assert bench.held("c") == 0
+
+
+def test_what_the_kubelet_has_prepared_is_kept_whatever_becomes_of_its_claim(bench: Bench) -> None:
+    held = bench.schedule("c", share("40"))
+    bench.settle()
+    prepared = frozenset(bench.node.kept)
+    bench.binding.kept = lambda: prepared
+    bench.cluster.drop(held)
+    bench.settle()
+    assert bench.held("c") == 1
+    bench.binding.kept = frozenset
+    bench.settle()
+    assert bench.held("c") == 0
+
+
+def test_the_command_keeps_what_its_plugin_keeps() -> None:
+    node, cluster = FakeNode(cpu(4)), FakeCluster()
+    keeps = lambda: frozenset({"k8s:a"})  # noqa: E731
+    found, *_ = command.controllers(node, cluster, "n1", keeps)
+    assert isinstance(found, Binding)
+    assert found.kept is keeps
 
 
 def test_orphans_of_before_a_start_are_released(bench: Bench) -> None:

@@ -86,6 +86,16 @@ def test_ids_follow_from_the_claim_alone() -> None:
     assert all(len(id) <= MOST_ID for id in ids)
 
 
+def test_ids_are_the_same_wherever_deep_parameters_were_cut_off() -> None:
+    def nested(levels: int) -> Object:
+        deep: Any = 1
+        for _ in range(levels):
+            deep = {"a": [deep]}
+        return allocated(ask("a", "cores"), config=[says(x=deep)], uid="u")
+
+    assert reservation_ids(nested(40), NODE) == reservation_ids(nested(39), NODE)
+
+
 def test_another_allocation_of_a_claim_is_another_reservation() -> None:
     one = allocated(ask("a", "cores", 2), uid="u")
     assert reservation_ids(one, NODE) == reservation_ids(

@@ -197,7 +197,7 @@ REQUESTS = st.tuples(
 )
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=30)
 @given(st.lists(st.tuples(st.lists(REQUESTS, min_size=1, max_size=3), st.booleans()), max_size=12))
 def test_whatever_is_allocated_never_exceeds_the_silicon(
     history: list[tuple[list[tuple[str, int, str]], bool]],
