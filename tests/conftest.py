@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from cotenant.runtime import nodes
 from tests import gpu_machine, nvml_standin
 from tests.gpu_machine import GpuMachine
 
@@ -24,6 +25,17 @@ def pytest_configure() -> None:
     that."""
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nodes_are_found_by_tests_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nodes of tests are not found by who works on this machine, nor theirs by tests."""
+    before = os.environ.get(nodes.DIRECTORY)
+    os.environ[nodes.DIRECTORY] = str(tmp_path_factory.mktemp("nodes"))
+    yield
+    del os.environ[nodes.DIRECTORY]
+    if before is not None:
+        os.environ[nodes.DIRECTORY] = before
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,8 +3,8 @@
     python train.py --checkpoints DIR [--every STEPS] [--steps STEPS]
 
 What makes it movable is all in ``main``: it looks for a checkpoint to go on from, says when one is
-complete, and saves its work when it is told to leave (SIGTERM). A step depends on nothing but its
-number and the weights, so that a run that was moved ends as one that was not.
+complete, and saves its work when it is asked to, or told to leave (SIGTERM). A step depends on
+nothing but its number and the weights, so that a run that was moved ends as one that was not.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -67,6 +68,8 @@ def main() -> None:
         leave = True  # the loop does the rest: a handler may interrupt anything
 
     signal.signal(signal.SIGTERM, on_term)
+    wanted = threading.Event()
+    cotenant.on_checkpoint(wanted.set)  # somebody asks for one now
 
     step, weights = 0, np.zeros(WIDTH)
     if path := newest(options.checkpoints):
@@ -78,7 +81,9 @@ def main() -> None:
         weights, loss = trained(weights, step)
         print(f"step {step}")
         cotenant.report(step, loss=loss)
-        if leave or step % options.every == 0 or step == options.steps:
+        if asked := wanted.is_set():
+            wanted.clear()
+        if leave or asked or step % options.every == 0 or step == options.steps:
             cotenant.report(step, checkpoint=save(options.checkpoints, step, weights))
         if leave:
             return

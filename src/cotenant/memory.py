@@ -1,4 +1,5 @@
-"""``cotenant.on_memory(give)``: how a job gives memory back when others need it. Optional.
+"""What a job can be asked: ``cotenant.on_memory(give)``, memory back when others need it, and
+``cotenant.on_checkpoint(save)``, a checkpoint now. Optional.
 
 Standard library only, like ``cotenant.report``: outside Cotenant nothing happens.
 """
@@ -40,14 +41,16 @@ class _Listener:
     """Waits, in a thread of its own, to be asked."""
 
     def __init__(self, path: str) -> None:
+        self.gives = False
         self.give: list[Callable[[int], None]] = []
+        self.save: list[Callable[[], None]] = []
         self._closed = False
         self._path = path
         self._run = os.environ.get("COTENANT_JOB_RUN", "")
-        job = os.environ.get("COTENANT_JOB_ID", "")
-        self._here = json.dumps({"job": job, "run": self._run, "memory": True}).encode()
+        self._job = os.environ.get("COTENANT_JOB_ID", "")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind("")  # a name that the kernel makes up
+        self._socket.settimeout(AGAIN_S)
         threading.Thread(target=self._listen, name="cotenant-memory", daemon=True).start()
 
     def close(self) -> None:
@@ -57,13 +60,11 @@ class _Listener:
         self._socket.close()
 
     def _listen(self) -> None:
-        self._socket.settimeout(AGAIN_S)
-        self._say()
         while True:
             try:
                 data = self._socket.recv(MAX_MESSAGE_BYTES)
             except TimeoutError:
-                self._say()
+                self.say()
                 continue
             except OSError:
                 return
@@ -71,17 +72,33 @@ class _Listener:
                 return
             try:
                 message = json.loads(data)
-                run, most = message["run"], int(message["most"])
-            except (ValueError, KeyError, TypeError):
+                run, saves = message["run"], message.get("checkpoint") is True
+                most = 0 if saves else int(message["most"])
+            except (ValueError, KeyError, TypeError, AttributeError):
                 continue
-            if run == self._run:
+            if run == self._run and saves:
+                self._ask_to_save()
+            elif run == self._run:
                 self._ask(most)
 
-    def _say(self) -> None:
+    def say(self) -> None:
+        """Tell Cotenant what this program can be asked."""
+        here: dict[str, object] = {"job": self._job, "run": self._run}
+        if self.gives:
+            here["memory"] = True
+        if self.save:
+            here["saves"] = True
         try:
-            self._socket.sendto(self._here, self._path)
+            self._socket.sendto(json.dumps(here).encode(), self._path)
         except OSError:
             return  # Cotenant is restarting; it hears of this the next time
+
+    def _ask_to_save(self) -> None:
+        for save in self.save:
+            try:
+                save()
+            except Exception:  # as below
+                traceback.print_exc()
 
     def _ask(self, most: int) -> None:
         for give in [*self.give, _give_device_caches]:  # these last: the program frees into them
@@ -118,16 +135,43 @@ def on_memory(give: Callable[[int], None] | None = None) -> bool:
     what is within ``memory_guaranteed``. What it raises is printed. Returns whether it may be
     called: False outside Cotenant.
     """
+    with _lock:
+        listener = _listening()
+        if listener is None:
+            return False
+        if give is not None:
+            listener.give.append(give)
+        if not listener.gives:
+            listener.gives = True
+            listener.say()
+    return True
+
+
+def on_checkpoint(save: Callable[[], None]) -> bool:
+    """Have ``save()`` called when somebody wants a checkpoint now (``cotenant checkpoint JOB``).
+
+    It is called in a thread of its own. As a rule it only sets a flag: the loop of the training
+    sees that, writes the checkpoint between two steps, and says where it is, with
+    ``cotenant.report(step, checkpoint=path)``. What it raises is printed. Returns whether it may be
+    called: False outside Cotenant.
+    """
+    with _lock:
+        listener = _listening()
+        if listener is None:
+            return False
+        listener.save.append(save)
+        if len(listener.save) == 1:
+            listener.say()
+    return True
+
+
+def _listening() -> _Listener | None:
+    """The one that listens for this process; None outside Cotenant. With the lock held."""
     global _listener  # noqa: PLW0603
     path = os.environ.get("COTENANT_REPORT_SOCKET")
-    if not path:
-        return False
-    with _lock:
-        if _listener is None:
-            try:
-                _listener = _Listener(path)
-            except OSError:
-                return False
-        if give is not None:
-            _listener.give.append(give)
-    return True
+    if _listener is None and path:
+        try:
+            _listener = _Listener(path)
+        except OSError:
+            return None
+    return _listener if path else None

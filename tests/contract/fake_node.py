@@ -219,6 +219,15 @@ class FakeNode:
 
     hold_job = resume_job = cancel_job
 
+    async def rollback(self, name: str) -> str:
+        self.metadata(name)
+        return "1"
+
+    async def checkpoint_job(self, ref: str, within_s: float) -> str:
+        self.cancel_job(ref)
+        await asyncio.sleep(min(within_s, 0.05))
+        return "/work/step-9"
+
     def job_log_path(self, ref: str) -> str:
         self.cancel_job(ref)
         return "/state/jobs/j1/log"

@@ -6,12 +6,13 @@ import argparse
 import asyncio
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,13 @@ from cotenant.cli.submitting import has_input, inherited
 from cotenant.domain.actions import Action, WakeAt
 from cotenant.domain.device import DeviceSpec
 from cotenant.domain.errors import (
-    CotenantError,
     EnvironmentProblem,
     InvalidRequest,
     JournalError,
     NotFound,
 )
 from cotenant.domain.events import Event
-from cotenant.domain.port import JobStatus
+from cotenant.domain.port import IndexEntry, JobStatus
 from cotenant.domain.units import S
 from cotenant.domain.workload import JobSpec, RestartPolicy
 from cotenant.optimize import arguments
@@ -61,17 +61,18 @@ class StubNode:
         self.submitted: list[JobSpec] = []
         self.asked: list[tuple[str, str]] = []
         self.state, self.reason = "running", ""
+        self.code: int | None = None
 
     def status(self) -> dict[str, Any]:
         journal = {"directory": str(self.directory / "journal"), "dropped": 0, "error": None}
-        return status(journal=journal)
+        return status(journal=journal, state_dir=str(self.directory))
 
     def plan(self, dry_run: bool) -> dict[str, Any]:
         return plan_document(dry_run)
 
     def jobs(self) -> list[JobStatus]:
         job = JobStatus("a1b2c3d4", "train", self.state, ("x",), 1.0, 0.0, 1.0, 0)
-        return [msgspec.structs.replace(job, reason=self.reason)]
+        return [msgspec.structs.replace(job, reason=self.reason, exit_code=self.code)]
 
     def submit_job(self, spec: JobSpec) -> str:
         self.submitted.append(spec)
@@ -89,6 +90,23 @@ class StubNode:
     def job_log_path(self, ref: str) -> str:
         self._ask("log", ref)
         return str(self.directory / "log")
+
+    async def checkpoint_job(self, ref: str, within_s: float) -> str:
+        self._ask("checkpoint", ref)
+        return "/work/step-9"
+
+    def index(self) -> list[IndexEntry]:
+        return [IndexEntry("digits", "2", "READY", ""), IndexEntry("other", "", "UNAVAILABLE", "")]
+
+    async def load(self, name: str) -> None:
+        self.asked.append(("load", name))
+
+    async def unload(self, name: str) -> None:
+        self.asked.append(("unload", name))
+
+    async def rollback(self, name: str) -> str:
+        self.asked.append(("rollback", name))
+        return "1"
 
     def _ask(self, what: str, ref: str) -> str:
         if ref not in ("train", "a1b2c3d4", "a1"):
@@ -161,11 +179,11 @@ def test_without_a_node_there_is_one_clear_error(tmp_path: Path) -> None:
             cotenant(name, "--state-dir", str(tmp_path / "none"))
 
 
-def test_the_state_directory_has_a_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_state_directory_has_a_default(node: StubNode, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COTENANT_STATE_DIR", raising=False)
-    parser = argparse.ArgumentParser()
-    commands.add_commands(parser.add_subparsers())
-    assert parser.parse_args(["jobs"]).state_dir == "cotenant-state"
+    monkeypatch.chdir(node.directory)
+    Path("cotenant-state").symlink_to(node.directory)
+    assert cotenant("jobs") == 0
 
 
 def test_run_submits_the_whole_specification(
@@ -184,6 +202,18 @@ def test_run_submits_the_whole_specification(
             grace=90 * S, memory=2 * 2**30, restart=RestartPolicy.ALWAYS, max_restarts=3,
         )
     ]  # fmt: skip
+
+
+def test_run_can_end_a_job_in_time_let_it_wait_and_try_it_again(node: StubNode) -> None:
+    cotenant("run", "--time-limit", "2h", "--after", "a", "--after", "b", "--", "true")
+    cotenant("run", "--retry", "3", "--", "true")
+    cotenant("run", "--retry", "0", "--on", "cpu", "--", "true")
+    limited, again, once = node.submitted
+    assert (limited.time_limit, limited.after) == (7200 * S, ("a", "b"))
+    assert (again.restart, again.max_restarts) == (RestartPolicy.ON_FAILURE, 3)
+    assert (once.restart, once.kinds) == (RestartPolicy.NEVER, ("cpu",))
+    with pytest.raises(InvalidRequest):
+        cotenant("run", "--retry", "1", "--restart", "always", "--", "true")
 
 
 def test_run_has_the_defaults_of_a_job_and_this_shells_environment_and_directory(
@@ -309,6 +339,10 @@ def test_a_directory_that_is_gone_and_a_command_that_is_no_text_are_said(
         ["run", "--grace", "5", "--", "true"],
         ["run", "--restart", "maybe", "--", "true"],
         ["run", "--max-restarts", "-1", "--", "true"],
+        ["run", "--time-limit", "5", "--", "true"],
+        ["jobs", "--node", "a", "--state-dir", "b"],
+        ["models", "reload", "m"],
+        ["infer", "m"],
         ["top", "--interval", "-1"],
         ["logs"],
         ["logs", "j", "-n", "-3"],
@@ -326,7 +360,7 @@ def test_help_of_every_command_can_be_printed(capsys: pytest.CaptureFixture[str]
     parser = argparse.ArgumentParser()
     subparsers = parser.add_subparsers()
     commands.add_commands(subparsers)
-    assert len(subparsers.choices) == 15
+    assert len(subparsers.choices) == 20
     for name in subparsers.choices:
         with pytest.raises(SystemExit) as exit:
             cotenant(name, "--help")
@@ -356,6 +390,40 @@ def test_logs_print_all_or_the_last_lines(
     assert capfdbinary.readouterr().out == b"one\ntwo\n\xff\xfe three\n"
     cotenant("logs", "train", "-n", "2")
     assert capfdbinary.readouterr().out == b"two\n\xff\xfe three\n"
+
+
+def test_logs_of_a_service_are_what_its_workers_print(
+    node: StubNode, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    service = node.status()["services"][0]["name"]
+    log = node.directory / "workers" / f"{service}.log"
+    log.parent.mkdir()
+    log.write_bytes(b"one\ntwo\n")
+    assert cotenant("logs", service, "-n", "1") == 0
+    assert cotenant("logs", f"service:{service}") == 0
+    assert capfdbinary.readouterr().out == b"two\none\ntwo\n"
+    for unknown in ("service:train", "neither"):
+        with pytest.raises(NotFound):
+            cotenant("logs", unknown)
+
+
+def test_checkpoint_prints_where_it_is(node: StubNode, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cotenant("checkpoint", "train", "--timeout", "5s") == 0
+    assert capsys.readouterr().out == "/work/step-9\n"
+    assert node.asked == [("checkpoint", "train")]
+
+
+def test_models_are_listed_loaded_and_rolled_back(
+    node: StubNode, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cotenant("models") == 0
+    assert "digits" in capsys.readouterr().out
+    for action in ("load", "unload", "rollback"):
+        assert cotenant("models", action, "digits", "--json") == 0
+        assert [m["name"] for m in json.loads(capsys.readouterr().out)] == ["digits"]
+    assert node.asked == [(a, "digits") for a in ("load", "unload", "rollback")]
+    with pytest.raises(InvalidRequest, match="cotenant models load"):
+        cotenant("models", "load")
 
 
 def test_following_a_log_ends_with_the_job(
@@ -389,9 +457,10 @@ def test_run_with_follow_says_how_it_ended(
     node.state = "succeeded"
     assert cotenant("run", "--follow", "--", "true") == 0
     assert capfdbinary.readouterr().out == b"hello\n"
-    node.state, node.reason = "failed", "exit code 3"
-    with pytest.raises(CotenantError, match="job a1b2c3d4 failed: exit code 3"):
-        cotenant("run", "--follow", "--", "false")
+    for code, expected in ((3, 3), (-15, 143), (None, 1)):
+        node.state, node.reason, node.code = "failed", "as it goes", code
+        assert cotenant("run", "--follow", "--", "false") == expected
+        assert b"as it goes" in capfdbinary.readouterr().err
 
 
 @pytest.mark.parametrize("lines", range(9))
@@ -515,4 +584,59 @@ def test_top_is_drawn_on_a_terminal_and_survives_a_restart(node: StubNode) -> No
             break
     assert process.wait(20) == 0
     assert b"Traceback" not in shown and b"\x1b[?1049l" in shown, "the screen is given back"
+    os.close(main)
+
+
+def test_top_takes_keys_on_a_terminal_and_gives_it_back(node: StubNode) -> None:
+    import pty
+    import termios
+
+    (node.directory / "log").write_bytes(b"what the job printed\n")
+    main, side = pty.openpty()
+    before = termios.tcgetattr(side)
+    command = [sys.executable, "-c", PROGRAM, "top", "--interval", "0.05"]
+    process = subprocess.Popen(
+        command, stdin=side, stdout=side, stderr=side, env={**os.environ, "TERM": "xterm"}
+    )
+    shown = b""
+
+    def until(true: Callable[[], bool]) -> None:
+        nonlocal shown
+        end = time.monotonic() + 30
+        while not true():
+            assert time.monotonic() < end, shown[-2000:]
+            if select.select([main], [], [], 0.05)[0]:
+                shown += os.read(main, 65536)
+
+    def says(text: bytes) -> Callable[[], bool]:
+        return lambda: text in shown
+
+    def press(keys: bytes) -> None:
+        nonlocal shown
+        shown = b""
+        os.write(main, keys)
+
+    until(says(b"quit"))
+    press(b"\x1b[Bh")
+    until(lambda: node.asked == [("hold", "a1b2c3d4")])
+    press(b"c")
+    until(says(b"y/n"))
+    press(b"n")
+    until(says(b"quit"))
+    press(b"cy")
+    until(lambda: node.asked[-1] == ("cancel", "a1b2c3d4"))
+    press(b"l")
+    until(says(b"what the job printed"))
+    press(b"q\r")
+    until(says(b"why train"))
+    press(b"q/none")
+    until(says(b"filter: none"))
+    press(b"\x1b")
+    until(says(b"quit"))
+    press(b"q")
+    until(lambda: process.poll() is not None)
+    assert process.returncode == 0
+    assert b"Traceback" not in shown and ("cancel", "a1b2c3d4") in node.asked
+    assert termios.tcgetattr(side) == before, "the terminal is as it was"
+    os.close(side)
     os.close(main)

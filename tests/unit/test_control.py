@@ -68,9 +68,38 @@ def test_every_operation_reaches_the_node(tmp_path: Path) -> None:
         assert client.hold("j1") == "j1"
         assert client.resume("j1") == "j1"
         assert client.log_path("j1").endswith("log")
+        assert client.checkpoint("j1", 1.0) == "/work/step-9"
+        assert [e.name for e in client.models()] == [e.name for e in node.index()]
+        name = node.index()[0].name
+        client.load(name)
+        assert client.rollback(name) == "1"
+        client.unload(name)
 
     assert with_server(tmp_path, use, node) == (None, False)
     assert node.submitted == [spec]
+
+
+def test_what_takes_its_time_holds_up_nobody_else(tmp_path: Path) -> None:
+    class Slow(FakeNode):
+        async def load(self, name: str) -> None:
+            await going.wait()
+
+        def hold_job(self, ref: str) -> str:
+            going.set()
+            return "j1"
+
+    going = asyncio.Event()
+
+    def use(path: Path) -> None:
+        with socket.socket(socket.AF_UNIX) as sock, sock.makefile("rb") as stream:
+            sock.settimeout(20)
+            sock.connect(str(path))
+            sock.sendall(b'{"op": "load", "name": "m"}\n')
+            assert ControlClient(path).status() == {"node": "fake"}
+            ControlClient(path).hold("j1")
+            assert json.loads(stream.readline()) == {"ok": True, "result": None}
+
+    with_server(tmp_path, use, Slow())
 
 
 def test_shutdown_is_answered_before_it_happens(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def test_outside_cotenant_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.delenv("COTENANT_REPORT_SOCKET", raising=False)
     before = threading.active_count()
     assert memory.on_memory(print) is False
+    assert memory.on_checkpoint(print) is False
     assert threading.active_count() == before
 
 
@@ -64,6 +65,18 @@ def test_who_is_asked_hears_how_much_it_may_have(node: socket.socket) -> None:
     node.sendto(b"\xff", address)
     assert done.wait(PATIENCE_S)
     assert heard == [1000, 500]
+
+
+def test_who_can_be_asked_for_a_checkpoint_is_asked_for_no_memory(node: socket.socket) -> None:
+    saved = threading.Event()
+    assert memory.on_checkpoint(saved.set) is True
+    told, address = node.recvfrom(4096)
+    assert json.loads(told) == {"job": "j1", "run": "r1", "saves": True}
+    node.sendto(b'{"run": "another", "checkpoint": true}', address)
+    node.sendto(b'{"run": "r1", "checkpoint": true}', address)
+    assert saved.wait(PATIENCE_S)
+    assert memory.on_memory() is True
+    assert json.loads(node.recv(4096)) == {"job": "j1", "run": "r1", "memory": True, "saves": True}
 
 
 def test_what_the_program_raises_is_its_own(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -17,17 +16,23 @@ from typing import Any
 import msgspec
 
 from cotenant import __version__
-from cotenant.cli import options
+from cotenant.cli import finding, options
 from cotenant.cli.devices import KINDS, cmd_devices
+from cotenant.cli.infer import add_infer, cmd_infer
 from cotenant.cli.joblog import JobLog
+from cotenant.cli.models import add_models, cmd_models
 from cotenant.cli.optimize import add_optimize, cmd_optimize
-from cotenant.cli.output import Command, as_json, command, console, note, show
+from cotenant.cli.output import Command, as_json, command, note, show
 from cotenant.cli.profile import add_profile, cmd_profile
+from cotenant.cli.running import add_checkpoint, add_limits, cmd_checkpoint, exit_code, limits
+from cotenant.cli.servicelog import service_log, show_service_log
+from cotenant.cli.stopping import add_stop, cmd_stop
 from cotenant.cli.submitting import directory, has_input, inherited
+from cotenant.cli.top.command import add_top, make_command
 from cotenant.cli.variants import add_variants, cmd_variants
 from cotenant.domain.errors import CotenantError, EnvironmentProblem, JournalError, NotFound
 from cotenant.domain.port import JobStatus
-from cotenant.domain.workload import JOB_ENDED, JobSpec, JobState, RestartPolicy
+from cotenant.domain.workload import JOB_ENDED, JobSpec, JobState
 from cotenant.serving.control_client import ControlClient
 from cotenant.sim.replay import replay
 from cotenant.telemetry.explain import explain
@@ -72,35 +77,6 @@ def cmd_jobs(args: argparse.Namespace) -> int:
     return as_json(jobs) if args.json else show(jobs_view(jobs))
 
 
-@command
-def cmd_top(args: argparse.Namespace) -> int:
-    """``cotenant top``: a live view until Ctrl-C."""
-    from rich.live import Live
-
-    from cotenant.cli.views import top_view
-
-    client, screen = _client(args), console()
-    status, problem = client.status(), ""
-    if args.once:
-        return show(top_view(status))
-    with contextlib.suppress(KeyboardInterrupt):
-        if not screen.is_terminal:
-            while True:
-                screen.print(top_view(status))
-                sys.stdout.flush()
-                time.sleep(args.interval)
-                status = client.status()
-        with Live(console=screen, screen=True, auto_refresh=False) as live:
-            while True:
-                live.update(top_view(status, problem), refresh=True)
-                time.sleep(args.interval)
-                try:
-                    status, problem = client.status(), ""
-                except EnvironmentProblem as error:
-                    problem = str(error)  # it may be restarting: keep the last figures
-    return 0
-
-
 # --- jobs -------------------------------------------------------------------------------------
 
 
@@ -120,9 +96,8 @@ def cmd_run(args: argparse.Namespace) -> int:
         kinds=tuple(args.on),
         memory=args.memory,
         memory_guaranteed=args.memory_guaranteed,
-        restart=RestartPolicy(args.restart),
-        max_restarts=args.max_restarts,
         grace=args.grace,
+        **limits(args),
     )
     client = _client(args)
     job = client.submit(spec)
@@ -142,19 +117,17 @@ def cmd_run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         note(f"job {job} goes on; stop it with: cotenant cancel {job}")
         return 0
-    if ended.state != JobState.SUCCEEDED.value:
-        raise CotenantError(
-            f"job {job} {ended.state}" + (f": {ended.reason}" if ended.reason else "")
-        )
-    if ended.reason:
-        note(f"job {job} {ended.state}: {ended.reason}")
-    return 0
+    if ended.reason or ended.state != JobState.SUCCEEDED.value:
+        note(f"job {job} {ended.state}" + (f": {ended.reason}" if ended.reason else ""))
+    return exit_code(ended)
 
 
 @command
 def cmd_logs(args: argparse.Namespace) -> int:
-    """``cotenant logs``: a job's output; with ``-f`` until the job has ended."""
+    """``cotenant logs``: a job's output, with ``-f`` until it has ended; or a service's."""
     client = _client(args)
+    if path := service_log(client, args.job):
+        return show_service_log(args, path)
     with contextlib.suppress(KeyboardInterrupt):
         if args.follow:
             _follow(client, args.job, args.lines)
@@ -263,11 +236,11 @@ def cmd_replay(args: argparse.Namespace) -> int:
 
 def _journal_directory(args: argparse.Namespace) -> Path:
     """Where the running node keeps its journal, or where one in this directory would."""
-    with contextlib.suppress(CotenantError):
+    with contextlib.suppress(EnvironmentProblem):
         directory = (_client(args).status().get("journal") or {}).get("directory")
         if directory:
             return Path(directory)
-    return Path(args.state_dir) / "journal"
+    return finding.likely(args) / "journal"
 
 
 def _recent(directory: Path) -> Iterator[Entry]:
@@ -297,7 +270,7 @@ def _size_of(path: Path) -> int:
 
 
 def _client(args: argparse.Namespace) -> ControlClient:
-    return ControlClient(Path(args.state_dir) / "control.sock")
+    return finding.client(args)
 
 
 # --- arguments --------------------------------------------------------------------------------
@@ -306,12 +279,7 @@ def _client(args: argparse.Namespace) -> ControlClient:
 def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Register the commands of this module; each sets ``func``."""
     node = argparse.ArgumentParser(add_help=False)
-    node.add_argument(
-        "--state-dir",
-        metavar="DIR",
-        default=os.environ.get("COTENANT_STATE_DIR") or "cotenant-state",
-        help="the node's state directory (default: $COTENANT_STATE_DIR, else ./cotenant-state)",
-    )
+    finding.add_node(node)
     machine = argparse.ArgumentParser(add_help=False)
     machine.add_argument("--json", action="store_true", help="print JSON, for machines")
 
@@ -320,12 +288,9 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
         parser.set_defaults(func=func, parser=parser)
         return parser
 
+    add("nodes", finding.cmd_nodes, "list the nodes that run on this machine", machine)
     add("status", cmd_status, "show what a node serves and runs", node, machine)
-    top = add("top", cmd_top, "watch partitions, services and jobs", node)
-    top.add_argument(
-        "--interval", type=options.positive, default=1.0, metavar="S", help="seconds (1)"
-    )
-    top.add_argument("--once", action="store_true", help="print one picture and stop")
+    add_top(add("top", make_command(_recent), "watch partitions, services and jobs", node))
     plan = add("plan", cmd_plan, "show who has which partition, and why", node, machine)
     plan.add_argument(
         "--dry-run",
@@ -348,10 +313,15 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
     add_optimize(add("optimize", cmd_optimize, "make variants of a model", node, machine))
     add_variants(add("variants", cmd_variants, "show variants, and say which serve", machine))
     _add_run(add("run", cmd_run, "submit a training or other batch job", node))
-    logs = add("logs", cmd_logs, "print a job's output", node)
+    add_checkpoint(add("checkpoint", cmd_checkpoint, "have a job save its work now", node))
+    add_models(add("models", cmd_models, "list, load, unload, roll back models", node, machine))
+    add_infer(add("infer", cmd_infer, "ask a model, with inputs from a file", node, machine))
+    add_stop(add("stop", cmd_stop, "stop a node", node))
+    logs = add("logs", cmd_logs, "print the output of a job, or of a service's workers", node)
     logs.add_argument("-f", "--follow", action="store_true", help="go on until the job ends")
     logs.add_argument("-n", "--lines", type=options.count, help="only the last LINES lines")
-    parsers = [logs]
+    logs.add_argument("job", metavar="JOB|SERVICE", help="a job, or a service (service:NAME)")
+    parsers = []
     parsers.append(add("cancel", cmd_cancel, "end a job for good", node))
     parsers.append(add("hold", cmd_hold, "keep a job from running until released", node))
     parsers.append(add("release", cmd_release, "let a held job run again", node))
@@ -386,8 +356,7 @@ def _add_run(run: argparse.ArgumentParser) -> None:
                      help="of all its processes; over it, it is ended: 2GiB")  # fmt: skip
     run.add_argument("--memory-guaranteed", type=options.size, default=None, metavar="SIZE",
                      help="of that its own: the rest it may be told to give (all)")  # fmt: skip
-    run.add_argument("--restart", choices=[p.value for p in RestartPolicy], default="on-failure")
-    run.add_argument("--max-restarts", type=options.count, default=5, metavar="N")
+    add_limits(run)
     run.add_argument("--grace", type=options.duration, default="5s", metavar="TIME",
                      help="from SIGTERM to SIGKILL when it is stopped (5s)")  # fmt: skip
     run.add_argument("--env", type=options.variable, action="append", default=[], metavar="K=V",

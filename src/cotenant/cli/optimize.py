@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
+from cotenant.cli.finding import client
 from cotenant.cli.output import command, note
 from cotenant.cli.submitting import directory, inherited
 from cotenant.domain.workload import JobSpec, RestartPolicy
@@ -14,7 +14,6 @@ from cotenant.optimize.__main__ import main as run_here
 from cotenant.optimize.recipes.known import check_asked, chosen
 from cotenant.optimize.running import the_version
 from cotenant.runtime.repository import Repository
-from cotenant.serving.control_client import ControlClient
 
 
 @command
@@ -37,7 +36,7 @@ def cmd_optimize(args: argparse.Namespace) -> int:
         restart=RestartPolicy.NEVER,
         kinds=("cpu",),
     )
-    job = ControlClient(Path(args.state_dir) / "control.sock").submit(spec)
+    job = client(args).submit(spec)
     if left_out:
         note(f"not passed on to the job, being no UTF-8 text: {', '.join(left_out)}")
     note(

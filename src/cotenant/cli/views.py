@@ -74,7 +74,7 @@ def new_table(*columns: str, right: Iterable[str] = ()) -> Table:
     return made
 
 
-def _state(value: Any) -> Text:
+def state_text(value: Any) -> Text:
     colour = "red" if value in _BAD_STATES else "green" if value in _GOOD_STATES else ""
     return plain(value, colour)
 
@@ -84,16 +84,16 @@ def _state(value: Any) -> Text:
 
 def status_view(status: dict[str, Any]) -> RenderableType:
     """The node in short: where it is, what it runs on, its services and jobs."""
-    lines: list[RenderableType] = [_headline(status), _endpoints(status)]
+    lines: list[RenderableType] = [headline(status), _endpoints(status)]
     for device in status.get("devices") or ():
-        lines.append(_device(device, _job_names(status)))
+        lines.append(_device(device, job_names(status)))
         lines += [plain(f"  note: {limit}", "dim") for limit in device.get("limits") or ()]
         if trouble := device.get("trouble"):
             lines.append(plain(f"  does not answer: {trouble}", "red"))
     lines += [Text(), _services(status)]
     jobs = status.get("jobs") or []
     lines += [Text(), jobs_view(jobs) if jobs else plain("no jobs", "dim"), Text()]
-    lines += [_plan_line(status), *_journal_lines(status)]
+    lines += [plan_line(status), *journal_lines(status)]
     return Group(*lines)
 
 
@@ -101,18 +101,18 @@ def top_view(status: dict[str, Any], problem: str = "") -> RenderableType:
     """Who runs where right now, how services do against their objectives, how far jobs are.
     ``problem`` is shown when the figures are old because the node does not answer."""
     jobs = [j for j in status.get("jobs") or [] if j.get("state") not in ("succeeded", "cancelled")]
-    parts: list[RenderableType] = [_headline(status), *_devices(status), Text()]
+    parts: list[RenderableType] = [headline(status), *_devices(status), Text()]
     parts += [_partitions(status), Text()]
     parts += [_services(status), Text()]
     if jobs:
         parts += [jobs_view(jobs), Text()]
-    parts += [_plan_line(status), *_journal_lines(status)]
+    parts += [plan_line(status), *journal_lines(status)]
     if problem:
         parts.append(plain(problem, "bold red"))
     return Group(*parts)
 
 
-def _headline(status: dict[str, Any]) -> Text:
+def headline(status: dict[str, Any]) -> Text:
     state = "draining" if status.get("draining") else "ready" if status.get("ready") else "starting"
     line = Text("cotenant ", style="bold")
     line.append_text(plain(status.get("version")))
@@ -147,12 +147,12 @@ def _devices(status: dict[str, Any]) -> list[RenderableType]:
     devices = status.get("devices") or []
     if len(devices) < 2:
         return []
-    return [Text(), *(_device(device, _job_names(status)) for device in devices)]
+    return [Text(), *(_device(device, job_names(status)) for device in devices)]
 
 
 def _partitions(status: dict[str, Any]) -> RenderableType:
-    names = _job_names(status)
-    colours = _colours(status)
+    names = job_names(status)
+    colours = colours_of(status)
     table = new_table(
         "PARTITION", "DEVICE", "RUNS NOW", "BUSY", "BY", "SLICE", "BACK p99", "SWITCHES",
         right=("SLICE", "BACK p99", "SWITCHES"),
@@ -164,9 +164,9 @@ def _partitions(status: dict[str, Any]) -> RenderableType:
         table.add_row(
             plain(partition.get("id")),
             plain(partition.get("device")),
-            plain(_holder(str(partition.get("holder") or "idle"), names)),
+            plain(holder_name(str(partition.get("holder") or "idle"), names)),
             busy_bar(busy, colours),
-            _shares(busy, names, colours),
+            shares_of(busy, names, colours),
             plain("paused", "yellow") if paused else plain(_unit(slice_ms, "ms", 0)),
             plain(_unit(back, "us", 0)),
             plain(number(partition.get("switches"), 0)),
@@ -191,28 +191,28 @@ def busy_bar(busy: dict[str, float], colours: dict[str, str], cells: int = BAR_C
     return bar
 
 
-def _shares(busy: dict[str, float], names: dict[str, str], colours: dict[str, str]) -> Text:
+def shares_of(busy: dict[str, float], names: dict[str, str], colours: dict[str, str]) -> Text:
     parts = [
-        plain(f"{_holder(name, names)} {percent(share)}", colours.get(name, ""))
+        plain(f"{holder_name(name, names)} {percent(share)}", colours.get(name, ""))
         for name, share in sorted(busy.items(), key=lambda item: (-item[1], item[0]))
         if share >= 0.005
     ]
     return Text(", ").join(parts) if parts else plain("idle", "dim")
 
 
-def _holder(holder: str, names: dict[str, str]) -> str:
+def holder_name(held: str, names: dict[str, str]) -> str:
     """``batch:digits`` and ``service:digits`` are shown as the service, jobs by their names."""
-    kind, _, name = holder.partition(":")
+    kind, _, name = held.partition(":")
     if kind == "job":
         return names.get(name, name)
     return name or kind
 
 
-def _job_names(status: dict[str, Any]) -> dict[str, str]:
+def job_names(status: dict[str, Any]) -> dict[str, str]:
     return {str(j.get("id")): str(j.get("name") or j.get("id")) for j in status.get("jobs") or ()}
 
 
-def _colours(status: dict[str, Any]) -> dict[str, str]:
+def colours_of(status: dict[str, Any]) -> dict[str, str]:
     """A colour for each workload, the same in every frame."""
     services = sorted(f"service:{s.get('name')}" for s in status.get("services") or ())
     jobs = [f"job:{j.get('id')}" for j in status.get("jobs") or ()]
@@ -234,7 +234,7 @@ def _services(status: dict[str, Any]) -> RenderableType:
         objective = s.get("objective_ms")
         name = f"{s.get('name')} v{s['version']}" if s.get("version") else s.get("name")
         wanted = f"p{s.get('percentile') or 99:g} {number(objective, 0)}ms"
-        state = _state(s.get("state"))
+        state = state_text(s.get("state"))
         if s.get("reason"):
             state.append_text(plain(f": {s['reason']}", "red"))
         table.add_row(
@@ -246,7 +246,7 @@ def _services(status: dict[str, Any]) -> RenderableType:
             *(_latency(s.get(key), objective) for key in ("p50_ms", "p95_ms", "p99_ms")),
             plain(wanted),
             _attainment(s.get("attainment"), s.get("percentile")),
-            plain(_refusals(s.get("refused") or {})),
+            plain(refusals_text(s.get("refused") or {})),
         )
     notes = [
         plain(f"  {s.get('name')}: {n}", "yellow") for s in services for n in s.get("notes", ())
@@ -264,12 +264,12 @@ def _attainment(value: float | None, percentile: float | None) -> Text:
     return plain(percent(value, 1), "red" if bad else "")
 
 
-def _refusals(refused: dict[str, int]) -> str:
+def refusals_text(refused: dict[str, int]) -> str:
     shown = [f"{count:,} {reason.lower()}" for reason, count in sorted(refused.items()) if count]
     return ", ".join(shown) or "0"
 
 
-def _plan_line(status: dict[str, Any]) -> Text:
+def plan_line(status: dict[str, Any]) -> Text:
     plan = status.get("plan") or {}
     reasons = plan.get("reasons") or []
     why = "; ".join(map(str, reasons)) or "no plan yet"
@@ -277,7 +277,7 @@ def _plan_line(status: dict[str, Any]) -> Text:
     return plain(f"plan {known(plan.get('version'))} ({age} old): {why}", "dim")
 
 
-def _journal_lines(status: dict[str, Any]) -> list[Text]:
+def journal_lines(status: dict[str, Any]) -> list[Text]:
     journal = status.get("journal") or {}
     lines: list[Text] = []
     if journal.get("error"):
@@ -302,19 +302,19 @@ def jobs_view(jobs: list[dict[str, Any]]) -> RenderableType:
         table.add_row(
             plain(job.get("id")),
             plain(job.get("name")),
-            _state(job.get("state")),
+            state_text(job.get("state")),
             plain(" ".join(job.get("partitions") or ()) or DASH),
             plain(shown.strip()),
             plain(number(job.get("rate"), 2)),
             plain(seconds(job.get("held_s"))),
             plain(number(job.get("pauses"), 0)),
             plain(number(job.get("restarts"), 0)),
-            plain(_note(job)),
+            plain(job_note(job)),
         )
     return table
 
 
-def _note(job: dict[str, Any]) -> str:
+def job_note(job: dict[str, Any]) -> str:
     parts = [str(job["reason"])] if job.get("reason") else []
     if job.get("guaranteed"):
         parts.append(f"guaranteed {_share(job['guaranteed'])}")

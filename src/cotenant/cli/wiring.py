@@ -13,6 +13,7 @@ from pathlib import Path
 
 import msgspec
 
+from cotenant import __version__
 from cotenant.devices.base import Device
 from cotenant.devices.cpu import CpuDevice
 from cotenant.devices.npu import NpuDevice
@@ -28,6 +29,7 @@ from cotenant.domain.device_config import (
     NullConfig,
 )
 from cotenant.domain.errors import ConfigError, EnvironmentProblem
+from cotenant.runtime import nodes
 from cotenant.runtime.node import Node
 from cotenant.serving.control import ControlServer
 from cotenant.serving.grpc_front import GrpcFront
@@ -119,6 +121,9 @@ async def serve(config: NodeConfig, tell: Callable[[Node], None] | None = None) 
             grpc = GrpcFront(node, intake, token, host, port)
             node.addresses["grpc"] = f"{host}:{await grpc.start()}"
             stack.push_async_callback(grpc.stop, STOP_GRACE_S)
+        name = config.name or nodes.default_name(config.state_dir)
+        http_address = node.addresses["http"]
+        stack.enter_context(nodes.registered(name, config.state_dir, http_address, __version__))
         starting = asyncio.create_task(node.start())
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)

@@ -63,7 +63,8 @@ class JournalConfig(msgspec.Struct, frozen=True):
 class NodeConfig(msgspec.Struct, frozen=True):
     """Everything ``cotenant serve`` reads from its file. ``token_file`` names a file that holds the
     bearer token clients must send; needed when an address is not loopback. With ``open_metrics``
-    metrics can be read without it."""
+    metrics can be read without it. ``name``: what it is found by on this machine; empty: that of
+    the directory which ``state_dir`` is in."""
 
     state_dir: str
     models: str
@@ -79,6 +80,7 @@ class NodeConfig(msgspec.Struct, frozen=True):
     services: tuple[ServiceSpec, ...]
     jobs: tuple[JobSpec, ...]
     open_metrics: bool = False
+    name: str = ""
 
 
 class CheckSettings(msgspec.Struct, frozen=True):
@@ -175,6 +177,7 @@ def parse_config(text: str) -> NodeConfig:
         services=services,
         jobs=jobs,
         open_metrics=node.take("open_metrics", reading.boolean, False),
+        name=node.take("name", reading.optional(reading.name), None) or "",
     )
     node.done()
     for key, address in (("http", config.http), ("grpc", config.grpc)):
@@ -388,6 +391,7 @@ def _job(section: reading.Section) -> JobSpec:
         max_restarts=section.take("max_restarts", reading.integer(0, 1_000_000), 5),
         grace=section.take("grace", reading.duration, 5 * S),
         log_limit=section.take("log_limit", reading.size, 64 * 2**20),
+        time_limit=section.take("time_limit", reading.duration, 0),
     )
     section.done()
     return job

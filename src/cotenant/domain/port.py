@@ -167,6 +167,8 @@ class JobStatus(msgspec.Struct, frozen=True):
     checkpoint_step: float | None = None
     checkpoint_at: float = 0.0
     """When it said so, in wall-clock seconds since 1970."""
+    held: bool = False
+    """Somebody keeps it from running."""
 
 
 class Picture(Protocol):
@@ -253,10 +255,16 @@ class NodePort(Protocol):
         """All models in the repository, loaded or not."""
 
     async def load(self, name: str) -> None:
-        """Load (or reload the newest version of) a model; raises ModelError, NotFound."""
+        """Load (or reload the newest version of) a model, and undo its rollback; raises ModelError,
+        NotFound."""
 
     async def unload(self, name: str) -> None:
         """Drain and unload a model; raises NotFound."""
+
+    async def rollback(self, name: str) -> str:
+        """Serve the version before the one that serves, and keep to it until ``load``, also after a
+        restart; returns which that is. Raises NotFound, NotReady, ModelError, and InvalidRequest
+        where there is none."""
 
     def most_elements(self, name: str, version: str = "") -> int | None:
         """The most elements that the inputs of a request to a model can have together, None where
@@ -300,6 +308,10 @@ class NodePort(Protocol):
 
     def job_log_path(self, ref: str) -> str:
         """Path of the job's log file; raises NotFound."""
+
+    async def checkpoint_job(self, ref: str, within_s: float) -> str:
+        """Ask a running job to write a checkpoint now; the path or URL that it reports. Raises
+        NotFound, InvalidRequest if it cannot be asked, NotReady if nothing came ``within_s``."""
 
     def reserve(self, reservation: Reservation, dry_run: bool) -> Answer:
         """Ask the planner for room and, unless it is a ``dry_run``, keep it, durably. The same

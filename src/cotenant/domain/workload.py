@@ -159,6 +159,10 @@ class JobSpec(msgspec.Struct, frozen=True):
     """Nanoseconds between SIGTERM and SIGKILL when the job is stopped."""
     log_limit: int = 64 * 2**20
     """Bytes of log kept per job (the newest)."""
+    time_limit: int = 0
+    """Nanoseconds that it may run, all its runs together, by the clock on the wall; 0: no end."""
+    after: tuple[str, ...] = ()
+    """Jobs (ids) that have to have succeeded before it starts; if one does not, it is cancelled."""
     reservation: Reservation | None = None
     """What it was made for: it has no command then, and its processes are adopted."""
 
@@ -203,7 +207,7 @@ JOB_TRANSITIONS: dict[JobState, frozenset[JobState]] = {
         }
     ),
     JobState.BACKOFF: frozenset({JobState.STARTING, JobState.CANCELLED, JobState.QUEUED}),
-    JobState.STOPPING: frozenset({JobState.CANCELLED, JobState.QUEUED}),
+    JobState.STOPPING: frozenset({JobState.CANCELLED, JobState.FAILED, JobState.QUEUED}),
     JobState.SUCCEEDED: frozenset(),
     JobState.FAILED: frozenset(),
     JobState.CANCELLED: frozenset(),

@@ -15,6 +15,7 @@ from cotenant.runtime.jobreports import Address, Checkpoint, Progress
 from cotenant.runtime.jobrun import JobRun
 from cotenant.runtime.jobstore import JobRecord
 
+_HELD = "held: release it to let it start"
 SAVE_CHECKPOINT_EVERY_S = 1.0
 """Of one run: a job that says it of each step costs the store no more."""
 
@@ -39,6 +40,10 @@ class LiveJob:
         """Sees the run through."""
         self.checkpoint: Checkpoint | None = None
         """The newest that this run reported."""
+        self.savers: dict[Address, None] = {}
+        """Its programs that can be asked for a checkpoint."""
+        self.awaited: set[asyncio.Future[str]] = set()
+        """Each is told the path of the next checkpoint."""
         self._said: Checkpoint | None = None
         self._checkpoint_saved = -math.inf
 
@@ -59,6 +64,10 @@ class LiveJob:
             self._said, now = found, time.time()
             at = min(found.at, now) if math.isfinite(found.at) and found.at > 0 else now
             self.checkpoint = msgspec.structs.replace(found, at=at)
+            for waiting in self.awaited:
+                if not waiting.done():
+                    waiting.set_result(found.path)
+            self.awaited.clear()
 
     def unsaved_checkpoint(self, record: JobRecord, now: float) -> dict[str, Any]:
         """What the record is to be told of a checkpoint now (s): nothing if it knows of it, or
@@ -105,7 +114,7 @@ def status_of(record: JobRecord, live: LiveJob | None) -> JobStatus:
         restarts=record.restarts,
         pid=record.pid,
         exit_code=record.exit_code,
-        reason="held: release it to let it start" if waits_held else record.reason,
+        reason=_HELD if waits_held else record.reason or _waits(record),
         progress=progress.value if progress.unit else record.progress,
         progress_unit=progress.unit or record.progress_unit or "cpu-s",
         rate=progress.rate(time.monotonic()),
@@ -114,4 +123,10 @@ def status_of(record: JobRecord, live: LiveJob | None) -> JobStatus:
         checkpoint=newest.path if newest else record.checkpoint,
         checkpoint_step=newest.step if newest else record.checkpoint_step,
         checkpoint_at=newest.at if newest else record.checkpoint_at,
+        held=record.held and not record.ended,
     )
+
+
+def _waits(record: JobRecord) -> str:
+    waits = record.waits_for if record.state is JobState.QUEUED else ()
+    return f"waits for {', '.join(waits)} to succeed" if waits else ""

@@ -57,6 +57,13 @@ class Report(msgspec.Struct, frozen=True):
     memory: bool = False
     checkpoint: Checkpoint | None = None
     """The newest, in each message."""
+    saves: bool = False
+    """As ``memory``: whoever sent it can be asked for a checkpoint (``cotenant.on_checkpoint``)."""
+
+    @property
+    def listens(self) -> bool:
+        """Whether it only says what its sender can be asked."""
+        return self.memory or self.saves
 
 
 class Progress:

@@ -56,7 +56,7 @@ FORCE_AFTER_S = 10.0
 """Added to a job's grace before a shim that does not answer is killed itself."""
 SAVE_PROGRESS_EVERY_S = 10.0
 MAX_GIVERS = 64
-"""Programs of a job that are asked for memory: the newest."""
+"""Programs of a job that are asked for memory, or for a checkpoint: the newest."""
 
 
 class JobOptions(msgspec.Struct, frozen=True):
@@ -151,8 +151,8 @@ class JobSupervisor:
             await asyncio.gather(*map(self._recover, list(self._ledger.records.values())))
             sampler = asyncio.create_task(self._sample_forever())
             stack.push_async_callback(_cancelled, sampler)
-            self._prune()
             self._schedule()
+            self._prune()
             self._stack = stack.pop_all()
 
     async def close(self) -> None:
@@ -189,11 +189,13 @@ class JobSupervisor:
         """Queue a job and return its id; it is on the disk by then.
 
         An empty id is filled in, an empty name becomes the program's; a relative ``cwd`` is
-        taken from the daemon's own. Raises ``InvalidRequest`` for a spec that cannot be run,
-        ``TooLarge`` if command and environment are too big, ``EnvironmentProblem``.
+        taken from the daemon's own; ``after`` may have what ``resolve`` takes. Raises
+        ``InvalidRequest`` for a spec that cannot be run, ``NotFound`` for a job that it is to come
+        after, ``TooLarge`` if command and environment are too big, ``EnvironmentProblem``.
         """
         self._require_open()
         spec = checked(spec, self._ledger.records)
+        spec = msgspec.structs.replace(spec, after=tuple(map(self._followed, spec.after)))
         self._ledger.add(spec, time.time())
         log.info("job submitted", extra={"job": spec.id, "job_name": spec.name})
         self._schedule()
@@ -208,13 +210,19 @@ class JobSupervisor:
             self._drop_timer(id)
             self._ledger.step(id, JobState.CANCELLED, reason=reason, finished=time.time())
             self._tell_exited(id)
+            self._schedule()  # those that were to come after it
         elif id in self._live and record.state is not JobState.STOPPING:
-            self._ledger.step(id, JobState.STOPPING, reason=reason)
-            if record.state is JobState.HELD:  # not while it is being frozen
-                self._background(self._apply_hold(id, self._live[id]))
-            else:
-                self._stop(id)
+            self._end(id, reason)
         return id
+
+    def _end(self, id: str, reason: str, overdue: bool = False) -> None:
+        """Stop a run for good."""
+        held = self._ledger.records[id].state is JobState.HELD
+        self._ledger.step(id, JobState.STOPPING, reason=reason, overdue=overdue)
+        if held:  # not while it is being frozen
+            self._background(self._apply_hold(id, self._live[id]))
+        else:
+            self._stop(id)
 
     def hold(self, ref: str) -> str:
         """Keep a job from running until it is released; returns its id.
@@ -339,9 +347,41 @@ class JobSupervisor:
 
     def _schedule(self) -> None:
         """Let the shell know of jobs that want to run, oldest first."""
-        for id, record in list(self._ledger.records.items()):
-            if record.state is JobState.QUEUED and not record.held and id not in self._timers:
+        for id, found in list(self._ledger.records.items()):
+            record = self._follow(id) if found.waits_for else found
+            if record.state is not JobState.QUEUED or record.held or record.waits_for:
+                continue
+            if id not in self._timers:
                 self._ask(id)
+
+    def _followed(self, ref: str) -> str:
+        """The id of a job that another is to come after."""
+        id = self.resolve(ref)
+        record = self._ledger.records[id]
+        if record.ended and record.state is not JobState.SUCCEEDED:
+            raise InvalidRequest(
+                f"job {id} has {record.state.value}: what comes after it would never start"
+            )
+        return id
+
+    def _follow(self, id: str) -> JobRecord:
+        """See whether what a job waits for has succeeded, or never will. Who comes after a job is
+        younger than it: one look at all jobs, oldest first, is enough."""
+        record = self._ledger.records[id]
+        if record.state is not JobState.QUEUED:
+            return record
+        states = {i: r.state for i in record.waits_for if (r := self._ledger.records.get(i))}
+        met = [i for i, state in states.items() if state is JobState.SUCCEEDED]
+        if met:
+            record = self._ledger.step(id, record.state, met=(*record.met, *met))
+        for other in record.waits_for:
+            state = states.get(other, JobState.CANCELLED)  # not there: forgotten, long ago
+            if state in JOB_ENDED:
+                reason = f"job {other}, which it was to come after, did not succeed"
+                return self._ledger.step(
+                    id, JobState.CANCELLED, reason=reason, finished=time.time()
+                )
+        return record
 
     def _ask(self, id: str) -> None:
         if self._open and id not in self._asked:
@@ -448,6 +488,8 @@ class JobSupervisor:
         self._outside.drain(id)
         if live.force is not None:
             live.force.cancel()
+        for waiting in live.awaited:
+            waiting.cancel()
         self._live.pop(id, None)
         self._tell_exited(id)
         record = self._ledger.records[id]
@@ -473,6 +515,7 @@ class JobSupervisor:
             streak=streak,
             finished=outcome.ended or time.time(),
             cpu_s=record.cpu_s + (outcome.cpu_s or live.cpu_s),
+            ran_s=record.ran_s + outcome.ran_s,
             **live.progress_fields(),
             **live.checkpoint_fields(),
         )
@@ -487,8 +530,8 @@ class JobSupervisor:
             self._retry_after(id, self._options.rules.delay_s(streak))
         if to in JOB_ENDED:
             self._outside.remove(id)
+        self._schedule()  # before: what comes after it is to see how it ended
         self._prune()
-        self._schedule()
 
     def _retry_after(self, id: str, delay_s: float) -> None:
         if not self._open:
@@ -558,13 +601,12 @@ class JobSupervisor:
         live = self._live.get(report.job)
         if live is None or live.run.run != report.run:
             return False
-        if not report.memory:
+        if not report.listens:
             self._take_in(report.job, live, report)
-        elif sender:
-            new = live.givers.pop(sender, False) is False
-            live.givers[sender] = None
-            while len(live.givers) > MAX_GIVERS:
-                del live.givers[next(iter(live.givers))]
+        if report.saves and sender:
+            _newest(live.savers, sender)
+        if report.memory and sender:
+            new = _newest(live.givers, sender)
             live.run.note_giver()
             if new:
                 self._shell.on_job_listens(report.job)
@@ -572,7 +614,7 @@ class JobSupervisor:
 
     def _on_outside_report(self, id: str, report: Report) -> bool:
         live = self._live.get(id)
-        if live is None or report.memory:  # from its network namespace nobody can be answered
+        if live is None or report.listens:  # from its network namespace nobody can be answered
             return False
         self._take_in(id, live, report)
         return True
@@ -610,6 +652,37 @@ class JobSupervisor:
             if not self._reports.send(message, address):
                 del live.givers[address]
         return bool(live.givers)
+
+    async def checkpoint(self, ref: str, within_s: float) -> str:
+        """Ask a running job's programs for a checkpoint; the path of the next that is reported.
+        Raises ``NotFound``, ``InvalidRequest`` if it cannot be asked, ``NotReady`` if none came."""
+        self._require_open()
+        id = self.resolve(ref)
+        record, live = self._ledger.records[id], self._live.get(id)
+        if live is None or record.state is not JobState.RUNNING:
+            raise InvalidRequest(f"job {id} is {record.state.value}; ask it while it runs")
+        message = msgspec.json.encode({"run": live.run.run, "checkpoint": True})
+        for address in list(live.savers):
+            if not self._reports.send(message, address):
+                del live.savers[address]
+        if not live.savers:
+            raise InvalidRequest(
+                f"job {id} takes no such requests: let it call cotenant.on_checkpoint(save)"
+            )
+        written: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        live.awaited.add(written)
+        try:
+            await asyncio.wait({written}, timeout=within_s)
+        finally:
+            live.awaited.discard(written)
+        if written.cancelled():
+            raise NotReady(f"job {id} ended before it reported a checkpoint: cotenant logs {id}")
+        if not written.done():
+            raise NotReady(
+                f"job {id} was asked, and reported no checkpoint within {within_s:g} s; it may be "
+                "paused, or still write it: cotenant jobs --json tells its newest"
+            )
+        return written.result()
 
     def apart(self, id: str) -> tuple[str, ...]:
         """Devices on which a job was seen not to yield, perhaps by an earlier daemon."""
@@ -660,8 +733,17 @@ class JobSupervisor:
                 self._background(self._apply_hold(id, live))
             if save:
                 self._ledger.step(id, state, **live.progress_fields())
+            self._end_overdue(id)
         if save:
             self._saved_at = now
+
+    def _end_overdue(self, id: str) -> None:
+        record = self._ledger.records[id]
+        limit_s = record.spec.time_limit / S
+        if not limit_s or record.state not in (JobState.RUNNING, JobState.HELD):
+            return
+        if record.ran_s + time.time() - record.started >= limit_s:
+            self._end(id, f"it ran for as long as it may (time_limit {limit_s:g}s)", overdue=True)
 
     def _prune(self) -> None:
         for id in self._ledger.prune(self._options.keep_ended):
@@ -686,6 +768,15 @@ class JobSupervisor:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("job task failed", exc_info=error)
+
+
+def _newest(addresses: dict[Address, None], sender: Address) -> bool:
+    """Add to who can be asked, or have it be the newest of them; whether it was not there."""
+    new = addresses.pop(sender, False) is False
+    addresses[sender] = None
+    while len(addresses) > MAX_GIVERS:
+        del addresses[next(iter(addresses))]
+    return new
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:

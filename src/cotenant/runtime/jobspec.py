@@ -51,8 +51,11 @@ def checked(spec: JobSpec, taken: Container[str]) -> JobSpec:
         raise InvalidRequest("command, directory and environment must not hold NUL characters")
     if any(not key or "=" in key for key in spec.env):
         raise InvalidRequest("names of environment variables must not be empty or hold '='")
-    if min(spec.memory, spec.grace, spec.log_limit, spec.max_restarts) < 0:
-        raise InvalidRequest("memory, grace, log_limit and max_restarts must not be negative")
+    numbers = (spec.memory, spec.grace, spec.log_limit, spec.max_restarts, spec.time_limit)
+    if min(numbers) < 0:
+        raise InvalidRequest(
+            "memory, grace, log_limit, max_restarts and time_limit must not be negative"
+        )
     if spec.memory_guaranteed is not None and not 0 <= spec.memory_guaranteed <= spec.memory:
         raise InvalidRequest(
             f"the job is guaranteed {format_bytes(spec.memory_guaranteed)} of memory: that must be"

@@ -73,6 +73,17 @@ class JobRecord(msgspec.Struct, frozen=True):
     """Path or URL of the newest checkpoint it reported: its next run is told."""
     checkpoint_step: float | None = None
     checkpoint_at: float = 0.0
+    ran_s: float = 0.0
+    """How long the runs took that have ended."""
+    overdue: bool = False
+    """It was stopped because its time was over."""
+    met: tuple[str, ...] = ()
+    """Of the jobs that it comes after, those that have succeeded."""
+
+    @property
+    def waits_for(self) -> tuple[str, ...]:
+        """Jobs that have to succeed first."""
+        return tuple(id for id in self.spec.after if id not in self.met)
 
     @property
     def ended(self) -> bool:

@@ -36,7 +36,8 @@ def verdict(
     """
     spec, reason, streak = record.spec, outcome.reason(record.spec), record.streak
     if record.state is JobState.STOPPING:
-        return JobState.CANCELLED, record.reason, streak
+        to = JobState.FAILED if record.overdue else JobState.CANCELLED
+        return to, record.reason, streak
     if outcome.failed in ("cwd", "exec") or outcome.over_memory:
         return JobState.FAILED, reason, streak  # it would only happen again
     if not outcome.begun and (closing or recovering):

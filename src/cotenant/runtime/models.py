@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 from cotenant.domain import events as e
 from cotenant.domain.config import ModelSettings
-from cotenant.domain.errors import CotenantError, InvalidRequest, NotFound, NotReady
+from cotenant.domain.errors import CotenantError, InvalidRequest, ModelError, NotFound, NotReady
 from cotenant.domain.port import IndexEntry, Language, ModelMeta
 from cotenant.domain.profile import ModelProfile
 from cotenant.domain.workload import DEFAULT_SLO, BatchSpec, ServiceSpec
 from cotenant.engines.registry import open_language
 from cotenant.runtime.arena import Arena
 from cotenant.runtime.instances import Instances, Loaded, Shell
+from cotenant.runtime.pins import Pins
 from cotenant.runtime.repository import ModelFiles, Repository
 
 log = logging.getLogger("cotenant.models")
@@ -45,6 +48,8 @@ class Models:
         self._complaints: dict[str, str] = {}
         self._languages: dict[ModelFiles, asyncio.Future[Language]] = {}
         """Of the versions that were asked for theirs."""
+        self.pins = Pins()
+        """Services that were rolled back; the node's outlive it."""
         self.leaving: set[str] = set()
         """Services that are being unloaded: they admit nothing."""
         self._starting = set(self._declared)
@@ -60,10 +65,10 @@ class Models:
     # --- loading ----------------------------------------------------------------------------
 
     async def load(self, name: str) -> None:
-        """Load the newest version of a model, if it is not served as it is; raises ModelError or
-        NotFound."""
+        """Load the version of a model that is to serve (the newest, or what it was rolled back to)
+        if it is not served as it is; raises ModelError or NotFound."""
         try:
-            files = self.repository.newest(self._model(name))
+            files = next(self._there(name))
         except CotenantError as error:
             if name in self._declared and name not in self.services:
                 self._absent[name] = str(error)
@@ -71,6 +76,46 @@ class Models:
         finally:
             self._starting.discard(name)
         await self._load(name, files)
+
+    async def load_newest(self, name: str) -> None:
+        """Undo a rollback; raises as ``load``, and then it is as before."""
+        before = self.pins.version(name)
+        self.pins.put(name, "")
+        try:
+            await self.load(name)
+        except BaseException:
+            self.pins.put(name, before)
+            raise
+
+    async def rollback(self, name: str) -> str:
+        """Serve the version before the one that serves, and follow no newer one; returns which.
+        Raises NotFound, NotReady, ModelError, and InvalidRequest if there is none before."""
+        serving = self.version(name, "").files.version
+        older = [v for v in self.repository.versions(self._model(name)) if int(v) < int(serving)]
+        if not older:
+            raise InvalidRequest(
+                f"model {name!r} serves version {serving}, and there is none before it on the disk"
+            )
+        files = self.repository.files(self._model(name), older[-1])
+        before = self.pins.version(name)
+        self.pins.put(name, files.version)
+        try:
+            await self._load(name, files)
+        except BaseException:
+            self.pins.put(name, before)
+            raise
+        return files.version
+
+    def _there(self, name: str) -> Iterator[ModelFiles]:
+        """The versions that may serve, the one that is wanted most first: only the one that was
+        rolled back to, as long as that is there. Raises as ``Repository.there``."""
+        model, pinned = self._model(name), self.pins.version(name)
+        if pinned:
+            with contextlib.suppress(NotFound, ModelError):
+                files = self.repository.files(model, pinned)
+                yield files
+                return
+        yield from self.repository.there(model)
 
     async def _load(self, name: str, files: ModelFiles) -> None:
         async with self._locks.setdefault(name, asyncio.Lock()):
@@ -182,7 +227,7 @@ class Models:
         as it is."""
         current = instances.current if instances is not None else None
         try:
-            for files in self.repository.there(self._model(name)):
+            for files in self._there(name):
                 if current is not None and files == current.files:
                     return None
                 refused = instances.refused.get(files.version) if instances is not None else None
@@ -231,7 +276,9 @@ class Models:
         if name in self._absent:
             raise NotFound(f"model {name!r} is not served: {self._absent[name]}")
         if name in self.repository.listing():
-            raise NotFound(f"model {name!r} is not loaded; load it first")
+            raise NotFound(
+                f"model {name!r} is not loaded; load it first: cotenant models load {name}"
+            )
         known = ", ".join(sorted(self.services)) or "none"
         raise NotFound(f"no model named {name!r}; loaded models: {known}")
 
@@ -294,9 +341,14 @@ class Models:
         ]
         return sorted(entries, key=lambda e: (e.name, e.version))
 
+    def _kept(self, name: str, version: str) -> str:
+        if self.pins.version(name) != version:
+            return ""
+        return f"rolled back to it; the newest is served again by: cotenant models load {name}"
+
     def _service_entries(self, name: str, instances: Instances) -> list[IndexEntry]:
         state = "UNLOADING" if name in self.leaving else "READY"
-        entries = [IndexEntry(name, v, state, "") for v in instances.loaded]
+        entries = [IndexEntry(name, v, state, self._kept(name, v)) for v in instances.loaded]
         if instances.loading is not None:
             entries.append(IndexEntry(name, instances.loading.files.version, "LOADING", ""))
         entries += [

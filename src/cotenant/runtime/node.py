@@ -47,6 +47,7 @@ from cotenant.runtime.jobspec import minimal
 from cotenant.runtime.jobstore import JobStore
 from cotenant.runtime.jobtenants import JobTenants
 from cotenant.runtime.models import Models
+from cotenant.runtime.pins import Pins
 from cotenant.runtime.preview import plan_view
 from cotenant.runtime.repository import Repository
 from cotenant.runtime.requests import Requests
@@ -143,7 +144,8 @@ class Node:
             owner = os.pread(fd, 32, 0).decode(errors="replace").strip()
             raise EnvironmentProblem(
                 f"the state directory {self._state_dir} is in use by another node (pid {owner}); "
-                "stop it, or set another node.state_dir"
+                f"stop it (cotenant stop --state-dir {self._state_dir}), or set another "
+                "node.state_dir"
             ) from None
         os.ftruncate(fd, 0)
         os.pwrite(fd, str(os.getpid()).encode(), 0)
@@ -171,6 +173,7 @@ class Node:
             self._state_dir / "workers",
             effects,
         )
+        self.models.pins = Pins(self._state_dir / "pins.json")
         self.requests = effects.requests = Requests(
             self.models,
             self.monitor,
@@ -323,7 +326,11 @@ class Node:
 
     async def load(self, name: str) -> None:
         """See NodePort."""
-        await self.models.load(name)
+        await self.models.load_newest(name)
+
+    async def rollback(self, name: str) -> str:
+        """See NodePort."""
+        return await self.models.rollback(name)
 
     async def unload(self, name: str) -> None:
         """See NodePort."""
@@ -401,6 +408,10 @@ class Node:
     def job_log_path(self, ref: str) -> str:
         """See NodePort."""
         return self.jobs_supervisor.log_path(ref)
+
+    async def checkpoint_job(self, ref: str, within_s: float) -> str:
+        """See NodePort."""
+        return await self.jobs_supervisor.checkpoint(ref, within_s)
 
     # --- reservations -----------------------------------------------------------------------
 

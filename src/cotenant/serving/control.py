@@ -5,7 +5,7 @@ and the peer's uid is checked on every connection: the node's own user, or root.
 
 One request is one line of JSON, ``{"op": "status"}``; one answer is one line, ``{"ok": true,
 "result": ...}`` or ``{"ok": false, "kind": "NotFound", "error": "..."}``. A connection can
-carry any number of them, in turn.
+carry any number of them, in turn. An op that takes its time holds up its own connection alone.
 
     op         fields                 result
     status                            what NodePort.status returns
@@ -16,6 +16,11 @@ carry any number of them, in turn.
     hold       ref                    the job's id
     resume     ref                    the job's id
     log_path   ref                    path of the job's log
+    checkpoint ref, within_s (60)     the path that the job reports once it has written it
+    models                            list of IndexEntry: what is loaded, or could be
+    load       name                   null, once the newest version serves; also after a rollback
+    unload     name                   null, once it serves no more
+    rollback   name                   the version before, once that serves
     reserve    those of Reservation,  an Answer: whether there is room, or why not
                dry_run (bool)
     release    id                     null
@@ -28,6 +33,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import logging
 import os
 import socket
@@ -68,6 +74,11 @@ class ControlServer:
             "hold": lambda fields: node.hold_job(_ref(fields)),
             "resume": lambda fields: node.resume_job(_ref(fields)),
             "log_path": lambda fields: node.job_log_path(_ref(fields)),
+            "checkpoint": lambda fields: node.checkpoint_job(_ref(fields), _within(fields)),
+            "models": lambda _: node.index(),
+            "load": lambda fields: node.load(_model(fields)),
+            "unload": lambda fields: node.unload(_model(fields)),
+            "rollback": lambda fields: node.rollback(_model(fields)),
             "reserve": lambda fields: node.reserve(
                 _reservation(fields), fields.get("dry_run") is True
             ),
@@ -137,13 +148,13 @@ class ControlServer:
                 message = f"a request line is longer than {LINE_BYTES} bytes"
                 await _send(writer, _failure("TooLarge", message))
                 return
-            answer, stop = self._handle(line)
+            answer, stop = await self._handle(line)
             await _send(writer, answer)
             if stop:
                 self._on_shutdown()
                 return
 
-    def _handle(self, line: bytes) -> tuple[dict[str, Any], bool]:
+    async def _handle(self, line: bytes) -> tuple[dict[str, Any], bool]:
         """The answer to one request line, and whether to shut down after sending it."""
         op = ""
         try:
@@ -152,7 +163,10 @@ class ControlServer:
             run = self._ops.get(op)
             if run is None:
                 raise InvalidRequest(f"unknown op {op[:64]!r}; use one of {', '.join(self._ops)}")
-            return {"ok": True, "result": run(fields)}, op == "shutdown"
+            result = run(fields)
+            if inspect.isawaitable(result):
+                result = await result
+            return {"ok": True, "result": result}, op == "shutdown"
         except CotenantError as exc:
             return _failure(type(exc).__name__, str(exc)), False
         except Exception:
@@ -182,6 +196,20 @@ def _ref(fields: dict[str, Any]) -> str:
     if not isinstance(ref, str) or not ref:
         raise InvalidRequest("ref is missing; give a job's id, a unique prefix of it, or its name")
     return ref
+
+
+def _model(fields: dict[str, Any]) -> str:
+    name = fields.get("name")
+    if not isinstance(name, str) or not name:
+        raise InvalidRequest("name is missing; give that of a model")
+    return name
+
+
+def _within(fields: dict[str, Any]) -> float:
+    within_s = fields.get("within_s", 60.0)
+    if isinstance(within_s, bool) or not isinstance(within_s, int | float) or not within_s > 0:
+        raise InvalidRequest("within_s is no number of seconds above 0")
+    return float(within_s)
 
 
 def _reservation(fields: dict[str, Any]) -> Reservation:
@@ -241,5 +269,6 @@ def _remove_stale(path: Path) -> None:
                 f"cannot use {path} for the control socket: {exc.strerror or exc}"
             ) from None
     raise EnvironmentProblem(
-        f"another node is running in {path.parent}; stop it, or choose another state directory"
+        f"another node is running in {path.parent}; stop it (cotenant stop --state-dir "
+        f"{path.parent}), or choose another state directory"
     )

@@ -13,7 +13,7 @@ import msgspec
 
 from cotenant.domain import errors
 from cotenant.domain.errors import CotenantError, EnvironmentProblem, InvalidRequest
-from cotenant.domain.port import JobStatus
+from cotenant.domain.port import IndexEntry, JobStatus
 from cotenant.domain.reservation import Answer, Reservation, ReservationStatus
 from cotenant.domain.workload import JobSpec
 
@@ -21,6 +21,8 @@ LINE_BYTES: Final = 2**20
 PATH_BYTES: Final = 107
 """Longest path of a Unix socket on Linux (108 bytes with the closing zero)."""
 _ANSWER_BYTES: Final = 64 * 2**20
+LOADING_S: Final = 600.0
+"""What loads or unloads a model is waited for so long."""
 
 
 class ControlClient:
@@ -66,6 +68,29 @@ class ControlClient:
         """Path of the job's log file."""
         return str(self._call("log_path", ref=ref))
 
+    def checkpoint(self, ref: str, within_s: float = 60.0) -> str:
+        """Have a running job write a checkpoint now; the path that it reports. Raises NotFound,
+        NotReady where it has not said so in time, InvalidRequest if it cannot be asked."""
+        answer_by = within_s + self._timeout
+        return str(self._call("checkpoint", answer_by, ref=ref, within_s=within_s))
+
+    def models(self) -> list[IndexEntry]:
+        """All models in the repository, loaded or not, by name and version."""
+        return msgspec.convert(self._call("models"), list[IndexEntry])
+
+    def load(self, name: str) -> None:
+        """Have the newest version of a model serve; raises ModelError, NotFound."""
+        self._call("load", LOADING_S, name=name)
+
+    def unload(self, name: str) -> None:
+        """Drain and unload a model; raises NotFound."""
+        self._call("unload", LOADING_S, name=name)
+
+    def rollback(self, name: str) -> str:
+        """Have the version before serve, until ``load``; which that is. Raises ModelError,
+        NotFound, InvalidRequest if there is none."""
+        return str(self._call("rollback", LOADING_S, name=name))
+
     def reserve(self, reservation: Reservation, dry_run: bool = False) -> Answer:
         """Ask the planner for room and, unless it is a ``dry_run``, keep it; the same again changes
         nothing. Raises InvalidRequest for what can never be, and for another under the same id."""
@@ -89,7 +114,8 @@ class ControlClient:
         """Ask the node to stop; returns once it has agreed."""
         self._call("shutdown")
 
-    def _call(self, op: str, **fields: Any) -> Any:
+    def _call(self, op: str, timeout: float = 0.0, /, **fields: Any) -> Any:
+        timeout = timeout or self._timeout
         check_length(self._path)
         try:
             line = msgspec.json.encode({"op": op, **fields}) + b"\n"
@@ -104,7 +130,7 @@ class ControlClient:
             )
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-                sock.settimeout(self._timeout)
+                sock.settimeout(timeout)
                 sock.connect(str(self._path))
                 # A node that refuses us closes without reading; its answer says why.
                 with contextlib.suppress(BrokenPipeError, ConnectionResetError):
@@ -122,7 +148,7 @@ class ControlClient:
             ) from None
         except TimeoutError:
             raise EnvironmentProblem(
-                f"the node in {self._path.parent} did not answer within {self._timeout:g} s"
+                f"the node in {self._path.parent} did not answer within {timeout:g} s"
             ) from None
         except OSError as exc:
             raise EnvironmentProblem(
