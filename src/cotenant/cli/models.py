@@ -54,5 +54,6 @@ def add_models(parser: argparse.ArgumentParser) -> None:
         "is undone). unload: none does, once what was accepted is answered. rollback: the version "
         "before the present one serves and stays, also after a restart, until load."
     )
-    parser.add_argument("action", nargs="?", choices=ACTIONS, help="without: list them")
+    parser.add_argument("action", nargs="?", choices=ACTIONS, metavar="load|unload|rollback",
+                        help="without: list them")  # fmt: skip
     parser.add_argument("model", nargs="?", default="", metavar="NAME", help="of a model")
