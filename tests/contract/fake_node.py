@@ -16,6 +16,7 @@ import uvloop
 
 from cotenant.domain.errors import InvalidRequest, ModelError, NotFound
 from cotenant.domain.port import (
+    Held,
     IndexEntry,
     InferCall,
     InferResult,
@@ -204,6 +205,9 @@ class FakeNode:
 
     def status(self) -> dict[str, Any]:
         return {"node": "fake"}
+
+    def timeline(self) -> list[Held]:
+        return []
 
     def submit_job(self, spec: JobSpec) -> str:
         self.submitted.append(spec)

@@ -63,7 +63,7 @@ class JournalConfig(msgspec.Struct, frozen=True):
 class NodeConfig(msgspec.Struct, frozen=True):
     """Everything ``cotenant serve`` reads from its file. ``token_file`` names a file that holds the
     bearer token clients must send; needed when an address is not loopback. With ``open_metrics``
-    metrics can be read without it."""
+    metrics can be read without it. ``dashboard``: whether there are pages for people at ``/``."""
 
     state_dir: str
     models: str
@@ -79,6 +79,7 @@ class NodeConfig(msgspec.Struct, frozen=True):
     services: tuple[ServiceSpec, ...]
     jobs: tuple[JobSpec, ...]
     open_metrics: bool = False
+    dashboard: bool = True
 
 
 class CheckSettings(msgspec.Struct, frozen=True):
@@ -175,6 +176,7 @@ def parse_config(text: str) -> NodeConfig:
         services=services,
         jobs=jobs,
         open_metrics=node.take("open_metrics", reading.boolean, False),
+        dashboard=node.take("dashboard", reading.boolean, True),
     )
     node.done()
     for key, address in (("http", config.http), ("grpc", config.grpc)):
