@@ -35,6 +35,7 @@ from cotenant.serving.http_front import HttpFront
 from cotenant.serving.intake import Intake
 from cotenant.serving.rest import build_app
 from cotenant.serving.tensors import Limits
+from cotenant.serving.web.app import Web
 
 NUMPY = {"FP32": np.float32, "INT32": np.int32, "INT8": np.int8, "FP64": np.float64}
 
@@ -245,6 +246,7 @@ def serving(
     connections: int = 4096,
     make: Callable[[], FakeNode] | None = None,
     open_metrics: bool = False,
+    web: Callable[[FakeNode, Intake, str | None], Web] | None = None,
 ) -> Iterator[Any]:
     """Both front ends over a FakeNode (or what ``make`` makes), in a thread with a loop of its own.
 
@@ -261,7 +263,9 @@ def serving(
 
     async def start() -> Any:
         node, intake = (make or FakeNode)(), Intake(limits)
-        http = HttpFront(build_app(node, intake, token, open_metrics), "127.0.0.1", 0, connections)
+        pages = web(node, intake, token) if web else None
+        app = build_app(node, intake, token, open_metrics, pages)
+        http = HttpFront(app, "127.0.0.1", 0, connections)
         rpc = GrpcFront(node, intake, token, "127.0.0.1", 0)
         ports = await http.start(), await rpc.start()
         return SimpleNamespace(
@@ -271,6 +275,7 @@ def serving(
             port=ports[0],
             grpc=f"127.0.0.1:{ports[1]}",
             fronts=(http, rpc),
+            web=pages,
             run=run,
             call=call,
         )
@@ -285,6 +290,8 @@ def serving(
     try:
         yield served
     finally:
+        if served.web is not None:
+            run(served.web.close())
         for front in served.fronts:
             run(front.stop(1.0))
         loop.call_soon_threadsafe(loop.stop)

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from cotenant.domain.errors import JournalError
+from cotenant.domain.events import JobReady
 from cotenant.domain.snapshot import RATE_WINDOW
 from cotenant.domain.units import MS, S
 from cotenant.serving.web.studies import Comparison, Figures, Told
@@ -17,7 +18,7 @@ from cotenant.sim.outcome import Outcome
 from cotenant.sim.policies import Scheduled, Setting, better, choose, simulate
 from cotenant.sim.recorded import Recording
 from cotenant.sim.scenario import Scenario
-from cotenant.telemetry.records import Entry, Header, PlanRecord, read, segments
+from cotenant.telemetry.records import Entry, Header, PlanRecord, Record, read, segments
 
 MOST_BYTES = 96 * 2**20
 """Of the journal, at most so much is read."""
@@ -87,6 +88,7 @@ class _LastMinutes:
                 f"the journal of this run holds less than {LEAST_S} s; try again in a moment"
             )
         self._rates: list[tuple[int, str, float]] = []
+        self._ready: dict[str, int] = {}
 
     def own(self) -> Setting:
         """The policy that the node runs."""
@@ -96,7 +98,7 @@ class _LastMinutes:
         """What was asked, and what was left out of it."""
         recording = Recording(self._entries(), [(self.since, self.until)])
         for now, job, rate in self._rates:
-            since = max(self.since, now - RATE_WINDOW)
+            since = max(self.since, self._ready.get(job, 0), now - RATE_WINDOW)
             if rate > 0 and now - since >= _LEAST_PROGRESS:
                 recording.note_progress(job, since, now, rate)
         left_out = recording.leave_out()
@@ -109,6 +111,8 @@ class _LastMinutes:
             for entry in read(path):
                 if isinstance(entry, PlanRecord) and self.since <= entry.now <= self.until:
                     self._rates += [(entry.now, job.id, job.rate) for job in entry.snapshot.jobs]
+                elif isinstance(entry, Record) and isinstance(entry.event, JobReady):
+                    self._ready[entry.event.job] = entry.now
                 yield entry
 
 

@@ -35,9 +35,10 @@ _encode = msgspec.json.encode
 class Stream:
     """Build one a node; ``close`` it before the server stops."""
 
-    def __init__(self, node: NodePort, every_s: float = EVERY_S) -> None:
+    def __init__(self, node: NodePort, every_s: float = EVERY_S, send_s: float = SEND_S) -> None:
         self._node = node
         self._every_s = every_s
+        self._send_s = send_s
         self._viewers: set[asyncio.Queue[bytes | None]] = set()
         self._beat: asyncio.Task[None] | None = None
         self._last: Look | None = None
@@ -73,7 +74,7 @@ class Stream:
         if self._beat is None:
             self._beat = asyncio.create_task(self._go_on(), name="cotenant-dashboard")
         while (event := await queue.get()) is not None:
-            async with asyncio.timeout(SEND_S):
+            async with asyncio.timeout(self._send_s):
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b""})
 

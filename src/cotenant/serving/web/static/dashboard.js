@@ -72,7 +72,7 @@
     const base = { stroke: css("--quiet"), grid: { stroke: css("--line"), width: 1 }, ticks: { stroke: css("--line"), width: 1 } };
     const pad = (n) => String(n).padStart(2, "0");
     const clock = (s) => { const t = new Date(s * 1000); return `${pad(t.getHours())}:${pad(t.getMinutes())}:${pad(t.getSeconds())}`; };
-    return [{ ...base, space: 90, values: (_, v) => v.map(clock) }, { ...base, size: 60, label: unit, labelSize: 20, values: (_, v) => v.map((x) => x.toLocaleString("en")) }];
+    return [{ ...base, space: 90, incrs: [1, 2, 5, 10, 15, 30, 60], values: (_, v) => v.map(clock) }, { ...base, size: 60, label: unit, labelSize: 20, values: (_, v) => v.map((x) => x.toLocaleString("en")) }];
   }
   function draw(chart, unit, series, data, most) {
     const width = Math.max(240, chart.place.clientWidth);
