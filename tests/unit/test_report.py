@@ -55,6 +55,41 @@ def test_a_report_is_one_small_message(inbox: socket.socket) -> None:
     ]
 
 
+def test_a_checkpoint_is_told_at_once_and_again_with_each_message(
+    inbox: socket.socket, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for step in range(20):
+        module.report(step)
+    received(inbox)
+    assert module.report(20, checkpoint=Path("c/20.npz")) is True
+    (message,) = received(inbox)
+    assert message["checkpoint"]["path"] == str(tmp_path / "c/20.npz")
+    assert message["checkpoint"]["step"] == 20
+    assert module.report(21, checkpoint="s3://bucket/21") is True
+    module._reporter._sent = -math.inf
+    assert module.report(22) is True
+    told = [m["checkpoint"] for m in received(inbox)]
+    assert [(c["path"], c["step"]) for c in told] == [("s3://bucket/21", 21)] * 2
+
+
+@pytest.mark.parametrize("path", ["", "a\nb", "x" * 2000])
+def test_what_can_be_no_path_is_refused(inbox: socket.socket, path: str) -> None:
+    with pytest.raises(ValueError, match="checkpoint"):
+        module.report(1, checkpoint=path)
+    with pytest.raises(TypeError):
+        module.report(1, checkpoint=b"bytes")
+    assert received(inbox) == []
+
+
+def test_any_path_that_is_taken_fits_into_a_message(inbox: socket.socket) -> None:
+    longest = "/" + "\N{SNOWMAN}" * ((module.MAX_CHECKPOINT_BYTES - 1) // 3)
+    metrics = {f"{i:064d}": 1.0 for i in range(module.MAX_METRICS)}
+    assert module.report(1, unit="u" * 64, checkpoint=longest, **metrics) is True
+    (message,) = received(inbox)
+    assert message["checkpoint"]["path"] == longest
+
+
 def test_many_reports_are_few_messages_and_the_newest_is_kept(
     inbox: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:

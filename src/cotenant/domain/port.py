@@ -162,6 +162,11 @@ class JobStatus(msgspec.Struct, frozen=True):
     devices: tuple[str, ...] = ()
     metrics: dict[str, float | None] = {}
     """What the job reported beside its steps; None for what was no number."""
+    checkpoint: str = ""
+    """Path or URL of the newest checkpoint that it reported as complete; empty: none."""
+    checkpoint_step: float | None = None
+    checkpoint_at: float = 0.0
+    """When it said so, in wall-clock seconds since 1970."""
 
 
 class Held(msgspec.Struct, frozen=True):

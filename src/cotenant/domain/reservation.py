@@ -68,4 +68,8 @@ class ReservationStatus(msgspec.Struct, frozen=True):
     env: dict[str, str] = {}
     prepend: dict[str, str] = {}
     mounts: tuple[str, ...] = ()
+    reports: str = ""
+    """A directory of the host's. Whoever has it mounted at the same path can report
+    (``cotenant.report``) on the socket ``sock`` in it, which ``COTENANT_REPORT_SOCKET`` is to name.
+    Empty: there is none."""
     adopted: tuple[Adopted, ...] = ()

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from typing import Any
 
+import msgspec
+
 from cotenant.domain.port import JobStatus
 from cotenant.domain.workload import JobState
-from cotenant.runtime.jobreports import Address, Progress
+from cotenant.runtime.jobreports import Address, Checkpoint, Progress
 from cotenant.runtime.jobrun import JobRun
 from cotenant.runtime.jobstore import JobRecord
+
+SAVE_CHECKPOINT_EVERY_S = 1.0
+"""Of one run: a job that says it of each step costs the store no more."""
 
 
 class LiveJob:
@@ -31,6 +37,10 @@ class LiveJob:
         self.force: asyncio.TimerHandle | None = None
         self.task: asyncio.Task[None] | None = None
         """Sees the run through."""
+        self.checkpoint: Checkpoint | None = None
+        """The newest that this run reported."""
+        self._said: Checkpoint | None = None
+        self._checkpoint_saved = -math.inf
 
     def stop(self, within_s: float) -> None:
         """Ask the shim to stop the job; kill the shim if it has not obeyed by then."""
@@ -43,6 +53,34 @@ class LiveJob:
         self.cpu_s = max(self.cpu_s, seconds)
         self.progress.note_cpu(time.monotonic(), self.cpu_s)
 
+    def note_checkpoint(self, found: Checkpoint) -> None:
+        """Take in what the run says of its newest checkpoint."""
+        if found != self._said:
+            self._said, now = found, time.time()
+            at = min(found.at, now) if math.isfinite(found.at) and found.at > 0 else now
+            self.checkpoint = msgspec.structs.replace(found, at=at)
+
+    def unsaved_checkpoint(self, record: JobRecord, now: float) -> dict[str, Any]:
+        """What the record is to be told of a checkpoint now (s): nothing if it knows of it, or
+        learnt of another a moment ago."""
+        fields = self.checkpoint_fields()
+        known = all(getattr(record, name) == value for name, value in fields.items())
+        if known or now - self._checkpoint_saved < SAVE_CHECKPOINT_EVERY_S:
+            return {}
+        self._checkpoint_saved = now
+        return fields
+
+    def checkpoint_fields(self) -> dict[str, Any]:
+        """What a record keeps of the newest checkpoint, if this run made one."""
+        found = self.checkpoint
+        if found is None:
+            return {}
+        return {
+            "checkpoint": found.path,
+            "checkpoint_step": found.step,
+            "checkpoint_at": found.at,
+        }
+
     def progress_fields(self) -> dict[str, Any]:
         """What a record keeps of the progress."""
         if not self.progress.unit:
@@ -54,6 +92,7 @@ def status_of(record: JobRecord, live: LiveJob | None) -> JobStatus:
     """A job as users see it. ``partitions``, ``pauses`` and ``held_s`` are left to the node."""
     spec = record.spec
     progress = live.progress if live is not None else Progress()
+    newest = live.checkpoint if live is not None else None
     waits_held = record.held and record.state in (JobState.QUEUED, JobState.BACKOFF)
     return JobStatus(
         id=spec.id,
@@ -72,4 +111,7 @@ def status_of(record: JobRecord, live: LiveJob | None) -> JobStatus:
         rate=progress.rate(time.monotonic()),
         cpu_s=record.cpu_s + (live.cpu_s if live is not None else 0.0),
         metrics=dict(progress.metrics),
+        checkpoint=newest.path if newest else record.checkpoint,
+        checkpoint_step=newest.step if newest else record.checkpoint_step,
+        checkpoint_at=newest.at if newest else record.checkpoint_at,
     )

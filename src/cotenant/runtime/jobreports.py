@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 
 from cotenant.domain.errors import EnvironmentProblem
+from cotenant.report import MAX_CHECKPOINT_BYTES
 
 MAX_MESSAGE_BYTES = 8192
 MAX_METRICS = 64
@@ -20,11 +21,28 @@ MAX_NAME = 64
 MAX_SOCKET_PATH_BYTES = 107
 """``sun_path`` has 108 bytes, its end included (unix(7))."""
 BATCH = 64
+MAX_WAITING = 1024
+"""Messages that are read before a run is seen to its end, at most."""
 Address = str | bytes
 """Of a sender, as ``recvfrom`` tells it; empty if it has none."""
 PAUSE_S = 0.01
 """After a full batch the socket rests: a job that floods it costs some 2 % of a core and then
 only fills its own queue."""
+
+
+class Checkpoint(msgspec.Struct, frozen=True):
+    """What a job says of a checkpoint that is complete: its path or URL, its step, and when it said
+    so (wall-clock seconds since 1970)."""
+
+    path: str
+    step: float | None = None
+    at: float = 0.0
+
+    @property
+    def usable(self) -> bool:
+        """Whether the path can be handed to the next run."""
+        length = len(self.path.encode("utf-8", "replace"))
+        return 0 < length <= MAX_CHECKPOINT_BYTES and self.path.isprintable()
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -37,6 +55,8 @@ class Report(msgspec.Struct, frozen=True):
     unit: str = "steps"
     metrics: dict[str, float | None] = {}
     memory: bool = False
+    checkpoint: Checkpoint | None = None
+    """The newest, in each message."""
 
 
 class Progress:
@@ -96,8 +116,11 @@ class ReportSocket:
     long names. Whether job and run exist is the receiver's to say: it returns False if not.
     """
 
-    def __init__(self, path: Path, receive: Callable[[Report, Address], bool]) -> None:
+    def __init__(
+        self, path: Path, receive: Callable[[Report, Address], bool], mode: int = 0o600
+    ) -> None:
         self.path = path
+        self._mode = mode
         self.invalid = 0
         self._receive = receive
         self._decoder = msgspec.json.Decoder(Report)
@@ -121,7 +144,7 @@ class ReportSocket:
             with contextlib.suppress(FileNotFoundError):
                 self.path.unlink()
             sock.bind(str(self.path))
-            self.path.chmod(0o600)
+            self.path.chmod(self._mode)
         except OSError as error:
             sock.close()
             raise EnvironmentProblem(f"cannot listen on {self.path}: {error}") from error
@@ -145,16 +168,28 @@ class ReportSocket:
 
     def _on_readable(self) -> None:
         assert self._socket is not None
-        for _ in range(BATCH):
-            try:
-                data, sender = self._socket.recvfrom(MAX_MESSAGE_BYTES + 1)
-            except OSError:
-                return
-            if not self._take(data, sender or b""):
-                self.invalid += 1
+        if self._read(BATCH):
+            return
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._socket.fileno())
         self._resume = loop.call_later(PAUSE_S, self._listen)
+
+    def drain(self) -> None:
+        """Read what waits now: what a run said last, before it is seen to its end."""
+        if self._socket is not None:
+            self._read(MAX_WAITING)
+
+    def _read(self, most: int) -> bool:
+        """Take in so many messages at most; whether these were all."""
+        assert self._socket is not None
+        for _ in range(most):
+            try:
+                data, sender = self._socket.recvfrom(MAX_MESSAGE_BYTES + 1)
+            except OSError:
+                return True
+            if not self._take(data, sender or b""):
+                self.invalid += 1
+        return False
 
     def send(self, message: bytes, address: Address) -> bool:
         """Answer who sent a report; whether that is still there and takes it."""
@@ -175,5 +210,7 @@ class ReportSocket:
             return False
         names = (report.unit, *report.metrics)
         if len(report.metrics) > MAX_METRICS or any(len(name) > MAX_NAME for name in names):
+            return False
+        if report.checkpoint is not None and not report.checkpoint.usable:
             return False
         return self._receive(report, sender)

@@ -38,13 +38,14 @@ from cotenant.domain.errors import DeviceError, EnvironmentProblem, InvalidReque
 from cotenant.domain.port import JobStatus
 from cotenant.domain.reservation import Adopted
 from cotenant.domain.units import S
-from cotenant.domain.workload import JOB_TRANSITIONS, JobSpec, JobState
+from cotenant.domain.workload import JOB_ENDED, JOB_TRANSITIONS, JobSpec, JobState
 from cotenant.runtime.jobadopting import living, not_adoptable
 from cotenant.runtime.jobledger import JobLedger
 from cotenant.runtime.joblive import LiveJob, status_of
 from cotenant.runtime.jobreports import Address, Report, ReportSocket
 from cotenant.runtime.jobrun import RUN_MARKER, JobRun, Outcome, lock_directory
-from cotenant.runtime.jobspec import checked, environment
+from cotenant.runtime.jobsockets import JobSockets
+from cotenant.runtime.jobspec import CHECKPOINT, checked, environment
 from cotenant.runtime.jobstore import JobRecord, JobStore
 from cotenant.runtime.jobverdict import RestartRules, verdict
 
@@ -118,6 +119,7 @@ class JobSupervisor:
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._reports = ReportSocket(self._directory / "report.sock", self._on_report)
+        self._outside = JobSockets(self._directory / "reports", self._on_outside_report)
         self._stack = contextlib.AsyncExitStack()
         self._open = False
         self._saved_at = 0.0
@@ -137,6 +139,7 @@ class JobSupervisor:
             stack.callback(self._store.close)
             self._reports.open()
             stack.callback(self._reports.close)
+            stack.callback(self._outside.close)
             self._pool = ThreadPoolExecutor(4, "cotenant-jobs")
             stack.callback(self._pool.shutdown, wait=False)
             # One thread of its own: the last order to freeze or continue is the one that counts.
@@ -251,10 +254,11 @@ class JobSupervisor:
         return id
 
     def reservations(self) -> dict[str, JobRecord]:
-        """The jobs that stand for reservations and have not ended, by the outside id."""
+        """The jobs that stand for reservations and are not being ended, by the outside id."""
         found = {}
         for record in self._ledger.records.values():
-            if record.spec.reservation is not None and not record.ended:
+            ends = record.ended or record.state is JobState.STOPPING
+            if record.spec.reservation is not None and not ends:
                 found[record.spec.reservation.id] = record
         return found
 
@@ -393,6 +397,8 @@ class JobSupervisor:
                 env = environment(spec, launch)
                 env["COTENANT_JOB_ID"], env[RUN_MARKER] = id, live.run.run
                 env["COTENANT_REPORT_SOCKET"] = str(self._reports.path)
+                if checkpoint := self._ledger.records[id].checkpoint:
+                    env[CHECKPOINT] = checkpoint
                 pid = await live.run.start(spec, env, launch)
             if pid:
                 self._on_running(id, live, pid)
@@ -419,6 +425,8 @@ class JobSupervisor:
     def _on_running(self, id: str, live: LiveJob, pid: int) -> None:
         record = self._ledger.records[id]
         live.run.take_in(living(record.adopted))
+        if record.spec.reservation is not None:
+            self._outside.open(id)
         pids = {"pid": pid, "shim_pid": live.run.shim_pid}
         if record.state is JobState.STARTING:
             record = self._ledger.step(id, JobState.RUNNING, **pids)
@@ -436,6 +444,8 @@ class JobSupervisor:
 
     async def _finish(self, id: str, live: LiveJob, outcome: Outcome, recovering: bool) -> None:
         """Record the end of a run and what follows from it."""
+        self._reports.drain()  # it may have said that it saved its work, and gone
+        self._outside.drain(id)
         if live.force is not None:
             live.force.cancel()
         self._live.pop(id, None)
@@ -464,6 +474,7 @@ class JobSupervisor:
             finished=outcome.ended or time.time(),
             cpu_s=record.cpu_s + (outcome.cpu_s or live.cpu_s),
             **live.progress_fields(),
+            **live.checkpoint_fields(),
         )
         if outcome.left or outcome.log_dropped:
             extra = {"job": id, "left": outcome.left, "log_dropped": outcome.log_dropped}
@@ -474,6 +485,8 @@ class JobSupervisor:
             await live.run.discard()
         if to is JobState.BACKOFF:
             self._retry_after(id, self._options.rules.delay_s(streak))
+        if to in JOB_ENDED:
+            self._outside.remove(id)
         self._prune()
         self._schedule()
 
@@ -546,7 +559,7 @@ class JobSupervisor:
         if live is None or live.run.run != report.run:
             return False
         if not report.memory:
-            live.progress.note(time.monotonic(), report)
+            self._take_in(report.job, live, report)
         elif sender:
             new = live.givers.pop(sender, False) is False
             live.givers[sender] = None
@@ -556,6 +569,30 @@ class JobSupervisor:
             if new:
                 self._shell.on_job_listens(report.job)
         return True
+
+    def _on_outside_report(self, id: str, report: Report) -> bool:
+        live = self._live.get(id)
+        if live is None or report.memory:  # from its network namespace nobody can be answered
+            return False
+        self._take_in(id, live, report)
+        return True
+
+    def _take_in(self, id: str, live: LiveJob, report: Report) -> None:
+        live.progress.note(time.monotonic(), report)
+        if report.checkpoint is not None:
+            live.note_checkpoint(report.checkpoint)
+            self._save_checkpoint(id, live)
+
+    def reports(self, id: str) -> str:
+        """The directory of a reservation's socket for reports; empty if there is none."""
+        return self._outside.directory(id)
+
+    def _save_checkpoint(self, id: str, live: LiveJob) -> None:
+        record = self._ledger.records[id]
+        if not self._ledger.saved:
+            return  # the disk is full: it is not to be owed a step a second
+        if fields := live.unsaved_checkpoint(record, time.monotonic()):
+            self._ledger.step(id, record.state, **fields)
 
     def gave(self, id: str) -> bool:
         """Whether a program of the job's run could be asked for memory, perhaps by an earlier
@@ -617,6 +654,7 @@ class JobSupervisor:
             if self._live.get(id) is not live:
                 continue
             live.note_cpu(seconds)
+            self._save_checkpoint(id, live)
             state = self._ledger.records[id].state
             if state is JobState.HELD:  # again: somebody may have continued it
                 self._background(self._apply_hold(id, live))

@@ -18,6 +18,9 @@ from cotenant.domain.errors import InvalidRequest, TooLarge
 from cotenant.domain.units import format_bytes
 from cotenant.domain.workload import JobSpec
 
+CHECKPOINT = "COTENANT_CHECKPOINT"
+"""Names the checkpoint to go on from: the newest that an earlier run reported, else what the job
+was submitted with."""
 MAX_SPEC_BYTES = 1 << 20
 MAX_NAME = 128
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")

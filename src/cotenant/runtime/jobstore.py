@@ -69,6 +69,10 @@ class JobRecord(msgspec.Struct, frozen=True):
     """Processes that somebody else started for it."""
     launch: Launch | None = None
     """What its devices want of those."""
+    checkpoint: str = ""
+    """Path or URL of the newest checkpoint it reported: its next run is told."""
+    checkpoint_step: float | None = None
+    checkpoint_at: float = 0.0
 
     @property
     def ended(self) -> bool:

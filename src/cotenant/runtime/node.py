@@ -209,7 +209,8 @@ class Node:
             log.error("model not loaded", extra={"service": name, "why": str(error)})
 
     def _submit_declared(self) -> None:
-        alive = {s.name for s in self.jobs() if s.state not in ("succeeded", "failed", "cancelled")}
+        ended = ("succeeded", "failed", "cancelled")  # a reservation's name is somebody else's
+        alive = {s.name for s in self.jobs() if s.command and s.state not in ended}
         for job in self.config.jobs:
             if job.name not in alive:
                 env = {**minimal(os.environ), **job.env}

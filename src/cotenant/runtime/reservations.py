@@ -61,14 +61,14 @@ class Reservations:
     def adopt(self, id: str, pid: int) -> None:
         """See NodePort."""
         there = self._node.jobs_supervisor.reservations().get(id)
-        if there is None or there.state is JobState.STOPPING:
+        if there is None:
             raise NotFound(f"nothing is reserved under {id}")
         self._node.jobs_supervisor.adopt(there.spec.id, pid)
 
     def all(self) -> list[ReservationStatus]:
         """See NodePort."""
         records = self._node.jobs_supervisor.reservations().values()
-        return [self._status(r) for r in records if r.state is not JobState.STOPPING]
+        return [self._status(record) for record in records]
 
     def _status(self, record: JobRecord) -> ReservationStatus:
         job, launch = record.spec.id, record.launch
@@ -86,6 +86,7 @@ class Reservations:
             state="ready" if ready else "waiting",
             reason="" if ready else record.reason or (tenant.waits if tenant is not None else ""),
             partitions=plan.jobs.get(job, ()),
+            reports=self._node.jobs_supervisor.reports(job),
             adopted=self._node.jobs_supervisor.adopted(job),
         )
         if not ready or launch is None:

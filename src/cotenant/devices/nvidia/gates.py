@@ -148,7 +148,7 @@ class Gates:
         return Launch(
             fixed=page.env(self._driver),
             prepend={"LD_PRELOAD": str(SHIM), "LD_LIBRARY_PATH": str(SHIM.parent)},
-            mounts=(str(self.folder), str(SHIM.parent)),
+            mounts=(str(page.path), str(SHIM.parent)),
         )
 
     def take_over(self, job: str) -> bool:
