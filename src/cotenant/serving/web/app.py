@@ -294,6 +294,8 @@ def _login_page(problem: str) -> Page:
     form = tag(
         "form",
         tag("p", problem, class_="bad", role="alert") if problem else None,
+        # For password managers, which keep the token under a name.
+        tag("input", name="username", value="cotenant", autocomplete="username", hidden=True),
         tag("label", "The node's token", for_="token"),
         tag(
             "input",
