@@ -15,6 +15,7 @@ import pytest
 from cotenant.domain.port import Held, JobStatus
 from cotenant.serving.intake import Intake
 from cotenant.serving.web.app import HEADERS, Web
+from cotenant.serving.web.look import MOST_ENDED, look
 from cotenant.serving.web.stream import MOST_VIEWERS, Stream
 from cotenant.serving.web.studies import Comparison, Figures, StudyFailed, Told
 from cotenant.telemetry.explain import Explanation, Incident, PlanChange, RefusalGroup, SlowRequest
@@ -226,6 +227,18 @@ def test_routes_of_the_protocol_are_what_they_were(client: Client) -> None:
 def test_why_nothing_can_be_told_is_said(locked: Client) -> None:
     locked.sign_in()
     assert "alert(1)" in locked.page("/dashboard/decisions").text
+
+
+def test_jobs_that_ended_long_ago_do_not_make_a_page_long() -> None:
+    class OldNode(TellingNode):
+        def status(self) -> dict[str, Any]:
+            ended = [{"id": f"e{n}", "state": "failed"} for n in range(1000)]
+            return {"jobs": [{"id": "first", "state": "queued"}, *ended]}
+
+    found = look(OldNode())
+    kept = [job["id"] for job in found.rows("jobs")]
+    assert kept == ["first", *(f"e{n}" for n in range(1000 - MOST_ENDED, 1000))]
+    assert found.left_out == 1000 - MOST_ENDED
 
 
 # --- trying a model, and another policy -------------------------------------------------------

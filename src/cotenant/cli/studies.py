@@ -71,6 +71,11 @@ class JournalStudies:
             await self._study("compare", NICE_COMPARE, COMPARE_S, *asked), Comparison
         )
 
+    @property
+    def running(self) -> int:
+        """How many processes there are."""
+        return len(self._running)
+
     def close(self) -> None:
         """End what runs."""
         for process in self._running:
@@ -98,7 +103,7 @@ class JournalStudies:
     async def _run(self, within_s: float, *arguments: str) -> bytes:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "cotenant.cli.study", *arguments),
+            *(sys.executable, "-P", "-m", "cotenant.cli.study", *arguments),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,

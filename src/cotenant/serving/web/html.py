@@ -40,7 +40,12 @@ def text(value: str) -> str:
     replaced, line ends and tabs are kept."""
     if value.isprintable():
         return value
-    return "".join(c if c.isprintable() or c in "\n\t" else _REPLACEMENT for c in value)
+    return "\n".join(
+        line
+        if line.isprintable()
+        else "".join(c if c.isprintable() or c == "\t" else _REPLACEMENT for c in line)
+        for line in value.split("\n")
+    )
 
 
 def constant(markup: LiteralString) -> Html:

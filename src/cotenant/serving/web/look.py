@@ -7,20 +7,24 @@ them have another text now. ``shape`` tells whether the same cells are there at 
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
 from cotenant.domain.port import Held, NodePort
+from cotenant.domain.workload import JOB_ENDED
 from cotenant.serving.web.shown import DASH, known, milliseconds, number, percent, seconds
 
 Row = dict[str, Any]
+
+MOST_ENDED: Final = 100
+_ENDED: Final = frozenset(state.value for state in JOB_ENDED)
 
 
 class Look(msgspec.Struct):
     """One look at a node. ``cells``: texts by key; ``meters``: shares (0..1) by key; ``names``: of
     workloads, as people know them; ``points``: of each service p95 (ms) and rate, of each job its
-    rate."""
+    rate. ``left_out``: jobs that ended long ago."""
 
     status: Row
     past: list[Held]
@@ -29,6 +33,7 @@ class Look(msgspec.Struct):
     names: dict[str, str] = {}
     held: dict[str, dict[str, float]] = {}
     points: dict[str, list[float | None]] = {}
+    left_out: int = 0
 
     @property
     def shape(self) -> str:
@@ -40,14 +45,23 @@ class Look(msgspec.Struct):
         """Devices, partitions, services or jobs as the status has them."""
         return list(self.status.get(kind) or ())
 
+    def forget_ended(self) -> None:
+        """Of jobs that ended keep the newest, so that a page stays small."""
+        jobs = self.rows("jobs")
+        ended = [job for job in jobs if job.get("state") in _ENDED]
+        self.left_out = max(0, len(ended) - MOST_ENDED)
+        old = {job["id"] for job in ended[: self.left_out]}
+        self.status = {**self.status, "jobs": [job for job in jobs if job["id"] not in old]}
+
     def cell(self, key: str) -> str:
         """The text of a cell."""
         return self.cells.get(key, DASH)
 
 
 def look(node: NodePort) -> Look:
-    """Look at a node; some 0.1 ms for each service and job."""
+    """Look at a node."""
     found = Look(node.status(), node.timeline())
+    found.forget_ended()
     jobs, services = found.rows("jobs"), found.rows("services")
     found.names = {f"job:{j['id']}": str(j.get("name") or j["id"]) for j in jobs}
     found.names |= {f"service:{s['name']}": str(s["name"]) for s in services}

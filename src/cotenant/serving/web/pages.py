@@ -286,7 +286,12 @@ def jobs_page(found: Look) -> Page:
                 *(cell(found, f"{key}/{k}") for k in ("metrics", "note")),
             )
         )
-    body = part("jobs", table("Jobs, oldest first", heads, rows, "This node has no jobs."))
+    older = f"{found.left_out:,} older jobs that ended are left out; see cotenant jobs."
+    body = part(
+        "jobs",
+        table("Jobs, oldest first", heads, rows, "This node has no jobs."),
+        tag("p", older, class_="quiet") if found.left_out else None,
+    )
     return Page("Jobs", "Jobs", body, shape=found.shape)
 
 
