@@ -22,6 +22,8 @@ from cotenant.serving.web.look import Look, look
 log = logging.getLogger("cotenant.serving")
 
 EVERY_S: Final = 1.0
+MOST_SHARE: Final = 0.01
+"""Of a core, looks take so much at most: where one takes long, the next comes later."""
 MOST_VIEWERS: Final = 8
 WAITING: Final = 4
 """Events that may wait for a viewer."""
@@ -85,13 +87,16 @@ class Stream:
             self._beat = self._last = None
 
     async def _go_on(self) -> None:
+        took = 0.0
         while True:
-            await asyncio.sleep(self._every_s)
+            await asyncio.sleep(max(self._every_s, took / MOST_SHARE))
+            began = time.thread_time()
             try:
                 event = self._changes()
             except Exception:
                 log.exception("the dashboard could not look at the node")
                 continue
+            took = time.thread_time() - began
             for queue in list(self._viewers):
                 if queue.full():
                     self._drop(queue)
