@@ -88,7 +88,7 @@ class TellingNode(FakeNode):
 
 
 class TellingStudies:
-    policies = {"static": HOSTILE, "slow": "takes for ever"}
+    policies = {"static": HOSTILE, "slow": "takes for ever", "broken": "fails"}
 
     async def explain(self, last: int) -> Explanation:
         return Explanation(
@@ -103,6 +103,8 @@ class TellingStudies:
         )
 
     async def compare(self, policy: str, seconds: int) -> Comparison:
+        if policy == "broken":
+            raise OSError("there are too many processes")
         if policy == "slow":
             await asyncio.sleep(3600)
         figures = {HOSTILE: Figures(3, 1.0, 2.0)}
@@ -218,6 +220,11 @@ def test_what_is_not_there_is_said_as_a_page(client: Client, path: str) -> None:
     check(answer.text)
 
 
+def test_the_name_of_the_dashboard_leads_to_its_first_page(client: Client) -> None:
+    answer = client.get("/dashboard")
+    assert answer.status == 303 and answer.headers["location"] == "/"
+
+
 def test_routes_of_the_protocol_are_what_they_were(client: Client) -> None:
     assert json.loads(client.get("/v2").text)["name"]
     assert client.get("/health").status == 200
@@ -227,6 +234,8 @@ def test_routes_of_the_protocol_are_what_they_were(client: Client) -> None:
 def test_why_nothing_can_be_told_is_said(locked: Client) -> None:
     locked.sign_in()
     assert "alert(1)" in locked.page("/dashboard/decisions").text
+    assert locked.post("/dashboard/what-if", {"policy": "broken", "span": "60"}).status == 303
+    assert eventually(lambda: "Nothing can be told" in locked.page("/dashboard/what-if").text)
 
 
 def test_jobs_that_ended_long_ago_do_not_make_a_page_long() -> None:

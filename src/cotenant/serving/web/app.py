@@ -73,13 +73,14 @@ class Web:
     @staticmethod
     def owns(path: str) -> bool:
         """Whether a path is a page's, which sees to who may have it by itself."""
-        return path == "/" or path.startswith("/dashboard/")
+        return path in ("/", "/dashboard") or path.startswith("/dashboard/")
 
     def routes(self) -> list[BaseRoute]:
         """All of them."""
         service, job = "/dashboard/services/{name}", "/dashboard/jobs/{job}"
         inside = [
             ("/", self._now, "GET"),
+            ("/dashboard", self._to_first, "GET"),
             ("/dashboard/services", self._services, "GET"),
             (service + "/try", self._try, "POST"),
             (service, self._service, "GET"),
@@ -175,6 +176,9 @@ class Web:
 
     async def _now(self, request: Request) -> Response:
         return self._live(request, pages.now_page(look(self._node)))
+
+    async def _to_first(self, _: Request) -> Response:
+        return RedirectResponse("/", 303)
 
     async def _services(self, request: Request) -> Response:
         return self._live(request, pages.services_page(look(self._node)))

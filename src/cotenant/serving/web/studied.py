@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, Generic, TypeVar
@@ -15,6 +16,8 @@ from cotenant.serving.web.look import Look, name_of
 from cotenant.serving.web.shown import clock, milliseconds, number, percent, seconds
 from cotenant.serving.web.studies import Comparison, Figures, Studies, StudyFailed
 from cotenant.telemetry.explain import Explanation
+
+log = logging.getLogger("cotenant.serving")
 
 LAST: Final = 10
 """Of each kind of decision, so many are shown."""
@@ -51,6 +54,9 @@ class Kept(Generic[T]):
             self.found, self.problem = await study(), ""
         except StudyFailed as error:
             self.problem = str(error)
+        except Exception:
+            log.exception("a study of the journal failed")
+            self.problem = "it failed inside the server; its log says how"
         finally:
             self.at, self._task = time.monotonic(), None
 
