@@ -10,13 +10,14 @@ COMPILED := $(addprefix cotenant/,$(addsuffix .py, \
 		memory/account memory/fairness memory/ledger memory/books memory/budgets memory/pools returning) \
 	sim/world sim/physics sim/outcome sim/reactive telemetry/meters telemetry/monitor))
 
-.PHONY: help demo test lint attack bench bench-peers bench-simulator gpu-check compile \
+.PHONY: help demo test lint docs attack bench bench-peers bench-simulator gpu-check compile \
 	compiled-modules uncompile native clean
 
 help:
 	@echo "make demo         the story in about two minutes: serve, drift, retrain, swap; draws a picture"
 	@echo "make test         all tests (15 to 25 minutes on 2 cores)"
 	@echo "make lint         ruff, mypy, import contracts, generated docs"
+	@echo "make docs         the docs as a site, in site/; a broken link fails"
 	@echo "make attack       every attack on a node of its own while a client that behaves is watched (about half an hour)"
 	@echo "make bench        policy costs (1 minute), then cotenant bench colocate (about 15 minutes)"
 	@echo "make bench-peers  Cotenant, Triton, MLServer, LitServe side by side (about 35 minutes)"
@@ -45,6 +46,15 @@ lint: $(VENV)/test.stamp
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python docs/generate.py --check
+
+$(VENV)/docs.stamp: $(VENV)/test.stamp
+	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
+
+docs: $(VENV)/docs.stamp
+	$(BIN)/python docs/generate.py --check
+	$(BIN)/zensical build --strict --clean
+	rm -rf site/generate.py site/__pycache__
 
 attack: $(VENV)/test.stamp
 	mkdir -p bench-out
@@ -85,6 +95,6 @@ native:
 
 clean: uncompile
 	rm -rf src/cotenant/devices/nvidia/shim
-	rm -rf $(VENV) demo-out bench-out build dist src/*.egg-info
+	rm -rf $(VENV) demo-out bench-out build dist site .cache src/*.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	find src tests benchmarks examples docs -name __pycache__ -prune -exec rm -rf {} +

@@ -267,14 +267,7 @@ def run(booster: Booster, every_s: float, stop: threading.Event) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The process beside a node; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m cotenant.kube.boost", description=_SUMMARY)
-    parser.add_argument("--state-dir", type=Path, required=True, help="that of the node")
-    parser.add_argument("--node-name", required=True, help="what the cluster calls this machine")
-    parser.add_argument("--kubeconfig", type=Path, help="default: KUBECONFIG, or the pod's account")
-    parser.add_argument("--points", type=int, default=Rules().points)
-    parser.add_argument("--fresh", default="10m", help="how long a checkpoint is fresh")
-    parser.add_argument("--every", default="10s", help="how often to look")
-    args = parser.parse_args(argv)
+    args = _parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     stop = threading.Event()
@@ -289,6 +282,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cotenant.kube.boost: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cotenant.kube.boost", description=_SUMMARY)
+    parser.add_argument("--state-dir", type=Path, required=True, help="that of the node")
+    parser.add_argument("--node-name", required=True, help="what the cluster calls this machine")
+    parser.add_argument("--kubeconfig", type=Path, help="default: KUBECONFIG, or the pod's account")
+    parser.add_argument("--points", type=int, default=Rules().points)
+    parser.add_argument("--fresh", default="10m", help="how long a checkpoint is fresh")
+    parser.add_argument("--every", default="10s", help="how often to look")
+    return parser
 
 
 _SUMMARY = "Tell Kueue which jobs of a Cotenant node lose little by being moved."
