@@ -16,6 +16,7 @@ import uvloop
 
 from cotenant.domain.errors import InvalidRequest, ModelError, NotFound
 from cotenant.domain.port import (
+    Held,
     IndexEntry,
     InferCall,
     InferResult,
@@ -34,6 +35,7 @@ from cotenant.serving.http_front import HttpFront
 from cotenant.serving.intake import Intake
 from cotenant.serving.rest import build_app
 from cotenant.serving.tensors import Limits
+from cotenant.serving.web.app import Web
 
 NUMPY = {"FP32": np.float32, "INT32": np.int32, "INT8": np.int8, "FP64": np.float64}
 
@@ -205,6 +207,9 @@ class FakeNode:
     def status(self) -> dict[str, Any]:
         return {"node": "fake"}
 
+    def timeline(self) -> list[Held]:
+        return []
+
     def submit_job(self, spec: JobSpec) -> str:
         self.submitted.append(spec)
         return "j1"
@@ -250,6 +255,7 @@ def serving(
     connections: int = 4096,
     make: Callable[[], FakeNode] | None = None,
     open_metrics: bool = False,
+    web: Callable[[FakeNode, Intake, str | None], Web] | None = None,
 ) -> Iterator[Any]:
     """Both front ends over a FakeNode (or what ``make`` makes), in a thread with a loop of its own.
 
@@ -266,7 +272,9 @@ def serving(
 
     async def start() -> Any:
         node, intake = (make or FakeNode)(), Intake(limits)
-        http = HttpFront(build_app(node, intake, token, open_metrics), "127.0.0.1", 0, connections)
+        pages = web(node, intake, token) if web else None
+        app = build_app(node, intake, token, open_metrics, pages)
+        http = HttpFront(app, "127.0.0.1", 0, connections)
         rpc = GrpcFront(node, intake, token, "127.0.0.1", 0)
         ports = await http.start(), await rpc.start()
         return SimpleNamespace(
@@ -276,6 +284,7 @@ def serving(
             port=ports[0],
             grpc=f"127.0.0.1:{ports[1]}",
             fronts=(http, rpc),
+            web=pages,
             run=run,
             call=call,
         )
@@ -290,6 +299,8 @@ def serving(
     try:
         yield served
     finally:
+        if served.web is not None:
+            run(served.web.close())
         for front in served.fronts:
             run(front.stop(1.0))
         loop.call_soon_threadsafe(loop.stop)

@@ -252,3 +252,18 @@ def test_each_piece_of_an_answer_is_to_come_within_the_objective() -> None:
             see(done, after=40 * MS)
         see(e.BatchDone(4, MS, said=((1, 1),)), after=last * MS)
         assert (monitor.service("s").answered, monitor.service("s").misses) == (1, misses)
+
+
+def test_it_is_kept_for_a_minute_who_held_what() -> None:
+    world = ready()
+    world.monitor.tick(world.now)
+    for _ in range(70):
+        start = world.now
+        world.serve(took=100 * MS)
+        world.now = start + S
+        world.monitor.tick(world.now)
+    past = world.monitor.past
+    assert past[-1].end - past[0].end < 60 * S
+    assert all(span.window == S for span in past)
+    (held,) = past[-1].held.values()
+    assert held == {"service:s": pytest.approx(0.1, rel=0.2)}

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,20 +29,17 @@ from cotenant.cli.stopping import add_stop, cmd_stop
 from cotenant.cli.submitting import directory, has_input, inherited
 from cotenant.cli.top.command import add_top, make_command
 from cotenant.cli.variants import add_variants, cmd_variants
-from cotenant.domain.errors import CotenantError, EnvironmentProblem, JournalError, NotFound
+from cotenant.domain.errors import CotenantError, EnvironmentProblem, NotFound
 from cotenant.domain.port import JobStatus
 from cotenant.domain.workload import JOB_ENDED, JobSpec, JobState
 from cotenant.serving.control_client import ControlClient
 from cotenant.sim.replay import replay
 from cotenant.telemetry.explain import explain
-from cotenant.telemetry.records import Entry, Gap, Header, PlanRecord, read, segments
+from cotenant.telemetry.records import read, recent
 
 FOLLOW_S = 0.2
 ASK_S = 1.0
 """Seconds between questions after a followed job's state."""
-DETAILED_BYTES = 8 * 2**20
-"""How much of the newest journal segments ``explain`` reads whole, some 2 s a piece of this size;
-of older segments it reads the plans."""
 
 _ENDED = {state.value for state in JOB_ENDED}
 
@@ -205,7 +201,7 @@ def cmd_explain(args: argparse.Namespace) -> int:
     from cotenant.cli.views import engines_view, explain_view
 
     directory = args.journal or _journal_directory(args)
-    told = explain(_recent(directory), time.time(), args.last)
+    told = explain(recent(directory), time.time(), args.last)
     engines = {} if args.journal else _engines(args)
     if args.json:
         return as_json({**msgspec.to_builtins(told), "engines": engines})
@@ -241,32 +237,6 @@ def _journal_directory(args: argparse.Namespace) -> Path:
         if directory:
             return Path(directory)
     return finding.likely(args) / "journal"
-
-
-def _recent(directory: Path) -> Iterator[Entry]:
-    """The newest segments whole, of older ones only the plans."""
-    found = segments(directory) if directory.is_dir() else []
-    if not found:
-        raise JournalError(
-            f"{directory}: no journal here; give its directory with --journal,"
-            " or the node's with --state-dir"
-        )
-    detailed, size = len(found), 0
-    while detailed > 0 and size < DETAILED_BYTES:
-        detailed -= 1
-        size += _size_of(found[detailed])
-    for path in found[:detailed]:
-        if path.exists():  # the node may delete its oldest meanwhile
-            yield from read(path, kinds=(Header, PlanRecord, Gap))
-    for path in found[detailed:]:
-        yield from read(path)
-
-
-def _size_of(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except FileNotFoundError:
-        return 0
 
 
 def _client(args: argparse.Namespace) -> ControlClient:

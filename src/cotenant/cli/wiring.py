@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from cotenant import __version__
+from cotenant.cli.studies import JournalStudies
 from cotenant.devices.base import Device
 from cotenant.devices.cpu import CpuDevice
 from cotenant.devices.npu import NpuDevice
@@ -37,6 +38,7 @@ from cotenant.serving.http_front import HttpFront
 from cotenant.serving.intake import Intake
 from cotenant.serving.rest import build_app
 from cotenant.serving.tensors import Limits
+from cotenant.serving.web.app import Web
 
 STOP_GRACE_S = 10.0
 _M_TRIM_THRESHOLD = -1
@@ -113,9 +115,13 @@ async def serve(config: NodeConfig, tell: Callable[[Node], None] | None = None) 
         stack.push_async_callback(control.stop)
         if config.http:
             host, port = split_address(config.http)
-            http = HttpFront(build_app(node, intake, token, config.open_metrics), host, port)
+            web = _dashboard(config, node, intake, token, stack)
+            app = build_app(node, intake, token, config.open_metrics, web)
+            http = HttpFront(app, host, port)
             node.addresses["http"] = f"{host}:{await http.start()}"
             stack.push_async_callback(http.stop, STOP_GRACE_S)
+            if web is not None:
+                stack.push_async_callback(web.close)
         if config.grpc:
             host, port = split_address(config.grpc)
             grpc = GrpcFront(node, intake, token, host, port)
@@ -137,6 +143,19 @@ async def serve(config: NodeConfig, tell: Callable[[Node], None] | None = None) 
         else:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
+
+
+def _dashboard(
+    config: NodeConfig, node: Node, intake: Intake, token: str | None, stack: AsyncExitStack
+) -> Web | None:
+    """The pages, if there are to be any."""
+    if not config.dashboard or not config.http:
+        return None
+    journal = Path(config.state_dir) / "journal" if config.journal.enabled else None
+    cores = {unit for spec in node.specs if spec.kind == "cpu" for unit in spec.units}
+    studies = JournalStudies(journal, cores)
+    stack.callback(studies.close)
+    return Web(node, intake, token, split_address(config.http)[0], studies)
 
 
 def _tune_process() -> None:

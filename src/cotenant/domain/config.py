@@ -64,7 +64,8 @@ class NodeConfig(msgspec.Struct, frozen=True):
     """Everything ``cotenant serve`` reads from its file. ``token_file`` names a file that holds the
     bearer token clients must send; needed when an address is not loopback. With ``open_metrics``
     metrics can be read without it. ``name``: what it is found by on this machine; empty: that of
-    the directory which ``state_dir`` is in."""
+    the directory which ``state_dir`` is in. ``dashboard``: whether there are pages for people at
+    ``/``."""
 
     state_dir: str
     models: str
@@ -81,6 +82,7 @@ class NodeConfig(msgspec.Struct, frozen=True):
     jobs: tuple[JobSpec, ...]
     open_metrics: bool = False
     name: str = ""
+    dashboard: bool = True
 
 
 class CheckSettings(msgspec.Struct, frozen=True):
@@ -178,6 +180,7 @@ def parse_config(text: str) -> NodeConfig:
         jobs=jobs,
         open_metrics=node.take("open_metrics", reading.boolean, False),
         name=node.take("name", reading.optional(reading.name), None) or "",
+        dashboard=node.take("dashboard", reading.boolean, True),
     )
     node.done()
     for key, address in (("http", config.http), ("grpc", config.grpc)):

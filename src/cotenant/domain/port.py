@@ -171,6 +171,15 @@ class JobStatus(msgspec.Struct, frozen=True):
     """Somebody keeps it from running."""
 
 
+class Held(msgspec.Struct, frozen=True):
+    """Who held what for ``seconds`` up to ``until`` (seconds since the epoch): of each device, its
+    units that each workload (``service:NAME``, ``job:ID``) had in the mean."""
+
+    until: float
+    seconds: float
+    devices: dict[str, dict[str, float]]
+
+
 class Picture(Protocol):
     """An image of a prompt: its size is known, it is not decoded yet."""
 
@@ -286,6 +295,10 @@ class NodePort(Protocol):
 
     def status(self) -> dict[str, Any]:
         """Everything ``cotenant status`` and ``cotenant top`` show, as JSON-ready values."""
+
+    def timeline(self) -> list[Held]:
+        """Who held what in the last minute, oldest first, a piece for each interval of the
+        planner."""
 
     def plan(self, dry_run: bool) -> dict[str, Any]:
         """The plan in force and, for a ``dry_run``, the one that would be made now with what it

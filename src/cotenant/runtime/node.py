@@ -21,6 +21,7 @@ from cotenant.domain.config import NodeConfig
 from cotenant.domain.device import DeviceSpec
 from cotenant.domain.errors import CotenantError, EnvironmentProblem, InvalidRequest
 from cotenant.domain.port import (
+    Held,
     IndexEntry,
     InferCall,
     JobStatus,
@@ -447,6 +448,11 @@ class Node:
     def status(self) -> dict[str, Any]:
         """See NodePort."""
         return node_status(self)
+
+    def timeline(self) -> list[Held]:
+        """See NodePort."""
+        ahead = time.time() - self._clock() / S
+        return [Held(ahead + s.end / S, s.window / S, s.held) for s in self.monitor.past]
 
     def plan(self, dry_run: bool) -> dict[str, Any]:
         """See NodePort."""

@@ -49,6 +49,7 @@ from cotenant.serving.rest_admin import build_admin
 from cotenant.serving.rest_generate import Generation
 from cotenant.serving.rest_openai import OpenAI, is_openai
 from cotenant.serving.tensors import Limits
+from cotenant.serving.web.app import Web
 
 log = logging.getLogger("cotenant.serving")
 
@@ -75,7 +76,12 @@ class App:
     """The ASGI application. Build it with ``build_app``."""
 
     def __init__(
-        self, node: NodePort, intake: Intake, token: str | None, open_metrics: bool = False
+        self,
+        node: NodePort,
+        intake: Intake,
+        token: str | None,
+        open_metrics: bool = False,
+        web: Web | None = None,
     ) -> None:
         self._node = node
         self._limits = intake.limits
@@ -85,7 +91,8 @@ class App:
         self._open_paths = _OPEN_PATHS | {"/metrics"} if open_metrics else _OPEN_PATHS
         self._bodies = BodyReader(intake.limits, intake.budget)
         self._waiting = Overdue(_HANGUP_DELAY_S)
-        self._admin = build_admin(node, intake, self._bodies)
+        self._web = web
+        self._admin = build_admin(node, intake, self._bodies, web.routes() if web else ())
         self._openai = OpenAI(node, intake, self._bodies, self._token)
         generation = Generation(node, intake.limits)
         self._generation = {"/generate": generation.at_once, "/generate_stream": generation.stream}
@@ -102,6 +109,7 @@ class App:
         if (
             self._token is not None
             and path not in self._open_paths
+            and not (self._web is not None and self._web.owns(path))
             and not authorised(head.authorization, self._token)
         ):
             await respond_unread(
@@ -343,13 +351,19 @@ class App:
             watch.stop()
 
 
-def build_app(node: NodePort, intake: Intake, token: str | None, open_metrics: bool = False) -> App:
+def build_app(
+    node: NodePort,
+    intake: Intake,
+    token: str | None,
+    open_metrics: bool = False,
+    web: Web | None = None,
+) -> App:
     """The REST application over ``node``.
 
     ``token``: if set, every route but health needs it as a bearer token, and ``/metrics`` unless
-    there are ``open_metrics``.
+    there are ``open_metrics``. ``web``: pages for people, which see to who may have them.
     """
-    return App(node, intake, token, open_metrics)
+    return App(node, intake, token, open_metrics, web)
 
 
 def _is_long(head: Head, total: int) -> bool:

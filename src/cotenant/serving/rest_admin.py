@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -11,7 +11,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 
 from cotenant.domain.errors import CotenantError, InvalidRequest
 from cotenant.domain.port import ModelMeta, NodePort, Refused
@@ -59,8 +59,10 @@ class _IndexBody(msgspec.Struct):
     ready: bool | None = None
 
 
-def build_admin(node: NodePort, intake: Intake, bodies: BodyReader) -> Starlette:
-    """The Starlette application that holds every route but inference."""
+def build_admin(
+    node: NodePort, intake: Intake, bodies: BodyReader, more: Sequence[BaseRoute] = ()
+) -> Starlette:
+    """The Starlette application that holds every route but inference; ``more``: others' routes."""
     admin = _Admin(node, intake, bodies)
     model = "/v2/models/{model}"
     version = model + "/versions/{version}"
@@ -95,7 +97,7 @@ def build_admin(node: NodePort, intake: Intake, bodies: BodyReader) -> Starlette
             Route(prefix + "/infer", _infer_needs_post, methods=["GET", "PUT", "DELETE"]),
         ]
     return Starlette(
-        routes=routes,
+        routes=[*routes, *more],
         exception_handlers={
             CotenantError: _cotenant_error,
             BodyRefused: _body_refused,

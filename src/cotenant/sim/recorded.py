@@ -410,6 +410,20 @@ class Recording:
             jobs=jobs,
         )
 
+    def leave_out(self) -> dict[str, str]:
+        """Forget services that cannot be told again from this record; why, by name."""
+        executed = {x.service for x in self._executed}
+        why: dict[str, str] = {}
+        for name in self.services:
+            if any(request.prompt for request in self.arrivals.get(name, ())):
+                why[name] = "it answers in turns, which are not modelled from a journal"
+            elif name not in executed:
+                why[name] = "it executed nothing"
+        for name in why:
+            del self.services[name]
+            self.arrivals.pop(name, None)
+        return why
+
     def job_rate(self, job: str) -> float:
         """Mean progress per second that was noted; 0 if none was."""
         return statistics.mean(rate for *_, rate in self._rates[job]) if self._rates[job] else 0.0

@@ -204,6 +204,15 @@ class ServiceMeter:
         self._counted = self._rows
 
 
+class Span(NamedTuple):
+    """Who held what for ``window`` ns up to ``end`` (ns, monotonic): of each device, its units
+    that each workload (``service:x``, ``job:y``) had in the mean."""
+
+    end: int
+    window: int
+    held: dict[str, dict[str, float]]
+
+
 class PartitionMeter:
     """Busy time of one partition by workload (``service:x``, ``job:y``), in ns."""
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, Final
@@ -24,7 +25,7 @@ from cotenant.domain.workload import ORIGINAL, ServiceSpec, Share, share_on
 from cotenant.policy.forecast import Season
 from cotenant.policy.memory.budgets import gives
 from cotenant.policy.state import DispatcherState, Phase, ServiceState, Tenant, unfit
-from cotenant.telemetry.meters import JobMeter, PartitionMeter, ServiceMeter
+from cotenant.telemetry.meters import JobMeter, PartitionMeter, ServiceMeter, Span
 from cotenant.telemetry.turns import turns_of
 from cotenant.telemetry.variants import others_of
 
@@ -32,6 +33,9 @@ _WANT_OF_CAPACITY = (Refusal.OVERLOADED, Refusal.QUEUE_FULL)
 DAY: Final = 24 * 3600 * S
 SEASON_SLOTS: Final = 288
 """Slots of a season: five minutes of a day."""
+PAST: Final = 60 * S
+MOST_SPANS: Final = 600
+"""For how long (ns) it is kept who held what, and in how many pieces at most."""
 
 
 class _Talk:
@@ -96,6 +100,8 @@ class Monitor:
         self._granted: dict[tuple[str, str], int] = {}
         self._compute: dict[str, int] = {}
         self._last_tick = 0
+        self.past: deque[Span] = deque(maxlen=MOST_SPANS)
+        """Who held what in the last minute, a piece for each interval."""
         self._heard: dict[type, Callable[[int, Any], None]] = {
             e.Arrived: self._arrived,
             e.Planned: self._planned,
@@ -391,6 +397,19 @@ class Monitor:
             partition.last_window = {w: ns / window for w, ns in partition.window.items()}
             partition.window.clear()
         self._last_tick = now
+        self._keep(now, window)
+
+    def _keep(self, now: int, window: int) -> None:
+        """Note who held what in the interval that was closed, and forget what is old."""
+        held: dict[str, dict[str, float]] = {}
+        for name, partition in self.partitions.items():
+            units = self._compute.get(name, 1)
+            device = held.setdefault(partition.device, {})
+            for workload, share in partition.last_window.items():
+                device[workload] = device.get(workload, 0.0) + share * units
+        while self.past and now - self.past[0].end >= PAST:
+            self.past.popleft()
+        self.past.append(Span(now, window, held))
 
     def snapshot(
         self,

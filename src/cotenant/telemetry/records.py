@@ -38,6 +38,8 @@ FORMAT = 2
 SUFFIX = ".cotj"
 BLOCK = struct.Struct("<II")
 LENGTH = struct.Struct("<I")
+DETAILED_BYTES = 8 * 2**20
+"""How much of the newest segments ``recent`` gives whole; to explain that takes some 2 s."""
 MAX_BLOCK = 2**30
 """A block that claims more bytes is damage, not a block cut short."""
 
@@ -143,6 +145,35 @@ def read(
         # The node may delete its oldest segments while they are read.
         if segment.exists():
             yield from _read_segment(segment, tags)
+
+
+def recent(directory: Path, detailed_bytes: int = DETAILED_BYTES) -> Iterator[Entry]:
+    """The newest segments whole, at least so many bytes of them; of older ones only the plans.
+
+    Raises JournalError as ``read`` does.
+    """
+    found = segments(directory) if directory.is_dir() else []
+    if not found:
+        raise JournalError(
+            f"{directory}: no journal here; give its directory with --journal,"
+            " or the node's with --state-dir"
+        )
+    detailed, size = len(found), 0
+    while detailed > 0 and size < detailed_bytes:
+        detailed -= 1
+        size += _size_of(found[detailed])
+    for path in found[:detailed]:
+        if path.exists():  # the node may delete its oldest meanwhile
+            yield from read(path, kinds=(Header, PlanRecord, Gap))
+    for path in found[detailed:]:
+        yield from read(path)
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def segments(directory: Path) -> list[Path]:

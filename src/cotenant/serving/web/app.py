@@ -1,0 +1,317 @@
+"""The pages on the node's own HTTP port: routes of the application that is there.
+
+Pages come from the server whole and need no script. All that is sent says what a browser may do
+with it; nothing comes from another origin, and no token stands in a URL.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Final
+from urllib.parse import parse_qs
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from cotenant.domain.errors import CotenantError, InvalidRequest, NotFound, TooLarge
+from cotenant.domain.port import ModelMeta, NodePort
+from cotenant.serving.bodies import BodyReader, Receive, Scope, Send, parse_head
+from cotenant.serving.intake import Intake
+from cotenant.serving.refusals import HTTP_STATUS, as_refused, error_status
+from cotenant.serving.web import pages
+from cotenant.serving.web.files import MOUNT, Files
+from cotenant.serving.web.frame import REFRESH_S, Page, rendered
+from cotenant.serving.web.html import Html, join, tag
+from cotenant.serving.web.logtail import tail
+from cotenant.serving.web.look import Look, Row, look
+from cotenant.serving.web.session import FAILURES_S, Door, TooMany
+from cotenant.serving.web.stream import Stream
+from cotenant.serving.web.studied import Studied
+from cotenant.serving.web.studies import Studies, StudyFailed
+from cotenant.serving.web.trying import Tried, attempt
+
+log = logging.getLogger("cotenant.serving")
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+LOGIN: Final = "/dashboard/login"
+MOST_FORM_BYTES: Final = 2**20
+_FORM: Final = "application/x-www-form-urlencoded"
+
+HEADERS: Final = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+        "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    # With no-referrer browsers would send forms with the origin "null".
+    "referrer-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+    "cross-origin-resource-policy": "same-origin",
+}
+
+
+class Web:
+    """See the module's text. ``close`` it before the server stops: streams do not end by
+    themselves."""
+
+    def __init__(
+        self, node: NodePort, intake: Intake, token: str | None, host: str, studies: Studies
+    ) -> None:
+        self._node = node
+        self._intake = intake
+        self._bodies = BodyReader(intake.limits, intake.budget)
+        self._door = Door(token, host)
+        self._files = Files()
+        self._studied = Studied(studies)
+        self.stream = Stream(node)
+
+    @staticmethod
+    def owns(path: str) -> bool:
+        """Whether a path is a page's, which sees to who may have it by itself."""
+        return path in ("/", "/dashboard") or path.startswith("/dashboard/")
+
+    def routes(self) -> list[BaseRoute]:
+        """All of them."""
+        service, job = "/dashboard/services/{name}", "/dashboard/jobs/{job}"
+        inside = [
+            ("/", self._now, "GET"),
+            ("/dashboard", self._to_first, "GET"),
+            ("/dashboard/services", self._services, "GET"),
+            (service + "/try", self._try, "POST"),
+            (service, self._service, "GET"),
+            ("/dashboard/jobs", self._jobs, "GET"),
+            (job, self._job, "GET"),
+            ("/dashboard/decisions", self._decisions, "GET"),
+            ("/dashboard/what-if", self._what_if, "GET"),
+            ("/dashboard/what-if", self._compare, "POST"),
+            ("/dashboard/logout", self._logout, "POST"),
+        ]
+        return [
+            Route(LOGIN, self._guarded(self._login_form, inside=False)),
+            Route(LOGIN, self._guarded(self._login, inside=False), methods=["POST"]),
+            Route(MOUNT + "{name}", self._guarded(self._file, inside=False)),
+            Route("/dashboard/events", self._Events(self)),
+            *(Route(path, self._guarded(do), methods=[how]) for path, do, how in inside),
+            Route("/dashboard/{rest:path}", self._guarded(self._nothing)),
+        ]
+
+    async def close(self) -> None:
+        """End streams and studies."""
+        await self.stream.close()
+        await self._studied.close()
+
+    # --- who may have what ------------------------------------------------------------------
+
+    def _guarded(self, handler: Handler, inside: bool = True) -> Handler:
+        """A handler behind the door. ``inside``: for those only who are signed in."""
+
+        async def handle(request: Request) -> Response:
+            response = self._turned_away(request, inside)
+            if response is None:
+                try:
+                    response = await handler(request)
+                except CotenantError as error:
+                    response = self._failure(request, error)
+            for name, value in HEADERS.items():
+                response.headers[name] = value
+            response.headers.setdefault("cache-control", "no-store")
+            return response
+
+        return handle
+
+    def _turned_away(self, request: Request, inside: bool) -> Response | None:
+        why = self._door.wrong(request)
+        if why is not None:
+            return self._page(_plain("Not from here", why), 403)
+        if not inside or self._door.is_open_to(request):
+            return None
+        if request.method in ("GET", "HEAD"):
+            return RedirectResponse(LOGIN, 303)
+        return self._page(_plain("Signed out", "Sign in again, then send it again."), 401)
+
+    class _Events:
+        """The stream behind the same door. An application, so that it can send as it goes."""
+
+        def __init__(self, web: Web) -> None:
+            self._web = web
+
+        async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+            request, door = Request(scope), self._web._door
+            if request.method != "GET" or door.wrong(request):
+                await Response("not from here\n", 403)(scope, receive, send)
+            elif not door.is_open_to(request):
+                await Response("sign in\n", 401)(scope, receive, send)
+            else:
+                await self._web.stream.serve(receive, send)
+
+    async def _login_form(self, request: Request) -> Response:
+        if self._door.is_open_to(request):
+            return RedirectResponse("/", 303)
+        return self._page(_login_page(""))
+
+    async def _login(self, request: Request) -> Response:
+        form = await self._form(request)
+        response = RedirectResponse("/", 303)
+        try:
+            if self._door.sign_in(form.get("token", ""), response):
+                return response
+        except TooMany:
+            said = f"Too many wrong tokens. Try again in {FAILURES_S:.0f} seconds."
+            slow = self._page(_login_page(said), 429)
+            slow.headers["retry-after"] = f"{FAILURES_S:.0f}"
+            return slow
+        return self._page(_login_page("That is not the node's token."), 403)
+
+    async def _logout(self, request: Request) -> Response:
+        response = RedirectResponse(LOGIN, 303)
+        self._door.sign_out(request, response)
+        return response
+
+    # --- pages ------------------------------------------------------------------------------
+
+    async def _now(self, request: Request) -> Response:
+        return self._live(request, pages.now_page(look(self._node)))
+
+    async def _to_first(self, _: Request) -> Response:
+        return RedirectResponse("/", 303)
+
+    async def _services(self, request: Request) -> Response:
+        return self._live(request, pages.services_page(look(self._node)))
+
+    async def _service(self, request: Request) -> Response:
+        return self._live(request, self._about(request, None))
+
+    async def _try(self, request: Request) -> Response:
+        given = (await self._form(request)).get("input", "")
+        found = _named(look(self._node), "services", "name", request.path_params["name"])
+        tried = await attempt(self._node, self._intake, str(found["name"]), given)
+        if "application/json" in request.headers.get("accept", ""):
+            told = {"headline": tried.headline, "text": tried.text}
+            return Response(msgspec.json.encode(told), media_type="application/json")
+        return self._page(self._about(request, tried))
+
+    def _about(self, request: Request, tried: Tried | None) -> Page:
+        name: str = request.path_params["name"]
+        found = look(self._node)
+        service = _named(found, "services", "name", name)
+        versions = [entry for entry in self._node.index() if entry.name == name]
+        return pages.service_page(found, service, versions, self._meta(name), tried)
+
+    def _meta(self, name: str) -> ModelMeta | None:
+        try:
+            return self._node.metadata(name)
+        except CotenantError:
+            return None
+
+    async def _jobs(self, request: Request) -> Response:
+        return self._live(request, pages.jobs_page(look(self._node)))
+
+    async def _job(self, request: Request) -> Response:
+        found = look(self._node)
+        job = _named(found, "jobs", "id", request.path_params["job"])
+        log_text = await asyncio.to_thread(tail, self._node.job_log_path(str(job["id"])))
+        return self._live(request, pages.job_page(found, job, log_text))
+
+    async def _decisions(self, _: Request) -> Response:
+        return self._page(await self._studied.decisions(look(self._node)))
+
+    async def _what_if(self, _: Request) -> Response:
+        return self._page(self._studied.what_if(look(self._node)))
+
+    async def _compare(self, request: Request) -> Response:
+        form = await self._form(request)
+        try:
+            self._studied.compare(form.get("policy", ""), form.get("span", ""))
+        except StudyFailed as error:
+            return self._page(self._studied.what_if(look(self._node), str(error)), 400)
+        return RedirectResponse("/dashboard/what-if", 303)
+
+    async def _file(self, request: Request) -> Response:
+        found = self._files.get(request.path_params["name"])
+        if found is None:
+            raise NotFound("no such file; load the page again")
+        forever = {"cache-control": "public, max-age=31536000, immutable"}
+        return Response(found.body, headers=forever, media_type=found.media_type)
+
+    async def _nothing(self, _: Request) -> Response:
+        raise NotFound("there is no such page")
+
+    # --- answers ----------------------------------------------------------------------------
+
+    def _live(self, request: Request, page: Page) -> Response:
+        """A page that loads itself again if its URL says so."""
+        if request.query_params.get("refresh") == str(REFRESH_S):
+            page.refresh = REFRESH_S
+        return self._page(page)
+
+    def _page(self, page: Page, status: int = 200) -> Response:
+        body = rendered(page, self._files, signs_out=self._door.locked)
+        return Response(body, status, media_type="text/html")
+
+    def _failure(self, request: Request, error: CotenantError) -> Response:
+        refused = as_refused(error)
+        status = HTTP_STATUS[refused.refusal] if refused else error_status(error)
+        if status >= 500 and not refused:
+            log.error("%s failed inside the server", request.url.path, exc_info=error)
+        return self._page(_plain("Not found" if status == 404 else "Not done", str(error)), status)
+
+    async def _form(self, request: Request) -> dict[str, str]:
+        """The fields of a form; raises InvalidRequest, TooLarge."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != _FORM:
+            raise InvalidRequest(f"a form is sent as {_FORM}")
+        head = parse_head(request.scope["headers"])
+        if head.content_length > MOST_FORM_BYTES:
+            raise TooLarge(f"at most {MOST_FORM_BYTES} bytes are accepted in a form")
+        body, held = await self._bodies.read(request.receive, head, MOST_FORM_BYTES)
+        self._intake.budget.release(held)
+        try:
+            fields = parse_qs(body.decode(), keep_blank_values=True, max_num_fields=16)
+        except ValueError:
+            raise InvalidRequest("the form cannot be read") from None
+        return {name: values[0] for name, values in fields.items()}
+
+
+def _named(found: Look, kind: str, key: str, name: str) -> Row:
+    """A row of the status; raises NotFound."""
+    for row in found.rows(kind):
+        if row.get(key) == name:
+            return row
+    raise NotFound(f"there is no {name!r} among this node's {kind}")
+
+
+def _plain(title: str, text: str) -> Page:
+    """A page that only says something."""
+    return Page(title, "", join([tag("p", text), _home()]), 0, live=False)
+
+
+def _home() -> Html:
+    return tag("p", tag("a", "To the first page", href="/"))
+
+
+def _login_page(problem: str) -> Page:
+    form = tag(
+        "form",
+        tag("p", problem, class_="bad", role="alert") if problem else None,
+        # For password managers, which keep the token under a name.
+        tag("input", name="username", value="cotenant", autocomplete="username", hidden=True),
+        tag("label", "The node's token", for_="token"),
+        tag(
+            "input",
+            type="password",
+            id="token",
+            name="token",
+            autocomplete="current-password",
+            required=True,
+            autofocus=True,
+        ),
+        tag("p", tag("button", "Sign in")),
+        method="post",
+        action=LOGIN,
+    )
+    return Page("Sign in", "", form, 0, live=False)
