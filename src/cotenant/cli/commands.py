@@ -260,7 +260,7 @@ def add_commands(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]
 
     add("nodes", finding.cmd_nodes, "list the nodes that run on this machine", machine)
     add("status", cmd_status, "show what a node serves and runs", node, machine)
-    add_top(add("top", make_command(_recent), "watch partitions, services and jobs", node))
+    add_top(add("top", make_command(recent), "watch partitions, services and jobs", node))
     plan = add("plan", cmd_plan, "show who has which partition, and why", node, machine)
     plan.add_argument(
         "--dry-run",
