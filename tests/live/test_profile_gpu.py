@@ -21,11 +21,26 @@ pytest.importorskip("cuda.bindings.driver", exc_type=ImportError)
 
 ON_GPU = """
 import cotenant.engines.onnx_cuda as module
+from cuda.bindings import driver
 from tests.cuda_standin import OnCpu
+
+class InOrder(OnCpu):
+    '''What a stream does by itself: executions wait for the copies before them.'''
+
+    def InferenceSession(self, *given, **named):
+        made = super().InferenceSession(*given, **named)
+        execute = made.run_with_iobinding
+
+        def in_order(binding, options=None):
+            driver.cuCtxSynchronize()
+            execute(binding, options)
+
+        made.run_with_iobinding = in_order
+        return made
 
 class OnStandIn(module.OnnxCudaEngine):
     def __init__(self, path, units, target, **given):
-        super().__init__(path, units, target, runtime=OnCpu(), **given)
+        super().__init__(path, units, target, runtime=InOrder(), **given)
 
 module.OnnxCudaEngine = OnStandIn
 """
@@ -90,6 +105,7 @@ def test_a_whole_gpu_is_one_unit_and_its_memory_is_what_the_driver_says(
     found = bench.found
     assert (found.kind, found.engine, found.subsets) == ("cuda", "onnxruntime", False)
     assert found.device == h100().name
+    assert not found.unjoined, found.unjoined
     assert [(f.units, f.rows) for f in found.figures] == [(1, 1), (1, 2)]
     assert found.memory_peak == 3 << 30 > found.host_peak > 0
 

@@ -298,7 +298,7 @@ class Caller:
         try:
             self.device.refresh()
             facts = self.device.facts()
-        except Exception as error:
+        except BaseException as error:  # on a thread, so it is the device's, whatever it is
             why = self._said("refresh", error)
         self._post(self._looked, facts, why)
 
@@ -327,7 +327,7 @@ class Caller:
         """On a thread."""
         try:
             self.device.evict(job, size)
-        except Exception as error:
+        except BaseException as error:
             log.warning("not evicted", extra={"job": job, "why": self._said("evict", error)})
         self._post(self._evicting.discard, job)
 
