@@ -27,6 +27,8 @@ CANNOT = {
     "make demo": "makes an environment and takes minutes; tests/live/test_demo.py runs the demo",
     "make test": "is what runs this test",
     "pip install": "installs packages",
+    "cotenant demo": "takes a minute; tests/live/test_first_minutes.py and test_demo_llm.py run it",
+    "cotenant serve model.onnx": "needs a model of the reader's; test_first_minutes.py serves one",
     "kubectl": "needs a cluster; tests/unit/test_manifests.py checks what is applied",
     "helm": "needs a cluster; tests/unit/test_deploying.py renders the chart",
 }
