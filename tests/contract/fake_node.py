@@ -231,7 +231,7 @@ class FakeNode:
     async def checkpoint_job(self, ref: str, within_s: float) -> str:
         self.cancel_job(ref)
         await asyncio.sleep(min(within_s, 0.05))
-        return "/work/step-9"
+        return "/checkpoints/step-9"
 
     def job_log_path(self, ref: str) -> str:
         self.cancel_job(ref)

@@ -93,7 +93,7 @@ class StubNode:
 
     async def checkpoint_job(self, ref: str, within_s: float) -> str:
         self._ask("checkpoint", ref)
-        return "/work/step-9"
+        return "/checkpoints/step-9"
 
     def index(self) -> list[IndexEntry]:
         return [IndexEntry("digits", "2", "READY", ""), IndexEntry("other", "", "UNAVAILABLE", "")]
@@ -409,7 +409,7 @@ def test_logs_of_a_service_are_what_its_workers_print(
 
 def test_checkpoint_prints_where_it_is(node: StubNode, capsys: pytest.CaptureFixture[str]) -> None:
     assert cotenant("checkpoint", "train", "--timeout", "5s") == 0
-    assert capsys.readouterr().out == "/work/step-9\n"
+    assert capsys.readouterr().out == "/checkpoints/step-9\n"
     assert node.asked == [("checkpoint", "train")]
 
 

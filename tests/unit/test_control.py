@@ -68,7 +68,7 @@ def test_every_operation_reaches_the_node(tmp_path: Path) -> None:
         assert client.hold("j1") == "j1"
         assert client.resume("j1") == "j1"
         assert client.log_path("j1").endswith("log")
-        assert client.checkpoint("j1", 1.0) == "/work/step-9"
+        assert client.checkpoint("j1", 1.0) == "/checkpoints/step-9"
         assert [e.name for e in client.models()] == [e.name for e in node.index()]
         name = node.index()[0].name
         client.load(name)
