@@ -277,16 +277,16 @@ class Shim:
             heard = not all(proctree.ignores(pid, signal.SIGTERM) for pid in due)
             self._stopped = self._stopped or (runs and heard)
             proctree.send(due, signal.SIGTERM)
-            self._continue(now)
+            self._continue(now, self._tree())
         if now >= stop.ends and self._status is None:
             self._stopped = self._stopped or runs
             proctree.kill(self._tree)
             self._reap()
 
-    def _continue(self, now: float) -> None:
+    def _continue(self, now: float, pids: list[int]) -> None:
         """A stopped process acts on a signal only once it is continued. Children first: their
         parents then find them running."""
-        proctree.send(reversed(self._tree()), signal.SIGCONT)
+        proctree.send(reversed(pids), signal.SIGCONT)
         self._again_until = now + AGAIN_S
 
     def _reap(self) -> None:
@@ -336,8 +336,7 @@ class Shim:
             for thread in proctree.threads(family):
                 with contextlib.suppress(OSError):
                     os.sched_setaffinity(thread, self._cpus)
-            proctree.send(reversed(family), signal.SIGCONT)
-            self._continue(time.monotonic())
+            self._continue(time.monotonic(), family)
 
     def _adopted(self) -> dict[int, int]:
         """Processes from elsewhere that belong to the job, and when they started."""
