@@ -15,6 +15,7 @@ from cotenant.cli.doctor import add_doctor
 from cotenant.cli.initial import add_init
 from cotenant.cli.serve import add_serve
 from cotenant.cli.simulate.command import add_simulate
+from cotenant.cli.tokens import add_token
 from cotenant.domain.errors import CotenantError
 
 
@@ -45,6 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add_init(commands)
     add_doctor(commands)
     add_commands(commands)
+    add_token(commands)
     add_bench(commands)
     add_simulate(commands)
     add_demo(commands)

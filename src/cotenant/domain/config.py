@@ -13,6 +13,7 @@ import msgspec
 from cotenant.domain import reading, shares
 from cotenant.domain.device_config import DeviceConfig, closed_to_jobs, read_devices
 from cotenant.domain.errors import ConfigError
+from cotenant.domain.jobs_config import JobsApiConfig, read_jobs_api
 from cotenant.domain.units import MS, S, format_bytes
 from cotenant.domain.workload import (
     BatchSpec,
@@ -65,7 +66,7 @@ class NodeConfig(msgspec.Struct, frozen=True):
     bearer token clients must send; needed when an address is not loopback. With ``open_metrics``
     metrics can be read without it. ``name``: what it is found by on this machine; empty: that of
     the directory which ``state_dir`` is in. ``dashboard``: whether there are pages for people at
-    ``/``."""
+    ``/``. ``jobs_api``: jobs over HTTP; None: by the control socket alone."""
 
     state_dir: str
     models: str
@@ -83,6 +84,7 @@ class NodeConfig(msgspec.Struct, frozen=True):
     open_metrics: bool = False
     name: str = ""
     dashboard: bool = True
+    jobs_api: JobsApiConfig | None = None
 
 
 class CheckSettings(msgspec.Struct, frozen=True):
@@ -181,8 +183,14 @@ def parse_config(text: str) -> NodeConfig:
         open_metrics=node.take("open_metrics", reading.boolean, False),
         name=node.take("name", reading.optional(reading.name), None) or "",
         dashboard=node.take("dashboard", reading.boolean, True),
+        jobs_api=read_jobs_api(node.raw("jobs_api", None), node.at("jobs_api")),
     )
     node.done()
+    _check_addresses(config)
+    return config
+
+
+def _check_addresses(config: NodeConfig) -> None:
     for key, address in (("http", config.http), ("grpc", config.grpc)):
         if address and not is_loopback(address) and not config.token_file:
             raise ConfigError(
@@ -190,7 +198,13 @@ def parse_config(text: str) -> NodeConfig:
                 "with a bearer token, or use 127.0.0.1",
                 f"node.{key}",
             )
-    return config
+    jobs = config.jobs_api
+    if jobs and not jobs.certificate and not is_loopback(jobs.address):
+        raise ConfigError(
+            f"{jobs.address} can be reached from other machines, where tokens must not be read on "
+            "the way: set node.jobs_api.certificate and .key, or use 127.0.0.1",
+            "node.jobs_api.address",
+        )
 
 
 def parse_model_settings(text: str) -> ModelSettings:

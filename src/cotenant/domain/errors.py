@@ -3,6 +3,8 @@
     CotenantError                the root: catch this to catch all of ours
     ├── ConfigError          a file or option is wrong; names the key and what would be right
     ├── InvalidRequest       the client sent something a model cannot take
+    │   └── Conflict         what is there already under this id is something else
+    ├── Forbidden            the token is missing or unknown, or lacks a scope
     ├── NotFound             the model, version, job or region named does not exist
     ├── NotReady             what is named is being loaded; it can be had later
     ├── TooLarge             a stated limit on size or count is exceeded
@@ -36,6 +38,14 @@ class ConfigError(CotenantError):
 
 class InvalidRequest(CotenantError):
     """The client's request does not fit the model or the protocol."""
+
+
+class Conflict(InvalidRequest):
+    """Under the id that the client chose there is something else already."""
+
+
+class Forbidden(CotenantError):
+    """The client's token is missing or unknown, or lacks the scope for what it asked."""
 
 
 class NotFound(CotenantError):

@@ -305,7 +305,9 @@ class NodePort(Protocol):
         would take; changes nothing. JSON-ready."""
 
     def submit_job(self, spec: JobSpec) -> str:
-        """Queue a job durably; returns its id."""
+        """Queue a job durably; returns its id. The same again under the same id changes nothing.
+        Raises InvalidRequest, TooLarge, Conflict for another job under an id that is taken, and
+        NotFound for one that it is to come after."""
 
     def jobs(self) -> list[JobStatus]:
         """All jobs, oldest first."""

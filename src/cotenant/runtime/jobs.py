@@ -34,7 +34,13 @@ import msgspec
 
 from cotenant.devices import proctree
 from cotenant.domain.device import Launch
-from cotenant.domain.errors import DeviceError, EnvironmentProblem, InvalidRequest, NotReady
+from cotenant.domain.errors import (
+    Conflict,
+    DeviceError,
+    EnvironmentProblem,
+    InvalidRequest,
+    NotReady,
+)
 from cotenant.domain.port import JobStatus
 from cotenant.domain.reservation import Adopted
 from cotenant.domain.units import S
@@ -189,12 +195,18 @@ class JobSupervisor:
         """Queue a job and return its id; it is on the disk by then.
 
         An empty id is filled in, an empty name becomes the program's; a relative ``cwd`` is
-        taken from the daemon's own; ``after`` may have what ``resolve`` takes. Raises
-        ``InvalidRequest`` for a spec that cannot be run, ``NotFound`` for a job that it is to come
-        after, ``TooLarge`` if command and environment are too big, ``EnvironmentProblem``.
+        taken from the daemon's own; ``after`` may have what ``resolve`` takes. The same again, id
+        and all, changes nothing. Raises ``InvalidRequest`` for a spec that cannot be run,
+        ``Conflict`` for another under an id that is taken, ``NotFound`` for a job that it is to
+        come after, ``TooLarge`` if command and environment are too big, ``EnvironmentProblem``.
         """
         self._require_open()
         spec = checked(spec, self._ledger.records)
+        if (there := self._ledger.records.get(spec.id)) is not None:
+            after = tuple(map(self.resolve, spec.after))
+            if msgspec.structs.replace(spec, after=after) != there.spec:
+                raise Conflict(f"another job has the id {spec.id}; choose another, or leave it out")
+            return spec.id
         spec = msgspec.structs.replace(spec, after=tuple(map(self._followed, spec.after)))
         self._ledger.add(spec, time.time())
         log.info("job submitted", extra={"job": spec.id, "job_name": spec.name})

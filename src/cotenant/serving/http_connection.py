@@ -409,7 +409,8 @@ class Connection(HttpToolsProtocol):
         transport.writelines((head(status, (*defaults, *headers), False, body), body))
         self._stop_timer()
         self._discarded = 0
-        transport.write_eof()
+        if transport.can_write_eof():  # not over TLS: there the answer's length has to do
+            transport.write_eof()
         self.flow.resume_reading()
         self._timer = self.loop.call_later(LINGER_S, transport.abort)
 

@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn embedded in the node's running loop.
+"""The HTTP server: uvicorn embedded in the node's running loop, with TLS where it is asked for.
 
 What one connection may do is bounded in ``http_connection``, what all may have in ``http_crowd``,
 bodies in ``bodies``, and an answer that nobody acknowledges by TCP's own user time-out.
@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Generator
+import ssl
+from collections.abc import Callable, Generator
 from functools import partial
 
 import uvicorn
@@ -20,7 +21,7 @@ from cotenant.serving.bodies import Receive, Scope, Send, answer_unread, respond
 from cotenant.serving.http_answers import Application
 from cotenant.serving.http_connection import Connection
 from cotenant.serving.http_crowd import Crowd
-from cotenant.serving.listening import BACKLOG, bind
+from cotenant.serving.listening import BACKLOG, Listener, bind
 from cotenant.serving.refusals import AWAY, refusal_headers
 from cotenant.serving.rest_openai import is_openai
 from cotenant.serving.rest_openai import refusal as openai_refusal
@@ -30,13 +31,21 @@ class HttpFront:
     """Serves an application on one address.
 
     ``connections`` is the most that are open at one time (see ``http_crowd`` for who gives way);
-    where all are at work, one more is answered 503.
+    where all are at work, one more is answered 503. ``tls`` gives the context for each connection.
     """
 
-    def __init__(self, app: Application, host: str, port: int, connections: int = 4096) -> None:
+    def __init__(
+        self,
+        app: Application,
+        host: str,
+        port: int,
+        connections: int = 4096,
+        tls: Callable[[], ssl.SSLContext] | None = None,
+    ) -> None:
         self._app = app
         self._host = host
         self._port = port
+        self._tls = tls
         self.crowd = Crowd(connections)
         self._server: _Server | None = None
         self._task: asyncio.Task[None] | None = None
@@ -61,7 +70,7 @@ class HttpFront:
             server_header=False,
             backlog=BACKLOG,
         )
-        self._server = server = _Server(config)
+        self._server = server = _Server(config, self._tls)
         self._task = asyncio.create_task(server.serve(sockets=[sock]), name="cotenant-http")
         listening = asyncio.create_task(server.listening.wait())
         try:
@@ -95,15 +104,38 @@ class HttpFront:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn's server, which says when it listens and leaves the process's signals alone."""
+    """uvicorn's server, which says when it listens and leaves the process's signals alone. With
+    TLS our own ``Listener`` accepts for it: to uvicorn handshakes have no bounds of ours."""
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(
+        self, config: uvicorn.Config, tls: Callable[[], ssl.SSLContext] | None = None
+    ) -> None:
         super().__init__(config)
         self.listening = asyncio.Event()
+        self._tls = tls
+        self._listener: Listener | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
+        if self._tls is None:
+            await super().startup(sockets)
+        else:
+            await self.lifespan.startup()
+            (sock,) = sockets or ()
+            self.servers = []
+            self._listener = Listener(sock, self._connection, self._tls)
+            self.started = True
         self.listening.set()
+
+    def _connection(self) -> asyncio.Protocol:
+        make: Callable[..., asyncio.Protocol] = self.config.http_protocol_class
+        return make(
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+        )
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
