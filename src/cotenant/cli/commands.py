@@ -29,8 +29,8 @@ from cotenant.cli.stopping import add_stop, cmd_stop
 from cotenant.cli.submitting import directory, has_input, inherited
 from cotenant.cli.top.command import add_top, make_command
 from cotenant.cli.variants import add_variants, cmd_variants
-from cotenant.domain.errors import CotenantError, EnvironmentProblem, NotFound
-from cotenant.domain.port import JobStatus
+from cotenant.domain.errors import CotenantError, EnvironmentProblem
+from cotenant.domain.port import JobStatus, find_job
 from cotenant.domain.workload import JOB_ENDED, JobSpec, JobState
 from cotenant.serving.control_client import ControlClient
 from cotenant.sim.replay import replay
@@ -158,7 +158,7 @@ def cmd_release(args: argparse.Namespace) -> int:
 def _follow(client: ControlClient, ref: str, lines: int | None) -> JobStatus:
     """Copy a job's log to stdout until the job has ended; returns how it ended."""
     log = JobLog(Path(client.log_path(ref)))
-    job = _find(client, ref)
+    job = find_job(client.jobs(), ref)
     try:
         asked = time.monotonic()
         while True:
@@ -168,7 +168,7 @@ def _follow(client: ControlClient, ref: str, lines: int | None) -> JobStatus:
                 return job
             time.sleep(FOLLOW_S)
             if time.monotonic() - asked >= ASK_S:
-                job, asked = _find(client, job.id), time.monotonic()
+                job, asked = find_job(client.jobs(), job.id), time.monotonic()
     finally:
         log.close()
 
@@ -177,19 +177,6 @@ def _copy(log: JobLog, lines: int | None) -> None:
     for data in log.read(lines):
         sys.stdout.buffer.write(data)
     sys.stdout.buffer.flush()
-
-
-def _find(client: ControlClient, ref: str) -> JobStatus:
-    """The job that the node means by ``ref``: an id, the newest of a name, or a prefix."""
-    jobs = client.jobs()
-    for matches in (
-        [job for job in jobs if job.id == ref],
-        [job for job in jobs if job.name == ref],
-        [job for job in jobs if job.id.startswith(ref)],
-    ):
-        if matches:
-            return matches[-1]
-    raise NotFound(f"there is no job {ref!r} any more; `cotenant jobs` lists them")
 
 
 # --- journals ---------------------------------------------------------------------------------

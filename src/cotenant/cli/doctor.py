@@ -26,7 +26,7 @@ from rich.text import Text
 
 from cotenant.cli.output import as_json, command, show
 from cotenant.cli.views import plain
-from cotenant.cli.wiring import read_config, split_address
+from cotenant.cli.wiring import read_config
 from cotenant.devices import cpu, npu_look, processor, reclaim
 from cotenant.devices.features import GATE, Missing, Standing
 from cotenant.devices.npu_look import Npus
@@ -37,6 +37,7 @@ from cotenant.domain.config import NodeConfig, parse_config
 from cotenant.domain.device_config import CudaConfig, DeviceConfig, NpuConfig
 from cotenant.domain.errors import ConfigError
 from cotenant.domain.units import format_bytes
+from cotenant.serving.listening import split_address
 
 NEEDED: Final = (
     *("highspy", "hpack", "httptools", "msgspec", "numpy", "onnxruntime", "prometheus_client"),
@@ -250,7 +251,8 @@ def look(config: NodeConfig | None = None) -> list[Check]:
         ),
     ]
     plan = config or parse_config("{}")
-    for key, address in (("http", plan.http), ("grpc", plan.grpc)):
+    jobs = plan.jobs_api.address if plan.jobs_api else None
+    for key, address in (("http", plan.http), ("grpc", plan.grpc), ("jobs_api.address", jobs)):
         if address:
             checks.append(_as_usual(check_port(key, address, _listen(address)), config))
     checks.append(_check_disk(Path(plan.state_dir)))

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from cotenant import __version__
+from cotenant.cli.jobs_listener import STOP_GRACE_S, Sources, serve_jobs
 from cotenant.cli.studies import JournalStudies
 from cotenant.devices.base import Device
 from cotenant.devices.cpu import CpuDevice
@@ -30,17 +31,22 @@ from cotenant.domain.device_config import (
     NullConfig,
 )
 from cotenant.domain.errors import ConfigError, EnvironmentProblem
+from cotenant.domain.jobs_config import JobsApiConfig
 from cotenant.runtime import nodes
 from cotenant.runtime.node import Node
 from cotenant.serving.control import ControlServer
 from cotenant.serving.grpc_front import GrpcFront
 from cotenant.serving.http_front import HttpFront
 from cotenant.serving.intake import Intake
+from cotenant.serving.listening import split_address
 from cotenant.serving.rest import build_app
 from cotenant.serving.tensors import Limits
 from cotenant.serving.web.app import Web
+from cotenant.serving.web.session import Door
+from cotenant.serving.web.stream import Stream
+from cotenant.serving.web.studied import Studied
+from cotenant.serving.web.visitors import NodeKey
 
-STOP_GRACE_S = 10.0
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 
@@ -61,11 +67,20 @@ def read_config(path: Path) -> NodeConfig:
     base = path.absolute().parent
     return msgspec.structs.replace(
         config,
+        jobs_api=_based(base, config.jobs_api),
         state_dir=str(base / config.state_dir),
         models=str(base / config.models),
         token_file=str(base / config.token_file) if config.token_file else None,
         jobs=tuple(msgspec.structs.replace(job, cwd=str(base / job.cwd)) for job in config.jobs),
     )
+
+
+def _based(base: Path, jobs: JobsApiConfig | None) -> JobsApiConfig | None:
+    if jobs is None:
+        return None
+    given = {name: getattr(jobs, name) for name in ("tokens", "certificate", "key")}
+    files = {name: str(base / file) for name, file in given.items() if file}
+    return msgspec.structs.replace(jobs, **files)
 
 
 def make_device(config: DeviceConfig, state: Path) -> Device:
@@ -113,9 +128,11 @@ async def serve(config: NodeConfig, tell: Callable[[Node], None] | None = None) 
         control = ControlServer(node, Path(config.state_dir) / "control.sock", stop.set)
         await control.start()
         stack.push_async_callback(control.stop)
+        sources = _sources(config, node, stack)
         if config.http:
             host, port = split_address(config.http)
-            web = _dashboard(config, node, intake, token, stack)
+            door = Door(NodeKey(token) if token else None, host)
+            web = Web(node, intake, door, *sources) if sources else None
             app = build_app(node, intake, token, config.open_metrics, web)
             http = HttpFront(app, host, port)
             node.addresses["http"] = f"{host}:{await http.start()}"
@@ -127,6 +144,8 @@ async def serve(config: NodeConfig, tell: Callable[[Node], None] | None = None) 
             grpc = GrpcFront(node, intake, token, host, port)
             node.addresses["grpc"] = f"{host}:{await grpc.start()}"
             stack.push_async_callback(grpc.stop, STOP_GRACE_S)
+        if config.jobs_api:
+            await serve_jobs(config.jobs_api, node, intake, sources, stack)
         name = config.name or nodes.default_name(config.state_dir)
         http_address = node.addresses["http"]
         stack.enter_context(nodes.registered(name, config.state_dir, http_address, __version__))
@@ -145,17 +164,15 @@ async def serve(config: NodeConfig, tell: Callable[[Node], None] | None = None) 
             await asyncio.gather(starting, return_exceptions=True)
 
 
-def _dashboard(
-    config: NodeConfig, node: Node, intake: Intake, token: str | None, stack: AsyncExitStack
-) -> Web | None:
-    """The pages, if there are to be any."""
-    if not config.dashboard or not config.http:
+def _sources(config: NodeConfig, node: Node, stack: AsyncExitStack) -> Sources | None:
+    """What the pages show, if there are to be any."""
+    if not config.dashboard or not (config.http or config.jobs_api):
         return None
     journal = Path(config.state_dir) / "journal" if config.journal.enabled else None
     cores = {unit for spec in node.specs if spec.kind == "cpu" for unit in spec.units}
     studies = JournalStudies(journal, cores)
     stack.callback(studies.close)
-    return Web(node, intake, token, split_address(config.http)[0], studies)
+    return Stream(node), Studied(studies)
 
 
 def _tune_process() -> None:
@@ -188,12 +205,6 @@ def _announce(node: Node) -> None:
     for entry in node.index():
         if entry.state == "UNAVAILABLE" and entry.name in node.models.declared:
             print(f"cotenant: model {entry.name} is not served: {entry.reason}", flush=True)
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """Host and port of ``host:port`` (brackets around IPv6 addresses are removed)."""
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
 
 
 def _token(config: NodeConfig) -> str | None:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from cotenant.domain.errors import NotFound
 from cotenant.domain.request import Refusal
 from cotenant.domain.reservation import Answer, Reservation, ReservationStatus
 from cotenant.domain.workload import JobSpec, Share
@@ -169,6 +170,24 @@ class JobStatus(msgspec.Struct, frozen=True):
     """When it said so, in wall-clock seconds since 1970."""
     held: bool = False
     """Somebody keeps it from running."""
+
+
+def find_job(jobs: Sequence[JobStatus], ref: str) -> JobStatus:
+    """The job that an id, a name (its newest job) or a unique prefix of an id means, of ``jobs``,
+    oldest first. Raises NotFound."""
+    for matches in (
+        [job for job in jobs if job.id == ref],
+        [job for job in jobs if job.name == ref],
+    ):
+        if matches:
+            return matches[-1]
+    begun = [job for job in jobs if ref and job.id.startswith(ref)]
+    if len(begun) == 1:
+        return begun[0]
+    if begun:
+        several = ", ".join(job.id for job in begun[:5])
+        raise NotFound(f"{ref!r} is the beginning of several jobs: {several}")
+    raise NotFound(f"there is no job {ref[:128]!r}; `cotenant jobs` lists them")
 
 
 class Held(msgspec.Struct, frozen=True):

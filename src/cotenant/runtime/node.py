@@ -78,7 +78,7 @@ class Node:
     ) -> None:
         self.config = config
         self.fleet = Fleet(devices)
-        self.addresses: dict[str, str | None] = {"http": None, "grpc": None}
+        self.addresses: dict[str, str | None] = {"http": None, "grpc": None, "jobs": None}
         self._state_dir = Path(config.state_dir).absolute()
         self._clock = steady(clock)
         self.started = time.monotonic()

@@ -30,6 +30,7 @@ def node_status(node: Node) -> dict[str, Any]:
         "state_dir": node.config.state_dir,
         "http": node.addresses["http"],
         "grpc": node.addresses["grpc"],
+        "jobs_api": node.addresses["jobs"],
         "ready": node.is_ready(),
         "draining": node.requests.draining,
         "devices": [_device(node, spec) for spec in node.specs],

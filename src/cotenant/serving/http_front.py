@@ -120,9 +120,9 @@ class _Server(uvicorn.Server):
             await super().startup(sockets)
         else:
             await self.lifespan.startup()
-            (sock,) = sockets or ()
+            assert sockets is not None
             self.servers = []
-            self._listener = Listener(sock, self._connection, self._tls)
+            self._listener = Listener(sockets[0], self._connection, self._tls)
             self.started = True
         self.listening.set()
 

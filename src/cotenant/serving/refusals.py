@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from cotenant.domain.errors import (
+    Conflict,
     CotenantError,
     InvalidRequest,
     ModelError,
@@ -35,6 +36,7 @@ AWAY = 1 * S
 a node that stops, a model that is unloaded."""
 
 _ERROR_STATUS: tuple[tuple[type[CotenantError], int], ...] = (
+    (Conflict, 409),
     (InvalidRequest, 400),
     (NotFound, 404),
     (TooLarge, 413),

@@ -26,7 +26,6 @@ LOOK_EVERY_S: Final = 1.0
 MOST_BYTES: Final = 2**20
 
 
-
 def load(path: Path) -> tuple[Token, ...]:
     """The tokens in a file. Raises EnvironmentProblem if it cannot be read or others can write it,
     ConfigError if it is none."""

@@ -1,4 +1,4 @@
-"""The pages on the node's own HTTP port: routes of the application that is there.
+"""The pages on one of the node's HTTP ports: routes of the application that is there.
 
 Pages come from the server whole and need no script. All that is sent says what a browser may do
 with it; nothing comes from another origin, and no token stands in a URL.
@@ -10,29 +10,32 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Final
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, quote
 
 import msgspec
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
-from cotenant.domain.errors import CotenantError, InvalidRequest, NotFound, TooLarge
+from cotenant.domain.errors import CotenantError, Forbidden, InvalidRequest, NotFound, TooLarge
 from cotenant.domain.port import ModelMeta, NodePort
 from cotenant.serving.bodies import BodyReader, Receive, Scope, Send, parse_head
+from cotenant.serving.failures import FAILURES_S
 from cotenant.serving.intake import Intake
 from cotenant.serving.refusals import HTTP_STATUS, as_refused, error_status
 from cotenant.serving.web import pages
 from cotenant.serving.web.files import MOUNT, Files
 from cotenant.serving.web.frame import REFRESH_S, Page, rendered
 from cotenant.serving.web.html import Html, join, tag
+from cotenant.serving.web.jobpages import confirm_page, job_page, jobs_page
 from cotenant.serving.web.logtail import tail
 from cotenant.serving.web.look import Look, Row, look
-from cotenant.serving.web.session import FAILURES_S, Door, TooMany
+from cotenant.serving.web.session import Door, TooMany
 from cotenant.serving.web.stream import Stream
 from cotenant.serving.web.studied import Studied
-from cotenant.serving.web.studies import Studies, StudyFailed
+from cotenant.serving.web.studies import StudyFailed
 from cotenant.serving.web.trying import Tried, attempt
+from cotenant.serving.web.visitors import Visitor
 
 log = logging.getLogger("cotenant.serving")
 
@@ -56,19 +59,19 @@ HEADERS: Final = {
 
 
 class Web:
-    """See the module's text. ``close`` it before the server stops: streams do not end by
-    themselves."""
+    """See the module's text. ``stream`` and ``studied`` may be others' as well; they end by
+    themselves as little as what they serve, so ``close`` it before the server stops."""
 
     def __init__(
-        self, node: NodePort, intake: Intake, token: str | None, host: str, studies: Studies
+        self, node: NodePort, intake: Intake, door: Door, stream: Stream, studied: Studied
     ) -> None:
         self._node = node
         self._intake = intake
         self._bodies = BodyReader(intake.limits, intake.budget)
-        self._door = Door(token, host)
+        self._door = door
         self._files = Files()
-        self._studied = Studied(studies)
-        self.stream = Stream(node)
+        self._studied = studied
+        self.stream = stream
 
     @staticmethod
     def owns(path: str) -> bool:
@@ -86,6 +89,10 @@ class Web:
             (service, self._service, "GET"),
             ("/dashboard/jobs", self._jobs, "GET"),
             (job, self._job, "GET"),
+            (f"{job}/hold", self._order(self._node.hold_job), "POST"),
+            (f"{job}/resume", self._order(self._node.resume_job), "POST"),
+            (f"{job}/cancel", self._confirm, "GET"),
+            (f"{job}/cancel", self._order(self._node.cancel_job), "POST"),
             ("/dashboard/decisions", self._decisions, "GET"),
             ("/dashboard/what-if", self._what_if, "GET"),
             ("/dashboard/what-if", self._compare, "POST"),
@@ -128,7 +135,7 @@ class Web:
         why = self._door.wrong(request)
         if why is not None:
             return self._page(_plain("Not from here", why), 403)
-        if not inside or self._door.is_open_to(request):
+        if not inside or self._door.visitor(request) is not None:
             return None
         if request.method in ("GET", "HEAD"):
             return RedirectResponse(LOGIN, 303)
@@ -144,28 +151,40 @@ class Web:
             request, door = Request(scope), self._web._door
             if request.method != "GET" or door.wrong(request):
                 await Response("not from here\n", 403)(scope, receive, send)
-            elif not door.is_open_to(request):
+            elif door.visitor(request) is None:
                 await Response("sign in\n", 401)(scope, receive, send)
             else:
-                await self._web.stream.serve(receive, send)
+                await self._web.stream.serve(
+                    receive, send, lambda: door.visitor(request) is not None
+                )
+
+    def _visitor(self, request: Request) -> Visitor:
+        """Who asks for what is inside."""
+        visitor = self._door.visitor(request)
+        if visitor is None:  # since the door was passed
+            raise NotFound("you are signed out; sign in again")
+        return visitor
 
     async def _login_form(self, request: Request) -> Response:
-        if self._door.is_open_to(request):
+        if self._door.visitor(request) is not None:
             return RedirectResponse("/", 303)
-        return self._page(_login_page(""))
+        return self._page(self._login_page(""))
 
     async def _login(self, request: Request) -> Response:
         form = await self._form(request)
         response = RedirectResponse("/", 303)
         try:
-            if self._door.sign_in(form.get("token", ""), response):
+            if self._door.sign_in(form.get("token", ""), request, response):
                 return response
         except TooMany:
             said = f"Too many wrong tokens. Try again in {FAILURES_S:.0f} seconds."
-            slow = self._page(_login_page(said), 429)
+            slow = self._page(self._login_page(said), 429)
             slow.headers["retry-after"] = f"{FAILURES_S:.0f}"
             return slow
-        return self._page(_login_page("That is not the node's token."), 403)
+        return self._page(self._login_page("That token does not open these pages."), 403)
+
+    def _login_page(self, problem: str) -> Page:
+        return pages.login_page(LOGIN, self._door.label, problem)
 
     async def _logout(self, request: Request) -> Response:
         response = RedirectResponse(LOGIN, 303)
@@ -187,6 +206,8 @@ class Web:
         return self._live(request, self._about(request, None))
 
     async def _try(self, request: Request) -> Response:
+        if not self._visitor(request).infers:
+            raise InvalidRequest("models are asked at the node's own port")
         given = (await self._form(request)).get("input", "")
         found = _named(look(self._node), "services", "name", request.path_params["name"])
         tried = await attempt(self._node, self._intake, str(found["name"]), given)
@@ -200,7 +221,9 @@ class Web:
         found = look(self._node)
         service = _named(found, "services", "name", name)
         versions = [entry for entry in self._node.index() if entry.name == name]
-        return pages.service_page(found, service, versions, self._meta(name), tried)
+        form = pages.trying(name, self._meta(name), tried)
+        infers = self._visitor(request).infers
+        return pages.service_page(found, service, versions, form if infers else None)
 
     def _meta(self, name: str) -> ModelMeta | None:
         try:
@@ -209,13 +232,38 @@ class Web:
             return None
 
     async def _jobs(self, request: Request) -> Response:
-        return self._live(request, pages.jobs_page(look(self._node)))
+        return self._live(request, jobs_page(look(self._node), self._visitor(request).controls))
 
     async def _job(self, request: Request) -> Response:
         found = look(self._node)
         job = _named(found, "jobs", "id", request.path_params["job"])
         log_text = await asyncio.to_thread(tail, self._node.job_log_path(str(job["id"])))
-        return self._live(request, pages.job_page(found, job, log_text))
+        page = job_page(found, job, log_text, self._visitor(request).controls)
+        return self._live(request, page)
+
+    async def _confirm(self, request: Request) -> Response:
+        self._require_control(request)
+        job = _named(look(self._node), "jobs", "id", request.path_params["job"])
+        return self._page(confirm_page(job))
+
+    def _order(self, do: Callable[[str], str]) -> Handler:
+        """What a button does to a job, and then the job's page."""
+
+        async def handle(request: Request) -> Response:
+            visitor = self._require_control(request)
+            id = do(_named(look(self._node), "jobs", "id", request.path_params["job"])["id"])
+            what = request.url.path.rpartition("/")[2]
+            who = visitor.token.name if visitor.token else ""
+            log.info("%s by the dashboard", what, extra={"job": id, "token": who})
+            return RedirectResponse(f"/dashboard/jobs/{quote(id, safe='')}", 303)
+
+        return handle
+
+    def _require_control(self, request: Request) -> Visitor:
+        visitor = self._visitor(request)
+        if not visitor.controls:
+            raise Forbidden("jobs are held, resumed and cancelled by who has the scope control")
+        return visitor
 
     async def _decisions(self, _: Request) -> Response:
         return self._page(await self._studied.decisions(look(self._node)))
@@ -256,6 +304,8 @@ class Web:
     def _failure(self, request: Request, error: CotenantError) -> Response:
         refused = as_refused(error)
         status = HTTP_STATUS[refused.refusal] if refused else error_status(error)
+        if isinstance(error, Forbidden):
+            status = 403
         if status >= 500 and not refused:
             log.error("%s failed inside the server", request.url.path, exc_info=error)
         return self._page(_plain("Not found" if status == 404 else "Not done", str(error)), status)
@@ -292,26 +342,3 @@ def _plain(title: str, text: str) -> Page:
 
 def _home() -> Html:
     return tag("p", tag("a", "To the first page", href="/"))
-
-
-def _login_page(problem: str) -> Page:
-    form = tag(
-        "form",
-        tag("p", problem, class_="bad", role="alert") if problem else None,
-        # For password managers, which keep the token under a name.
-        tag("input", name="username", value="cotenant", autocomplete="username", hidden=True),
-        tag("label", "The node's token", for_="token"),
-        tag(
-            "input",
-            type="password",
-            id="token",
-            name="token",
-            autocomplete="current-password",
-            required=True,
-            autofocus=True,
-        ),
-        tag("p", tag("button", "Sign in")),
-        method="post",
-        action=LOGIN,
-    )
-    return Page("Sign in", "", form, 0, live=False)

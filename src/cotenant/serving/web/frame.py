@@ -132,9 +132,9 @@ def table(caption: str, heads: Sequence[str], rows: Iterable[Html], empty: str =
     return tag("div", inner, class_="wide", role="region", aria_label=caption, tabindex="0")
 
 
-def part(name: str, *content: Content) -> Html:
-    """What is fetched again when other cells are there."""
-    return tag("div", *content, data_part=name)
+def part(name: str, *content: Content, every_s: int = 0) -> Html:
+    """What is fetched again when other cells are there; and each ``every_s`` seconds, unless 0."""
+    return tag("div", *content, data_part=name, data_every=every_s or None)
 
 
 def chart(kind: str, of: str, caption: str, **more: str | int | float) -> Html:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from typing import Final
+
+from cotenant.serving.joblogs import opened
 
 MOST_BYTES: Final = 16 * 1024
 _TERMINAL: Final = re.compile(
@@ -30,18 +31,10 @@ def readable(text: str) -> str:
 
 
 def _end_of(path: str, most: int) -> bytes:
-    # A job can put what it likes where its log is: no links, and nothing that blocks.
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
-    try:
-        fd = os.open(path, flags)
-    except OSError:
-        return b""
-    try:
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode):
+    with opened(path) as fd:
+        if fd < 0:
             return b""
-        return os.pread(fd, most, max(0, found.st_size - most))
-    except OSError:
-        return b""
-    finally:
-        os.close(fd)
+        try:
+            return os.pread(fd, most, max(0, os.fstat(fd).st_size - most))
+        except OSError:
+            return b""

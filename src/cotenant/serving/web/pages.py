@@ -1,4 +1,4 @@
-"""The pages of this moment: who holds what, services, jobs."""
+"""The pages of this moment: who holds what, and services."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from cotenant.serving.web.frame import (
 )
 from cotenant.serving.web.html import Content, Html, join, tag
 from cotenant.serving.web.look import Look, Row, name_of, refusals
-from cotenant.serving.web.shown import known, number, percent, size
+from cotenant.serving.web.shown import known, number, size
 from cotenant.serving.web.trying import Tried
 
 MOST_PREFILLED = 512
@@ -155,10 +155,9 @@ def service_page(
     found: Look,
     service: Row,
     versions: Sequence[IndexEntry],
-    meta: ModelMeta | None,
-    tried: Tried | None,
+    trial: Html | None,
 ) -> Page:
-    """One service: its chart, refusals, versions and variants, and a form to try it."""
+    """One service: its chart, refusals, versions and variants, and ``trial``, a form to try it."""
     name = str(service["name"])
     key, objective = f"service/{name}", service.get("objective_ms")
     shown = facts(
@@ -187,7 +186,7 @@ def service_page(
             chart("rate", of, f"Requests a second to {name}"),
             part(f"service/{name}", _refused(name, service), _versions(name, versions)),
             _accuracy(service),
-            _try(name, meta, tried),
+            trial,
         ]
     )
     return Page(f"Service {name}", "Services", content, shape=found.shape)
@@ -214,7 +213,8 @@ def _accuracy(service: Row) -> Html | None:
     return table("Accuracy on its check data", ("What", "Found"), rows)
 
 
-def _try(name: str, meta: ModelMeta | None, tried: Tried | None) -> Html:
+def trying(name: str, meta: ModelMeta | None, tried: Tried | None) -> Html:
+    """A form to send a request to a model, and what came of the last."""
     if meta is None:
         return tag("section", tag("h2", "Try it"), tag("p", "No version is loaded now."))
     shapes = [
@@ -266,65 +266,25 @@ def example(meta: ModelMeta) -> str:
     return '{"inputs": [\n ' + ",\n ".join(shown) + "\n]}"
 
 
-def jobs_page(found: Look) -> Page:
-    """All jobs, oldest first."""
-    heads = (
-        *("Job", "State", "On", "Progress", "Progress/s", "Granted", "Pauses", "Restarts"),
-        *("Reported", "Note"),
+def login_page(action: str, label: str, problem: str) -> Page:
+    """The form that asks for a token."""
+    form = tag(
+        "form",
+        tag("p", problem, class_="bad", role="alert") if problem else None,
+        # For password managers, which keep the token under a name.
+        tag("input", name="username", value="cotenant", autocomplete="username", hidden=True),
+        tag("label", label, for_="token"),
+        tag(
+            "input",
+            type="password",
+            id="token",
+            name="token",
+            autocomplete="current-password",
+            required=True,
+            autofocus=True,
+        ),
+        tag("p", tag("button", "Sign in")),
+        method="post",
+        action=action,
     )
-    rows = []
-    for job in found.rows("jobs"):
-        key = f"job/{job['id']}"
-        rows.append(
-            row(
-                link("jobs", str(job["id"]), str(job.get("name") or job["id"])),
-                *(cell(found, f"{key}/{k}") for k in ("state", "on")),
-                *(
-                    cell(found, f"{key}/{k}", class_="n")
-                    for k in ("progress", "rate", "held", "pauses", "restarts")
-                ),
-                *(cell(found, f"{key}/{k}") for k in ("metrics", "note")),
-            )
-        )
-    older = f"{found.left_out:,} older jobs that ended are left out; see cotenant jobs."
-    body = part(
-        "jobs",
-        table("Jobs, oldest first", heads, rows, "This node has no jobs."),
-        tag("p", older, class_="quiet") if found.left_out else None,
-    )
-    return Page("Jobs", "Jobs", body, shape=found.shape)
-
-
-def job_page(found: Look, job: Row, log: str) -> Page:
-    """One job: how far it is, and the end of its log."""
-    name, key = str(job.get("name") or job["id"]), f"job/{job['id']}"
-    guaranteed = job.get("guaranteed")
-    shown = facts(
-        ("Id", str(job["id"])),
-        ("State", kept(found, f"{key}/state")),
-        ("Progress", kept(found, f"{key}/progress")),
-        ("Progress/s", kept(found, f"{key}/rate")),
-        ("Reported", kept(found, f"{key}/metrics")),
-        ("On", kept(found, f"{key}/on")),
-        ("Granted", kept(found, f"{key}/held")),
-        ("Pauses", kept(found, f"{key}/pauses")),
-        ("Restarts", kept(found, f"{key}/restarts")),
-        ("Weight", number(job.get("weight"))),
-        ("Guaranteed", percent(guaranteed) if isinstance(guaranteed, float) else known(guaranteed)),
-        ("Note", kept(found, f"{key}/note")),
-    )
-    text = log or "Nothing was written yet."
-    content = join(
-        [
-            shown,
-            chart("progress", f"job:{job['id']}", f"Progress of {name} a second"),
-            tag("h2", "End of its log", id="log"),
-            tag(
-                "div",
-                tag("pre", text, class_="log", tabindex="0", role="region", aria_labelledby="log"),
-                data_part="log",
-                data_every="3",
-            ),
-        ]
-    )
-    return Page(f"Job {name}", "Jobs", content, shape=found.shape)
+    return Page("Sign in", "", form, 0, live=False)

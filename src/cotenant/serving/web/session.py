@@ -1,53 +1,68 @@
-"""Who may see the pages: signed in where the node has a token, and never from another site.
+"""Who may see the pages: signed in where there are tokens, and never from another site.
 
-A browser shows the token once, in the body of a form, and gets a cookie with a random number that
-means nothing elsewhere. Numbers live in memory: a node that starts again knows none of them.
+A browser shows a token once, in the body of a form, and gets a cookie with a random number that
+means nothing elsewhere. Numbers live in memory: a node that starts again knows none of them. One
+counts as long as its token does, and under the host alone that it was made for.
 """
 
 from __future__ import annotations
 
-import hmac
 import secrets
 import time
-from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from cotenant.domain.config import is_loopback
-from cotenant.serving.intake import authorised
+from cotenant.serving.failures import Failures
+from cotenant.serving.web.visitors import Keys, Visitor
 
 LASTS_S: Final = 12 * 3600.0
 MOST_SESSIONS: Final = 64
-MOST_FAILURES: Final = 10
-FAILURES_S: Final = 60.0
 
 
 class TooMany(Exception):
     """Too many wrong tokens; nobody can sign in for a while."""
 
 
+class _Session(NamedTuple):
+    visitor: Visitor
+    host: str
+    until: float
+
+
 class Door:
-    """See the module's text. ``host``: the address that the node was told to listen on."""
+    """See the module's text. ``keys`` None: nobody has to sign in. ``host``: the address that the
+    node was told to listen on; ``tls``: whether it is asked over TLS."""
 
     def __init__(
-        self, token: str | None, host: str, clock: Callable[[], float] = time.monotonic
+        self,
+        keys: Keys | None,
+        host: str,
+        tls: bool = False,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._token = token.encode() if token else None
+        self._keys = keys
         self._host = host.strip("[]").lower()
+        self._tls = tls
         self._clock = clock
-        self._sessions: dict[str, float] = {}
-        self._failures: deque[float] = deque(maxlen=MOST_FAILURES)
+        self._sessions: dict[str, _Session] = {}
+        self._failures = Failures(clock)
         # Cookies do not know ports: nodes beside this one have other names for theirs.
         self._cookie = f"cotenant-{secrets.token_hex(4)}"
 
     @property
     def locked(self) -> bool:
         """Whether one has to sign in."""
-        return self._token is not None
+        return self._keys is not None
+
+    @property
+    def label(self) -> str:
+        """What the form asks for."""
+        return self._keys.label if self._keys else ""
 
     def wrong(self, request: Request) -> str | None:
         """Why a request is not answered at all, if it may come from a page of another site."""
@@ -59,7 +74,9 @@ class Door:
             )
         origin = request.headers.get("origin")
         reads = request.method in ("GET", "HEAD")
-        if (origin is None and not reads) or (origin is not None and not _same(origin, host)):
+        if (origin is None and not reads) or (
+            origin is not None and not _same(origin, host, self._tls)
+        ):
             return "this request comes from a page of another site"
         site = request.headers.get("sec-fetch-site", "none")
         visits = reads and request.headers.get("sec-fetch-mode") == "navigate"
@@ -75,48 +92,61 @@ class Door:
         bare = f"[{name}]:0" if ":" in name else f"{name}:0"
         return bool(name) and (name == self._host or (is_loopback(bare) and _is_address(name)))
 
-    def is_open_to(self, request: Request) -> bool:
-        """Whether who asks may see the pages."""
-        if self._token is None:
-            return True
-        given = request.headers.get("authorization", "").encode("latin-1")
-        if given and authorised(given, self._token):
-            return True
-        until = self._sessions.get(request.cookies.get(self._cookie, ""), 0.0)
-        return self._clock() < until
+    def visitor(self, request: Request) -> Visitor | None:
+        """Who asks; None for who may not see the pages."""
+        if self._keys is None:
+            return Visitor()
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer" and (found := self._keys.visitor(given.strip())):
+            return found
+        number = request.cookies.get(self._cookie, "")
+        session = self._sessions.get(number)
+        if session is None or session.host != request.headers.get("host", ""):
+            return None
+        now = self._keys.again(session.visitor) if self._clock() < session.until else None
+        if now is None:
+            del self._sessions[number]
+        return now
 
-    def sign_in(self, given: str, response: Response) -> bool:
+    def sign_in(self, given: str, request: Request, response: Response) -> bool:
         """Whether a token is right; then the response carries a session. Raises TooMany."""
-        now = self._clock()
-        full = len(self._failures) == MOST_FAILURES
-        if full and now - self._failures[0] < FAILURES_S:
+        if self._failures.too_many:
             raise TooMany
-        if self._token is None or not hmac.compare_digest(given.strip().encode(), self._token):
-            self._failures.append(now)
+        visitor = self._keys.visitor(given.strip()) if self._keys else None
+        if visitor is None:
+            self._failures.note()
             return False
-        session = secrets.token_urlsafe(32)
-        self._sessions = {s: until for s, until in self._sessions.items() if now < until}
+        now, number = self._clock(), secrets.token_urlsafe(32)
+        self._sessions = {s: one for s, one in self._sessions.items() if now < one.until}
         while len(self._sessions) >= MOST_SESSIONS:
             del self._sessions[next(iter(self._sessions))]
-        self._sessions[session] = now + LASTS_S
+        host = request.headers.get("host", "")
+        self._sessions[number] = _Session(visitor, host, now + LASTS_S)
         response.set_cookie(
-            self._cookie, session, max_age=int(LASTS_S), httponly=True, samesite="strict"
+            self._cookie,
+            number,
+            max_age=int(LASTS_S),
+            secure=self._tls,
+            httponly=True,
+            samesite="strict",
         )
         return True
 
     def sign_out(self, request: Request, response: Response) -> None:
         """End a session."""
         self._sessions.pop(request.cookies.get(self._cookie, ""), None)
-        response.delete_cookie(self._cookie, httponly=True, samesite="strict")
+        response.delete_cookie(self._cookie, secure=self._tls, httponly=True, samesite="strict")
 
 
-def _same(origin: str, host: str) -> bool:
-    """Whether an origin is the host that was asked; a proxy may have taken TLS off."""
+def _same(origin: str, host: str, tls: bool) -> bool:
+    """Whether an origin is the host that was asked; without ``tls`` a proxy may have taken it
+    off."""
     try:
         parts = urlsplit(origin)
     except ValueError:
         return False
-    return parts.scheme in ("http", "https") and parts.netloc.lower() == host.lower()
+    schemes = ("https",) if tls else ("http", "https")
+    return parts.scheme in schemes and parts.netloc.lower() == host.lower()
 
 
 def _is_address(name: str) -> bool:

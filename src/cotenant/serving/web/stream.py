@@ -11,6 +11,7 @@ import contextlib
 import logging
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
@@ -47,8 +48,8 @@ class Stream:
         self._points: deque[tuple[float, dict[str, list[float | None]]]] = deque(maxlen=POINTS)
         self._closed = False
 
-    async def serve(self, receive: Receive, send: Send) -> None:
-        """Answer with events until the client goes."""
+    async def serve(self, receive: Receive, send: Send, still: Callable[[], bool]) -> None:
+        """Answer with events until the client goes, or may ``still`` see them no more."""
         if self._closed or len(self._viewers) >= MOST_VIEWERS:
             said = b"as many look at this node as may at a time; close another page\n"
             await respond(send, 503, said, [(b"content-type", b"text/plain; charset=utf-8")])
@@ -57,13 +58,15 @@ class Stream:
         self._viewers.add(queue)
         try:
             async with HangupWatch(receive):
-                await self._tell(queue, send)
+                await self._tell(queue, send, still)
         except (Hangup, TimeoutError):
             pass  # gone, or too slow
         finally:
             self._leave(queue)
 
-    async def _tell(self, queue: asyncio.Queue[bytes | None], send: Send) -> None:
+    async def _tell(
+        self, queue: asyncio.Queue[bytes | None], send: Send, still: Callable[[], bool]
+    ) -> None:
         headers = [
             (b"content-type", b"text/event-stream; charset=utf-8"),
             (b"cache-control", b"no-store"),
@@ -75,7 +78,7 @@ class Stream:
         queue.put_nowait(self._everything())
         if self._beat is None:
             self._beat = asyncio.create_task(self._go_on(), name="cotenant-dashboard")
-        while (event := await queue.get()) is not None:
+        while (event := await queue.get()) is not None and still():
             async with asyncio.timeout(self._send_s):
                 await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b""})

@@ -1,0 +1,54 @@
+"""A job's log for those who wait for more of it: a request is answered when there is some."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Final
+
+from cotenant.domain.port import JobStatus, NodePort, find_job
+from cotenant.domain.workload import JOB_ENDED
+from cotenant.serving import joblogs
+from cotenant.serving.joblogs import Piece
+
+MOST_WAIT_S: Final = 30.0
+MOST_WAITING: Final = 64
+"""Requests that wait at one time; further ones are answered at once."""
+POLL_S: Final = 0.25
+_ENDED = frozenset(state.value for state in JOB_ENDED)
+
+
+class Following:
+    """See the module's text. ``close`` lets all that wait be answered."""
+
+    def __init__(self, node: NodePort) -> None:
+        self._node = node
+        self._closing = asyncio.Event()
+        self._waiting = 0
+
+    async def piece(self, ref: str, place: str, wait_s: float) -> tuple[Piece, JobStatus]:
+        """What of a job's log comes after a place, and how the job stood just before: there is no
+        more of one that had ended by then and gave nothing. Raises NotFound, InvalidRequest."""
+        path = self._node.job_log_path(ref)
+        end = time.monotonic() + (wait_s if self._waiting < MOST_WAITING else 0.0)
+        self._waiting += 1
+        try:
+            while True:
+                job = find_job(self._node.jobs(), ref)
+                piece = await asyncio.to_thread(joblogs.read, path, place)
+                left = end - time.monotonic()
+                if piece.data or piece.gap or job.state in _ENDED or left <= 0:
+                    return piece, job
+                if self._closing.is_set():
+                    return piece, job
+                try:
+                    async with asyncio.timeout(min(POLL_S, left)):
+                        await self._closing.wait()
+                except TimeoutError:
+                    pass
+        finally:
+            self._waiting -= 1
+
+    def close(self) -> None:
+        """Nobody waits any longer."""
+        self._closing.set()

@@ -1,0 +1,92 @@
+"""Unpacks an archive that somebody brought, as a process of its own:
+
+    python -m cotenant.serving.jobs_api.unpack ARCHIVE DIRECTORY MOST_BYTES MOST_MEMBERS
+
+It gives way to everything else, and its memory and processor time end: headers of a few bytes may
+ask for much. Where the archive is refused it writes why, in one line, and exits with 3. What it has
+unpacked by then stays for its caller to remove.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import resource
+import sys
+import tarfile
+import zlib
+from typing import Final
+
+MEMORY_BYTES: Final = 2**29
+CPU_S: Final = 600
+REFUSED: Final = 3
+"""Exit code for an archive that is refused."""
+_REFUSED = (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, RecursionError)
+
+
+class Refused(Exception):
+    """What is wrong with an archive, in words for who sent it."""
+
+
+class _Bounded:
+    """What gzip makes of a file, up to so many bytes."""
+
+    def __init__(self, file: gzip.GzipFile, most: int) -> None:
+        self._file = file
+        self._left = most
+
+    def read(self, size: int) -> bytes:
+        data = self._file.read(size)
+        self._left -= len(data)
+        if self._left < 0:
+            raise Refused("it unpacks to more than the node accepts")
+        return data
+
+
+def unpack(archive: str, directory: str, most_bytes: int, most_members: int) -> None:
+    """Unpack a ``.tar.gz`` below a directory; raises Refused."""
+    if not hasattr(tarfile, "data_filter"):
+        raise Refused("the node's Python has no filters for archives; it needs 3.11.4 or newer")
+    try:
+        with gzip.open(archive) as packed:
+            # Headers and padding count as well: a member has about a block of 512 bytes each.
+            stream = _Bounded(packed, most_bytes + 4096 * most_members)
+            with tarfile.open(fileobj=stream, mode="r|") as members:  # type: ignore[call-overload]
+                _extract(members, directory, most_bytes, most_members)
+    except _REFUSED as error:
+        why = str(error) or type(error).__name__
+        raise Refused(f"it cannot be unpacked: {why}") from None
+
+
+def _extract(members: tarfile.TarFile, directory: str, most_bytes: int, most_members: int) -> None:
+    size = 0
+    for count, member in enumerate(members, 1):
+        size += member.size
+        if count > most_members:
+            raise Refused(f"it has more than {most_members} members")
+        if size > most_bytes:
+            raise Refused(f"it unpacks to more than {most_bytes} bytes")
+        members.extract(member, directory, filter="data")
+        members.members.clear()  # type: ignore[attr-defined]  # else it keeps all of them
+
+
+def main() -> int:
+    """See the module's text."""
+    archive, directory, most_bytes, most_members = sys.argv[1:]
+    os.nice(19)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        unpack(archive, directory, int(most_bytes), int(most_members))
+    except Refused as error:
+        print(error)
+        return REFUSED
+    except MemoryError:
+        print("its headers ask for more memory than there is for them")
+        return REFUSED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
