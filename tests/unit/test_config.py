@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from cotenant.domain.config import is_loopback, parse_config, parse_model_settings
+from cotenant.domain.address import is_loopback
+from cotenant.domain.config import parse_config, parse_model_settings
 from cotenant.domain.device import PreemptLevel
 from cotenant.domain.device_config import CpuConfig, CudaConfig, NullConfig
 from cotenant.domain.errors import ConfigError

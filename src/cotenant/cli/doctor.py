@@ -33,11 +33,11 @@ from cotenant.devices.npu_look import Npus
 from cotenant.devices.nvidia.facts import Cause, Found, Gpu
 from cotenant.devices.nvidia.survey import survey
 from cotenant.devices.processor import ProcessorFacts
+from cotenant.domain.address import split_address
 from cotenant.domain.config import NodeConfig, parse_config
 from cotenant.domain.device_config import CudaConfig, DeviceConfig, NpuConfig
 from cotenant.domain.errors import ConfigError
 from cotenant.domain.units import format_bytes
-from cotenant.serving.listening import split_address
 
 NEEDED: Final = (
     *("highspy", "hpack", "httptools", "msgspec", "numpy", "onnxruntime", "prometheus_client"),

@@ -39,12 +39,18 @@ def client(args: argparse.Namespace, timeout: float = 10.0) -> ControlClient:
 
 def state_dir(args: argparse.Namespace) -> Path:
     """The state directory of that node."""
-    if args.state_dir:
-        return Path(args.state_dir)
-    if args.node:
-        return _named(args.node)
-    if given := os.environ.get("COTENANT_STATE_DIR"):
+    return directory(args.state_dir, args.node)
+
+
+def directory(given: str | None, name: str | None) -> Path:
+    """The state directory of a node: the one given, of the node so called, or of the only one.
+    Raises NotFound, EnvironmentProblem, InvalidRequest."""
+    if given:
         return Path(given)
+    if name:
+        return _named(name)
+    if usual := os.environ.get("COTENANT_STATE_DIR"):
+        return Path(usual)
     if answers(HERE / SOCKET):
         return HERE
     found = nodes.running()

@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Final, TypeVar
 
+from cotenant.domain.address import split_address
 from cotenant.domain.errors import CotenantError, EnvironmentProblem
 from cotenant.domain.jobs_config import JobsApiConfig
 from cotenant.runtime.jobspec import minimal
@@ -17,7 +18,6 @@ from cotenant.serving.intake import Intake
 from cotenant.serving.jobs_api.app import JobsApp
 from cotenant.serving.jobs_api.submitting import Submitting
 from cotenant.serving.jobs_api.uploads import Uploads
-from cotenant.serving.listening import split_address
 from cotenant.serving.tls import Certificate
 from cotenant.serving.tokenfile import Keyring
 from cotenant.serving.web.app import Web

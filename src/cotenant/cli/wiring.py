@@ -21,6 +21,7 @@ from cotenant.devices.cpu import CpuDevice
 from cotenant.devices.npu import NpuDevice
 from cotenant.devices.null import NullDevice
 from cotenant.devices.nvidia.device import CudaDevice
+from cotenant.domain.address import split_address
 from cotenant.domain.config import NodeConfig, parse_config
 from cotenant.domain.device import PreemptLevel
 from cotenant.domain.device_config import (
@@ -38,7 +39,6 @@ from cotenant.serving.control import ControlServer
 from cotenant.serving.grpc_front import GrpcFront
 from cotenant.serving.http_front import HttpFront
 from cotenant.serving.intake import Intake
-from cotenant.serving.listening import split_address
 from cotenant.serving.rest import build_app
 from cotenant.serving.tensors import Limits
 from cotenant.serving.web.app import Web

@@ -11,6 +11,7 @@ from typing import Any, Final
 import msgspec
 
 from cotenant.domain import reading, shares
+from cotenant.domain.address import is_loopback
 from cotenant.domain.device_config import DeviceConfig, closed_to_jobs, read_devices
 from cotenant.domain.errors import ConfigError
 from cotenant.domain.jobs_config import JobsApiConfig, read_jobs_api
@@ -228,12 +229,6 @@ def parse_model_settings(text: str) -> ModelSettings:
     )
     root.done()
     return settings
-
-
-def is_loopback(address: str) -> bool:
-    """Whether ``host:port`` can be reached from this machine alone."""
-    host = address.rpartition(":")[0].strip("[]")
-    return host in ("localhost", "::1") or host.startswith("127.")
 
 
 # --- sections -------------------------------------------------------------------------------

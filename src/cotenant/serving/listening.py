@@ -24,12 +24,6 @@ UNREAD_S = 60
 """Seconds after which a client that takes up nothing of its answers is given up."""
 
 
-def split_address(address: str) -> tuple[str, int]:
-    """Host and port of ``host:port`` (brackets around IPv6 addresses are removed)."""
-    host, _, port = address.rpartition(":")
-    return host.strip("[]"), int(port)
-
-
 def bind(host: str, port: int, what: str) -> socket.socket:
     """A bound TCP socket; ``what`` is to be served on it. Raises EnvironmentProblem."""
     try:

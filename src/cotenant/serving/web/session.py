@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from starlette.requests import Request
 from starlette.responses import Response
 
-from cotenant.domain.config import is_loopback
+from cotenant.domain.address import is_loopback
 from cotenant.serving.failures import Failures
 from cotenant.serving.web.visitors import Keys, Visitor
 
@@ -90,7 +90,7 @@ class Door:
         except ValueError:
             return False
         bare = f"[{name}]:0" if ":" in name else f"{name}:0"
-        return bool(name) and (name == self._host or (is_loopback(bare) and _is_address(name)))
+        return bool(name) and (name == self._host or is_loopback(bare))
 
     def visitor(self, request: Request) -> Visitor | None:
         """Who asks; None for who may not see the pages."""
@@ -147,8 +147,3 @@ def _same(origin: str, host: str, tls: bool) -> bool:
         return False
     schemes = ("https",) if tls else ("http", "https")
     return parts.scheme in schemes and parts.netloc.lower() == host.lower()
-
-
-def _is_address(name: str) -> bool:
-    """Of loopback, a name that no name server can be asked for: ``127.evil.example`` is none."""
-    return name in ("localhost", "::1") or all(part.isdigit() for part in name.split("."))
