@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from cotenant import __version__
-from cotenant.cli import finding, options
+from cotenant.cli import away, finding, options
 from cotenant.cli.devices import KINDS, cmd_devices
 from cotenant.cli.infer import add_infer, cmd_infer
 from cotenant.cli.joblog import JobLog
@@ -23,15 +23,15 @@ from cotenant.cli.models import add_models, cmd_models
 from cotenant.cli.optimize import add_optimize, cmd_optimize
 from cotenant.cli.output import Command, as_json, command, note, show
 from cotenant.cli.profile import add_profile, cmd_profile
-from cotenant.cli.running import add_checkpoint, add_limits, cmd_checkpoint, exit_code, limits
+from cotenant.cli.running import add_checkpoint, add_limits, cmd_checkpoint, limits, told_end
 from cotenant.cli.servicelog import service_log, show_service_log
 from cotenant.cli.stopping import add_stop, cmd_stop
 from cotenant.cli.submitting import directory, has_input, inherited
 from cotenant.cli.top.command import add_top, make_command
 from cotenant.cli.variants import add_variants, cmd_variants
-from cotenant.domain.errors import CotenantError, EnvironmentProblem
+from cotenant.domain.errors import CotenantError, EnvironmentProblem, InvalidRequest
 from cotenant.domain.port import JobStatus, find_job
-from cotenant.domain.workload import JOB_ENDED, JobSpec, JobState
+from cotenant.domain.workload import JOB_ENDED, JobSpec
 from cotenant.serving.control_client import ControlClient
 from cotenant.sim.replay import replay
 from cotenant.telemetry.explain import explain
@@ -51,7 +51,7 @@ def cmd_status(args: argparse.Namespace) -> int:
     """``cotenant status``: the node in short."""
     from cotenant.cli.views import status_view
 
-    status = _client(args).status()
+    status = finding.jobs_client(args).status()
     return as_json(status) if args.json else show(status_view(status))
 
 
@@ -69,7 +69,7 @@ def cmd_jobs(args: argparse.Namespace) -> int:
     """``cotenant jobs``: all jobs, oldest first."""
     from cotenant.cli.views import jobs_view
 
-    jobs = [msgspec.to_builtins(job) for job in _client(args).jobs()]
+    jobs = [msgspec.to_builtins(job) for job in finding.jobs_client(args).jobs()]
     return as_json(jobs) if args.json else show(jobs_view(jobs))
 
 
@@ -79,6 +79,10 @@ def cmd_jobs(args: argparse.Namespace) -> int:
 @command
 def cmd_run(args: argparse.Namespace) -> int:
     """``cotenant run``: submit a job; with ``--follow`` show its log until it has ended."""
+    if finding.is_remote(args):
+        return away.run(args)
+    if args.files:
+        raise InvalidRequest("--files is for a node elsewhere; here a job runs in --cwd")
     env, left_out = inherited()
     spec = JobSpec(
         id="",
@@ -113,14 +117,14 @@ def cmd_run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         note(f"job {job} goes on; stop it with: cotenant cancel {job}")
         return 0
-    if ended.reason or ended.state != JobState.SUCCEEDED.value:
-        note(f"job {job} {ended.state}" + (f": {ended.reason}" if ended.reason else ""))
-    return exit_code(ended)
+    return told_end(ended)
 
 
 @command
 def cmd_logs(args: argparse.Namespace) -> int:
     """``cotenant logs``: a job's output, with ``-f`` until it has ended; or a service's."""
+    if finding.is_remote(args):
+        return away.logs(args)
     client = _client(args)
     if path := service_log(client, args.job):
         return show_service_log(args, path)
@@ -137,21 +141,21 @@ def cmd_logs(args: argparse.Namespace) -> int:
 @command
 def cmd_cancel(args: argparse.Namespace) -> int:
     """``cotenant cancel``: end a job for good."""
-    print(f"cancelled {_client(args).cancel(args.job)}")
+    print(f"cancelled {finding.jobs_client(args).cancel(args.job)}")
     return 0
 
 
 @command
 def cmd_hold(args: argparse.Namespace) -> int:
     """``cotenant hold``: keep a job from running."""
-    print(f"held {_client(args).hold(args.job)}")
+    print(f"held {finding.jobs_client(args).hold(args.job)}")
     return 0
 
 
 @command
 def cmd_release(args: argparse.Namespace) -> int:
     """``cotenant release``: let a held job run again."""
-    print(f"released {_client(args).resume(args.job)}")
+    print(f"released {finding.jobs_client(args).resume(args.job)}")
     return 0
 
 
@@ -319,5 +323,8 @@ def _add_run(run: argparse.ArgumentParser) -> None:
     run.add_argument("--env", type=options.variable, action="append", default=[], metavar="K=V",
                      help="a variable to add to this environment, or to change")  # fmt: skip
     run.add_argument("--cwd", default=".", metavar="D", help="default: this directory")
+    run.add_argument("--files", type=Path, metavar="D",
+                     help="with the address of a jobs API: a directory that is copied there, for "
+                          "the job to run in")  # fmt: skip
     run.add_argument("--follow", action="store_true", help="show its output until it ends")
     run.add_argument("command", nargs="+", metavar="COMMAND", help="after --")

@@ -1,4 +1,5 @@
-"""Which node a command is for: the one that was named, else the only one that runs.
+"""Which node a command is for: the one that was named, else the only one that runs. With an address
+as its name it is asked over its jobs API, which some commands can.
 
 In order: ``--state-dir``, ``--node``, ``$COTENANT_STATE_DIR``, ``./cotenant-state`` if a node runs
 there, and the only node of those that ``runtime.nodes`` finds.
@@ -10,11 +11,15 @@ import argparse
 import os
 import socket
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cotenant.cli.output import as_json, command, show
 from cotenant.domain.errors import EnvironmentProblem, InvalidRequest, NotFound
 from cotenant.runtime import nodes
 from cotenant.serving.control_client import ControlClient
+
+if TYPE_CHECKING:
+    from cotenant.serving.jobs_client import JobsClient
 
 HERE = Path("cotenant-state")
 SOCKET = "control.sock"
@@ -29,12 +34,40 @@ def add_node(parser: argparse.ArgumentParser) -> None:
         help="the node's state directory (default: $COTENANT_STATE_DIR, else ./cotenant-state "
         "if a node runs there, else the only node that runs)",
     )
-    which.add_argument("--node", metavar="NAME", help="its name: cotenant nodes lists them")
+    which.add_argument(
+        "--node",
+        metavar="NAME",
+        help="its name: cotenant nodes lists them; for commands about jobs also the address of "
+        "its jobs API, https://box:8443, with $COTENANT_TOKEN and $COTENANT_CA",
+    )
 
 
 def client(args: argparse.Namespace, timeout: float = 10.0) -> ControlClient:
     """The node that the arguments mean; raises NotFound, EnvironmentProblem, InvalidRequest."""
+    if is_remote(args):
+        raise InvalidRequest(
+            "this command speaks to nodes on this machine alone; those that take the address of a "
+            "jobs API are status, jobs, run, logs, hold, release, cancel and checkpoint"
+        )
     return ControlClient(state_dir(args) / SOCKET, timeout)
+
+
+def is_remote(args: argparse.Namespace) -> bool:
+    """Whether the arguments give the address of a jobs API."""
+    return bool(args.node) and args.node.startswith(("http://", "https://"))
+
+
+def remote(args: argparse.Namespace) -> JobsClient:
+    """The node at that address; raises InvalidRequest, EnvironmentProblem."""
+    from cotenant.serving.jobs_client import JobsClient
+
+    token = os.environ.get("COTENANT_TOKEN", "")
+    return JobsClient(args.node, token, os.environ.get("COTENANT_CA"))
+
+
+def jobs_client(args: argparse.Namespace) -> ControlClient | JobsClient:
+    """The node that the arguments mean, for what both ways can; raises as ``client``."""
+    return remote(args) if is_remote(args) else client(args)
 
 
 def state_dir(args: argparse.Namespace) -> Path:

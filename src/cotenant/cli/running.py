@@ -7,7 +7,7 @@ import argparse
 from typing import Any
 
 from cotenant.cli import finding, options
-from cotenant.cli.output import command
+from cotenant.cli.output import command, note
 from cotenant.domain.errors import InvalidRequest
 from cotenant.domain.port import JobStatus
 from cotenant.domain.workload import JobState, RestartPolicy
@@ -55,11 +55,18 @@ def exit_code(job: JobStatus) -> int:
     return code if code > 0 else 128 - code
 
 
+def told_end(job: JobStatus) -> int:
+    """Say how a followed job ended, unless well; its exit code."""
+    if job.reason or job.state != JobState.SUCCEEDED.value:
+        note(f"job {job.id} {job.state}" + (f": {job.reason}" if job.reason else ""))
+    return exit_code(job)
+
+
 @command
 def cmd_checkpoint(args: argparse.Namespace) -> int:
     """``cotenant checkpoint``: prints the path that the job reports."""
     within_s = args.timeout / 1e9
-    print(finding.client(args).checkpoint(args.job, within_s))
+    print(finding.jobs_client(args).checkpoint(args.job, within_s))
     return 0
 
 

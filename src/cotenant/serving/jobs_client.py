@@ -163,7 +163,8 @@ class JobsClient:
             try:
                 answer = self._once(method, path, body, timeout or self._timeout)
             except (OSError, http.client.HTTPException) as error:
-                if count == tries or isinstance(error, ssl.SSLCertVerificationError):
+                lasting = isinstance(error, ssl.SSLError) and not isinstance(error, ssl.SSLEOFError)
+                if count == tries or lasting:
                     raise self._away(error) from None
             else:
                 if answer.status < 400 or answer.status not in (429, 503) or count == tries:
