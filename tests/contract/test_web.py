@@ -16,8 +16,11 @@ from cotenant.domain.port import Held, JobStatus
 from cotenant.serving.intake import Intake
 from cotenant.serving.web.app import HEADERS, Web
 from cotenant.serving.web.look import MOST_ENDED, look
+from cotenant.serving.web.session import Door
 from cotenant.serving.web.stream import MOST_VIEWERS, Stream
+from cotenant.serving.web.studied import Studied
 from cotenant.serving.web.studies import Comparison, Figures, StudyFailed, Told
+from cotenant.serving.web.visitors import NodeKey
 from cotenant.telemetry.explain import Explanation, Incident, PlanChange, RefusalGroup, SlowRequest
 from tests.contract.fake_node import FakeNode, eventually, serving
 from tests.markup import Document, check
@@ -117,12 +120,17 @@ class NoStudies(TellingStudies):
         raise StudyFailed(HOSTILE)
 
 
+def web(node: FakeNode, intake: Intake, token: str | None, studies: TellingStudies) -> Web:
+    door = Door(NodeKey(token) if token else None, "127.0.0.1")
+    return Web(node, intake, door, Stream(node), Studied(studies))
+
+
 def pages(node: FakeNode, intake: Intake, token: str | None) -> Web:
-    return Web(node, intake, token, "127.0.0.1", TellingStudies())
+    return web(node, intake, token, TellingStudies())
 
 
 def bare(node: FakeNode, intake: Intake, token: str | None) -> Web:
-    return Web(node, intake, token, "127.0.0.1", NoStudies())
+    return web(node, intake, token, NoStudies())
 
 
 class Client:
@@ -420,7 +428,7 @@ def test_who_does_not_take_up_what_is_sent_is_dropped() -> None:
             if sent > 2:
                 await asyncio.sleep(3600)
 
-        await asyncio.wait_for(stream.serve(receive, send), 20)
+        await asyncio.wait_for(stream.serve(receive, send, lambda: True), 20)
         await stream.close()
         return sent
 

@@ -11,11 +11,13 @@ from starlette.responses import Response
 
 from cotenant.cli.studies import POLICIES as OFFERED
 from cotenant.domain.port import ModelMeta, TensorMeta
+from cotenant.serving.failures import MOST_FAILURES
 from cotenant.serving.web.files import Files
 from cotenant.serving.web.html import Html, constant, join, tag
 from cotenant.serving.web.logtail import readable, tail
 from cotenant.serving.web.pages import example
-from cotenant.serving.web.session import LASTS_S, MOST_FAILURES, MOST_SESSIONS, Door, TooMany
+from cotenant.serving.web.session import LASTS_S, MOST_SESSIONS, Door, TooMany
+from cotenant.serving.web.visitors import NodeKey
 from cotenant.sim.policies import POLICIES
 
 TOKEN = "a token of twenty characters"
@@ -95,7 +97,7 @@ def test_without_a_token_no_other_name_is(host: str) -> None:
 
 
 def test_with_a_token_the_name_is_free() -> None:
-    assert Door(TOKEN, "0.0.0.0").wrong(request(host="box.example")) is None
+    assert Door(NodeKey(TOKEN), "0.0.0.0").wrong(request(host="box.example")) is None
 
 
 @pytest.mark.parametrize("origin", ["http://localhost:8000", "https://localhost:8000"])
@@ -116,62 +118,84 @@ def test_a_form_of_ones_own_page_is_taken(origin: str) -> None:
     ],
 )
 def test_a_form_of_another_page_is_not(headers: dict[str, str]) -> None:
-    assert Door(TOKEN, "127.0.0.1").wrong(request("POST", **headers))
+    assert Door(NodeKey(TOKEN), "127.0.0.1").wrong(request("POST", **headers))
 
 
 def test_another_site_may_link_here_and_do_nothing_else() -> None:
-    door = Door(TOKEN, "127.0.0.1")
+    door = Door(NodeKey(TOKEN), "127.0.0.1")
     link = {"sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate"}
     assert door.wrong(request(**link)) is None
     assert door.wrong(request(sec_fetch_site="cross-site", sec_fetch_mode="no-cors"))
     assert door.wrong(request(origin="http://evil.example"))
 
 
+def is_open(door: Door, asked: Request) -> bool:
+    return door.visitor(asked) is not None
+
+
+def test_a_form_over_tls_is_of_a_page_over_tls() -> None:
+    door = Door(NodeKey(TOKEN), "0.0.0.0", tls=True)
+    assert door.wrong(request("POST", origin="http://localhost:8000"))
+    assert door.wrong(request("POST", origin="https://localhost:8000")) is None
+
+
+def test_a_session_is_of_the_host_that_it_was_made_under() -> None:
+    door = Door(NodeKey(TOKEN), "0.0.0.0")
+    cookie = signed_in(door).partition(";")[0]
+    assert is_open(door, request(cookie=cookie))
+    assert not is_open(door, request(cookie=cookie, host="localhost:8001"))
+
+
+def test_a_cookie_over_tls_is_sent_over_tls_alone() -> None:
+    assert "secure" not in signed_in(Door(NodeKey(TOKEN), "0.0.0.0")).lower()
+    assert "secure" in signed_in(Door(NodeKey(TOKEN), "0.0.0.0", tls=True)).lower()
+
+
 def signed_in(door: Door) -> str:
     response = Response()
-    assert door.sign_in(TOKEN, response)
+    assert door.sign_in(TOKEN, request(), response)
     return response.headers["set-cookie"]
 
 
 def test_a_session_is_not_the_token_and_ends() -> None:
     now = 0.0
-    door = Door(TOKEN, "0.0.0.0", lambda: now)
-    assert not door.is_open_to(request())
+    door = Door(NodeKey(TOKEN), "0.0.0.0", clock=lambda: now)
+    assert not is_open(door, request())
     cookie = signed_in(door)
     assert "httponly" in cookie.lower() and "samesite=strict" in cookie.lower()
     assert TOKEN not in cookie
     name = cookie.partition(";")[0]
-    assert door.is_open_to(request(cookie=name))
-    assert not door.is_open_to(request(cookie=name + "x"))
+    assert is_open(door, request(cookie=name))
+    assert not is_open(door, request(cookie=name + "x"))
     door.sign_out(request(cookie=name), Response())
-    assert not door.is_open_to(request(cookie=name))
+    assert not is_open(door, request(cookie=name))
     late = signed_in(door).partition(";")[0]
     now = LASTS_S + 1
-    assert not door.is_open_to(request(cookie=late))
+    assert not is_open(door, request(cookie=late))
 
 
 def test_who_has_the_token_needs_no_session() -> None:
-    door = Door(TOKEN, "0.0.0.0")
-    assert door.is_open_to(request(authorization=f"Bearer {TOKEN}"))
-    assert not door.is_open_to(request(authorization="Bearer something else"))
+    door = Door(NodeKey(TOKEN), "0.0.0.0")
+    assert is_open(door, request(authorization=f"Bearer {TOKEN}"))
+    assert not is_open(door, request(authorization="Bearer something else"))
 
 
 def test_sessions_are_bounded() -> None:
-    door = Door(TOKEN, "0.0.0.0")
+    door = Door(NodeKey(TOKEN), "0.0.0.0")
     cookies = [signed_in(door).partition(";")[0] for _ in range(MOST_SESSIONS + 3)]
-    open_ones = [door.is_open_to(request(cookie=cookie)) for cookie in cookies]
+    open_ones = [is_open(door, request(cookie=cookie)) for cookie in cookies]
     assert open_ones == [False] * 3 + [True] * MOST_SESSIONS
 
 
 def test_tokens_are_not_guessed_in_a_row() -> None:
     now = 0.0
-    door = Door(TOKEN, "0.0.0.0", lambda: now)
+    door = Door(NodeKey(TOKEN), "0.0.0.0", clock=lambda: now)
     for guess in range(MOST_FAILURES):
-        assert not door.sign_in(str(guess), Response())
+        assert not door.sign_in(str(guess), request(), Response())
     with pytest.raises(TooMany):
-        door.sign_in(TOKEN, Response())
+        door.sign_in(TOKEN, request(), Response())
     now = 3600.0
-    assert door.sign_in(TOKEN, Response())
+    assert door.sign_in(TOKEN, request(), Response())
 
 
 # --- logs -------------------------------------------------------------------------------------
