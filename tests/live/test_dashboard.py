@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from cotenant.cli.main import main
+from tests.certificates import made
 from tests.markup import check
 
 if TYPE_CHECKING:
@@ -111,10 +113,10 @@ def chromium() -> Iterator[Any]:
 
 
 @contextmanager
-def opened(chromium: Any, box: Box, **context: Any) -> Iterator[Any]:
-    """A page of a fresh profile. Complaints on its console fail the test, and so does a request to
-    anybody but the node."""
-    base = f"http://127.0.0.1:{box.port}"
+def opened(chromium: Any, box: Box, base: str = "", **context: Any) -> Iterator[Any]:
+    """A page of a fresh profile, of the node's own port or of ``base``. Complaints on its console
+    fail the test, and so does a request to anybody but the node."""
+    base = base or f"http://127.0.0.1:{box.port}"
     complaints: list[str] = []
     asked: list[str] = []
     profile = chromium.new_context(
@@ -171,6 +173,76 @@ def test_a_node_with_a_token_lets_in_who_has_it(chromium: Any, boxes: Boxes) -> 
         page.wait_for_selector("#token")
         page.goto("/")
         assert page.url.endswith("/dashboard/login")
+
+
+def with_jobs_api(box: Box, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """Start a box with a jobs API over TLS; the tokens ``chief`` and ``reader``."""
+    made(box.directory)
+    tokens = {}
+    for name, scopes in (("chief", "read,control"), ("reader", "read")):
+        file = str(box.directory / "tokens.json")
+        assert main(["token", "add", name, "--scope", scopes, "--file", file]) == 0
+        tokens[name] = capsys.readouterr().out.strip()
+    files = {"tokens": "tokens.json", "certificate": "certificate.pem", "key": "key.pem"}
+    configured(box, jobs_api={"address": "127.0.0.1:0", **files}).start()
+    return tokens
+
+
+def sign_in(page: Any, token: str) -> None:
+    page.goto("/dashboard/jobs")
+    page.get_by_label("token").fill(token)
+    page.keyboard.press("Enter")
+    page.wait_for_selector("text=Device cpu")
+
+
+@pytest.mark.parametrize("scripts", [True, False], ids=["with scripts", "without"])
+def test_jobs_are_held_resumed_and_cancelled_by_who_may(
+    chromium: Any, boxes: Boxes, capsys: pytest.CaptureFixture[str], scripts: bool
+) -> None:
+    box = boxes()
+    tokens = with_jobs_api(box, capsys)
+    job = box.submit("sleep", "1000", name="<b>sleeper</b>")
+    box.until(lambda: box.job(job).state == "running")
+    profile = {"ignore_https_errors": True, "java_script_enabled": scripts}
+    with opened(chromium, box, box.status()["jobs_api"], **profile) as page:
+        sign_in(page, tokens["chief"])
+        page.goto("/dashboard/jobs")
+        SCREENS.mkdir(parents=True, exist_ok=True)
+        page.screenshot(path=SCREENS / "jobs-buttons.png", full_page=True)
+        page.get_by_role("button", name="Hold <b>sleeper</b>").click()
+        page.wait_for_url(f"**/dashboard/jobs/{job}")
+        box.until(lambda: box.job(job).state == "held")
+        page.get_by_role("button", name="Resume").click()
+        box.until(lambda: box.job(job).state == "running")
+        page.get_by_role("link", name="Cancel").click()
+        page.wait_for_selector("text=ends for good")
+        page.get_by_role("link", name="Leave it").click()
+        assert box.job(job).state == "running"
+        page.get_by_role("link", name="Cancel").click()
+        page.get_by_role("button", name="Cancel <b>sleeper</b>").click()
+        box.until(lambda: box.job(job).state == "cancelled")
+        page.goto(f"/dashboard/jobs/{job}")
+        assert page.get_by_role("button", name="Hold").count() == 0
+        if scripts:
+            assert page.evaluate("document.cookie") == ""
+            assert page.evaluate(CONTRAST) == []
+        assert all(tokens["chief"] not in text for text in (page.url, page.content()))
+
+
+def test_who_may_only_look_has_no_buttons_here_nor_at_the_own_port(
+    chromium: Any, boxes: Boxes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    box = boxes()
+    tokens = with_jobs_api(box, capsys)
+    with opened(chromium, box, box.status()["jobs_api"], ignore_https_errors=True) as page:
+        sign_in(page, tokens["reader"])
+        for name in ("jobs", "job"):
+            show(page, box, name)
+            assert page.get_by_role("button", name="Hold").count() == 0
+            assert page.get_by_role("link", name="Cancel").count() == 0
+    with opened(chromium, box) as page:
+        show(page, box, "jobs")
+        assert page.get_by_role("button", name="Hold").count() == 0
 
 
 def test_a_node_can_do_without(boxes: Boxes) -> None:
