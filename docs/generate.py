@@ -158,7 +158,7 @@ class Key(NamedTuple):
 
 MODEL = "model.yaml"
 _SECTIONS = {
-    "node": "services: []",
+    "node": "node: {jobs_api: {address: 127.0.0.1:1, tokens: FILE}}",
     "policy": "services: []",
     "services[]": "services: [{name: NAME, objective: {latency: 1s}, batch: {}}]",
     "jobs[]": "jobs: [{name: NAME, command: x}]",

@@ -10,6 +10,9 @@
     listening, overdue    sockets; one timer for many waits
     regions           clients' shared memory, used by both
     control           jobs and status for the command line, over a Unix socket
+    jobs_api          the same for those who are not on the box, over HTTP; tls, tokenfile, failures
+    jobs_client       and its client; packing
+    joblogs           a job's log from where one got to, for both
     refusals          which refusal and which error becomes which status
 
 They see the node only through ``cotenant.domain.port.NodePort`` and decide nothing.

@@ -1,7 +1,8 @@
 """The control API: jobs and status for the command line, over a Unix socket.
 
-Submitting a job is running code, so this never goes over a network. The socket's mode is 0600
-and the peer's uid is checked on every connection: the node's own user, or root.
+Submitting a job is running code, so this never goes over a network: for that there is
+``serving.jobs_api``, with tokens and TLS, which is off by default. The socket's mode is 0600 and
+the peer's uid is checked on every connection: the node's own user, or root.
 
 One request is one line of JSON, ``{"op": "status"}``; one answer is one line, ``{"ok": true,
 "result": ...}`` or ``{"ok": false, "kind": "NotFound", "error": "..."}``. A connection can
@@ -11,7 +12,8 @@ carry any number of them, in turn. An op that takes its time holds up its own co
     status                            what NodePort.status returns
     plan       dry_run (bool)         what NodePort.plan returns
     jobs                              list of JobStatus
-    submit     those of JobSpec       the new job's id; ``env`` is all of its environment
+    submit     those of JobSpec       the job's id; ``env`` is all of its environment. The same again
+                                      under one ``id`` changes nothing
     cancel     ref                    the job's id
     hold       ref                    the job's id
     resume     ref                    the job's id

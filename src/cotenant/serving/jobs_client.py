@@ -18,7 +18,7 @@ import msgspec
 
 from cotenant.domain import errors
 from cotenant.domain.address import is_loopback
-from cotenant.domain.errors import CotenantError, EnvironmentProblem, InvalidRequest
+from cotenant.domain.errors import CotenantError, EnvironmentProblem, InvalidRequest, NotReady
 from cotenant.domain.port import JobStatus
 from cotenant.domain.submission import Submission
 from cotenant.serving.joblogs import Piece
@@ -167,8 +167,11 @@ class JobsClient:
                 if count == tries or lasting:
                     raise self._away(error) from None
             else:
-                if answer.status < 400 or answer.status not in (429, 503) or count == tries:
+                try:
                     return self._accepted(answer)
+                except (NotReady, EnvironmentProblem):
+                    if answer.status not in (429, 503) or count == tries:
+                        raise
                 delay = _retry_after(answer.headers, delay)
             time.sleep(delay)
         raise AssertionError("the last try returns or raises")

@@ -21,7 +21,8 @@ MEMORY_BYTES: Final = 2**29
 CPU_S: Final = 600
 REFUSED: Final = 3
 """Exit code for an archive that is refused."""
-_REFUSED = (tarfile.TarError, zlib.error, EOFError, OSError, ValueError, RecursionError)
+_REFUSED = (tarfile.TarError, zlib.error, EOFError, LookupError, OSError, ValueError)
+"""What ``tarfile`` and ``gzip`` raise for what they cannot make sense of."""
 
 
 class Refused(Exception):
