@@ -22,7 +22,13 @@ import uvloop
 
 from cotenant.devices import proctree
 from cotenant.domain.device import Launch
-from cotenant.domain.errors import DeviceError, EnvironmentProblem, InvalidRequest, NotFound
+from cotenant.domain.errors import (
+    Conflict,
+    DeviceError,
+    EnvironmentProblem,
+    InvalidRequest,
+    NotFound,
+)
 from cotenant.domain.port import JobStatus
 from cotenant.domain.units import S
 from cotenant.domain.workload import JobSpec, RestartPolicy
@@ -845,6 +851,27 @@ def test_closing_stops_all_and_the_next_daemon_takes_them_up(tmp_path: Path) -> 
             await until(lambda: [n.status(id).state for id in ids] == taken_up)
             assert n.lines(held) == ["up"]
             assert all(n.status(id).restarts == 0 for id in ids)
+
+    run(main)
+
+
+def test_the_same_job_under_one_id_is_one_job_for_the_next_daemon_too(tmp_path: Path) -> None:
+    spec = JobSpec(
+        "mine", "", ("sh", "-c", "echo up >> $COTENANT_JOB_ID"), str(tmp_path), {"A": "1"}
+    )
+    other = JobSpec("mine", "", ("true",), str(tmp_path))
+
+    async def main() -> None:
+        async with node(tmp_path) as n:
+            assert n.jobs.submit(spec) == n.jobs.submit(spec) == "mine"
+            with pytest.raises(Conflict):
+                n.jobs.submit(other)
+            await until(lambda: n.status("mine").state == "succeeded")
+        async with node(tmp_path) as n:
+            assert n.jobs.submit(spec) == "mine"
+            with pytest.raises(Conflict):
+                n.jobs.submit(other)
+            assert n.lines("mine") == ["up"] and len(n.jobs.statuses()) == 1
 
     run(main)
 

@@ -224,6 +224,45 @@ def test_loopback_addresses_need_none(address: str) -> None:
     assert is_loopback(address)
 
 
+@pytest.mark.parametrize("address", ["127.evil.example:1", "box:1", "[::]:1", "0.0.0.0:1", ":1"])
+def test_names_that_others_may_answer_for_are_not_loopback(address: str) -> None:
+    assert not is_loopback(address)
+
+
+# --- jobs from elsewhere ----------------------------------------------------------------------
+
+
+def jobs_api(text: str) -> str:
+    return f"node: {{jobs_api: {{{text}}}}}"
+
+
+def test_jobs_are_not_submitted_from_elsewhere_unless_that_is_said() -> None:
+    assert parse_config("").jobs_api is None
+    found = parse_config(jobs_api("address: '127.0.0.1:1', tokens: t")).jobs_api
+    assert found is not None and found.certificate is None and found.upload > 0
+    tls = "address: '0.0.0.0:1', tokens: t, certificate: c, key: k, upload: 1MiB"
+    found = parse_config(jobs_api(tls)).jobs_api
+    assert found is not None and (found.certificate, found.key) == ("c", "k")
+    assert found.upload == 2**20
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("tokens: t", "address"),
+        ("address: '127.0.0.1:1'", "tokens"),
+        ("address: box, tokens: t", "address"),
+        ("address: '0.0.0.0:1', tokens: t", "address"),
+        ("address: '127.0.0.1:1', tokens: t, key: k", "certificate"),
+        ("address: '127.0.0.1:1', tokens: t, certificate: c", "key"),
+        ("address: '127.0.0.1:1', tokens: t, token: t", "token"),
+        ("address: '127.0.0.1:1', tokens: t, upload: much", "upload"),
+    ],
+)
+def test_what_the_jobs_api_lacks_is_named(text: str, key: str) -> None:
+    assert error(jobs_api(text)).path == f"node.jobs_api.{key}"
+
+
 @pytest.mark.parametrize("text", ["{", "a: b: c", "\t", "!!python/object:os.system {}"])
 def test_what_is_no_yaml_is_said_in_one_line(text: str) -> None:
     assert "\n" not in str(error(text))

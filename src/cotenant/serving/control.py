@@ -12,8 +12,8 @@ carry any number of them, in turn. An op that takes its time holds up its own co
     status                            what NodePort.status returns
     plan       dry_run (bool)         what NodePort.plan returns
     jobs                              list of JobStatus
-    submit     those of JobSpec       the job's id; ``env`` is all of its environment. The same again
-                                      under one ``id`` changes nothing
+    submit     those of JobSpec       the job's id; ``env`` is all of its environment. The same
+                                      again under one ``id`` changes nothing
     cancel     ref                    the job's id
     hold       ref                    the job's id
     resume     ref                    the job's id

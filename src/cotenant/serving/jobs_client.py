@@ -3,7 +3,6 @@ connection of its own, so one client serves several threads."""
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import secrets
 import ssl
@@ -18,7 +17,13 @@ import msgspec
 
 from cotenant.domain import errors
 from cotenant.domain.address import is_loopback
-from cotenant.domain.errors import CotenantError, EnvironmentProblem, InvalidRequest, NotReady
+from cotenant.domain.errors import (
+    CotenantError,
+    EnvironmentProblem,
+    InvalidRequest,
+    NotFound,
+    NotReady,
+)
 from cotenant.domain.port import JobStatus
 from cotenant.domain.submission import Submission
 from cotenant.serving.joblogs import Piece
@@ -133,11 +138,10 @@ class JobsClient:
         return str(self._decoded(answer, dict[str, str])["id"])
 
     def _upload(self, sha256: str, archive: IO[bytes]) -> None:
-        with contextlib.suppress(errors.NotFound):
+        try:
             self._ask("GET", f"files/{sha256}")
-            return
-        archive.seek(0)
-        self._ask("PUT", f"files/{sha256}", archive, timeout=UPLOAD_S)
+        except NotFound:
+            self._ask("PUT", f"files/{sha256}", archive, timeout=UPLOAD_S)
 
     def _get(self, path: str, kind: type[T]) -> T:
         return self._decoded(self._ask("GET", path), kind)
