@@ -300,6 +300,11 @@ def test_what_is_no_safe_address_is_refused(url: str) -> None:
         cotenant.Client(url, token="t")
 
 
+@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "http://localhost:1/", "http://[::1]:1"])
+def test_loopback_needs_no_tls(url: str) -> None:
+    cotenant.Client(url, token="t")
+
+
 @pytest.mark.parametrize("token", ["", "a\nb", "tökén"])
 def test_what_is_no_token_is_refused(token: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COTENANT_TOKEN", raising=False)

@@ -42,8 +42,8 @@ async def serve_jobs(
     sources: Sources | None,
     stack: AsyncExitStack,
 ) -> None:
-    """Serve the jobs API until the stack unwinds. Raises ConfigError and EnvironmentProblem for
-    files that cannot be used, and EnvironmentProblem for an address that is taken."""
+    """Serve the jobs API until the stack unwinds. Raises EnvironmentProblem for files that cannot
+    be used, and for an address that is taken."""
     keyring = _of_key("tokens", lambda: Keyring(Path(config.tokens)))
     tls = None
     if config.certificate and config.key:
@@ -57,8 +57,9 @@ async def serve_jobs(
     web = Web(node, intake, door, *sources) if sources else None
     app = JobsApp(node, intake, keyring, uploads, submitting, web)
     front = HttpFront(app, host, port, CONNECTIONS, tls)
-    at = f"{host}:{await front.start()}"
-    node.addresses["jobs"] = f"https://{at}" if tls else f"http://{at}"
+    port = await front.start()
+    scheme, named = "https" if tls else "http", f"[{host}]" if ":" in host else host
+    node.addresses["jobs"] = f"{scheme}://{named}:{port}"
     stack.push_async_callback(front.stop, STOP_GRACE_S)
     stack.callback(app.close)  # before its server: who waits is answered
     if web is not None:

@@ -248,7 +248,7 @@ def _parsed(url: str, ca: str | Path | None) -> tuple[str, ssl.SSLContext | None
     if wrong:
         raise InvalidRequest(f"{url!r} is no address such as https://box:8443")
     if parts.scheme == "http":
-        if not is_loopback(f"{parts.netloc.partition(':')[0]}:0"):
+        if not is_loopback(f"{parts.hostname}:0"):
             raise InvalidRequest(f"{url}: a token goes to another machine over https alone")
         return parts.netloc, None
     try:

@@ -24,7 +24,7 @@ def pack(directory: Path, into: IO[bytes]) -> str:
         raise InvalidRequest(f"{directory} is no directory; files names one")
     try:
         with (
-            gzip.GzipFile(fileobj=into, mode="wb", filename="", mtime=0) as packed,
+            gzip.GzipFile("", "wb", 6, into, mtime=0) as packed,
             tarfile.open(fileobj=packed, mode="w|", format=tarfile.PAX_FORMAT) as archive,
         ):
             _add(archive, directory, "")
