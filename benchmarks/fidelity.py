@@ -27,6 +27,7 @@ from cotenant.domain.units import MS, S
 from cotenant.policy.planstate import Tuning
 from cotenant.sim.policies import Scheduled, simulate
 from cotenant.sim.recorded import Recording
+from cotenant.telemetry.compiled import policy_is_compiled
 from cotenant.telemetry.records import read
 
 LEVELS = ("calibrated at", "predicted at")
@@ -95,7 +96,11 @@ def main() -> None:
     document = {
         "date": time.strftime("%Y-%m-%d"),
         "cotenant": __version__,
-        "machine": {"cores": os.cpu_count(), "python": platform.python_version()},
+        "machine": {
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+            "compiled": policy_is_compiled(),
+        },
         "options": {"loads": loads, "rounds": args.rounds, "seconds": args.seconds},
         "steal_s": steal_s() - stolen,
         "levels": [],

@@ -25,6 +25,7 @@ from cotenant.domain.snapshot import JobFacts, ServiceFacts, Snapshot
 from cotenant.domain.units import MS, S
 from cotenant.policy.dispatcher import Dispatcher
 from cotenant.policy.planner import Planner
+from cotenant.telemetry.compiled import policy_is_compiled
 
 EVENTS = 20_000
 EXEC_NS = 100_000
@@ -228,7 +229,11 @@ def main() -> None:
         low, high = min(values), max(values)
         print(f"{name:<32}{statistics.median(values):>8.2f}   [{low:.2f}-{high:.2f}]")
     if args.json:
-        machine = {"python": platform.python_version(), "kernel": platform.release()}
+        machine = {
+            "python": platform.python_version(),
+            "kernel": platform.release(),
+            "compiled": policy_is_compiled(),
+        }
         document = {"benchmark": "policy", "machine": machine, "samples": samples}
         args.json.write_text(json.dumps(document))
 

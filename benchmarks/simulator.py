@@ -22,6 +22,7 @@ from cotenant.domain.units import S
 from cotenant.policy.planner import Planner
 from cotenant.sim.scenario import parse_scenario, read_scenario
 from cotenant.sim.world import World
+from cotenant.telemetry.compiled import policy_is_compiled
 
 SCENARIOS = Path(__file__).parents[1] / "examples" / "scenarios"
 ONE_GPU = """
@@ -92,7 +93,8 @@ def main() -> None:
         medians = [statistics.median(f[key] for f in found) for key in keys]
         print(f"{name:<20}" + "".join(f"{median:>14,.1f}" for median in medians))
     if args.json:
-        args.json.write_text(json.dumps(samples, indent=1))
+        document = {"compiled": policy_is_compiled(), "samples": samples}
+        args.json.write_text(json.dumps(document, indent=1))
 
 
 if __name__ == "__main__":

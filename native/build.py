@@ -31,9 +31,14 @@ def why_not() -> str:
     """Why the shim cannot be built here; empty if it can."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return "the shim is for Linux on x86-64"
-    if shutil.which(compiler()[0]) is None:
+    if not has_compiler():
         return f"there is no C compiler ({compiler()[0]})"
     return ""
+
+
+def has_compiler() -> bool:
+    """Whether there is a C compiler."""
+    return shutil.which(compiler()[0]) is not None
 
 
 def compiler() -> list[str]:

@@ -51,7 +51,6 @@ def plot(document: Document, path: Path) -> None:
 _MEASURES = ("per_s", "p50_ms", "p99_ms", "server_cpu_ms", "elsewhere_cores")
 _COLOURS = {
     "cotenant": "tab:red",
-    "cotenant-compiled": "darkred",
     "bare": "tab:gray",
     "triton": "tab:green",
     "mlserver": "tab:blue",

@@ -1,6 +1,5 @@
 """Make one virtual environment per rival under ``.venvs``: ``python setup.py [--only NAME]``.
 
-``cotenant-compiled`` is no environment but a copy of this source as ``make compile`` leaves it.
 ``llama.cpp`` is made only if it is named: it is built from source for this processor, which takes a
 C++ compiler and a quarter of an hour on two cores.
 """
@@ -8,7 +7,6 @@ C++ compiler and a quarter of an hour on two cores.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -17,7 +15,6 @@ from pathlib import Path
 
 VENVS = Path(__file__).resolve().parent / ".venvs"
 ROOT = VENVS.parent.parent.parent
-COMPILED = "cotenant-compiled"
 ONNXRUNTIME = "onnxruntime==1.31.1"
 
 PACKAGES = {
@@ -43,7 +40,7 @@ BUILT = {"llama.cpp": ["llama-cpp-python==0.3.36"]}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--only", choices=(*PACKAGES, *BUILT, COMPILED), action="append", help="may be repeated"
+        "--only", choices=(*PACKAGES, *BUILT), action="append", help="may be repeated"
     )
     parser.add_argument(
         "--triton-python",
@@ -51,10 +48,8 @@ def main() -> None:
         help="Triton's stub is linked against the distribution's libpython: use its Python",
     )
     args = parser.parse_args()
-    for name in args.only or (*PACKAGES, COMPILED):
-        if name == COMPILED:
-            compile_cotenant(VENVS / COMPILED)
-        elif name in BUILT:
+    for name in args.only or PACKAGES:
+        if name in BUILT:
             build(name)
         else:
             make(name, args.triton_python if name == "triton" else sys.executable)
@@ -82,27 +77,6 @@ def build(name: str) -> None:
         env=os.environ | {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"},
         check=True,
     )
-
-
-def compile_cotenant(folder: Path) -> None:
-    """Copy the source and compile what ``make compile`` does, with this interpreter's mypyc."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if shutil.which("gcc") is None or importlib.util.find_spec("mypyc") is None:
-        print(f"{COMPILED} is left out: it needs gcc, and mypy in {sys.executable}")
-        return
-    shutil.copytree(
-        ROOT / "src", folder, ignore=shutil.ignore_patterns("*.so", "__pycache__", "*.egg-info")
-    )
-    modules = subprocess.check_output(
-        ["make", "--silent", "compiled-modules"], cwd=ROOT, text=True
-    ).split()
-    subprocess.run(
-        [sys.executable, "-m", "mypyc", *modules],
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        check=True,
-    )
-    shutil.rmtree(folder / "build")
 
 
 def assemble_triton_backend(venv: Path) -> None:

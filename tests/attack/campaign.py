@@ -33,6 +33,7 @@ MODULES = {
     "tests.attack.http1": "http",
     "tests.attack.http2": "grpc",
     "tests.attack.messages": "grpc",
+    "tests.attack.pages": "http",
 }
 """Modules of attacks, and which of a node's ports each is for. A module has ``ATTACKS``: name →
 function(port, seconds), which blocks, attacks one connection (and another when that is closed) and

@@ -26,6 +26,11 @@ QUICK = {
     "empty messages on a stream",
     "answers not taken up",
     "messages held back",
+    "pages, unread",
+    "crowds of viewers",
+    "studies",
+    "forms of nested lists",
+    "forms of many fields",
 }
 
 

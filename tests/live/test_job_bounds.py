@@ -12,7 +12,8 @@ import pytest
 from cotenant.domain.errors import InvalidRequest, NotFound, NotReady
 from cotenant.domain.units import S
 from cotenant.domain.workload import JobSpec, RestartPolicy
-from tests.live.test_jobs import FOREVER, SOURCE, node, run, until
+from tests.installed import SITE
+from tests.live.test_jobs import FOREVER, node, run, until
 
 SAVES = """
 import sys, threading, time, cotenant
@@ -32,7 +33,7 @@ for step in range(10**9):
 def saving(directory: Path, *arguments: str) -> JobSpec:
     (directory / "saves.py").write_text(SAVES)
     command = (sys.executable, "saves.py", *arguments)
-    return JobSpec("", "train", command, str(directory), {**os.environ, "PYTHONPATH": SOURCE})
+    return JobSpec("", "train", command, str(directory), {**os.environ, "PYTHONPATH": SITE})
 
 
 def test_a_job_starts_once_those_before_it_have_succeeded(tmp_path: Path) -> None:

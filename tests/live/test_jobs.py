@@ -36,9 +36,9 @@ from cotenant.runtime.boundedlog import BoundedLog
 from cotenant.runtime.jobs import JobOptions, JobSupervisor
 from cotenant.runtime.jobstore import JobStore
 from cotenant.runtime.jobverdict import RestartRules
+from tests.installed import SITE
 
 PATIENCE_S = 30.0
-SOURCE = str(Path(__file__).parents[2] / "src")
 QUICK = JobOptions(
     rules=RestartRules(first_s=0.02, most_s=0.1), sample_every_s=0.1, store_retry_s=0.2
 )
@@ -696,7 +696,7 @@ while True:
                     id="",
                     name="loud",
                     command=(sys.executable, "-S", "-c", report),
-                    env={"PYTHONPATH": SOURCE},
+                    env={"PYTHONPATH": SITE},
                 )
             )
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -738,7 +738,7 @@ report(7, checkpoint="saved.npz")
 def saver(n: Node, **fields: Any) -> str:
     """A job that saves its work when it is stopped, and says so last."""
     command = (sys.executable, "-S", "-c", SAVER)
-    env = {"PYTHONPATH": SOURCE, **fields.pop("env", {})}
+    env = {"PYTHONPATH": SITE, **fields.pop("env", {})}
     fields = {"name": "saver", "cwd": str(n.directory), "grace": 10 * S, **fields}
     return n.jobs.submit(JobSpec(id="", command=command, env=env, **fields))
 
@@ -966,7 +966,7 @@ def daemon(directory: Path, count: int, script: str):
     """A supervisor in a process of its own, to be killed."""
     process = subprocess.Popen(
         [sys.executable, "-c", DAEMON, str(directory), str(count), script],
-        env={**os.environ, "PYTHONPATH": SOURCE},
+        env={**os.environ, "PYTHONPATH": SITE},
         stdout=subprocess.PIPE,
         text=True,
     )

@@ -17,6 +17,7 @@ import pytest
 from cotenant.devices import proctree
 from cotenant.domain.units import S
 from cotenant.domain.workload import RestartPolicy
+from tests.installed import SITE
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,7 +28,7 @@ ROOT = Path(__file__).parents[2]
 TRAIN = ROOT / "examples" / "moving" / "train.py"
 CORES = sorted(os.sched_getaffinity(0))[:2]
 EVERY, STEPS = 20, 1000
-PLAIN = {"PYTHONPATH": str(ROOT / "src"), "PATH": os.environ["PATH"]}
+PLAIN = {"PYTHONPATH": SITE, "PATH": os.environ["PATH"]}
 pytestmark = pytest.mark.skipif(len(CORES) < 2, reason="needs two cores")
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from tests import pages
+from tests.installed import SITE
 from tests.pages import ROOT
 
 PATIENCE_S = 60.0
@@ -54,7 +55,7 @@ class Box:
         self.typed: list[str] = []
         self._serving: list[subprocess.Popen[str]] = []
         path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-        self._env = {**os.environ, "PATH": path, "PYTHONPATH": str(ROOT / "src")}
+        self._env = {**os.environ, "PATH": path, "PYTHONPATH": SITE}
         self._env.pop("COTENANT_STATE_DIR", None)
         for name in ("quickstart", "moving"):
             shutil.copytree(

@@ -158,6 +158,8 @@ def gpu() -> Gpu:
 CHECKS = [
     (doctor.check_python([], (3, 11)), State.OK),
     (doctor.check_python(["numpy"], (3, 11)), State.FAIL),
+    (doctor.check_policy(True), State.OK),
+    (doctor.check_policy(False), State.WARN),
     (doctor.check_cores(facts(2)), State.OK),
     (doctor.check_cores(facts(1)), State.WARN),
     (doctor.check_realtime(True, 0, False), State.OK),

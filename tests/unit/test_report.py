@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from cotenant.runtime.jobreports import Progress, Report
+from tests.installed import SITE
 
 module = importlib.import_module("cotenant.report")
 
@@ -155,17 +156,14 @@ def test_a_forked_child_reports_for_itself(inbox: socket.socket) -> None:
 
 def test_the_last_report_goes_out_at_the_end_of_the_program(inbox: socket.socket) -> None:
     code = "from cotenant.report import report\nfor n in range(50): report(n)"
-    source = str(Path(__file__).parents[2] / "src")
-    subprocess.run(
-        [sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": source}
-    )
+    env = {**os.environ, "PYTHONPATH": SITE}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
     assert received(inbox)[-1]["step"] == 49
 
 
 def test_it_needs_the_standard_library_only() -> None:
-    source = str(Path(__file__).parents[2] / "src")
     code = "import sys; sys.path.append(sys.argv[1]); from cotenant.report import report; report(1)"
-    subprocess.run([sys.executable, "-I", "-S", "-c", code, source], check=True)
+    subprocess.run([sys.executable, "-I", "-S", "-c", code, SITE], check=True)
 
 
 def progress_after(*reports: tuple[float, float]) -> Progress:

@@ -1,4 +1,4 @@
-"""Cotenant, from the interpreter that runs the benchmark: as it is installed, and compiled."""
+"""Cotenant, from the interpreter that runs the benchmark: as it is installed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from model import Model
 from procs import Launch, free_port
-from rivals.base import VENVS, Arm
+from rivals.base import Arm
 from wire import Payload, grpc_raw, rest_binary, rest_json
 
 _CONFIG = """node: {{state_dir: ./state, models: {models}, http: 127.0.0.1:{http}, grpc: {grpc}}}
@@ -38,7 +38,9 @@ class Cotenant:
         return {}
 
     def versions(self) -> dict[str, str]:
-        compiled = "yes" if _is_compiled(_installed()) else "no"
+        from cotenant.telemetry.compiled import policy_is_compiled
+
+        compiled = "yes" if policy_is_compiled() else "no"
         found = {"python": platform.python_version(), "compiled": compiled}
         for package in ("cotenant", "onnxruntime", "numpy"):
             try:
@@ -71,37 +73,3 @@ class Cotenant:
 
     def payload(self, arm: Arm, model: Model) -> Payload:
         return {"json": rest_json, "binary": rest_binary, "grpc": grpc_raw}[arm.wire](model)
-
-
-class CotenantCompiled(Cotenant):
-    """The copy of the source that ``setup.py`` compiled."""
-
-    name = "cotenant-compiled"
-    _folder = VENVS / name
-
-    def missing(self) -> str | None:
-        if not _is_compiled(self._folder / "cotenant"):
-            return "there is no compiled copy: run setup.py --only cotenant-compiled"
-        if _source(self._folder / "cotenant") != _source(_installed()):
-            return "its copy is of another version: run setup.py --only cotenant-compiled"
-        return super().missing()
-
-    def env(self) -> dict[str, str]:
-        return {"PYTHONPATH": str(self._folder)}
-
-    def versions(self) -> dict[str, str]:
-        return super().versions() | {"compiled": "yes"}
-
-
-def _installed() -> Path:
-    spec = importlib.util.find_spec("cotenant")
-    assert spec is not None and spec.origin is not None
-    return Path(spec.origin).parent
-
-
-def _is_compiled(package: Path) -> bool:
-    return any((package / "policy").glob("*.so"))
-
-
-def _source(package: Path) -> dict[Path, bytes]:
-    return {p.relative_to(package): p.read_bytes() for p in package.rglob("*.py")}

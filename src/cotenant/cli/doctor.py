@@ -38,6 +38,7 @@ from cotenant.domain.config import NodeConfig, parse_config
 from cotenant.domain.device_config import CudaConfig, DeviceConfig, NpuConfig
 from cotenant.domain.errors import ConfigError
 from cotenant.domain.units import format_bytes
+from cotenant.telemetry.compiled import policy_is_compiled
 
 NEEDED: Final = (
     *("highspy", "hpack", "httptools", "msgspec", "numpy", "onnxruntime", "prometheus_client"),
@@ -81,6 +82,15 @@ def check_python(missing: Sequence[str], version: tuple[int, int]) -> Check:
         fix = f"{sys.executable} -m pip install cotenant"
         return Check("packages", State.FAIL, f"{found}; missing: {', '.join(missing)}", fix)
     return Check("packages", State.OK, f"{found}; all that serving needs is installed")
+
+
+def check_policy(compiled: bool) -> Check:
+    """Whether decisions are made by machine code."""
+    if compiled:
+        return Check("policy", State.OK, "compiled")
+    what = "not compiled: a decision takes about three times as long"
+    fix = "with a C compiler and Python's headers: pip install --force-reinstall --no-deps cotenant"
+    return Check("policy", State.WARN, what, fix)
 
 
 def check_cores(facts: ProcessorFacts) -> Check:
@@ -238,6 +248,7 @@ def look(config: NodeConfig | None = None) -> list[Check]:
     container = _in_container()
     checks = [
         check_python([n for n in NEEDED if not _there(n)], sys.version_info[:2]),
+        check_policy(policy_is_compiled()),
         check_cores(facts),
         check_realtime(
             cpu.try_realtime(), resource.getrlimit(resource.RLIMIT_RTPRIO)[0], container

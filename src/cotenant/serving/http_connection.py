@@ -18,6 +18,7 @@ What would better be seen to in uvicorn and httptools is in docs/adr/0011-bounds
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -349,6 +350,9 @@ class Connection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """As uvicorn's, but one timer sees to all idle connections."""
         self.server_state.total_requests += 1
+        cycle = self.cycle
+        if cycle is not None and cycle.response_complete:
+            cycle.body = bytearray()  # of what was answered unread
         if self.transport.is_closing():
             return
         self.flow.resume_reading()
@@ -380,7 +384,9 @@ class Connection(HttpToolsProtocol):
         self.headers = self.scope["headers"] = headers
         super().on_headers_complete()
         self.cycle.keep_alive = self.keep_alive
-        extensions: dict[str, Any] = {WHOLE_ANSWER: partial(write_answer, self.cycle)}
+        # Weakly: the cycle has the scope, and a loop would keep bodies until garbage is looked for.
+        cycle: Any = weakref.proxy(self.cycle)
+        extensions: dict[str, Any] = {WHOLE_ANSWER: partial(write_answer, cycle)}
         self.scope["extensions"] = extensions
 
     # --- what is wrong, late or too much ----------------------------------------------------

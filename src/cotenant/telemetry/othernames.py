@@ -158,36 +158,25 @@ def vllm(
         (*_MODEL, "block_size", "num_gpu_blocks"),
         (((n, *_blocks(workers)), 1) for n, workers in pools.items()),
     )
-    yield counter(
-        "vllm:prompt_tokens",
-        "Tokens of prompts",
-        _MODEL,
-        (((n,), m.prompt_tokens) for n, m in meters.items()),
-    )
-    yield counter(
-        "vllm:generation_tokens",
-        "Tokens of answers",
-        _MODEL,
-        (((n,), m.tokens) for n, m in meters.items()),
-    )
-    yield histogram(
-        "vllm:time_to_first_token_seconds",
-        "Arrival to the first token",
-        _MODEL,
-        (((n,), m.first) for n, m in meters.items()),
-    )
-    yield histogram(
+    for name, says, which in _TOKENS:
+        yield counter(name, says, _MODEL, (((n,), getattr(m, which)) for n, m in meters.items()))
+    for name, says, which in _TIMES:
+        yield histogram(name, says, _MODEL, (((n,), getattr(m, which)) for n, m in meters.items()))
+
+
+_TOKENS: Final = (
+    ("vllm:prompt_tokens", "Tokens of prompts", "prompt_tokens"),
+    ("vllm:generation_tokens", "Tokens of answers", "tokens"),
+)
+_TIMES: Final = (
+    ("vllm:time_to_first_token_seconds", "Arrival to the first token", "first"),
+    (
         "vllm:request_time_per_output_token_seconds",
         "Mean time per token after the first, by answer",
-        _MODEL,
-        (((n,), m.pace) for n, m in meters.items()),
-    )
-    yield histogram(
-        "vllm:e2e_request_latency_seconds",
-        "Arrival to the last token",
-        _MODEL,
-        (((n,), m.latency) for n, m in meters.items()),
-    )
+        "pace",
+    ),
+    ("vllm:e2e_request_latency_seconds", "Arrival to the last token", "latency"),
+)
 
 
 def _usage(pools: list[WorkerState]) -> float:

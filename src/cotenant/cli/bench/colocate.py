@@ -40,6 +40,7 @@ from cotenant.cli.bench.images import Images
 from cotenant.cli.bench.llm import Ask, Language, find_model
 from cotenant.domain.errors import EnvironmentProblem
 from cotenant.domain.units import S, parse_duration
+from cotenant.telemetry.compiled import policy_is_compiled
 
 LLM_ARMS = ("alone", "cotenant_alone", "train", "unmanaged", "cotenant")
 
@@ -106,6 +107,7 @@ def _document(
             "cores": len(cores),
             "kernel": platform.release(),
             "python": platform.python_version(),
+            "compiled": policy_is_compiled(),
         },
         "options": {"rounds": args.rounds, "seconds": args.seconds, "seed": args.seed},
         "loads": finite(results),
