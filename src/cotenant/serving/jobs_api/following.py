@@ -10,6 +10,7 @@ from cotenant.domain.port import JobStatus, NodePort, find_job
 from cotenant.domain.workload import JOB_ENDED
 from cotenant.serving import joblogs
 from cotenant.serving.joblogs import Piece
+from cotenant.serving.jobs_api.disk import on_disk
 
 MOST_WAIT_S: Final = 30.0
 MOST_WAITING: Final = 64
@@ -25,6 +26,8 @@ class Following:
         self._node = node
         self._closing = asyncio.Event()
         self._waiting = 0
+        self._seen: list[JobStatus] = []
+        self._seen_at = 0.0
 
     async def piece(self, ref: str, place: str, wait_s: float) -> tuple[Piece, JobStatus]:
         """What of a job's log comes after a place, and how the job stood just before: there is no
@@ -33,9 +36,10 @@ class Following:
         end = time.monotonic() + (wait_s if self._waiting < MOST_WAITING else 0.0)
         self._waiting += 1
         try:
+            self._look()
             while True:
-                job = find_job(self._node.jobs(), ref)
-                piece = await asyncio.to_thread(joblogs.read, path, place)
+                job = find_job(self._seen, ref)
+                piece = await on_disk(joblogs.read, path, place)
                 left = end - time.monotonic()
                 if piece.data or piece.gap or job.state in _ENDED or left <= 0:
                     return piece, job
@@ -45,9 +49,14 @@ class Following:
                     async with asyncio.timeout(min(POLL_S, left)):
                         await self._closing.wait()
                 except TimeoutError:
-                    pass
+                    if time.monotonic() - self._seen_at >= POLL_S:
+                        self._look()
         finally:
             self._waiting -= 1
+
+    def _look(self) -> None:
+        """See how all jobs stand: for a node with many that is work, so once for all who wait."""
+        self._seen, self._seen_at = self._node.jobs(), time.monotonic()
 
     def close(self) -> None:
         """Nobody waits any longer."""

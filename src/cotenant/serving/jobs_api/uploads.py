@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from cotenant.domain.errors import EnvironmentProblem, InvalidRequest, NotFound, TooLarge
+from cotenant.serving.jobs_api.disk import on_disk
 from cotenant.serving.jobs_api.unpack import REFUSED
 
 log = logging.getLogger("cotenant.serving")
@@ -75,7 +76,7 @@ class Uploads:
                     size += len(piece)
                     if size > self.most:
                         raise TooLarge(f"an archive may have {self.most} bytes at most")
-                    await asyncio.to_thread(_write, file, digest, piece)
+                    await on_disk(_write, file, digest, piece)
             if digest.hexdigest() != sha256:
                 raise InvalidRequest(
                     f"the SHA-256 of these {size} bytes is {digest.hexdigest()}, not {sha256}"
@@ -123,7 +124,7 @@ class Uploads:
             yield directory
         finally:
             if directory.exists():
-                await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+                await on_disk(shutil.rmtree, directory, ignore_errors=True)
 
     async def _unpack(self, archive: Path, directory: Path) -> None:
         words = [str(archive), str(directory), str(UNPACKED * self.most), str(MEMBERS)]
