@@ -50,8 +50,10 @@ dev: $(VENV)/deps.stamp
 demo: $(WHEEL)
 	$(BIN)/python examples/digits/demo.py --out demo-out
 
+# Tests that start nodes and measure have the machine for themselves; the others share it.
 test: $(WHEEL)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(addprefix tests/,contract property replay sim unit); \
+	first=$$?; $(BIN)/python -m pytest $(addprefix tests/,attack live native) && exit $$first
 
 lint: $(VENV)/deps.stamp
 	$(BIN)/ruff check .
