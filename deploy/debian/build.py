@@ -9,6 +9,7 @@ wheels, with the same SOURCE_DATE_EPOCH (else the time of the last commit), give
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import shutil
 import subprocess
@@ -17,12 +18,10 @@ import tempfile
 import tomllib
 from pathlib import Path
 
+import papers
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path.insert(0, str(HERE))
-sys.dont_write_bytecode = True  # nothing is left in the tree that it is built from
-
-import papers  # noqa: E402
 
 LAUNCHERS = {"cotenant": "cotenant.cli.main", "cotenant-dra": "cotenant.kube.command"}
 SCRIPTS = ("postinst", "prerm", "postrm")
@@ -127,15 +126,17 @@ def install(wheel: Path, args: argparse.Namespace, python: Path) -> None:
 
 
 def tidy(site: Path) -> None:
-    """Remove what names the directory that this was built in."""
+    """Remove what names the directory that this was built in, also from the lists of files."""
     for script in (site.parents[2] / "bin").iterdir():
         if script.name != "python3":
             script.unlink()
     for told in site.glob("*.dist-info/direct_url.json"):
         told.unlink()
-        record = told.with_name("RECORD")
+    for record in site.glob("*.dist-info/RECORD"):
         lines = record.read_text().splitlines(keepends=True)
-        record.write_text("".join(line for line in lines if "/direct_url.json," not in line))
+        names = (next(csv.reader([line]))[0] for line in lines)
+        there = [line for line, name in zip(lines, names, strict=True) if (site / name).exists()]
+        record.write_text("".join(there))
 
 
 def compile_all(site: Path, tree: Path, python: Path) -> None:
