@@ -31,7 +31,7 @@ FILES = {
     "systemd/cotenant.yaml": "etc/cotenant/cotenant.yaml",
 }
 """Of ``deploy``, and where they go. What is in /etc is a conffile."""
-COMPRESSION = ("-Zzstd", "-z9")
+COMPRESSION = ("-Zxz", "-z2")
 
 
 def main() -> None:

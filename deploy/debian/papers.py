@@ -34,7 +34,7 @@ Format: https://www.debian.org/doc/packaging-manuals/copyright-format/1.0/
 Upstream-Name: cotenant
 
 Files: *
-Copyright: the authors of Cotenant
+Copyright: 2026 the authors of Cotenant
 License: Apache-2.0
  The text is in /usr/share/common-licenses/Apache-2.0.
 Comment:
