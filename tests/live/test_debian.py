@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 from tests.live.conftest import Boxes, infer_body, until
 from tests.live.test_service import Manager
@@ -267,12 +266,3 @@ def test_systemd_would_find_a_key_misspelt_or_the_command_missing(unit: System) 
     file.write_text(file.read_text().replace("WatchdogSecs", "WatchdogSec"))
     (unit.root / "usr/bin/cotenant").unlink()
     assert verify(unit.root).returncode
-
-
-def test_the_unit_and_the_configuration_agree_on_directories(unit: System) -> None:
-    text = (unit.root / UNIT).read_text()
-    config = yaml.safe_load((unit.root / CONFIG).read_text())
-    assert f"/{CONFIG}" in text
-    assert "StateDirectory=cotenant\n" in text
-    for key in ("state_dir", "models"):
-        assert Path(config["node"][key]).parent == Path("/var/lib/cotenant")
