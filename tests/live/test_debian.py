@@ -27,6 +27,7 @@ from tests.live.test_service import Manager
 ROOT = Path(__file__).parents[2]
 UNIT = "usr/lib/systemd/system/cotenant.service"
 CONFIG = "etc/cotenant/cotenant.yaml"
+NEEDED = ("git", "dpkg", "dpkg-deb", "deb-systemd-helper", "systemd-sysusers", "systemctl")
 pytestmark = pytest.mark.timeout(300)
 
 
@@ -46,8 +47,10 @@ def plain() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pure one: there is no compiler on the path."""
-    if not shutil.which("dpkg-deb"):
-        pytest.skip("no package is built: there is no dpkg-deb")
+    if missing := [name for name in NEEDED if not shutil.which(name)]:
+        pytest.skip(f"no package is built and installed: {', '.join(missing)} is not here")
+    if not (ROOT / ".git").exists():
+        pytest.skip("no package is built: what belongs to the source is not known without git")
     if os.geteuid():
         pytest.skip("no package is installed: files become root's, which takes root")
     work = tmp_path_factory.mktemp("wheel")
