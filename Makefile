@@ -100,4 +100,4 @@ clean:
 	rm -rf src/cotenant/devices/nvidia/shim
 	rm -rf $(VENV) demo-out bench-out build dist site .cache src/*.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find src tests benchmarks examples docs -name __pycache__ -prune -exec rm -rf {} +
+	find src tests benchmarks deploy examples docs -name __pycache__ -prune -exec rm -rf {} +
