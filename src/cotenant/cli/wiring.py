@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import os
 import resource
 import signal
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from cotenant import __version__
+from cotenant.cli.notify import ServiceManager
 from cotenant.cli.studies import JournalStudies
 from cotenant.devices.base import Device
 from cotenant.devices.cpu import CpuDevice
@@ -100,6 +102,7 @@ def make_bare(config: DeviceConfig, state: Path) -> Device:
 async def serve(config: NodeConfig, tell: Callable[[Node], None] | None = None) -> None:
     """Run a node until SIGTERM, SIGINT or ``cotenant`` tells it to stop; then drain and stop it.
     ``tell`` is called once its models are loaded; what it raises stops the node, too."""
+    manager = ServiceManager.of(os.environ)
     _tune_process()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -130,6 +133,8 @@ async def serve(config: NodeConfig, tell: Callable[[Node], None] | None = None) 
         name = config.name or nodes.default_name(config.state_dir)
         http_address = node.addresses["http"]
         stack.enter_context(nodes.registered(name, config.state_dir, http_address, __version__))
+        manager.ready("loads its models")
+        stack.callback(asyncio.create_task(manager.beat()).cancel)
         starting = asyncio.create_task(node.start())
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -137,12 +142,14 @@ async def serve(config: NodeConfig, tell: Callable[[Node], None] | None = None) 
             starting.result()
             _settle_heap()
             _announce(node)
+            manager.status(_serves(node))
             if tell is not None:
                 tell(node)
             await stopped
         else:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
+        manager.stopping("stops its jobs", 2 * STOP_GRACE_S + node.stops_within_s)
 
 
 def _dashboard(
@@ -178,9 +185,13 @@ def _settle_heap() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
-def _announce(node: Node) -> None:
+def _serves(node: Node) -> str:
     addresses = [f"{kind} {address}" for kind, address in node.addresses.items() if address]
-    print(f"cotenant: serving on {', '.join(addresses) or 'no address'}", flush=True)
+    return f"serving on {', '.join(addresses) or 'no address'}"
+
+
+def _announce(node: Node) -> None:
+    print(f"cotenant: {_serves(node)}", flush=True)
     for spec in node.specs:
         notes = "".join(f"; {limit}" for limit in spec.limits)
         what = f"{spec.kind} with {len(spec.units)} units, level {spec.preempt.name}"
