@@ -9,7 +9,7 @@ PACKAGED := pyproject.toml setup.py MANIFEST.in README.md $(shell find src/coten
 	-not -path '*/__pycache__/*' -not -name '*.so*')
 
 .PHONY: help demo test lint docs attack bench bench-peers bench-simulator gpu-check wheel dev \
-	native clean
+	native deb clean
 
 help:
 	@echo "make demo         the story in some minutes: serve, drift, retrain, swap; draws a picture"
@@ -24,6 +24,7 @@ help:
 	@echo "make wheel        the wheel, in dist/ (compiled in some minutes, or pure without a C compiler)"
 	@echo "make dev          work on the sources: an editable install in place of the wheel, until the next make test"
 	@echo "make native       the CUDA launch gate's shim, in place (needs a C compiler, nothing of CUDA)"
+	@echo "make deb          a Debian package in dist/, for this release of Debian (EXTRAS=nvidia,llm brings extras along)"
 	@echo "make clean        remove what the other targets made"
 
 $(VENV)/deps.stamp: pyproject.toml tests/models.txt tests/tools.txt
@@ -50,8 +51,10 @@ dev: $(VENV)/deps.stamp
 demo: $(WHEEL)
 	$(BIN)/python examples/digits/demo.py --out demo-out
 
+# Tests that start nodes and measure have the machine for themselves; the others share it.
 test: $(WHEEL)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(addprefix tests/,contract property replay sim unit); \
+	first=$$?; $(BIN)/python -m pytest $(addprefix tests/,attack live native) && exit $$first
 
 lint: $(VENV)/deps.stamp
 	$(BIN)/ruff check .
@@ -91,8 +94,12 @@ gpu-check:
 native:
 	$(PYTHON) native/build.py src/cotenant/devices/nvidia/shim
 
+# With the distribution's Python: the package depends on it.
+deb:
+	/usr/bin/python3 deploy/debian/build.py --extras "$(EXTRAS)"
+
 clean:
 	rm -rf src/cotenant/devices/nvidia/shim
 	rm -rf $(VENV) demo-out bench-out build dist site .cache src/*.egg-info
 	rm -rf .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
-	find src tests benchmarks examples docs -name __pycache__ -prune -exec rm -rf {} +
+	find src tests benchmarks deploy examples docs -name __pycache__ -prune -exec rm -rf {} +

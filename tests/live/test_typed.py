@@ -27,9 +27,13 @@ BIN = Path(sys.executable).parent
 CANNOT = {
     "make demo": "makes an environment and takes minutes; tests/live/test_demo.py runs the demo",
     "make test": "is what runs this test",
+    "make wheel": "compiles; tests/live/test_wheel.py looks at what make test built",
     "pip install": "installs packages",
     "cotenant demo": "takes a minute; tests/live/test_first_minutes.py and test_demo_llm.py run it",
     "cotenant serve model.onnx": "needs a model of the reader's; test_first_minutes.py serves one",
+    "make deb": "fetches packages; tests/live/test_debian.py makes one without what it would fetch",
+    "sudo": "changes the machine; tests/live/test_debian.py installs in a root of its own",
+    "podman": "fetches an image; tests/unit/test_deploying.py looks at the container file",
     "kubectl": "needs a cluster; tests/unit/test_manifests.py checks what is applied",
     "helm": "needs a cluster; tests/unit/test_deploying.py renders the chart",
 }

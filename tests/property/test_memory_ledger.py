@@ -104,7 +104,7 @@ class Ledgers(RuleBasedStateMachine):
         if not cooperative and more:
             guaranteed, more = 0, guaranteed + more
         limit = guaranteed + more
-        found = Terms(name, kind, guaranteed, limit, weight, cost, 0.0, cooperative, 3 * S)
+        found = Terms(name, kind, guaranteed, limit, weight, cost, 0.0, 3 * S, cooperative)
         assert bool(self.ledger.admit(found)) == (there or guaranteed > left)
 
     @rule(data=DATA, size=SIZES)

@@ -1,5 +1,5 @@
-"""What is in ``deploy/``: manifests that an API server would take, a chart that makes them, and a
-container file. No cluster and no container engine is asked."""
+"""What is in ``deploy/``: manifests that an API server would take, a chart that makes them, a
+service, and a container file. No cluster and no container engine is asked."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ import pytest
 import yaml
 
 from cotenant.cli import wiring
+from cotenant.devices import cpu
+from cotenant.runtime import nodes
 from tests.manifests import KUBERNETES, check, documents
 
 if TYPE_CHECKING:
@@ -231,6 +233,37 @@ def test_the_node_of_the_chart_can_read_its_configuration(tmp_path: Path) -> Non
     config = wiring.read_config(tmp_path / "cotenant.yaml")
     values = yaml.safe_load((CHART / "values.yaml").read_text())
     assert Path(config.state_dir).is_relative_to(values["paths"]["data"])
+
+
+# --- the service
+
+
+def unit() -> dict[str, list[str]]:
+    """The keys of the service's unit; a key may come several times."""
+    found: dict[str, list[str]] = {}
+    for line in (DEPLOY / "systemd" / "cotenant.service").read_text().splitlines():
+        if "=" in line and not line.startswith(("#", " ")):
+            key, _, value = line.partition("=")
+            found.setdefault(key, []).append(value)
+    return found
+
+
+def test_the_service_has_the_rights_that_the_node_uses() -> None:
+    keys = unit()
+    assert keys["LimitRTPRIO"] == [str(cpu.WORKER_PRIORITY)]
+    assert "CAP_SYS_NICE" in keys["AmbientCapabilities"]
+    assert "memory" in keys["Delegate"]
+    assert "RestrictRealtime" not in keys
+    assert not {"DeviceAllow", "DevicePolicy", "PrivateDevices", "ProtectClock"} & keys.keys()
+
+
+def test_the_services_configuration_is_in_order_and_writes_where_it_may() -> None:
+    keys, path = unit(), DEPLOY / "systemd" / "cotenant.yaml"
+    config = wiring.read_config(path)
+    (state,) = keys["StateDirectory"]
+    assert {Path(config.state_dir).parent, Path(config.models).parent} == {Path("/var/lib", state)}
+    assert nodes.default_name(config.state_dir) == "cotenant"
+    assert nodes.SYSTEM.is_relative_to(Path("/run", *keys["RuntimeDirectory"]))
 
 
 # --- the container file

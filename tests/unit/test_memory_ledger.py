@@ -6,7 +6,6 @@ import msgspec
 import pytest
 
 from cotenant.domain.units import S
-from cotenant.policy.memory import account
 from cotenant.policy.memory.account import (
     REST,
     UNLOAD_BEYOND,
@@ -20,7 +19,7 @@ from cotenant.policy.memory.account import (
 )
 from cotenant.policy.memory.fairness import divide
 from cotenant.policy.memory.ledger import Ledger
-from cotenant.telemetry.compiled import restore_types
+from cotenant.telemetry import records  # noqa: F401 - it has the types of a checkpoint known
 
 NOW = 100 * S
 
@@ -550,7 +549,6 @@ def test_an_account_survives_a_checkpoint() -> None:
     box.holder("job", Kind.JOB, 900, evictable=900)
     box.admit("pool", Kind.KV, 500)
     box.ask("pool", 300)
-    restore_types(account)
     encoded = msgspec.msgpack.encode(box.ledger.account)
     again = Ledger(msgspec.msgpack.decode(encoded, type=Account))
     assert again.account == box.ledger.account

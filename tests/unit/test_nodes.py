@@ -106,3 +106,22 @@ def test_a_node_runs_without_a_registry(registry: Path, tmp_path: Path) -> None:
 def test_the_default_name_is_that_of_the_directory(tmp_path: Path) -> None:
     assert nodes.default_name(tmp_path / "edge 7" / "state") == "edge-7"
     assert nodes.default_name("/state")
+
+
+def test_a_service_is_found_by_others_where_root_gave_it_the_directory(
+    registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if os.geteuid():
+        pytest.skip("only root can give a file away")
+    service, stranger = 64_001, 64_002
+    system = tmp_path / "run" / "nodes"
+    monkeypatch.setattr(nodes, "SYSTEM", system)
+    monkeypatch.setenv(nodes.DIRECTORY, str(system))
+    with nodes.registered("box", "/a", None, "1.0"):
+        os.chown(system.parent, service, service)
+        for owner, seen in ((service, ["box"]), (stranger, [])):
+            os.chown(system / "box.json", owner, owner)
+            assert [one.name for one in nodes.running()] == seen
+        monkeypatch.setattr(nodes, "SYSTEM", tmp_path / "other")
+        os.chown(system / "box.json", service, service)
+        assert nodes.running() == []

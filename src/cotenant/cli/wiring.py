@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
+import os
 import resource
 import signal
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import msgspec
 
 from cotenant import __version__
 from cotenant.cli.jobs_listener import STOP_GRACE_S, Sources, serve_jobs
+from cotenant.cli.notify import ServiceManager
 from cotenant.cli.studies import JournalStudies
 from cotenant.devices.base import Device
 from cotenant.devices.cpu import CpuDevice
@@ -47,6 +49,8 @@ from cotenant.serving.web.stream import Stream
 from cotenant.serving.web.studied import Studied
 from cotenant.serving.web.visitors import NodeKey
 
+FRONTS = 3
+"""Servers that stop one after the other."""
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_THRESHOLD = -3
 
@@ -115,40 +119,25 @@ def make_bare(config: DeviceConfig, state: Path) -> Device:
 async def serve(config: NodeConfig, tell: Callable[[Node], None] | None = None) -> None:
     """Run a node until SIGTERM, SIGINT or ``cotenant`` tells it to stop; then drain and stop it.
     ``tell`` is called once its models are loaded; what it raises stops the node, too."""
+    manager = ServiceManager.of(os.environ)
     _tune_process()
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     token = _token(config)
-    intake = Intake(Limits(body_bytes=config.limits.body, tensors=config.limits.tensors))
     async with AsyncExitStack() as stack:
         devices = [make_device(device, Path(config.state_dir)) for device in config.devices]
         node = await stack.enter_async_context(Node(config, devices))
         control = ControlServer(node, Path(config.state_dir) / "control.sock", stop.set)
         await control.start()
         stack.push_async_callback(control.stop)
-        sources = _sources(config, node, stack)
-        if config.http:
-            host, port = split_address(config.http)
-            door = Door(NodeKey(token) if token else None, host)
-            web = Web(node, intake, door, *sources) if sources else None
-            app = build_app(node, intake, token, config.open_metrics, web)
-            http = HttpFront(app, host, port)
-            node.addresses["http"] = f"{host}:{await http.start()}"
-            stack.push_async_callback(http.stop, STOP_GRACE_S)
-            if web is not None:
-                stack.push_async_callback(web.close)
-        if config.grpc:
-            host, port = split_address(config.grpc)
-            grpc = GrpcFront(node, intake, token, host, port)
-            node.addresses["grpc"] = f"{host}:{await grpc.start()}"
-            stack.push_async_callback(grpc.stop, STOP_GRACE_S)
-        if config.jobs_api:
-            await serve_jobs(config.jobs_api, node, intake, sources, stack)
+        await _open_fronts(config, node, token, stack)
         name = config.name or nodes.default_name(config.state_dir)
         http_address = node.addresses["http"]
         stack.enter_context(nodes.registered(name, config.state_dir, http_address, __version__))
+        manager.ready("loads its models")
+        stack.callback(asyncio.create_task(manager.beat()).cancel)
         starting = asyncio.create_task(node.start())
         stopped = asyncio.create_task(stop.wait())
         await asyncio.wait({starting, stopped}, return_when=asyncio.FIRST_COMPLETED)
@@ -156,12 +145,39 @@ async def serve(config: NodeConfig, tell: Callable[[Node], None] | None = None) 
             starting.result()
             _settle_heap()
             _announce(node)
+            manager.status(_serves(node))
             if tell is not None:
                 tell(node)
             await stopped
         else:
             starting.cancel()
             await asyncio.gather(starting, return_exceptions=True)
+        manager.stopping("stops its jobs", FRONTS * STOP_GRACE_S + node.stops_within_s)
+
+
+async def _open_fronts(
+    config: NodeConfig, node: Node, token: str | None, stack: AsyncExitStack
+) -> None:
+    """Listen on all addresses that the configuration names, until the stack unwinds."""
+    intake = Intake(Limits(body_bytes=config.limits.body, tensors=config.limits.tensors))
+    sources = _sources(config, node, stack)
+    if config.http:
+        host, port = split_address(config.http)
+        door = Door(NodeKey(token) if token else None, host)
+        web = Web(node, intake, door, *sources) if sources else None
+        app = build_app(node, intake, token, config.open_metrics, web)
+        http = HttpFront(app, host, port)
+        node.addresses["http"] = f"{host}:{await http.start()}"
+        stack.push_async_callback(http.stop, STOP_GRACE_S)
+        if web is not None:
+            stack.push_async_callback(web.close)
+    if config.grpc:
+        host, port = split_address(config.grpc)
+        grpc = GrpcFront(node, intake, token, host, port)
+        node.addresses["grpc"] = f"{host}:{await grpc.start()}"
+        stack.push_async_callback(grpc.stop, STOP_GRACE_S)
+    if config.jobs_api:
+        await serve_jobs(config.jobs_api, node, intake, sources, stack)
 
 
 def _sources(config: NodeConfig, node: Node, stack: AsyncExitStack) -> Sources | None:
@@ -195,9 +211,13 @@ def _settle_heap() -> None:
     gc.set_threshold(20_000, 20, 20)
 
 
-def _announce(node: Node) -> None:
+def _serves(node: Node) -> str:
     addresses = [f"{kind} {address}" for kind, address in node.addresses.items() if address]
-    print(f"cotenant: serving on {', '.join(addresses) or 'no address'}", flush=True)
+    return f"serving on {', '.join(addresses) or 'no address'}"
+
+
+def _announce(node: Node) -> None:
+    print(f"cotenant: {_serves(node)}", flush=True)
     for spec in node.specs:
         notes = "".join(f"; {limit}" for limit in spec.limits)
         what = f"{spec.kind} with {len(spec.units)} units, level {spec.preempt.name}"

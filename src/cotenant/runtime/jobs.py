@@ -168,12 +168,19 @@ class JobSupervisor:
         """
         await self._stack.aclose()
 
+    @property
+    def stops_within_s(self) -> float:
+        """Seconds that ``close`` may take: the longest grace of the jobs that run, and what is
+        added for those that do not end in theirs."""
+        graces = [self._ledger.records[id].spec.grace / S for id in self._live]
+        return max(graces, default=0.0) + 2 * FORCE_AFTER_S
+
     async def _stop_all(self) -> None:
         self._open = False
         for timer in self._timers.values():
             timer.cancel()
         self._timers.clear()
-        graces = [self._ledger.records[id].spec.grace / S for id in self._live]
+        within = self.stops_within_s
         # What is being frozen at this moment could not hear the SIGTERM: let that end first.
         await asyncio.get_running_loop().run_in_executor(self._freezer, lambda: None)
         for id, live in list(self._live.items()):
@@ -182,7 +189,7 @@ class JobSupervisor:
             elif live.task is not None:
                 live.task.cancel()
         if self._tasks:
-            await asyncio.wait(self._tasks, timeout=max(graces, default=0.0) + FORCE_AFTER_S)
+            await asyncio.wait(self._tasks, timeout=within - FORCE_AFTER_S)
         for live in self._live.values():
             live.run.force()
         if self._tasks:

@@ -31,6 +31,7 @@ import contextlib
 import ctypes
 import marshal
 import os
+import resource
 import select
 import signal
 import sys
@@ -49,6 +50,8 @@ if TYPE_CHECKING:
 
 PR_SET_PDEATHSIG = 1
 PR_SET_CHILD_SUBREAPER = 36
+PR_CAP_AMBIENT = 47
+PR_CAP_AMBIENT_CLEAR_ALL = 4
 OOM_SCORE = 500  # when memory runs out the kernel takes a job before it takes the daemon
 CHUNK_BYTES = 65536
 RECORD_BYTES = 512
@@ -186,6 +189,9 @@ class Shim:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(log_write, 1)
             os.dup2(log_write, 2)
+            # With what lets a request start at once a job could keep one waiting.
+            _libc.prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL, 0, 0, 0)
+            limit({resource.RLIMIT_RTPRIO: (0, 0)})
             with contextlib.suppress(ValueError):
                 limit(self._spec["limits"])
             stage = b"cwd"

@@ -111,6 +111,11 @@ class Node:
         """What its devices say of themselves now."""
         return self.fleet.specs
 
+    @property
+    def stops_within_s(self) -> float:
+        """Seconds that its end may take: answers that are due, then the graces of its jobs."""
+        return DRAIN_S + self.jobs_supervisor.stops_within_s
+
     async def start(self) -> None:
         """Load the declared models, then submit the declared jobs and watch over both.
 

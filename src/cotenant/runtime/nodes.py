@@ -2,6 +2,9 @@
 
 The files are ``NAME.json`` in ``$XDG_RUNTIME_DIR/cotenant/nodes``. A node of root's, or of a user
 without that variable, is in ``/run/cotenant/nodes``. ``$COTENANT_NODES`` is looked at alone.
+
+A file is believed if it is root's, one's own, or in the system's directory that of whom root gave
+``/run/cotenant`` to: the user that a service runs as.
 """
 
 from __future__ import annotations
@@ -136,8 +139,14 @@ def _read(path: Path) -> NodeEntry | None:
     """What a file says, None if that is nothing, or somebody else's who is not to be believed."""
     try:
         with path.open("rb") as file:
-            if os.fstat(file.fileno()).st_uid not in (0, os.geteuid()):
+            if os.fstat(file.fileno()).st_uid not in _believed(path.parent):
                 return None
             return msgspec.json.decode(file.read(65536), type=NodeEntry)
     except (OSError, msgspec.DecodeError, UnicodeDecodeError):
         return None
+
+
+def _believed(directory: Path) -> set[int]:
+    """Whose files in a directory are."""
+    known = {0, os.geteuid()}
+    return known | {SYSTEM.parent.stat().st_uid} if directory == SYSTEM else known

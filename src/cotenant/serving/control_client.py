@@ -144,7 +144,8 @@ class ControlClient:
             ) from None
         except PermissionError:
             raise EnvironmentProblem(
-                f"the node in {self._path.parent} belongs to another user; run this as that user"
+                f"the node in {self._path.parent} belongs to another user; "
+                "run this as that user, or as root"
             ) from None
         except TimeoutError:
             raise EnvironmentProblem(

@@ -18,7 +18,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 from zlib import crc32
 
 import msgspec
@@ -29,7 +29,8 @@ from cotenant.domain.errors import JournalError
 from cotenant.domain.events import Event
 from cotenant.domain.plan import Plan
 from cotenant.domain.snapshot import Snapshot
-from cotenant.policy import estimate, state
+from cotenant.policy import estimate, iterations, state
+from cotenant.policy.memory import account
 from cotenant.policy.planstate import PlannerState, Tuning
 from cotenant.policy.state import DispatcherState
 from cotenant.telemetry.compiled import restore_types
@@ -118,7 +119,10 @@ class Gap(_Entry, frozen=True, gc=False):
 
 Entry = Header | Record | PlanRecord | Gap
 
-for _module in (estimate, state):
+STATE_MODULES: Final = (account, estimate, iterations, state)
+"""Where the classes of a checkpoint stand that may be compiled."""
+
+for _module in STATE_MODULES:
     restore_types(_module)
 _decode = msgspec.msgpack.Decoder(Entry).decode
 
