@@ -20,7 +20,8 @@ from cotenant.policy.planner import Planner
 from cotenant.policy.planstate import Tuning
 from cotenant.policy.trials import TRY_FOR
 from cotenant.sim.outcome import Outcome
-from cotenant.sim.scenario import Scenario, parse_scenario, read_scenario
+from cotenant.sim.scenario import Scenario
+from cotenant.sim.scenario_file import parse_scenario, read_scenario
 from cotenant.sim.world import World
 
 SCENARIOS = Path(__file__).parents[1] / "examples" / "scenarios"

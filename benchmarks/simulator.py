@@ -20,7 +20,7 @@ import msgspec
 
 from cotenant.domain.units import S
 from cotenant.policy.planner import Planner
-from cotenant.sim.scenario import parse_scenario, read_scenario
+from cotenant.sim.scenario_file import parse_scenario, read_scenario
 from cotenant.sim.world import World
 from cotenant.telemetry.compiled import policy_is_compiled
 

@@ -16,7 +16,7 @@ import pytest
 from cotenant.devices import npu_look, proctree
 from cotenant.devices.nvidia.survey import survey
 from cotenant.domain.profile import PROFILE_FILE, ModelProfile, read_profiles
-from cotenant.sim.scenario import parse_scenario
+from cotenant.sim.scenario_file import parse_scenario
 from tests.live.conftest import PATIENCE_S, free_model, scale_model, until
 
 CORES = len(os.sched_getaffinity(0))

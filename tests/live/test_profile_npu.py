@@ -23,7 +23,7 @@ from cotenant.domain.events import Foretold, VersionOffered
 from cotenant.domain.profile import PROFILE_FILE, ModelProfile, read_profiles
 from cotenant.runtime.profiling import Ask, profile
 from cotenant.runtime.repository import Repository
-from cotenant.sim.scenario import parse_scenario
+from cotenant.sim.scenario_file import parse_scenario
 from cotenant.telemetry.records import Record, read
 from tests.live.conftest import PATIENCE_S, finding_model, scale_model
 from tests.live.test_node_npu import DEVICES, STANDIN, X

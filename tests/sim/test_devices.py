@@ -19,7 +19,8 @@ from cotenant.policy.planstate import Tuning
 from cotenant.sim.outcome import Outcome
 from cotenant.sim.physics import Place
 from cotenant.sim.policies import Scheduled, simulate
-from cotenant.sim.scenario import Scenario, one_box, parse_scenario
+from cotenant.sim.scenario import Scenario, one_box
+from cotenant.sim.scenario_file import parse_scenario
 from cotenant.sim.world import World
 from tests.sim.test_scenario import MIG, NPU
 from tests.unit.test_planner_mig import placements

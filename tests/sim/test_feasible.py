@@ -10,7 +10,8 @@ import pytest
 from cotenant.domain.units import MS
 from cotenant.sim.arrivals import Recorded, Thinned
 from cotenant.sim.feasible import Missed, with_changes
-from cotenant.sim.scenario import Scenario, parse_scenario
+from cotenant.sim.scenario import Scenario
+from cotenant.sim.scenario_file import parse_scenario
 
 TWO = """
 name: two

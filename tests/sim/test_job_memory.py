@@ -16,7 +16,8 @@ from cotenant.domain.plan import Plan
 from cotenant.domain.snapshot import Snapshot
 from cotenant.policy.planner import Planner
 from cotenant.sim.outcome import Outcome
-from cotenant.sim.scenario import Scenario, parse_scenario
+from cotenant.sim.scenario import Scenario
+from cotenant.sim.scenario_file import parse_scenario
 from cotenant.sim.world import World
 
 GIB = 2**30

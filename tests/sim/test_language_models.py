@@ -21,7 +21,8 @@ from cotenant.sim.generates import Fixed, Generates, TurnCost
 from cotenant.sim.outcome import Outcome, TokenTally
 from cotenant.sim.physics import Talk
 from cotenant.sim.policies import POLICIES, simulate
-from cotenant.sim.scenario import Scenario, parse_scenario
+from cotenant.sim.scenario import Scenario
+from cotenant.sim.scenario_file import parse_scenario
 from cotenant.sim.talker import Talker
 from cotenant.sim.world import World
 

@@ -9,7 +9,8 @@ import pytest
 
 from cotenant.domain.errors import ConfigError
 from cotenant.domain.profile import FORMAT, ModelProfile, Profiles
-from cotenant.sim.scenario import Scenario, parse_scenario
+from cotenant.sim.scenario import Scenario
+from cotenant.sim.scenario_file import parse_scenario
 from tests.builders import profiled
 
 TEXT = """

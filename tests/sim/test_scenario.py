@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cotenant.domain.errors import ConfigError
-from cotenant.sim.scenario import parse_scenario, read_scenario
+from cotenant.sim.scenario_file import parse_scenario, read_scenario
 
 GOOD = """
 name: s

@@ -21,7 +21,8 @@ from cotenant.policy.utility import speed_up
 from cotenant.sim.costs import ExecCost, JobCost
 from cotenant.sim.outcome import Outcome
 from cotenant.sim.policies import POLICIES, simulate
-from cotenant.sim.scenario import Scenario, parse_scenario
+from cotenant.sim.scenario import Scenario
+from cotenant.sim.scenario_file import parse_scenario
 from cotenant.sim.world import World
 
 

@@ -13,7 +13,7 @@ from cotenant.domain.units import MS, S
 from cotenant.domain.workload import ORIGINAL, Variant
 from cotenant.policy.choosing import as_variant, ladder
 from cotenant.sim.policies import POLICIES, simulate
-from cotenant.sim.scenario import parse_scenario
+from cotenant.sim.scenario_file import parse_scenario
 from tests.builders import cpu
 from tests.unit.test_planner import Planning, job, service
 

@@ -140,6 +140,13 @@ def positive(value: Any) -> float:
     return found
 
 
+def not_negative(value: Any) -> float:
+    found = number(value)
+    if found < 0:
+        raise ValueError(f"must not be negative, got {found:g}")
+    return found
+
+
 def share(value: Any) -> float:
     found = number(value)
     if not 0 <= found <= 1:
@@ -160,6 +167,12 @@ def positive_shares(value: Any) -> float | dict[str, float]:
     if 0 in (found.values() if isinstance(found, dict) else (found,)):
         raise ValueError("must be above 0")
     return found
+
+
+def texts(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list) or not value:
+        raise ValueError("expected a list of names")
+    return tuple(text(item) for item in value)
 
 
 def names(value: Any) -> tuple[str, ...]:

@@ -30,7 +30,8 @@ from cotenant.sim.feasible import Missed, with_changes
 from cotenant.sim.outcome import Outcome, merge
 from cotenant.sim.policies import POLICIES, Setting, better, choose, simulate, simulate_box
 from cotenant.sim.recorded import Recording
-from cotenant.sim.scenario import Scenario, SimService, one_box, read_scenario
+from cotenant.sim.scenario import Scenario, SimService, one_box
+from cotenant.sim.scenario_file import read_scenario
 from cotenant.telemetry.records import read
 
 Figures = dict[str, float]
