@@ -141,7 +141,7 @@ def test_a_job_that_is_asked_saves_its_work_and_says_where(tmp_path: Path) -> No
             assert "step-0" != Path(first).name != Path(second).name
             assert n.status(id).checkpoint == second
             assert "ZeroDivisionError" in n.log(id)
-            assert not n.jobs.can_be_asked(id), "it gives no memory"
+            assert not n.jobs.talk.can_be_asked(id), "it gives no memory"
             n.jobs.cancel(id)
             await n.state(id, "cancelled")
             with pytest.raises(InvalidRequest):

@@ -30,6 +30,7 @@ from cotenant.domain.errors import (
     NotFound,
 )
 from cotenant.domain.port import JobStatus
+from cotenant.domain.reservation import Adopted
 from cotenant.domain.units import S
 from cotenant.domain.workload import JobSpec, RestartPolicy
 from cotenant.runtime.boundedlog import BoundedLog
@@ -81,6 +82,12 @@ class Node:
     def on_job_ready(self, spec: JobSpec, _: int) -> None:
         self.calls.append(("ready", spec.id))
         self.pids[spec.id] = self.status(spec.id).pid
+
+    def on_job_listens(self, id: str) -> None:
+        """Nothing is asked of these jobs."""
+
+    def on_job_adopts(self, id: str, process: Adopted) -> None:
+        """They have reservations in tests of a whole node."""
 
     def on_job_exited(self, id: str) -> None:
         if ("ready", id) in self.calls:
@@ -710,7 +717,7 @@ while True:
                 ]
                 for message in bad:
                     sock.send(message)
-            await until(lambda: n.jobs.invalid_reports == len(bad))
+            await until(lambda: n.jobs.talk.invalid == len(bad))
             await until(lambda: n.status(loud).rate > 0 and n.status(quiet).rate > 0)
             status = n.status(loud)
             assert status.progress_unit == "images"
@@ -828,7 +835,7 @@ def test_what_is_no_path_is_not_handed_on(tmp_path: Path) -> None:
                 for path in bad:
                     said = {"job": id, "run": n.lines("run")[0], "checkpoint": {"path": path}}
                     sock.send(json.dumps(said).encode())
-            await until(lambda: n.jobs.invalid_reports == len(bad))
+            await until(lambda: n.jobs.talk.invalid == len(bad))
             assert n.status(id).checkpoint == ""
 
     run(main)
@@ -941,6 +948,12 @@ class Shell:
 
     def on_job_ready(self, spec, pid):
         print("ready", spec.id, proctree.descendants(pid)[0], flush=True)
+
+    def on_job_listens(self, id):
+        pass
+
+    def on_job_adopts(self, id, process):
+        pass
 
     def on_job_exited(self, id):
         print("exited", id, flush=True)

@@ -39,20 +39,18 @@ from cotenant.domain.errors import (
     DeviceError,
     EnvironmentProblem,
     InvalidRequest,
-    NotReady,
 )
 from cotenant.domain.port import JobStatus
 from cotenant.domain.reservation import Adopted
 from cotenant.domain.units import S
 from cotenant.domain.workload import JOB_ENDED, JOB_TRANSITIONS, JobSpec, JobState
-from cotenant.runtime.jobadopting import living, not_adoptable
+from cotenant.runtime.jobadopting import JobAdopting, living
 from cotenant.runtime.jobledger import JobLedger
 from cotenant.runtime.joblive import LiveJob, status_of
-from cotenant.runtime.jobreports import Address, Report, ReportSocket
 from cotenant.runtime.jobrun import RUN_MARKER, JobRun, Outcome, lock_directory
-from cotenant.runtime.jobsockets import JobSockets
 from cotenant.runtime.jobspec import CHECKPOINT, checked, environment
 from cotenant.runtime.jobstore import JobRecord, JobStore
+from cotenant.runtime.jobtalk import JobTalk
 from cotenant.runtime.jobverdict import RestartRules, verdict
 
 log = logging.getLogger("cotenant.jobs")
@@ -61,8 +59,6 @@ log.addHandler(logging.NullHandler())
 FORCE_AFTER_S = 10.0
 """Added to a job's grace before a shim that does not answer is killed itself."""
 SAVE_PROGRESS_EVERY_S = 10.0
-MAX_GIVERS = 64
-"""Programs of a job that are asked for memory, or for a checkpoint: the newest."""
 
 
 class JobOptions(msgspec.Struct, frozen=True):
@@ -124,8 +120,10 @@ class JobSupervisor:
         """Jobs of which the shell knows that they want to run, or do."""
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._tasks: set[asyncio.Task[None]] = set()
-        self._reports = ReportSocket(self._directory / "report.sock", self._on_report)
-        self._outside = JobSockets(self._directory / "reports", self._on_outside_report)
+        self.talk = JobTalk(self._directory, self._ledger, self._live, shell.on_job_listens)
+        """What programs of jobs say, and are asked."""
+        self.adopting = JobAdopting(self._ledger, self._live, shell.on_job_adopts)
+        """Reservations, and processes that belong to them."""
         self._stack = contextlib.AsyncExitStack()
         self._open = False
         self._saved_at = 0.0
@@ -143,9 +141,8 @@ class JobSupervisor:
             stack.callback(os.close, await lock_directory(self._directory))
             self._store.open()
             stack.callback(self._store.close)
-            self._reports.open()
-            stack.callback(self._reports.close)
-            stack.callback(self._outside.close)
+            self.talk.open()
+            stack.callback(self.talk.close)
             self._pool = ThreadPoolExecutor(4, "cotenant-jobs")
             stack.callback(self._pool.shutdown, wait=False)
             # One thread of its own: the last order to freeze or continue is the one that counts.
@@ -280,40 +277,11 @@ class JobSupervisor:
             self._schedule()
         return id
 
-    def reservations(self) -> dict[str, JobRecord]:
-        """The jobs that stand for reservations and are not being ended, by the outside id."""
-        found = {}
-        for record in self._ledger.records.values():
-            ends = record.ended or record.state is JobState.STOPPING
-            if record.spec.reservation is not None and not ends:
-                found[record.spec.reservation.id] = record
-        return found
-
-    def adopt(self, id: str, pid: int) -> None:
-        """Have a process of this host be a reservation's job's, with all that descends from it.
-        Raises ``NotReady`` before that runs, ``InvalidRequest`` for a process that is not there or
-        is the node's own."""
+    async def checkpoint(self, ref: str, within_s: float) -> str:
+        """Ask a running job's programs for a checkpoint; the path of the next that is reported.
+        Raises ``NotFound``, ``InvalidRequest`` if it cannot be asked, ``NotReady`` if none came."""
         self._require_open()
-        record, live = self._ledger.records[id], self._live.get(id)
-        if live is None or not live.run.shim_pid:
-            raise NotReady(f"job {id} is {record.state.value}; wait until its space is there")
-        process = Adopted(pid, proctree.start_time(pid))
-        if process in record.adopted:
-            return
-        if why := not_adoptable(process):
-            raise InvalidRequest(f"process {pid} cannot be adopted: {why}")
-        for other in self._ledger.records.values():
-            if process in other.adopted and not other.ended:
-                raise InvalidRequest(f"process {pid} belongs to job {other.spec.id} already")
-        adopted = (*living(record.adopted), process)
-        self._ledger.step(id, record.state, adopted=adopted)
-        live.run.take_in(adopted)
-        if live.told:
-            self._shell.on_job_adopts(id, process)
-
-    def adopted(self, id: str) -> tuple[Adopted, ...]:
-        """The processes from elsewhere that belong to a job and live."""
-        return living(self._ledger.records[id].adopted)
+        return await self.talk.checkpoint(self.resolve(ref), within_s)
 
     def statuses(self) -> list[JobStatus]:
         """All jobs, oldest first. ``partitions``, ``pauses`` and ``held_s`` are the node's to
@@ -329,11 +297,6 @@ class JobSupervisor:
         """Path of the job's log (older output is in the same name with ``.1``); raises
         ``NotFound``. The file does not exist before the first output."""
         return str(self._job_directory(self.resolve(ref)) / "log")
-
-    @property
-    def invalid_reports(self) -> int:
-        """Messages on the report socket that were ignored."""
-        return self._reports.invalid
 
     # -- what the shell orders
 
@@ -455,7 +418,7 @@ class JobSupervisor:
                     self._ledger.step(id, self._ledger.records[id].state, launch=launch)
                 env = environment(spec, launch)
                 env["COTENANT_JOB_ID"], env[RUN_MARKER] = id, live.run.run
-                env["COTENANT_REPORT_SOCKET"] = str(self._reports.path)
+                env["COTENANT_REPORT_SOCKET"] = str(self.talk.path)
                 if checkpoint := self._ledger.records[id].checkpoint:
                     env[CHECKPOINT] = checkpoint
                 pid = await live.run.start(spec, env, launch)
@@ -485,7 +448,7 @@ class JobSupervisor:
         record = self._ledger.records[id]
         live.run.take_in(living(record.adopted))
         if record.spec.reservation is not None:
-            self._outside.open(id)
+            self.talk.open_for(id)
         pids = {"pid": pid, "shim_pid": live.run.shim_pid}
         if record.state is JobState.STARTING:
             record = self._ledger.step(id, JobState.RUNNING, **pids)
@@ -503,8 +466,7 @@ class JobSupervisor:
 
     async def _finish(self, id: str, live: LiveJob, outcome: Outcome, recovering: bool) -> None:
         """Record the end of a run and what follows from it."""
-        self._reports.drain()  # it may have said that it saved its work, and gone
-        self._outside.drain(id)
+        self.talk.drain(id)  # it may have said that it saved its work, and gone
         if live.force is not None:
             live.force.cancel()
         for waiting in live.awaited:
@@ -548,7 +510,7 @@ class JobSupervisor:
         if to is JobState.BACKOFF:
             self._retry_after(id, self._options.rules.delay_s(streak))
         if to in JOB_ENDED:
-            self._outside.remove(id)
+            self.talk.remove(id)
         self._schedule()  # before: what comes after it is to see how it ended
         self._prune()
 
@@ -616,93 +578,6 @@ class JobSupervisor:
 
     # -- looking after what runs
 
-    def _on_report(self, report: Report, sender: Address) -> bool:
-        live = self._live.get(report.job)
-        if live is None or live.run.run != report.run:
-            return False
-        if not report.listens:
-            self._take_in(report.job, live, report)
-        if report.saves and sender:
-            _newest(live.savers, sender)
-        if report.memory and sender:
-            new = _newest(live.givers, sender)
-            live.run.note_giver()
-            if new:
-                self._shell.on_job_listens(report.job)
-        return True
-
-    def _on_outside_report(self, id: str, report: Report) -> bool:
-        live = self._live.get(id)
-        if live is None or report.listens:  # from its network namespace nobody can be answered
-            return False
-        self._take_in(id, live, report)
-        return True
-
-    def _take_in(self, id: str, live: LiveJob, report: Report) -> None:
-        live.progress.note(time.monotonic(), report)
-        if report.checkpoint is not None:
-            live.note_checkpoint(report.checkpoint)
-            self._save_checkpoint(id, live)
-
-    def reports(self, id: str) -> str:
-        """The directory of a reservation's socket for reports; empty if there is none."""
-        return self._outside.directory(id)
-
-    def _save_checkpoint(self, id: str, live: LiveJob) -> None:
-        record = self._ledger.records[id]
-        if not self._ledger.saved:
-            return  # the disk is full: it is not to be owed a step a second
-        if fields := live.unsaved_checkpoint(record, time.monotonic()):
-            self._ledger.step(id, record.state, **fields)
-
-    def gave(self, id: str) -> bool:
-        """Whether a program of the job's run could be asked for memory, perhaps by an earlier
-        daemon: one that is held, or was taken over, cannot say so itself."""
-        live = self._live.get(id)
-        return live is not None and live.run.noted_giver
-
-    def ask_memory(self, id: str, most: int) -> bool:
-        """Ask a job's programs that it have at most so many bytes; whether any of them listens."""
-        live = self._live.get(id)
-        if live is None:
-            return False
-        message = msgspec.json.encode({"run": live.run.run, "most": most})
-        for address in list(live.givers):
-            if not self._reports.send(message, address):
-                del live.givers[address]
-        return bool(live.givers)
-
-    async def checkpoint(self, ref: str, within_s: float) -> str:
-        """Ask a running job's programs for a checkpoint; the path of the next that is reported.
-        Raises ``NotFound``, ``InvalidRequest`` if it cannot be asked, ``NotReady`` if none came."""
-        self._require_open()
-        id = self.resolve(ref)
-        record, live = self._ledger.records[id], self._live.get(id)
-        if live is None or record.state is not JobState.RUNNING:
-            raise InvalidRequest(f"job {id} is {record.state.value}; ask it while it runs")
-        message = msgspec.json.encode({"run": live.run.run, "checkpoint": True})
-        for address in list(live.savers):
-            if not self._reports.send(message, address):
-                del live.savers[address]
-        if not live.savers:
-            raise InvalidRequest(
-                f"job {id} takes no such requests: let it call cotenant.on_checkpoint(save)"
-            )
-        written: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        live.awaited.add(written)
-        try:
-            await asyncio.wait({written}, timeout=within_s)
-        finally:
-            live.awaited.discard(written)
-        if written.cancelled():
-            raise NotReady(f"job {id} ended before it reported a checkpoint: cotenant logs {id}")
-        if not written.done():
-            raise NotReady(
-                f"job {id} was asked, and reported no checkpoint within {within_s:g} s; it may be "
-                "paused, or still write it: cotenant jobs --json tells its newest"
-            )
-        return written.result()
-
     def apart(self, id: str) -> tuple[str, ...]:
         """Devices on which a job was seen not to yield, perhaps by an earlier daemon."""
         return self._ledger.records[id].apart
@@ -712,11 +587,6 @@ class JobSupervisor:
         record = self._ledger.records[id]
         if device not in record.apart:
             self._ledger.step(id, record.state, apart=(*record.apart, device))
-
-    def can_be_asked(self, id: str) -> bool:
-        """Whether one of a job's programs said that it gives memory when it is asked."""
-        live = self._live.get(id)
-        return live is not None and bool(live.givers)
 
     async def _sample_forever(self) -> None:
         while True:
@@ -746,7 +616,7 @@ class JobSupervisor:
             if self._live.get(id) is not live:
                 continue
             live.note_cpu(seconds)
-            self._save_checkpoint(id, live)
+            self.talk.save_checkpoint(id, live)
             state = self._ledger.records[id].state
             if state is JobState.HELD:  # again: somebody may have continued it
                 self._background(self._apply_hold(id, live))
@@ -787,15 +657,6 @@ class JobSupervisor:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("job task failed", exc_info=error)
-
-
-def _newest(addresses: dict[Address, None], sender: Address) -> bool:
-    """Add to who can be asked, or have it be the newest of them; whether it was not there."""
-    new = addresses.pop(sender, False) is False
-    addresses[sender] = None
-    while len(addresses) > MAX_GIVERS:
-        del addresses[next(iter(addresses))]
-    return new
 
 
 async def _cancelled(task: asyncio.Task[None]) -> None:

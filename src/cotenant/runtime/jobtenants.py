@@ -70,7 +70,7 @@ class JobTenants:
         """See what jobs have, once the devices have looked at them."""
         for job, run in self._runs.items():
             if run.attached:
-                self.giving.look(job, run.devices, self.supervisor.can_be_asked(job))
+                self.giving.look(job, run.devices, self.supervisor.talk.can_be_asked(job))
 
     # --- what the supervisor tells ----------------------------------------------------------
 
@@ -79,7 +79,7 @@ class JobTenants:
         self._runs[spec.id] = _Run(spec)
         none = (d.id for d in self._fleet.specs if d.preempt is PreemptLevel.NONE)
         apart = tuple(dict.fromkeys((*self.supervisor.apart(spec.id), *none)))
-        self._feed(e.job_queued(spec, self.supervisor.gave(spec.id), apart))
+        self._feed(e.job_queued(spec, self.supervisor.talk.gave(spec.id), apart))
         self._plan_soon()
 
     async def launch_job(self, spec: JobSpec) -> Launch:
@@ -106,7 +106,7 @@ class JobTenants:
         job = run.spec.id
         if self._runs.get(job) is not run:
             return  # it ended meanwhile
-        for process in self.supervisor.adopted(job):
+        for process in self.supervisor.adopting.adopted(job):
             self._adopt(run, process)
         levels = {device: self._fleet.levels(device)[job] for device in run.devices}
         self._feed(e.JobReady(job, levels))

@@ -193,7 +193,7 @@ class Node:
             JobStore(self._state_dir / "jobs.sqlite"), self._state_dir, tenants
         )
         self.reserved = Reservations(self)
-        tenants.giving = JobGiving(self.fleet, self.core.feed, self.jobs_supervisor.ask_memory)
+        tenants.giving = JobGiving(self.fleet, self.core.feed, self.jobs_supervisor.talk.ask_memory)
 
     def _make_journal(
         self, stack: contextlib.AsyncExitStack, dispatcher: Dispatcher

@@ -36,7 +36,7 @@ class Reservations:
     def reserve(self, wanted: Reservation, dry_run: bool) -> Answer:
         """See NodePort."""
         device = self._checked(wanted)
-        there = self._node.jobs_supervisor.reservations().get(wanted.id)
+        there = self._node.jobs_supervisor.adopting.reservations().get(wanted.id)
         if there is not None:
             if there.spec.reservation != wanted:
                 raise InvalidRequest(
@@ -54,20 +54,20 @@ class Reservations:
 
     def release(self, id: str) -> None:
         """See NodePort."""
-        there = self._node.jobs_supervisor.reservations().get(id)
+        there = self._node.jobs_supervisor.adopting.reservations().get(id)
         if there is not None:
             self._node.jobs_supervisor.cancel(there.spec.id, GIVEN_UP)
 
     def adopt(self, id: str, pid: int) -> None:
         """See NodePort."""
-        there = self._node.jobs_supervisor.reservations().get(id)
+        there = self._node.jobs_supervisor.adopting.reservations().get(id)
         if there is None:
             raise NotFound(f"nothing is reserved under {id}")
-        self._node.jobs_supervisor.adopt(there.spec.id, pid)
+        self._node.jobs_supervisor.adopting.adopt(there.spec.id, pid)
 
     def all(self) -> list[ReservationStatus]:
         """See NodePort."""
-        records = self._node.jobs_supervisor.reservations().values()
+        records = self._node.jobs_supervisor.adopting.reservations().values()
         return [self._status(record) for record in records]
 
     def _status(self, record: JobRecord) -> ReservationStatus:
@@ -86,8 +86,8 @@ class Reservations:
             state="ready" if ready else "waiting",
             reason="" if ready else record.reason or (tenant.waits if tenant is not None else ""),
             partitions=plan.jobs.get(job, ()),
-            reports=self._node.jobs_supervisor.reports(job),
-            adopted=self._node.jobs_supervisor.adopted(job),
+            reports=self._node.jobs_supervisor.talk.directory(job),
+            adopted=self._node.jobs_supervisor.adopting.adopted(job),
         )
         if not ready or launch is None:
             return status
@@ -101,7 +101,7 @@ class Reservations:
         known = {job.id for job in found.jobs}
         devices = {d.id: d for d in found.devices}
         jobs = [*found.jobs]
-        for record in self._node.jobs_supervisor.reservations().values():
+        for record in self._node.jobs_supervisor.adopting.reservations().values():
             wanted = record.spec.reservation
             if wanted is not None and record.spec.id not in known and wanted.device in devices:
                 jobs.append(facts_of(record.spec.id, wanted, devices[wanted.device]))
