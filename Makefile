@@ -51,10 +51,12 @@ dev: $(VENV)/deps.stamp
 demo: $(WHEEL)
 	$(BIN)/python examples/digits/demo.py --out demo-out
 
-# Tests that start nodes and measure have the machine for themselves; the others share it.
+# Tests that share the machine; the others have it for themselves, one by one.
+TOGETHER := $(addprefix tests/,contract property replay sim unit live/test_debian.py live/test_wheel.py)
+
 test: $(WHEEL)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(addprefix tests/,contract property replay sim unit); \
-	first=$$?; $(BIN)/python -m pytest $(addprefix tests/,attack live native) && exit $$first
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TOGETHER); first=$$?; \
+	$(BIN)/python -m pytest $(addprefix --ignore=,$(TOGETHER)) && exit $$first
 
 lint: $(VENV)/deps.stamp
 	$(BIN)/ruff check .
