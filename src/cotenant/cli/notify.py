@@ -59,15 +59,15 @@ class ServiceManager:
     async def beat(self) -> None:
         """Say at half of the time that it asks for that the loop, which this runs on, turns."""
         while self._watchdog_s:
-            self._send("WATCHDOG=1")
+            self._send("WATCHDOG=1", within_s=0.0)  # the loop is not to wait for who is to watch it
             await asyncio.sleep(self._watchdog_s / 2)
 
-    def _send(self, *lines: str) -> None:
+    def _send(self, *lines: str, within_s: float = SEND_WITHIN_S) -> None:
         if not self._address:
             return
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.settimeout(SEND_WITHIN_S)
+                sock.settimeout(within_s)
                 sock.sendto("\n".join(lines).encode(), self._address)
         except OSError as error:
             log.warning("the service manager does not listen", extra={"why": str(error)})
