@@ -292,6 +292,19 @@ def test_nobody_waits_for_a_job_that_has_ended(api: Api) -> None:
     assert answer.data == b"" and answer.headers["cotenant-job-state"] == "succeeded"
 
 
+def test_who_waits_by_a_name_stays_with_the_job_that_had_it(api: Api) -> None:
+    old = api.submit(name="nightly")
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(api.get, "jobs/nightly/log?wait=20")
+        time.sleep(0.3)
+        api.node.become(api.submit(name="nightly"), "succeeded")
+        time.sleep(0.6)
+        api.node.log(old).write_bytes(b"of the old one\n")
+        answer = waits.result(20)
+    assert answer.data == b"of the old one\n"
+    assert answer.headers["cotenant-job-state"] == "queued"
+
+
 def test_who_waits_is_answered_when_the_node_stops(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         with serving(tmp_path) as api:
