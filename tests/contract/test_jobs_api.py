@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import io
@@ -20,6 +21,7 @@ import pytest
 
 from cotenant.domain.errors import EnvironmentProblem, InvalidRequest, NotReady
 from cotenant.serving.failures import MOST_FAILURES
+from cotenant.serving.jobs_api import unpack
 from cotenant.serving.jobs_api import uploads as uploading
 from tests.contract.fake_jobs import TOKENS, UPLOAD, Api, serving, write_tokens
 from tests.contract.fake_node import eventually
@@ -404,6 +406,22 @@ def many() -> bytes:
     return packed(*((f"{n}", b"") for n in range(20)))
 
 
+def linked() -> bytes:
+    """Short names, that lead far down."""
+    found = io.BytesIO()
+    with tarfile.open(fileobj=found, mode="w:gz") as archive:
+        below = "/".join("d" * 200 for _ in range(4))
+        for name, kind, to in (
+            (below, tarfile.DIRTYPE, ""),
+            ("link", tarfile.SYMTYPE, below),
+            (f"link/{below}", tarfile.DIRTYPE, ""),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, to
+            archive.addfile(member)
+    return found.getvalue()
+
+
 @pytest.mark.parametrize(
     "made",
     [
@@ -419,10 +437,14 @@ def many() -> bytes:
         lambda: b"no archive",
         lambda: gzip.compress(b"no archive" * 100),
         lambda: packed(("x" * 300, b"1")),
+        lambda: packed(("d/" * 1200 + "x", b"1")),
+        linked,
+        lambda: packed(("x", b"1"), pax_headers={"mtime": "1e300"}),
     ],
     ids=[
         "one large file", "many large files", "a header", "many members", "above", "a link",
         "a link above", "a device", "cut short", "no gzip", "no tar", "a long name",
+        "deep", "deep by a link", "no date",
     ],
 )  # fmt: skip
 def test_an_archive_that_would_do_harm_is_refused(
@@ -435,6 +457,37 @@ def test_an_archive_that_would_do_harm_is_refused(
     answer = api.post("jobs", {"command": ["train"], "files": sha256(data)})
     assert answer.status == 400 and answer.error["kind"] == "InvalidRequest"
     assert not api.node.specs and set(api.directory.rglob("*")) == before
+
+
+def test_a_full_disk_is_not_held_against_the_archive(
+    api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(api, data := packed(("a", b"1")))
+    finds_it_full = tmp_path / "python"
+    finds_it_full.write_text(f"#!/bin/sh\nexit {unpack.FULL}\n")
+    finds_it_full.chmod(0o700)
+    monkeypatch.setattr(uploading.sys, "executable", str(finds_it_full))
+    answer = api.post("jobs", {"command": ["train"], "files": sha256(data)})
+    assert answer.status == 503 and answer.error["kind"] == "EnvironmentProblem"
+    assert not api.node.specs
+
+
+def test_who_unpacks_tells_a_full_disk_from_a_bad_archive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "a.tar.gz"
+    archive.write_bytes(packed(("a", b"1")))
+    for code, kind in ((errno.ENOSPC, OSError), (errno.EACCES, unpack.Refused)):
+        monkeypatch.setattr(tarfile.TarFile, "extract", _raising(OSError(code, "no")))
+        with pytest.raises(kind):
+            unpack.unpack(str(archive), str(tmp_path), UPLOAD, 10)
+
+
+def _raising(error: Exception) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
 
 
 def test_archives_that_nobody_uses_give_way(own: Api, monkeypatch: pytest.MonkeyPatch) -> None:

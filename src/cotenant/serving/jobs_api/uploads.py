@@ -21,7 +21,7 @@ from typing import IO, Final
 
 from cotenant.domain.errors import EnvironmentProblem, InvalidRequest, NotFound, TooLarge
 from cotenant.serving.jobs_api.disk import on_disk
-from cotenant.serving.jobs_api.unpack import REFUSED
+from cotenant.serving.jobs_api.unpack import FULL, REFUSED
 
 log = logging.getLogger("cotenant.serving")
 
@@ -147,6 +147,10 @@ class Uploads:
                 await process.wait()
         if process.returncode == REFUSED:
             raise InvalidRequest(f"the archive is refused: {said.decode(errors='replace').strip()}")
+        if process.returncode == FULL:
+            raise EnvironmentProblem(
+                "the archive cannot be unpacked: the node's disk is full; make room on it"
+            )
         if process.returncode:
             tail = complaint.decode(errors="replace")[-2000:]
             log.error("unpacking failed", extra={"code": process.returncode, "said": tail})
