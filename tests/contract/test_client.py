@@ -157,9 +157,22 @@ def test_what_is_too_large_is_said(client: cotenant.Client, tmp_path: Path) -> N
 def test_what_cannot_be_packed_is_said(client: cotenant.Client, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest):
         client.submit(["a"], files=tmp_path / "none")
+    below = tmp_path.joinpath("far", *["d" * 200] * 6)
+    below.mkdir(parents=True)
+    with pytest.raises(InvalidRequest):
+        client.submit(["a"], files=tmp_path / "far")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InvalidRequest):
         client.submit(["a"], files=tmp_path)
+
+
+def test_an_answer_that_is_too_large_is_said_to_be(
+    client: cotenant.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.submit(["a" * 1000])
+    monkeypatch.setattr(jobs_client, "ANSWER_BYTES", 1000)
+    with pytest.raises(TooLarge):
+        client.jobs()
 
 
 @pytest.mark.parametrize(

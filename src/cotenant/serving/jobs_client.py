@@ -24,6 +24,7 @@ from cotenant.domain.errors import (
     InvalidRequest,
     NotFound,
     NotReady,
+    TooLarge,
 )
 from cotenant.domain.port import JobStatus
 from cotenant.domain.submission import Submission
@@ -209,7 +210,10 @@ class JobsClient:
                     raise  # else the node may have answered before it had all of it
             response = connection.getresponse()
             found = {name.lower(): value for name, value in response.getheaders()}
-            return Answer(response.status, found, response.read(ANSWER_BYTES))
+            answer = response.read(ANSWER_BYTES + 1)
+            if len(answer) > ANSWER_BYTES:
+                raise TooLarge(f"{self._url} answers with more than {ANSWER_BYTES} bytes")
+            return Answer(response.status, found, answer)
         finally:
             connection.close()
 
