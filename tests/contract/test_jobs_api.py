@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
 import hashlib
@@ -9,6 +10,8 @@ import io
 import json
 import os
 import socket
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -481,6 +484,39 @@ def test_who_unpacks_tells_a_full_disk_from_a_bad_archive(
         monkeypatch.setattr(tarfile.TarFile, "extract", _raising(OSError(code, "no")))
         with pytest.raises(kind):
             unpack.unpack(str(archive), str(tmp_path), UPLOAD, 10)
+
+
+def test_who_unpacks_ends_with_the_node(tmp_path: Path) -> None:
+    archive, place = tmp_path / "archive", tmp_path / "place"
+    os.mkfifo(archive)
+    place.mkdir()
+    words = [sys.executable, "-m", unpack.__name__, str(archive), str(place), str(2**20), "9"]
+    node = subprocess.Popen(
+        ["sh", "-c", '"$@" & echo began; wait', "sh", *words], stdout=subprocess.PIPE
+    )
+    assert node.stdout is not None and node.stdout.readline() == b"began\n"
+    data = packed(*((name, os.urandom(50_000)) for name in ("first", "second", "third")))
+    with archive.open("wb", buffering=0) as pipe:
+        pipe.write(data[:60_000])
+        assert eventually((place / "first").exists)
+        node.kill()
+        node.wait()
+        with contextlib.suppress(BrokenPipeError):
+            pipe.write(data[60_000:])
+    node.stdout.read()  # until all that have it have ended
+    assert not (place / "third").exists()
+
+
+def test_what_a_killed_node_left_and_cannot_be_removed_keeps_none_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "partial-1").mkdir()
+    (tmp_path / "partial-2").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", _raising(OSError(errno.ENOTEMPTY, "not empty")))
+        uploading.Uploads(tmp_path, UPLOAD)
+    uploading.Uploads(tmp_path, UPLOAD)
+    assert not list(tmp_path.iterdir())
 
 
 def _raising(error: Exception) -> Callable[..., None]:

@@ -4,7 +4,8 @@
 
 It gives way to everything else, and its memory and processor time end: headers of a few bytes may
 ask for much. Where the archive is refused it writes why, in one line, and exits with 3; where the
-disk is full, with 4. What it has unpacked by then stays for its caller to remove.
+disk is full, with 4. What it has unpacked by then stays for its caller to remove. It ends with its
+caller: a node that starts again removes what it finds.
 """
 
 from __future__ import annotations
@@ -37,17 +38,20 @@ class Refused(Exception):
 
 
 class _Bounded:
-    """What gzip makes of a file, up to so many bytes."""
+    """What gzip makes of a file, up to so many bytes, and as long as our caller lives."""
 
     def __init__(self, file: gzip.GzipFile, most: int) -> None:
         self._file = file
         self._left = most
+        self._caller = os.getppid()
 
     def read(self, size: int) -> bytes:
         data = self._file.read(size)
         self._left -= len(data)
         if self._left < 0:
             raise Refused("it unpacks to more than the node accepts")
+        if os.getppid() != self._caller:
+            raise Refused("nobody waits for it any more")
         return data
 
 

@@ -48,10 +48,10 @@ class Uploads:
         """One at a time: it is work for the disk and a core."""
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for left in directory.glob(f"{_PARTIAL}*"):  # by a node that was killed
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
         except OSError as error:
             raise EnvironmentProblem(f"{directory} cannot be used: {error.strerror}") from None
+        for left in directory.glob(f"{_PARTIAL}*"):
+            _remove(left)
 
     def size(self, sha256: str) -> int:
         """Bytes of an archive that is here, which counts as a use; raises NotFound."""
@@ -158,6 +158,15 @@ class Uploads:
 
     def _path(self, sha256: str) -> Path:
         return self._directory / f"{sha256}{_ENDING}"
+
+
+def _remove(left: Path) -> None:
+    """Remove what a node that was killed left; what resists is there for the next start."""
+    if left.is_dir():
+        shutil.rmtree(left, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        left.unlink()
 
 
 def _write(file: IO[bytes], digest: hashlib._Hash, piece: bytes) -> None:
