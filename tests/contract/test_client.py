@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from cotenant.domain.errors import (
 from cotenant.domain.workload import RestartPolicy
 from cotenant.serving import jobs_client
 from cotenant.serving.control import ControlServer
+from cotenant.serving.jobs_api import following
 from tests.certificates import made
 from tests.contract.fake_jobs import UPLOAD, Api, JobsNode, serving
 
@@ -155,9 +157,22 @@ def test_what_is_too_large_is_said(client: cotenant.Client, tmp_path: Path) -> N
 def test_what_cannot_be_packed_is_said(client: cotenant.Client, tmp_path: Path) -> None:
     with pytest.raises(InvalidRequest):
         client.submit(["a"], files=tmp_path / "none")
+    below = tmp_path.joinpath("far", *["d" * 200] * 6)
+    below.mkdir(parents=True)
+    with pytest.raises(InvalidRequest):
+        client.submit(["a"], files=tmp_path / "far")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(InvalidRequest):
         client.submit(["a"], files=tmp_path)
+
+
+def test_an_answer_that_is_too_large_is_said_to_be(
+    client: cotenant.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client.submit(["a" * 1000])
+    monkeypatch.setattr(jobs_client, "ANSWER_BYTES", 1000)
+    with pytest.raises(TooLarge):
+        client.jobs()
 
 
 @pytest.mark.parametrize(
@@ -234,6 +249,32 @@ def test_a_log_is_followed_to_its_end(api: Api, client: cotenant.Client) -> None
     assert client.log(id) == b"two\nthree\n"
 
 
+def test_who_may_not_wait_for_a_log_does_not_ask_all_the_time(
+    api: Api, client: cotenant.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    id, slept = client.submit(["a"]), []
+    monkeypatch.setattr(following, "MOST_WAITING", 0)
+    clock = SimpleNamespace(monotonic=time.monotonic, sleep=slept.append)
+    monkeypatch.setattr(jobs_client, "time", clock)
+    client._node.log(id, "0", 20.0)
+    assert slept and slept[0] > 0
+    slept.clear()
+    api.node.become(id, "failed")
+    assert list(client.follow(id)) == [] and not slept
+
+
+def test_a_name_that_no_job_can_have_is_refused(client: cotenant.Client) -> None:
+    for ref in ("", "a/b", "\udcff"):
+        with pytest.raises(InvalidRequest):
+            client.job(ref)
+
+
+@pytest.mark.parametrize("within", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_checkpoint_takes_some_time(client: cotenant.Client, within: float) -> None:
+    with pytest.raises(InvalidRequest):
+        client.checkpoint(client.submit(["a"]), within)
+
+
 def test_waiting_ends(api: Api, client: cotenant.Client) -> None:
     id = client.submit(["a"])
     with pytest.raises(NotReady):
@@ -292,7 +333,7 @@ def test_a_certificate_that_nobody_vouches_for_is_not_trusted(api: Api, tmp_path
     [
         "box", "box:8443", "ftp://box", "https://", "https://box:x", "https://box:99999",
         "https://box/path", "https://box?x=1", "https://user@box", "http://box.example",
-        "http://127.evil.example:1",
+        "http://127.evil.example:1", "https://.box", "https://a b:1", "https://box..example",
     ],
 )  # fmt: skip
 def test_what_is_no_safe_address_is_refused(url: str) -> None:
@@ -310,6 +351,12 @@ def test_what_is_no_token_is_refused(token: str, monkeypatch: pytest.MonkeyPatch
     monkeypatch.delenv("COTENANT_TOKEN", raising=False)
     with pytest.raises(InvalidRequest):
         cotenant.Client("https://box", token=token)
+
+
+def test_a_token_may_come_from_a_file_with_its_line_end(api: Api) -> None:
+    assert api.tls is not None
+    ca = api.tls.certificate
+    assert cotenant.Client(api.url, token="token-reader\n", ca=ca).jobs() == []
 
 
 def test_another_server_is_told_from_a_node(tmp_path: Path, quick: None) -> None:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gzip
 import hashlib
 import io
 import json
 import os
 import socket
+import subprocess
+import sys
 import tarfile
 import threading
 import time
@@ -20,6 +24,7 @@ import pytest
 
 from cotenant.domain.errors import EnvironmentProblem, InvalidRequest, NotReady
 from cotenant.serving.failures import MOST_FAILURES
+from cotenant.serving.jobs_api import unpack
 from cotenant.serving.jobs_api import uploads as uploading
 from tests.contract.fake_jobs import TOKENS, UPLOAD, Api, serving, write_tokens
 from tests.contract.fake_node import eventually
@@ -292,6 +297,19 @@ def test_nobody_waits_for_a_job_that_has_ended(api: Api) -> None:
     assert answer.data == b"" and answer.headers["cotenant-job-state"] == "succeeded"
 
 
+def test_who_waits_by_a_name_stays_with_the_job_that_had_it(api: Api) -> None:
+    old = api.submit(name="nightly")
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(api.get, "jobs/nightly/log?wait=20")
+        time.sleep(0.3)
+        api.node.become(api.submit(name="nightly"), "succeeded")
+        time.sleep(0.6)
+        api.node.log(old).write_bytes(b"of the old one\n")
+        answer = waits.result(20)
+    assert answer.data == b"of the old one\n"
+    assert answer.headers["cotenant-job-state"] == "queued"
+
+
 def test_who_waits_is_answered_when_the_node_stops(tmp_path: Path) -> None:
     with ThreadPoolExecutor(1) as pool:
         with serving(tmp_path) as api:
@@ -391,6 +409,22 @@ def many() -> bytes:
     return packed(*((f"{n}", b"") for n in range(20)))
 
 
+def linked() -> bytes:
+    """Short names, that lead far down."""
+    found = io.BytesIO()
+    with tarfile.open(fileobj=found, mode="w:gz") as archive:
+        below = "/".join("d" * 200 for _ in range(4))
+        for name, kind, to in (
+            (below, tarfile.DIRTYPE, ""),
+            ("link", tarfile.SYMTYPE, below),
+            (f"link/{below}", tarfile.DIRTYPE, ""),
+        ):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, to
+            archive.addfile(member)
+    return found.getvalue()
+
+
 @pytest.mark.parametrize(
     "made",
     [
@@ -406,10 +440,14 @@ def many() -> bytes:
         lambda: b"no archive",
         lambda: gzip.compress(b"no archive" * 100),
         lambda: packed(("x" * 300, b"1")),
+        lambda: packed(("d/" * 1200 + "x", b"1")),
+        linked,
+        lambda: packed(("x", b"1"), pax_headers={"mtime": "1e300"}),
     ],
     ids=[
         "one large file", "many large files", "a header", "many members", "above", "a link",
         "a link above", "a device", "cut short", "no gzip", "no tar", "a long name",
+        "deep", "deep by a link", "no date",
     ],
 )  # fmt: skip
 def test_an_archive_that_would_do_harm_is_refused(
@@ -422,6 +460,70 @@ def test_an_archive_that_would_do_harm_is_refused(
     answer = api.post("jobs", {"command": ["train"], "files": sha256(data)})
     assert answer.status == 400 and answer.error["kind"] == "InvalidRequest"
     assert not api.node.specs and set(api.directory.rglob("*")) == before
+
+
+def test_a_full_disk_is_not_held_against_the_archive(
+    api: Api, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(api, data := packed(("a", b"1")))
+    finds_it_full = tmp_path / "python"
+    finds_it_full.write_text(f"#!/bin/sh\nexit {unpack.FULL}\n")
+    finds_it_full.chmod(0o700)
+    monkeypatch.setattr(uploading.sys, "executable", str(finds_it_full))
+    answer = api.post("jobs", {"command": ["train"], "files": sha256(data)})
+    assert answer.status == 503 and answer.error["kind"] == "EnvironmentProblem"
+    assert not api.node.specs
+
+
+def test_who_unpacks_tells_a_full_disk_from_a_bad_archive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    archive = tmp_path / "a.tar.gz"
+    archive.write_bytes(packed(("a", b"1")))
+    for code, kind in ((errno.ENOSPC, OSError), (errno.EACCES, unpack.Refused)):
+        monkeypatch.setattr(tarfile.TarFile, "extract", _raising(OSError(code, "no")))
+        with pytest.raises(kind):
+            unpack.unpack(str(archive), str(tmp_path), UPLOAD, 10)
+
+
+def test_who_unpacks_ends_with_the_node(tmp_path: Path) -> None:
+    archive, place = tmp_path / "archive", tmp_path / "place"
+    os.mkfifo(archive)
+    place.mkdir()
+    words = [sys.executable, "-m", unpack.__name__, str(archive), str(place), str(2**20), "9"]
+    node = subprocess.Popen(
+        ["sh", "-c", '"$@" & echo began; wait', "sh", *words], stdout=subprocess.PIPE
+    )
+    assert node.stdout is not None and node.stdout.readline() == b"began\n"
+    data = packed(*((name, os.urandom(50_000)) for name in ("first", "second", "third")))
+    with archive.open("wb", buffering=0) as pipe:
+        pipe.write(data[:60_000])
+        assert eventually((place / "first").exists)
+        node.kill()
+        node.wait()
+        with contextlib.suppress(BrokenPipeError):
+            pipe.write(data[60_000:])
+    node.stdout.read()  # until all that have it have ended
+    assert not (place / "third").exists()
+
+
+def test_what_a_killed_node_left_and_cannot_be_removed_keeps_none_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "partial-1").mkdir()
+    (tmp_path / "partial-2").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", _raising(OSError(errno.ENOTEMPTY, "not empty")))
+        uploading.Uploads(tmp_path, UPLOAD)
+    uploading.Uploads(tmp_path, UPLOAD)
+    assert not list(tmp_path.iterdir())
+
+
+def _raising(error: Exception) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
 
 
 def test_archives_that_nobody_uses_give_way(own: Api, monkeypatch: pytest.MonkeyPatch) -> None:

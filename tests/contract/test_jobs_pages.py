@@ -11,6 +11,7 @@ from urllib.parse import urlencode
 
 import pytest
 
+from cotenant.serving.failures import MOST_FAILURES
 from cotenant.serving.web.app import HEADERS
 from tests.certificates import Pair, made
 from tests.contract.fake_jobs import TOKENS, Api, serving, write_tokens
@@ -77,6 +78,13 @@ def reader(api: Api) -> Browser:
     browser = Browser(api)
     assert browser.sign_in("reader").status == 303
     return browser
+
+
+def test_who_guesses_tokens_keeps_nobody_out(tmp_path: Path) -> None:
+    with serving(tmp_path) as api:
+        statuses = [Browser(api).sign_in("nobody").status for _ in range(MOST_FAILURES + 1)]
+        assert statuses[0] == 403 and statuses[-1] == 429
+        assert Browser(api).sign_in("chief").status == 303
 
 
 def test_nothing_is_told_before_signing_in(api: Api) -> None:

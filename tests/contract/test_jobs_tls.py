@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 import ssl
@@ -110,6 +111,16 @@ def test_a_renewed_certificate_is_shown(api: Api, tmp_path: Path) -> None:
     new.key.replace(api.tls.key)
     assert eventually(lambda: shown(api) not in (before, None))
     assert api.get("jobs").status == 200
+
+
+def test_a_renewal_is_seen_by_more_than_its_size_and_date(api: Api, tmp_path: Path) -> None:
+    assert api.tls is not None
+    before, new = shown(api), made(tmp_path / "new")
+    for old, source in zip(api.tls, new, strict=True):
+        was = old.stat()
+        old.write_bytes(source.read_bytes().ljust(was.st_size, b"\n"))
+        os.utime(old, ns=(was.st_atime_ns, was.st_mtime_ns))
+    assert eventually(lambda: shown(api) not in (before, None))
 
 
 @pytest.mark.parametrize("wrong", ["missing", "another", "swapped", "empty", "encrypted", "folder"])

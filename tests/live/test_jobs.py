@@ -883,6 +883,28 @@ def test_the_same_job_under_one_id_is_one_job_for_the_next_daemon_too(tmp_path: 
     run(main)
 
 
+def test_what_is_sent_again_comes_after_what_it_came_after(tmp_path: Path) -> None:
+    spec = JobSpec("two", "nightly", ("true",), str(tmp_path), after=("nightly",))
+
+    async def main() -> None:
+        async with node(tmp_path) as n:
+            n.jobs.submit(JobSpec("one", "nightly", ("true",), str(tmp_path)))
+            assert n.jobs.submit(spec) == n.jobs.submit(spec) == "two"
+            await n.state("two", "succeeded")
+
+    run(main)
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, 1e308, float("inf"), float("nan")])
+def test_a_weight_that_cannot_be_divided_by_is_refused(tmp_path: Path, weight: float) -> None:
+    async def main() -> None:
+        async with node(tmp_path) as n:
+            with pytest.raises(InvalidRequest):
+                n.submit("true", weight=weight)
+
+    run(main)
+
+
 def test_a_directory_has_one_supervisor_and_a_short_path(tmp_path: Path) -> None:
     async def main() -> None:
         async with node(tmp_path):

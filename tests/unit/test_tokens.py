@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,9 @@ def test_a_keyring_wants_a_file(file: Path) -> None:
     with pytest.raises(EnvironmentProblem) as caught:
         Keyring(file)
     assert str(file) in str(caught.value)
+
+
+def test_a_pipe_in_its_place_is_refused_and_waited_for_by_nobody(file: Path) -> None:
+    os.mkfifo(file, 0o600)
+    with pytest.raises(EnvironmentProblem):
+        load(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+from itertools import takewhile
 from typing import Any
 
 from cotenant.domain.errors import EnvironmentProblem, NotFound
@@ -78,21 +79,23 @@ class JobLedger:
             del self.records[id]
         return old
 
-    def resolve(self, ref: str) -> str:
+    def resolve(self, ref: str, before: str = "") -> str:
         """The id that ``ref`` means: an id, a name (the newest job of it) or a unique prefix of
         an id. A name goes before a prefix, so that what a user typed in full is never read as
-        the beginning of something else. Raises ``NotFound`` with near matches."""
-        if ref in self.records:
+        the beginning of something else. ``before``: what it meant when that job came. Raises
+        ``NotFound`` with near matches."""
+        records = dict(takewhile(lambda one: one[0] != before, self.records.items()))
+        if ref in records:
             return ref
-        named = [id for id, record in self.records.items() if record.spec.name == ref]
+        named = [id for id, record in records.items() if record.spec.name == ref]
         if named:
             return named[-1]
-        begun = [id for id in self.records if ref and id.startswith(ref)]
+        begun = [id for id in records if ref and id.startswith(ref)]
         if len(begun) == 1:
             return begun[0]
         if begun:
             raise NotFound(f"{ref!r} is the beginning of several jobs: {', '.join(begun[:5])}")
-        known = {record.spec.name for record in self.records.values()} | self.records.keys()
+        known = {record.spec.name for record in records.values()} | records.keys()
         near = difflib.get_close_matches(ref, sorted(known), n=3)
         hint = f"; did you mean {' or '.join(near)}?" if near else "; `cotenant jobs` lists them"
         raise NotFound(f"there is no job {ref!r}{hint}")

@@ -207,7 +207,7 @@ class JobSupervisor:
         self._require_open()
         spec = checked(spec, self._ledger.records)
         if (there := self._ledger.records.get(spec.id)) is not None:
-            after = tuple(map(self.resolve, spec.after))
+            after = tuple(self._ledger.resolve(ref, before=spec.id) for ref in spec.after)
             if msgspec.structs.replace(spec, after=after) != there.spec:
                 raise Conflict(f"another job has the id {spec.id}; choose another, or leave it out")
             return spec.id

@@ -23,6 +23,8 @@ CHECKPOINT = "COTENANT_CHECKPOINT"
 was submitted with."""
 MAX_SPEC_BYTES = 1 << 20
 MAX_NAME = 128
+MAX_WEIGHT = 1e6
+"""Shares are counted in thousandths of it, as whole numbers."""
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _MINIMAL = ("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LANGUAGE", "TZ", "TMPDIR")
 
@@ -51,6 +53,8 @@ def checked(spec: JobSpec, taken: Container[str]) -> JobSpec:
         raise InvalidRequest("command, directory and environment must not hold NUL characters")
     if any(not key or "=" in key for key in spec.env):
         raise InvalidRequest("names of environment variables must not be empty or hold '='")
+    if not 0 < spec.weight <= MAX_WEIGHT:
+        raise InvalidRequest(f"weight must be above 0 and at most {MAX_WEIGHT:g}")
     numbers = (spec.memory, spec.grace, spec.log_limit, spec.max_restarts, spec.time_limit)
     if min(numbers) < 0:
         raise InvalidRequest(

@@ -4,6 +4,7 @@ connection of its own, so one client serves several threads."""
 from __future__ import annotations
 
 import http.client
+import math
 import secrets
 import ssl
 import time
@@ -23,9 +24,11 @@ from cotenant.domain.errors import (
     InvalidRequest,
     NotFound,
     NotReady,
+    TooLarge,
 )
 from cotenant.domain.port import JobStatus
 from cotenant.domain.submission import Submission
+from cotenant.domain.workload import JOB_ENDED
 from cotenant.serving.joblogs import Piece
 from cotenant.serving.packing import pack
 
@@ -38,6 +41,9 @@ MOST_DELAY_S: Final = 5.0
 UPLOAD_S: Final = 300.0
 """Without progress for so long, an upload is given up; so is an unpacking."""
 ANSWER_BYTES: Final = 64 * 2**20
+UNTIL_AGAIN_S: Final = 1.0
+"""Before more of a log is asked for, where the node lets nobody else wait for it."""
+_ENDED: Final = frozenset(state.value for state in JOB_ENDED)
 
 
 class Answer(NamedTuple):
@@ -63,6 +69,7 @@ class JobsClient:
         self._host, self._tls = _parsed(url, ca)
         self._url = url.rstrip("/")
         self._timeout = timeout
+        token = token.strip()  # a file ends with a line end
         if not token or not token.isascii() or not token.isprintable():
             raise InvalidRequest("a token is needed, as cotenant token add printed it")
         self._headers = {"authorization": f"Bearer {token}"}
@@ -111,6 +118,8 @@ class JobsClient:
     def checkpoint(self, ref: str, within_s: float = 60.0) -> str:
         """Have a running job write a checkpoint now; the path that it reports. Raises NotFound,
         NotReady where it has not said so in time, InvalidRequest if it cannot be asked."""
+        if not 0 < within_s < math.inf:
+            raise InvalidRequest(f"{within_s} is no number of seconds to write a checkpoint in")
         body = msgspec.json.encode({"within_s": within_s})
         path = f"jobs/{_quoted(ref)}/checkpoint"
         answer = self._ask("POST", path, body, timeout=within_s + self._timeout, again=False)
@@ -120,16 +129,20 @@ class JobsClient:
         """What of a job's log comes after a place (see ``joblogs``), and the job's state just
         before; waits so long for there to be some."""
         query = urlencode({"offset": place, "wait": f"{wait_s:g}"})
-        path = f"jobs/{_quoted(ref)}/log?{query}"
+        path, begun = f"jobs/{_quoted(ref)}/log?{query}", time.monotonic()
         answer = self._ask("GET", path, timeout=wait_s + self._timeout)
         headers = answer.headers
         try:
             piece = Piece(
                 answer.body, headers["cotenant-next-offset"], "cotenant-log-gap" in headers
             )
-            return piece, headers["cotenant-job-state"]
+            state = headers["cotenant-job-state"]
         except KeyError:
             raise self._strange() from None
+        if not (piece.data or piece.gap or state in _ENDED):
+            left = begun + wait_s - time.monotonic()
+            time.sleep(max(0.0, min(UNTIL_AGAIN_S, left)))
+        return piece, state
 
     # --- requests ---------------------------------------------------------------------------
 
@@ -197,7 +210,10 @@ class JobsClient:
                     raise  # else the node may have answered before it had all of it
             response = connection.getresponse()
             found = {name.lower(): value for name, value in response.getheaders()}
-            return Answer(response.status, found, response.read(ANSWER_BYTES))
+            answer = response.read(ANSWER_BYTES + 1)
+            if len(answer) > ANSWER_BYTES:
+                raise TooLarge(f"{self._url} answers with more than {ANSWER_BYTES} bytes")
+            return Answer(response.status, found, answer)
         finally:
             connection.close()
 
@@ -233,6 +249,10 @@ class JobsClient:
                 "file of its authority (ca, COTENANT_CA), and the node as it is named there"
             )
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        if isinstance(error, http.client.RemoteDisconnected) and self._tls is None:
+            why += "; perhaps it speaks https"
+        elif getattr(error, "reason", "") == "WRONG_VERSION_NUMBER":
+            why += "; perhaps it speaks http, or is another port"
         return EnvironmentProblem(f"no node answers at {self._url}: {why}")
 
 
@@ -240,9 +260,11 @@ def _parsed(url: str, ca: str | Path | None) -> tuple[str, ssl.SSLContext | None
     """Host with port, and how to speak TLS; raises InvalidRequest, EnvironmentProblem."""
     try:
         parts = urlsplit(url)
+        (parts.hostname or "").encode("idna")
         bare = parts.path in ("", "/") and not (parts.query or parts.fragment or parts.username)
         wrong = parts.scheme not in ("http", "https") or not parts.hostname or not bare
-        parts.port  # noqa: B018 - raises ValueError
+        wrong = wrong or any(map(str.isspace, parts.netloc))
+        parts.port  # noqa: B018 - raises ValueError, as the encoding does
     except ValueError:
         wrong = True
     if wrong:
@@ -268,4 +290,7 @@ def _retry_after(headers: Mapping[str, str], usual: float) -> float:
 def _quoted(ref: str) -> str:
     if not ref or "/" in ref:
         raise InvalidRequest(f"{ref!r}: give a job's id; a name must not have a / here")
-    return quote(ref, safe="")
+    try:
+        return quote(ref, safe="")
+    except UnicodeEncodeError:
+        raise InvalidRequest(f"{ref!r} is no job: names are UTF-8 text") from None

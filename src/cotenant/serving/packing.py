@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from cotenant.domain.errors import EnvironmentProblem, InvalidRequest
+from cotenant.serving.jobs_api.unpack import PATH_BYTES
 
 LEFT_OUT: Final = frozenset({".git", "__pycache__"})
 """Directories that are not brought along."""
@@ -18,8 +19,8 @@ LEFT_OUT: Final = frozenset({".git", "__pycache__"})
 
 def pack(directory: Path, into: IO[bytes]) -> str:
     """Write a ``.tar.gz`` of what is in a directory, but for ``LEFT_OUT``; its SHA-256. Raises
-    InvalidRequest for what is no directory, or holds what is neither file, directory nor link;
-    EnvironmentProblem if something cannot be read."""
+    InvalidRequest for what is no directory, or holds what is neither file, directory nor link or is
+    too far down; EnvironmentProblem if something cannot be read."""
     if not directory.is_dir():
         raise InvalidRequest(f"{directory} is no directory; files names one")
     try:
@@ -44,6 +45,8 @@ def _add(archive: tarfile.TarFile, directory: Path, above: str) -> None:
             raise InvalidRequest(f"{entry.path} is neither a file nor a directory; take it away")
         if stat.S_ISDIR(mode) and entry.name in LEFT_OUT:
             continue
+        if len(os.fsencode(name)) > PATH_BYTES:
+            raise InvalidRequest(f"a path in {directory} is longer than {PATH_BYTES} bytes")
         member = archive.gettarinfo(entry.path, name)
         member.uid = member.gid = 0
         member.uname = member.gname = ""

@@ -19,8 +19,8 @@ log = logging.getLogger("cotenant.serving")
 
 LOOK_EVERY_S: Final = 1.0
 
-Signature = tuple[tuple[int, int, int], ...]
-"""Of each file inode, size and time of change (ns)."""
+Signature = tuple[tuple[int, int, int, int], ...]
+"""Of each file inode, size, and when (ns) its content and its rights or owner changed."""
 
 
 class Certificate:
@@ -64,9 +64,9 @@ class Certificate:
             try:
                 stat = path.stat()
             except OSError:
-                found.append((0, 0, 0))
+                found.append((0, 0, 0, 0))
             else:
-                found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns))
+                found.append((stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
         return tuple(found)
 
 

@@ -30,7 +30,9 @@ def load(path: Path) -> tuple[Token, ...]:
     """The tokens in a file. Raises EnvironmentProblem if it cannot be read or others can write it,
     ConfigError if it is none."""
     try:
-        with path.open("rb") as file:
+        # Opening a pipe would wait for who writes it.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(fd, "rb") as file:
             found = os.fstat(file.fileno())
             _check(path, found)
             data = file.read(MOST_BYTES + 1)

@@ -32,13 +32,14 @@ class Following:
     async def piece(self, ref: str, place: str, wait_s: float) -> tuple[Piece, JobStatus]:
         """What of a job's log comes after a place, and how the job stood just before: there is no
         more of one that had ended by then and gave nothing. Raises NotFound, InvalidRequest."""
-        path = self._node.job_log_path(ref)
         end = time.monotonic() + (wait_s if self._waiting < MOST_WAITING else 0.0)
         self._waiting += 1
         try:
             self._look()
+            id = find_job(self._seen, ref).id  # another job may get the name meanwhile
+            path = self._node.job_log_path(id)
             while True:
-                job = find_job(self._seen, ref)
+                job = find_job(self._seen, id)
                 piece = await on_disk(joblogs.read, path, place)
                 left = end - time.monotonic()
                 if piece.data or piece.gap or job.state in _ENDED or left <= 0:

@@ -21,7 +21,7 @@ from typing import IO, Final
 
 from cotenant.domain.errors import EnvironmentProblem, InvalidRequest, NotFound, TooLarge
 from cotenant.serving.jobs_api.disk import on_disk
-from cotenant.serving.jobs_api.unpack import REFUSED
+from cotenant.serving.jobs_api.unpack import FULL, REFUSED
 
 log = logging.getLogger("cotenant.serving")
 
@@ -48,10 +48,10 @@ class Uploads:
         """One at a time: it is work for the disk and a core."""
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for left in directory.glob(f"{_PARTIAL}*"):  # by a node that was killed
-                shutil.rmtree(left) if left.is_dir() else left.unlink()
         except OSError as error:
             raise EnvironmentProblem(f"{directory} cannot be used: {error.strerror}") from None
+        for left in directory.glob(f"{_PARTIAL}*"):
+            _remove(left)
 
     def size(self, sha256: str) -> int:
         """Bytes of an archive that is here, which counts as a use; raises NotFound."""
@@ -147,6 +147,10 @@ class Uploads:
                 await process.wait()
         if process.returncode == REFUSED:
             raise InvalidRequest(f"the archive is refused: {said.decode(errors='replace').strip()}")
+        if process.returncode == FULL:
+            raise EnvironmentProblem(
+                "the archive cannot be unpacked: the node's disk is full; make room on it"
+            )
         if process.returncode:
             tail = complaint.decode(errors="replace")[-2000:]
             log.error("unpacking failed", extra={"code": process.returncode, "said": tail})
@@ -154,6 +158,15 @@ class Uploads:
 
     def _path(self, sha256: str) -> Path:
         return self._directory / f"{sha256}{_ENDING}"
+
+
+def _remove(left: Path) -> None:
+    """Remove what a node that was killed left; what resists is there for the next start."""
+    if left.is_dir():
+        shutil.rmtree(left, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        left.unlink()
 
 
 def _write(file: IO[bytes], digest: hashlib._Hash, piece: bytes) -> None:

@@ -109,10 +109,12 @@ class Door:
         return now
 
     def sign_in(self, given: str, request: Request, response: Response) -> bool:
-        """Whether a token is right; then the response carries a session. Raises TooMany."""
-        if self._failures.too_many:
+        """Whether a token is right; then the response carries a session. Raises TooMany: for a
+        right one only if it could be guessed, else who has none could keep all out."""
+        keys, many = self._keys, self._failures.too_many
+        visitor = keys.visitor(given.strip()) if keys and not (many and keys.chosen) else None
+        if visitor is None and many:
             raise TooMany
-        visitor = self._keys.visitor(given.strip()) if self._keys else None
         if visitor is None:
             self._failures.note()
             return False

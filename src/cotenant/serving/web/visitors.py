@@ -27,6 +27,10 @@ class Keys(Protocol):
     def label(self) -> str:
         """What the form asks for."""
 
+    @property
+    def chosen(self) -> bool:
+        """Whether somebody may have thought of a token, so that it could be guessed."""
+
     def visitor(self, given: str) -> Visitor | None:
         """Whose token that is."""
 
@@ -38,6 +42,7 @@ class NodeKey:
     """The node's one token: for all that the inference port has."""
 
     label = "The node's token"
+    chosen = True
 
     def __init__(self, token: str) -> None:
         self._token = token.encode()
@@ -55,6 +60,7 @@ class JobsKeys:
     """Tokens of the jobs API: those with the scope read see pages, those with control buttons."""
 
     label = "A token of the jobs API"
+    chosen = False
 
     def __init__(self, keyring: Keyring) -> None:
         self._keyring = keyring
