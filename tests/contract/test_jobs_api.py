@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import gzip
@@ -460,6 +461,31 @@ def test_an_archive_that_would_do_harm_is_refused(
     answer = api.post("jobs", {"command": ["train"], "files": sha256(data)})
     assert answer.status == 400 and answer.error["kind"] == "InvalidRequest"
     assert not api.node.specs and set(api.directory.rglob("*")) == before
+
+
+def test_what_is_sent_several_times_at_once_is_unpacked_once(
+    api: Api, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload(api, data := packed(("a", b"1")))
+    unpacked, began = [], threading.Event()
+    before = uploading.Uploads._unpack
+
+    async def slowly(self: uploading.Uploads, archive: Path, directory: Path) -> None:
+        unpacked.append(archive)
+        began.set()
+        await asyncio.sleep(0.2)
+        await before(self, archive, directory)
+
+    monkeypatch.setattr(uploading.Uploads, "_unpack", slowly)
+    wanted = {"command": ["train"], "files": sha256(data), "id": "mine"}
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(api.post, "jobs", wanted)
+        assert began.wait(10)
+        answers = [
+            f.result() for f in [first, *(pool.submit(api.post, "jobs", wanted) for _ in "ab")]
+        ]
+    assert [answer.json for answer in answers] == [{"id": "mine"}] * 3
+    assert len(unpacked) == 1
 
 
 def test_a_full_disk_is_not_held_against_the_archive(

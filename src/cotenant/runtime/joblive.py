@@ -16,6 +16,8 @@ from cotenant.runtime.jobrun import JobRun
 from cotenant.runtime.jobstore import JobRecord
 
 _HELD = "held: release it to let it start"
+MOST_SHOWN = 4096
+"""Characters of a command that are shown, with one between words."""
 SAVE_CHECKPOINT_EVERY_S = 1.0
 """Of one run: a job that says it of each step costs the store no more."""
 
@@ -107,7 +109,7 @@ def status_of(record: JobRecord, live: LiveJob | None) -> JobStatus:
         id=spec.id,
         name=spec.name,
         state=record.state.value,
-        command=spec.command,
+        command=_shown(spec.command),
         weight=spec.weight,
         guaranteed=spec.guaranteed,
         created=record.created,
@@ -125,6 +127,19 @@ def status_of(record: JobRecord, live: LiveJob | None) -> JobStatus:
         checkpoint_at=newest.at if newest else record.checkpoint_at,
         held=record.held and not record.ended,
     )
+
+
+def _shown(command: tuple[str, ...]) -> tuple[str, ...]:
+    """A command as lists of jobs have it: a long one is cut, or a thousand of them are too much."""
+    if sum(len(word) + 1 for word in command) <= MOST_SHOWN:
+        return command
+    shown, left = [], MOST_SHOWN
+    for word in command:
+        shown.append(word if len(word) <= left else word[:left] + "…")
+        left -= len(word) + 1
+        if left <= 0:
+            break
+    return tuple(shown)
 
 
 def _waits(record: JobRecord) -> str:

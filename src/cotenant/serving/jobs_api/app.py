@@ -93,6 +93,7 @@ class JobsApp:
             routes=[*self._routes(), *(web.routes() if web else ())],
             exception_handlers={HTTPException: _no_route, Exception: _server_error},
         )
+        self._app.router.redirect_slashes = False  # it would go by the Host that was sent
         self._sweep()
 
     def _routes(self) -> Iterable[BaseRoute]:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
+from weakref import WeakValueDictionary
 
 import msgspec
 
 from cotenant.domain.errors import EnvironmentProblem
 from cotenant.domain.port import NodePort
 from cotenant.domain.submission import Submission
-from cotenant.domain.workload import JOB_ENDED
+from cotenant.domain.workload import JOB_ENDED, JobSpec
 from cotenant.serving.jobs_api.requests import Busy
 from cotenant.serving.jobs_api.uploads import Uploads
 
@@ -34,6 +36,8 @@ class Submitting:
         self._uploads = uploads
         self._directory = directory
         self._environment = environment
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        """Those of one id come in turn: what was sent twice is unpacked once."""
 
     async def submit(self, wanted: Submission) -> str:
         """Queue a job; its id. Raises as NodePort.submit_job and Uploads.unpacked, and Busy."""
@@ -49,11 +53,13 @@ class Submitting:
         # Other files are another directory, and with that another job.
         place = self._directory / id / (f"files-{wanted.files[:16]}" if wanted.files else "files")
         spec = wanted.spec(str(place), self._environment)
-        if id in known:
-            return self._node.submit_job(spec)
-        async with self._uploads.unpacked(wanted.files) as files:
-            if id in self._known():  # the same was sent again, and was quicker
+        async with self._turns.setdefault(id, asyncio.Lock()):
+            if id in self._known():  # sent again, perhaps while the first one was unpacked
                 return self._node.submit_job(spec)
+            return await self._with_files(spec, wanted.files, place)
+
+    async def _with_files(self, spec: JobSpec, archive: str, place: Path) -> str:
+        async with self._uploads.unpacked(archive) as files:
             self._move(files, place)
             try:
                 return self._node.submit_job(spec)
