@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import struct
+import subprocess
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 
+from cotenant.domain.reservation import Reservation
 from cotenant.domain.workload import RestartPolicy
 from tests.gpu_machine import GpuMachine
 from tests.nvml_standin import Fault, uuid_of
@@ -93,6 +95,38 @@ def test_a_job_has_the_gpu_between_requests(box: Box, gpu: GpuMachine) -> None:
     box.control.cancel(job)
     box.until(lambda: job not in tenants(box))
     assert asked(box) == 200
+
+
+def test_who_is_adopted_has_the_gpu_between_requests_as_a_job_has(
+    box: Box, gpu: GpuMachine
+) -> None:
+    box.start()
+    assert box.control.reserve(Reservation("r", "cuda", share=0.4)).made
+    (found,) = box.until(
+        lambda: [s for s in box.control.reservations() if s.state == "ready"],
+        box.control.reservations,
+    )
+    env = {**os.environ, **gpu.env(), **found.env, "COTENANT_TEST_BOX": box.mark}
+    for name, paths in found.prepend.items():
+        env[name] = ":".join((paths, env.get(name, ""))).strip(":")
+    process = subprocess.Popen(["sh", "-c", RUNS[2]], env=env, start_new_session=True)
+    try:
+        box.control.adopt("r", process.pid)
+        gpu.show(process.pid, memory=5 << 30)
+        box.until(lambda: 0 < (tenants(box)[found.job]["memory"] or 0) < 5 << 30)
+        switches = partition(box)["switches"]
+        for _ in range(5):
+            assert asked(box) == 200
+            box.until(lambda: box.job("r").partitions)
+        assert partition(box)["switches"] > switches
+        assert tenants(box)[found.job]["level"] == "GATE"
+        box.control.release("r")
+        box.until(lambda: found.job not in tenants(box))
+        assert process.poll() is None
+    finally:
+        gpu.show()
+        process.kill()
+        process.wait()
 
 
 def test_a_job_that_is_past_its_gate_does_not_stay_beside_services(
