@@ -51,8 +51,9 @@ dev: $(VENV)/deps.stamp
 demo: $(WHEEL)
 	$(BIN)/python examples/digits/demo.py --out demo-out
 
-# Tests that share the machine; the others have it for themselves, one by one.
-TOGETHER := $(addprefix tests/,contract property replay sim unit live/test_debian.py live/test_wheel.py)
+# Tests that share the machine; the others, which see how quick things are, have it for themselves.
+TOGETHER := $(addprefix tests/,contract property replay sim unit live/kube $(addsuffix .py, \
+	$(addprefix live/test_,debian jobs jobs_api profile real_models wheel) native/test_gpu_check native/test_memory))
 
 test: $(WHEEL)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TOGETHER); first=$$?; \
