@@ -135,13 +135,13 @@ def free_port() -> str:
 
 
 @pytest.fixture
-def boxes(tmp_path: Path) -> Iterator[Callable[[str, dict[str, str]], Box]]:
+def boxes(directory: Path) -> Iterator[Callable[[str, dict[str, str]], Box]]:
     if not (BIN / "cotenant").exists():
         pytest.skip("the command cotenant is not installed beside this Python")
     made: list[Box] = []
 
     def box(name: str, given: dict[str, str]) -> Box:
-        made.append(Box(tmp_path / name, given))
+        made.append(Box(directory / name, given))
         return made[-1]
 
     yield box

@@ -13,6 +13,7 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -65,13 +66,15 @@ def shown(folder: Path, uid: str) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def podman(tmp_path_factory: pytest.TempPathFactory) -> Podman:
+def podman() -> Iterator[Podman]:
     if missing := [name for name in NEEDED if shutil.which(name) is None]:
         pytest.skip(f"not installed: {', '.join(missing)}")
     if os.geteuid() != 0:
         pytest.skip("only root may describe devices to podman")
-    found = Podman(tmp_path_factory.mktemp("podman"))
-    tried = found.run("echo works")
-    if tried.stdout.strip() != "works":
-        pytest.skip(f"podman starts no container here: {tried.stderr.strip()[-300:]}")
-    return found
+    # podman takes a short path alone.
+    with TemporaryDirectory(prefix="podman-", ignore_cleanup_errors=True) as folder:
+        found = Podman(Path(folder))
+        tried = found.run("echo works")
+        if tried.stdout.strip() != "works":
+            pytest.skip(f"podman starts no container here: {tried.stderr.strip()[-300:]}")
+        yield found
