@@ -26,7 +26,7 @@ from cotenant.domain.errors import InvalidRequest, NotReady
 from cotenant.domain.port import JobStatus, find_job
 from cotenant.domain.submission import Submission
 from cotenant.domain.units import S, parse_bytes, parse_duration
-from cotenant.domain.workload import JOB_ENDED, Share
+from cotenant.domain.workload import ENDED_STATES, Share
 from cotenant.serving import joblogs
 from cotenant.serving.control_client import ControlClient
 from cotenant.serving.joblogs import Piece
@@ -36,7 +36,6 @@ FOLLOW_S: Final = 20.0
 """Seconds that a request for more of a log waits for it."""
 LOOK_S: Final = 0.2
 MOST_LOOK_S: Final = 2.0
-_ENDED: Final = frozenset(state.value for state in JOB_ENDED)
 
 Restart = Literal["never", "on-failure", "always"]
 
@@ -210,7 +209,7 @@ class Client:
             piece, state = self._node.log(id, place, FOLLOW_S)
             if piece.data:
                 yield piece.data
-            elif state in _ENDED:
+            elif state in ENDED_STATES:
                 return
             place = piece.next
 
@@ -221,7 +220,7 @@ class Client:
         end = None if timeout is None else time.monotonic() + timeout
         while True:
             job = self.job(id)
-            if job.state in _ENDED:
+            if job.state in ENDED_STATES:
                 return job
             if end is not None and time.monotonic() >= end:
                 raise NotReady(f"job {id} is {job.state}; it has not ended within {timeout:g} s")
@@ -256,7 +255,7 @@ class _Here:
         while True:
             state = self.job(ref).state
             piece = joblogs.read(path, place)
-            if piece.data or piece.gap or state in _ENDED or time.monotonic() >= end:
+            if piece.data or piece.gap or state in ENDED_STATES or time.monotonic() >= end:
                 return piece, state
             time.sleep(LOOK_S)
 

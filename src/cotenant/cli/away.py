@@ -13,12 +13,11 @@ from cotenant.cli.running import limits, told_end
 from cotenant.domain.errors import InvalidRequest
 from cotenant.domain.submission import Submission
 from cotenant.domain.units import S
-from cotenant.domain.workload import JOB_ENDED
+from cotenant.domain.workload import ENDED_STATES
 from cotenant.serving import joblogs
 from cotenant.serving.jobs_client import JobsClient
 
 FOLLOW_S: Final = 20.0
-_ENDED = frozenset(state.value for state in JOB_ENDED)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -72,6 +71,6 @@ def _copy(client: JobsClient, job: str, wait_s: float) -> None:
         piece, state = client.log(job, place, wait_s)
         sys.stdout.buffer.write(piece.data)
         sys.stdout.buffer.flush()
-        if not piece.data and (not wait_s or state in _ENDED):
+        if not piece.data and (not wait_s or state in ENDED_STATES):
             return
         place = piece.next

@@ -31,7 +31,7 @@ from cotenant.cli.top.command import add_top, make_command
 from cotenant.cli.variants import add_variants, cmd_variants
 from cotenant.domain.errors import CotenantError, EnvironmentProblem, InvalidRequest
 from cotenant.domain.port import JobStatus, find_job
-from cotenant.domain.workload import JOB_ENDED, JobSpec
+from cotenant.domain.workload import ENDED_STATES, JobSpec
 from cotenant.serving.control_client import ControlClient
 from cotenant.sim.replay import replay
 from cotenant.telemetry.explain import explain
@@ -41,7 +41,6 @@ FOLLOW_S = 0.2
 ASK_S = 1.0
 """Seconds between questions after a followed job's state."""
 
-_ENDED = {state.value for state in JOB_ENDED}
 
 # --- what a node says of itself ---------------------------------------------------------------
 
@@ -166,7 +165,7 @@ def _follow(client: ControlClient, ref: str, lines: int | None) -> JobStatus:
     try:
         asked = time.monotonic()
         while True:
-            ended = job.state in _ENDED  # before the last read, which then has everything
+            ended = job.state in ENDED_STATES  # before the last read, which then has everything
             _copy(log, lines)
             if ended:
                 return job

@@ -215,5 +215,8 @@ JOB_TRANSITIONS: dict[JobState, frozenset[JobState]] = {
 
 JOB_ENDED = frozenset(s for s, to in JOB_TRANSITIONS.items() if not to)
 
+ENDED_STATES: Final = frozenset(state.value for state in JOB_ENDED)
+"""The same, as ``JobStatus.state`` has them."""
+
 DEFAULT_SLO = Slo(latency=100 * MS)
 """Objective of a model that is loaded by name without a service entry."""

@@ -23,7 +23,7 @@ import msgspec
 from cotenant.domain.device import Launch
 from cotenant.domain.errors import EnvironmentProblem, InvalidRequest, NotFound
 from cotenant.domain.reservation import Adopted
-from cotenant.domain.workload import JOB_ENDED, JOB_TRANSITIONS, JobSpec, JobState
+from cotenant.domain.workload import ENDED_STATES, JOB_ENDED, JOB_TRANSITIONS, JobSpec, JobState
 
 SCHEMA_VERSION = 1
 APPLICATION_ID = 0x434F544E  # "COTN": another program's database is refused, not written into
@@ -180,7 +180,7 @@ class JobStore:
     def remove(self, id: str) -> None:
         """Forget a job that has ended; nothing happens if it is not there."""
         with self._transaction(durable=False) as db:
-            ended = sorted(state.value for state in JOB_ENDED)
+            ended = sorted(ENDED_STATES)
             marks = ", ".join("?" * len(ended))
             db.execute(f"DELETE FROM jobs WHERE id = ? AND state IN ({marks})", (id, *ended))
 

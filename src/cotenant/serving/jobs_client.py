@@ -28,7 +28,7 @@ from cotenant.domain.errors import (
 )
 from cotenant.domain.port import JobStatus
 from cotenant.domain.submission import Submission
-from cotenant.domain.workload import JOB_ENDED
+from cotenant.domain.workload import ENDED_STATES
 from cotenant.serving.joblogs import Piece
 from cotenant.serving.packing import pack
 
@@ -43,7 +43,6 @@ UPLOAD_S: Final = 300.0
 ANSWER_BYTES: Final = 64 * 2**20
 UNTIL_AGAIN_S: Final = 1.0
 """Before more of a log is asked for, where the node lets nobody else wait for it."""
-_ENDED: Final = frozenset(state.value for state in JOB_ENDED)
 
 
 class Answer(NamedTuple):
@@ -139,7 +138,7 @@ class JobsClient:
             state = headers["cotenant-job-state"]
         except KeyError:
             raise self._strange() from None
-        if not (piece.data or piece.gap or state in _ENDED):
+        if not (piece.data or piece.gap or state in ENDED_STATES):
             left = begun + wait_s - time.monotonic()
             time.sleep(max(0.0, min(UNTIL_AGAIN_S, left)))
         return piece, state

@@ -23,7 +23,7 @@ from cotenant.devices import proctree
 from cotenant.domain.errors import CotenantError, EnvironmentProblem
 from cotenant.domain.port import JobStatus
 from cotenant.domain.units import S
-from cotenant.domain.workload import JOB_ENDED, JobSpec, JobState
+from cotenant.domain.workload import ENDED_STATES, JobSpec, JobState
 from cotenant.serving.control_client import ControlClient
 
 OBJECTIVE: Final = {"ttft": "1s", "tpot": "150ms", "percentile": 95}
@@ -223,7 +223,7 @@ class DemoNode:
         end = time.monotonic() + TRAIN_S
         while self.steps() is None:
             job = self.job()
-            ended = job is not None and job.state in {state.value for state in JOB_ENDED}
+            ended = job is not None and job.state in ENDED_STATES
             if ended or time.monotonic() > end:
                 said = f"{job.state} {job.reason}".strip() if job else "unknown"
                 raise EnvironmentProblem(f"training does not begin (the job is {said})")

@@ -7,7 +7,7 @@ import time
 from typing import Final
 
 from cotenant.domain.port import JobStatus, NodePort, find_job
-from cotenant.domain.workload import JOB_ENDED
+from cotenant.domain.workload import ENDED_STATES
 from cotenant.serving import joblogs
 from cotenant.serving.joblogs import Piece
 from cotenant.serving.jobs_api.disk import on_disk
@@ -16,7 +16,6 @@ MOST_WAIT_S: Final = 30.0
 MOST_WAITING: Final = 64
 """Requests that wait at one time; further ones are answered at once."""
 POLL_S: Final = 0.25
-_ENDED = frozenset(state.value for state in JOB_ENDED)
 
 
 class Following:
@@ -42,7 +41,7 @@ class Following:
                 job = find_job(self._seen, id)
                 piece = await on_disk(joblogs.read, path, place)
                 left = end - time.monotonic()
-                if piece.data or piece.gap or job.state in _ENDED or left <= 0:
+                if piece.data or piece.gap or job.state in ENDED_STATES or left <= 0:
                     return piece, job
                 if self._closing.is_set():
                     return piece, job

@@ -16,13 +16,12 @@ import msgspec
 from cotenant.domain.errors import EnvironmentProblem
 from cotenant.domain.port import NodePort
 from cotenant.domain.submission import Submission
-from cotenant.domain.workload import JOB_ENDED, JobSpec
+from cotenant.domain.workload import ENDED_STATES, JobSpec
 from cotenant.serving.jobs_api.requests import Busy
 from cotenant.serving.jobs_api.uploads import Uploads
 
 MOST_LIVE: Final = 1000
 """Jobs that have not ended; beyond, nobody can submit one over the network."""
-_ENDED = frozenset(state.value for state in JOB_ENDED)
 
 
 class Submitting:
@@ -71,7 +70,7 @@ class Submitting:
 
     def _known(self) -> dict[str, bool]:
         """The ids of all jobs, and whether each lives."""
-        return {job.id: job.state not in _ENDED for job in self._node.jobs()}
+        return {job.id: job.state not in ENDED_STATES for job in self._node.jobs()}
 
     @staticmethod
     def _move(files: Path, place: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 from urllib.parse import quote
 
-from cotenant.domain.workload import JOB_ENDED
+from cotenant.domain.workload import ENDED_STATES
 from cotenant.serving.web.frame import Page, cell, chart, facts, kept, link, part, row, table
 from cotenant.serving.web.html import Html, join, tag
 from cotenant.serving.web.look import Look, Row
@@ -13,7 +13,7 @@ from cotenant.serving.web.shown import known, number, percent
 
 FRESH_S: Final = 3
 """Seconds after which buttons and the end of a log are fetched again."""
-_OVER: Final = frozenset({*(state.value for state in JOB_ENDED), "stopping"})
+_OVER: Final = ENDED_STATES | {"stopping"}
 
 
 def jobs_page(found: Look, controls: bool) -> Page:

@@ -12,13 +12,12 @@ from typing import Any, Final
 import msgspec
 
 from cotenant.domain.port import Held, NodePort
-from cotenant.domain.workload import JOB_ENDED
+from cotenant.domain.workload import ENDED_STATES
 from cotenant.serving.web.shown import DASH, known, milliseconds, number, percent, seconds
 
 Row = dict[str, Any]
 
 MOST_ENDED: Final = 100
-_ENDED: Final = frozenset(state.value for state in JOB_ENDED)
 
 
 class Look(msgspec.Struct):
@@ -48,7 +47,7 @@ class Look(msgspec.Struct):
     def forget_ended(self) -> None:
         """Of jobs that ended keep the newest, so that a page stays small."""
         jobs = self.rows("jobs")
-        ended = [job for job in jobs if job.get("state") in _ENDED]
+        ended = [job for job in jobs if job.get("state") in ENDED_STATES]
         self.left_out = max(0, len(ended) - MOST_ENDED)
         old = {job["id"] for job in ended[: self.left_out]}
         self.status = {**self.status, "jobs": [job for job in jobs if job["id"] not in old]}
