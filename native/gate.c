@@ -97,7 +97,10 @@ static void wait_gate(uint32_t word, int64_t ns)
 int orphaned(void)
 {
     int64_t beat = (int64_t)atomic_load_explicit(&head->beat_ns, RELAXED);
-    return now_ns() - beat > (int64_t)head->patience_ns;
+    int found = now_ns() - beat > (int64_t)head->patience_ns;
+    if (found && seat)
+        atomic_fetch_or(&seat->flags, SEAT_ORPHANED);
+    return found;
 }
 
 /* --- the page ----------------------------------------------------------------------------- */
@@ -686,13 +689,10 @@ void gate_begin(struct call *call, void *stream, uint64_t key, int copy)
         call->estimate_ns = estimate(call->function);
         atomic_fetch_add(&seat->entered, 1);
         uint32_t word = atomic_load_explicit(&head->gate, RELAXED);
-        if (__builtin_expect(word & 1, 0)) {
-            if (!orphaned()) {
-                atomic_fetch_add(&seat->left, 1);
-                wait_open(word);
-                continue;
-            }
-            atomic_fetch_or(&seat->flags, SEAT_ORPHANED);
+        if (__builtin_expect(word & 1, 0) && !orphaned()) {
+            atomic_fetch_add(&seat->left, 1);
+            wait_open(word);
+            continue;
         }
         if (__builtin_expect(memory_state, 0)) {
             atomic_fetch_add(&seat->left, 1);

@@ -50,6 +50,7 @@ enum channels {
     CHANNELS_PREEMPTED = 2, /* their group is not scheduled any more, then preempted */
 };
 
+/* SEAT_ORPHANED: there was a time without beats for longer than patience. */
 enum { SEAT_HOST_MARKS = 1, SEAT_ORPHANED = 2, SEAT_FAULTED = 4 };
 
 struct seat {

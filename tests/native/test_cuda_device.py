@@ -133,6 +133,27 @@ def test_without_a_gate_that_works_the_level_is_none_and_that_is_said(
     driven.do("d.detach('j')")
 
 
+STANDS_STILL = """
+gates.PATIENCE, selftest.HELD_S = 500_000_000, 1.0
+late, tries = time.monotonic() + {seconds}, []
+beat, launch = gates.ControlPage.beat, gates.Gates.launch
+gates.ControlPage.beat = lambda page: time.monotonic() < late or beat(page)
+gates.Gates.launch = lambda self, job: tries.append(job) or launch(self, job)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "found"), [(1.2, "GATE"), (60, "NONE")])
+def test_the_gate_is_tried_again_where_the_node_stood_still_meanwhile(
+    drive: Callable[..., Driven], seconds: float, found: str
+) -> None:
+    driven = drive(opened=False)
+    driven.do(f"exec({STANDS_STILL.format(seconds=seconds)!r})")
+    driven.do("d = CudaDevice(CudaConfig(), NODE); d.open()")
+    level, limits, tries = driven.do("answer = [d.spec.preempt.name, list(d.spec.limits), tries]")
+    assert (level, bool(limits)) == (found, found == "NONE")
+    assert len(tries) > 1
+
+
 @pytest.mark.parametrize(
     ("config", "box"),
     [

@@ -55,7 +55,7 @@ QUOTA_AT = 56
 COMMAND_AT = 80
 
 HOST_MARKS, ORPHANED, FAULTED = 1, 2, 4
-"""Flags of a seat."""
+"""Flags of a seat. ``ORPHANED``: its process took the node for dead, if only for a while."""
 LEFT, DISABLED, PREEMPTED = range(3)
 """How channels are held: they are not; the driver disables them; their groups are not scheduled any
 more, then preempted (native/page.h)."""
