@@ -56,7 +56,7 @@ TOGETHER := $(addprefix tests/,contract property replay sim unit live/kube $(add
 	$(addprefix live/test_,debian jobs jobs_api profile real_models wheel) native/test_gpu_check native/test_memory))
 
 test: $(WHEEL)
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(TOGETHER); first=$$?; \
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile $(TOGETHER); first=$$?; \
 	$(BIN)/python -m pytest $(addprefix --ignore=,$(TOGETHER)) && exit $$first
 
 lint: $(VENV)/deps.stamp

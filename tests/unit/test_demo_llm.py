@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -338,6 +337,7 @@ def test_what_a_model_says_gives_a_terminal_no_orders() -> None:
 
 
 # --- signals ----------------------------------------------------------------------------------
+# Raised, not sent: what is sent to a process may reach another thread of it, and later.
 
 
 @pytest.fixture
@@ -357,8 +357,8 @@ def test_signals_wait_while_something_is_made(
     made = False
     with pytest.raises(Ended) as ended:
         with signals(lambda: looked.append(1)) as given, given.held():
-            os.kill(os.getpid(), signal.SIGCHLD)
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGCHLD)
+            signal.raise_signal(signal.SIGTERM)
             made = True
     assert made and looked == [1]
     assert ended.value.number == signal.SIGTERM
@@ -370,4 +370,4 @@ def test_once_held_for_good_nothing_interrupts(
     with signals(lambda: None) as given:
         given.hold()
         for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)
