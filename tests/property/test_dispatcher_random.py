@@ -46,8 +46,11 @@ class Chaos:
             # The last unit is a device of its own, which jobs cannot use.
             npu = cpu(1, PreemptLevel.NONE, id="npu", kind="npu", trains=False)
             self.devices = (cpu(3, level), npu)
+        self.memory = 0
+        """Bytes of its own of each partition of the GPU; 0: all share the device's."""
         if units == 5:
             # Two kinds that train, one of which binds jobs to partitions, and one that does not.
+            self.memory = self.random.choice([0, 8])
             gpu = cpu(2, PreemptLevel.GATE, id="gpu", kind="gpu", pins_jobs=True)
             npu = cpu(1, PreemptLevel.NONE, id="npu", kind="npu", trains=False)
             self.devices = (cpu(2, level), gpu, npu)
@@ -89,7 +92,9 @@ class Chaos:
             for s in SERVICES
         }
         training = [c for c in cores if self.device_of(c) != "npu"]
-        jobs = {j: (self.random.choice(training),) for j in JOBS if self.random.random() < 0.3}
+        one = self.random.choice(training)
+        homes = [one] * len(training) + training  # several jobs are often given the same
+        jobs = {j: (self.random.choice(homes),) for j in JOBS if self.random.random() < 0.5}
         chosen = self.on_devices(plan(services, jobs, version=self.plan_version))
         if self.random.random() < 0.3 and len(self.devices) == 1:
             # Another grouping of the cores: every partition changes.
@@ -113,8 +118,12 @@ class Chaos:
 
     def on_devices(self, chosen: Plan) -> Plan:
         """The plan with each core on its device; what cannot train is not lent."""
+        on = {p.id: self.device_of(p.units[0]) for p in chosen.partitions}
         partitions = tuple(
-            msgspec.structs.replace(p, device=self.device_of(p.units[0])) for p in chosen.partitions
+            msgspec.structs.replace(
+                p, device=on[p.id], memory=self.memory if on[p.id] == "gpu" else 0
+            )
+            for p in chosen.partitions
         )
         trains = {p.id for p in partitions if p.device != "npu"}
         lendable = tuple(p for p in chosen.lendable if p in trains)
@@ -216,10 +225,11 @@ class Chaos:
         r = self.random
         self.jobs.add(job)
         weight, guaranteed, limit = r.choice([0.5, 1, 2]), r.choice([0, 0, 0.2]), r.random()
-        kinds = r.choice([(), (), ("cpu",), ("gpu", "cpu"), ("tpu",)])
+        kinds = r.choice([(), (), ("cpu",), ("gpu", "cpu"), ("gpu",), ("gpu",), ("tpu",)])
         apart = tuple(d.id for d in self.devices if r.random() < 0.05)
         device = r.choice(self.devices) if r.random() < 0.2 else None
-        event = e.JobQueued(job, weight, guaranteed, limit, kinds, grace=S, apart=apart)
+        memory = r.choice([0, 3, 5])
+        event = e.JobQueued(job, weight, guaranteed, limit, kinds, memory, grace=S, apart=apart)
         if device is not None:  # it stands for a reservation
             event = msgspec.structs.replace(
                 event, kinds=(device.kind,), device=device.id, own=r.choice([0, 1])

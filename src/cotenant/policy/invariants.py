@@ -169,8 +169,10 @@ def _tenants(state: DispatcherState) -> None:
     counted = sum(not t.device for t in running)
     assert not state.most_jobs or counted <= state.most_jobs, "too many jobs"
     assert set(state.jobs) <= {t.id for t in running}, "a job that was never started is lent space"
-    places = [t.place for t in running if t.place]
-    assert len(places) == len(set(places)), "two jobs are bound to one partition"
+    for part in state.plan.partitions:
+        needs = [t.memory for t in running if t.place == part.id]
+        fit = len(needs) < 2 or not part.memory or (all(needs) and sum(needs) <= part.memory)
+        assert fit, f"{part.id}: the jobs that are bound to it do not fit beside each other"
     for tenant in running:
         assert not tenant.place or tenant.place in state.partitions, f"{tenant.id}: bound nowhere"
         assert not tenant.stop_by or (state.armed and state.armed <= tenant.stop_by)
