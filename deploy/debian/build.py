@@ -23,7 +23,7 @@ import papers
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
-LAUNCHERS = {"cotenant": "cotenant.cli.main", "cotenant-dra": "cotenant.kube.command"}
+LAUNCHERS = {"cotenant": "cotenant", "cotenant-dra": "cotenant.kube.command"}
 SCRIPTS = ("postinst", "prerm", "postrm")
 FILES = {
     "systemd/cotenant.service": "usr/lib/systemd/system/cotenant.service",

@@ -232,8 +232,14 @@ def test_what_is_not_there_is_said(api: Api, path: str) -> None:
 
 
 def test_methods_that_are_not_there_are_refused(api: Api) -> None:
-    assert api.ask("DELETE", "jobs").status == 405
-    assert api.get("jobs/x/cancel").status == 405
+    for method, path, there in (
+        ("DELETE", "jobs", {"GET", "HEAD", "POST"}),
+        ("GET", "jobs/x/cancel", {"POST"}),
+        ("POST", "files/x", {"GET", "HEAD", "PUT"}),
+    ):
+        answer = api.ask(method, path)
+        assert answer.status == 405
+        assert set(answer.headers["allow"].split(", ")) == there
 
 
 # --- logs -------------------------------------------------------------------------------------

@@ -7,6 +7,8 @@ import errno
 import json
 import math
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,6 +28,7 @@ from cotenant.domain.errors import ConfigError, ModelError
 from cotenant.domain.port import ModelMeta, TensorMeta
 from cotenant.engines.onnx import OnnxEngine
 from cotenant.runtime.repository import Repository
+from tests import certificates
 
 WISHES = modelfile.Wishes(latency="25ms")
 
@@ -176,6 +179,9 @@ CHECKS = [
     (doctor.check_port("http", "127.0.0.1:80", errno.EADDRINUSE), State.FAIL),
     (doctor.check_port("http", "127.0.0.1:80", errno.EACCES), State.FAIL),
     (doctor.check_port("http", "1.2.3.4:80", errno.EADDRNOTAVAIL), State.FAIL),
+    (doctor.check_jobs_api("no tokens", "", False), State.FAIL),
+    (doctor.check_jobs_api("", "key.pem", True), State.WARN),
+    (doctor.check_jobs_api("", "", False), State.OK),
     (doctor.check_disk(Path("/"), False, 0), State.FAIL),
     (doctor.check_disk(Path("/"), True, 1), State.WARN),
     (doctor.check_disk(Path("/"), True, 2**40), State.OK),
@@ -221,6 +227,42 @@ def test_doctor_says_whether_models_can_be_served(
     path.write_text("nodes: {}")
     assert main(["doctor", str(path)]) == 1
     assert "configuration" in capsys.readouterr().out
+
+
+def test_files_of_the_jobs_api_are_tried(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pair = certificates.made(tmp_path)
+    pair.key.chmod(0o604)
+    tokens = tmp_path / "tokens"
+    path = tmp_path / "cotenant.yaml"
+    api = {"address": "127.0.0.1:0", "tokens": str(tokens)}
+    api |= {"certificate": str(pair.certificate), "key": str(pair.key)}
+    path.write_text(json.dumps({"node": {"http": None, "grpc": None, "jobs_api": api}}))
+    assert row(path, capsys)["state"] == "fail"  # no tokens yet
+    assert main(["token", "add", "me", "--scope", "read", "--file", str(tokens)]) == 0
+    capsys.readouterr()
+    assert row(path, capsys)["state"] == "warn"
+    pair.key.chmod(0o640)
+    assert row(path, capsys)["state"] == "ok"
+    pair.key.write_text("no key")
+    assert row(path, capsys)["state"] == "fail"
+
+
+def row(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """What is found of the jobs API."""
+    main(["doctor", str(path), "--json"])
+    checks = json.loads(capsys.readouterr().out)["checks"]
+    return next(check for check in checks if check["name"] == "jobs API")
+
+
+@pytest.mark.parametrize("package", ["uvicorn", "msgspec", "rich"])
+def test_a_package_that_is_missing_is_said_in_one_line(package: str) -> None:
+    program = f"import sys; sys.modules[{package!r}] = None; import cotenant.__main__ as m; "
+    words = [sys.executable, "-c", program + "sys.exit(m.main())", "doctor"]
+    done = subprocess.run(words, check=False, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert len(done.stderr.splitlines()) == 1 and package in done.stderr
 
 
 # --- the first configuration ------------------------------------------------------------------

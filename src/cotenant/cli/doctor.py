@@ -14,6 +14,7 @@ import os
 import resource
 import shutil
 import socket
+import stat
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
+from cotenant.cli.jobs_listener import credentials
 from cotenant.cli.output import as_json, command, show
 from cotenant.cli.views import plain
 from cotenant.cli.wiring import read_config
@@ -36,7 +38,8 @@ from cotenant.devices.processor import ProcessorFacts
 from cotenant.domain.address import split_address
 from cotenant.domain.config import NodeConfig, parse_config
 from cotenant.domain.device_config import CudaConfig, DeviceConfig, NpuConfig
-from cotenant.domain.errors import ConfigError
+from cotenant.domain.errors import ConfigError, EnvironmentProblem
+from cotenant.domain.jobs_config import JobsApiConfig
 from cotenant.domain.units import format_bytes
 from cotenant.telemetry.compiled import policy_is_compiled
 
@@ -213,6 +216,17 @@ def check_port(key: str, address: str, problem: int) -> Check:
     return Check(f"port {port}", State.FAIL, what, fix)
 
 
+def check_jobs_api(problem: str, key: str, exposed: bool) -> Check:
+    """The files of the jobs API: ``problem`` keeps it from starting, if there is one; ``exposed``:
+    other users can read the file ``key``."""
+    if problem:
+        return Check("jobs API", State.FAIL, problem, "docs/jobs-api.md")
+    if exposed:
+        what = f"every user of this machine can read the private key {key}"
+        return Check("jobs API", State.WARN, what, f"chmod o= {key}")
+    return Check("jobs API", State.OK, "its tokens and its certificate can be used")
+
+
 def check_disk(directory: Path, writable: bool, free: int) -> Check:
     """The state directory, or where it would be made. ``free`` in bytes."""
     if not writable:
@@ -266,6 +280,8 @@ def look(config: NodeConfig | None = None) -> list[Check]:
     for key, address in (("http", plan.http), ("grpc", plan.grpc), ("jobs_api.address", jobs)):
         if address:
             checks.append(_as_usual(check_port(key, address, _listen(address)), config))
+    if plan.jobs_api:
+        checks.append(_check_jobs_api(plan.jobs_api))
     checks.append(_check_disk(Path(plan.state_dir)))
     if config is not None:
         names = [service.model for service in config.services]
@@ -310,6 +326,15 @@ def _listen(address: str) -> int:
     except OSError as error:
         return error.errno or errno.EIO
     return 0
+
+
+def _check_jobs_api(config: JobsApiConfig) -> Check:
+    try:
+        credentials(config)
+    except EnvironmentProblem as error:
+        return check_jobs_api(str(error), "", False)
+    key = config.key or ""
+    return check_jobs_api("", key, bool(key and Path(key).stat().st_mode & stat.S_IROTH))
 
 
 def _free(directory: Path) -> int | None:

@@ -44,11 +44,7 @@ async def serve_jobs(
 ) -> None:
     """Serve the jobs API until the stack unwinds. Raises EnvironmentProblem for files that cannot
     be used, and for an address that is taken."""
-    keyring = _of_key("tokens", lambda: Keyring(Path(config.tokens)))
-    tls = None
-    if config.certificate and config.key:
-        files = Path(config.certificate), Path(config.key)
-        tls = _of_key("certificate", lambda: Certificate(*files))
+    keyring, tls = credentials(config)
     host, port = split_address(config.address)
     state = Path(node.config.state_dir)
     uploads = Uploads(state / "uploads", config.upload)
@@ -64,6 +60,15 @@ async def serve_jobs(
     stack.callback(app.close)  # before its server: who waits is answered
     if web is not None:
         stack.push_async_callback(web.close)
+
+
+def credentials(config: JobsApiConfig) -> tuple[Keyring, Certificate | None]:
+    """Its tokens and its certificate; raises EnvironmentProblem for files that cannot be used."""
+    keyring = _of_key("tokens", lambda: Keyring(Path(config.tokens)))
+    if not config.certificate or not config.key:
+        return keyring, None
+    files = Path(config.certificate), Path(config.key)
+    return keyring, _of_key("certificate", lambda: Certificate(*files))
 
 
 def _of_key(key: str, make: Callable[[], T]) -> T:

@@ -98,21 +98,22 @@ class JobsApp:
 
     def _routes(self) -> Iterable[BaseRoute]:
         job = "jobs/{ref}"
-        table: list[tuple[str, str, Right, Handler]] = [
-            ("status", "GET", Right.READ, self._status),
-            ("jobs", "GET", Right.READ, self._jobs),
-            ("jobs", "POST", Right.SUBMIT, self._submit),
-            (job, "GET", Right.READ, self._job),
-            (f"{job}/log", "GET", Right.READ, self._log),
-            (f"{job}/hold", "POST", Right.CONTROL, self._order(self._node.hold_job)),
-            (f"{job}/resume", "POST", Right.CONTROL, self._order(self._node.resume_job)),
-            (f"{job}/cancel", "POST", Right.CONTROL, self._order(self._node.cancel_job)),
-            (f"{job}/checkpoint", "POST", Right.CONTROL, self._checkpoint),
-            ("files/{sha256}", "GET", Right.SUBMIT, self._file),
-            ("files/{sha256}", "PUT", Right.SUBMIT, self._upload),
-        ]
-        for path, method, right, handler in table:
-            yield Route(PREFIX + path, self._guarded(right, handler), methods=[method])
+        table: dict[str, dict[str, tuple[Right, Handler]]] = {
+            "status": {"GET": (Right.READ, self._status)},
+            "jobs": {"GET": (Right.READ, self._jobs), "POST": (Right.SUBMIT, self._submit)},
+            job: {"GET": (Right.READ, self._job)},
+            f"{job}/log": {"GET": (Right.READ, self._log)},
+            f"{job}/hold": {"POST": (Right.CONTROL, self._order(self._node.hold_job))},
+            f"{job}/resume": {"POST": (Right.CONTROL, self._order(self._node.resume_job))},
+            f"{job}/cancel": {"POST": (Right.CONTROL, self._order(self._node.cancel_job))},
+            f"{job}/checkpoint": {"POST": (Right.CONTROL, self._checkpoint)},
+            "files/{sha256}": {
+                "GET": (Right.SUBMIT, self._file),
+                "PUT": (Right.SUBMIT, self._upload),
+            },
+        }
+        for path, methods in table.items():
+            yield Route(PREFIX + path, self._guarded(methods), methods=list(methods))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -135,8 +136,11 @@ class JobsApp:
 
     # --- who may what -----------------------------------------------------------------------
 
-    def _guarded(self, right: Right, handler: Handler) -> Callable[[Request], Awaitable[Response]]:
+    def _guarded(
+        self, methods: dict[str, tuple[Right, Handler]]
+    ) -> Callable[[Request], Awaitable[Response]]:
         async def handle(request: Request) -> Response:
+            right, handler = methods["GET" if request.method == "HEAD" else request.method]
             token = self._token(request)
             if isinstance(token, Response):
                 return token
