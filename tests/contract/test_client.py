@@ -18,7 +18,6 @@ import pytest
 import cotenant
 from cotenant.domain.errors import (
     Conflict,
-    CotenantError,
     EnvironmentProblem,
     Forbidden,
     InvalidRequest,
@@ -359,14 +358,19 @@ def test_a_token_may_come_from_a_file_with_its_line_end(api: Api) -> None:
     assert cotenant.Client(api.url, token="token-reader\n", ca=ca).jobs() == []
 
 
-def test_another_server_is_told_from_a_node(tmp_path: Path, quick: None) -> None:
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(200, b"<html>"), (404, b'{"error":"no such route"}'), (401, b'{"error":"token?"}')],
+    ids=["of pages", "of models", "of models, with a token"],
+)
+def test_another_server_is_told_from_a_node(status: int, said: bytes, quick: None) -> None:
     from http.server import BaseHTTPRequestHandler, HTTPServer
 
     class Other(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            self.send_response(200)
+            self.send_response(status)
             self.end_headers()
-            self.wfile.write(b"<html>")
+            self.wfile.write(said)
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -376,7 +380,7 @@ def test_another_server_is_told_from_a_node(tmp_path: Path, quick: None) -> None
         thread.start()
         client = cotenant.Client(f"http://127.0.0.1:{server.server_port}", token="t")
         for ask in (client.jobs, client.status, lambda: client.log("x")):
-            with pytest.raises(CotenantError):
+            with pytest.raises(EnvironmentProblem):
                 ask()
         server.shutdown()
         thread.join()

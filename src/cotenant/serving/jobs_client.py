@@ -41,6 +41,8 @@ MOST_DELAY_S: Final = 5.0
 UPLOAD_S: Final = 300.0
 """Without progress for so long, an upload is given up; so is an unpacking."""
 ANSWER_BYTES: Final = 64 * 2**20
+ELSEWHERE: Final = (401, 404, 405)
+"""Who answers so, and not as the jobs API does, is another port: that of inference, say."""
 UNTIL_AGAIN_S: Final = 1.0
 """Before more of a log is asked for, where the node lets nobody else wait for it."""
 
@@ -228,8 +230,10 @@ class JobsClient:
             said = msgspec.json.decode(answer.body)["error"]
         except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
             raise self._strange(answer.status) from None
-        if not isinstance(said, Mapping):  # of the HTTP server itself
-            raise InvalidRequest(str(said))
+        if not isinstance(said, Mapping):
+            if answer.status in ELSEWHERE:
+                raise self._strange(answer.status)
+            raise InvalidRequest(str(said))  # by the HTTP server, before it knew of a route
         kind = getattr(errors, str(said.get("kind")), CotenantError)
         if not (isinstance(kind, type) and issubclass(kind, CotenantError)):
             kind = CotenantError
