@@ -52,8 +52,9 @@ demo: $(WHEEL)
 	$(BIN)/python examples/digits/demo.py --out demo-out
 
 # Tests that share the machine; the others, which see how quick things are, have it for themselves.
-TOGETHER := $(addprefix tests/,contract property replay sim unit live/kube $(addsuffix .py, \
-	$(addprefix live/test_,debian jobs jobs_api profile real_models wheel) native/test_gpu_check native/test_memory))
+TOGETHER := $(addprefix tests/,contract native property replay sim unit live/kube $(addsuffix .py, \
+	$(addprefix live/test_,debian jobs jobs_api moving_jobs profile profile_gpu profile_npu real_models \
+	reservations service typed wheel)))
 
 test: $(WHEEL)
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --max-worker-restart 0 --dist loadfile $(TOGETHER); first=$$?; \

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from cotenant.engines.openvino import shared_core
+
 NPU = "NPU"
 PROPERTIES = (
     "MODEL_PRIORITY",
@@ -21,20 +23,18 @@ PROPERTIES = (
 
 
 class StandIn:
-    """In place of the module. ``lacks``: operators that ``query_model`` leaves out; ``refuses``:
+    """In place of its ``Core``. ``lacks``: operators that ``query_model`` leaves out; ``refuses``:
     one that only compiling shows; ``grows``: bytes in use for each model; ``queries``: whether it
     can be queried."""
 
     def __init__(
         self,
-        openvino: Any,
         lacks: tuple[str, ...] = ("NonZero",),
         refuses: str = "Tan",
         grows: int = 1 << 20,
         queries: bool = True,
     ) -> None:
-        self.Tensor = openvino.Tensor
-        self.real = openvino.Core()
+        self.real = shared_core()
         self.lacks = lacks
         self.refuses = refuses
         self.grows = grows
@@ -43,13 +43,6 @@ class StandIn:
         self.settings: dict[str, Any] = {}
         """Those of the last model."""
         self.available_devices = ["CPU", NPU]
-
-    def Core(self) -> StandIn:  # noqa: N802
-        """It is its own."""
-        return self
-
-    def set_property(self, settings: dict[str, Any]) -> None:
-        self.real.set_property(settings)
 
     def read_model(self, path: Any) -> Any:
         return self.real.read_model(path)

@@ -102,10 +102,10 @@ import sys
 
 if "cotenant.runtime.worker" in sys.orig_argv:
     sys.path.append({str(Path(__file__).parents[2])!r})
-    from cotenant.engines import openvino, openvino_npu
+    from cotenant.engines import openvino_npu
     from tests.npu_standin import StandIn
 
-    openvino_npu.imported = lambda: StandIn(openvino.imported())
+    openvino_npu.shared_core = StandIn
 """
 
 

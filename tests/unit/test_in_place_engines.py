@@ -181,13 +181,13 @@ def test_openvino_binds_what_is_computed_and_answers_right_in_any_case(
 
 def compiled(outputs: str) -> Any:
     """A model of OpenVINO's whose outputs are its input ("x") and what is computed of it ("y")."""
-    from cotenant.engines.openvino import imported
+    from cotenant.engines.openvino import imported, shared_core
 
     openvino = imported()
     x = openvino.opset13.parameter([-1, LARGE], openvino.Type.f32, name="x")
     known = {"x": x, "y": openvino.opset13.relu(x), "z": openvino.opset13.negative(x)}
     results = [openvino.opset13.result(known[name]) for name in outputs]
-    return openvino.Core().compile_model(openvino.Model(results, [x]), "CPU")
+    return shared_core().compile_model(openvino.Model(results, [x]), "CPU")
 
 
 @OPENVINO

@@ -38,12 +38,6 @@ def found(*npus: Npu) -> Npus:
     return Npus(npus, ("/dev/accel/accel0",))
 
 
-def standin(**how: Any) -> StandIn:
-    from cotenant.engines.openvino import imported
-
-    return StandIn(imported(), **how)
-
-
 def opened(path: Path, there: StandIn, memory: int = 0, **settings: Any) -> Any:
     from cotenant.engines.openvino_npu import OpenVinoNpuEngine
 
@@ -66,20 +60,20 @@ def dense(path: Path) -> Path:
 @OPENVINO
 def test_free_axes_are_fixed_and_what_was_fixed_is_said(tmp_path: Path) -> None:
     path = graph(tmp_path / "model.onnx", ["n", "w"], ["n", "w"])
-    engine = opened(path, standin(), shapes={"x": (2, 5)})
+    engine = opened(path, StandIn(), shapes={"x": (2, 5)})
     assert [t.shape for t in (*engine.meta.inputs, *engine.meta.outputs)] == [(2, 5)] * 2
     assert not engine.meta.batchable
     x = np.array([[-1, 0, 2, 3, 4]] * 2, np.float32)
     assert np.array_equal(engine.run(1, {"x": x})[0], np.maximum(x, 0))
     assert any("[2, 5]" in note for note in engine.notes)
-    assert opened(path, standin()).meta.inputs[0].shape == (1, 1)
+    assert opened(path, StandIn()).meta.inputs[0].shape == (1, 1)
     with pytest.raises(ModelError, match="axes"):
-        opened(path, standin(), shapes={"x": (2,)})
+        opened(path, StandIn(), shapes={"x": (2,)})
 
 
 @OPENVINO
 def test_it_goes_before_others_and_has_one_request_in_flight(tmp_path: Path) -> None:
-    there = standin()
+    there = StandIn()
     opened(dense(tmp_path / "model.onnx"), there)
     assert there.settings["MODEL_PRIORITY"] == "HIGH"
     assert there.settings["PERFORMANCE_HINT_NUM_REQUESTS"] == 1
@@ -90,7 +84,7 @@ def test_operators_that_the_device_lacks_are_named(tmp_path: Path) -> None:
     nodes = [node("NonZero", ["x"], ["i"]), node("Cast", ["i"], ["y"], to=1)]
     path = graph(tmp_path / "model.onnx", [4], [1, "found"], *nodes)
     with pytest.raises(ModelError, match="NonZero"):
-        opened(path, standin())
+        opened(path, StandIn())
 
 
 @OPENVINO
@@ -98,16 +92,16 @@ def test_operators_that_the_device_lacks_are_named(tmp_path: Path) -> None:
 def test_what_only_its_compiler_refuses_is_said_in_its_words(tmp_path: Path, queries: bool) -> None:
     path = graph(tmp_path / "model.onnx", ["n", 4], ["n", 4], node("Tan", ["x"], ["y"]))
     with pytest.raises(ModelError, match="Tan: not legal"):
-        opened(path, standin(queries=queries))
+        opened(path, StandIn(queries=queries))
 
 
 @OPENVINO
 def test_memory_is_bounded_before_and_after_compiling(tmp_path: Path) -> None:
     path = dense(tmp_path / "model.onnx")
-    opened(path, standin(), memory=1 << 20)
+    opened(path, StandIn(), memory=1 << 20)
     for memory, grows in ((1 << 13, 0), (1 << 20, (1 << 20) + 1)):
         with pytest.raises(ModelError):
-            opened(path, standin(grows=grows), memory=memory)
+            opened(path, StandIn(grows=grows), memory=memory)
 
 
 @OPENVINO
@@ -126,7 +120,7 @@ def test_the_processor_picks_the_engine_and_no_model_is_tried_on_the_cpu(tmp_pat
 
 @OPENVINO
 def test_what_openvino_says_of_it_is_read_and_what_it_refuses_is_noted() -> None:
-    (npu,) = read(standin())
+    (npu,) = read(StandIn())
     assert (npu.id, npu.name, npu.driver) == ("NPU", "Stand-in NPU", "1003")
     assert npu.memory == 1 << 30
     assert "NPU_COMPILER_VERSION" in npu.unread

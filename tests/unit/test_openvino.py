@@ -22,7 +22,7 @@ from cotenant.domain.npu import Emulated
 from cotenant.engines.base import ON_CPU, Array, Engine, Noted, Opening, Target
 from cotenant.engines.joining import judge
 from cotenant.engines.onnx import OnnxEngine
-from cotenant.engines.openvino import KIND, OpenVinoEngine, imported
+from cotenant.engines.openvino import KIND, OpenVinoEngine, imported, shared_core
 from cotenant.engines.registry import choose
 from cotenant.engines.samples import make_samples
 from cotenant.runtime.messages import Open, Opened
@@ -77,7 +77,7 @@ def network(path: Path) -> Path:
 def as_ir(path: Path) -> Path:
     """The same model in OpenVINO's own format, beside it."""
     ir = path.with_suffix(".xml")
-    imported().save_model(imported().Core().read_model(path), ir, compress_to_fp16=False)
+    imported().save_model(shared_core().read_model(path), ir, compress_to_fp16=False)
     return ir
 
 
@@ -460,3 +460,25 @@ def test_an_emulated_npu_refuses_weights_beyond_its_memory(tmp_path: Path) -> No
     on_npu(path, Emulated(1, memory=2**16))
     with pytest.raises(ModelError, match="its weights are"):
         on_npu(path, Emulated(1, memory=2**14 - 1))
+
+
+ONE_BY_ONE = """
+import signal, sys
+from pathlib import Path
+from cotenant.engines.openvino import OpenVinoEngine
+
+handled = []
+signal.signal(signal.SIGCONT, lambda *_: handled.append(1))
+first, second = (OpenVinoEngine(Path(sys.argv[1]), (1,)) for _ in range(2))
+del first
+del second
+signal.raise_signal(signal.SIGCONT)
+assert handled
+"""
+
+
+def test_signals_are_handled_after_models_have_gone(tmp_path: Path) -> None:
+    path = network(tmp_path / "model.onnx")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, "-c", ONE_BY_ONE, str(path)]
+    assert subprocess.run(words, check=False, env=env, timeout=100).returncode == 0

@@ -11,6 +11,9 @@
 5. An emulated NPU is the CPU, which takes of models what the NPU would: its operators, and weights
    up to its memory. Nothing else is emulated, and what it refuses is not computed some other way.
 6. Importing it reports to its maker, unless the module for that is absent. Here it is.
+7. There is one ``Core``, for the life of the process. Where the processor has AMX each gives the
+   thread that loads its plugin another stack for signals, and takes that away when it goes, on
+   whichever thread and in any order: after two that overlapped a handler had nowhere to run.
 
 Sources: the page "CPU Device" of OpenVINO's documentation; ``hwloc_topology_is_thissystem`` and the
 environment variables of hwloc's.
@@ -18,6 +21,7 @@ environment variables of hwloc's.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -86,10 +90,8 @@ class OpenVinoEngine:
         check_beside(path)
         openvino = imported()
         self._tensor = openvino.Tensor
-        core = openvino.Core()
+        core = shared_core()
         try:
-            # A file that is mapped ends the process when somebody truncates it.
-            core.set_property({"ENABLE_MMAP": False})
             model = core.read_model(path)
             self._meta = described(model, path)
             threads = {n: n if npu is None else npu.cores for n in units}
@@ -213,6 +215,15 @@ def imported() -> Any:
     import openvino
 
     return openvino
+
+
+@functools.cache
+def shared_core() -> Any:
+    """OpenVINO itself, for all models of this process."""
+    core = imported().Core()
+    # A file that is mapped ends the process when somebody truncates it.
+    core.set_property({"ENABLE_MMAP": False})
+    return core
 
 
 def _settings(threads: int) -> dict[str, Any]:

@@ -33,6 +33,7 @@ from cotenant.engines.openvino import (
     described,
     imported,
     said,
+    shared_core,
     weigh,
 )
 from cotenant.engines.placement import Executed
@@ -47,17 +48,12 @@ IN_USE: Final = "NPU_DEVICE_ALLOC_MEM_SIZE"
 
 
 class OpenVinoNpuEngine(OpenVinoEngine):
-    """A model file compiled for the NPU ``npu``. ``openvino``: what stands for the module in
-    tests."""
+    """A model file compiled for the NPU ``npu``. ``core``: what stands for OpenVINO's in tests."""
 
-    def __init__(
-        self, path: Path, settings: ModelSettings, npu: Present, openvino: Any = None
-    ) -> None:
+    def __init__(self, path: Path, settings: ModelSettings, npu: Present, core: Any = None) -> None:
         check_beside(path)
-        openvino = openvino or imported()
-        core = openvino.Core()
+        core = core or shared_core()
         try:
-            core.set_property({"ENABLE_MMAP": False})
             model = core.read_model(path)
             self._fixed = fix(model, settings)
             self._meta = described(model, path)
@@ -69,7 +65,7 @@ class OpenVinoNpuEngine(OpenVinoEngine):
             raise
         except Exception as error:  # OpenVINO raises whatever its parts do
             raise ModelError(f"{npu.name} does not take {path.name}: {said(error)}") from error
-        self._tensor = openvino.Tensor
+        self._tensor = imported().Tensor
         tensors = (*self._meta.inputs, *self._meta.outputs)
         self._axes = {t.name: ("",) * len(t.shape) for t in tensors}
         self._name = npu.name

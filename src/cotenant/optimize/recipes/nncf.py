@@ -14,7 +14,7 @@ from typing import Any
 
 from cotenant.domain.errors import ModelError
 from cotenant.engines.base import first_line
-from cotenant.engines.openvino import imported
+from cotenant.engines.openvino import imported, shared_core
 from cotenant.optimize.parent import Parent, Told
 from cotenant.optimize.recipes.base import Made
 from cotenant.optimize.recipes.int8 import batches_of
@@ -62,7 +62,7 @@ def _quantize(parent: Parent, nncf: Any, path: Path) -> None:
     openvino = imported()
     with contextlib.redirect_stdout(io.StringIO()):  # bars of progress
         rows = batches_of(parent)
-        model = openvino.Core().read_model(parent.files.path)
+        model = shared_core().read_model(parent.files.path)
         kind = nncf.ModelType.TRANSFORMER if _normalizes(model) else None
         made = nncf.quantize(model, nncf.Dataset(rows), subset_size=len(rows), model_type=kind)
         openvino.save_model(made, path, compress_to_fp16=False)
