@@ -23,7 +23,7 @@ from cotenant.policy.dispatcher import Dispatcher
 from cotenant.policy.planner import Planner
 from cotenant.telemetry import journal as module
 from cotenant.telemetry.journal import Gap, Header, Journal, PlanRecord, Record, checkpoint, read
-from cotenant.telemetry.records import BLOCK, MAGIC, block, segments
+from cotenant.telemetry.records import BLOCK, MAGIC, Entry, block, segments
 from cotenant.telemetry.segments import SegmentFiles
 from tests.builders import cpu
 
@@ -306,9 +306,8 @@ def test_a_directory_that_cannot_be_made_sets_the_error(tmp_path: Path) -> None:
     assert str(tmp_path / "file") in (node.journal.error or "")
 
 
-def test_a_slow_disk_drops_counts_and_goes_on_from_a_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     write = SegmentFiles.write
 
     def slow(self: SegmentFiles, data: bytes) -> None:
@@ -316,6 +315,11 @@ def test_a_slow_disk_drops_counts_and_goes_on_from_a_checkpoint(
         write(self, data)
 
     monkeypatch.setattr(SegmentFiles, "write", slow)
+
+
+def test_a_slow_disk_drops_counts_and_goes_on_from_a_checkpoint(
+    tmp_path: Path, slow_disk: None
+) -> None:
     node = Node(tmp_path, buffer_bytes=2000)
     node.journal.open()
     node.tick(500)
@@ -335,6 +339,23 @@ def test_a_slow_disk_drops_counts_and_goes_on_from_a_checkpoint(
     after = entries[entries.index(gap) + 1 :]
     assert isinstance(after[0], Header)
     assert any(isinstance(entry, Record) for entry in after)
+    assert_accounted(entries, node)
+
+
+def test_what_is_dropped_until_the_end_is_counted_in_the_journal(
+    tmp_path: Path, slow_disk: None
+) -> None:
+    node = Node(tmp_path, buffer_bytes=2000)
+    node.journal.open()
+    node.tick(500)
+    node.journal.close()
+    entries = list(read(tmp_path))
+    assert isinstance(entries[-1], Gap)
+    assert_accounted(entries, node)
+
+
+def assert_accounted(entries: list[Entry], node: Node) -> None:
+    """All that was appended is there, or counted as lost."""
     lost = sum(entry.records for entry in entries if isinstance(entry, Gap))
     kept = sum(isinstance(entry, Record) for entry in entries)
     assert lost + kept == (node.now - 1 * S) // MS and lost == node.journal.dropped

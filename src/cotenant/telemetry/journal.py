@@ -151,6 +151,8 @@ class Journal:
         thread, self._thread = self._thread, None
         with self._lock:
             self._closed, self._accepting = True, False
+            if not self._retry_at:
+                self._own_up()
             self._awake = True
         self._hurry.set()
         self._wake.set()
@@ -240,13 +242,18 @@ class Journal:
                 self._chunks.append(_Chunk(starts_segment=True))
             chunk = self._chunks[-1]
             self._accepting, self._retry_at = True, 0.0
-            if self._lost is not None:
-                lost, self._lost = self._lost, None
-                chunk.gap = lost if chunk.gap is None else _joined(chunk.gap, lost)
-                self._encode(chunk, header.now, lost)
+            self._own_up()
             self._encode(chunk, header.now, header)
             if fresh:
                 self._size = 0  # checkpoints aside, lest a large one fills a small segment
+
+    def _own_up(self) -> None:
+        """Write down what was lost, if something was; with the lock held."""
+        if self._lost is not None:
+            lost, self._lost = self._lost, None
+            chunk = self._chunks[-1]
+            chunk.gap = lost if chunk.gap is None else _joined(chunk.gap, lost)
+            self._encode(chunk, lost.until, lost)
 
     def _lose(self, records: int, since: int, until: int, reason: str) -> None:
         """Count what is lost; with the lock held."""
