@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from starlette.requests import Request
 from starlette.responses import Response
 
 from cotenant.cli.studies import POLICIES as OFFERED
+from cotenant.domain.errors import InvalidRequest
 from cotenant.domain.port import ModelMeta, TensorMeta
 from cotenant.serving.failures import MOST_FAILURES
+from cotenant.serving.web import form
 from cotenant.serving.web.files import Files
 from cotenant.serving.web.html import Html, constant, join, tag
 from cotenant.serving.web.logtail import readable, tail
@@ -224,6 +229,26 @@ def test_a_log_that_is_something_else_is_not_read(tmp_path: Path) -> None:
 def test_what_only_a_terminal_understands_is_left_out() -> None:
     said = "\x1b[1;31mred\x1b[0m\n10 %\r20 %\r30 %\r\nend\x1b]0;title\x07"
     assert readable(said) == "red\n30 %\nend"
+
+
+# --- forms --------------------------------------------------------------------------------------
+
+PARTS = st.sampled_from(["%", "4", "e", "g", "+", "=", "&", "a", "%41", "%e4%b8", "%E4%B8%AD", "ä"])
+
+
+@given(st.lists(PARTS, max_size=24).map("".join))
+def test_a_form_is_read_as_the_standard_library_does(text: str) -> None:
+    found = parse_qs(text, keep_blank_values=True)
+    if len(text.split("&")) > form.MOST_FIELDS:
+        return
+    assert form.fields(text.encode()) == {name: values[0] for name, values in found.items()}
+
+
+def test_a_form_has_so_many_fields_at_most() -> None:
+    most = b"&".join(b"%d=x" % n for n in range(form.MOST_FIELDS))
+    assert len(form.fields(most)) == form.MOST_FIELDS
+    with pytest.raises(InvalidRequest):
+        form.fields(most + b"&a=x")
 
 
 # --- the rest -----------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final
-from urllib.parse import parse_qs, quote
+from urllib.parse import quote
 
 import msgspec
 from starlette.requests import Request
@@ -23,7 +24,7 @@ from cotenant.serving.bodies import BodyReader, Receive, Scope, Send, parse_head
 from cotenant.serving.failures import FAILURES_S
 from cotenant.serving.intake import Intake
 from cotenant.serving.refusals import HTTP_STATUS, as_refused, error_status
-from cotenant.serving.web import pages
+from cotenant.serving.web import form, pages
 from cotenant.serving.web.files import MOUNT, Files
 from cotenant.serving.web.frame import REFRESH_S, Page, rendered
 from cotenant.serving.web.html import Html, join, tag
@@ -34,7 +35,7 @@ from cotenant.serving.web.session import Door, TooMany
 from cotenant.serving.web.stream import Stream
 from cotenant.serving.web.studied import Studied
 from cotenant.serving.web.studies import StudyFailed
-from cotenant.serving.web.trying import Tried, attempt
+from cotenant.serving.web.trying import Tried, aside, attempt
 from cotenant.serving.web.visitors import Visitor
 
 log = logging.getLogger("cotenant.serving")
@@ -43,7 +44,6 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 LOGIN: Final = "/dashboard/login"
 MOST_FORM_BYTES: Final = 2**20
-_FORM: Final = "application/x-www-form-urlencoded"
 
 HEADERS: Final = {
     "content-security-policy": (
@@ -71,6 +71,7 @@ class Web:
         self._door = door
         self._files = Files()
         self._studied = studied
+        self._turns = asyncio.Lock()
         self.stream = stream
 
     @staticmethod
@@ -120,6 +121,7 @@ class Web:
         async def handle(request: Request) -> Response:
             response = self._turned_away(request, inside)
             if response is None:
+                await self._turn()
                 try:
                     response = await handler(request)
                 except CotenantError as error:
@@ -130,6 +132,11 @@ class Web:
             return response
 
         return handle
+
+    async def _turn(self) -> None:
+        """One page at a time of all that were asked for at once: inferences go in between."""
+        async with self._turns:
+            await asyncio.sleep(0)
 
     def _turned_away(self, request: Request, inside: bool) -> Response | None:
         why = self._door.wrong(request)
@@ -171,10 +178,10 @@ class Web:
         return self._page(self._login_page(""))
 
     async def _login(self, request: Request) -> Response:
-        form = await self._form(request)
+        given = await self._form(request)
         response = RedirectResponse("/", 303)
         try:
-            if self._door.sign_in(form.get("token", ""), request, response):
+            if self._door.sign_in(given.get("token", ""), request, response):
                 return response
         except TooMany:
             said = f"Too many wrong tokens. Try again in {FAILURES_S:.0f} seconds."
@@ -221,9 +228,9 @@ class Web:
         found = look(self._node)
         service = _named(found, "services", "name", name)
         versions = [entry for entry in self._node.index() if entry.name == name]
-        form = pages.trying(name, self._meta(name), tried)
+        asking = pages.trying(name, self._meta(name), tried)
         infers = self._visitor(request).infers
-        return pages.service_page(found, service, versions, form if infers else None)
+        return pages.service_page(found, service, versions, asking if infers else None)
 
     def _meta(self, name: str) -> ModelMeta | None:
         try:
@@ -272,9 +279,9 @@ class Web:
         return self._page(self._studied.what_if(look(self._node)))
 
     async def _compare(self, request: Request) -> Response:
-        form = await self._form(request)
+        given = await self._form(request)
         try:
-            self._studied.compare(form.get("policy", ""), form.get("span", ""))
+            self._studied.compare(given.get("policy", ""), given.get("span", ""))
         except StudyFailed as error:
             return self._page(self._studied.what_if(look(self._node), str(error)), 400)
         return RedirectResponse("/dashboard/what-if", 303)
@@ -313,18 +320,14 @@ class Web:
     async def _form(self, request: Request) -> dict[str, str]:
         """The fields of a form; raises InvalidRequest, TooLarge."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != _FORM:
-            raise InvalidRequest(f"a form is sent as {_FORM}")
+        if kind != form.MEDIA_TYPE:
+            raise InvalidRequest(f"a form is sent as {form.MEDIA_TYPE}")
         head = parse_head(request.scope["headers"])
         if head.content_length > MOST_FORM_BYTES:
             raise TooLarge(f"at most {MOST_FORM_BYTES} bytes are accepted in a form")
         body, held = await self._bodies.read(request.receive, head, MOST_FORM_BYTES)
         self._intake.budget.release(held)
-        try:
-            fields = parse_qs(body.decode(), keep_blank_values=True, max_num_fields=16)
-        except ValueError:
-            raise InvalidRequest("the form cannot be read") from None
-        return {name: values[0] for name, values in fields.items()}
+        return await aside(len(body), partial(form.fields, body))
 
 
 def _named(found: Look, kind: str, key: str, name: str) -> Row:

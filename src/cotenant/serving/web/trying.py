@@ -65,7 +65,7 @@ async def _answer(node: NodePort, limits: Limits, name: str, body: bytes) -> tup
     limits = msgspec.structs.replace(limits, json_elements=node.most_elements(name))
     if not meta.pieces:
         return await _whole(node, limits, name, body)
-    call = await _away(len(body), partial(generate.decode, body, meta, "", limits))
+    call = await aside(len(body), partial(generate.decode, body, meta, "", limits))
     said = generate.Answer(call.id, MOST_SHOWN)
     async with aclosing(pieces(node, call)) as outcomes:
         async for outcome in outcomes:
@@ -82,7 +82,7 @@ async def _answer(node: NodePort, limits: Limits, name: str, body: bytes) -> tup
 
 async def _whole(node: NodePort, limits: Limits, name: str, body: bytes) -> tuple[int, str]:
     regions = Regions(0)  # a page has no shared memory
-    request = await _away(len(body), partial(oip.decode, body, None, name, "", limits, regions))
+    request = await aside(len(body), partial(oip.decode, body, None, name, "", limits, regions))
     outcome = await infer(node, request.call)
     if isinstance(outcome, Refused):
         return HTTP_STATUS[outcome.refusal], outcome.message
@@ -95,7 +95,7 @@ async def _whole(node: NodePort, limits: Limits, name: str, body: bytes) -> tupl
     return 200, _pretty(answer) if len(answer) <= MOST_SHOWN else answer.decode()
 
 
-async def _away(size: int, decode: Callable[[], T]) -> T:
+async def aside(size: int, decode: Callable[[], T]) -> T:
     """Decode here what is short, and what is long in a thread."""
     return await asyncio.to_thread(decode) if size > _AT_ONCE else decode()
 
