@@ -624,6 +624,22 @@ def test_a_worker_is_bound_to_its_partition(
         assert tree.masks() == {partition.units}
 
 
+@TWO_CORES
+def test_who_leaves_a_workers_cores_is_brought_back_at_the_next_look(
+    device_cpu: CpuDevice, trees: Callable[..., Tree]
+) -> None:
+    tree = trees(sys.executable, "-c", THREADS)
+    until(lambda: len(tree.threads) == 4)
+    device_cpu.attach(WORKER, tree.pids[0])
+    first, second = parts(device_cpu)
+    device_cpu.bind("w", first)
+    device_cpu.refresh()
+    for cores in (CORES, second.units):
+        os.sched_setaffinity(tree.threads[2], cores)
+        device_cpu.refresh()
+        assert tree.masks() == {first.units}
+
+
 def test_workers_that_are_not_pinned_stay_where_they_are(trees: Callable[..., Tree]) -> None:
     device = CpuDevice(cores=CORES, realtime="never", pin=False)
     device.open()

@@ -115,7 +115,7 @@ class _Job(msgspec.Struct):
 class _Worker(msgspec.Struct):
     pid: int
     footprint: Footprint = msgspec.field(default_factory=Footprint)
-    cores: tuple[int, ...] = ()
+    cores: set[int] = set()
     threads: list[int] = []
 
 
@@ -378,24 +378,24 @@ class CpuDevice:
         found = self._workers.get(worker)
         if found is None:
             raise DeviceError(f"{worker}: not attached to {self._id}")
-        if found.cores == partition.units or not self._pin:
-            return
-        found.cores = partition.units
-        for tid in found.threads:
-            with contextlib.suppress(OSError):
-                os.sched_setaffinity(tid, partition.units)
+        if self._pin:
+            with self._lock:
+                found.cores, found.threads = set(partition.units), []
+            self._look_at_worker(found)
 
     def _look_at_worker(self, worker: _Worker) -> None:
-        known = set(worker.threads)
-        worker.threads = proctree.threads([worker.pid])
-        for tid in worker.threads:
-            if tid in known:
-                continue
-            with contextlib.suppress(OSError):
-                if worker.cores:
-                    os.sched_setaffinity(tid, worker.cores)
-                if self._realtime:
-                    _make_realtime(tid, WORKER_PRIORITY)
+        """Newcomers and strays are brought into line: what looks at the processor moves its thread
+        from core to core, and in the end back to where that was before."""
+        with self._lock:
+            known = set(worker.threads)
+            worker.threads = proctree.threads([worker.pid])
+            for tid in worker.threads:
+                fresh = tid not in known
+                with contextlib.suppress(OSError):
+                    if worker.cores and (fresh or not _affinity(tid) <= worker.cores):
+                        os.sched_setaffinity(tid, worker.cores)
+                    if self._realtime and fresh:
+                        _make_realtime(tid, WORKER_PRIORITY)
 
     # --- the node itself --------------------------------------------------------------------
 
