@@ -104,6 +104,20 @@ class FakeKubelet:
         answer = self._service_call("NodeUnprepareResources", request, timeout)
         return {uid: _text(fields(said), 1) for uid, said in _map(answer)}
 
+    def try_prepare(self, claim: dict[str, Any]) -> tuple[list[Device], str]:
+        """``prepare`` of one claim. A driver that went is an error like another: a kubelet notes
+        it, and asks again later."""
+        try:
+            return self.prepare(claim)[claim["metadata"]["uid"]]
+        except grpc.RpcError as error:
+            return [], str(error)
+
+    def try_unprepare(self, claim: dict[str, Any]) -> str:
+        try:
+            return self.unprepare(claim)[claim["metadata"]["uid"]]
+        except grpc.RpcError as error:
+            return str(error)
+
     def watch_health(self, service: str = "v1alpha1.DRAResourceHealth") -> Any:
         """A stream; ``health_of`` reads its messages."""
         channel = self._channel()

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import grpc
 import pytest
 
 from cotenant.kube.checkpoint import Checkpoint
@@ -87,22 +86,16 @@ def host() -> Iterator[Host]:
         yield made
 
 
-def _call(host: Host, name: str) -> None:
-    """A kubelet notes that a driver went, and asks again later."""
-    with contextlib.suppress(grpc.RpcError):
-        getattr(host.kubelet, name)(GIVEN, timeout=5.0)
-
-
 @pytest.mark.parametrize("kill_at", [2, 5, 7, 9, 12, 15, 19])
 def test_killed_while_preparing(host: Host, kill_at: int) -> None:
     host.start(kill_at)
     host.until(lambda: host.kubelet.registered)
     host.arm()
-    _call(host, "prepare")
+    host.kubelet.try_prepare(GIVEN)
     host.until(host.died)
     host.disarm()
     host.start()
-    host.until(lambda: not host.kubelet.prepare(GIVEN)["a"][1])
+    host.until(lambda: not host.kubelet.try_prepare(GIVEN)[1])
     assert len(host.node.held) == 2
     assert len({id for kind, id in host.node.events if kind == "reserve"}) == 2
     host.check()
@@ -116,11 +109,11 @@ def test_killed_while_unpreparing(host: Host, kill_at: int) -> None:
     host.start(kill_at)
     assert not host.kubelet.prepare(GIVEN)["a"][1]
     host.arm()
-    _call(host, "unprepare")
+    host.kubelet.try_unprepare(GIVEN)
     host.until(host.died)
     host.disarm()
     host.start()
-    host.until(lambda: host.kubelet.unprepare(GIVEN) == {"a": ""})
+    host.until(lambda: not host.kubelet.try_unprepare(GIVEN))
     assert not host.node.held
     host.check()
 

@@ -73,11 +73,10 @@ class Host:
 
     def prepare(self, given: dict[str, Any]) -> list[str]:
         """The CDI devices, once the kubelet has asked as often as it takes."""
-        uid = given["metadata"]["uid"]
         said: list[Any] = []
 
         def prepared() -> bool:
-            said[:] = self.kubelet.prepare(given)[uid]
+            said[:] = self.kubelet.try_prepare(given)
             return not said[1]
 
         until(prepared, lambda: (said, self.log()))
@@ -187,8 +186,7 @@ def test_a_force_deleted_pod_keeps_what_it_has_through_a_kill(host: Host) -> Non
     host.stop(signal.SIGKILL)
     host.start()
     other = host.allocate("d", {**share(60), "shareID": "0e1c2b7a-5b6f-4a11-9c3e-aa02"})
-    uid = other["metadata"]["uid"]
-    until(lambda: "ns/c" in host.kubelet.prepare(other)[uid][1], host.log)
+    until(lambda: "ns/c" in host.kubelet.try_prepare(other)[1], host.log)
     (after,) = host.box.control.reservations()
     assert after.reservation == before.reservation
     host.kubelet.unprepare(given)

@@ -152,7 +152,7 @@ def test_a_kubelet_that_goes_in_the_middle_may_ask_again(host: Host) -> None:
     assert failed
     host.node.stuck = False
     host.kubelet.start()
-    until(lambda: not host.kubelet.prepare(given)["a"][1])
+    until(lambda: not host.kubelet.try_prepare(given)[1])
     assert [kind for kind, _ in host.node.events] == ["reserve"]
 
 
@@ -176,7 +176,7 @@ def test_a_driver_that_is_stopped_does_not_wait_for_the_node(host: Host) -> None
     assert all(answers), "no claim was said to be prepared"
     host.node.stuck = False
     host.driver()
-    until(lambda: not host.kubelet.prepare(given)["a"][1])
+    until(lambda: not host.kubelet.try_prepare(given)[1])
     assert [kind for kind, _ in host.node.events] == ["reserve"]
 
 
