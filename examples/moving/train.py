@@ -56,7 +56,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoints", type=Path, required=True)
     parser.add_argument("--every", type=int, default=100, help="steps between checkpoints")
-    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=1_000_000, help="minutes of them")
     parser.add_argument("--pause", type=float, default=0.0, help="seconds that a step rests")
     options = parser.parse_args()
     options.checkpoints.mkdir(parents=True, exist_ok=True)
