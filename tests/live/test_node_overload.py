@@ -42,11 +42,10 @@ def test_overload_is_refused_fast_and_what_is_accepted_meets_its_objective(boxes
     assert len(accepted) + load.count(429) == len(answers)
     assert len(refused) > len(answers) / 3, "it was no overload"
     assert all("cotenant-retry-after-ms" in a.headers for a in refused)
-    # What was admitted is judged by the node's own clock: the client may starve beside it. Were
-    # all admitted, one in five could be in time.
+    # What was admitted is judged by the node's own clock: the client may starve beside it.
     service = box.service("work")
     assert service["answered"] == len(accepted)
-    assert service["misses"] < service["answered"] / 2
+    assert service["misses"] <= 0.1 * service["answered"]
     assert median(a.took for a in refused) < objective / 4
     assert median(a.took for a in refused) < median(a.took for a in accepted)
     assert box.infer("work", x=X).status == 200
@@ -68,12 +67,12 @@ def test_overload_does_not_keep_out_urgent_requests_to_another_service(boxes: Bo
         box.until(lambda: any(box.service("work")["refused"].values()))
         answers = [box.post("/v2/models/double/infer", urgent) for _ in range(60)]
     assert load.count(429) > 0, "it was no overload"
-    assert sum(a.status == 200 for a in answers) > len(answers) / 2
+    assert sum(a.status == 200 for a in answers) >= 0.9 * len(answers)
     service = box.service("double")
-    assert service["misses"] < service["answered"] / 2
+    assert service["misses"] <= 0.1 * service["answered"]
 
 
-@pytest.mark.parametrize("limit", ["1s", "300ms"])
+@pytest.mark.parametrize("limit", ["1s", "100ms"])
 def test_a_worker_that_is_never_idle_is_not_taken_for_one_that_never_ends(
     boxes: Boxes, limit: str
 ) -> None:
