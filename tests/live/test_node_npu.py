@@ -50,6 +50,15 @@ def environment(pid: int) -> bytes:
     return Path(f"/proc/{pid}/environ").read_bytes()
 
 
+def cores_of(pids: list[int]) -> set[int]:
+    """Those that any thread of them may run on."""
+    found: set[int] = set()
+    for thread in proctree.threads(pids):
+        with contextlib.suppress(ProcessLookupError):
+            found |= os.sched_getaffinity(thread)
+    return found
+
+
 def device(box: Box, name: str) -> dict[str, Any]:
     return next(dict(d) for d in box.status()["devices"] if d["id"] == name)
 
@@ -63,15 +72,6 @@ def test_what_the_npu_takes_is_served_there_first_on_its_cores(box: Box) -> None
     there = [pid for pid in box.workers() if b"npu-emulated" in environment(pid)]
     assert there
     box.until(lambda: {CORES[1]} == cores_of(there))
-
-
-def cores_of(pids: list[int]) -> set[int]:
-    """Those that any thread of them may run on."""
-    found: set[int] = set()
-    for thread in proctree.threads(pids):
-        with contextlib.suppress(ProcessLookupError):
-            found |= os.sched_getaffinity(thread)
-    return found
 
 
 def test_status_says_that_it_is_emulated_and_that_it_only_serves(box: Box) -> None:
